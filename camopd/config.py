@@ -1,0 +1,313 @@
+"""`CaMOPDConfig`: TRL's `DistillationConfig` plus what the paper adds, with the paper's values as defaults."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DistillationConfig
+
+from .objective import IMPORTANCE_MODES, SCORE_KINDS
+from .schedule import Schedule
+
+
+PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
+PAPER_SCALE = {"general": 2.0, "domain": 1.0}
+PAPER_SCORE = {"general": "absolute", "domain": "positive"}
+
+
+@dataclass
+class CaMOPDConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`CaMOPDTrainer`].
+
+    Extends [`~trl.DistillationConfig`] with the fields of CaMOPD (https://arxiv.org/abs/2605.27115). A field that is
+    said to be *per branch* takes one value for all branches, or a dict from branch name to value (in YAML a mapping, on
+    the command line a JSON object).
+
+    Parameters:
+        > Parameters of the method
+
+        schedule (`str`, *optional*, defaults to `"general:3,domain:1"`):
+            Which branches each optimizer step takes, Eq. 5. `,` separates steps, `+` mixes branches inside a step,
+            `name:n` is a number of steps or a share. See [`~camopd.Schedule`].
+        mass_target (`float` or `dict[str, float]`, *optional*, defaults to `0.8` for both branches):
+            rho_b of Eq. 8, per branch: share of the total gap score that the selected samples hold, in (0, 1].
+        scale (`float` or `dict[str, float]`, *optional*, defaults to `2.0` for `general` and `1.0` for `domain`):
+            r_b of Eq. 9, per branch: factor on the advantage.
+        score (`str` or `dict[str, str]`, *optional*, defaults to `"absolute"` for `general` and `"positive"` for `domain`):
+            How a sample's gap is scored, per branch: `"absolute"` is Eq. 6, `"positive"` is Eq. 7.
+        selection (`bool` or `dict[str, bool]`, *optional*, defaults to `True`):
+            Whether to select samples by Eq. 8, per branch. `False` trains on every sample ("w/o sel").
+        importance_sampling_mode (`str`, *optional*, defaults to `"mask"`):
+            w_t of Eq. 2 and 9, the ratio of trainer to rollout engine on each token: `"mask"` sets it to 0 outside the
+            band, `"truncate"` clamps it to the band, `"none"` uses 1. Without rollout log-probs it is 1.
+        importance_sampling_low (`float`, *optional*, defaults to `0.5`):
+            Lower bound of the band, inclusive. The paper gives no band; [0.5, 2.0] is that of Nemotron-Cascade 2
+            (https://arxiv.org/abs/2603.19220), the one report that publishes it for this loss.
+        importance_sampling_high (`float`, *optional*, defaults to `2.0`):
+            Upper bound of the band, inclusive.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Optimizer updates per rollout. Algorithm 1 makes exactly one and defines no ratio clip for more.
+
+        > Parameters of the data
+
+        prompts_per_step (`int`, *optional*, defaults to `512`):
+            Prompts of one optimizer step over all ranks, before selection. `gradient_accumulation_steps` follows from
+            it: prompts_per_step / (world size x per_device_train_batch_size).
+        max_prompt_length (`int`, *optional*, defaults to `4096`):
+            Tokens a prompt may have. Longer ones keep their *last* tokens, so that the generation prompt survives.
+
+        > Parameters of the teachers
+
+        teachers (`dict[str, Any]`, *optional*):
+            Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), a model id or path
+            (in-process), or `"adapter_off"`. The trainer's own `teachers` argument wins over it.
+        score_batch_size (`int`, *optional*, defaults to `8`):
+            Sequences per no-gradient forward, for the gaps and for in-process teachers.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DistillationConfig`], after the paper's Appendix A.7:
+    > `max_steps=120`, `learning_rate=2e-6`, `lr_scheduler_type="constant"`, `max_completion_length=32768`; and ours where
+    > it says nothing: `per_device_train_batch_size=1`, `disable_dropout=True`, `logging_steps=1`.
+    > `gradient_accumulation_steps` is derived.
+    """
+
+    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + [
+        "mass_target",
+        "scale",
+        "score",
+        "selection",
+        "teachers",
+    ]
+
+    # Parameters whose default values are overridden
+    max_steps: int = field(
+        default=120, metadata={"help": "Number of optimizer steps. The paper trains for 120 steps (Appendix A.7)."}
+    )
+    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate scheduler to use."})
+    max_completion_length: int | None = field(
+        default=32768, metadata={"help": "Maximum number of tokens to generate per completion."}
+    )
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Sequences per device in one forward and backward of the student."}
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "Derived: prompts_per_step / (world size x per_device_train_batch_size). Leave it out."},
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Whether to disable dropout in the student, so that gaps measure models and not noise."},
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every X updates steps."})
+
+    # Parameters of the method
+    schedule: str = field(
+        default="general:3,domain:1",
+        metadata={"help": "Branches of each optimizer step (Eq. 5): ',' separates steps, '+' mixes inside a step."},
+    )
+    mass_target: dict[str, Any] | str | None = field(
+        default_factory=lambda: dict(PAPER_MASS_TARGET),
+        metadata={"help": "rho_b of Eq. 8, per branch: share of the gap score the selected samples hold, in (0, 1]."},
+    )
+    scale: dict[str, Any] | str | None = field(
+        default_factory=lambda: dict(PAPER_SCALE),
+        metadata={"help": "r_b of Eq. 9, per branch: factor on the advantage."},
+    )
+    score: dict[str, Any] | str | None = field(
+        default_factory=lambda: dict(PAPER_SCORE),
+        metadata={"help": "Score of a sample's gap, per branch: 'absolute' (Eq. 6) or 'positive' (Eq. 7)."},
+    )
+    selection: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"general": True, "domain": True},
+        metadata={"help": "Whether to select samples by Eq. 8, per branch. False trains on every sample."},
+    )
+    importance_sampling_mode: str = field(
+        default="mask",
+        metadata={"help": "w_t of Eq. 2 and 9 outside its band: 'mask' (0), 'truncate' (clamp), or 'none' (w_t = 1)."},
+    )
+    importance_sampling_low: float = field(
+        default=0.5, metadata={"help": "Lower bound of pi_train / pi_rollout, inclusive."}
+    )
+    importance_sampling_high: float = field(
+        default=2.0, metadata={"help": "Upper bound of pi_train / pi_rollout, inclusive."}
+    )
+    num_iterations: int = field(
+        default=1, metadata={"help": "Optimizer updates per rollout; Algorithm 1 makes exactly one."}
+    )
+
+    # Parameters of the data
+    prompts_per_step: int = field(
+        default=512, metadata={"help": "Prompts of one optimizer step over all ranks, before selection."}
+    )
+    max_prompt_length: int = field(
+        default=4096, metadata={"help": "Tokens a prompt may have; longer ones keep their last tokens."}
+    )
+
+    # Parameters of the teachers
+    teachers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher of each branch: vLLM URL or list of URLs, model id or path, or 'adapter_off'. "
+            "The trainer's `teachers` argument wins."
+        },
+    )
+    score_batch_size: int = field(
+        default=8, metadata={"help": "Sequences per no-gradient forward, for gaps and in-process teachers."}
+    )
+
+    def __post_init__(self):
+        # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
+        for name in ("prompts_per_step", "max_prompt_length", "max_completion_length", "score_batch_size", "max_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._derive_accumulation(world_size)
+        super().__post_init__()
+        if self.world_size != world_size:  # a launcher that does not set WORLD_SIZE
+            self.gradient_accumulation_steps = None
+            self._derive_accumulation(self.world_size)
+
+        schedule = Schedule.parse(self.schedule)
+        for step in range(schedule.period):
+            for branch, rows in schedule.rows(step, self.prompts_per_step).items():
+                if rows == 0:
+                    raise ValueError(
+                        f"schedule {self.schedule!r} gives branch {branch!r} none of the {self.prompts_per_step} prompts "
+                        f"of step {step}. Raise prompts_per_step or the branch's share."
+                    )
+        self._check_method(schedule)
+        self._check_refused()
+
+    def per_branch(self, name: str) -> dict[str, Any]:
+        """Value of a per-branch field for each branch of the schedule; one value stands for all."""
+        branches = Schedule.parse(self.schedule).branches
+        value = getattr(self, name)
+        if not isinstance(value, dict):
+            return dict.fromkeys(branches, value)
+        unknown = set(value) - set(branches) - {"general", "domain"}  # those two are in the defaults
+        if unknown:
+            raise ValueError(
+                f"{name} has a value for {sorted(unknown)}, but the branches of schedule {self.schedule!r} are "
+                f"{list(branches)}. Mend the name, or add the branch to the schedule."
+            )
+        missing = [branch for branch in branches if branch not in value]
+        if missing:
+            raise ValueError(
+                f"{name} has no value for branch {missing[0]!r} of schedule {self.schedule!r}, only for "
+                f"{sorted(value)}. Add it, or give one value for all branches."
+            )
+        return {branch: value[branch] for branch in branches}
+
+    def _derive_accumulation(self, world_size: int) -> None:
+        per_pass = world_size * self.per_device_train_batch_size
+        if self.prompts_per_step % per_pass:
+            below = self.prompts_per_step - self.prompts_per_step % per_pass
+            wanted = f"{below} or {below + per_pass}" if below else f"{per_pass}"
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} does not divide into passes of {world_size} ranks x "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} = {per_pass} sequences: "
+                f"{self.prompts_per_step} / {per_pass} = {self.prompts_per_step / per_pass:.3f}. Set prompts_per_step to "
+                f"{wanted}, or change per_device_train_batch_size or the number of ranks."
+            )
+        derived = self.prompts_per_step // per_pass
+        if self.gradient_accumulation_steps not in (None, derived):
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts "
+                f"prompts_per_step={self.prompts_per_step}, which makes it {self.prompts_per_step} / ({world_size} ranks x "
+                f"{self.per_device_train_batch_size}) = {derived}. Leave it out, or set prompts_per_step to "
+                f"{self.gradient_accumulation_steps * per_pass}."
+            )
+        self.gradient_accumulation_steps = derived
+
+    def _check_method(self, schedule: Schedule) -> None:
+        for name, parse, allowed in (
+            ("mass_target", float, lambda value: 0 < value <= 1),
+            ("scale", float, lambda value: 0 < value < float("inf")),
+            ("score", str, lambda value: value in SCORE_KINDS),
+            ("selection", _to_bool, lambda value: True),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                parsed: Any = {branch: _parse(f"{name}[{branch!r}]", item, parse) for branch, item in value.items()}
+            else:
+                parsed = _parse(name, value, parse)
+            setattr(self, name, parsed)
+            for branch, item in self.per_branch(name).items():
+                if not allowed(item):
+                    raise ValueError(f"{name} of branch {branch!r} is {item!r}; {_WHY[name]}")
+        if self.importance_sampling_mode not in IMPORTANCE_MODES:
+            raise ValueError(
+                f"importance_sampling_mode must be one of {IMPORTANCE_MODES}, got {self.importance_sampling_mode!r}."
+            )
+        if not 0 <= self.importance_sampling_low <= 1 <= self.importance_sampling_high:
+            raise ValueError(
+                f"importance_sampling_low={self.importance_sampling_low} and "
+                f"importance_sampling_high={self.importance_sampling_high} must enclose 1, the ratio of two engines that "
+                "agree: 0 <= low <= 1 <= high. The default band is 0.5 to 2.0."
+            )
+        if isinstance(self.teachers, str):
+            raise ValueError(
+                f"teachers must map each branch to its teacher, got the text {self.teachers!r}. Write "
+                f"{json.dumps({branch: '...' for branch in schedule.branches})}."
+            )
+
+    def _check_refused(self) -> None:
+        """Refuse what the parent offers and the method cannot use, instead of ignoring it."""
+        for name, only, reason in (
+            ("num_iterations", 1, "Algorithm 1 makes one update per rollout and defines no ratio clip for more"),
+            ("temperature", 1.0, _ON_POLICY),
+            ("top_p", 1.0, _ON_POLICY),
+            ("top_k", 0, _ON_POLICY),
+            ("min_p", None, _ON_POLICY),
+            ("repetition_penalty", 1.0, _ON_POLICY),
+            ("beta", 1.0, "the loss is Eq. 9, not the generalised Jensen-Shannon divergence that beta bends"),
+            ("teacher_model_name_or_path", None, "each branch has its own teacher; name them in `teachers`"),
+            ("teacher_model_revision", None, "put the revision into teacher_model_init_kwargs"),
+            ("auto_find_batch_size", False, "it would change prompts_per_step in the middle of a run"),
+            ("remove_unused_columns", False, "the branch of a row is a column of it"),
+        ):
+            value = getattr(self, name)
+            if value != only:
+                raise ValueError(f"{name}={value!r} cannot be used with CaMOPD: {reason}. Leave it at {only!r}.")
+        clash = set(self.generation_kwargs or {}) & _SAMPLING_KWARGS
+        if clash:
+            raise ValueError(f"generation_kwargs sets {sorted(clash)}, which CaMOPD cannot use: {_ON_POLICY}.")
+
+
+_ON_POLICY = (
+    "rollouts must be drawn from the very distribution the gaps are measured on (temperature 1, nothing cut off), or "
+    "the sampled gap is no reverse KL and the importance weights are wrong"
+)
+_SAMPLING_KWARGS = {
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "num_beams", "presence_penalty",
+    "frequency_penalty", "logit_bias", "typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size",
+}  # fmt: skip
+_WHY = {
+    "max_steps": " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
+    "mass_target": "it is a share of the total score (Eq. 8) and lies in (0, 1]. To train on every sample, set "
+    "selection to False.",
+    "scale": "r_b of Eq. 9 must be a positive number. To leave a branch out, take it out of the schedule.",
+    "score": f"it must be one of {SCORE_KINDS}: Eq. 6 or Eq. 7.",
+}
+
+
+def _parse(name: str, value: Any, parse: Any) -> Any:
+    try:
+        return parse(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be {'a number' if parse is float else 'true or false'} or a mapping from branch to that, "
+            f"got {value!r}."
+        ) from None
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(value)

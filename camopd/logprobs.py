@@ -1,0 +1,169 @@
+"""Token ids -> log-probabilities of the completion tokens, without ever building (B, T, V) logits.
+
+One code path for the student's training forward, the student's forward for the gaps, and in-process teachers: equal
+weights then give gaps of exactly 0, not of rounding noise, which Adam would turn into full-sized updates.
+
+Sequences are right-padded as a whole, so every architecture sees its usual position ids and a row costs
+prompt + completion tokens, not the longest prompt + the longest completion of its batch.
+
+Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M completion tokens of all rows   H hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import PretrainedConfig
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+VOCAB_CHUNK = 32768  # width of the (tokens, vocabulary) tiles the lm_head is applied in, as in TRL's fused head
+TOP_K_TOKENS = 512  # tokens per (tokens, V) tile where top-k is asked for, which needs whole rows of the vocabulary
+
+
+def completion_logps(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    prompt_lens: Sequence[int],
+    pad_token_id: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of each row's completion tokens, and the entropy of the distribution each was drawn from.
+
+    Args:
+        model: causal language model, or its PEFT wrapper (adapter active or disabled, as it stands), unwrapped from
+            DDP/FSDP/DeepSpeed. Call it inside the wrapper's forward (TRL's forward redirection) so that sharded
+            weights are there.
+        token_ids: prompt + completion of each row, without padding.
+        prompt_lens: prompt tokens of each row, at least 1: the first completion token needs a predecessor.
+        pad_token_id: fills the padding; its value never matters.
+
+    Returns:
+        logps (B, T) float32, right-padded with 0, with gradient; entropy (B, T) in nats, detached, or `None`.
+    """
+    hidden_MH, targets_M, mask_BT, causal_lm = _completion_hidden_states(model, token_ids, prompt_lens, pad_token_id)
+    lm_head = causal_lm.get_output_embeddings()
+    scale, softcap = _logit_transform(causal_lm.config.get_text_config())
+    weight, bias = lm_head.weight, lm_head.bias
+    if isinstance(weight, torch.distributed.tensor.DTensor):  # FSDP2 shards parameters: gather the head once
+        weight = weight.full_tensor()
+        bias = bias.full_tensor() if bias is not None else None
+    with maybe_gather_lm_head_ctx(weight, bias):  # DeepSpeed ZeRO-3 likewise; a null context elsewhere
+        logps_M, entropy_M, *_ = ChunkedLogProbFunction.apply(
+            hidden_MH.to(weight.device),
+            weight,
+            bias,
+            targets_M.to(weight.device),
+            1.0,  # temperature: CaMOPD samples and scores at T = 1
+            VOCAB_CHUNK,
+            softcap,
+            scale,
+            ("entropy",) if with_entropy else (),
+        )
+    mask_BT = mask_BT.to(logps_M.device)
+    logps_BT = logps_M.new_zeros(mask_BT.shape).masked_scatter(mask_BT, logps_M)
+    if entropy_M is None:
+        return logps_BT, None
+    return logps_BT, entropy_M.detach().new_zeros(mask_BT.shape).masked_scatter(mask_BT, entropy_M.detach())
+
+
+def completion_top_k(
+    model: Any, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int], pad_token_id: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The model's `k` likeliest tokens at each completion position and their log-probs, without gradient.
+
+    Returns `(ids, logps)`, each (B, T, k), padded with 0. Only (512, V) logits exist at a time.
+    """
+    with torch.no_grad():
+        hidden_MH, _, mask_BT, causal_lm = _completion_hidden_states(model, token_ids, prompt_lens, pad_token_id)
+        lm_head = causal_lm.get_output_embeddings()
+        scale, softcap = _logit_transform(causal_lm.config.get_text_config())
+        ids_MK, logps_MK = [], []
+        for hidden in hidden_MH.to(lm_head.weight.device).split(TOP_K_TOKENS):
+            logits = lm_head(hidden.to(lm_head.weight.dtype)).float() * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            top = logits.log_softmax(dim=-1).topk(k, dim=-1)
+            ids_MK.append(top.indices)
+            logps_MK.append(top.values)
+        mask_BT = mask_BT.to(lm_head.weight.device)
+        shape = (*mask_BT.shape, k)
+        ids = torch.zeros(shape, dtype=torch.long, device=mask_BT.device)
+        logps = torch.zeros(shape, device=mask_BT.device)
+        ids[mask_BT] = torch.cat(ids_MK)
+        logps[mask_BT] = torch.cat(logps_MK)
+    return ids, logps
+
+
+def in_length_sorted_batches(
+    forward: Callable[[list[list[int]], list[int]], tuple[Tensor | None, ...]],
+    token_ids: Sequence[list[int]],
+    prompt_lens: Sequence[int],
+    batch_size: int,
+) -> list[tuple[Tensor | None, ...]]:
+    """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
+
+    `forward(token_ids, prompt_lens)` returns tensors of shape (B, T, ...); each row comes back on the CPU, cut to its
+    own T_i completion tokens. Longest first, so that running out of memory happens in the first batch and not the last.
+    Every rank with the same number of rows makes the same number of forward calls, which sharded models need.
+    """
+    lengths = [len(ids) for ids in token_ids]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    rows: list[tuple[Tensor | None, ...]] = [()] * len(lengths)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        with torch.no_grad():
+            outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
+        outputs = tuple(None if output is None else output.cpu() for output in outputs)
+        for place, row in enumerate(batch):
+            num_tokens = lengths[row] - prompt_lens[row]
+            rows[row] = tuple(None if output is None else output[place, :num_tokens].clone() for output in outputs)
+    return rows
+
+
+def _completion_hidden_states(
+    model: Any, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int], pad_token_id: int
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Hidden states that predict the completion tokens (M, H), those tokens (M,), their mask (B, T), and the model."""
+    causal_lm = model.base_model.model if is_peft_model(model) else model
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    starts = torch.tensor(list(prompt_lens))
+    if int(starts.min()) < 1:
+        raise ValueError("every row needs at least one prompt token, which predicts its first completion token.")
+    input_ids_BL = torch.full((len(token_ids), int(lengths.max())), pad_token_id)
+    for row, ids in enumerate(token_ids):
+        input_ids_BL[row, : len(ids)] = torch.tensor(ids)
+    columns_L = torch.arange(input_ids_BL.size(1))
+    predicted_BL = (columns_L >= starts[:, None]) & (columns_L < lengths[:, None])
+    targets_M = input_ids_BL[predicted_BL]
+    device = causal_lm.get_input_embeddings().weight.device
+    # `base_model` is the backbone without the lm_head.
+    hidden_BLH = causal_lm.base_model(
+        input_ids=input_ids_BL.to(device),
+        attention_mask=(columns_L < lengths[:, None]).long().to(device),
+        use_cache=False,
+    ).last_hidden_state
+    # The hidden state at position t predicts token t + 1.
+    hidden_MH = hidden_BLH[:, :-1][predicted_BL[:, 1:].to(hidden_BLH.device)]
+    num_tokens = lengths - starts
+    mask_BT = torch.arange(max(1, int(num_tokens.max()))) < num_tokens[:, None]
+    return hidden_MH, targets_M, mask_BT, causal_lm
+
+
+def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Factor on the logits and their tanh soft cap, which models apply after the lm_head (Cohere, Granite, Gemma)."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # One meaning, four names: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/distillation_trainer.py
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        if factor is not None:
+            return float(factor), softcap
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0, softcap
+    return (float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)), softcap

@@ -1,0 +1,181 @@
+"""What a step says about itself: names are `stage/branch/name`, units are in docs/metrics.md."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+if TYPE_CHECKING:
+    from .trainer import CaMOPDTrainer
+
+
+GAP_SAMPLES = 256  # |gap| values a sample contributes to the step's 99th percentile, evenly spaced over its tokens
+
+
+def row_sums(gaps_T: Tensor, teacher_logps_T: Tensor, entropy_T: Tensor, mask_T: Tensor) -> dict[str, Any]:
+    """One completion's sums over its sampled tokens: what the means over a branch, of any grouping, are made from."""
+    gaps = gaps_T[mask_T].double()
+    stride = max(1, math.ceil(len(gaps) / GAP_SAMPLES))
+    return {
+        "num_tokens": len(gaps),
+        "gap": gaps.sum().item(),
+        "gap_abs": gaps.abs().sum().item(),
+        "gap_positive": gaps.clamp(min=0).sum().item(),
+        "gap_abs_samples": gaps.abs()[::stride].tolist(),
+        "teacher_logp": teacher_logps_T[mask_T].double().sum().item(),
+        "entropy": entropy_T[mask_T].double().sum().item(),
+    }
+
+
+def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degenerate: bool) -> dict[str, float]:
+    """Metrics of one branch in one optimizer step, from the table of its samples over all ranks."""
+    valid = [row for row in rows if row["num_tokens"] > 0]
+    chosen = [row for row in valid if row["position"] in kept]
+    dropped = [row for row in valid if row["position"] not in kept]
+    scores = np.array([row["score"] for row in valid])
+    mass = scores.sum()
+    per_token = {
+        f"gap/{branch}/mean": _token_mean(valid, "gap"),
+        f"gap/{branch}/abs_mean": _token_mean(valid, "gap_abs"),
+        f"gap/{branch}/positive_mean": _token_mean(valid, "gap_positive"),
+        f"rollout/{branch}/entropy": _token_mean(valid, "entropy"),
+    }
+    samples = [value for row in valid for value in row["gap_abs_samples"]]
+    quantiles = np.quantile(scores, (0.1, 0.5, 0.9)) if len(scores) else [math.nan] * 3
+    return {
+        **per_token,
+        f"gap/{branch}/abs_p99": float(np.quantile(samples, 0.99)) if samples else math.nan,
+        f"teacher/{branch}/perplexity": math.exp(-_token_mean(valid, "teacher_logp")),
+        f"score/{branch}/p10": float(quantiles[0]),
+        f"score/{branch}/p50": float(quantiles[1]),
+        f"score/{branch}/p90": float(quantiles[2]),
+        f"score/{branch}/max": float(scores.max()) if len(scores) else math.nan,
+        f"score/{branch}/length_spearman": _spearman(scores, [row["num_tokens"] for row in valid]),
+        f"selection/{branch}/candidates": len(valid),
+        f"selection/{branch}/kept": len(chosen),
+        f"selection/{branch}/kept_fraction": len(chosen) / len(valid) if valid else math.nan,
+        f"selection/{branch}/mass": sum(row["score"] for row in chosen) / mass if mass > 0 else math.nan,
+        f"selection/{branch}/degenerate": float(degenerate),
+        f"selection/{branch}/length_kept": _mean(chosen, "num_tokens"),
+        f"selection/{branch}/length_dropped": _mean(dropped, "num_tokens"),
+        f"selection/{branch}/truncated_kept": _mean(chosen, "truncated"),
+        f"selection/{branch}/truncated_dropped": _mean(dropped, "truncated"),
+        f"rollout/{branch}/length": _mean(valid, "num_tokens"),
+        f"rollout/{branch}/truncated": _mean(valid, "truncated"),
+        f"rollout/{branch}/empty": len(rows) - len(valid),
+    }
+
+
+def of_evaluation(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means and standard errors over prompts of a branch's held-out gaps, nats per token."""
+    valid = [row for row in rows if row["num_tokens"] > 0]
+    result: dict[str, float] = {"prompts": len(valid)}
+    for name in ("gap", "gap_abs", "gap_positive"):
+        values = np.array([row[name] / row["num_tokens"] for row in valid])
+        result[name] = float(values.mean()) if valid else math.nan
+        if name == "gap":
+            result["kl"] = -result["gap"]
+            result["kl_se"] = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return result
+
+
+class ImportanceStats:
+    """Running statistics of pi_train / pi_rollout over the tokens of a step's micro-batches on this rank."""
+
+    def __init__(self) -> None:
+        self.total = self.count = self.zeroed = 0.0
+        self.largest = -math.inf
+
+    def add(self, train_logps: Tensor, rollout_logps: Tensor | None, weights: Tensor, mask: Tensor) -> None:
+        """Take in one micro-batch, all (B, T). Tokens without a rollout log-prob do not count."""
+        if rollout_logps is None:
+            return
+        known = mask & ~rollout_logps.isnan()
+        ratio = torch.exp(train_logps - rollout_logps)[known].double()
+        if len(ratio):
+            self.total += ratio.sum().item()
+            self.count += len(ratio)
+            self.largest = max(self.largest, ratio.max().item())
+            # Weights differ from the ratio exactly where it lies outside the band ("mask" and "truncate" alike).
+            self.zeroed += (weights[known].double() != ratio).sum().item()
+
+    def summary(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+        """Mean, maximum and share outside the band over all ranks; NaN where no token counts."""
+        parts = gather([(self.total, self.count, self.zeroed, self.largest)])
+        total, count, zeroed = (sum(part[index] for part in parts) for index in range(3))
+        return {
+            "importance/ratio_mean": total / count if count else math.nan,
+            "importance/ratio_max": max(part[3] for part in parts) if count else math.nan,
+            "importance/outside_band": zeroed / count if count else math.nan,
+        }
+
+
+class MetricsFile(TrainerCallback):
+    """Appends one line per optimizer step to `output_dir/metrics.jsonl`, on the first process.
+
+    A resumed run drops the lines after its checkpoint, which it is about to write again. A new run in a folder that has
+    such a file renames it to `metrics-1.jsonl`, `metrics-2.jsonl`, ... first.
+    """
+
+    def __init__(self, trainer: CaMOPDTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / "metrics.jsonl"
+        if not state.is_world_process_zero:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        if state.global_step == 0:
+            number = 1
+            while path.with_name(f"metrics-{number}.jsonl").exists():
+                number += 1
+            path.rename(path.with_name(f"metrics-{number}.jsonl"))
+            return
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= state.global_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            record = {"step": state.global_step, **self.trainer._step_metrics}
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in record.items()
+            }
+            with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(finite) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # a line cut short by a crash; its step will be written again
+
+
+def _token_mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    tokens = sum(row["num_tokens"] for row in rows)
+    return sum(row[name] for row in rows) / tokens if tokens else math.nan
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows) if rows else math.nan
+
+
+def _spearman(first: Any, second: Any) -> float:
+    """Rank correlation; NaN where one side is constant."""
+    ranks = [pd.Series(values).rank().to_numpy() for values in (first, second)]
+    if len(ranks[0]) < 2 or any(rank.std() == 0 for rank in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -1,0 +1,172 @@
+"""Two (or more) prompt streams, dealt optimizer step by optimizer step as the schedule says.
+
+`PromptDealer` is the trainer's training set: item `t` holds this rank's rows of optimizer step `t`, all of them, each
+with its branch in the column `branch`. What a step gets is a pure function of the step, so a resumed run sees the
+prompts that an undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from .schedule import Schedule
+
+
+SHUFFLE_BUFFER = 1000  # rows an IterableDataset is shuffled within
+
+
+class PromptStream:
+    """One branch's endless row of prompts: epoch after epoch, each in its own order.
+
+    A map-style `Dataset` is permuted whole in every epoch; an `IterableDataset` within a buffer of 1000 rows. A step
+    that reaches the end of an epoch goes on in the next one, so it always gets as many rows as it asks for.
+    """
+
+    def __init__(self, dataset: Dataset | IterableDataset, branch: str, seed: int, shuffle: bool = True):
+        check_prompts(dataset, branch)
+        self.dataset = dataset
+        self.branch = branch
+        # Its own seed: the same dataset in two branches must not come in the same order.
+        self.seed = seed + int.from_bytes(hashlib.sha256(branch.encode()).digest()[:4], "big")
+        self.shuffle = shuffle
+        self._order: tuple[int, torch.Tensor] | None = None  # (epoch, permutation) in use
+        self._rows: Iterator[dict[str, Any]] | None = None  # reader of an IterableDataset...
+        self._next = 0  # ... and the draw it stands at
+
+    def draw(self, draws: range) -> Iterator[dict[str, Any]]:
+        """The rows of the given draws, counted from the start of training. An IterableDataset skips forward to them."""
+        if isinstance(self.dataset, Dataset):
+            for draw in draws:
+                yield self._row(self.dataset[self._index(draw)])
+            return
+        if self._rows is None or draws.start < self._next:
+            self._rows, self._next = self._read(), 0
+        while self._next < draws.stop:
+            row = next(self._rows)
+            self._next += 1
+            if self._next - 1 in draws:
+                yield self._row(row)
+
+    def _index(self, draw: int) -> int:
+        epoch, place = divmod(draw, len(self.dataset))
+        if not self.shuffle:
+            return place
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator))
+        return int(self._order[1][place])
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        dataset = self.dataset.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER) if self.shuffle else self.dataset
+        epoch = 0
+        while True:
+            dataset.set_epoch(epoch)  # the shuffle's seed becomes seed + epoch
+            empty = True
+            for row in dataset:
+                empty = False
+                yield row
+            if empty:
+                raise ValueError(_no_rows(self.branch))
+            epoch += 1
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        if not row.get("prompt"):
+            raise ValueError(
+                f"a row of branch {self.branch!r} has no prompt (columns {sorted(row)}). Every row needs a non-empty "
+                "'prompt': a text, or messages with 'role' and 'content'."
+            )
+        return {**row, "branch": self.branch}
+
+
+class PromptDealer(TorchDataset):
+    """This rank's rows of every optimizer step.
+
+    The step's global batch is the same list for every number of ranks: the branches' rows one after the other. Rank `r`
+    of `world_size` takes places `r`, `r + world_size`, ..., so that a mixed step gives every rank a mixed share. The
+    place travels in the column `position`; selection breaks ties by it.
+
+    `transformers.Trainer` asks for one item per micro-step. Item `t * micro_steps` holds all rows of optimizer step `t`,
+    because rollouts are made and ranked for the whole step at once; the items between are empty lists.
+    """
+
+    def __init__(
+        self,
+        streams: dict[str, PromptStream],
+        schedule: Schedule,
+        rows_per_step: int,
+        num_steps: int,
+        micro_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.streams = streams
+        self.schedule = schedule
+        self.rows_per_step = rows_per_step
+        self.num_steps = num_steps
+        self.micro_steps = micro_steps
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.num_steps * self.micro_steps
+
+    def __getitem__(self, item: int) -> list[dict[str, Any]]:
+        if not 0 <= item < len(self):
+            raise IndexError(item)
+        step, micro_step = divmod(item, self.micro_steps)
+        return self.rows_of(step) if micro_step == 0 else []
+
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """This rank's rows of optimizer step `step`, in the order of their places in the global batch."""
+        drawn = self.schedule.rows_before(step, self.rows_per_step)
+        rows: list[dict[str, Any]] = []
+        position = 0  # of the branch's first row in the global batch
+        for branch, count in self.schedule.rows(step, self.rows_per_step).items():
+            first = (self.rank - position) % self.world_size  # this rank's first row within the branch
+            draws = range(drawn[branch] + first, drawn[branch] + count, self.world_size)
+            for place, row in enumerate(self.streams[branch].draw(draws)):
+                rows.append({**row, "position": position + first + place * self.world_size})
+            position += count
+        return rows
+
+
+def check_prompts(dataset: Any, branch: str) -> None:
+    """Raise `TypeError` or `ValueError` unless `dataset` can feed a branch. Reads nothing of an IterableDataset."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"the prompts of branch {branch!r} must be a datasets.Dataset or datasets.IterableDataset, got "
+            f"{type(dataset).__name__}. A list of rows becomes one with datasets.Dataset.from_list(rows)."
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(_no_rows(branch))
+    if dataset.column_names is not None:
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"the prompts of branch {branch!r} have no column 'prompt', only {sorted(dataset.column_names)}. Rename "
+                "the column that holds the prompt: dataset.rename_column(..., 'prompt')."
+            )
+        for column in ("image", "images"):
+            if column in dataset.column_names:
+                raise ValueError(
+                    f"the prompts of branch {branch!r} have a column {column!r}: images are not supported, because no "
+                    "teacher can score them yet. Remove the column, or the rows that need it."
+                )
+
+
+def fingerprint(dataset: Dataset | IterableDataset) -> str:
+    """Tells prompt datasets apart for the checkpoint's record: row count and a hash of the first and last 32 prompts."""
+    if not isinstance(dataset, Dataset):
+        return "streamed"
+    ends = sorted({*range(min(32, len(dataset))), *range(max(0, len(dataset) - 32), len(dataset))})
+    text = "\x00".join(str(prompt) for prompt in dataset.select(ends)["prompt"])
+    return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _no_rows(branch: str) -> str:
+    return f"the prompts of branch {branch!r} are empty. Check the path, the split and any filter."

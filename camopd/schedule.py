@@ -1,0 +1,123 @@
+"""Which branches an optimizer step takes: the schedule of Eq. 5, as a string.
+
+    general:3,domain:1        three general steps, then one domain step, repeated     CaMOPD, "3-1"
+    general:1+domain:1        every step mixes both, half and half                    Vanilla MOPD
+    general:3+domain:1        every step mixes both, three quarters and one quarter   "w/o dec (3:1)"
+
+A comma separates optimizer steps, a plus mixes branches inside one step. `name:n` is a number of steps when the branch
+has its steps to itself and a share when it is mixed; `:1` may be left out. Everything is a pure function of the
+optimizer step, counted from 0, so there is no state to lose: after a resume, step `t` is what it would have been.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A parsed schedule. `str(schedule)` gives the text back. Build it with [`Schedule.parse`]."""
+
+    text: str
+    steps: tuple[dict[str, float], ...]  # one period: per optimizer step, the share of each branch; shares add up to 1
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Parse a schedule.
+
+        >>> schedule = Schedule.parse("general:3,domain:1")
+        >>> [list(schedule.shares(step)) for step in range(5)]
+        [['general'], ['general'], ['general'], ['domain'], ['general']]
+        >>> Schedule.parse("general:3+domain:1").shares(0)
+        {'general': 0.75, 'domain': 0.25}
+
+        Raises `ValueError` that points at the offending part.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"schedule must be a text such as 'general:3,domain:1', got {text!r}.")
+        steps: list[dict[str, float]] = []
+        position = 0
+        for group in text.split(","):
+            parts: dict[str, float] = {}
+            mixed = "+" in group
+            for part in group.split("+"):
+                name, count = _parse_part(text, part, position, whole_steps=not mixed)
+                if name in parts:
+                    raise _error(text, position, part, f"branch {name!r} is already in this step; add its shares up")
+                parts[name] = count
+                position += len(part) + 1  # the separator
+            total = sum(parts.values())
+            shares = {name: count / total for name, count in parts.items()}
+            steps += [shares] * (1 if mixed else int(total))
+        return cls(text=text, steps=tuple(steps))
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Every branch, in order of appearance."""
+        return tuple(dict.fromkeys(name for shares in self.steps for name in shares))
+
+    @property
+    def period(self) -> int:
+        """Optimizer steps until the schedule repeats."""
+        return len(self.steps)
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Share of each branch in optimizer step `step`, counted from 0: `{"general": 1.0}` for a pure step."""
+        return dict(self.steps[step % self.period])
+
+    def rows(self, step: int, rows_per_step: int) -> dict[str, int]:
+        """Rows of each branch in optimizer step `step`; they add up to `rows_per_step` (largest remainder).
+
+        >>> Schedule.parse("a+b+c").rows(0, 512)
+        {'a': 171, 'b': 171, 'c': 170}
+        """
+        exact = {name: share * rows_per_step for name, share in self.shares(step).items()}
+        rows = {name: int(value + 1e-9) for name, value in exact.items()}  # 512 * 0.75 may be 383.999...
+        missing = rows_per_step - sum(rows.values())
+        for name in sorted(exact, key=lambda name: rows[name] - exact[name])[:missing]:
+            rows[name] += 1
+        return rows
+
+    def rows_before(self, step: int, rows_per_step: int) -> dict[str, int]:
+        """Rows of each branch that all steps before `step` have drawn: where its stream stands after a resume."""
+        periods, rest = divmod(step, self.period)
+        drawn = dict.fromkeys(self.branches, 0)
+        for offset in range(self.period):
+            for name, count in self.rows(offset, rows_per_step).items():
+                drawn[name] += count * (periods + (offset < rest))
+        return drawn
+
+
+def _parse_part(text: str, part: str, position: int, whole_steps: bool) -> tuple[str, float]:
+    name, colon, count_text = (piece.strip() for piece in part.partition(":"))
+    if not name and not colon:
+        raise _error(text, position, part, "a branch is missing here")
+    if not _NAME.fullmatch(name):
+        raise _error(text, position, part, f"{name!r} is no branch name (letters, digits, '_' and '-')")
+    if not colon:
+        return name, 1.0
+    try:
+        count = float(count_text)
+    except ValueError:
+        raise _error(text, position, part, f"{count_text!r} is no number") from None
+    if not 0 < count < float("inf"):
+        raise _error(text, position, part, f"{count_text} must be above 0; leave the branch out instead")
+    if whole_steps and count != int(count):
+        raise _error(text, position, part, f"{count_text} is no whole number of steps; use '+' to mix by share")
+    return name, count
+
+
+def _error(text: str, position: int, part: str, reason: str) -> ValueError:
+    start = position + len(part) - len(part.lstrip())
+    marker = " " * start + "^" * max(1, len(part.strip()))
+    return ValueError(
+        f"schedule cannot be read: {reason}.\n    {text}\n    {marker}\n"
+        "Write 'general:3,domain:1' for separate steps or 'general:3+domain:1' to mix inside each step."
+    )

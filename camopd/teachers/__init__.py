@@ -1,0 +1,86 @@
+"""Teachers: a vLLM server, a model in this process, or the student without its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from .base import Teacher, TokenScores
+from .local import AdapterOffTeacher, Forward, LocalTeacher, check_same_tokens, load_teacher_model
+from .server import ServerTeacher
+
+
+__all__ = ["AdapterOffTeacher", "LocalTeacher", "ServerTeacher", "Teacher", "TokenScores", "resolve_teachers"]
+
+
+def resolve_teachers(
+    teachers: dict[str, Any],
+    student: Any,
+    student_forward: Forward,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    device: torch.device,
+    autocast: Callable[[], Any],
+    batch_size: int,
+    init_kwargs: dict[str, Any],
+) -> dict[str, Teacher]:
+    """Turn what the user wrote for each branch into teachers, servers first: they fail fast, models load slowly.
+
+    Branches that name the same model or server share one teacher. Raises `ValueError`, `TypeError` or `TeacherError` for
+    a teacher that cannot be had, does not fit the student's tokenizer, or whose context is shorter than `max_tokens`.
+    """
+    resolved: dict[str, Teacher] = {}
+    made: dict[str, Teacher] = {}
+    for branch, spec in sorted(teachers.items(), key=lambda item: not _is_server(item[1])):
+        key = repr(spec) if isinstance(spec, (str, list, tuple)) else None
+        if key is not None and key in made:
+            resolved[branch] = made[key]
+            continue
+        teacher: Teacher
+        if _is_server(spec):
+            server = ServerTeacher([spec] if isinstance(spec, str) else spec, branch)
+            server.check_context(max_tokens)
+            server.check_tokenizer(tokenizer)
+            teacher = server
+        elif spec == "adapter_off":
+            teacher = AdapterOffTeacher(student, student_forward, batch_size, autocast)
+        elif isinstance(spec, str):
+            model = load_teacher_model(spec, init_kwargs, branch)
+            _check_vocabulary(student, model, branch)
+            trust = bool(init_kwargs.get("trust_remote_code", False))
+            check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(spec, trust_remote_code=trust), branch)
+            teacher = LocalTeacher(model, spec, device, batch_size, autocast)
+        elif isinstance(spec, PreTrainedModel):
+            _check_vocabulary(student, spec, branch)
+            teacher = LocalTeacher(spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast)
+        elif isinstance(spec, Teacher):
+            teacher = spec
+        else:
+            raise TypeError(
+                f"the teacher of branch {branch!r} is {spec!r} ({type(spec).__name__}). It must be the URL of a vLLM "
+                "server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', or an object with a `name` "
+                "and a `score` method (camopd.Teacher)."
+            )
+        resolved[branch] = teacher
+        if key is not None:
+            made[key] = teacher
+    return {branch: resolved[branch] for branch in teachers}
+
+
+def _is_server(spec: Any) -> bool:
+    if isinstance(spec, (list, tuple)):
+        return bool(spec) and all(_is_server(url) for url in spec)
+    return isinstance(spec, str) and spec.startswith(("http://", "https://"))
+
+
+def _check_vocabulary(student: Any, teacher: PreTrainedModel, branch: str) -> None:
+    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
+    if ours > theirs:
+        raise ValueError(
+            f"the teacher of branch {branch!r} knows {theirs} tokens and the student {ours}: it cannot score every token "
+            "the student may write. Use a teacher of the same family."
+        )

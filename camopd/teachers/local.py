@@ -1,0 +1,149 @@
+"""Teachers inside the training process: a second copy of a model, or the student with its adapter switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import create_model_from_path, get_config_model_id
+
+from ..logprobs import completion_logps, completion_top_k, in_length_sorted_batches
+from .base import TokenScores
+
+
+Forward = Callable[[list[list[int]], list[int]], tuple[Tensor, Tensor | None]]
+
+
+class LocalTeacher:
+    """A frozen model on the trainer's own device.
+
+    A whole copy lives on every rank. On an accelerator it is moved there to score and back to the CPU afterwards, so
+    that only the student takes memory while its own forward and backward run, and a resting branch costs nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        device: torch.device | str,
+        batch_size: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        """
+        Args:
+            model: the loaded teacher; it is put into eval mode and never changes.
+            device: where to score.
+            batch_size: rows per forward.
+            autocast: the trainer's autocast, so that teacher and student round alike.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.autocast = autocast
+        self.rests_on_cpu = self.device.type != "cpu" and getattr(model, "hf_device_map", None) is None
+
+    def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
+        """See [`Teacher.score`]."""
+        if self.rests_on_cpu:
+            self.model.to(self.device)
+        try:
+            return score_with(
+                lambda ids, lens: completion_logps(self.model, ids, lens, pad_token_id=0),
+                lambda ids, lens: completion_top_k(self.model, ids, lens, pad_token_id=0, k=top_k),
+                token_ids,
+                prompt_lens,
+                top_k,
+                self.batch_size,
+                self.autocast,
+            )
+        finally:
+            if self.rests_on_cpu:
+                self.model.to("cpu")
+
+
+class AdapterOffTeacher:
+    """The student without its adapter: with LoRA on the specialised model, the domain teacher costs no memory at all."""
+
+    def __init__(self, student: Any, forward: Forward, batch_size: int, autocast: Callable[[], Any] = nullcontext):
+        """
+        Args:
+            student: the `peft.PeftModel` that is trained.
+            forward: `(token_ids, prompt_lens) -> (logps_BT, None)` through the trainer's wrapped student.
+        """
+        self.student = student
+        self.name = f"adapter_off:{get_config_model_id(student.config)}"
+        self.forward = forward
+        self.batch_size = batch_size
+        self.autocast = autocast
+
+    def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
+        """See [`Teacher.score`]."""
+        training = self.student.training
+        self.student.eval()  # dropout off; `disable_adapter` does not do that
+        try:
+            with self.student.disable_adapter():
+                return score_with(
+                    self.forward,
+                    lambda ids, lens: completion_top_k(self.student, ids, lens, pad_token_id=0, k=top_k),
+                    token_ids,
+                    prompt_lens,
+                    top_k,
+                    self.batch_size,
+                    self.autocast,
+                )
+        finally:
+            self.student.train(training)
+
+
+def score_with(
+    logps_forward: Forward,
+    top_k_forward: Forward,
+    token_ids: list[list[int]],
+    prompt_lens: list[int],
+    top_k: int,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[TokenScores]:
+    """Score rows with a model's forward, in length-sorted batches of `batch_size`."""
+    with autocast():
+        rows = in_length_sorted_batches(logps_forward, token_ids, prompt_lens, batch_size)
+        if not top_k:
+            return [TokenScores(logps=row[0].float()) for row in rows]  # type: ignore[union-attr]
+        tops = in_length_sorted_batches(top_k_forward, token_ids, prompt_lens, batch_size)
+    return [
+        TokenScores(logps=row[0].float(), top_ids=top[0], top_logps=top[1])  # type: ignore[union-attr]
+        for row, top in zip(rows, tops, strict=True)
+    ]
+
+
+def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) -> PreTrainedModel:
+    """Load a teacher on the CPU. Raises `ValueError` naming the branch when there is no such model."""
+    try:
+        return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
+    except OSError as error:
+        raise ValueError(
+            f"the teacher of branch {branch!r}, {model_id!r}, cannot be loaded: {error}\n"
+            "Give a local folder with weights, a model id of the Hub, the URL of a vLLM server (http://host:port), "
+            "or 'adapter_off'."
+        ) from error
+
+
+def check_same_tokens(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: Any, branch: str) -> None:
+    """Raise `ValueError` unless both tokenizers give every token the same id: the teacher scores the student's ids."""
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if student == teacher:
+        return
+    differing = [token for token in student if teacher.get(token) != student[token]]
+    differing += [token for token in teacher if token not in student]
+    example = differing[0]
+    raise ValueError(
+        f"the teacher of branch {branch!r} has another tokenizer than the student: {len(differing)} of "
+        f"{len(student)} tokens differ, for example {example!r} is id {student.get(example)} for the student and "
+        f"{teacher.get(example)} for the teacher. Its log-probs would be those of other words. Use a teacher of the "
+        "same family, or copy the student's tokenizer files into the teacher's folder if only added tokens differ."
+    )

@@ -1,0 +1,721 @@
+"""`CaMOPDTrainer`: one optimizer step of CaMOPD on top of TRL's `DistillationTrainer`.
+
+    prompts -> rollout -> score -> select -> loss -> optimizer
+    of the     student    teacher  Eq. 6-8   Eq. 9
+    branch     T = 1      of the   over all  kept samples only
+                          branch   ranks
+
+The methods stand in that order. This is the only file that overrides TRL privates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from trl import DistillationTrainer
+from trl.data_utils import is_conversational
+from trl.extras.profiling import profiling_context
+from trl.trainer.utils import get_config_model_id
+
+from . import metrics
+from .config import CaMOPDConfig
+from .errors import CaMOPDError, ResumeError
+from .logprobs import completion_logps, in_length_sorted_batches
+from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
+from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
+from .schedule import Schedule
+from .teachers import resolve_teachers
+from .teachers.base import Teacher
+
+
+RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
+
+
+@dataclass
+class Rollouts:
+    """This rank's rollouts of one optimizer step (or one evaluation batch), row by row; lists all have one item a row.
+
+    `T_i` counts the tokens of a completion. `mask` is False on tokens that the student did not sample (tool results).
+    """
+
+    branch: list[str]
+    position: list[int]  # place in the step's global batch
+    token_ids: list[list[int]]  # prompt + completion
+    prompt_len: list[int]
+    mask: list[Tensor]  # (T_i,) bool
+    truncated: list[bool]  # cut at max_completion_length, no end of sequence
+    rollout_logps: list[Tensor] | None  # (T_i,) float32, log mu of the rollout engine
+    teacher_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32
+    student_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32, at rollout time
+    entropy: list[Tensor] = field(default_factory=list)  # (T_i,) nats
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """T_i that Eq. 6-9 divide by: sampled tokens."""
+        return [int(mask.sum()) for mask in self.mask]
+
+
+class CaMOPDTrainer(DistillationTrainer):
+    """
+    Trainer for CaMOPD, Counteraction-Aware Multi-Teacher On-Policy Distillation (https://arxiv.org/abs/2605.27115):
+    brings general abilities back to a specialised model and keeps its domain.
+
+    What differs from [`~trl.DistillationTrainer`]:
+
+    - the *training set* is one prompt stream per branch, dealt by `args.schedule`, every rank in the same branch;
+    - the *teacher* is that of the branch, and gives log-probs of the sampled tokens only;
+    - the *loss* is Eq. 9, on the samples that Eq. 8 selects over the whole step and all ranks; the others cost no forward
+      or backward;
+    - *evaluation* reports gaps per branch, and `metrics.jsonl` in `output_dir` gets a line per optimizer step.
+
+    Generation, vLLM, PEFT, DeepSpeed/FSDP, tools, checkpoints and the Hub are inherited.
+
+    Example:
+
+    ```python
+    trainer = CaMOPDTrainer(
+        model="Intelligent-Internet/II-Medical-8B",
+        teachers={"general": "http://localhost:8001", "domain": "http://localhost:8002"},
+        args=CaMOPDConfig(output_dir="ii-medical-8b-camopd"),
+        train_dataset={"general": general_prompts, "domain": domain_prompts},
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The specialised model to train.
+        teachers (`dict`, *optional*, defaults to `args.teachers`):
+            Teacher of each branch of the schedule: URL of a vLLM server or a list of URLs (replicas), model id, path
+            or loaded model (in-process), `"adapter_off"` (a LoRA student without its adapter), or any
+            [`~camopd.Teacher`].
+        args ([`CaMOPDConfig`], *optional*):
+            Configuration. Defaults to the paper's.
+        train_dataset (`dict[str, Dataset | IterableDataset]`):
+            Prompts of each branch, with a column `prompt`: a text or a list of messages.
+        eval_dataset (`dict[str, Dataset | IterableDataset]`, *optional*):
+            Held-out prompts of some or all branches.
+        processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
+            As in [`~trl.DistillationTrainer`].
+    """
+
+    _tag_names = ["camopd", "trl", "on-policy-distillation"]
+    _name = "CaMOPD"
+    _paper = {
+        "title": "Counteraction-Aware Multi-Teacher On-Policy Distillation for General Capability Recovery with "
+        "Domain Preservation",
+        "id": "2605.27115",
+        "citation": textwrap.dedent("""\
+            @article{chen2026camopd,
+                title   = {{Counteraction-Aware Multi-Teacher On-Policy Distillation for General Capability Recovery with Domain Preservation}},
+                author  = {Tianlei Chen and Jiao Ou and Ziyuan Liu and Ruiming Tang and Jian Liang and Han Li},
+                year    = 2026,
+                eprint  = {arXiv:2605.27115},
+            }"""),
+    }
+
+    args: CaMOPDConfig
+
+    def __init__(
+        self,
+        model: Any,
+        teachers: dict[str, Any] | None = None,
+        args: CaMOPDConfig | None = None,
+        train_dataset: dict[str, Dataset | IterableDataset] | None = None,
+        eval_dataset: dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = CaMOPDConfig(f"{model_id.split('/')[-1]}-CaMOPD")
+        # The data and the names first: they cost nothing to check, the models do.
+        self.schedule = Schedule.parse(args.schedule)
+        self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
+        streams = self._make_streams(train_dataset, args)
+        eval_dataset = self._with_branch_column(eval_dataset)
+        teachers = self._teachers_by_branch(teachers, args, model, peft_config)
+        dealer = PromptDealer(
+            streams,
+            self.schedule,
+            rows_per_step=args.prompts_per_step,
+            num_steps=args.max_steps,
+            micro_steps=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=dealer,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        if self._is_vlm:
+            raise ValueError(
+                f"{get_config_model_id(self.model.config)!r} takes images, which no teacher can score yet. Pass its "
+                "tokenizer as `processing_class` to train it on text."
+            )
+        self.teachers: dict[str, Teacher] = resolve_teachers(
+            teachers,
+            student=self.accelerator.unwrap_model(self.model),
+            student_forward=self._student_forward,
+            tokenizer=self._tokenizer,
+            max_tokens=args.max_prompt_length + args.max_completion_length,
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+            batch_size=args.score_batch_size,
+            init_kwargs={
+                "dtype": "bfloat16" if args.bf16 else "float32",
+                "trust_remote_code": args.trust_remote_code,
+                **(args.teacher_model_init_kwargs or {}),
+            },
+        )
+        if self.use_vllm:
+            # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
+            self.vllm_generation.logprobs = 0
+
+        self._record = {
+            "schedule": str(self.schedule),
+            "branches": list(self.schedule.branches),
+            "teachers": {branch: teacher.name for branch, teacher in self.teachers.items()},
+            "prompts": {branch: fingerprint(stream.dataset) for branch, stream in streams.items()},
+            "prompts_per_step": args.prompts_per_step,
+            "seed": args.seed,
+        }
+        self._micro_batches: list[dict[str, Any] | None] = []
+        self._turns: list[tuple[list[int], list[int], list[float]]] = []  # of vLLM: prompt, completion, log-probs
+        self._empty_rows: set[int] = set()
+        self._prompts_cut = 0
+        self._step_metrics: dict[str, Any] = {}
+        self._eval_rows: list[dict[str, float]] = []
+        self.add_callback(metrics.MetricsFile(self))
+
+    # ------------------------------------------------------------------------------------------ data and teachers
+
+    def _make_streams(self, datasets: Any, args: CaMOPDConfig) -> dict[str, PromptStream]:
+        if not isinstance(datasets, dict):
+            raise TypeError(
+                f"train_dataset must map each branch to its prompts, {{{', '.join(map(repr, self.schedule.branches))}}} "
+                f"-> Dataset, got {type(datasets).__name__}."
+            )
+        self._check_branches(datasets, "train_dataset", "prompts")
+        streams = {}
+        for branch in self.schedule.branches:
+            streams[branch] = PromptStream(datasets[branch], branch, args.seed, shuffle=bool(args.shuffle_dataset))
+        if any(isinstance(stream.dataset, IterableDataset) for stream in streams.values()):
+            args.dataloader_num_workers = 0  # several workers would each read the whole stream
+        return streams
+
+    def _with_branch_column(self, datasets: Any) -> dict[str, Dataset | IterableDataset] | None:
+        if datasets is None:
+            return None
+        if not isinstance(datasets, dict):
+            raise TypeError(
+                f"eval_dataset must map branches to held-out prompts, got {type(datasets).__name__}. The teacher that "
+                "scores a prompt is that of its branch."
+            )
+        marked = {}
+        for branch, dataset in datasets.items():
+            if branch not in self.schedule.branches:
+                raise ValueError(
+                    f"eval_dataset has branch {branch!r}, which is not in schedule {str(self.schedule)!r}; its branches "
+                    f"are {list(self.schedule.branches)}."
+                )
+            check_prompts(dataset, branch)
+            if isinstance(dataset, Dataset):
+                marked[branch] = dataset.select_columns(["prompt"]).add_column("branch", [branch] * len(dataset))
+            else:
+                marked[branch] = dataset.map(lambda row, branch=branch: {**row, "branch": branch})
+        return marked
+
+    def _teachers_by_branch(
+        self, teachers: dict[str, Any] | None, args: CaMOPDConfig, model: Any, peft_config: Any
+    ) -> dict[str, Any]:
+        teachers = args.teachers if teachers is None else teachers
+        if not isinstance(teachers, dict):
+            raise TypeError(
+                f"teachers must map each branch of schedule {str(self.schedule)!r} to its teacher, got {teachers!r}. "
+                "Pass teachers={...} to the trainer or set it in the config."
+            )
+        self._check_branches(teachers, "teachers", "teacher")
+        for branch, teacher in teachers.items():
+            if teacher is model and not isinstance(model, str):
+                raise ValueError(
+                    f"the teacher of branch {branch!r} is the student object itself and would change as it trains. Pass "
+                    "the path it was loaded from, a copy.deepcopy of it, or 'adapter_off' if it has an adapter."
+                )
+            if teacher == "adapter_off" and peft_config is None and (isinstance(model, str) or not is_peft_model(model)):
+                raise ValueError(
+                    f"the teacher of branch {branch!r} is 'adapter_off', the student without its adapter, but the student "
+                    "has none. Pass peft_config=LoraConfig(...) to the trainer, or name a model or server as teacher."
+                )
+        return {branch: teachers[branch] for branch in self.schedule.branches}
+
+    def _check_branches(self, mapping: dict[str, Any], argument: str, noun: str) -> None:
+        for branch in self.schedule.branches:
+            if mapping.get(branch) is None:
+                raise ValueError(
+                    f"branch {branch!r} of schedule {str(self.schedule)!r} has no {noun}: {argument} has "
+                    f"{sorted(mapping)}. Add {argument}[{branch!r}] or take the branch out of the schedule."
+                )
+        unused = sorted(set(mapping) - set(self.schedule.branches))
+        if unused:
+            raise ValueError(
+                f"{argument} has {unused}, which schedule {str(self.schedule)!r} never visits. Add it to the schedule or "
+                f"leave it out."
+            )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item per micro-step, already this rank's own: nothing here is left for accelerate to shard or move."""
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            sampler=SequentialSampler(self.train_dataset),
+            collate_fn=_only_item,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Prompts of the whole run, for the parent's log lines."""
+        if isinstance(dataloader.dataset, PromptDealer):
+            return self.args.max_steps * self.args.prompts_per_step
+        return super().num_examples(dataloader)
+
+    # ---------------------------------------------------------------------------------------------------- rollout
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        # The parent looks at the first prompt to tell text from messages; a mixed step can hold both.
+        prompt_ids: list[list[int]] = [[] for _ in prompts]
+        for conversational in (False, True):
+            rows = [i for i, prompt in enumerate(prompts) if is_conversational({"prompt": prompt}) == conversational]
+            if not rows:
+                continue
+            ids, images, _ = super()._tokenize_prompts([prompts[row] for row in rows])
+            if images is not None:
+                raise ValueError(
+                    "a prompt holds an image, which no teacher can score yet. Leave rows with images out of the prompts."
+                )
+            for row, row_ids in zip(rows, ids, strict=True):
+                prompt_ids[row] = list(row_ids)
+        limit = self.args.max_prompt_length
+        self._prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
+        self._turns = []
+        self._empty_rows = set()
+        # The last tokens: the generation prompt must survive.
+        return [ids[-limit:] for ids in prompt_ids], None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
+        if self.use_vllm:
+            completion_ids = self._generate_with_vllm(prompt_ids)
+        else:
+            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+        if not self._turns:
+            # The parent reads the last token of each completion, which an empty one does not have. Stand in one token
+            # and take it out again in `_roll_out`. Only the first turn can be a row's whole completion.
+            self._empty_rows = {row for row, ids in enumerate(completion_ids) if not ids}
+            completion_ids = [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
+        return completion_ids
+
+    def _generate_with_vllm(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """The parent's vLLM branch, keeping the sampler's log-probs, which it throws away."""
+        if self.state.global_step != self._last_loaded_step:
+            with profiling_context(self, "sync_weights"):
+                self.vllm_generation.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        _, completion_ids, logprobs, _ = self.vllm_generation.generate(
+            prompts=prompt_ids, images=None, num_generations=1, profiler=profiling_context(self, "vLLM.generate")
+        )
+        for ids, completion, row_logprobs in zip(prompt_ids, completion_ids, logprobs, strict=True):
+            # The sampled token's own log-prob; vLLM's NaN arrives as None and means: no weight for this token.
+            logps = [math.nan if token[0] is None else token[0] for token in row_logprobs]
+            self._turns.append((list(ids), list(completion), logps))
+        return completion_ids
+
+    def _roll_out(self, rows: list[dict[str, Any]]) -> Rollouts:
+        """Generate one completion per row, by the parent."""
+        output = super()._generate_and_score_completions(rows)
+        prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
+        sampled_mask = completion_mask & output["tool_mask"].bool().cpu() if "tool_mask" in output else completion_mask
+        completion_mask[list(self._empty_rows)] = False
+        prompts, completions = output["prompt_ids"].cpu(), output["completion_ids"].cpu()
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        rollouts = Rollouts(
+            branch=[row["branch"] for row in rows],
+            position=[row.get("position", place) for place, row in enumerate(rows)],
+            token_ids=[],
+            prompt_len=[],
+            mask=[],
+            truncated=[],
+            rollout_logps=[] if self._turns else None,
+        )
+        for row in range(len(rows)):
+            prompt = prompts[row][prompt_mask[row]].tolist()
+            completion = completions[row][completion_mask[row]].tolist()
+            rollouts.token_ids.append(prompt + completion)
+            rollouts.prompt_len.append(len(prompt))
+            rollouts.mask.append(sampled_mask[row][completion_mask[row]])
+            rollouts.truncated.append(bool(completion) and completion[-1] not in ends)
+            if rollouts.rollout_logps is not None:
+                rollouts.rollout_logps.append(_logps_of_turns(self._turns, row, len(rows), prompt, completion))
+        return rollouts
+
+    # ------------------------------------------------------------------------------------------------------ score
+
+    def _student_forward(
+        self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False, model: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`completion_logps` of the student, inside the DDP/FSDP/DeepSpeed wrapper's forward."""
+        model = self.model_wrapped if model is None else model
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            return self._forward_redirection(
+                model, unwrapped, completion_logps, unwrapped, token_ids, prompt_lens,
+                self._tokenizer.pad_token_id, with_entropy,
+            )  # fmt: skip
+
+    def _score(self, rollouts: Rollouts) -> None:
+        """Fill in the teachers' and the student's log-probs. Raises `CaMOPDError` when a gap is not finite."""
+        scores: list[Any] = [None] * len(rollouts)
+        for branch in dict.fromkeys(rollouts.branch):
+            rows = [row for row, name in enumerate(rollouts.branch) if name == branch]
+            started = time.perf_counter()
+            answers = self.teachers[branch].score(
+                [rollouts.token_ids[row] for row in rows], [rollouts.prompt_len[row] for row in rows]
+            )
+            self._step_metrics[f"time/teacher_{branch}"] = time.perf_counter() - started
+            for row, answer in zip(rows, answers, strict=True):
+                scores[row] = answer.logps
+        rollouts.teacher_logps = scores
+
+        training = self.model.training
+        self.model.eval()
+        own = in_length_sorted_batches(
+            lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
+            rollouts.token_ids,
+            rollouts.prompt_len,
+            self.args.score_batch_size,
+        )
+        self.model.train(training)
+        rollouts.student_logps = [logps for logps, _ in own]
+        rollouts.entropy = [entropy for _, entropy in own]
+        _check_finite(rollouts, self.teachers)
+
+    # ----------------------------------------------------------------------------------------------------- select
+
+    def _select(self, rollouts: Rollouts) -> tuple[set[int], int]:
+        """Eq. 6-8 over the step's whole batch, per branch: positions that are kept, and how many there are.
+
+        Every rank gathers the same table, sorts it by position and so keeps the same samples, however many ranks there
+        are. Without selection every non-empty completion is kept.
+        """
+        table: list[dict[str, Any]] = []
+        for row, (branch, num_tokens) in enumerate(zip(rollouts.branch, rollouts.num_tokens, strict=True)):
+            gaps = token_gaps(rollouts.teacher_logps[row], rollouts.student_logps[row], rollouts.mask[row])[None]
+            score = gap_scores(gaps, rollouts.mask[row][None], self._settings["score"][branch])
+            table.append(
+                {
+                    "branch": branch,
+                    "position": rollouts.position[row],
+                    "score": score.item(),
+                    "num_tokens": num_tokens,
+                    "truncated": rollouts.truncated[row],
+                    **metrics.row_sums(
+                        gaps[0], rollouts.teacher_logps[row], rollouts.entropy[row], rollouts.mask[row]
+                    ),
+                }
+            )
+        table = sorted(gather_object(table), key=lambda row: row["position"])
+        kept: set[int] = set()
+        for branch in dict.fromkeys(row["branch"] for row in table):
+            rows = [row for row in table if row["branch"] == branch]
+            valid = torch.tensor([row["num_tokens"] > 0 for row in rows])
+            scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
+            selection = select_by_mass(scores, self._settings["mass_target"][branch], valid)
+            chosen = selection.kept if self._settings["selection"][branch] else valid.nonzero().flatten()
+            positions = {rows[index]["position"] for index in chosen.tolist()}
+            kept |= positions
+            self._step_metrics.update(metrics.of_branch(branch, rows, positions, selection.degenerate))
+        return kept, len(kept)
+
+    def _to_micro_batches(self, rollouts: Rollouts, kept: set[int], num_kept: int) -> list[dict[str, Any] | None]:
+        """This rank's kept samples as micro-batches of the loss, one entry per micro-step; `None` costs nothing.
+
+        The work stands in the *last* micro-steps, because gradients are exchanged in the very last one. Every rank does
+        as many as the fullest rank, with stand-ins of weight 0 where it has run out of samples: sharded models need
+        every rank in every forward and backward.
+        """
+        rows = sorted(
+            (row for row in range(len(rollouts)) if rollouts.position[row] in kept),
+            key=lambda row: -len(rollouts.token_ids[row]),  # similar lengths share a micro-batch: little padding
+        )
+        size, micro_steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        busy = max(1, max(gather_object([math.ceil(len(rows) / size)])))
+        batches = [rows[place * size : (place + 1) * size] for place in range(busy)]
+        return [None] * (micro_steps - busy) + [self._micro_batch(rollouts, batch, num_kept) for batch in batches]
+
+    def _micro_batch(self, rollouts: Rollouts, rows: list[int], num_kept: int) -> dict[str, Any]:
+        if not rows:  # a stand-in: two tokens of any rollout, outside the mask
+            nothing = torch.zeros(1, 1)
+            return {
+                "token_ids": [[self._tokenizer.eos_token_id] * 2],
+                "prompt_lens": [1],
+                "mask": nothing.bool(),
+                "teacher_logps": nothing,
+                "student_logps": nothing,
+                "rollout_logps": None,
+                "scale": nothing[:, 0],
+                "num_kept": max(1, num_kept),
+            }
+        return {
+            "token_ids": [rollouts.token_ids[row] for row in rows],
+            "prompt_lens": [rollouts.prompt_len[row] for row in rows],
+            "mask": _pad([rollouts.mask[row] for row in rows]),
+            "teacher_logps": _pad([rollouts.teacher_logps[row] for row in rows]),
+            "student_logps": _pad([rollouts.student_logps[row] for row in rows]),
+            "rollout_logps": None
+            if rollouts.rollout_logps is None
+            else _pad([rollouts.rollout_logps[row] for row in rows]),
+            "scale": torch.tensor([self._settings["scale"][rollouts.branch[row]] for row in rows]),
+            "num_kept": num_kept,
+        }
+
+    # ------------------------------------------------------------------------------------------------------- loss
+
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-step. The first one of an optimizer step rolls out, scores and selects for all of them."""
+        if inputs:
+            self._begin_step(inputs)
+        started = time.perf_counter()
+        batch = self._micro_batches.pop(0)
+        if batch is None:  # everything that could be here was dropped by Eq. 8
+            self._step += 1
+            loss = torch.zeros((), device=self.args.device)
+        else:
+            loss = super().training_step(model, batch, num_items_in_batch)
+        self._step_metrics["time/train"] += time.perf_counter() - started
+        self._loss_sum = self._loss_sum + loss
+        if not self._micro_batches:
+            self._end_step()
+        return loss
+
+    def _begin_step(self, rows: list[dict[str, Any]]) -> None:
+        expected = set(self.schedule.shares(self.state.global_step))
+        found = {row["branch"] for row in rows}
+        if not found <= expected:
+            # Two computations of one fact, held together by an error instead of hope.
+            raise CaMOPDError(
+                f"optimizer step {self.state.global_step} got prompts of {sorted(found)}, but schedule "
+                f"{str(self.schedule)!r} wants {sorted(expected)}. The data loader and the trainer disagree about the "
+                "step; if you replaced either, keep `PromptDealer`'s order."
+            )
+        started = time.perf_counter()
+        self._step_metrics = {"branch": "+".join(self.schedule.shares(self.state.global_step)), "time/train": 0.0}
+        self._loss_sum = torch.zeros((), device=self.args.device)
+        self._importance = metrics.ImportanceStats()
+        self.model.train()  # the parent files its rollout metrics by mode
+        rollouts = self._roll_out(rows)
+        rolled_out = time.perf_counter()
+        self._score(rollouts)
+        kept, num_kept = self._select(rollouts)
+        self._micro_batches = self._to_micro_batches(rollouts, kept, num_kept)
+        self._step_metrics["time/rollout"] = rolled_out - started
+        self._step_metrics["time/score"] = time.perf_counter() - rolled_out
+        self._step_metrics["rollout/prompts_cut"] = sum(gather_object([self._prompts_cut]))
+        self._step_metrics["importance/active"] = float(
+            rollouts.rollout_logps is not None and self.args.importance_sampling_mode != "none"
+        )
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """The micro-batch is made already; the parent would generate here."""
+        return inputs
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None):
+        """Eq. 9 on one micro-batch of kept samples, as this micro-batch's share of the step's loss.
+
+        Times the number of ranks, because data-parallel training averages gradients over ranks and Eq. 9 sums them.
+        """
+        logps, _ = self._student_forward(inputs["token_ids"], inputs["prompt_lens"], model=model)
+        device = logps.device
+        mask = inputs["mask"].to(device)
+        # Eq. 1 with the student's log-probs of rollout time. They are those of the current parameters, since a rollout
+        # serves one update, and were computed in the very batches of an in-process teacher: equal weights give a gap of
+        # exactly 0 here, while the log-probs of this forward differ from them by rounding.
+        gaps = token_gaps(inputs["teacher_logps"].to(device), inputs["student_logps"].to(device), mask)
+        rollout_logps = inputs["rollout_logps"] if inputs["rollout_logps"] is None else inputs["rollout_logps"].to(device)
+        args = self.args
+        weights = importance_weights(
+            logps, rollout_logps, mask,
+            args.importance_sampling_low, args.importance_sampling_high, args.importance_sampling_mode,
+        )  # fmt: skip
+        self._importance.add(logps.detach(), rollout_logps, weights, mask)
+        loss = distillation_loss(logps, gaps, weights, mask, inputs["scale"].to(device), inputs["num_kept"])
+        loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def _end_step(self) -> None:
+        """Close the step's metrics: the loss is the mean over ranks, as the parent logs it."""
+        record = self._step_metrics
+        losses = gather_object([self._loss_sum.item()])
+        record["loss"] = sum(losses) / len(losses)
+        record["learning_rate"] = self._get_learning_rate()
+        if record["importance/active"]:
+            record.update(self._importance.summary(gather_object))
+        record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
+        for name, value in record.items():
+            if name not in ("branch", "loss", "learning_rate"):  # the parent logs the last two itself
+                self._metrics["train"][name].append(float(value))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The parent's norm before clipping, noted for the step's line in metrics.jsonl."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None:
+            self._step_metrics["grad_norm"] = float(grad_norm)
+        return grad_norm
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Roll out the held-out prompts and measure their gaps.
+
+        Adds, in nats per token, the mean over prompts of each completion's token mean, with the standard error over
+        prompts: `kl` (the sampled reverse KL to the teacher, minus Eq. 1), and Eq. 1's `gap`, `gap_abs`, `gap_positive`.
+
+        Every evaluation draws with the same random numbers, and leaves those of training as they were.
+        """
+        self._eval_rows = []
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, value in metrics.of_evaluation(self._eval_rows).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
+        """One evaluation batch; its loss is the sampled reverse KL."""
+        with torch.no_grad():
+            rollouts = self._roll_out(inputs)
+            self._score(rollouts)
+        rows = []
+        for row, mask in enumerate(rollouts.mask):
+            gaps = token_gaps(rollouts.teacher_logps[row], rollouts.student_logps[row], mask)
+            rows.append(metrics.row_sums(gaps, rollouts.teacher_logps[row], rollouts.entropy[row], mask))
+        columns = ("num_tokens", "gap", "gap_abs", "gap_positive")
+        sums = torch.tensor([[row[name] for name in columns] for row in rows], device=self.args.device)
+        for values in self.accelerator.gather_for_metrics(sums).tolist():  # drops what pads the last batch
+            self._eval_rows.append(dict(zip(columns, values, strict=True)))
+        per_row = -sums[:, 1] / sums[:, 0].clamp(min=1)
+        return per_row.mean(), None, None
+
+    # -------------------------------------------------------------------------------------- checkpoints and resume
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent. Raises `ResumeError` when the checkpoint belongs to a run with another schedule, other
+        teachers, other prompts or another seed, before anything is loaded."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ResumeError(
+                    f"there is no checkpoint in {self.args.output_dir!r} to go on from. Start without "
+                    "resume_from_checkpoint, or give the checkpoint's own folder."
+                )
+        if resume_from_checkpoint:
+            self._check_record(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_record(self, checkpoint: Path) -> None:
+        path = checkpoint / RUN_RECORD
+        if not path.is_file():
+            raise ResumeError(
+                f"{str(checkpoint)!r} has no {RUN_RECORD}: it is no checkpoint of CaMOPDTrainer. To start from its "
+                "weights, pass it as `model`."
+            )
+        then = json.loads(path.read_text())
+        differences = [
+            f"  {name}: {then.get(name)!r} then, {now!r} now" for name, now in self._record.items() if then.get(name) != now
+        ]
+        if differences:
+            raise ResumeError(
+                f"{str(checkpoint)!r} belongs to another run:\n" + "\n".join(differences) + "\nRestore these settings to go "
+                "on, or pass the checkpoint as `model` to start a new run from its weights."
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RUN_RECORD).write_text(json.dumps(self._record, indent=2) + "\n")
+        super()._save_checkpoint(model, trial)
+
+
+def _only_item(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _logps_of_turns(
+    turns: list[tuple[list[int], list[int], list[float]]], row: int, num_rows: int, prompt: list[int], completion: list[int]
+) -> Tensor:
+    """The sampler's log-prob of each completion token of a row, NaN on tokens it did not sample (tool results).
+
+    The first turn has the rows in order. Later turns of a tool conversation hold some of the rows, whose prompt is then
+    the conversation so far: a turn belongs to the row that its prompt and completion are a piece of.
+    """
+    logps = torch.full((len(completion),), math.nan)
+    sequence = prompt + completion
+    for index, (turn_prompt, turn_completion, turn_logps) in enumerate(turns):
+        if index < num_rows and index != row:
+            continue
+        start = len(turn_prompt)
+        end = min(start + len(turn_completion), len(sequence))  # the parent cuts the last turn at the length limit
+        if sequence[:start] == turn_prompt and sequence[start:end] == turn_completion[: end - start]:
+            logps[start - len(prompt) : end - len(prompt)] = torch.tensor(turn_logps[: end - start])
+    return logps
+
+
+def _check_finite(rollouts: Rollouts, teachers: dict[str, Teacher]) -> None:
+    for side, all_logps in (("teacher", rollouts.teacher_logps), ("student", rollouts.student_logps)):
+        for row, (logps, mask) in enumerate(zip(all_logps, rollouts.mask, strict=True)):
+            name = f"teacher {rollouts.branch[row]!r} ({teachers[rollouts.branch[row]].name})" if side == "teacher" else side
+            if len(logps) != len(mask):
+                raise CaMOPDError(
+                    f"{name} scored {len(logps)} of the {len(mask)} completion tokens of sample {rollouts.position[row]}. "
+                    "A teacher must return one log-prob for each token after the prompt."
+                )
+            broken = int((~torch.isfinite(logps[mask])).sum())
+            if broken:
+                raise CaMOPDError(
+                    f"{name} gave {broken} non-finite log-probs out of {int(mask.sum())} for sample "
+                    f"{rollouts.position[row]}. Training on it would turn the weights into NaN; the last checkpoint is "
+                    "untouched. Check the model's weights and dtype (float16 overflows where bfloat16 does not)."
+                )
