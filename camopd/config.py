@@ -269,6 +269,7 @@ class CaMOPDConfig(DistillationConfig):
             ("teacher_model_revision", None, "put the revision into teacher_model_init_kwargs"),
             ("auto_find_batch_size", False, "it would change prompts_per_step in the middle of a run"),
             ("remove_unused_columns", False, "the branch of a row is a column of it"),
+            ("ignore_data_skip", False, "a resumed run would get the prompts and branches of step 0 again"),
         ):
             value = getattr(self, name)
             if value != only:

@@ -212,7 +212,7 @@ class CaMOPDTrainer(DistillationTrainer):
         }
         self._micro_batches: list[dict[str, Any] | None] = []
         self._turns: list[tuple[list[int], list[int], list[float]]] = []  # of vLLM: prompt, completion, log-probs
-        self._empty_rows: set[int] = set()
+        self._empty_rows: set[int] | None = None
         self._prompts_cut = 0
         self._step_metrics: dict[str, Any] = {}
         self._eval_rows: list[dict[str, float]] = []
@@ -328,7 +328,7 @@ class CaMOPDTrainer(DistillationTrainer):
         limit = self.args.max_prompt_length
         self._prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
         self._turns = []
-        self._empty_rows = set()
+        self._empty_rows = None
         # The last tokens: the generation prompt must survive.
         return [ids[-limit:] for ids in prompt_ids], None, {}
 
@@ -337,9 +337,9 @@ class CaMOPDTrainer(DistillationTrainer):
             completion_ids = self._generate_with_vllm(prompt_ids)
         else:
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
-        if not self._turns:
+        if self._empty_rows is None:  # the first turn, the only one that can be a row's whole completion
             # The parent reads the last token of each completion, which an empty one does not have. Stand in one token
-            # and take it out again in `_roll_out`. Only the first turn can be a row's whole completion.
+            # and take it out again in `_roll_out`.
             self._empty_rows = {row for row, ids in enumerate(completion_ids) if not ids}
             completion_ids = [ids or [self._tokenizer.eos_token_id] for ids in completion_ids]
         return completion_ids
@@ -364,7 +364,7 @@ class CaMOPDTrainer(DistillationTrainer):
         output = super()._generate_and_score_completions(rows)
         prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
         sampled_mask = completion_mask & output["tool_mask"].bool().cpu() if "tool_mask" in output else completion_mask
-        completion_mask[list(self._empty_rows)] = False
+        completion_mask[list(self._empty_rows or ())] = False
         prompts, completions = output["prompt_ids"].cpu(), output["completion_ids"].cpu()
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         rollouts = Rollouts(

@@ -21,8 +21,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, with a chat template."""
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCAB)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
@@ -32,6 +31,11 @@ def tokenizer():
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 def make_model(seed: int, vocab_size: int = len(VOCAB)) -> LlamaForCausalLM:

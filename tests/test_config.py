@@ -1,0 +1,474 @@
+"""`CaMOPDConfig`: the paper's values by default, every way to write them down, and what a wrong value is answered."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+from transformers import SchedulerType
+from trl import DistillationConfig, TrlParser
+
+from camopd import CaMOPDConfig
+
+
+PARENT_FIELDS = {field.name: field for field in dataclasses.fields(DistillationConfig)}
+NEW_FIELDS = [field for field in dataclasses.fields(CaMOPDConfig) if field.name not in PARENT_FIELDS]
+BRANCHES = ("general", "domain")
+
+# Every new field: another value than the default, and how it is written on the command line.
+OTHER_VALUES = {
+    "schedule": ("general:5,domain:1", "general:5,domain:1"),
+    "mass_target": ({"general": 0.5, "domain": 1.0}, '{"general": 0.5, "domain": 1.0}'),
+    "scale": ({"general": 4.0, "domain": 0.5}, '{"general": 4, "domain": 0.5}'),
+    "score": ({"general": "positive", "domain": "absolute"}, '{"general": "positive", "domain": "absolute"}'),
+    "selection": ({"general": False, "domain": True}, '{"general": false, "domain": true}'),
+    "importance_sampling_mode": ("truncate", "truncate"),
+    "importance_sampling_low": (0.25, "0.25"),
+    "importance_sampling_high": (4.0, "4"),
+    "num_iterations": (1, "1"),  # the only value there is
+    "prompts_per_step": (64, "64"),
+    "max_prompt_length": (100, "100"),
+    "teachers": (
+        {"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"},
+        '{"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"}',
+    ),
+    "score_batch_size": (2, "2"),
+}
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**values):
+        return CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **values)
+
+    return make
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """A YAML of the given keys, read as a user's run reads it, with arguments after it."""
+
+    def parse_yaml(values, *arguments):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **values}))
+        (config,) = TrlParser(CaMOPDConfig).parse_args_and_config(["--config", str(path), *arguments])
+        return config
+
+    return parse_yaml
+
+
+# --- defaults ----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_method_are_those_of_the_paper(make_config):
+    config = make_config()
+    assert config.schedule == "general:3,domain:1"
+    assert config.per_branch("mass_target") == {"general": 0.8, "domain": 0.8}
+    assert config.per_branch("scale") == {"general": 2.0, "domain": 1.0}
+    assert config.per_branch("score") == {"general": "absolute", "domain": "positive"}
+    assert config.per_branch("selection") == {"general": True, "domain": True}
+    assert config.num_iterations == 1
+    assert (config.importance_sampling_mode, config.importance_sampling_low, config.importance_sampling_high) == (
+        "mask",
+        0.5,
+        2.0,
+    )
+
+
+def test_defaults_of_the_optimizer_are_those_of_the_paper(make_config):
+    config = make_config()
+    assert config.max_steps == 120
+    assert config.prompts_per_step == 512
+    assert config.learning_rate == 2e-6
+    assert config.lr_scheduler_type == SchedulerType.CONSTANT
+    assert config.warmup_steps == 0
+    assert config.max_grad_norm == 1.0
+    assert config.weight_decay == 0.0
+    assert (config.adam_beta1, config.adam_beta2) == (0.9, 0.999)
+
+
+def test_default_lengths_are_those_of_the_paper(make_config):
+    config = make_config()
+    assert config.max_prompt_length == 4096
+    assert config.max_completion_length == 32768
+
+
+def test_default_rollouts_are_drawn_from_the_whole_distribution_without_dropout(make_config):
+    config = make_config()
+    assert (config.temperature, config.top_p, config.top_k, config.min_p) == (1.0, 1.0, 0, None)
+    assert config.repetition_penalty == 1.0
+    assert config.disable_dropout
+    assert not config.remove_unused_columns
+
+
+def test_two_configs_share_no_dict(make_config):
+    first, second = make_config(), make_config()
+    for name in ("mass_target", "scale", "score", "selection"):
+        assert getattr(first, name) is not getattr(second, name)
+
+
+# --- gradient_accumulation_steps ---------------------------------------------------------------------------------
+
+
+def test_accumulation_is_derived_from_prompts_per_step(make_config):
+    assert make_config().gradient_accumulation_steps == 512
+    assert make_config(per_device_train_batch_size=4).gradient_accumulation_steps == 128
+    assert make_config(prompts_per_step=12, per_device_train_batch_size=4).gradient_accumulation_steps == 3
+    assert make_config(prompts_per_step=12, gradient_accumulation_steps=12).gradient_accumulation_steps == 12
+
+
+@pytest.mark.parametrize(
+    "world_size, per_device, expected", [(1, 1, 512), (2, 1, 256), (8, 4, 16), (64, 8, 1), (512, 1, 1)]
+)
+def test_accumulation_keeps_the_step_at_512_prompts_for_every_world_size(
+    make_config, world_size, per_device, expected
+):
+    config = make_config()
+    config.per_device_train_batch_size = per_device
+    config.gradient_accumulation_steps = None
+    config._derive_accumulation(world_size)
+    assert config.gradient_accumulation_steps == expected
+    assert world_size * per_device * config.gradient_accumulation_steps == config.prompts_per_step
+
+
+def test_prompts_per_step_that_does_not_divide_is_refused_with_the_arithmetic(make_config):
+    with pytest.raises(
+        ValueError,
+        match=r"prompts_per_step=10 does not divide into passes of 1 ranks x per_device_train_batch_size=4 = 4 "
+        r"sequences: 10 / 4 = 2\.500\. Set prompts_per_step to 8 or 12, or change per_device_train_batch_size",
+    ):
+        make_config(prompts_per_step=10, per_device_train_batch_size=4)
+    config = make_config()
+    config.gradient_accumulation_steps = None
+    with pytest.raises(
+        ValueError,
+        match=r"prompts_per_step=512 .* 24 ranks x per_device_train_batch_size=1 = 24 sequences: 512 / 24 = 21\.333\. "
+        "Set prompts_per_step to 504 or 528",
+    ):
+        config._derive_accumulation(24)
+
+
+def test_prompts_per_step_below_one_pass_is_told_the_smallest_that_works(make_config):
+    with pytest.raises(ValueError, match=r"3 / 4 = 0\.750\. Set prompts_per_step to 4, or"):
+        make_config(prompts_per_step=3, per_device_train_batch_size=4)
+
+
+def test_a_world_size_in_the_environment_is_taken_before_anything_else(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"prompts_per_step=512 does not divide into passes of 3 ranks"):
+        make_config()
+
+
+def test_a_contradicting_accumulation_is_refused_with_both_ways_out(make_config):
+    with pytest.raises(
+        ValueError,
+        match=r"gradient_accumulation_steps=8 contradicts prompts_per_step=512, which makes it 512 / \(1 ranks x 4\) "
+        r"= 128\. Leave it out, or set prompts_per_step to 32\.",
+    ):
+        make_config(gradient_accumulation_steps=8, per_device_train_batch_size=4)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, 1.5, -0.1, float("nan")])
+def test_a_mass_target_outside_0_to_1_is_refused(make_config, value):
+    shown = re.escape(str(float(value)))
+    with pytest.raises(
+        ValueError, match=rf"mass_target of branch 'general' is {shown}; .*\(Eq\. 8\).*\(0, 1\].*selection to False"
+    ):
+        make_config(mass_target=value)
+    with pytest.raises(ValueError, match=f"mass_target of branch 'domain' is {shown}"):
+        make_config(mass_target={"general": 1, "domain": value})
+
+
+@pytest.mark.parametrize("value", [0, -2.0, float("inf")])
+def test_a_scale_that_is_not_positive_is_refused(make_config, value):
+    with pytest.raises(
+        ValueError, match=r"scale of branch 'domain' is .*r_b of Eq\. 9 must be a positive number.*out of the schedule"
+    ):
+        make_config(scale={"general": 2.0, "domain": value})
+
+
+def test_an_unknown_score_is_refused_with_the_two_there_are(make_config):
+    with pytest.raises(
+        ValueError, match=r"score of branch 'domain' is 'squared'; it must be one of \('absolute', 'positive'\)"
+    ):
+        make_config(score={"general": "absolute", "domain": "squared"})
+    with pytest.raises(ValueError, match="score of branch 'general' is 'Absolute'"):
+        make_config(score="Absolute")
+
+
+@pytest.mark.parametrize("name", ["mass_target", "scale"])
+@pytest.mark.parametrize("value", ["much", None, [0.5, 0.5]])
+def test_a_number_that_is_none_is_refused(make_config, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a number or a mapping from branch to that, got"):
+        make_config(**{name: value})
+    with pytest.raises(ValueError, match=rf"{name}\['domain'\] must be a number"):
+        make_config(**{name: {"general": 0.5, "domain": value}})
+
+
+@pytest.mark.parametrize("value", ["maybe", None, 2, 0.5])
+def test_a_selection_that_is_not_true_or_false_is_refused(make_config, value):
+    with pytest.raises(ValueError, match="selection must be true or false or a mapping from branch to that, got"):
+        make_config(selection=value)
+    with pytest.raises(ValueError, match=r"selection\['domain'\] must be true or false"):
+        make_config(selection={"general": True, "domain": value})
+
+
+def test_an_unknown_importance_mode_is_refused_with_the_modes_there_are(make_config):
+    with pytest.raises(
+        ValueError, match=r"importance_sampling_mode must be one of \('mask', 'truncate', 'none'\), got 'clip'"
+    ):
+        make_config(importance_sampling_mode="clip")
+
+
+@pytest.mark.parametrize("low, high", [(-0.5, 2.0), (1.5, 2.0), (0.5, 0.9), (2.0, 0.5), (float("nan"), 2.0)])
+def test_an_importance_band_that_does_not_enclose_1_is_refused(make_config, low, high):
+    with pytest.raises(
+        ValueError,
+        match=rf"importance_sampling_low={re.escape(str(low))} and importance_sampling_high={high} must enclose 1"
+        r".*0 <= low <= 1 <= high.*default band is 0\.5 to 2\.0",
+    ):
+        make_config(importance_sampling_low=low, importance_sampling_high=high)
+
+
+def test_importance_bands_at_their_limits_are_taken(make_config):
+    for low, high in ((0.0, 1.0), (1.0, float("inf"))):
+        config = make_config(importance_sampling_low=low, importance_sampling_high=high)
+        assert (config.importance_sampling_low, config.importance_sampling_high) == (low, high)
+
+
+@pytest.mark.parametrize(
+    "name, value, reason, way_out",
+    [
+        ("num_iterations", 2, "one update per rollout", "1"),
+        ("temperature", 0.7, "rollouts must be drawn from the very distribution", "1.0"),
+        ("top_p", 0.95, "rollouts must be drawn from the very distribution", "1.0"),
+        ("top_k", 50, "rollouts must be drawn from the very distribution", "0"),
+        ("min_p", 0.05, "rollouts must be drawn from the very distribution", "None"),
+        ("repetition_penalty", 1.1, "rollouts must be drawn from the very distribution", "1.0"),
+        ("beta", 0.5, "the loss is Eq. 9", "1.0"),
+        ("teacher_model_name_or_path", "Qwen/Qwen3-8B", "each branch has its own teacher", "None"),
+        ("teacher_model_revision", "main", "put the revision into teacher_model_init_kwargs", "None"),
+        ("auto_find_batch_size", True, "change prompts_per_step in the middle of a run", "False"),
+        ("remove_unused_columns", True, "the branch of a row is a column", "False"),
+    ],
+)
+def test_what_the_method_cannot_use_is_refused(make_config, name, value, reason, way_out):
+    expected = (
+        rf"{name}={value!r} cannot be used with CaMOPD: .*{re.escape(reason)}.*Leave it at {re.escape(way_out)}\."
+    )
+    with pytest.raises(ValueError, match=expected):
+        make_config(**{name: value})
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "do_sample", "num_beams", "presence_penalty"])
+def test_generation_kwargs_that_change_the_distribution_are_refused(make_config, key):
+    with pytest.raises(
+        ValueError, match=rf"generation_kwargs sets \['{key}'\], which CaMOPD cannot use: rollouts must be drawn"
+    ):
+        make_config(generation_kwargs={key: 0.9, "stop_strings": ["\n"]})
+
+
+def test_other_generation_kwargs_are_taken(make_config):
+    assert make_config(generation_kwargs={"stop_strings": ["\n"]}).generation_kwargs == {"stop_strings": ["\n"]}
+
+
+@pytest.mark.parametrize(
+    "name", ["prompts_per_step", "max_prompt_length", "max_completion_length", "score_batch_size", "max_steps"]
+)
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", None])
+def test_a_count_that_is_no_whole_number_of_at_least_1_is_refused(make_config, name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}\."):
+        make_config(**{name: value})
+
+
+def test_max_steps_left_to_the_epochs_is_refused_with_the_reason(make_config):
+    with pytest.raises(ValueError, match=r"max_steps .* got -1\. .*no epoch to count; say how many optimizer steps"):
+        make_config(max_steps=-1)
+
+
+def test_teachers_as_one_text_are_refused_with_the_form_to_write(make_config):
+    with pytest.raises(
+        ValueError, match=r"""got the text 'http://host:8000'\. Write \{"general": "\.\.\.", "domain": "\.\.\."\}"""
+    ):
+        make_config(teachers="http://host:8000")
+
+
+def test_a_schedule_that_cannot_be_read_is_refused(make_config):
+    with pytest.raises(ValueError, match="schedule cannot be read: 0 must be above 0"):
+        make_config(schedule="general:3,domain:0")
+
+
+def test_a_schedule_that_gives_a_branch_no_rows_is_refused(make_config):
+    with pytest.raises(
+        ValueError,
+        match=r"schedule 'general:1,general:9\+domain:1' gives branch 'domain' none of the 4 prompts of step 1\. "
+        "Raise prompts_per_step or the branch's share",
+    ):
+        make_config(schedule="general:1,general:9+domain:1", prompts_per_step=4)
+
+
+# --- branches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value", [("mass_target", 0.5), ("scale", 3.0), ("score", "absolute"), ("selection", False)]
+)
+def test_one_value_stands_for_all_branches(make_config, name, value):
+    config = make_config(schedule="general:2,domain:1,code+tools", **{name: value} | others(name))
+    assert config.per_branch(name) == dict.fromkeys(("general", "domain", "code", "tools"), value)
+
+
+def others(but):
+    """One value for each other per-branch field, whose defaults know only two branches."""
+    values = {"mass_target": 0.8, "scale": 1.0, "score": "absolute", "selection": True}
+    return {name: value for name, value in values.items() if name != but}
+
+
+@pytest.mark.parametrize("name", ["mass_target", "scale", "score", "selection"])
+def test_a_branch_missing_in_a_dict_is_refused(make_config, name):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} has no value for branch 'code' of schedule 'general,code', only for \['domain', 'general'\]. "
+        "Add it, or give one value for all branches",
+    ):
+        make_config(schedule="general,code", **others(name))
+
+
+@pytest.mark.parametrize("name", ["mass_target", "scale", "score", "selection"])
+def test_a_branch_that_the_schedule_does_not_know_is_refused(make_config, name):
+    default = getattr(make_config(), name)
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} has a value for \['domian'\], but the branches of schedule 'general:3,domain:1' are "
+        r"\['general', 'domain'\]\. Mend the name",
+    ):
+        make_config(**{name: {"general": default["general"], "domian": default["domain"]}})
+
+
+def test_a_schedule_of_one_branch_needs_no_values_for_the_other(make_config):
+    config = make_config(schedule="domain")
+    assert config.per_branch("mass_target") == {"domain": 0.8}
+    assert config.per_branch("scale") == {"domain": 1.0}
+
+
+# --- YAML and command line ---------------------------------------------------------------------------------------
+
+
+def test_this_file_has_another_value_for_every_new_field():
+    assert set(OTHER_VALUES) == {field.name for field in NEW_FIELDS}
+
+
+def test_every_new_field_is_read_from_yaml(parse):
+    config = parse({name: value for name, (value, _) in OTHER_VALUES.items()})
+    for name, (value, _) in OTHER_VALUES.items():
+        assert getattr(config, name) == value
+
+
+def test_every_new_field_on_the_command_line_wins_over_the_yaml(parse):
+    of_yaml = dataclasses.asdict(CaMOPDConfig(output_dir="unused", use_cpu=True, bf16=False))
+    arguments = [part for name, (_, text) in OTHER_VALUES.items() for part in (f"--{name}", text)]
+    config = parse({name: of_yaml[name] for name in OTHER_VALUES if name != "teachers"}, *arguments)
+    for name, (value, _) in OTHER_VALUES.items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    "arguments, name, expected",
+    [
+        (["--selection", "false"], "selection", False),
+        (["--selection", "True"], "selection", True),
+        (["--mass_target", "0.7"], "mass_target", 0.7),
+        (["--scale", "3"], "scale", 3.0),
+        (["--score", "positive"], "score", "positive"),
+    ],
+)
+def test_one_value_on_the_command_line_stands_for_all_branches(parse, arguments, name, expected):
+    config = parse({name: OTHER_VALUES[name][0]}, *arguments)
+    assert config.per_branch(name) == dict.fromkeys(BRANCHES, expected)
+    assert all(type(value) is type(expected) for value in config.per_branch(name).values())
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("selection", False, False),
+        ("mass_target", 0.7, 0.7),
+        ("mass_target", 1, 1.0),
+        ("scale", {"general": 4, "domain": 1}, {"general": 4.0, "domain": 1.0}),
+        ("score", "positive", "positive"),
+    ],
+)
+def test_yaml_may_give_one_value_or_a_mapping(parse, name, value, expected):
+    expected = expected if isinstance(expected, dict) else dict.fromkeys(BRANCHES, expected)
+    assert parse({name: value}).per_branch(name) == expected
+
+
+def test_a_number_in_a_json_object_on_the_command_line_may_be_a_text(parse):
+    config = parse({}, "--mass_target", json.dumps({"general": "0.5", "domain": "1"}))
+    assert config.per_branch("mass_target") == {"general": 0.5, "domain": 1.0}
+
+
+def test_the_changed_defaults_hold_on_the_command_line_too(parse):
+    config = parse({})
+    assert (config.max_steps, config.learning_rate, config.max_completion_length) == (120, 2e-6, 32768)
+    assert config.gradient_accumulation_steps == 512
+    assert parse({"max_steps": 7}, "--learning_rate", "1e-5").max_steps == 7
+
+
+def test_an_unknown_key_in_yaml_is_refused(parse):
+    with pytest.raises(ValueError, match="prompts_per_stp"):
+        parse({"prompts_per_stp": 64})
+
+
+def test_wrong_values_are_refused_from_yaml_and_command_line_alike(parse):
+    with pytest.raises(ValueError, match=r"mass_target of branch 'general' is 1\.5"):
+        parse({"mass_target": {"general": 1.5, "domain": 0.8}})
+    with pytest.raises(ValueError, match="mass_target must be a number or a mapping from branch to that, got 'most'"):
+        parse({}, "--mass_target", "most")
+    with pytest.raises(
+        ValueError, match="selection must be true or false or a mapping from branch to that, got 'no!'"
+    ):
+        parse({}, "--selection", "no!")
+
+
+# --- documentation and round trip --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", NEW_FIELDS, ids=lambda field: field.name)
+def test_every_new_field_is_documented_with_type_default_and_help(field):
+    entry = re.search(rf"^\s*{field.name} \((.*)\):$", CaMOPDConfig.__doc__, flags=re.MULTILINE)
+    assert entry, f"{field.name} is missing in the docstring"
+    if field.default is not dataclasses.MISSING and field.default is not None:
+        default = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+        assert f"defaults to `{default}`" in entry[1]
+    assert field.metadata["help"].strip()
+
+
+def test_every_default_that_differs_from_the_parent_is_named_in_the_docstring():
+    changed = [
+        field.name
+        for field in dataclasses.fields(CaMOPDConfig)
+        if field.name in PARENT_FIELDS and field.default != PARENT_FIELDS[field.name].default
+    ]
+    assert "learning_rate" in changed
+    note = CaMOPDConfig.__doc__.partition("[!NOTE]")[2]
+    assert [name for name in changed if f"`{name}" not in note] == []
+
+
+def test_a_config_made_from_the_values_of_another_is_equal(make_config):
+    config = make_config(
+        **{name: value for name, (value, _) in OTHER_VALUES.items()}, per_device_train_batch_size=4, seed=7
+    )
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    again = CaMOPDConfig(**values)
+    assert {name: getattr(again, name) for name in values} == values
+
+
+def test_to_dict_is_json_and_holds_every_new_field(make_config):
+    values = json.loads(json.dumps(make_config(teachers=OTHER_VALUES["teachers"][0]).to_dict()))
+    assert {field.name for field in NEW_FIELDS} <= set(values)
+    assert values["teachers"] == OTHER_VALUES["teachers"][0]

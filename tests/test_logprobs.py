@@ -1,0 +1,408 @@
+"""Log-probs of completion tokens against plain full-vocabulary logits, on small real models."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from camopd import logprobs
+from camopd.logprobs import completion_logps, completion_top_k, in_length_sorted_batches
+
+
+# (prompt, completion) lengths: a one-token prompt, an empty completion, a one-token completion, the longest row twice
+LENGTHS = [(1, 6), (5, 0), (3, 1), (7, 4), (2, 9)]
+
+
+def make_rows(vocab_size=40, lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = [torch.randint(vocab_size, (sum(row),), generator=generator).tolist() for row in lengths]
+    return token_ids, [prompt for prompt, _ in lengths]
+
+
+def reference(model, token_ids, prompt_lens):
+    """log_softmax of the logits that predict each row's completion, row by row and without padding: [(T_i, V)]."""
+    full = []
+    for ids, start in zip(token_ids, prompt_lens, strict=True):
+        logits = model(torch.tensor([ids])).logits[0]
+        full.append(logits[start - 1 : len(ids) - 1].float().log_softmax(dim=-1))
+    return full
+
+
+def targets(token_ids, prompt_lens):
+    return [torch.tensor(ids[start:], dtype=torch.long) for ids, start in zip(token_ids, prompt_lens, strict=True)]
+
+
+def gather(full, completions):
+    return [logps.gather(1, ids[:, None])[:, 0] for logps, ids in zip(full, completions, strict=True)]
+
+
+def assert_rows_match(padded, rows, tolerance=1e-5):
+    assert padded.shape[:2] == (len(rows), max(1, *(len(row) for row in rows)))
+    for row, expected in zip(padded, rows, strict=True):
+        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=tolerance)
+        assert (row[len(expected) :] == 0).all()
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_gradients(actual, expected, tolerance=1e-5):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=1e-5, atol=tolerance, msg=lambda text, n=name: n + text
+        )
+
+
+def weighted_sum(padded):
+    """A loss that gives every token another gradient."""
+    weights = torch.linspace(-1, 1, padded.numel()).view(padded.shape)
+    return (weights * padded).sum()
+
+
+def pad(rows):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+@pytest.mark.parametrize("vocab_chunk", [7, 40, 32768])
+def test_logps_equal_plain_log_softmax_without_padding(monkeypatch, vocab_chunk):
+    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", vocab_chunk)
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    logps, entropy = completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+    assert entropy is None
+    assert logps.dtype == torch.float32
+    assert logps.requires_grad
+    assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
+
+
+def test_logps_do_not_depend_on_the_pad_token_or_on_the_other_rows():
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+    other, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=17)
+    assert torch.equal(logps, other)
+    for row, (ids, start) in enumerate(zip(token_ids, prompt_lens, strict=True)):
+        alone, _ = completion_logps(model, [ids], [start], pad_token_id=0)
+        torch.testing.assert_close(alone[0, : len(ids) - start], logps[row, : len(ids) - start], rtol=0, atol=1e-5)
+
+
+def test_gradient_of_all_parameters_equals_autograd_through_plain_logits():
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True)
+    actual = gradients(model, weighted_sum(logps))
+    plain = pad(gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
+    expected = gradients(model, weighted_sum(plain))
+    assert len(expected) == len(list(model.parameters()))
+    assert_same_gradients(actual, expected)
+
+
+def test_entropy_is_exact_and_detached():
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    logps, entropy = completion_logps(model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True)
+    exact = [-(row.exp() * row).sum(dim=-1) for row in reference(model, token_ids, prompt_lens)]
+    assert_rows_match(entropy, [row.detach() for row in exact])
+    assert logps.requires_grad
+    assert not entropy.requires_grad
+
+
+def test_only_empty_completions_give_zeros_and_a_zero_gradient():
+    model = make_model(0)
+    logps, entropy = completion_logps(model, [[3, 4], [5]], [2, 1], pad_token_id=0, with_entropy=True)
+    assert torch.equal(logps, torch.zeros(2, 1))
+    assert torch.equal(entropy, torch.zeros(2, 1))
+    assert all((gradient == 0).all() for gradient in gradients(model, logps.sum()).values())
+
+
+def test_row_without_prompt_is_refused():
+    with pytest.raises(ValueError, match=r"every row needs at least one prompt token, which predicts its first"):
+        completion_logps(make_model(0), [[3, 4], [5, 6]], [1, 0], pad_token_id=0)
+
+
+# --- other heads ---
+
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def make_gemma2():
+    """Soft cap of 2, far inside the range of these logits."""
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0))
+
+
+def make_cohere():
+    """Logits times 0.25."""
+    return CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25))
+
+
+def make_granite():
+    """Logits divided by 4."""
+    return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0))
+
+
+def make_phi():
+    """A head with a bias."""
+    model = PhiForCausalLM(PhiConfig(**SIZES))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.fixture(params=[make_gemma2, make_cohere, make_granite, make_phi], ids=["gemma2", "cohere", "granite", "phi"])
+def other_model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+def test_soft_cap_scale_and_bias_of_the_logits_are_the_models_own(other_model):
+    token_ids, prompt_lens = make_rows(vocab_size=64)
+    logps, entropy = completion_logps(other_model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True)
+    full = reference(other_model, token_ids, prompt_lens)
+    completions = targets(token_ids, prompt_lens)
+    assert_rows_match(logps, gather(full, completions))
+    assert_rows_match(entropy, [-(row.exp() * row).sum(dim=-1) for row in full])
+
+    # Without them the numbers are others, so the comparison above sees them.
+    ids, start = token_ids[0], prompt_lens[0]
+    hidden = other_model.base_model(torch.tensor([ids])).last_hidden_state[0, start - 1 : -1]
+    bare = (hidden @ other_model.lm_head.weight.T).log_softmax(dim=-1)
+    assert (gather([bare], completions[:1])[0] - logps[0, : len(ids) - start]).abs().max() > 0.1
+
+
+def test_gradient_passes_through_soft_cap_scale_and_bias(other_model):
+    token_ids, prompt_lens = make_rows(vocab_size=64)
+    logps, _ = completion_logps(other_model, token_ids, prompt_lens, pad_token_id=0)
+    actual = gradients(other_model, weighted_sum(logps))
+    plain = pad(gather(reference(other_model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
+    assert_same_gradients(actual, gradients(other_model, weighted_sum(plain)), tolerance=2e-5)
+
+
+# --- top-k ---
+
+
+def check_top_k(model, vocab_size):
+    token_ids, prompt_lens = make_rows(vocab_size)
+    ids, logps = completion_top_k(model, token_ids, prompt_lens, pad_token_id=0, k=5)
+    assert ids.dtype == torch.int64
+    assert not logps.requires_grad
+    top = [row.detach().topk(5, dim=-1) for row in reference(model, token_ids, prompt_lens)]
+    assert_rows_match(ids, [row.indices for row in top], tolerance=0)
+    assert_rows_match(logps, [row.values for row in top])
+
+
+@pytest.mark.parametrize("tile", [1, 3, 512])
+def test_top_k_is_that_of_the_full_log_softmax(monkeypatch, tile):
+    monkeypatch.setattr(logprobs, "TOP_K_TOKENS", tile)
+    check_top_k(make_model(0), vocab_size=40)
+
+
+def test_top_k_applies_soft_cap_scale_and_bias(other_model):
+    check_top_k(other_model, vocab_size=64)
+
+
+def test_top_k_of_the_whole_vocabulary_holds_the_completion_logps():
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    ids, top_logps = completion_top_k(model, token_ids, prompt_lens, pad_token_id=0, k=model.config.vocab_size)
+    logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+    for row, completion in enumerate(targets(token_ids, prompt_lens)):
+        for place, token in enumerate(completion):
+            found = top_logps[row, place][ids[row, place] == token]
+            torch.testing.assert_close(found, logps[row, place, None].detach(), rtol=0, atol=1e-5)
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
+def test_batches_run_longest_first_without_gradient_and_rows_come_back_in_order(batch_size):
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    calls = []
+
+    def forward(batch_ids, batch_lens):
+        assert not torch.is_grad_enabled()
+        calls.append([len(ids) for ids in batch_ids])
+        return completion_logps(model, batch_ids, batch_lens, pad_token_id=0, with_entropy=True)
+
+    rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size)
+    assert [length for call in calls for length in call] == sorted(map(len, token_ids), reverse=True)
+    assert [len(call) for call in calls] == [len(part) for part in torch.arange(5).split(batch_size)]
+
+    full = reference(model, token_ids, prompt_lens)
+    expected = gather(full, targets(token_ids, prompt_lens))
+    assert len(rows) == 5
+    for (logps, entropy), row, distribution in zip(rows, expected, full, strict=True):
+        assert not logps.requires_grad
+        torch.testing.assert_close(logps, row.detach(), rtol=0, atol=1e-5)
+        exact = -(distribution.exp() * distribution).sum(dim=-1).detach()
+        torch.testing.assert_close(entropy, exact, rtol=0, atol=1e-5)
+
+
+def test_batches_pass_on_outputs_that_are_missing_or_have_more_axes():
+    token_ids, prompt_lens = [[1, 2], [3, 4, 5, 6]], [1, 1]
+
+    def forward(batch_ids, batch_lens):
+        width = max(len(ids) - start for ids, start in zip(batch_ids, batch_lens, strict=True))
+        return None, torch.tensor([ids[0] for ids in batch_ids])[:, None, None].expand(-1, width, 2)
+
+    rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size=2)
+    assert [row[0] for row in rows] == [None, None]
+    assert [row[1].tolist() for row in rows] == [[[1, 1]], [[3, 3]] * 3]
+
+
+def test_batches_of_no_rows_are_none():
+    assert in_length_sorted_batches(lambda ids, lens: (), [], [], batch_size=2) == []
+
+
+# --- equal weights ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_models_with_equal_weights_score_bitwise_equal(seed):
+    student = make_model(seed)
+    teacher = copy.deepcopy(student)
+    token_ids, prompt_lens = make_rows(seed=seed)
+
+    def scores(model, with_entropy):
+        def forward(ids, lens):
+            return completion_logps(model, ids, lens, pad_token_id=0, with_entropy=with_entropy)
+
+        return [row[0] for row in in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size=2)]
+
+    for ours, theirs in zip(scores(student, True), scores(teacher, False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_training_forward_equals_the_forward_without_gradient_bitwise():
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    with torch.no_grad():
+        before, _ = completion_logps(model.eval(), token_ids, prompt_lens, pad_token_id=0)
+    during, _ = completion_logps(model.train(), token_ids, prompt_lens, pad_token_id=0, with_entropy=True)
+    assert torch.equal(before, during)
+
+
+# --- PEFT ---
+
+
+def make_lora(**config):
+    """A LoRA model whose adapter is not zero."""
+    torch.manual_seed(1)
+    return get_peft_model(make_model(0), LoraConfig(r=4, init_lora_weights=False, **config)).eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["lora", "lora+saved-head"],
+)
+def test_adapter_counts_while_active_and_not_while_disabled(config):
+    model = make_lora(**config)
+    if "modules_to_save" in config:
+        with torch.no_grad():
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    token_ids, prompt_lens = make_rows()
+    completions = targets(token_ids, prompt_lens)
+    seen = []
+    for context in (contextlib.nullcontext, model.disable_adapter):
+        with context(), torch.no_grad():
+            logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+            assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), completions))
+            ids, top_logps = completion_top_k(model, token_ids, prompt_lens, pad_token_id=0, k=3)
+            top = [row.topk(3, dim=-1) for row in reference(model, token_ids, prompt_lens)]
+            assert_rows_match(ids, [row.indices for row in top], tolerance=0)
+            assert_rows_match(top_logps, [row.values for row in top])
+            seen.append(logps)
+    active, disabled = seen
+    base, _ = completion_logps(make_model(0), token_ids, prompt_lens, pad_token_id=0)
+    assert torch.equal(disabled, base)
+    assert (active - disabled).abs().max() > 0.1
+
+
+def test_gradient_of_the_adapter_equals_autograd_through_plain_logits():
+    model = make_lora(target_modules=["q_proj", "v_proj"])
+    token_ids, prompt_lens = make_rows()
+    logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+    actual = gradients(model, weighted_sum(logps))
+    plain = pad(gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
+    expected = gradients(model, weighted_sum(plain))
+    assert expected
+    assert all("lora_" in name for name in expected)
+    assert_same_gradients(actual, expected)
+
+
+# --- memory ---
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator gave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return output
+
+
+VOCAB_SIZE, NUM_TOKENS = 50_000, 256
+
+
+@pytest.fixture(scope="module")
+def wide_model():
+    return make_model(0, vocab_size=VOCAB_SIZE)
+
+
+def make_wide_rows():
+    return make_rows(VOCAB_SIZE, [(2, NUM_TOKENS), (3, NUM_TOKENS)])
+
+
+def test_no_tensor_of_all_tokens_by_the_vocabulary_is_ever_allocated(monkeypatch, wide_model):
+    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 4096)
+    token_ids, prompt_lens = make_wide_rows()
+    full = 2 * NUM_TOKENS * VOCAB_SIZE
+    with LargestTensor() as largest:
+        logps, _ = completion_logps(wide_model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True)
+        logps.sum().backward()
+    # The largest is the (512, 4096) tile, with room for the (50000, 32) embedding and its gradient.
+    assert largest.numel <= 2 * NUM_TOKENS * 4096
+    assert largest.numel < full / 4
+
+    with LargestTensor() as largest:  # the measure itself: plain logits are seen
+        wide_model(torch.tensor([token_ids[0][:NUM_TOKENS]])).logits.sum().backward()
+    assert largest.numel >= NUM_TOKENS * VOCAB_SIZE
+
+
+def test_top_k_has_logits_of_one_tile_of_tokens_at_a_time(monkeypatch, wide_model):
+    monkeypatch.setattr(logprobs, "TOP_K_TOKENS", 64)
+    token_ids, prompt_lens = make_wide_rows()
+    with LargestTensor() as largest:
+        completion_top_k(wide_model, token_ids, prompt_lens, pad_token_id=0, k=4)
+    assert largest.numel == 64 * VOCAB_SIZE

@@ -1,0 +1,128 @@
+"""A run that is stopped and resumed is the run that was not stopped."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_model, make_prompts
+from test_trainer import lines, make_trainer
+from trl import DistillationTrainer
+
+from camopd.errors import ResumeError
+from camopd.prompts import PromptDealer
+
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokenizer):
+    """Six steps with a checkpoint after each, the prompts every step saw, and the final parameters."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prompts, parameters = train(folder, tokenizer)
+    return folder, prompts, parameters
+
+
+def train(folder, tokenizer, resume=None, **kwargs):
+    trainer = make_trainer(folder, tokenizer, max_steps=STEPS, save_strategy="steps", save_steps=1, **kwargs)
+    prompts = []
+    begin = trainer._begin_step
+    trainer._begin_step = lambda rows: prompts.append([(row["branch"], row["prompt"]) for row in rows]) or begin(rows)
+    trainer.train(resume_from_checkpoint=resume)
+    return prompts, [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3, 4, 5])
+def test_resume_at_any_step_gives_the_same_prompts_branches_losses_and_weights(stopped_after, undisturbed, tmp_path, tokenizer):
+    folder, expected_prompts, expected_parameters = undisturbed
+    shutil.copytree(folder / f"checkpoint-{stopped_after}", tmp_path / f"checkpoint-{stopped_after}")
+    shutil.copy(folder / "metrics.jsonl", tmp_path / "metrics.jsonl")  # as left by a run that died further on
+    prompts, parameters = train(tmp_path, tokenizer, resume=str(tmp_path / f"checkpoint-{stopped_after}"))
+    assert prompts == expected_prompts[stopped_after:]
+    for key in ("step", "branch", "loss", "grad_norm", "learning_rate"):
+        assert [line[key] for line in lines(tmp_path)] == [line[key] for line in lines(folder)], key
+    for found, expected in zip(parameters, expected_parameters, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_resume_true_takes_the_last_checkpoint(undisturbed, tmp_path, tokenizer):
+    folder, expected_prompts, _ = undisturbed
+    for step in (2, 4):
+        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    prompts, _ = train(tmp_path, tokenizer, resume=True)
+    assert prompts == expected_prompts[4:]
+
+
+def test_streamed_prompts_resume_at_the_right_row(tmp_path, tokenizer):
+    streams = lambda: {name: make_prompts(name).to_iterable_dataset() for name in ("general", "domain")}  # noqa: E731
+    expected, _ = train(tmp_path / "one", tokenizer, train_dataset=streams())
+    shutil.copytree(tmp_path / "one" / "checkpoint-3", tmp_path / "two" / "checkpoint-3")
+    found, _ = train(tmp_path / "two", tokenizer, resume=True, train_dataset=streams())
+    assert found == expected[3:]
+
+
+def test_a_dealer_that_forgets_the_step_is_caught_by_its_branch(undisturbed, tmp_path, tokenizer, monkeypatch):
+    # Resumed after step 3, the next step is the domain's. A data order that starts over would deal general prompts.
+    folder, _, _ = undisturbed
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    rows_of = PromptDealer.rows_of
+    monkeypatch.setattr(PromptDealer, "rows_of", lambda self, step: rows_of(self, step - 3))
+    with pytest.raises(RuntimeError, match=r"step 3 got prompts of \['general'\].*wants \['domain'\]"):
+        train(tmp_path, tokenizer, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"schedule": "general:1,domain:1"}, r"schedule: 'general:3,domain:1' then, 'general:1,domain:1' now"),
+        ({"seed": 7}, r"seed: 42 then, 7 now"),
+        ({"prompts_per_step": 8}, r"prompts_per_step: 4 then, 8 now"),
+        ({"train_dataset": {name: make_prompts(name, 5) for name in ("general", "domain")}}, r"prompts: .*11 rows.*5 rows"),
+    ],
+    ids=["schedule", "seed", "prompts_per_step", "prompts"],
+)
+def test_another_run_may_not_go_on_from_a_checkpoint(kwargs, message, undisturbed, tmp_path, tokenizer):
+    folder, _, _ = undisturbed
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=STEPS, **kwargs)
+    with pytest.raises(ResumeError, match=message):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_another_teacher_may_not_go_on_from_a_checkpoint(undisturbed, tmp_path, tokenizer):
+    folder, _, _ = undisturbed
+    make_model(2).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    teachers = {"general": str(tmp_path / "other"), "domain": make_model(1)}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=STEPS, teachers=teachers)
+    with pytest.raises(ResumeError, match=r"teachers: .*'loaded model'.*then.*other"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(undisturbed, tmp_path, tokenizer):
+    folder, _, _ = undisturbed
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "camopd.json").unlink()
+    with pytest.raises(ResumeError, match=r"has no camopd.json: it is no checkpoint of CaMOPDTrainer"):
+        make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_resume_without_any_checkpoint_says_so(tmp_path, tokenizer):
+    with pytest.raises(ResumeError, match="there is no checkpoint in .* Start without"):
+        make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_every_checkpoint_remembers_the_run(undisturbed):
+    folder, _, _ = undisturbed
+    record = json.loads((folder / "checkpoint-3" / "camopd.json").read_text())
+    assert record["schedule"] == "general:3,domain:1"
+    assert record["branches"] == ["general", "domain"]
+    assert set(record["teachers"]) == {"general", "domain"}
+    assert record["seed"] == 42
+
+
+def test_the_parent_is_told_to_skip_what_was_trained(tmp_path, tokenizer):
+    # Our data order depends on transformers' own fast-forwarding; `ignore_data_skip` would start over from step 0.
+    assert DistillationTrainer is not None
+    with pytest.raises(ValueError, match="ignore_data_skip=True cannot be used"):
+        make_trainer(tmp_path, tokenizer, ignore_data_skip=True)

@@ -1,0 +1,243 @@
+"""The schedule of Eq. 5: what is written, what is run, and what the error says. And which imports stay light."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from camopd.schedule import Schedule
+
+
+PAPER = {  # text -> period, and how often 120 steps are general, domain, mixed
+    "general:3,domain:1": (4, {"general": 90, "domain": 30}),  # CaMOPD, 3-1
+    "general:1,domain:1": (2, {"general": 60, "domain": 60}),  # 1-1
+    "general:5,domain:1": (6, {"general": 100, "domain": 20}),  # 5-1
+    "general:1+domain:1": (1, {"general+domain": 120}),  # Vanilla MOPD, w/o dec (1:1)
+    "general:3+domain:1": (1, {"general+domain": 120}),  # w/o dec (3:1)
+}
+
+SCHEDULES = [
+    *PAPER,
+    "general",
+    "general:2,general:1+domain:1",
+    "domain:1,general:3",
+    "math+code+chat",
+    "math:5+code:3+chat:2",
+    "math:2,code:1,chat:1,math:1+code:2+chat:4",
+    "math:0.7+code:0.3,chat:2",
+    "a:1+b:6,a:6+b:1,c:3",
+]
+
+
+@pytest.mark.parametrize("text", PAPER)
+def test_schedules_of_the_paper_over_120_steps(text):
+    schedule = Schedule.parse(text)
+    period, steps = PAPER[text]
+    assert schedule.period == period
+    assert schedule.branches == ("general", "domain")
+    assert Counter("+".join(schedule.shares(step)) for step in range(120)) == steps
+
+
+def test_three_one_takes_the_domain_at_every_fourth_step():
+    schedule = Schedule.parse("general:3,domain:1")
+    assert [step for step in range(13) if schedule.shares(step) == {"domain": 1.0}] == [3, 7, 11]
+    assert all(schedule.shares(step) == {"general": 1.0} for step in range(13) if step % 4 != 3)
+
+
+def test_mixed_schedules_of_the_paper_have_these_shares_in_every_step():
+    for step in (0, 1, 119):
+        assert Schedule.parse("general:1+domain:1").shares(step) == {"general": 0.5, "domain": 0.5}
+        assert Schedule.parse("general:3+domain:1").shares(step) == {"general": 0.75, "domain": 0.25}
+
+
+def test_pure_and_mixed_steps_in_one_schedule():
+    schedule = Schedule.parse("general:2,general:1+domain:1")
+    assert schedule.period == 3
+    assert schedule.branches == ("general", "domain")
+    shares = [{"general": 1.0}, {"general": 1.0}, {"general": 0.5, "domain": 0.5}]
+    assert [schedule.shares(step) for step in range(9)] == 3 * shares
+
+
+def test_three_branches_keep_their_order_of_appearance():
+    schedule = Schedule.parse("math:2,code,chat:1+math:3")
+    assert schedule.branches == ("math", "code", "chat")
+    assert schedule.period == 4
+    assert [schedule.shares(step) for step in range(4)] == [
+        {"math": 1.0}, {"math": 1.0}, {"code": 1.0}, {"chat": 0.25, "math": 0.75},
+    ]  # fmt: skip
+
+
+def test_count_of_one_may_be_left_out():
+    assert Schedule.parse("general,domain").steps == Schedule.parse("general:1,domain:1").steps
+    assert Schedule.parse("general+domain").steps == Schedule.parse("general:1+domain:1").steps
+
+
+def test_count_of_a_mixed_branch_is_a_share_and_may_be_any_positive_number():
+    assert Schedule.parse("general:30+domain:10").steps == Schedule.parse("general:3+domain:1").steps
+    assert Schedule.parse("general:0.75+domain:0.25").steps == Schedule.parse("general:3+domain:1").steps
+
+
+def test_spaces_do_not_matter():
+    assert Schedule.parse("  general : 3 ,\tdomain: 1 ").steps == Schedule.parse("general:3,domain:1").steps
+    assert Schedule.parse(" general + domain ").steps == Schedule.parse("general+domain").steps
+
+
+def test_branch_names_may_hold_letters_digits_underscore_and_dash():
+    assert Schedule.parse("role-play_2,_x,A").branches == ("role-play_2", "_x", "A")
+
+
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_str_gives_the_text_back(text):
+    assert str(Schedule.parse(text)) == text
+    assert Schedule.parse(str(Schedule.parse(text))) == Schedule.parse(text)
+
+
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_shares_add_up_to_one_and_repeat_with_the_period(text):
+    schedule = Schedule.parse(text)
+    for step in range(2 * schedule.period):
+        assert sum(schedule.shares(step).values()) == pytest.approx(1)
+        assert schedule.shares(step) == schedule.shares(step + 7 * schedule.period)
+
+
+def test_changing_the_shares_that_were_given_out_does_not_change_the_schedule():
+    schedule = Schedule.parse("general:3,domain:1")
+    schedule.shares(0)["domain"] = 9.0
+    assert schedule.shares(0) == {"general": 1.0}
+    assert schedule.shares(1) == {"general": 1.0}
+
+
+@pytest.mark.parametrize(
+    "text, rows_per_step, expected",
+    [
+        ("general:3,domain:1", 512, {"general": 512}),
+        ("general:1+domain:1", 512, {"general": 256, "domain": 256}),
+        ("general:3+domain:1", 512, {"general": 384, "domain": 128}),
+        ("general+domain", 7, {"general": 4, "domain": 3}),  # 3.5 and 3.5: the tie goes to the branch named first
+        ("general:2+domain:1", 512, {"general": 341, "domain": 171}),  # 341.33 and 170.67
+        ("general:7+domain:3", 512, {"general": 358, "domain": 154}),  # 358.4 and 153.6
+        ("a+b+c", 512, {"a": 171, "b": 171, "c": 170}),  # 170.67 each
+        ("a+b+c", 2, {"a": 1, "b": 1, "c": 0}),
+        ("a:5+b:3+c:2", 7, {"a": 4, "b": 2, "c": 1}),  # 3.5, 2.1, 1.4
+        ("a:0.1+b:0.2+c:0.7", 10, {"a": 1, "b": 2, "c": 7}),
+        ("a:1+b:99", 10, {"a": 0, "b": 10}),  # 0.1 and 9.9
+    ],
+)
+def test_rows_by_largest_remainder(text, rows_per_step, expected):
+    assert Schedule.parse(text).rows(0, rows_per_step) == expected
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 1, 1), (5, 3, 2), (1, 2, 4), (7, 11, 13), (1, 30)], ids=str)
+def test_rows_add_up_and_stay_within_one_of_the_exact_share(weights):
+    names = "abc"[: len(weights)]
+    schedule = Schedule.parse("+".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True)))
+    for rows_per_step in range(1, 130):
+        rows = schedule.rows(0, rows_per_step)
+        exact = {
+            name: Fraction(weight * rows_per_step, sum(weights)) for name, weight in zip(names, weights, strict=True)
+        }
+        assert sum(rows.values()) == rows_per_step
+        assert all(0 <= rows[name] - exact[name] // 1 <= 1 for name in names)
+        assert all(rows[name] == exact[name] for name in names if exact[name].denominator == 1)
+        raised = [exact[name] % 1 for name in names if rows[name] > exact[name]]
+        others = [exact[name] % 1 for name in names if rows[name] <= exact[name]]
+        assert not raised or not others or min(raised) >= max(others)
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 2, 7, 10, 512])
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_rows_before_is_the_sum_of_all_earlier_steps(text, rows_per_step):
+    schedule = Schedule.parse(text)
+    drawn = dict.fromkeys(schedule.branches, 0)
+    for step in range(4 * schedule.period + 3):
+        assert schedule.rows_before(step, rows_per_step) == drawn
+        for name, count in schedule.rows(step, rows_per_step).items():
+            drawn[name] += count
+
+
+def test_rows_before_of_the_whole_run_of_the_paper():
+    assert Schedule.parse("general:3,domain:1").rows_before(120, 512) == {"general": 90 * 512, "domain": 30 * 512}
+    assert Schedule.parse("general:3+domain:1").rows_before(120, 512) == {"general": 90 * 512, "domain": 30 * 512}
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, 3, ["general:3"]])
+def test_what_is_no_text_is_refused(text):
+    with pytest.raises(ValueError, match=r"schedule must be a text such as 'general:3,domain:1', got "):
+        Schedule.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text, column, offending, reason",
+    [
+        ("general:3,,domain:1", 10, ",", r"a branch is missing here\."),
+        ("general:3,domain:1,", 19, "", r"a branch is missing here\."),
+        ("+domain", 0, "+", r"a branch is missing here\."),
+        ("general:3,2nd:1", 10, "2nd:1", r"'2nd' is no branch name \(letters, digits, '_' and '-'\)\."),
+        (":3,domain", 0, ":3", r"'' is no branch name"),
+        ("general,do main:2", 8, "do main:2", r"'do main' is no branch name"),
+        ("general:3;domain:1", 0, "general:3;domain:1", r"'3;domain:1' is no number\."),
+        (
+            "general+domain+general:2",
+            15,
+            "general:2",
+            r"branch 'general' is already in this step; add its shares up\.",
+        ),
+        ("general:three,domain", 0, "general:three", r"'three' is no number\."),
+        ("general:3,domain:", 10, "domain:", r"'' is no number\."),
+        ("general:3,domain:1:2", 10, "domain:1:2", r"'1:2' is no number\."),
+        ("general:0,domain:1", 0, "general:0", r"0 must be above 0; leave the branch out instead\."),
+        ("general:3+domain:-1", 10, "domain:-1", r"-1 must be above 0; leave the branch out instead\."),
+        ("general:3,domain:nan", 10, "domain:nan", r"nan must be above 0"),
+        ("general:inf", 0, "general:inf", r"inf must be "),
+        ("general:3,domain:0.5", 10, "domain:0.5", r"0\.5 is no whole number of steps; use '\+' to mix by share\."),
+        (" general : 3 ,   domain : x  ", 17, "domain : x", r"'x' is no number\."),
+        ("a:2,b:1+c:1, d:q ,e", 13, "d:q", r"'q' is no number\."),
+    ],
+)
+def test_error_names_the_reason_and_the_caret_points_at_the_part(text, column, offending, reason):
+    with pytest.raises(ValueError, match=rf"^schedule cannot be read: {reason}") as caught:
+        Schedule.parse(text)
+    _, shown, marker, advice = str(caught.value).split("\n")
+    assert shown == "    " + text
+    assert marker == " " * (4 + column) + "^" * max(1, len(offending))
+    assert text[column : column + len(offending)] == offending
+    assert advice == ("Write 'general:3,domain:1' for separate steps or 'general:3+domain:1' to mix inside each step.")
+
+
+# --- imports ---
+
+
+def modules_after(code):
+    """Top-level packages in a fresh process after `code`."""
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    output = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"],
+        check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    return set(output.stdout.split())
+
+
+def test_importing_the_package_is_light():
+    modules = modules_after("import camopd")
+    assert "camopd" in modules
+    assert not modules & {"torch", "transformers", "trl", "datasets", "accelerate", "numpy"}
+
+
+def test_importing_the_schedule_does_not_import_torch():
+    modules = modules_after("import camopd.schedule")
+    assert "camopd" in modules
+    assert not modules & {"torch", "transformers", "trl", "datasets", "accelerate", "numpy"}
+
+
+def test_importing_the_objective_needs_torch_alone():
+    modules = modules_after("import camopd.objective")
+    assert "torch" in modules
+    assert not modules & {"transformers", "trl", "datasets", "accelerate", "httpx"}

@@ -1,0 +1,400 @@
+"""The trainer against a step computed by hand, and what it promises around it."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_prompts
+from datasets import Dataset
+from safetensors.torch import load_file
+from steps import CASES, Case, FakeSampler, reference_step, trainer_step
+from trl import DistillationTrainer
+
+from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
+from camopd.errors import CaMOPDError
+
+
+TESTS = Path(__file__).parent
+
+
+def make_args(tmp_path, **kwargs) -> CaMOPDConfig:
+    defaults = dict(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False, learning_rate=1e-2, max_steps=4, prompts_per_step=4,
+        per_device_train_batch_size=2, max_completion_length=6, max_prompt_length=64,
+    )  # fmt: skip
+    return CaMOPDConfig(**{**defaults, **kwargs})
+
+
+def make_trainer(tmp_path, tokenizer, **kwargs) -> CaMOPDTrainer:
+    """A tiny run. Keywords of the trainer are taken out, the rest go to the config."""
+    names = ("model", "teachers", "train_dataset", "eval_dataset", "peft_config", "tools", "callbacks")
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    defaults = {
+        "model": make_model(1),
+        "teachers": {"general": make_model(2), "domain": make_model(1)},
+        "train_dataset": {branch: make_prompts(branch) for branch in ("general", "domain")},
+    }
+    return CaMOPDTrainer(**{**defaults, **given}, args=make_args(tmp_path, **kwargs), processing_class=tokenizer)
+
+
+def lines(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------ Eq. 9, exactly
+
+
+@pytest.mark.parametrize("batch_size", [2, 8], ids=["4_accumulation_steps", "1_accumulation_step"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_step_equals_the_step_by_hand(case, batch_size, tmp_path):
+    expected, expected_loss, kept = reference_step(case)
+    parameters, metrics = trainer_step(case, str(tmp_path), batch_size)
+    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-6)
+    assert sum(metrics.get(f"selection/{branch}/kept", 0) for branch in ("general", "domain")) == len(kept)
+    for name, value in expected.items():
+        torch.testing.assert_close(parameters[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name} {text}")
+
+
+def test_two_processes_take_the_step_by_hand(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, str(TESTS / "steps.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    for case in CASES:
+        expected, expected_loss, _ = reference_step(case)
+        found = load_file(tmp_path / f"{case.name}.safetensors")
+        assert found.pop("loss").item() == pytest.approx(expected_loss, rel=1e-6)
+        for name, value in found.items():
+            torch.testing.assert_close(
+                value, expected[name], atol=1e-6, rtol=0, msg=lambda text, name=name, case=case: f"{case.name} {name} {text}"
+            )
+
+
+def test_the_cases_hold_what_they_are_meant_to_hold():
+    # Uneven shares for two ranks (positions 0, 2, ... and 1, 3, ...), a rank with nothing, weights in and out of band.
+    _, _, kept = reference_step(CASES[0])
+    even = sum(position % 2 == 0 for position in kept)
+    assert 0 < len(kept) < 8
+    assert even != len(kept) - even
+    assert len(reference_step(CASES[1])[2]) == 1
+
+
+def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, mass_target=0.01, prompts_per_step=8)
+    seen = []
+    forward = trainer._student_forward
+
+    def counting(token_ids, prompt_lens, **kwargs):
+        if torch.is_grad_enabled():
+            seen.append(len(token_ids))
+        return forward(token_ids, prompt_lens, **kwargs)
+
+    monkeypatch.setattr(trainer, "_student_forward", counting)
+    trainer.train()
+    assert seen == [1]  # one sample holds 1 % of the mass; three of the four micro-steps do nothing
+
+
+# -------------------------------------------------------------------------------------------- student equals teacher
+
+
+def test_a_student_that_equals_its_teacher_does_not_move_at_all(tmp_path, tokenizer):
+    model = make_model(1)
+    trainer = make_trainer(
+        tmp_path, tokenizer, model=copy.deepcopy(model), teachers={"general": model, "domain": model}, max_steps=2,
+        schedule="general:1,domain:1", optim="sgd",
+    )  # fmt: skip
+    trainer.train()
+    for (name, before), after in zip(model.named_parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(before, after), name
+    for line in lines(tmp_path):
+        assert line["loss"] == 0
+        assert line["grad_norm"] == 0
+        assert line[f"gap/{line['branch']}/abs_mean"] == 0
+        assert line[f"gap/{line['branch']}/abs_p99"] == 0
+
+
+def test_a_domain_first_step_on_a_fresh_student_is_reported_degenerate_and_taken(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, schedule="domain:1,general:1", max_steps=2)
+    trainer.train()
+    first, second = lines(tmp_path)
+    assert first["selection/domain/degenerate"] == 1
+    assert first["selection/domain/kept_fraction"] == 1
+    assert first["loss"] == 0
+    assert first["selection/domain/mass"] is None
+    assert second["selection/general/degenerate"] == 0
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------- schedule and data
+
+
+def test_steps_take_the_branches_of_the_schedule(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, max_steps=5).train()
+    assert [line["branch"] for line in lines(tmp_path)] == ["general", "general", "general", "domain", "general"]
+
+
+def test_three_branches_work(tmp_path, tokenizer):
+    names = ("general", "domain", "code")
+    make_trainer(
+        tmp_path, tokenizer, schedule="general:1,domain:1,code:1", max_steps=3, scale=1.0, mass_target=0.8, selection=True,
+        score="absolute", teachers={name: make_model(2) for name in names},
+        train_dataset={name: make_prompts(name) for name in names},
+    ).train()  # fmt: skip
+    assert [line["branch"] for line in lines(tmp_path)] == list(names)
+
+
+def test_rows_of_the_wrong_branch_are_refused(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    with pytest.raises(CaMOPDError, match=r"step 0 got prompts of \['domain'\].*wants \['general'\]"):
+        trainer._begin_step([{"prompt": "x", "branch": "domain", "position": 0}])
+
+
+def test_text_and_messages_mix_in_one_step(tmp_path, tokenizer):
+    messages = Dataset.from_list([{"prompt": [{"role": "user", "content": f"hi {index}"}]} for index in range(5)])
+    trainer = make_trainer(
+        tmp_path, tokenizer, schedule="general:1+domain:1", max_steps=1,
+        train_dataset={"general": make_prompts("general"), "domain": messages},
+    )  # fmt: skip
+    seen = []
+    tokenize = trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda prompts: seen.append((prompts, tokenize(prompts)[0])) or tokenize(prompts)
+    trainer.train()
+    for prompt, ids in zip(*seen[0], strict=True):
+        text = prompt if isinstance(prompt, str) else f"u {prompt[0]['content']}.a "
+        assert ids == tokenizer(text)["input_ids"]
+
+
+def test_long_prompts_keep_their_last_tokens_and_are_counted(tmp_path, tokenizer):
+    prompts = Dataset.from_list([{"prompt": "a" * 30 + "tail"}, {"prompt": "short"}])
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_prompt_length=6, max_steps=1, prompts_per_step=2,
+        train_dataset={"general": prompts, "domain": prompts},
+    )  # fmt: skip
+    ids, _, _ = trainer._tokenize_prompts(["a" * 30 + "tail", "short"])
+    assert tokenizer.decode(ids[0]).replace(" ", "") == "aatail"
+    assert tokenizer.decode(ids[1]).replace(" ", "") == "short"
+    trainer.train()
+    assert lines(tmp_path)[0]["rollout/prompts_cut"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- importance weights
+
+
+def test_rollout_logps_of_vllm_reach_the_importance_weights(tmp_path):
+    _, metrics = trainer_step(Case("ratios"), str(tmp_path), 2)
+    assert metrics["importance/active"] == 1
+    # FakeSampler is off by a factor of up to e either way: log-uniform, so 1 - ln 2 = 31 % lie outside [0.5, 2]
+    assert 0.1 < metrics["importance/outside_band"] < 0.55
+    assert 2 < metrics["importance/ratio_max"] < 2.72
+
+
+def test_without_rollout_logps_the_weights_are_one_and_it_is_said(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, max_steps=1).train()
+    (line,) = lines(tmp_path)
+    assert line["importance/active"] == 0
+    assert "importance/ratio_mean" not in line
+
+
+def test_logps_of_a_tool_conversation_are_put_back_where_they_were_sampled():
+    from camopd.trainer import _logps_of_turns
+
+    # Row 1 calls a tool: prompt [1], samples [2, 3], reads the tool result [9, 9], samples [4, 5] of which 5 is cut off.
+    turns = [([1], [7], [-0.7]), ([1], [2, 3], [-0.2, -0.3]), ([1, 2, 3, 9, 9], [4, 5], [-0.4, -0.5])]
+    logps = _logps_of_turns(turns, row=1, num_rows=2, prompt=[1], completion=[2, 3, 9, 9, 4])
+    assert logps.isnan().tolist() == [False, False, True, True, False]
+    torch.testing.assert_close(logps[[0, 1, 4]], torch.tensor([-0.2, -0.3, -0.4]))
+    assert _logps_of_turns(turns, row=0, num_rows=2, prompt=[1], completion=[7]).tolist() == pytest.approx([-0.7])
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, metrics
+
+
+def test_evaluation_reports_exact_gaps_per_branch(tmp_path, tokenizer):
+    heldout = {branch: make_prompts(branch, 5) for branch in ("general", "domain")}
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=heldout, per_device_eval_batch_size=2)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    found = trainer.evaluate()
+    student, teacher = make_model(1), make_model(2)
+    means = []
+    for row in heldout["general"]:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion, _ = FakeSampler.complete(tuple(prompt))
+        if completion:
+            logits = [model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1) for model in (teacher, student)]
+            gaps = [
+                (logits[0] - logits[1])[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)
+            ]
+            means.append([sum(f(gap) for gap in gaps) / len(gaps) for f in (float, abs, lambda gap: max(gap, 0))])
+    expected = torch.tensor(means, dtype=torch.float64)
+    assert found["eval_general_prompts"] == len(means)
+    assert found["eval_general_gap"] == pytest.approx(expected[:, 0].mean().item(), abs=1e-5)
+    assert found["eval_general_kl"] == pytest.approx(-expected[:, 0].mean().item(), abs=1e-5)
+    assert found["eval_general_gap_abs"] == pytest.approx(expected[:, 1].mean().item(), abs=1e-5)
+    assert found["eval_general_gap_positive"] == pytest.approx(expected[:, 2].mean().item(), abs=1e-5)
+    assert found["eval_general_kl_se"] == pytest.approx((expected[:, 0].std() / len(means) ** 0.5).item(), abs=1e-5)
+    assert found["eval_domain_gap_abs"] == 0  # the student is the domain teacher
+
+
+def test_evaluation_changes_nothing_about_training(tmp_path, tokenizer):
+    heldout = {branch: make_prompts(branch, 5) for branch in ("general", "domain")}
+    losses = []
+    for name, extra in (("with", {"eval_strategy": "steps", "eval_steps": 1}), ("without", {})):
+        make_trainer(tmp_path / name, tokenizer, eval_dataset=heldout, **extra).train()
+        losses.append([line["loss"] for line in lines(tmp_path / name)])
+    assert losses[0] == losses[1]
+
+
+def test_every_documented_metric_is_written_and_every_written_one_documented(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=4)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    trainer.train()
+    written = {
+        name.replace("/general/", "/<branch>/").replace("/domain/", "/<branch>/").replace("_general", "_<branch>").replace(
+            "_domain", "_<branch>"
+        )
+        for line in lines(tmp_path)
+        for name in line
+    }
+    text = (TESTS.parent / "docs" / "metrics.md").read_text()
+    table = text.split("## metrics.jsonl")[1].split("\n## ")[0]
+    documented = {row.split("`")[1] for row in table.splitlines() if row.startswith("| `")}
+    assert written == documented
+
+
+def test_a_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
+    for _ in range(3):
+        make_trainer(tmp_path, tokenizer, max_steps=1).train()
+    assert sorted(path.name for path in tmp_path.glob("metrics*.jsonl")) == [
+        "metrics-1.jsonl",
+        "metrics-2.jsonl",
+        "metrics.jsonl",
+    ]
+
+
+def test_selection_metrics_describe_kept_and_dropped_samples(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, max_steps=1, prompts_per_step=8, max_completion_length=12).train()
+    (line,) = lines(tmp_path)
+    kept, candidates = line["selection/general/kept"], line["selection/general/candidates"]
+    assert line["selection/general/kept_fraction"] == kept / candidates
+    assert 0.8 <= line["selection/general/mass"] <= 1
+    overall = kept * line["selection/general/length_kept"] + (candidates - kept) * line["selection/general/length_dropped"]
+    assert overall == pytest.approx(candidates * line["rollout/general/length"])
+    assert line["time/step"] == pytest.approx(line["time/rollout"] + line["time/score"] + line["time/train"])
+
+
+# --------------------------------------------------------------------------------------------------------- the parent
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_tokenize_prompts", "_generate_single_turn", "_generate_and_score_completions", "_prepare_inputs", "compute_loss",
+        "training_step", "prediction_step", "evaluation_loop", "_save_checkpoint", "_get_grad_norm", "get_train_dataloader",
+        "num_examples", "get_batch_samples",
+    ],
+)  # fmt: skip
+def test_the_parent_has_what_the_trainer_overrides_or_relies_on(name):
+    assert callable(getattr(DistillationTrainer, name))
+
+
+def test_lora_student_with_adapter_off_as_domain_teacher(tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    trainer = make_trainer(
+        tmp_path, tokenizer, teachers={"general": make_model(2), "domain": "adapter_off"}, max_steps=4, learning_rate=0.1,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    base = {name: value.clone() for name, value in trainer.model.named_parameters() if "lora" not in name}
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        if "lora" in name:
+            continue
+        assert torch.equal(value, base[name]), name
+    domain = lines(tmp_path)[3]
+    assert domain["branch"] == "domain"
+    assert domain["gap/domain/abs_mean"] > 0  # three general steps have moved the adapter away from the base
+
+
+def test_gradient_checkpointing_gives_the_same_losses(tmp_path, tokenizer):
+    losses = []
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        make_trainer(folder, tokenizer, gradient_checkpointing=checkpointing).train()
+        losses.append([line["loss"] for line in lines(folder)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+class BrokenTeacher:
+    """Answers with what it is told to."""
+
+    name = "broken"
+
+    def __init__(self, value: float, missing: int = 0):
+        self.value, self.missing = value, missing
+
+    def score(self, token_ids, prompt_lens, top_k=0):
+        return [
+            TokenScores(torch.full((len(ids) - start - self.missing,), self.value))
+            for ids, start in zip(token_ids, prompt_lens, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_non_finite_teacher_logps_stop_the_run_with_sample_and_count(value, tmp_path, tokenizer):
+    teachers = {"general": BrokenTeacher(value), "domain": make_model(1)}
+    before = make_model(1)
+    trainer = make_trainer(tmp_path, tokenizer, teachers=teachers, model=copy.deepcopy(before))
+    with pytest.raises(CaMOPDError, match=r"teacher 'general' \(broken\) gave (\d) non-finite log-probs out of \1 for sample 0"):
+        trainer.train()
+    assert all(torch.equal(*pair) for pair in zip(before.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_a_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer):
+    teachers = {"general": BrokenTeacher(-1.0, missing=1), "domain": make_model(1)}
+    with pytest.raises(CaMOPDError, match=r"scored (\d) of the (\d) completion tokens of sample 0"):
+        make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"teachers": {"general": None, "domain": "x"}}, ValueError, r"branch 'general' .* has no teacher: teachers has"),
+        ({"teachers": {"general": "x"}}, ValueError, r"branch 'domain' of schedule .* has no teacher"),
+        ({"teachers": {"general": "x", "domain": "x", "code": "x"}}, ValueError, r"teachers has \['code'\].*never visits"),
+        ({"teachers": "http://localhost:1"}, TypeError, r"teachers must map each branch"),
+        ({"teachers": None}, TypeError, r"teachers must map each branch"),
+        ({"teachers": {"general": "x", "domain": "adapter_off"}}, ValueError, r"'adapter_off'.*but the student has none"),
+        ({"train_dataset": {"general": make_prompts("g")}}, ValueError, r"branch 'domain' .* has no prompts"),
+        ({"train_dataset": make_prompts("g")}, TypeError, r"train_dataset must map each branch"),
+        ({"train_dataset": None}, TypeError, r"train_dataset must map each branch"),
+        ({"eval_dataset": make_prompts("g")}, TypeError, r"eval_dataset must map branches"),
+        ({"eval_dataset": {"code": make_prompts("g")}}, ValueError, r"eval_dataset has branch 'code', which is not in"),
+        ({"schedule": "general:3,domain:1,code:1"}, ValueError, r"has no value for branch 'code'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_model_is_loaded(kwargs, error, message, tmp_path, tokenizer):
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, tokenizer, **kwargs)
+
+
+def test_the_student_object_cannot_be_its_own_teacher(tmp_path, tokenizer):
+    model = make_model(1)
+    with pytest.raises(ValueError, match=r"teacher of branch 'domain' is the student object itself"):
+        make_trainer(tmp_path, tokenizer, model=model, teachers={"general": make_model(2), "domain": model})
+
+
+def test_a_prompt_with_an_image_is_refused(tmp_path, tokenizer):
+    prompts = make_prompts("general").add_column("image", [None] * 11)
+    with pytest.raises(ValueError, match=r"column 'image': images are not supported"):
+        make_trainer(tmp_path, tokenizer, train_dataset={"general": prompts, "domain": make_prompts("domain")})
