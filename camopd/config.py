@@ -73,13 +73,9 @@ class CaMOPDConfig(DistillationConfig):
     > `gradient_accumulation_steps` is derived.
     """
 
-    _VALID_DICT_FIELDS = DistillationConfig._VALID_DICT_FIELDS + [
-        "mass_target",
-        "scale",
-        "score",
-        "selection",
-        "teachers",
-    ]
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the parent declares it
+        *DistillationConfig._VALID_DICT_FIELDS, "mass_target", "scale", "score", "selection", "teachers",
+    ]  # fmt: skip
 
     # Parameters whose default values are overridden
     max_steps: int = field(
@@ -160,7 +156,13 @@ class CaMOPDConfig(DistillationConfig):
 
     def __post_init__(self):
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
-        for name in ("prompts_per_step", "max_prompt_length", "max_completion_length", "score_batch_size", "max_steps"):
+        for name in (
+            "prompts_per_step",
+            "max_prompt_length",
+            "max_completion_length",
+            "score_batch_size",
+            "max_steps",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
@@ -252,7 +254,7 @@ class CaMOPDConfig(DistillationConfig):
         if isinstance(self.teachers, str):
             raise ValueError(
                 f"teachers must map each branch to its teacher, got the text {self.teachers!r}. Write "
-                f"{json.dumps({branch: '...' for branch in schedule.branches})}."
+                f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
             )
 
     def _check_refused(self) -> None:

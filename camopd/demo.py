@@ -73,8 +73,12 @@ class DemoSettings:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of the demo. Raises `CaMOPDError` when the weights are not installed."""
-    parser = argparse.ArgumentParser(prog="camopd demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--output-dir", default="demo-output", help="where models and results go (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="camopd demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--output-dir", default="demo-output", help="where models and results go (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and show the spread")
     parser.add_argument("--fresh", action="store_true", help="start over, keeping only the converted base model")
     options = parser.parse_args(argv)
@@ -159,7 +163,9 @@ def _general_model(output_dir: Path, settings: DemoSettings) -> str:
         folder, name = files[0].parent, files[0].name
         unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         # transformers does not save a model that came from GGUF; its weights are plain float32 by now.
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32
+        )
         model.load_state_dict(unpacked.state_dict())
         model.generation_config = unpacked.generation_config
         partial = target.with_name("general.partial")
@@ -288,7 +294,9 @@ def _trainer(student: str, general: str, domain: str, output_dir: Path, settings
     """The product as a user would call it."""
 
     def prompts(branch: str, split: str, limit: int | None = None) -> datasets.Dataset:
-        return datasets.Dataset.from_list([{"prompt": _messages(row["prompt"])} for row in load_prompts(branch, split)[:limit]])
+        return datasets.Dataset.from_list(
+            [{"prompt": _messages(row["prompt"])} for row in load_prompts(branch, split)[:limit]]
+        )
 
     return CaMOPDTrainer(
         model=student,
@@ -367,7 +375,10 @@ def _report(results: list[dict[str, Any]]) -> str:
         "",
         "| model | to the general teacher, on general prompts | to the domain teacher, on domain prompts |",
         "|---|---|---|",
-        *(f"| {name} | {_cell(result[name]['gap_to_general'])} | {_cell(result[name]['gap_to_domain'])} |" for name in MODELS),
+        *(
+            f"| {name} | {_cell(result[name]['gap_to_general'])} | {_cell(result[name]['gap_to_domain'])} |"
+            for name in MODELS
+        ),
         "",
         "![Gaps over steps](gaps.png)",
         "",
@@ -381,7 +392,8 @@ def _report(results: list[dict[str, Any]]) -> str:
     if len(results) > 1:
         lines += ["## Spread over seeds", "", "| seed | gap brought back | domain drift |", "|---|---|---|"]
         lines += [
-            f"| {row['settings']['seed']} | {row['recovered_share']:.0%} | {row['domain_drift']:.1%} |" for row in results
+            f"| {row['settings']['seed']} | {row['recovered_share']:.0%} | {row['domain_drift']:.1%} |"
+            for row in results
         ]
         lines.append("")
     lines += ["## Seconds per stage", "", "| stage | seconds |", "|---|---|"]
@@ -402,7 +414,9 @@ def _figures(output_dir: Path, run: Path) -> None:
         figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
         for branch, marker in zip(BRANCHES, "os", strict=True):
             points = [(row["step"], row[metric.format(branch)]) for row in steps if metric.format(branch) in row]
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=5, color=colours[branch], label=f"{branch} steps")
+            axes.plot(
+                *zip(*points, strict=True), marker=marker, markersize=5, color=colours[branch], label=f"{branch} steps"
+            )
         axes.set(xlabel="optimizer step", ylabel=label, ylim=(0, 1.05 if percent else None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if percent:

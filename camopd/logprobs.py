@@ -101,20 +101,21 @@ def completion_top_k(
 
 
 def in_length_sorted_batches(
-    forward: Callable[[list[list[int]], list[int]], tuple[Tensor | None, ...]],
+    forward: Callable[[list[list[int]], list[int]], tuple[Any, ...]],
     token_ids: Sequence[list[int]],
     prompt_lens: Sequence[int],
     batch_size: int,
-) -> list[tuple[Tensor | None, ...]]:
+) -> list[tuple[Any, ...]]:
     """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
 
-    `forward(token_ids, prompt_lens)` returns tensors of shape (B, T, ...); each row comes back on the CPU, cut to its
-    own T_i completion tokens. Longest first, so that running out of memory happens in the first batch and not the last.
-    Every rank with the same number of rows makes the same number of forward calls, which sharded models need.
+    `forward(token_ids, prompt_lens)` returns tensors of shape (B, T, ...), or `None` where it has nothing; each row comes
+    back on the CPU, cut to its own T_i completion tokens. Longest first, so that running out of memory happens in the
+    first batch and not the last. Every rank with the same number of rows makes the same number of forward calls, which
+    sharded models need.
     """
     lengths = [len(ids) for ids in token_ids]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    rows: list[tuple[Tensor | None, ...]] = [()] * len(lengths)
+    rows: list[tuple[Any, ...]] = [()] * len(lengths)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with torch.no_grad():

@@ -10,14 +10,11 @@ Shape suffixes:  B rows   N rows of the whole optimizer step   T completion toke
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-ScoreKind = Literal["absolute", "positive"]
-ImportanceMode = Literal["mask", "truncate", "none"]
 
 SCORE_KINDS: tuple[str, ...] = ("absolute", "positive")
 IMPORTANCE_MODES: tuple[str, ...] = ("mask", "truncate", "none")
@@ -45,7 +42,7 @@ def importance_weights(
     mask_BT: Tensor,
     low: float,
     high: float,
-    mode: ImportanceMode = "mask",
+    mode: str = "mask",
 ) -> Tensor:
     """w_t of Eq. 2 and 9: pi_theta / mu_theta, trainer over rollout engine, detached, 0 outside the mask.
 
@@ -72,7 +69,7 @@ def importance_weights(
     return torch.where(rollout_logps_BT.isnan(), ones_BT, ratio_BT).masked_fill(~mask_BT, 0.0)
 
 
-def gap_scores(gaps_BT: Tensor, mask_BT: Tensor, kind: ScoreKind) -> Tensor:
+def gap_scores(gaps_BT: Tensor, mask_BT: Tensor, kind: str) -> Tensor:
     """How much correction each sample asks for, in nats per token, as float64 (B,).
 
     * `"absolute"`, Eq. 6: mean |gap|. Any deviation from the general teacher is a recovery signal.

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -117,9 +116,9 @@ class CaMOPDTrainer(DistillationTrainer):
             As in [`~trl.DistillationTrainer`].
     """
 
-    _tag_names = ["camopd", "trl", "on-policy-distillation"]
+    _tag_names: ClassVar[list[str]] = ["camopd", "trl", "on-policy-distillation"]
     _name = "CaMOPD"
-    _paper = {
+    _paper: ClassVar[dict[str, str]] = {
         "title": "Counteraction-Aware Multi-Teacher On-Policy Distillation for General Capability Recovery with "
         "Domain Preservation",
         "id": "2605.27115",
@@ -129,7 +128,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 author  = {Tianlei Chen and Jiao Ou and Ziyuan Liu and Ruiming Tang and Jian Liang and Han Li},
                 year    = 2026,
                 eprint  = {arXiv:2605.27115},
-            }"""),
+            }"""),  # noqa: E501
     }
 
     args: CaMOPDConfig
@@ -151,6 +150,9 @@ class CaMOPDTrainer(DistillationTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CaMOPDConfig(f"{model_id.split('/')[-1]}-CaMOPD")
+        assert (
+            args.gradient_accumulation_steps is not None and args.max_completion_length is not None
+        )  # set by the config
         # The data and the names first: they cost nothing to check, the models do.
         self.schedule = Schedule.parse(args.schedule)
         self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
@@ -210,11 +212,13 @@ class CaMOPDTrainer(DistillationTrainer):
             "prompts_per_step": args.prompts_per_step,
             "seed": args.seed,
         }
+        self._last_loaded_step = -1  # step whose weights vLLM has, as in the parent
         self._micro_batches: list[dict[str, Any] | None] = []
         self._turns: list[tuple[list[int], list[int], list[float]]] = []  # of vLLM: prompt, completion, log-probs
         self._empty_rows: set[int] | None = None
         self._prompts_cut = 0
         self._step_metrics: dict[str, Any] = {}
+        self._loss_sum = torch.zeros(())
         self._eval_rows: list[dict[str, float]] = []
         self.add_callback(metrics.MetricsFile(self))
 
@@ -259,25 +263,29 @@ class CaMOPDTrainer(DistillationTrainer):
     def _teachers_by_branch(
         self, teachers: dict[str, Any] | None, args: CaMOPDConfig, model: Any, peft_config: Any
     ) -> dict[str, Any]:
-        teachers = args.teachers if teachers is None else teachers
-        if not isinstance(teachers, dict):
+        given: Any = args.teachers if teachers is None else teachers
+        if not isinstance(given, dict):
             raise TypeError(
-                f"teachers must map each branch of schedule {str(self.schedule)!r} to its teacher, got {teachers!r}. "
+                f"teachers must map each branch of schedule {str(self.schedule)!r} to its teacher, got {given!r}. "
                 "Pass teachers={...} to the trainer or set it in the config."
             )
-        self._check_branches(teachers, "teachers", "teacher")
-        for branch, teacher in teachers.items():
+        self._check_branches(given, "teachers", "teacher")
+        for branch, teacher in given.items():
             if teacher is model and not isinstance(model, str):
                 raise ValueError(
                     f"the teacher of branch {branch!r} is the student object itself and would change as it trains. Pass "
                     "the path it was loaded from, a copy.deepcopy of it, or 'adapter_off' if it has an adapter."
                 )
-            if teacher == "adapter_off" and peft_config is None and (isinstance(model, str) or not is_peft_model(model)):
+            if (
+                teacher == "adapter_off"
+                and peft_config is None
+                and (isinstance(model, str) or not is_peft_model(model))
+            ):
                 raise ValueError(
                     f"the teacher of branch {branch!r} is 'adapter_off', the student without its adapter, but the student "
                     "has none. Pass peft_config=LoraConfig(...) to the trainer, or name a model or server as teacher."
                 )
-        return {branch: teachers[branch] for branch in self.schedule.branches}
+        return {branch: given[branch] for branch in self.schedule.branches}
 
     def _check_branches(self, mapping: dict[str, Any], argument: str, noun: str) -> None:
         for branch in self.schedule.branches:
@@ -424,8 +432,8 @@ class CaMOPDTrainer(DistillationTrainer):
             self.args.score_batch_size,
         )
         self.model.train(training)
-        rollouts.student_logps = [logps for logps, _ in own]
-        rollouts.entropy = [entropy for _, entropy in own]
+        rollouts.student_logps = [row[0] for row in own]
+        rollouts.entropy = [row[1] for row in own]
         _check_finite(rollouts, self.teachers)
 
     # ----------------------------------------------------------------------------------------------------- select
@@ -569,7 +577,9 @@ class CaMOPDTrainer(DistillationTrainer):
         # serves one update, and were computed in the very batches of an in-process teacher: equal weights give a gap of
         # exactly 0 here, while the log-probs of this forward differ from them by rounding.
         gaps = token_gaps(inputs["teacher_logps"].to(device), inputs["student_logps"].to(device), mask)
-        rollout_logps = inputs["rollout_logps"] if inputs["rollout_logps"] is None else inputs["rollout_logps"].to(device)
+        rollout_logps = (
+            inputs["rollout_logps"] if inputs["rollout_logps"] is None else inputs["rollout_logps"].to(device)
+        )
         args = self.args
         weights = importance_weights(
             logps, rollout_logps, mask,
@@ -639,16 +649,17 @@ class CaMOPDTrainer(DistillationTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the parent. Raises `ResumeError` when the checkpoint belongs to a run with another schedule, other
         teachers, other prompts or another seed, before anything is loaded."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
                 raise ResumeError(
                     f"there is no checkpoint in {self.args.output_dir!r} to go on from. Start without "
                     "resume_from_checkpoint, or give the checkpoint's own folder."
                 )
-        if resume_from_checkpoint:
-            self._check_record(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if checkpoint:
+            self._check_record(Path(str(checkpoint)))
+        return super().train(checkpoint, *args, **kwargs)
 
     def _check_record(self, checkpoint: Path) -> None:
         path = checkpoint / RUN_RECORD
@@ -659,11 +670,15 @@ class CaMOPDTrainer(DistillationTrainer):
             )
         then = json.loads(path.read_text())
         differences = [
-            f"  {name}: {then.get(name)!r} then, {now!r} now" for name, now in self._record.items() if then.get(name) != now
+            f"  {name}: {then.get(name)!r} then, {now!r} now"
+            for name, now in self._record.items()
+            if then.get(name) != now
         ]
         if differences:
             raise ResumeError(
-                f"{str(checkpoint)!r} belongs to another run:\n" + "\n".join(differences) + "\nRestore these settings to go "
+                f"{str(checkpoint)!r} belongs to another run:\n"
+                + "\n".join(differences)
+                + "\nRestore these settings to go "
                 "on, or pass the checkpoint as `model` to start a new run from its weights."
             )
 
@@ -684,7 +699,11 @@ def _pad(rows: list[Tensor]) -> Tensor:
 
 
 def _logps_of_turns(
-    turns: list[tuple[list[int], list[int], list[float]]], row: int, num_rows: int, prompt: list[int], completion: list[int]
+    turns: list[tuple[list[int], list[int], list[float]]],
+    row: int,
+    num_rows: int,
+    prompt: list[int],
+    completion: list[int],
 ) -> Tensor:
     """The sampler's log-prob of each completion token of a row, NaN on tokens it did not sample (tool results).
 
@@ -706,7 +725,11 @@ def _logps_of_turns(
 def _check_finite(rollouts: Rollouts, teachers: dict[str, Teacher]) -> None:
     for side, all_logps in (("teacher", rollouts.teacher_logps), ("student", rollouts.student_logps)):
         for row, (logps, mask) in enumerate(zip(all_logps, rollouts.mask, strict=True)):
-            name = f"teacher {rollouts.branch[row]!r} ({teachers[rollouts.branch[row]].name})" if side == "teacher" else side
+            name = (
+                f"teacher {rollouts.branch[row]!r} ({teachers[rollouts.branch[row]].name})"
+                if side == "teacher"
+                else side
+            )
             if len(logps) != len(mask):
                 raise CaMOPDError(
                     f"{name} scored {len(logps)} of the {len(mask)} completion tokens of sample {rollouts.position[row]}. "

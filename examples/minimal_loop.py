@@ -59,10 +59,14 @@ def step_loss(
     width = mask_KT.size(1)
     rollout_KT = None if rollout_logps_BT is None else rollout_logps_BT[kept, :width]
     weights_KT = importance_weights(logps_KT, rollout_KT, mask_KT, low=0.5, high=2.0)  # w_t
-    return distillation_loss(logps_KT, gaps_BT[kept, :width], weights_KT, mask_KT, SCALE[branch], len(kept)), kept  # Eq. 9
+    return distillation_loss(
+        logps_KT, gaps_BT[kept, :width], weights_KT, mask_KT, SCALE[branch], len(kept)
+    ), kept  # Eq. 9
 
 
-def completion_logps(model: torch.nn.Module, sequences: list[list[int]], prompt_lens: list[int]) -> tuple[Tensor, Tensor]:
+def completion_logps(
+    model: torch.nn.Module, sequences: list[list[int]], prompt_lens: list[int]
+) -> tuple[Tensor, Tensor]:
     """log pi(y_t | h_t) of the completion tokens and the mask of real ones, each (B, T)."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     starts = torch.tensor(prompt_lens)
@@ -71,7 +75,9 @@ def completion_logps(model: torch.nn.Module, sequences: list[list[int]], prompt_
     logits = model(ids.to(model.device), attention_mask=attention.to(model.device)).logits[:, :-1].float()
     logps = logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None].to(model.device)).squeeze(-1)
     mask_BT = torch.arange(max(1, int((lengths - starts).max()))) < (lengths - starts)[:, None]
-    columns = (starts[:, None] - 1 + torch.arange(mask_BT.size(1))).clamp(max=logps.size(1) - 1)  # token t is predicted at t - 1
+    columns = (starts[:, None] - 1 + torch.arange(mask_BT.size(1))).clamp(
+        max=logps.size(1) - 1
+    )  # token t is predicted at t - 1
     return logps.gather(1, columns.to(logps.device)), mask_BT.to(logps.device)
 
 
@@ -105,9 +111,13 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.student)
-    student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).eval()  # no dropout
+    student = (
+        AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).eval()
+    )  # no dropout
     teachers = {
-        "general": AutoModelForCausalLM.from_pretrained(options.general_teacher, dtype=torch.float32).to(device).eval(),
+        "general": AutoModelForCausalLM.from_pretrained(options.general_teacher, dtype=torch.float32)
+        .to(device)
+        .eval(),
         "domain": copy.deepcopy(student),
     }
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=0.0)

@@ -34,7 +34,9 @@ def train(folder, tokenizer, resume=None, **kwargs):
 
 
 @pytest.mark.parametrize("stopped_after", [1, 3, 4, 5])
-def test_resume_at_any_step_gives_the_same_prompts_branches_losses_and_weights(stopped_after, undisturbed, tmp_path, tokenizer):
+def test_resume_at_any_step_gives_the_same_prompts_branches_losses_and_weights(
+    stopped_after, undisturbed, tmp_path, tokenizer
+):
     folder, expected_prompts, expected_parameters = undisturbed
     shutil.copytree(folder / f"checkpoint-{stopped_after}", tmp_path / f"checkpoint-{stopped_after}")
     shutil.copy(folder / "metrics.jsonl", tmp_path / "metrics.jsonl")  # as left by a run that died further on
@@ -78,7 +80,10 @@ def test_a_dealer_that_forgets_the_step_is_caught_by_its_branch(undisturbed, tmp
         ({"schedule": "general:1,domain:1"}, r"schedule: 'general:3,domain:1' then, 'general:1,domain:1' now"),
         ({"seed": 7}, r"seed: 42 then, 7 now"),
         ({"prompts_per_step": 8}, r"prompts_per_step: 4 then, 8 now"),
-        ({"train_dataset": {name: make_prompts(name, 5) for name in ("general", "domain")}}, r"prompts: .*11 rows.*5 rows"),
+        (
+            {"train_dataset": {name: make_prompts(name, 5) for name in ("general", "domain")}},
+            r"prompts: .*11 rows.*5 rows",
+        ),
     ],
     ids=["schedule", "seed", "prompts_per_step", "prompts"],
 )
@@ -108,7 +113,7 @@ def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(undisturbed, tmp_path
 
 
 def test_resume_without_any_checkpoint_says_so(tmp_path, tokenizer):
-    with pytest.raises(ResumeError, match="there is no checkpoint in .* Start without"):
+    with pytest.raises(ResumeError, match=r"there is no checkpoint in .* Start without"):
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 

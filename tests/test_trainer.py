@@ -23,11 +23,11 @@ TESTS = Path(__file__).parent
 
 
 def make_args(tmp_path, **kwargs) -> CaMOPDConfig:
-    defaults = dict(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, learning_rate=1e-2, max_steps=4, prompts_per_step=4,
-        per_device_train_batch_size=2, max_completion_length=6, max_prompt_length=64,
-    )  # fmt: skip
+    defaults = {
+        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "gradient_checkpointing": False, "learning_rate": 1e-2, "max_steps": 4,
+        "prompts_per_step": 4, "per_device_train_batch_size": 2, "max_completion_length": 6, "max_prompt_length": 64,
+    }  # fmt: skip
     return CaMOPDConfig(**{**defaults, **kwargs})
 
 
@@ -58,14 +58,20 @@ def test_one_step_equals_the_step_by_hand(case, batch_size, tmp_path):
     assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-6)
     assert sum(metrics.get(f"selection/{branch}/kept", 0) for branch in ("general", "domain")) == len(kept)
     for name, value in expected.items():
-        torch.testing.assert_close(parameters[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name} {text}")
+        torch.testing.assert_close(
+            parameters[name], value, atol=1e-6, rtol=0, msg=lambda text, name=name: f"{name} {text}"
+        )
 
 
 def test_two_processes_take_the_step_by_hand(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(TESTS / "steps.py"), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(TESTS / "steps.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     for case in CASES:
@@ -74,7 +80,11 @@ def test_two_processes_take_the_step_by_hand(tmp_path):
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=1e-6)
         for name, value in found.items():
             torch.testing.assert_close(
-                value, expected[name], atol=1e-6, rtol=0, msg=lambda text, name=name, case=case: f"{case.name} {name} {text}"
+                value,
+                expected[name],
+                atol=1e-6,
+                rtol=0,
+                msg=lambda text, name=name, case=case: f"{case.name} {name} {text}",
             )
 
 
@@ -228,10 +238,10 @@ def test_evaluation_reports_exact_gaps_per_branch(tmp_path, tokenizer):
         prompt = tokenizer(row["prompt"])["input_ids"]
         completion, _ = FakeSampler.complete(tuple(prompt))
         if completion:
-            logits = [model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1) for model in (teacher, student)]
-            gaps = [
-                (logits[0] - logits[1])[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)
+            logits = [
+                model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1) for model in (teacher, student)
             ]
+            gaps = [(logits[0] - logits[1])[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)]
             means.append([sum(f(gap) for gap in gaps) / len(gaps) for f in (float, abs, lambda gap: max(gap, 0))])
     expected = torch.tensor(means, dtype=torch.float64)
     assert found["eval_general_prompts"] == len(means)
@@ -257,9 +267,10 @@ def test_every_documented_metric_is_written_and_every_written_one_documented(tmp
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
     trainer.train()
     written = {
-        name.replace("/general/", "/<branch>/").replace("/domain/", "/<branch>/").replace("_general", "_<branch>").replace(
-            "_domain", "_<branch>"
-        )
+        name.replace("/general/", "/<branch>/")
+        .replace("/domain/", "/<branch>/")
+        .replace("_general", "_<branch>")
+        .replace("_domain", "_<branch>")
         for line in lines(tmp_path)
         for name in line
     }
@@ -285,7 +296,9 @@ def test_selection_metrics_describe_kept_and_dropped_samples(tmp_path, tokenizer
     kept, candidates = line["selection/general/kept"], line["selection/general/candidates"]
     assert line["selection/general/kept_fraction"] == kept / candidates
     assert 0.8 <= line["selection/general/mass"] <= 1
-    overall = kept * line["selection/general/length_kept"] + (candidates - kept) * line["selection/general/length_dropped"]
+    overall = (
+        kept * line["selection/general/length_kept"] + (candidates - kept) * line["selection/general/length_dropped"]
+    )
     assert overall == pytest.approx(candidates * line["rollout/general/length"])
     assert line["time/step"] == pytest.approx(line["time/rollout"] + line["time/score"] + line["time/train"])
 
@@ -355,7 +368,9 @@ def test_non_finite_teacher_logps_stop_the_run_with_sample_and_count(value, tmp_
     teachers = {"general": BrokenTeacher(value), "domain": make_model(1)}
     before = make_model(1)
     trainer = make_trainer(tmp_path, tokenizer, teachers=teachers, model=copy.deepcopy(before))
-    with pytest.raises(CaMOPDError, match=r"teacher 'general' \(broken\) gave (\d) non-finite log-probs out of \1 for sample 0"):
+    with pytest.raises(
+        CaMOPDError, match=r"teacher 'general' \(broken\) gave (\d) non-finite log-probs out of \1 for sample 0"
+    ):
         trainer.train()
     assert all(torch.equal(*pair) for pair in zip(before.parameters(), trainer.model.parameters(), strict=True))
 

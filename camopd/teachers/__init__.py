@@ -56,7 +56,9 @@ def resolve_teachers(
             teacher = LocalTeacher(model, spec, device, batch_size, autocast)
         elif isinstance(spec, PreTrainedModel):
             _check_vocabulary(student, spec, branch)
-            teacher = LocalTeacher(spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast)
+            teacher = LocalTeacher(
+                spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast
+            )
         elif isinstance(spec, Teacher):
             teacher = spec
         else:

@@ -113,10 +113,10 @@ def score_with(
     with autocast():
         rows = in_length_sorted_batches(logps_forward, token_ids, prompt_lens, batch_size)
         if not top_k:
-            return [TokenScores(logps=row[0].float()) for row in rows]  # type: ignore[union-attr]
+            return [TokenScores(logps=row[0].float()) for row in rows]
         tops = in_length_sorted_batches(top_k_forward, token_ids, prompt_lens, batch_size)
     return [
-        TokenScores(logps=row[0].float(), top_ids=top[0], top_logps=top[1])  # type: ignore[union-attr]
+        TokenScores(logps=row[0].float(), top_ids=top[0], top_logps=top[1])
         for row, top in zip(rows, tops, strict=True)
     ]
 

@@ -130,7 +130,9 @@ class ServerTeacher:
     def _request(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
         """One request; connection errors, time-outs, 429 and 5xx are tried again, any other refusal is final."""
         retrying = Retrying(
-            retry=retry_if_exception(_may_pass), stop=stop_after_attempt(ATTEMPTS), wait=wait_exponential_jitter(0.2, 10)
+            retry=retry_if_exception(_may_pass),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(0.2, 10),
         )
         try:
             return retrying(self._request_once, method, url, body)
@@ -147,8 +149,12 @@ class ServerTeacher:
             ) from error
 
     def _request_once(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
-        response = self._client.request(method, url, content=None if body is None else orjson.dumps(body),
-                                        headers={} if body is None else {"Content-Type": "application/json"})
+        response = self._client.request(
+            method,
+            url,
+            content=None if body is None else orjson.dumps(body),
+            headers={} if body is None else {"Content-Type": "application/json"},
+        )
         response.raise_for_status()
         try:
             return orjson.loads(response.content)
