@@ -158,13 +158,14 @@ class CaMOPDConfig(DistillationConfig):
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         for name in (
             "prompts_per_step",
+            "per_device_train_batch_size",
             "max_prompt_length",
             "max_completion_length",
             "score_batch_size",
             "max_steps",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
         for name in ("mass_target", "scale", "score", "selection", "teachers"):
             value = getattr(self, name)
