@@ -64,10 +64,10 @@ class DemoSettings:
     finetune_steps: int = 16
     finetune_batch: int = 8
     finetune_learning_rate: float = 1e-4
-    steps: int = 16
+    steps: int = 8
     prompts_per_step: int = 12
     completion_length: int = 40  # tokens
-    learning_rate: float = 6e-5
+    learning_rate: float = 4e-5
     heldout: int = 40  # prompts per branch
     answer_length: int = 48  # tokens
 
