@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("demo", add_help=False, help="specialise a small real model and recover it, on two CPU cores")
     options, rest = parser.parse_known_args(argv)
+    if "--debug" in rest:  # after the command it means the same
+        rest.remove("--debug")
+        options.debug = True
     try:
         _demo(rest)
     except Exception as error:

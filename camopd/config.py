@@ -280,6 +280,7 @@ class CaMOPDConfig(DistillationConfig):
             ("top_k", 0, _ON_POLICY),
             ("min_p", None, _ON_POLICY),
             ("repetition_penalty", 1.0, _ON_POLICY),
+            ("vllm_structured_outputs_regex", None, _ON_POLICY),
             ("beta", 1.0, "the loss is Eq. 9, not the generalised Jensen-Shannon divergence that beta bends"),
             ("teacher_model_name_or_path", None, "each branch has its own teacher; name them in `teachers`"),
             ("teacher_model_revision", None, "put the revision into teacher_model_init_kwargs"),
@@ -290,18 +291,22 @@ class CaMOPDConfig(DistillationConfig):
             value = getattr(self, name)
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used with CaMOPD: {reason}. Leave it at {only!r}.")
-        clash = set(self.generation_kwargs or {}) & _SAMPLING_KWARGS
+        clash = set(self.generation_kwargs or {}) - _HARMLESS_KWARGS
         if clash:
-            raise ValueError(f"generation_kwargs sets {sorted(clash)}, which CaMOPD cannot use: {_ON_POLICY}.")
+            raise ValueError(
+                f"generation_kwargs sets {sorted(clash)}, which CaMOPD cannot use: {_ON_POLICY}. What may be set is "
+                f"{sorted(_HARMLESS_KWARGS)}."
+            )
 
 
 _ON_POLICY = (
     "rollouts must be drawn from the very distribution the gaps are measured on (temperature 1, nothing cut off), or "
     "the sampled gap is no reverse KL and the importance weights are wrong"
 )
-_SAMPLING_KWARGS = {
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "num_beams", "presence_penalty",
-    "frequency_penalty", "logit_bias", "typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size",
+# What neither bends the sampled distribution nor the number of completions per prompt.
+_HARMLESS_KWARGS = {
+    "stop", "stop_strings", "stop_token_ids", "include_stop_str_in_output", "use_cache", "cache_implementation",
+    "cache_config", "prefill_chunk_size", "max_time", "seed",
 }  # fmt: skip
 _WHY = {
     "max_steps": " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",

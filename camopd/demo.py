@@ -28,6 +28,7 @@ import datasets
 import matplotlib.pyplot as plt
 import torch
 import transformers
+import trl
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -95,8 +96,8 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     """
     _quiet()
     if fresh:
-        for folder in output_dir.glob("seed-*"):
-            shutil.rmtree(folder)
+        for settings in runs:
+            _remove_own(output_dir / f"seed-{settings.seed}")
     try:
         results = [_run_seed(output_dir, settings) for settings in runs]
     except KeyboardInterrupt:
@@ -116,8 +117,8 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
     folder = output_dir / f"seed-{settings.seed}"
     key = _key(settings)
     if folder.exists() and (not (folder / "key").exists() or (folder / "key").read_text() != key):
-        console.print(f"Settings or code changed since {folder} was made: starting over.")
-        shutil.rmtree(folder)
+        console.print(f"Settings, code or libraries changed since {folder} was made: starting over.")
+        _remove_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "key").write_text(key)
     set_seed(settings.seed)
@@ -283,20 +284,28 @@ def _answers(folder: Path, models: dict[str, str], tokenizer: Any, settings: Dem
         return json.loads(path.read_text())
     prompts = {branch: load_prompts(branch, "heldout")[0]["prompt"] for branch in BRANCHES}
     answers = [{"branch": branch, "prompt": prompt} for branch, prompt in prompts.items()]
-    for name, model_path in models.items():
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        for answer in answers:
-            inputs = tokenizer.apply_chat_template(
-                _messages(answer["branch"], answer["prompt"]),
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-            with torch.no_grad():
-                output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
-            answer[name] = tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip()
+    with _progress() as progress:
+        task = progress.add_task("answers", total=len(models), note="")
+        for name, model_path in models.items():
+            progress.update(task, note=f"{name} model")
+            _answer_with(name, model_path, answers, tokenizer, settings)
+            progress.advance(task)
     path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
     return answers
+
+
+def _answer_with(name: str, model_path: str, answers: list, tokenizer: Any, settings: DemoSettings) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    for answer in answers:
+        inputs = tokenizer.apply_chat_template(
+            _messages(answer["branch"], answer["prompt"]),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
+        answer[name] = tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip()
 
 
 def _trainer(student: str, general: str, domain: str, output_dir: Path, settings: DemoSettings) -> Any:
@@ -464,14 +473,24 @@ _CPU: dict[str, Any] = {
 
 
 def _key(settings: DemoSettings) -> str:
-    """Changes when the settings, the prompts, or the code that makes the result change."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    package = resources.files("camopd")
-    for name in ("demo.py", "objective.py", "schedule.py", "prompts.py", "config.py", "trainer.py", "logprobs.py"):
-        digest.update((package / name).read_bytes())
-    for branch in BRANCHES:
-        digest.update((resources.files("camopd.demo_data") / f"{branch}.jsonl").read_bytes())
+    """Changes when the settings, the prompts, the code or the libraries that make the result change."""
+    versions = [torch.__version__, transformers.__version__, trl.__version__]
+    digest = hashlib.sha256(json.dumps([asdict(settings), versions], sort_keys=True).encode())
+    package = Path(__file__).parent
+    for path in sorted([*package.rglob("*.py"), *package.rglob("*.jsonl")]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove a seed's folder, if it is one. Raises `CaMOPDError` for a folder that the demo did not make."""
+    if not folder.exists():
+        return
+    if not (folder / "key").is_file():
+        raise CaMOPDError(
+            f"{folder} is in the way: the demo did not make it and leaves it alone. Give another --output-dir, or move it."
+        )
+    shutil.rmtree(folder)
 
 
 def _timed(folder: Path, seconds: dict[str, float], stage: str, run: Callable[[], Any]) -> Any:

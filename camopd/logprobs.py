@@ -1,7 +1,8 @@
 """Token ids -> log-probabilities of the completion tokens, without ever building (B, T, V) logits.
 
 One code path for the student's training forward, the student's forward for the gaps, and in-process teachers: equal
-weights then give gaps of exactly 0, not of rounding noise, which Adam would turn into full-sized updates.
+weights in the same batches then give gaps of exactly 0, not of rounding noise, which Adam would turn into full-sized
+updates.
 
 Sequences are right-padded as a whole, so every architecture sees its usual position ids and a row costs
 prompt + completion tokens, not the longest prompt + the longest completion of its batch.
@@ -12,6 +13,7 @@ Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
 VOCAB_CHUNK = 32768  # width of the (tokens, vocabulary) tiles the lm_head is applied in, as in TRL's fused head
+# Without Triton each tile has some eight temporary copies; narrow ones cost no time on a CPU.
+CPU_VOCAB_CHUNK = 4096
 TOP_K_TOKENS = 512  # tokens per (tokens, V) tile where top-k is asked for, which needs whole rows of the vocabulary
 
 
@@ -53,14 +57,16 @@ def completion_logps(
     if isinstance(weight, torch.distributed.tensor.DTensor):  # FSDP2 shards parameters: gather the head once
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
-    with maybe_gather_lm_head_ctx(weight, bias):  # DeepSpeed ZeRO-3 likewise; a null context elsewhere
+    # DeepSpeed ZeRO-3 likewise, for the student; an in-process teacher is whole on every rank.
+    gather = maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
+    with gather:
         logps_M, entropy_M, *_ = ChunkedLogProbFunction.apply(
             hidden_MH.to(weight.device),
             weight,
             bias,
             targets_M.to(weight.device),
             1.0,  # temperature: CaMOPD samples and scores at T = 1
-            VOCAB_CHUNK,
+            CPU_VOCAB_CHUNK if weight.device.type == "cpu" else VOCAB_CHUNK,
             softcap,
             scale,
             ("entropy",) if with_entropy else (),

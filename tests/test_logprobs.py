@@ -84,7 +84,7 @@ def pad(rows):
 
 @pytest.mark.parametrize("vocab_chunk", [7, 40, 32768])
 def test_logps_equal_plain_log_softmax_without_padding(monkeypatch, vocab_chunk):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", vocab_chunk)
+    monkeypatch.setattr(logprobs, "CPU_VOCAB_CHUNK", vocab_chunk)
     model = make_model(0)
     token_ids, prompt_lens = make_rows()
     logps, entropy = completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
@@ -384,8 +384,7 @@ def make_wide_rows():
     return make_rows(VOCAB_SIZE, [(2, NUM_TOKENS), (3, NUM_TOKENS)])
 
 
-def test_no_tensor_of_all_tokens_by_the_vocabulary_is_ever_allocated(monkeypatch, wide_model):
-    monkeypatch.setattr(logprobs, "VOCAB_CHUNK", 4096)
+def test_no_tensor_of_all_tokens_by_the_vocabulary_is_ever_allocated(wide_model):
     token_ids, prompt_lens = make_wide_rows()
     full = 2 * NUM_TOKENS * VOCAB_SIZE
     with LargestTensor() as largest:

@@ -287,14 +287,24 @@ def test_image_columns_are_refused(column):
 
 
 @pytest.mark.parametrize("empty", ["", None, []])
-def test_a_row_without_a_prompt_is_refused_when_it_is_drawn(empty):
+def test_a_row_without_a_prompt_is_refused_at_once_or_from_a_stream_when_it_is_drawn(empty):
     dataset = Dataset.from_list([{"prompt": empty, "source": "nemotron"}])
-    for prompts in (dataset, dataset.to_iterable_dataset()):
-        stream = PromptStream(prompts, "general", seed=0)
-        with pytest.raises(
-            ValueError, match=r"row of branch 'general' has no prompt \(columns \['prompt', 'source'\]\)"
-        ):
-            list(stream.draw(range(1)))
+    with pytest.raises(
+        ValueError, match="row 0 of branch 'general' has no prompt. Every row needs a non-empty 'prompt'"
+    ):
+        PromptStream(dataset, "general", seed=0)
+    stream = PromptStream(dataset.to_iterable_dataset(), "general", seed=0)
+    with pytest.raises(ValueError, match=r"branch 'general' with columns \['prompt', 'source'\] has no prompt"):
+        list(stream.draw(range(1)))
+
+
+def test_an_image_in_a_stream_of_unknown_columns_is_refused_when_it_is_drawn():
+    def rows():
+        yield {"prompt": "x", "image": "cat.png"}
+
+    stream = PromptStream(IterableDataset.from_generator(rows), "general", seed=0)
+    with pytest.raises(ValueError, match="a row of branch 'general' brings an image: images are not supported"):
+        list(stream.draw(range(1)))
 
 
 def test_a_generator_without_prompts_is_refused_when_it_is_drawn():
@@ -302,7 +312,7 @@ def test_a_generator_without_prompts_is_refused_when_it_is_drawn():
         yield {"text": "x"}
 
     stream = PromptStream(IterableDataset.from_generator(rows), "general", seed=0)  # its columns are not known yet
-    with pytest.raises(ValueError, match=r"row of branch 'general' has no prompt \(columns \['text'\]\)"):
+    with pytest.raises(ValueError, match=r"branch 'general' with columns \['text'\] has no prompt"):
         list(stream.draw(range(1)))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_prompts
+from conftest import VOCAB, make_model, make_prompts
 from datasets import Dataset
 from safetensors.torch import load_file
 from steps import CASES, Case, FakeSampler, reference_step, trainer_step
@@ -144,6 +145,23 @@ def test_a_student_that_equals_its_teacher_does_not_move_at_all(tmp_path, tokeni
         assert line["grad_norm"] == 0
         assert line[f"gap/{line['branch']}/abs_mean"] == 0
         assert line[f"gap/{line['branch']}/abs_p99"] == 0
+
+
+@pytest.mark.parametrize("schedule", ["general:1,domain:1", "general:3+domain:1"])
+def test_equal_weights_from_disk_give_gaps_of_exactly_zero_under_bf16_autocast(schedule, tmp_path, tokenizer):
+    path = str(tmp_path / "model")
+    make_model(1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    trainer = make_trainer(
+        tmp_path, tokenizer, model=path, teachers={"general": path, "domain": path}, max_steps=1, bf16=True,
+        schedule=schedule, prompts_per_step=8, score_batch_size=3,
+    )  # fmt: skip
+    trainer.train()
+    (line,) = lines(tmp_path)
+    for branch in line["branch"].split("+"):
+        assert line[f"gap/{branch}/abs_p99"] == 0
+        assert line[f"selection/{branch}/degenerate"] == 1
+    assert line["grad_norm"] == 0
 
 
 def test_a_domain_first_step_on_a_fresh_student_is_reported_degenerate_and_taken(tmp_path, tokenizer):
@@ -409,6 +427,41 @@ def test_a_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer)
     teachers = {"general": BrokenTeacher(-1.0, missing=1), "domain": make_model(1)}
     with pytest.raises(CaMOPDError, match=r"scored (\d) of the (\d) completion tokens of sample 0"):
         make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+def test_a_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tmp_path, tokenizer):
+    teachers = {"general": BrokenTeacher(-math.log(len(VOCAB))), "domain": make_model(1)}
+    with pytest.raises(
+        CaMOPDError, match=r"'general' \(broken\) gives every one of \d+ tokens the log-prob -3.761 = -ln"
+    ):
+        make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+@pytest.mark.parametrize("who", ["student", "teacher of branch 'general'"])
+def test_a_context_shorter_than_prompt_and_completion_is_refused(who, tmp_path, tokenizer):
+    short, long = make_model(1), make_model(2)
+    short.config.max_position_embeddings = 100
+    model, teacher = (short, long) if who == "student" else (long, short)
+    with pytest.raises(
+        ValueError, match=rf"the {who} takes sequences of 100 tokens.*128.*Lower max_completion_length"
+    ):
+        make_trainer(
+            tmp_path, tokenizer, model=model, teachers={"general": teacher, "domain": make_model(3)},
+            max_completion_length=64,
+        )  # fmt: skip
+
+
+def test_an_image_inside_a_message_is_refused(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer)
+    monkeypatch.setattr(DistillationTrainer, "_tokenize_prompts", lambda self, prompts: ([[5]], [["picture"]], {}))
+    with pytest.raises(ValueError, match="a prompt holds an image, which no teacher can score yet"):
+        trainer._tokenize_prompts(["x"])
+
+
+def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(CaMOPDTrainer, "_is_vlm", property(lambda self: True, lambda self, value: None), raising=False)
+    with pytest.raises(ValueError, match=r"takes images, which no teacher can score yet. Pass its tokenizer"):
+        make_trainer(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(

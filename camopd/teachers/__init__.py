@@ -10,7 +10,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from .base import Teacher, TokenScores
-from .local import AdapterOffTeacher, Forward, LocalTeacher, check_same_tokens, load_teacher_model
+from .local import (
+    AdapterOffTeacher,
+    Forward,
+    LocalTeacher,
+    check_same_tokens,
+    context_length,
+    load_teacher_model,
+)
 from .server import ServerTeacher
 
 
@@ -50,7 +57,7 @@ def resolve_teachers(
             teacher = AdapterOffTeacher(student, student_forward, batch_size, autocast)
         elif isinstance(spec, str):
             model = load_teacher_model(spec, init_kwargs, branch)
-            _check_vocabulary(student, model, branch)
+            _check_fits(model, tokenizer, max_tokens, branch)
             source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
             try:
                 theirs = AutoTokenizer.from_pretrained(spec, **source)
@@ -62,7 +69,7 @@ def resolve_teachers(
             check_same_tokens(tokenizer, theirs, branch)
             teacher = LocalTeacher(model, spec, device, batch_size, autocast)
         elif isinstance(spec, PreTrainedModel):
-            _check_vocabulary(student, spec, branch)
+            _check_fits(spec, tokenizer, max_tokens, branch)
             teacher = LocalTeacher(
                 spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast
             )
@@ -86,10 +93,16 @@ def _is_server(spec: Any) -> bool:
     return isinstance(spec, str) and spec.startswith(("http://", "https://"))
 
 
-def _check_vocabulary(student: Any, teacher: PreTrainedModel, branch: str) -> None:
-    ours, theirs = (model.config.get_text_config().vocab_size for model in (student, teacher))
-    if ours > theirs:
+def _check_fits(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, branch: str) -> None:
+    known, needed = teacher.config.get_text_config().vocab_size, len(tokenizer)
+    if needed > known:
         raise ValueError(
-            f"the teacher of branch {branch!r} knows {theirs} tokens and the student {ours}: it cannot score every token "
-            "the student may write. Use a teacher of the same family."
+            f"the teacher of branch {branch!r} knows {known} tokens and the student's tokenizer has {needed}: it cannot "
+            "score every token the student may write. Use a teacher of the same family."
+        )
+    if max_tokens > context_length(teacher.config):
+        raise ValueError(
+            f"the teacher of branch {branch!r} takes sequences of {context_length(teacher.config):.0f} tokens, but "
+            f"max_prompt_length + max_completion_length is {max_tokens}. Lower max_completion_length, or use a teacher "
+            "with a longer context."
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..logprobs import completion_logps, completion_top_k, in_length_sorted_batches
@@ -46,6 +47,8 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.autocast = autocast
         self.rests_on_cpu = self.device.type != "cpu" and getattr(model, "hf_device_map", None) is None
+        if self.rests_on_cpu:
+            self.model.to("cpu")
 
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
         """See [`Teacher.score`]."""
@@ -123,6 +126,9 @@ def score_with(
 
 def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) -> PreTrainedModel:
     """Load a teacher on the CPU. Raises `ValueError` naming the branch when there is no such model."""
+    # Under ZeRO-3 transformers would shard it over the ranks at load time, outside any DeepSpeed engine.
+    zero_config = hf_deepspeed.deepspeed_config() and hf_deepspeed._hf_deepspeed_config_weak_ref()
+    hf_deepspeed.unset_hf_deepspeed_config()
     try:
         return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
     except (OSError, ValueError) as error:
@@ -131,6 +137,20 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
             "Give a local folder with weights, a model id of the Hub, the URL of a vLLM server (http://host:port), "
             "or 'adapter_off'."
         ) from error
+    finally:
+        if zero_config:
+            hf_deepspeed.set_hf_deepspeed_config(zero_config)
+
+
+def context_length(config: Any) -> float:
+    """Tokens a model was made for, rope scaling included; infinite where its config does not say."""
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        return float("inf")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = rope.get("original_max_position_embeddings", length)
+    return max(length, original * rope.get("factor", 1.0))
 
 
 def check_same_tokens(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: Any, branch: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,6 +43,7 @@ class ServerTeacher:
         Raises `TeacherError` when a replica does not answer or the replicas serve different models.
         """
         self.branch = branch
+        self._giving_up = threading.Event()
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self._key = os.environ.get(
             "CAMOPD_TEACHER_API_KEY", ""
@@ -95,8 +97,10 @@ class ServerTeacher:
             scores = list(
                 pool.map(self._score_row, range(len(token_ids)), token_ids, prompt_lens, itertools.repeat(top_k))
             )
-        finally:  # one row that fails for good must not wait for the others
+        finally:  # one row that fails for good must not wait for the others, nor let them try again
+            self._giving_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            self._giving_up = threading.Event()
         not_finite = [
             sum(int((~torch.isfinite(part)).sum()) for part in (score.logps, score.top_logps) if part is not None)
             for score in scores
@@ -151,10 +155,13 @@ class ServerTeacher:
         """One request. Connection errors, time-outs, 429 and 5xx are tried again, on the next URL; any other refusal is
         final."""
         turns = itertools.cycle(urls)
+        giving_up = self._giving_up
         retrying = Retrying(
-            retry=retry_if_exception(_may_pass), stop=stop_after_attempt(max(ATTEMPTS, len(urls))),
-            wait=wait_exponential_jitter(0.2, 10), reraise=True,
-        )  # fmt: skip
+            retry=retry_if_exception(lambda error: _may_pass(error) and not giving_up.is_set()),
+            stop=stop_after_attempt(max(ATTEMPTS, len(urls))),
+            wait=wait_exponential_jitter(0.2, 10),
+            reraise=True,
+        )
         where = f"teacher {self.branch!r} at {', '.join(urls)}"
         try:
             return retrying(lambda: self._request_once(method, next(turns) + path, body))
