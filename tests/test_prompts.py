@@ -290,7 +290,7 @@ def test_image_columns_are_refused(column):
 def test_a_row_without_a_prompt_is_refused_at_once_or_from_a_stream_when_it_is_drawn(empty):
     dataset = Dataset.from_list([{"prompt": empty, "source": "nemotron"}])
     with pytest.raises(
-        ValueError, match="row 0 of branch 'general' has no prompt. Every row needs a non-empty 'prompt'"
+        ValueError, match=r"row 0 of branch 'general' has no prompt. Every row needs a non-empty 'prompt'"
     ):
         PromptStream(dataset, "general", seed=0)
     stream = PromptStream(dataset.to_iterable_dataset(), "general", seed=0)
