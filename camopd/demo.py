@@ -426,7 +426,7 @@ def _figures(output_dir: Path, run: Path) -> None:
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     colours = {"general": "#0072B2", "domain": "#D55E00"}  # a pair that colour-blind readers can tell apart
     for name, metric, label, percent in (
-        ("gaps", "gap/{}/abs_mean", "mean |gap| to the branch's teacher (nats per token)", False),
+        ("gaps", "gap/{}/abs_mean", "mean |gap| (nats per token)", False),
         ("selection", "selection/{}/kept_fraction", "samples selected by Eq. 8", True),
     ):
         figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")

@@ -84,7 +84,7 @@ def of_evaluation(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         values = np.array([row[name] / row["num_tokens"] for row in valid])
         result[name] = float(values.mean()) if valid else math.nan
         if name == "gap":
-            result["kl"] = -result["gap"]
+            result["kl"] = 0.0 - result["gap"]  # and not -0.0
             result["kl_se"] = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return result
 
