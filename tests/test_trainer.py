@@ -81,7 +81,7 @@ def test_one_step_equals_the_step_by_hand(case, batch_size, tmp_path):
 
 def test_two_processes_take_the_step_by_hand(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, str(TESTS / "steps.py"), str(tmp_path)],
         env=environment,
