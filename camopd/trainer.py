@@ -43,6 +43,10 @@ from .teachers.base import Teacher
 
 
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
+_RECORDED = (
+    "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
+    "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high",
+)  # fmt: skip
 
 
 @dataclass
@@ -218,8 +222,9 @@ class CaMOPDTrainer(DistillationTrainer):
             "branches": list(self.schedule.branches),
             "teachers": {branch: teacher.name for branch, teacher in self.teachers.items()},
             "prompts": {branch: fingerprint(stream.dataset) for branch, stream in streams.items()},
-            "prompts_per_step": args.prompts_per_step,
-            "seed": args.seed,
+            **self._settings,
+            # learning_rate, too: the optimizer state of a checkpoint would go on at its own
+            **{name: getattr(args, name) for name in _RECORDED},
         }
         self._last_loaded_step = -1  # step whose weights vLLM has, as in the parent
         self._micro_batches: list[dict[str, Any] | None] = []
@@ -685,7 +690,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the parent. Raises `ResumeError` when the checkpoint belongs to a run with another schedule, other
-        teachers, other prompts or another seed, before anything is loaded."""
+        teachers, prompts, seed or settings of the method, before anything is loaded."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)

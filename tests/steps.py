@@ -133,7 +133,7 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
         logps = _logps(student, prompt, completion)
         per_token = []
         for t in range(len(completion)):
-            weight = math.exp(float(logps[t]) - rollout[t]) if case.with_rollout_logps else 1.0
+            weight = math.exp(float(logps[t].detach()) - rollout[t]) if case.with_rollout_logps else 1.0
             weight = weight if 0.5 <= weight <= 2.0 else 0.0
             per_token.append(weight * scale[row["branch"]] * gaps[t] * logps[t])
         loss = loss - sum(per_token) / len(completion) / len(kept)

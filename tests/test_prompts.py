@@ -346,3 +346,17 @@ def test_fingerprint_works_for_one_row_and_for_conversations_and_says_when_it_ca
     talk = [[{"prompt": [{"role": "user", "content": text}]}] for text in ("hello", "bye")]
     assert fingerprint(Dataset.from_list(talk[0])) != fingerprint(Dataset.from_list(talk[1]))
     assert fingerprint(KINDS["from_generator"]("a", 3)) == "streamed"
+
+
+@pytest.mark.parametrize("prompt", ["   ", [{"role": "user", "text": "x"}], [{"role": "user", "content": None}], 5])
+def test_a_malformed_prompt_is_refused_with_its_row_and_the_form_it_should_have(prompt):
+    dataset = Dataset.from_list([{"prompt": prompt}])
+    with pytest.raises(
+        ValueError, match=r"row 0 of branch 'general' has the prompt .* messages with 'role' and 'content'"
+    ):
+        check_prompts(dataset, "general")
+
+
+def test_a_dataset_dict_is_refused_with_the_split_to_choose():
+    with pytest.raises(TypeError, match=r"got DatasetDict. Choose one of its splits: dataset\['test'\]"):
+        check_prompts(DatasetDict({"test": Dataset.from_list([{"prompt": "x"}])}), "general")

@@ -79,12 +79,15 @@ def test_a_dealer_that_forgets_the_step_is_caught_by_its_branch(undisturbed, tmp
         ({"schedule": "general:1,domain:1"}, r"schedule: 'general:3,domain:1' then, 'general:1,domain:1' now"),
         ({"seed": 7}, r"seed: 42 then, 7 now"),
         ({"prompts_per_step": 8}, r"prompts_per_step: 4 then, 8 now"),
+        ({"scale": 1.0}, r"scale: \{'general': 2.0, 'domain': 1.0\} then, \{'general': 1.0, 'domain': 1.0\} now"),
+        ({"mass_target": 0.5}, r"mass_target: .*0.8.* then, .*0.5.* now"),
+        ({"learning_rate": 1e-3}, r"learning_rate: 0.01 then, 0.001 now"),
         (
             {"train_dataset": {name: make_prompts(name, 5) for name in ("general", "domain")}},
             r"prompts: .*11 rows.*5 rows",
         ),
     ],
-    ids=["schedule", "seed", "prompts_per_step", "prompts"],
+    ids=["schedule", "seed", "prompts_per_step", "scale", "mass_target", "learning_rate", "prompts"],
 )
 def test_another_run_may_not_go_on_from_a_checkpoint(kwargs, message, undisturbed, tmp_path, tokenizer):
     folder, _, _ = undisturbed

@@ -696,7 +696,7 @@ def test_a_path_that_is_not_there_is_refused_with_the_branch_and_the_forms(resol
     path = missing.format(tmp=tmp_path)
     with pytest.raises(
         ValueError,
-        match=rf"(?s)teacher of branch 'domain', '{path}', cannot be loaded: .*http://host:port.*'adapter_off'",
+        match=rf"(?s)teacher of branch 'domain', '{path}', cannot be loaded.*: .*http://host:port.*'adapter_off'",
     ):
         resolve({"domain": path})
 
@@ -765,3 +765,16 @@ def test_a_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch)
     with pytest.raises(ValueError, match="at least one prompt token"):
         teacher.score([[5, 6, 7]], [0])
     assert moves[2:] == [teacher.device, "cpu"]  # a failed call does not leave it there
+
+
+@pytest.mark.parametrize(
+    ("spec", "guess"),
+    [
+        ("localhost:8001", r"did you mean 'http://localhost:8001'\?"),
+        ("adapter-off", r"did you mean 'adapter_off'\?"),
+        ("./nowhere", "there is no such folder with a model"),
+    ],
+)
+def test_a_mistyped_teacher_is_refused_with_a_guess_of_what_was_meant(resolve, spec, guess):
+    with pytest.raises(ValueError, match=rf"teacher of branch 'domain', '{spec}', cannot be loaded \({guess}\)"):
+        resolve({"domain": spec})

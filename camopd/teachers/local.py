@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -133,13 +134,24 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
         return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the teacher of branch {branch!r}, {model_id!r}, cannot be loaded: {error}\n"
+            f"the teacher of branch {branch!r}, {model_id!r}, cannot be loaded{_guess(model_id)}: {error}\n"
             "Give a local folder with weights, a model id of the Hub, the URL of a vLLM server (http://host:port), "
             "or 'adapter_off'."
         ) from error
     finally:
         if zero_config:
             hf_deepspeed.set_hf_deepspeed_config(zero_config)
+
+
+def _guess(model_id: str) -> str:
+    """What a mistyped teacher may have been meant to be."""
+    if model_id.replace("-", "_").lower() == "adapter_off":
+        return " (did you mean 'adapter_off'?)"
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", model_id):
+        return f" (did you mean 'http://{model_id}'?)"
+    if model_id.startswith((".", "/", "~")):
+        return " (there is no such folder with a model)"
+    return ""
 
 
 def context_length(config: Any) -> float:
