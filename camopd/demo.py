@@ -542,6 +542,8 @@ def _replace_progress(trainer: Any, progress: Progress, name: str, note: Callabl
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs:
                 progress.update(self.task, completed=state.global_step, note=note(logs))
+                if not console.is_terminal:  # a log file sees no bar move
+                    console.print(f"  {name} {state.global_step}/{state.max_steps} {note(logs)}")
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bar())

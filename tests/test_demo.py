@@ -23,8 +23,9 @@ def settings(tmp_path, tokenizer):
     )  # fmt: skip
 
 
-def test_the_demo_writes_what_other_tools_read(settings, tmp_path):
+def test_the_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
     returned = run_demo(tmp_path / "out", [settings])
+    assert "recover 4/4 domain: gap" in capsys.readouterr().out  # a line per step where there is no terminal
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result == returned
     for name in MODELS:
