@@ -19,13 +19,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"camopd {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("demo", add_help=False, help="specialise a small real model and recover it, on two CPU cores")
+    for name, help in (
+        ("demo", "specialise a small real model and recover it, on two CPU cores"),
+        ("train", "train as a YAML file says (under `accelerate launch -m camopd.cli` on several GPUs)"),
+        ("serve", "start the teachers of a YAML file as vLLM servers"),
+        ("check", "see whether the teachers of a YAML file can teach its student"),
+    ):
+        commands.add_parser(name, add_help=False, help=help)
     options, rest = parser.parse_known_args(argv)
     if "--debug" in rest:  # after the command it means the same
         rest.remove("--debug")
         options.debug = True
     try:
-        _demo(rest)
+        {"demo": _demo, "train": _train, "serve": _serve, "check": _check}[options.command](rest)
     except Exception as error:
         from .errors import CaMOPDError
 
@@ -47,6 +53,33 @@ def _demo(argv: list[str]) -> None:
             f"the demo needs {error.name!r}: pip install -e '.[demo]' in a clone of camopd, or `make demo`."
         ) from error
     demo(argv)
+
+
+def _train(argv: list[str]) -> None:
+    config, overrides = _config_and_overrides("train", argv)
+    from .run import train
+
+    train(config, overrides)
+
+
+def _serve(argv: list[str]) -> None:
+    from .teachers.launch import main as serve
+
+    serve(argv)
+
+
+def _check(argv: list[str]) -> None:
+    config, overrides = _config_and_overrides("check", argv)
+    from .teachers.check import main as check
+
+    check(config, overrides)
+
+
+def _config_and_overrides(command: str, argv: list[str]) -> tuple[str, list[str]]:
+    parser = argparse.ArgumentParser(prog=f"camopd {command}", epilog="Any setting may follow as --name value.")
+    parser.add_argument("config", help="YAML file of the run")
+    options, overrides = parser.parse_known_args(argv)
+    return options.config, overrides
 
 
 if __name__ == "__main__":

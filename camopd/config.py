@@ -65,6 +65,9 @@ class CaMOPDConfig(DistillationConfig):
             (in-process), or `"adapter_off"`. The trainer's own `teachers` argument wins over it.
         score_batch_size (`int`, *optional*, defaults to `8`):
             Sequences per no-gradient forward, for the gaps and for in-process teachers.
+        teacher_patience (`float`, *optional*, defaults to `900.0`):
+            Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
+            checkpoint and training stops.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`], after the paper's Appendix A.7:
@@ -152,6 +155,10 @@ class CaMOPDConfig(DistillationConfig):
     )
     score_batch_size: int = field(
         default=8, metadata={"help": "Sequences per no-gradient forward, for gaps and in-process teachers."}
+    )
+    teacher_patience: float = field(
+        default=900.0,
+        metadata={"help": "Seconds to wait when every replica of a teacher is gone, before training stops."},
     )
 
     def __post_init__(self):
@@ -261,6 +268,13 @@ class CaMOPDConfig(DistillationConfig):
                 f"importance_sampling_low={self.importance_sampling_low} and "
                 f"importance_sampling_high={self.importance_sampling_high} must enclose 1, the ratio of two engines that "
                 "agree: 0 <= low <= 1 <= high. The default band is 0.5 to 2.0."
+            )
+        if not self.teacher_patience > 0:
+            raise ValueError(f"teacher_patience must be a positive number of seconds, got {self.teacher_patience!r}.")
+        if self.world_size > 1 and self.teacher_patience >= self.ddp_timeout:
+            raise ValueError(
+                f"teacher_patience={self.teacher_patience:g} is not below ddp_timeout={self.ddp_timeout}: a rank that "
+                "waits for its teacher would be taken for dead by the others. Raise ddp_timeout or lower teacher_patience."
             )
         if self.teachers is not None and not isinstance(self.teachers, dict):
             raise ValueError(

@@ -11,11 +11,12 @@ The methods stand in that order. This is the only file that overrides TRL privat
 from __future__ import annotations
 
 import json
+import logging
 import math
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,47 +34,26 @@ from trl.trainer.utils import get_config_model_id
 
 from . import metrics
 from .config import CaMOPDConfig
-from .errors import CaMOPDError, ResumeError
+from .errors import CaMOPDError, ResumeError, TeacherError
 from .logprobs import completion_logps, in_length_sorted_batches
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
+from .rollouts import Rollouts
 from .schedule import Schedule
-from .teachers import context_length, resolve_teachers
-from .teachers.base import Teacher
+from .teachers.base import RemoteTeacher, Teacher, TokenScores
+from .teachers.check import Probe, check_scores, initial_kl, is_student_start, raise_errors
+from .teachers.local import context_length
+from .teachers.resolve import resolve_teachers
+from .teachers.server import ServerTeacher
 
+
+logger = logging.getLogger(__name__)
 
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
 _RECORDED = (
     "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
     "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high",
 )  # fmt: skip
-
-
-@dataclass
-class Rollouts:
-    """This rank's rollouts of one optimizer step (or one evaluation batch), row by row; lists all have one item a row.
-
-    `T_i` counts the tokens of a completion. `mask` is False on tokens that the student did not sample (tool results).
-    """
-
-    branch: list[str]
-    position: list[int]  # place in the step's global batch
-    token_ids: list[list[int]]  # prompt + completion
-    prompt_len: list[int]
-    mask: list[Tensor]  # (T_i,) bool
-    truncated: list[bool]  # cut at max_completion_length, no end of sequence
-    rollout_logps: list[Tensor] | None  # (T_i,) float32, log mu of the rollout engine
-    teacher_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32
-    student_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32, at rollout time
-    entropy: list[Tensor] = field(default_factory=list)  # (T_i,) nats
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def num_tokens(self) -> list[int]:
-        """T_i that Eq. 6-9 divide by: sampled tokens."""
-        return [int(mask.sum()) for mask in self.mask]
 
 
 class CaMOPDTrainer(DistillationTrainer):
@@ -157,6 +137,7 @@ class CaMOPDTrainer(DistillationTrainer):
         assert (
             args.gradient_accumulation_steps is not None and args.max_completion_length is not None
         )  # set by the config
+        _show_log(is_main_process=args.process_index == 0)
         # The data and the names first: they cost nothing to check, the models do.
         self.schedule = Schedule.parse(args.schedule)
         self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
@@ -212,6 +193,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 "trust_remote_code": args.trust_remote_code,
                 **(args.teacher_model_init_kwargs or {}),
             },
+            patience=args.teacher_patience,
         )
         if self.use_vllm:
             # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
@@ -226,6 +208,9 @@ class CaMOPDTrainer(DistillationTrainer):
             # learning_rate, too: the optimizer state of a checkpoint would go on at its own
             **{name: getattr(args, name) for name in _RECORDED},
         }
+        self._teachers_checked = False
+        self._branches_met: set[str] = set()
+        self._checkpoint: Path | None = None  # the last one written or resumed from
         self._last_loaded_step = -1  # step whose weights vLLM has, as in the parent
         self._micro_batches: list[dict[str, Any] | None] = []
         self._turns: list[tuple[list[int], list[int], list[float]]] = []  # of vLLM: prompt, completion, log-probs
@@ -424,38 +409,102 @@ class CaMOPDTrainer(DistillationTrainer):
             )  # fmt: skip
 
     def _score(self, rollouts: Rollouts, branches: list[str]) -> None:
-        """Fill in the teachers' and the student's log-probs, branch by branch, in the same batches for both.
+        """Fill in the teachers' and the student's log-probs.
 
-        `branches` are those of the step, the same on every rank. Where a rank has fewer rows of a branch than another,
-        it adds stand-ins, so that sharded models make the same number of forwards everywhere.
+        Teachers outside this process score while the student does; those inside it score in the very batches of the
+        student, branch by branch. `branches` are those of the step, the same on every rank. Where a rank has fewer rows
+        of a branch than another, it adds stand-ins, so that sharded models make the same number of forwards everywhere.
 
-        Raises `CaMOPDError` when a log-prob is missing or not finite.
+        Raises `CaMOPDError` when a log-prob is missing or not finite, and `TeacherError`, on every rank, when a teacher
+        outside has failed one of them.
         """
         size = len(rollouts)
         rollouts.teacher_logps, rollouts.student_logps, rollouts.entropy = ([torch.zeros(0)] * size for _ in range(3))
+        rows_of = {branch: [row for row, name in enumerate(rollouts.branch) if name == branch] for branch in branches}
+        clocks = {branch: _Clock() for branch in branches}
+        pending: dict[str, Future[list[TokenScores]]] = {}
+        for branch, rows in rows_of.items():
+            teacher = self.teachers[branch]
+            if isinstance(teacher, RemoteTeacher):
+                pending[branch] = teacher.submit(
+                    [rollouts.token_ids[row] for row in rows], [rollouts.prompt_len[row] for row in rows]
+                )
+                pending[branch].add_done_callback(clocks[branch].stop)
         training = self.model.training
         self.model.eval()
-        for branch in branches:
-            rows = [row for row, name in enumerate(rollouts.branch) if name == branch]
+        for branch, rows in rows_of.items():
             missing = max(gather_object([len(rows)])) - len(rows)
             token_ids = [rollouts.token_ids[row] for row in rows] + [[self._tokenizer.eos_token_id] * 2] * missing
             prompt_lens = [rollouts.prompt_len[row] for row in rows] + [1] * missing
-            started = time.perf_counter()
-            answers = self.teachers[branch].score(token_ids, prompt_lens)
-            self._step_metrics[f"time/teacher_{branch}"] = time.perf_counter() - started
+            if branch not in pending:
+                clocks[branch] = _Clock()
+                answers = self.teachers[branch].score(token_ids, prompt_lens)
+                clocks[branch].stop()
+                clocks[branch].hidden_until = clocks[branch].started
+                for row, answer in zip(rows, answers, strict=False):  # the stand-ins fall away
+                    rollouts.teacher_logps[row] = answer.logps
             own = in_length_sorted_batches(
                 lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
                 token_ids,
                 prompt_lens,
                 self.args.score_batch_size,
             )
-            for row, answer, (logps, entropy) in zip(rows, answers, own, strict=False):  # the stand-ins fall away
-                rollouts.teacher_logps[row] = answer.logps
+            for row, (logps, entropy) in zip(rows, own, strict=False):
                 rollouts.student_logps[row] = logps
                 rollouts.entropy[row] = entropy
         self.model.train(training)
+        failure = None
+        for branch, future in pending.items():
+            clocks[branch].hidden_until = time.perf_counter()
+            try:
+                for row, answer in zip(rows_of[branch], future.result(), strict=True):
+                    rollouts.teacher_logps[row] = answer.logps
+            except TeacherError as error:
+                failure = failure or error
+        self._raise_together(failure)
+        for branch, clock in clocks.items():
+            self._step_metrics[f"time/teacher_{branch}"] = clock.seconds
+            self._step_metrics[f"time/teacher_{branch}_hidden"] = clock.hidden_seconds
         _check_finite(rollouts, self.teachers)
         self._check_not_uniform(rollouts)
+
+    def _raise_together(self, error: TeacherError | None) -> None:
+        """Raise on every rank what one of them has met; the others would wait for it in the next collective."""
+        texts = [text for text in gather_object([None if error is None else str(error)]) if text]
+        if texts:
+            raise TeacherError(texts[0]) from error
+
+    def _check_teachers(self) -> None:
+        """Score a few conversations before the first rollout: a teacher that is wrong in silence costs the whole run."""
+        servers = {b: teacher for b, teacher in self.teachers.items() if isinstance(teacher, ServerTeacher)}
+        self._teachers_checked = True
+        if not servers:
+            return
+        probe = Probe.of(self._tokenizer, self.args.max_prompt_length + (self.args.max_completion_length or 0))
+        training = self.model.training
+        self.model.eval()
+        own = in_length_sorted_batches(
+            self._student_forward, probe.token_ids, probe.prompt_lens, self.args.score_batch_size
+        )
+        self.model.train(training)
+        config = self.model.config
+        failure = None
+        for branch, teacher in servers.items():
+            findings = check_scores(
+                branch,
+                teacher,
+                self._tokenizer,
+                vocab_size=config.get_text_config().vocab_size,
+                probe=probe,
+                student_logps=[row[0] for row in own],
+                same_weights=self.state.global_step == 0
+                and is_student_start(teacher, get_config_model_id(config) or ""),
+            )
+            try:
+                raise_errors(findings, logger.warning)
+            except TeacherError as error:
+                failure = failure or error
+        self._raise_together(failure)
 
     def _check_not_uniform(self, rollouts: Rollouts) -> None:
         """A server that lost its weights (a wake-up after sleep, say) finds every token equally likely: -ln V."""
@@ -510,6 +559,13 @@ class CaMOPDTrainer(DistillationTrainer):
             positions = {rows[index]["position"] for index in chosen.tolist()}
             kept |= positions
             self._step_metrics.update(metrics.of_branch(branch, rows, positions, selection.degenerate))
+            if branch not in self._branches_met:
+                self._branches_met.add(branch)
+                if (
+                    self.state.global_step < self.schedule.period
+                ):  # the student's very first completions of this branch
+                    kl = -self._step_metrics[f"gap/{branch}/mean"]
+                    raise_errors([initial_kl(branch, kl, sum(row["num_tokens"] for row in rows))], logger.warning)
         return kept, len(kept)
 
     def _to_micro_batches(self, rollouts: Rollouts, kept: set[int], num_kept: int) -> list[dict[str, Any] | None]:
@@ -588,9 +644,19 @@ class CaMOPDTrainer(DistillationTrainer):
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._importance = metrics.ImportanceStats()
         self.model.train()  # the parent files its rollout metrics by mode
-        rollouts = self._roll_out(rows)
+        if not self._teachers_checked:
+            self._check_teachers()
+        rollouts = self._kept_rollouts(rows) or self._roll_out(rows)
         rolled_out = time.perf_counter()
-        self._score(rollouts, list(self.schedule.shares(self.state.global_step)))
+        try:
+            self._score(rollouts, list(self.schedule.shares(self.state.global_step)))
+        except TeacherError as error:
+            folder = self._keep_rollouts(rollouts)
+            raise TeacherError(
+                f"{error}\nNothing is lost: the weights before step {self.state.global_step + 1} and its rollouts are in "
+                f"{str(folder)!r}. Mend the teacher and resume_from_checkpoint={str(folder)!r}; the step goes on with "
+                "scoring."
+            ) from None
         kept, num_kept = self._select(rollouts)
         self._micro_batches = self._to_micro_batches(rollouts, kept, num_kept)
         self._step_metrics["time/rollout"] = rolled_out - started
@@ -632,12 +698,17 @@ class CaMOPDTrainer(DistillationTrainer):
     def _end_step(self) -> None:
         """Close the step's metrics: the loss is the mean over ranks, as the parent logs it."""
         record = self._step_metrics
-        losses = gather_object([self._loss_sum.item()])
-        record["loss"] = sum(losses) / len(losses)
+        busy = {branch: record.get(f"time/teacher_{branch}", 0.0) for branch in self.teachers}
+        parts = gather_object([(self._loss_sum.item(), busy)])
+        record["loss"] = sum(loss for loss, _ in parts) / len(parts)
         record["learning_rate"] = self._get_learning_rate()
         if record["importance/active"]:
             record.update(self._importance.summary(gather_object))
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
+        for branch in self.teachers:  # a teacher is busy as long as any rank waits for it
+            record[f"time/teacher_{branch}_idle"] = max(
+                0.0, record["time/step"] - max(times[branch] for _, times in parts)
+            )
         for name, value in record.items():
             if name not in ("branch", "loss", "learning_rate"):  # the parent logs the last two itself
                 self._metrics["train"][name].append(float(value))
@@ -701,6 +772,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 )
         if checkpoint:
             self._check_record(Path(str(checkpoint)))
+            self._checkpoint = Path(str(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
     def _check_record(self, checkpoint: Path) -> None:
@@ -725,11 +797,69 @@ class CaMOPDTrainer(DistillationTrainer):
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = self._checkpoint_folder()
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN_RECORD).write_text(json.dumps(self._record, indent=2) + "\n")
         super()._save_checkpoint(model, trial)
+        self._checkpoint = folder
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _rollouts_file(self, folder: Path) -> Path:
+        args = self.args
+        return folder / f"rollouts-{args.process_index}-of-{args.world_size}.safetensors"
+
+    def _keep_rollouts(self, rollouts: Rollouts) -> Path:
+        """Write a checkpoint of the step that could not be scored, with its rollouts. Called by all ranks together."""
+        folder = self._checkpoint_folder()
+        if self._checkpoint is not None and self._checkpoint.resolve() == folder.resolve():
+            self._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
+        else:
+            self._save_checkpoint(self.model, trial=None)
+        rollouts.save(self._rollouts_file(folder))
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _kept_rollouts(self, rows: list[dict[str, Any]]) -> Rollouts | None:
+        """The rollouts that a stopped run left for this very step; all ranks have theirs or none uses any."""
+        found = None
+        if self._checkpoint is not None and self._checkpoint.name == self._checkpoint_folder().name:
+            found = Rollouts.load(self._rollouts_file(self._checkpoint), rows)
+        if not all(gather_object([found is not None])):
+            return None
+        logger.info("the rollouts of step %d come from %s", self.state.global_step + 1, self._checkpoint)
+        self._prompts_cut = 0
+        return found
+
+
+class _Clock:
+    """How long a teacher worked, and how much of it while the trainer did something else. Seconds."""
+
+    def __init__(self) -> None:
+        self.started = self.stopped = self.hidden_until = time.perf_counter()
+
+    def stop(self, _: Any = None) -> None:
+        self.stopped = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.stopped - self.started
+
+    @property
+    def hidden_seconds(self) -> float:
+        return max(0.0, min(self.stopped, self.hidden_until) - self.started)
+
+
+def _show_log(is_main_process: bool) -> None:
+    """Show what camopd says, once, unless the program has its own logging."""
+    log = logging.getLogger("camopd")
+    if not is_main_process:
+        log.setLevel(logging.ERROR)
+    elif not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
 
 
 def _only_item(items: list[Any]) -> Any:

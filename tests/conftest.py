@@ -62,3 +62,32 @@ def make_prompts(branch: str, count: int = 11) -> Dataset:
 @pytest.fixture
 def prompts():
     return {branch: make_prompts(branch) for branch in ("general", "domain")}
+
+
+@pytest.fixture
+def teacher_model(model_factory):
+    return model_factory(1)
+
+
+@pytest.fixture
+def start_server(teacher_model, tokenizer, monkeypatch):
+    """Start servers of fake_vllm.py; the client waits less between its attempts than it would outside."""
+    from fake_vllm import FakeVLLM
+
+    monkeypatch.delenv("CAMOPD_TEACHER_API_KEY", raising=False)
+    monkeypatch.setattr("camopd.teachers.server.wait_exponential_jitter", lambda *_: lambda _: 0.0)
+    monkeypatch.setattr("camopd.teachers.server.HEALTH_SECONDS", 0.05)
+    servers = []
+
+    def start(**changes):
+        servers.append(FakeVLLM(**{"model": teacher_model, "tokenizer": tokenizer, **changes}))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def server(start_server):
+    return start_server()

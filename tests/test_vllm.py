@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.demo import load_prompts, unpack_base_model
 from camopd.errors import TeacherError
-from camopd.teachers import LocalTeacher, ServerTeacher
+from camopd.teachers.local import LocalTeacher
+from camopd.teachers.server import ServerTeacher
 
 
 pytestmark = pytest.mark.vllm

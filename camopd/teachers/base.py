@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -41,4 +42,13 @@ class Teacher(Protocol):
 
         Returns one `TokenScores` per row, in order; an empty completion gives an empty one.
         """
+        ...
+
+
+@runtime_checkable
+class RemoteTeacher(Teacher, Protocol):
+    """A teacher that works outside this process: the trainer goes on with the student while it scores."""
+
+    def submit(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> Future[list[TokenScores]]:
+        """Begin to `score` and return at once. The future raises `TeacherError` where `score` would."""
         ...

@@ -1,72 +1,197 @@
 """A teacher on one or more vLLM servers, asked over HTTP for the log-probs of the student's tokens.
 
-Any plain `vllm serve MODEL` will do: the request is `/v1/completions` with `prompt_logprobs`, which scores the prompt it
-is given. Several URLs are replicas of one teacher and share the rows.
+Several URLs are replicas of one teacher. All requests run on an event loop in a thread of their own, so that `submit`
+returns at once and the trainer goes on with the student while the servers score.
+
+Two transports give the same numbers, chosen for each server by a probe at start:
+
+- compact: `/inference/v1/generate` with the ids to score, answered by their float32 log-probs in base64 (vLLM >= 0.32
+  with `--enable-scale-out`, on its V2 model runner); some 5 bytes per token.
+- JSON: `/v1/completions` with `prompt_logprobs`, which any vLLM has; some 82 bytes per token. Also where the teacher's
+  own top k are asked for, which the compact request cannot.
 """
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+import base64
+import io
+import logging
 import math
 import os
+import random
+import re
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import httpx
+import numpy as np
 import orjson
 import torch
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
-from transformers import PreTrainedTokenizerBase
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 
 from ..errors import TeacherError
 from .base import TokenScores
 
 
-REQUESTS_PER_REPLICA = 16  # in flight at once; vLLM batches what arrives together
-CONNECT_SECONDS = 10.0
-SCORE_SECONDS = 600.0  # for one sequence: a 36k-token prefill behind fifteen others
-ATTEMPTS = 5
-# Texts whose token ids differ between tokenizer families: spaces, digits, code, accents, CJK, an emoji.
-PROBE_TEXTS = ("The capital of  France is Paris.\n\n", "def f(x):\n    return x ** 2 + 31415", "Çéß 東京 😀")
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+REQUESTS_PER_REPLICA = 16  # in flight at once from this process; vLLM batches what arrives together
+TOKENS_PER_REQUEST = 8192  # short sequences share a JSON request up to this; a longer one goes alone
+ATTEMPTS = 6  # for one request, over all replicas
+CONNECT_SECONDS = 4.0
+ANSWER_SECONDS = 5.0  # for the small questions: which model, is it well, tokenize this
+# A scoring request may take this long, plus what the tokens need that this process has in flight on the replica. 500
+# tokens/s is slow on purpose: thirty-two processes may be asking the same server.
+SCORE_SECONDS = 300.0
+SECONDS_PER_TOKEN = 1 / 500
+HEALTH_SECONDS = 1.0  # between two looks at a replica that is out
+REMINDER_SECONDS = 60.0
+BYTES_PER_LOGPROB = (
+    1024  # more than any answer needs (a token's text is spelt out in JSON); what is longer is no answer
+)
+VLLM_MINUS_INF = -9999.0  # how vLLM's JSON says -inf
+# Sent with every request, so that a model's own generation_config.json never bends the distribution that is scored.
+PLAIN_SAMPLING = {
+    "max_tokens": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+class _Fault(Exception):
+    """What may pass: a broken connection, a time-out, 429, 5xx, a cut answer. The text is for the user."""
+
+    def __init__(self, message: str, takes_out: bool = True):
+        super().__init__(message)
+        self.takes_out = takes_out  # whether the replica must show that it is well before it gets another request
+
+
+@dataclass
+class _Replica:
+    """One server. It is chosen by `tokens_in_flight`, the tokens this process waits for there."""
+
+    url: str
+    compact: bool = False
+    alive: bool = True
+    requests_in_flight: int = 0
+    tokens_in_flight: int = 0
+
+
+@dataclass(frozen=True)
+class _Row:
+    index: int
+    token_ids: list[int]
+    prompt_len: int
 
 
 class ServerTeacher:
     """One teacher model behind one or more vLLM URLs."""
 
-    def __init__(self, urls: Sequence[str], branch: str):
-        """Reach every replica and learn what it serves.
+    def __init__(self, urls: Sequence[str], branch: str, patience: float = 900.0):
+        """Reach every replica, learn what it serves, and see which transport it speaks.
 
-        An API key is read from the environment variable `CAMOPD_TEACHER_API_KEY`.
+        An API key is read from the environment variable `CAMOPD_TEACHER_API_KEY_<BRANCH>`, or `CAMOPD_TEACHER_API_KEY`.
+
+        Args:
+            urls: `http(s)://host:port` of each replica.
+            branch: for messages, and for the name of the key.
+            patience: seconds to wait for a replica when all of them are gone.
 
         Raises `TeacherError` when a replica does not answer or the replicas serve different models.
         """
         self.branch = branch
-        self._giving_up = threading.Event()
-        self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
-        self._key = os.environ.get(
-            "CAMOPD_TEACHER_API_KEY", ""
-        ).strip()  # env files and mounted secrets end in a newline
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise ValueError(
-                "CAMOPD_TEACHER_API_KEY holds characters that no HTTP header can carry. See where it is set."
-            )
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx.Timeout(SCORE_SECONDS, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=REQUESTS_PER_REPLICA * len(self.urls)),
+        self.patience = patience
+        self.urls = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
+        self._key = _api_key(branch)
+        self._replicas = [_Replica(url) for url in self.urls]
+        # Where replicas are equally busy any of them will do; ranks that all took the first would flood it.
+        self._dice = random.Random()
+        self._changed = asyncio.Condition()  # a place has become free, a replica has come or gone
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._outage: asyncio.Task[None] | None = None  # counts the time without any replica
+        self._outage_over = ""  # why nobody waits any longer
+        self._client = httpx.AsyncClient(
+            headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {self._key}"} if self._key else {})},
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # `_exchange` watches the whole of a request
+            limits=httpx.Limits(max_connections=None),  # `_lease` counts them
         )
-        served = {url: self._served_model(url) for url in self.urls}
-        names = {model["id"] for model in served.values()}
-        if len(names) > 1:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name=f"teacher-{branch}", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(self._connect())
+        except BaseException:
+            self.close()
+            raise
+
+    async def _connect(self) -> None:
+        served = dict(zip(self.urls, await self._all(self._served_model(url) for url in self.urls), strict=True))
+        if len({model["id"] for model in served.values()}) > 1:
             listing = ", ".join(f"{url} serves {model['id']!r}" for url, model in served.items())
             raise TeacherError(
-                f"the replicas of teacher {branch!r} serve different models: {listing}. A branch has one teacher; "
+                f"the replicas of teacher {self.branch!r} serve different models: {listing}. A branch has one teacher; "
                 "start every replica with the same model and --served-model-name."
             )
-        self.name = names.pop()
-        self.max_model_len = min(model["max_model_len"] for model in served.values())
+        self.name = served[self.urls[0]]["id"]
+        self.model_path = served[self.urls[0]].get("root") or self.name
+        self.max_model_len = min(model.get("max_model_len") or math.inf for model in served.values())
+        await self._all(self._choose_transport(replica) for replica in self._replicas)
+        for replica in self._replicas:
+            transport = "compact (/inference/v1/generate)" if replica.compact else "JSON (/v1/completions)"
+            logger.info("teacher %r: %s serves %r, transport %s", self.branch, replica.url, self.name, transport)
+
+    def close(self) -> None:
+        """Drop all connections and end the thread. What is still being scored fails."""
+        if self._loop.is_closed():
+            return
+
+        async def shut() -> None:
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await self._client.aclose()
+
+        self._wait(shut())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run_loop(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    @property
+    def has_key(self) -> bool:
+        """Whether requests carry an API key."""
+        return bool(self._key)
+
+    @property
+    def transports(self) -> dict[str, str]:
+        """`"compact"` or `"JSON"` for each URL."""
+        return {replica.url: "compact" if replica.compact else "JSON" for replica in self._replicas}
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST one small question to every replica: the answer of each URL. Raises `TeacherError`."""
+        answers = self._wait(
+            self._all(self._question("POST", url, path, {"model": self.name, **body}) for url in self.urls)
+        )
+        return dict(zip(self.urls, answers, strict=True))
 
     def check_context(self, max_tokens: int) -> None:
         """Raise `TeacherError` unless a sequence of `max_tokens` tokens, plus the one vLLM generates, fits."""
@@ -77,32 +202,158 @@ class ServerTeacher:
                 f"{max_tokens + 1} or lower max_completion_length."
             )
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise `TeacherError` unless the server turns the same texts into the student's token ids."""
-        for url, text in itertools.product(self.urls, PROBE_TEXTS):
-            body = {"model": self.name, "prompt": text, "add_special_tokens": False}
-            theirs = self._request("POST", [url], "/tokenize", body).get("tokens")
-            ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if theirs != ours:
-                raise TeacherError(
-                    f"teacher {self.branch!r} at {url} has another tokenizer than the student: {text!r} is {theirs} "
-                    f"there and {ours} here. Its log-probs would be those of other words; use a teacher of the same "
-                    "family."
-                )
-
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
         """See [`Teacher.score`]. Raises `TeacherError` with the row numbers when log-probs are missing or not finite."""
-        pool = ThreadPoolExecutor(max_workers=REQUESTS_PER_REPLICA * len(self.urls))
+        return self.submit(token_ids, prompt_lens, top_k).result()
+
+    def submit(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> Future[list[TokenScores]]:
+        """Begin to score and return at once; the result, or what `score` raises, comes with the future."""
+        return asyncio.run_coroutine_threadsafe(self._score(token_ids, prompt_lens, top_k), self._loop)
+
+    # ------------------------------------------------------------------------------------------------------ scoring
+
+    async def _score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int) -> list[TokenScores]:
+        if self._outage_over:  # a new batch, a new wait
+            self._begin_outage("still none")
+        rows = [
+            _Row(index, ids, prompt_len)
+            for index, (ids, prompt_len) in enumerate(zip(token_ids, prompt_lens, strict=True))
+        ]
+        scores: list[Any] = [None] * len(rows)
+        for row in rows:
+            if len(row.token_ids) == row.prompt_len:  # an empty completion: nothing to ask
+                scores[row.index] = _to_scores(np.zeros((0, 1 + top_k)), np.zeros((0, top_k), int) if top_k else None)
+        requests = self._to_requests([row for row in rows if scores[row.index] is None], top_k)
+        for found in await self._all(self._score_request(request, top_k) for request in requests):
+            for row, row_scores in found:
+                scores[row.index] = row_scores
+        self._check_finite(scores)
+        return scores
+
+    def _to_requests(self, rows: list[_Row], top_k: int) -> list[list[_Row]]:
+        """Rows for each request, longest first: a long one that starts last would keep everybody waiting."""
+        rows = sorted(rows, key=lambda row: -len(row.token_ids))
+        if not top_k and any(replica.compact for replica in self._replicas):  # which takes one sequence
+            return [[row] for row in rows]
+        # No bigger than gives every replica its full number of requests.
+        places = REQUESTS_PER_REPLICA * len(self._replicas)
+        budget = min(TOKENS_PER_REQUEST, math.ceil(sum(len(row.token_ids) for row in rows) / places))
+        requests: list[list[_Row]] = []
+        size = 0
+        for row in rows:
+            if not requests or size + len(row.token_ids) > budget:
+                requests.append([])
+                size = 0
+            requests[-1].append(row)
+            size += len(row.token_ids)
+        return requests
+
+    async def _score_request(self, rows: list[_Row], top_k: int) -> list[tuple[_Row, TokenScores]]:
+        """Score some rows together, on another replica after each fault."""
+        tokens = sum(len(row.token_ids) for row in rows)
+        tried: _Replica | None = None
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Fault),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(0.2, 10),
+            reraise=True,
+        )
         try:
-            scores = list(
-                pool.map(self._score_row, range(len(token_ids)), token_ids, prompt_lens, itertools.repeat(top_k))
-            )
-        finally:  # one row that fails for good must not wait for the others, nor let them try again
-            self._giving_up.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._giving_up = threading.Event()
+            async for attempt in retrying:
+                with attempt:
+                    replica = tried = await self._lease(tokens, avoid=tried)
+                    try:
+                        if replica.compact and not top_k and len(rows) == 1:
+                            return [(rows[0], await self._score_compact(replica, rows[0]))]
+                        return await self._score_json(replica, rows, top_k)
+                    except _Fault as fault:
+                        if fault.takes_out:
+                            self._take_out(replica, str(fault))
+                        raise
+                    finally:
+                        await self._give_back(replica, tokens)
+        except _Fault as fault:
+            raise TeacherError(
+                f"teacher {self.branch!r} could not score {len(rows)} sequences of {tokens} tokens in {ATTEMPTS} attempts; "
+                f"the last: {fault}. Look at that server's log."
+            ) from None
+        raise AssertionError("unreachable")
+
+    async def _score_compact(self, replica: _Replica, row: _Row) -> TokenScores:
+        """Row i of `prompt_logprob_token_ids` is scored as prompt token `prompt_logprob_start` + i + 1."""
+        scored = row.token_ids[row.prompt_len :]
+        request_id = uuid.uuid4().hex
+        sampling = {
+            **PLAIN_SAMPLING,
+            "prompt_logprob_token_ids": [[token] for token in scored],
+            "prompt_logprob_start": row.prompt_len - 1,
+        }
+        body = {"model": self.name, "request_id": request_id, "token_ids": row.token_ids, "sampling_params": sampling}
+        answer = await self._scoring_answer(replica, "/inference/v1/generate", body, len(scored))
+        if not str(answer.get("request_id")).endswith(request_id):
+            raise self._unusable(replica, f"answered request {answer.get('request_id')!r} when asked {request_id!r}")
+        logps = _from_base64_npy(answer.get("prompt_token_id_logprobs"))
+        if logps is None or logps.shape != (len(scored), 1):
+            shape = "no array" if logps is None else f"{len(logps)} log-probs"
+            raise self._unusable(replica, f"scored {len(scored)} completion tokens with {shape}")
+        return _to_scores(logps, None)
+
+    async def _score_json(self, replica: _Replica, rows: list[_Row], top_k: int) -> list[tuple[_Row, TokenScores]]:
+        body = {
+            "model": self.name,
+            "prompt": [row.token_ids for row in rows],
+            "prompt_logprobs": top_k,
+            **PLAIN_SAMPLING,
+        }
+        tokens = sum(len(row.token_ids) for row in rows)
+        answer = await self._scoring_answer(replica, "/v1/completions", body, tokens * (1 + top_k))
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        except (KeyError, TypeError):
+            choices = []
+        if [choice["index"] for choice in choices] != list(range(len(rows))):
+            raise self._unusable(replica, f"answered {len(choices)} of {len(rows)} sequences")
+        scores = []
+        for row, choice in zip(rows, choices, strict=True):
+            entries = choice.get("prompt_logprobs") or []
+            if len(entries) != len(row.token_ids):
+                raise self._unusable(
+                    replica,
+                    f"scored {len(entries)} of {len(row.token_ids)} tokens. Is this a vLLM server? Others ignore "
+                    "prompt_logprobs",
+                )
+            try:
+                scores.append((row, _from_entries(row.token_ids[row.prompt_len :], entries[row.prompt_len :], top_k)))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise self._unusable(
+                    replica,
+                    f"gave no log-prob for a token it was asked to score ({type(error).__name__}: {error}). Something "
+                    "between here and there mixes answers up, or it is no vLLM server",
+                ) from None
+        return scores
+
+    async def _scoring_answer(
+        self, replica: _Replica, path: str, body: dict[str, Any], numbers: int
+    ) -> dict[str, Any]:
+        seconds = SCORE_SECONDS + replica.tokens_in_flight * SECONDS_PER_TOKEN
+        answer = await self._exchange(
+            "POST", replica.url, path, body, seconds, max_bytes=65536 + BYTES_PER_LOGPROB * numbers
+        )
+        if not isinstance(answer, dict) or (answer.get("model") or self.name) != self.name:
+            theirs = answer.get("model") if isinstance(answer, dict) else answer
+            raise self._unusable(replica, f"answered as {theirs!r} and not as {self.name!r}")
+        return answer
+
+    def _unusable(self, replica: _Replica, what: str) -> TeacherError:
+        return TeacherError(f"teacher {self.branch!r} at {replica.url} {what}.")
+
+    def _check_finite(self, scores: list[TokenScores]) -> None:
         not_finite = [
-            sum(int((~torch.isfinite(part)).sum()) for part in (score.logps, score.top_logps) if part is not None)
+            sum(
+                int((~torch.isfinite(part) | (part == VLLM_MINUS_INF)).sum())
+                for part in (score.logps, score.top_logps)
+                if part is not None
+            )
             for score in scores
         ]
         if any(not_finite):
@@ -112,97 +363,265 @@ class ServerTeacher:
                 f"rows {rows[:8]} of {len(scores)}. Look at the server's log; a server that lost its weights or "
                 "overflows in its dtype answers like this."
             )
-        return scores
 
-    def _score_row(self, row: int, ids: list[int], prompt_len: int, top_k: int) -> TokenScores:
-        if len(ids) == prompt_len:  # an empty completion: nothing to ask
-            empty = torch.zeros(0)
-            return TokenScores(empty, *((empty.long().view(0, top_k), empty.view(0, top_k)) if top_k else ()))
-        body = {"model": self.name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
-        first = row % len(self.urls)  # rows go round the replicas; a retry goes to the next one
-        answer = self._request("POST", self.urls[first:] + self.urls[:first], "/v1/completions", body)
-        entries = answer["choices"][0].get("prompt_logprobs") or [] if answer.get("choices") else []
-        if len(entries) != len(ids):
-            raise TeacherError(
-                f"teacher {self.branch!r} at {self.urls[first]} scored {len(entries)} of {len(ids)} tokens. Is this a vLLM "
-                "server? Others ignore prompt_logprobs."
+    # ----------------------------------------------------------------------------------------------------- replicas
+
+    async def _lease(self, tokens: int, avoid: _Replica | None) -> _Replica:
+        """A living replica with a free place, the one with the fewest tokens in flight; waits until there is one."""
+        async with self._changed:
+            while True:
+                free = [r for r in self._replicas if r.alive and r.requests_in_flight < REQUESTS_PER_REPLICA]
+                if free:
+                    others = [replica for replica in free if replica is not avoid] or free
+                    replica = min(others, key=lambda replica: (replica.tokens_in_flight, self._dice.random()))
+                    replica.requests_in_flight += 1
+                    replica.tokens_in_flight += tokens
+                    return replica
+                if self._outage_over:
+                    raise TeacherError(self._outage_over)
+                await self._changed.wait()
+
+    async def _give_back(self, replica: _Replica, tokens: int) -> None:
+        async with self._changed:
+            replica.requests_in_flight -= 1
+            replica.tokens_in_flight -= tokens
+            self._changed.notify()
+
+    def _take_out(self, replica: _Replica, why: str) -> None:
+        if not replica.alive:
+            return
+        replica.alive = False
+        self._spawn(self._let_in_when_well(replica, why))
+        if not any(replica.alive for replica in self._replicas):
+            self._begin_outage(why)
+
+    def _begin_outage(self, why: str) -> None:
+        self._outage_over = ""
+        self._outage = self._spawn(self._wait_for_any(why))
+
+    async def _let_in_when_well(self, replica: _Replica, why: str) -> None:
+        """Let a replica in again when it is healthy and still serves this teacher's model."""
+        started, said = time.monotonic(), False
+        while True:
+            try:
+                await self._exchange("GET", replica.url, "/health", None, ANSWER_SECONDS, parse=False)
+                model = await self._served_model(replica.url, attempts=1)
+                if model["id"] == self.name:
+                    break
+                why = f"it serves {model['id']!r} now"
+            except (_Fault, TeacherError):
+                pass
+            if not said:  # one that answers at once had a hiccup; the retry is enough
+                logger.warning("teacher %r: replica %s is out: %s", self.branch, replica.url, why)
+                said = True
+            await asyncio.sleep(HEALTH_SECONDS)
+        await self._choose_transport(replica)  # it may have been started again with other flags
+        async with self._changed:
+            replica.alive = True
+            self._outage_over = ""
+            if self._outage is not None:
+                self._outage.cancel()
+            self._changed.notify_all()
+        if said:
+            seconds = time.monotonic() - started
+            logger.warning("teacher %r: replica %s is back after %.0f s", self.branch, replica.url, seconds)
+
+    async def _wait_for_any(self, why: str) -> None:
+        """Say that every replica is gone, and end the wait of all requests when `patience` is over."""
+        started = time.monotonic()
+        where = ", ".join(self.urls)
+        said = 0
+        while (waited := time.monotonic() - started) < self.patience:
+            if waited > HEALTH_SECONDS + said * REMINDER_SECONDS:  # the first second is quiet: most are a hiccup
+                said += 1
+                logger.warning(
+                    "teacher %r: no replica answers (%s). Waiting for one, %.0f of %.0f seconds so far; the last fault: %s",
+                    self.branch, where, waited, self.patience, why,
+                )  # fmt: skip
+            await asyncio.sleep(min(HEALTH_SECONDS, self.patience - waited))
+        async with self._changed:
+            self._outage_over = (
+                f"teacher {self.branch!r} has no replica left: {where} did not come back in teacher_patience="
+                f"{self.patience:g} seconds; the last fault: {why}. Start the server again, then resume."
             )
-        logps, top_ids, top_logps = [], [], []
-        for token, entry in zip(ids[prompt_len:], entries[prompt_len:], strict=True):
-            logps.append(_logprob(entry.get(str(token))))
-            if top_k:
-                best = sorted(entry.items(), key=lambda item: item[1]["rank"])[:top_k]
-                top_ids.append([int(candidate) for candidate, _ in best])
-                top_logps.append([_logprob(value) for _, value in best])
-        return TokenScores(
-            logps=torch.tensor(logps, dtype=torch.float32),
-            top_ids=torch.tensor(top_ids) if top_k else None,
-            top_logps=torch.tensor(top_logps, dtype=torch.float32) if top_k else None,
-        )
+            self._changed.notify_all()
 
-    def _served_model(self, url: str) -> dict[str, Any]:
-        answer = self._request("GET", [url], "/v1/models", None)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # the loop itself holds only a weak reference
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --------------------------------------------------------------------------------------------------------- HTTP
+
+    async def _choose_transport(self, replica: _Replica) -> None:
+        """Score one token the compact way; whoever cannot do that gets JSON."""
+        sampling = {**PLAIN_SAMPLING, "prompt_logprob_token_ids": [[1]], "prompt_logprob_start": 0}
+        body = {"model": self.name, "token_ids": [0, 1], "sampling_params": sampling}
+        try:
+            answer = await self._exchange("POST", replica.url, "/inference/v1/generate", body, 30.0)
+            logps = _from_base64_npy(answer.get("prompt_token_id_logprobs"))
+            replica.compact = logps is not None and logps.shape == (1, 1)
+        except (_Fault, TeacherError, AttributeError):  # 403 without the flag, 404 in old versions, 400 on runner V1
+            replica.compact = False
+
+    async def _served_model(self, url: str, attempts: int = 3) -> dict[str, Any]:
+        answer = await self._question("GET", url, "/v1/models", None, attempts)
         try:
             model = answer["data"][0]
-        except (KeyError, IndexError, TypeError):
+            return {"id": str(model["id"]), "max_model_len": model.get("max_model_len"), "root": model.get("root")}
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise TeacherError(
                 f"teacher {self.branch!r} at {url} does not say which model it serves: {str(answer)[:200]}. Is the URL "
                 "that of a vLLM server, without a path?"
             ) from None
-        return {"id": model["id"], "max_model_len": model.get("max_model_len") or math.inf}
 
-    def _request(self, method: str, urls: Sequence[str], path: str, body: dict[str, Any] | None) -> Any:
-        """One request. Connection errors, time-outs, 429 and 5xx are tried again, on the next URL; any other refusal is
-        final."""
-        turns = itertools.cycle(urls)
-        giving_up = self._giving_up
-        retrying = Retrying(
-            retry=retry_if_exception(lambda error: _may_pass(error) and not giving_up.is_set()),
-            stop=stop_after_attempt(max(ATTEMPTS, len(urls))),
-            wait=wait_exponential_jitter(0.2, 10),
+    async def _question(
+        self, method: str, url: str, path: str, body: dict[str, Any] | None, attempts: int = 3
+    ) -> dict[str, Any]:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(_Fault),
+            stop=stop_after_attempt(attempts) | stop_after_delay(3.0),
+            wait=wait_exponential_jitter(0.2, 1.0),
             reraise=True,
         )
-        where = f"teacher {self.branch!r} at {', '.join(urls)}"
         try:
-            return retrying(lambda: self._request_once(method, next(turns) + path, body))
-        except httpx.HTTPStatusError as error:
-            status = error.response.status_code
-            hint = " Set CAMOPD_TEACHER_API_KEY to the server's --api-key." if status in (401, 403) else ""
-            text = self._without_key(error.response.text[:500])
-            raise TeacherError(f"{where} answered {status}: {text}{hint}") from None
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+            return await retrying(self._exchange, method, url, path, body, ANSWER_SECONDS)
+        except _Fault as fault:
             raise TeacherError(
-                f"{where} does not answer ({type(error).__name__}: {self._without_key(str(error))}) after "
-                f"{retrying.statistics['attempt_number']} attempts. Is `vllm serve` up on that host and port, and "
-                "reachable from this machine?"
+                f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, and reachable from this "
+                "machine?"
             ) from None
 
-    def _request_once(self, method: str, url: str, body: dict[str, Any] | None) -> Any:
-        response = self._client.request(
-            method,
-            url,
-            content=None if body is None else orjson.dumps(body),
-            headers={} if body is None else {"Content-Type": "application/json"},
-        )
-        response.raise_for_status()
+    async def _exchange(
+        self,
+        method: str,
+        url: str,
+        path: str,
+        body: dict[str, Any] | None,
+        seconds: float,
+        max_bytes: int = 4 << 20,
+        parse: bool = True,
+    ) -> Any:
+        """One request and its JSON. Raises `_Fault` for what may pass and `TeacherError` for what is final."""
+        content = bytearray()
         try:
-            return orjson.loads(response.content)
-        except orjson.JSONDecodeError:
-            raise TeacherError(
-                f"teacher {self.branch!r} at {url} did not answer in JSON: {self._without_key(response.text[:200])!r}. Is "
-                "the URL that of a vLLM server, without a path?"
+            async with (
+                asyncio.timeout(seconds),
+                self._client.stream(
+                    method,
+                    url + path,
+                    content=None if body is None else orjson.dumps(body),
+                    headers={} if body is None else {"Content-Type": "application/json"},
+                ) as response,
+            ):
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > max_bytes:
+                        raise TeacherError(
+                            f"teacher {self.branch!r} at {url} answered more than {max_bytes} bytes, which no answer to "
+                            f"{path} needs. Is the URL that of a vLLM server?"
+                        )
+        except TimeoutError:
+            raise _Fault(f"{url} did not answer {path} in {seconds:.0f} seconds") from None
+        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
+            hint = ""
+            if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol)):
+                raise TeacherError(f"teacher {self.branch!r} at {url}: that is no URL ({error}).") from None
+            if isinstance(error, httpx.RemoteProtocolError) and url.startswith("http://"):
+                hint = " (does it speak https?)"
+            raise _Fault(
+                f"{url} does not answer ({type(error).__name__}: {self._without_key(str(error))}){hint}"
             ) from None
+        text = self._without_key(bytes(content[:500]).decode(errors="replace"))
+        status = response.status_code
+        if status == 429 or status >= 500:
+            raise _Fault(f"{url} answered {status}: {text}", takes_out=status != 429)
+        if status != 200:
+            raise TeacherError(
+                f"teacher {self.branch!r} at {url} answered {status}: {text}{self._hint(status, url, text)}"
+            )
+        if not parse:
+            return None
+        try:
+            return orjson.loads(content)
+        except orjson.JSONDecodeError:
+            raise _Fault(
+                f"{url} did not answer {path} in JSON: {text[:200]!r}. Is the URL that of a vLLM server, without a path?",
+            ) from None
+
+    def _hint(self, status: int, url: str, text: str) -> str:
+        if status in (401, 403):
+            names = f"CAMOPD_TEACHER_API_KEY_{_as_variable(self.branch)} or CAMOPD_TEACHER_API_KEY"
+            return f" Set {names} to the server's --api-key{' (the one that is set is not it)' if self._key else ''}."
+        if status == 400 and url.startswith("http://") and "https" in text.lower():
+            return f" Write https://{url.removeprefix('http://')}."
+        if 300 <= status < 400:
+            return " Give the URL it redirects to."
+        return ""
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
+    # ------------------------------------------------------------------------------------------------------- asyncio
 
-def _logprob(entry: dict[str, Any] | None) -> float:
-    """A token's log-prob; NaN where the server left it out, for `score` to count."""
-    return math.nan if entry is None or entry["logprob"] is None else entry["logprob"]
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    @staticmethod
+    async def _all(work: Any) -> list[Any]:
+        """Results in order; the first that fails ends the others."""
+        tasks = [asyncio.ensure_future(item) for item in work]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
 
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)
+def _as_variable(branch: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", branch).upper()
+
+
+def _api_key(branch: str) -> str:
+    """The key of a branch's servers, from the environment."""
+    for variable in (f"CAMOPD_TEACHER_API_KEY_{_as_variable(branch)}", "CAMOPD_TEACHER_API_KEY"):
+        key = os.environ.get(variable, "").strip()  # env files and mounted secrets end in a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{variable} holds characters that no HTTP header can carry. See where it is set.")
+        if key:
+            return key
+    return ""
+
+
+def _from_base64_npy(text: Any) -> np.ndarray | None:
+    """The float array in an answer; `None` if there is none. Nothing is unpickled."""
+    if not isinstance(text, str):
+        return None
+    try:
+        return np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return None
+
+
+def _from_entries(token_ids: list[int], entries: list[Any], top_k: int) -> TokenScores:
+    """Log-probs out of vLLM's JSON: per token `{"<id>": {"logprob": float, "rank": int, ...}, ...}`."""
+    if not top_k:  # the one entry is that of the token; anything else is the answer to another question
+        logps = [entry[str(token)]["logprob"] for token, entry in zip(token_ids, entries, strict=True)]
+        return _to_scores(np.array(logps, dtype=np.float32)[:, None], None)
+    rows, ids = [], []
+    for token, entry in zip(token_ids, entries, strict=True):
+        best = sorted(entry.items(), key=lambda item: item[1]["rank"])[:top_k]
+        rows.append([entry[str(token)]["logprob"], *(value["logprob"] for _, value in best)])
+        ids.append([int(candidate) for candidate, _ in best])
+    return _to_scores(np.array(rows, dtype=np.float32), np.array(ids))
+
+
+def _to_scores(logps: np.ndarray, top_ids: np.ndarray | None) -> TokenScores:
+    """First column: the token itself; the others, its rivals."""
+    values = torch.from_numpy(np.ascontiguousarray(logps, dtype=np.float32))
+    if top_ids is None:
+        return TokenScores(values[:, 0])
+    return TokenScores(values[:, 0], torch.from_numpy(np.ascontiguousarray(top_ids, dtype=np.int64)), values[:, 1:])

@@ -1,0 +1,194 @@
+"""One YAML file is one run: which model, prompts, teachers and settings. Behind `camopd train` and `camopd check`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .errors import CaMOPDError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from trl import ModelConfig
+
+    from .config import CaMOPDConfig
+
+SERVED_TEACHERS = "teachers.json"  # in output_dir: where `camopd serve` says which URLs it has started
+_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class PromptArguments:
+    """
+    Where the prompts of a run come from.
+
+    Args:
+        prompts (`dict[str, str | dict]`, *optional*):
+            Per branch, a JSONL, Parquet or CSV file or a dataset of the Hub, with a column `prompt` or `messages`. In
+            place of the name, a mapping with `path` and any of `name`, `split` (default `"train"`), `column` and
+            `limit` (first rows only).
+        eval_prompts (`dict[str, str | dict]`, *optional*):
+            Held-out prompts, in the same form.
+    """
+
+    prompts: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Prompts of each branch: a file or Hub dataset, or {path, split, column, limit}."},
+    )
+    eval_prompts: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Held-out prompts of each branch, in the form of `prompts`."}
+    )
+
+
+def peek(config: str, overrides: list[str]) -> dict[str, Any]:
+    """The mapping in a YAML file with `--name value` overrides over it, read without any of the heavy libraries.
+
+    Raises `ValueError` for a file that is not there or not a mapping.
+    """
+    try:
+        settings = yaml.safe_load(Path(config).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"the config {config!r} cannot be read: {error.strerror}. Give the path of a YAML file."
+        ) from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"the config {config!r} is no valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"the config {config!r} must be a mapping from settings to values, got {settings!r}.")
+    for place, word in enumerate(overrides):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            following = overrides[place + 1] if place + 1 < len(overrides) else "true"
+            settings[name[2:].replace("-", "_")] = yaml.safe_load(value if equals else following)
+    return settings
+
+
+def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConfig, CaMOPDConfig]:
+    """Read a run with TRL's parser: a YAML file, and `--name value` over it.
+
+    Raises `ValueError` for unknown names, values out of range and a missing model.
+    """
+    from trl import ModelConfig, TrlParser
+
+    from .config import CaMOPDConfig
+
+    peek(config, overrides)  # says in words what is wrong with the file
+    parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig])
+    try:
+        prompts, model, args = parser.parse_args_and_config(["--config", config, *overrides])
+    except SystemExit:  # argparse has said why
+        raise CaMOPDError(f"the settings above are not those of a run; see {config!r} and the overrides.") from None
+    for name in ("prompts", "eval_prompts"):
+        value = getattr(prompts, name)
+        if isinstance(value, str):
+            try:
+                setattr(prompts, name, json.loads(value))
+            except json.JSONDecodeError:
+                raise ValueError(
+                    f"{name} must map each branch to its prompts, got {value!r}. In YAML write a mapping, on the command "
+                    f'line a JSON object: --{name} \'{{"general": "general.jsonl", ...}}\'.'
+                ) from None
+    if not model.model_name_or_path:
+        raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
+    return prompts, model, args
+
+
+def served_teachers(output_dir: str) -> dict[str, list[str]]:
+    """URLs of the teachers that `camopd serve` has started for this `output_dir`; empty if it runs none."""
+    path = Path(output_dir) / SERVED_TEACHERS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Teachers of a run: as its config says, and where `camopd serve` has started them, their URLs."""
+    teachers = settings.get("teachers")
+    if not isinstance(teachers, dict) or not teachers:
+        raise ValueError(
+            f"teachers must map each branch to its teacher, got {teachers!r}. In YAML:\nteachers:\n  general: "
+            "Qwen/Qwen3-8B\n  domain: http://localhost:8002"
+        )
+    served = served_teachers(str(settings.get("output_dir") or "trainer_output"))
+    return {branch: served.get(branch, teacher) for branch, teacher in teachers.items()}
+
+
+def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
+    """The prompts of one branch, with a column `prompt`.
+
+    Raises `ValueError` when there is no such dataset, or it has no column of prompts.
+    """
+    from datasets import load_dataset
+
+    spec: dict[str, Any] = {"path": source} if isinstance(source, str) else dict(source or {})
+    unknown = set(spec) - {"path", "name", "split", "column", "limit"}
+    if unknown or not isinstance(spec.get("path"), str):
+        raise ValueError(
+            f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, or a mapping with `path` "
+            "and any of `name`, `split`, `column`, `limit`."
+        )
+    path, split = spec["path"], spec.get("split", "train")
+    kind = _FILE_TYPES.get(Path(path).suffix)
+    if kind is not None and not Path(path).is_file():
+        raise ValueError(f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file.")
+    try:
+        if kind is not None:
+            dataset = load_dataset(kind, data_files=path, split=split)
+        else:
+            dataset = load_dataset(path, spec.get("name"), split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the prompts of branch {branch!r}, {path!r} (split {split!r}), cannot be loaded: {error}\nGive the path of a "
+            f"{', '.join(_FILE_TYPES)} file or the name of a dataset of the Hub that this machine can reach."
+        ) from error
+    columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
+    column = next((name for name in columns if name in dataset.column_names), None)
+    if column is None:
+        raise ValueError(
+            f"the prompts of branch {branch!r}, {path!r}, have the columns {dataset.column_names}, none of them "
+            f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
+        )
+    if column != "prompt":
+        dataset = dataset.rename_column(column, "prompt")
+    dataset = dataset.select_columns(["prompt"])
+    return dataset.select(range(min(spec["limit"], len(dataset)))) if spec.get("limit") else dataset
+
+
+def train(config: str, overrides: list[str]) -> None:
+    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
+    from trl import get_kbit_device_map, get_peft_config, get_quantization_config
+
+    from .trainer import CaMOPDTrainer
+
+    prompts, model, args = parse(config, overrides)
+    if not isinstance(prompts.prompts, dict):
+        raise ValueError(
+            f"prompts must map each branch to its prompts, got {prompts.prompts!r}. In YAML:\nprompts:\n  general: "
+            "general.jsonl\n  domain: domain.jsonl"
+        )
+    heldout = prompts.eval_prompts if isinstance(prompts.eval_prompts, dict) else {}
+    settings = {"teachers": args.teachers, "output_dir": args.output_dir}
+    quantization = get_quantization_config(model)
+    args.model_init_kwargs = {
+        **(args.model_init_kwargs or {}),
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **({"device_map": get_kbit_device_map()} if quantization is not None else {}),
+    }
+    trainer = CaMOPDTrainer(
+        model=model.model_name_or_path,
+        teachers=teachers_of(settings),
+        args=args,
+        train_dataset={branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()},
+        eval_dataset={branch: load_prompts(source, branch) for branch, source in heldout.items()} or None,
+        quantization_config=quantization,
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()

@@ -1,0 +1,410 @@
+"""Can these teachers teach this student? Asked before the first rollout, and by `camopd check`.
+
+A teacher that is wrong in silence (another template, lost weights, other tokens) costs a run and not an error message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import CaMOPDError, TeacherError
+from .base import Teacher, TokenScores
+from .server import ServerTeacher
+
+
+# Mean |log-prob difference| per token between two engines with the same weights: some 5e-5 nats in float32, some 0.01 in
+# bfloat16. Above the first bound the engines differ more than that, above the second they hold different weights.
+ENGINE_GAP_WARNING, ENGINE_GAP_ERROR = 0.05, 0.5
+# Teachers of one origin with the student start at some 0.04 nats/token, a foreign one at 0.19, from which distillation is
+# much harder: https://arxiv.org/abs/2606.30406.
+INITIAL_KL_WARNING = 0.1
+UNIFORM_TOLERANCE = 1e-3
+VOCABULARY_PROBES = 256  # tokens spread over the vocabulary
+# Texts whose token ids differ between tokenizer families: spaces, digits, code, accents, CJK, an emoji.
+PROBE_TEXTS = ("The capital of  France is Paris.\n\n", "def f(x):\n    return x ** 2 + 31415", "Çéß 東京 😀")
+PROBE_CONVERSATIONS = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("What is 7 times 8?", "7 times 8 is 56."),
+    ("Which planet is known as the red planet?", "Mars is known as the red planet."),
+    ("Name three primary colours.", "Three primary colours are red, yellow and blue."),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `camopd check`. `text` says what was found and, unless it is "ok", the way out."""
+
+    branch: str
+    subject: str
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Conversations in the student's own tokens: `token_ids` = prompt + answer + end of sequence."""
+
+    token_ids: list[list[int]]
+    prompt_lens: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Probe:
+        """Those of `PROBE_CONVERSATIONS` that fit into `max_tokens`; the first one cut, if none does."""
+        token_ids, prompt_lens = [], []
+        for question, answer in PROBE_CONVERSATIONS:
+            if tokenizer.chat_template:
+                messages = [{"role": "user", "content": question}]
+                prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
+            else:
+                prompt = tokenizer(question + "\n")["input_ids"]
+            ids = [*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+            token_ids.append(list(ids))
+            prompt_lens.append(len(prompt))
+        fitting = [row for row, ids in enumerate(token_ids) if len(ids) <= max_tokens]
+        if not fitting:
+            return cls([token_ids[0][-max_tokens:]], [max(1, min(prompt_lens[0], max_tokens - 1))])
+        return cls([token_ids[row] for row in fitting], [prompt_lens[row] for row in fitting])
+
+
+def check_server(
+    branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Iterable[Finding]:
+    """What a server says of itself: context, tokenizer, chat template, and whether a key travels in the open."""
+    served = ", ".join(f"{url} ({transport})" for url, transport in teacher.transports.items())
+    yield Finding(branch, "reachable", "ok", f"{teacher.name} at {served}")
+    open_urls = [url for url in teacher.urls if _sends_key_in_the_open(url)] if teacher.has_key else []
+    if open_urls:
+        yield Finding(
+            branch, "key", "warning",
+            f"the API key travels unencrypted to {', '.join(open_urls)}; use https unless that network is yours alone",
+        )  # fmt: skip
+    try:
+        teacher.check_context(max_tokens)
+        yield Finding(branch, "context", "ok", f"{teacher.max_model_len} tokens, {max_tokens + 1} needed")
+    except TeacherError as error:
+        yield Finding(branch, "context", "error", str(error))
+    yield _check_tokenizer(branch, teacher, tokenizer)
+    if tokenizer.chat_template:
+        yield _check_template(branch, teacher, tokenizer)
+
+
+def _sends_key_in_the_open(url: str) -> bool:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return parts.scheme == "http" and host != "localhost" and not host.startswith("127.") and host != "::1"
+
+
+def tokenizer_probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts that reach all kinds of tokens: ordinary ones, added and special ones, and some all over the vocabulary."""
+    added = sorted(tokenizer.get_added_vocab()) + [str(token) for token in tokenizer.all_special_tokens]
+    step = max(1, len(tokenizer) // VOCABULARY_PROBES)
+    spread = " ".join(tokenizer.decode([token]) for token in range(0, len(tokenizer), step))
+    return [*PROBE_TEXTS, *([" a ".join(added)] if added else []), spread]
+
+
+def _check_tokenizer(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase) -> Finding:
+    probes = tokenizer_probes(tokenizer)
+    compared = 0
+    for text in probes:
+        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for url, answer in teacher.ask("/tokenize", {"prompt": text, "add_special_tokens": False}).items():
+            theirs = answer.get("tokens")
+            if theirs != ours:
+                place = next(
+                    (i for i, pair in enumerate(zip(theirs or [], ours, strict=False)) if len(set(pair)) > 1), 0
+                )
+                piece = tokenizer.decode(ours[max(0, place - 2) : place + 3])
+                return Finding(
+                    branch, "tokenizer", "error",
+                    f"teacher {branch!r} at {url} has another tokenizer than the student: around {piece!r} the ids are "
+                    f"{(theirs or [])[max(0, place - 2) : place + 3]} there and {ours[max(0, place - 2) : place + 3]} "
+                    "here. Its log-probs would be those of other words. Use a teacher of the same family, or start it "
+                    "with --tokenizer set to the student's if only added tokens differ",
+                )  # fmt: skip
+        compared += len(ours)
+    return Finding(branch, "tokenizer", "ok", f"the same ids for {compared} tokens of probe texts")
+
+
+def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase) -> Finding:
+    messages = [{"role": "user", "content": PROBE_CONVERSATIONS[0][0]}]
+    ours = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    try:
+        answers = teacher.ask("/tokenize", {"messages": messages, "add_generation_prompt": True})
+    except TeacherError as error:
+        return Finding(
+            branch, "chat template", "warning",
+            f"the server renders none ({error}); start it with --chat-template set to the student's to compare",
+        )  # fmt: skip
+    for url, answer in answers.items():
+        if answer.get("tokens") != ours:
+            return Finding(
+                branch, "chat template", "warning",
+                f"{url} writes a conversation as {tokenizer.decode(answer.get('tokens') or [])!r}, the student as "
+                f"{tokenizer.decode(ours)!r}. The teacher will see prompts in a form it may not know; if that is not "
+                "meant, give student and teacher the same template (--chat-template)",
+            )  # fmt: skip
+    return Finding(branch, "chat template", "ok", "the same prompt for a conversation")
+
+
+def check_scores(
+    branch: str,
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    probe: Probe,
+    student_logps: list[Tensor],
+    same_weights: bool,
+) -> Iterable[Finding]:
+    """What a teacher answers: finite, normalised and not uniform; near the student where it has the student's weights.
+
+    Args:
+        probe: what to score.
+        student_logps: the student's own log-probs of it, (T_i,) each.
+        same_weights: whether the teacher is the very model the student starts from.
+    """
+    is_server = isinstance(teacher, ServerTeacher)
+    try:
+        scores = teacher.score(probe.token_ids, probe.prompt_lens)
+        tops = teacher.score(probe.token_ids, probe.prompt_lens, top_k=5) if is_server else scores
+    except CaMOPDError as error:
+        yield Finding(branch, "log-probs", "error", str(error))
+        return
+    logps = torch.cat([row.logps for row in scores])
+    yield _check_distribution(branch, teacher, logps, tops, vocab_size)
+    gap = torch.cat(student_logps).cpu() - logps
+    mean = gap.abs().mean().item()
+    if same_weights:
+        fate = f"it has the student's weights and differs from the trainer by {mean:.2g} nats per token"
+        if mean > ENGINE_GAP_ERROR:
+            yield Finding(
+                branch, "self-gap", "error",
+                f"{fate}, where 0 is right: other weights stand behind {teacher.name!r}. Start the server again from the "
+                "student's own path, with its --dtype and without --quantization",
+            )  # fmt: skip
+        elif mean > ENGINE_GAP_WARNING:
+            yield Finding(
+                branch, "self-gap", "warning",
+                f"{fate}; two engines in the same dtype differ by less. Give the server the trainer's --dtype",
+            )  # fmt: skip
+        else:
+            yield Finding(branch, "self-gap", "ok", fate)
+    if tops[0].top_ids is not None:
+        yield _check_end(branch, tokenizer, tops)
+
+
+def _check_distribution(
+    branch: str, teacher: Teacher, logps: Tensor, tops: list[TokenScores], vocab_size: int
+) -> Finding:
+    uniform = -math.log(vocab_size)
+    if (logps - uniform).abs().max() < UNIFORM_TOLERANCE:
+        return Finding(
+            branch, "log-probs", "error",
+            f"{teacher.name!r} gives every token the log-prob {uniform:.3f} = -ln(vocabulary size): it has lost its "
+            "weights (after a sleep without wake-up, for example). Start it again",
+        )  # fmt: skip
+    mass = max((row.top_logps.exp().sum(-1).max().item() for row in tops if row.top_logps is not None), default=0.0)
+    if logps.max() > 1e-4 or mass > 1.001:
+        return Finding(
+            branch, "log-probs", "error",
+            f"{teacher.name!r} answers {logps.max():.2f} as a log-prob and {mass:.2f} as the probability of five tokens: "
+            "these are no normalised log-probs. Start the server with --logprobs-mode raw_logprobs",
+        )  # fmt: skip
+    # At temperature 1 raw and processed log-probs are the same; what was asked for is T = 1 and nothing cut off.
+    return Finding(branch, "log-probs", "ok", f"finite, normalised, at temperature 1; mean {logps.mean():.2f} nats")
+
+
+def _check_end(branch: str, tokenizer: PreTrainedTokenizerBase, tops: list[TokenScores]) -> Finding:
+    ends = int(tokenizer.eos_token_id)
+    expected = sum(ends in row.top_ids[-1].tolist() for row in tops if row.top_ids is not None)
+    text = (
+        f"{tokenizer.eos_token!r} is among its five likeliest tokens after {expected} of {len(tops)} complete answers"
+    )
+    if expected * 2 >= len(tops):
+        return Finding(branch, "end of sequence", "ok", text)
+    return Finding(
+        branch, "end of sequence", "warning",
+        f"{text}. A teacher that ends its answers otherwise teaches the student not to end them, and completions grow to "
+        "the limit. Is it a base model, or made with another end token?",
+    )  # fmt: skip
+
+
+def initial_kl(branch: str, kl: float, tokens: int) -> Finding:
+    """The sampled reverse KL of the student's own first completions, in nats per token."""
+    text = f"{kl:.3f} nats per token over {tokens} tokens of the student's own"
+    if kl > INITIAL_KL_WARNING:
+        return Finding(
+            branch, "initial KL", "warning",
+            f"{text}, above {INITIAL_KL_WARNING}. Teachers of the student's own origin start lower, as a rule; expect "
+            "larger gaps and watch gap/*/mean, or see whether this is the model the student was made from",
+        )  # fmt: skip
+    return Finding(branch, "initial KL", "ok", text)
+
+
+def is_student_start(teacher: Any, student: str) -> bool:
+    """Whether a teacher says that it is the model the student starts from, by name or path."""
+    names = {teacher.name, getattr(teacher, "model_path", teacher.name)}
+    return bool({_resolved(name) for name in names} & {_resolved(student)})
+
+
+def _resolved(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def raise_errors(findings: Iterable[Finding], warn: Callable[[str], None]) -> None:
+    """Raise `TeacherError` with the first error; hand each warning to `warn`."""
+    for finding in findings:
+        if finding.level == "error":
+            raise TeacherError(
+                finding.text if "teacher" in finding.text else f"teacher {finding.branch!r}: {finding.text}"
+            )
+        if finding.level == "warning":
+            warn(f"teacher {finding.branch!r}, {finding.subject}: {finding.text}")
+
+
+# ----------------------------------------------------------------------------------------------------- camopd check
+
+
+def main(config: str, overrides: list[str]) -> None:
+    """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
+    from ..run import peek, teachers_of
+
+    findings: list[Finding] = []
+    servers: dict[str, ServerTeacher] = {}
+    specs = teachers_of(peek(config, overrides))
+    for branch, spec in specs.items():
+        if is_server(spec):
+            try:
+                servers[branch] = ServerTeacher([spec] if isinstance(spec, str) else spec, branch)
+            except (TeacherError, ValueError) as error:
+                findings.append(Finding(branch, "reachable", "error", str(error)))
+    _stop_on_errors(findings)
+
+    from transformers import AutoTokenizer
+
+    from ..run import parse
+
+    _, model_args, args = parse(config, overrides)
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    student = str(model_args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(student, **source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
+    max_tokens = args.max_prompt_length + (args.max_completion_length or 0)
+    for branch, spec in specs.items():
+        if branch in servers:
+            findings += check_server(branch, servers[branch], tokenizer, max_tokens)
+        else:
+            findings.append(_check_local(branch, spec, tokenizer, max_tokens, model_args.use_peft, source))
+    _stop_on_errors(findings)
+    findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
+    _stop_on_errors(findings)
+    _show(findings)
+
+
+def is_server(spec: Any) -> bool:
+    """Whether a teacher was given as a URL or a list of URLs."""
+    if isinstance(spec, (list, tuple)):
+        return bool(spec) and all(is_server(url) for url in spec)
+    return isinstance(spec, str) and spec.startswith(("http://", "https://"))
+
+
+def _check_local(
+    branch: str, spec: Any, tokenizer: Any, max_tokens: int, use_peft: bool, source: dict[str, Any]
+) -> Finding:
+    """A teacher in the trainer's process, without loading its weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from .local import check_same_tokens, context_length
+
+    if spec == "adapter_off":
+        if use_peft:
+            return Finding(branch, "adapter_off", "ok", "the student without its adapter")
+        return Finding(branch, "adapter_off", "error", "the student has no adapter. Set use_peft, or name a model")
+    try:
+        config = AutoConfig.from_pretrained(spec, **source)
+        check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(spec, **source), branch)
+    except (OSError, ValueError) as error:
+        return Finding(branch, "in the process", "error", str(error))
+    if context_length(config) < max_tokens:
+        return Finding(
+            branch, "in the process", "error",
+            f"{spec} takes sequences of {context_length(config):.0f} tokens, {max_tokens} needed. Lower "
+            "max_completion_length",
+        )  # fmt: skip
+    return Finding(branch, "in the process", "ok", f"{spec}: the same tokens as the student, context long enough")
+
+
+def _check_with_student(
+    student: str, servers: dict[str, ServerTeacher], tokenizer: Any, max_tokens: int, source: dict[str, Any]
+) -> list[Finding]:
+    """Load the student, compare log-probs, and let it write a little for the initial KL."""
+    from transformers import AutoModelForCausalLM
+
+    from ..logprobs import completion_logps
+
+    if not servers:
+        return []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(student, **source).to(device).eval()
+    pad = int(tokenizer.eos_token_id)
+
+    def own_logps(probe: Probe) -> list[Tensor]:
+        with torch.no_grad():
+            logps, _ = completion_logps(model, probe.token_ids, probe.prompt_lens, pad)
+        lengths = [len(ids) - start for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True)]
+        return [row[:length].float().cpu() for row, length in zip(logps, lengths, strict=True)]
+
+    probe = Probe.of(tokenizer, max_tokens)
+    written = Probe([], [])
+    torch.manual_seed(0)
+    for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True):
+        room = min(48, max_tokens - start)
+        prompt = torch.tensor([ids[:start]], device=device)
+        output = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+            max_new_tokens=room, pad_token_id=pad,
+        )  # fmt: skip
+        written.token_ids.append(output[0].tolist())
+        written.prompt_lens.append(start)
+    findings: list[Finding] = []
+    vocab_size = model.config.get_text_config().vocab_size
+    probe_logps, written_logps = own_logps(probe), own_logps(written)
+    for branch, teacher in servers.items():
+        same = is_student_start(teacher, student)
+        findings += check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same)
+        theirs = torch.cat([row.logps for row in teacher.score(written.token_ids, written.prompt_lens)])
+        kl = (torch.cat(written_logps) - theirs).mean().item()
+        findings.append(initial_kl(branch, kl, len(theirs)))
+    return findings
+
+
+def _stop_on_errors(findings: list[Finding]) -> None:
+    if any(finding.level == "error" for finding in findings):
+        _show(findings)
+        raise SystemExit(2)
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("teacher", "what", "", "found"):
+        table.add_column(column, no_wrap=column != "found")
+    style = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for finding in findings:
+        level = f"[{style[finding.level]}]{finding.level}[/]"
+        table.add_row(finding.branch, finding.subject, level, finding.text.replace("[", r"\["))
+    Console().print(table)

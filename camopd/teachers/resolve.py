@@ -1,0 +1,104 @@
+"""From what the user wrote for each branch to its teacher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from .base import Teacher
+from .check import check_server, is_server, raise_errors
+from .local import (
+    AdapterOffTeacher,
+    Forward,
+    LocalTeacher,
+    check_same_tokens,
+    context_length,
+    load_teacher_model,
+)
+from .server import ServerTeacher
+
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_teachers(
+    teachers: dict[str, Any],
+    student: Any,
+    student_forward: Forward,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    device: torch.device,
+    autocast: Callable[[], Any],
+    batch_size: int,
+    init_kwargs: dict[str, Any],
+    patience: float,
+) -> dict[str, Teacher]:
+    """Turn what the user wrote for each branch into teachers, servers first: they fail fast, models load slowly.
+
+    Branches that name the same model or server share one teacher. Raises `ValueError`, `TypeError` or `TeacherError` for
+    a teacher that cannot be had, does not fit the student's tokenizer, or whose context is shorter than `max_tokens`.
+    """
+    resolved: dict[str, Teacher] = {}
+    made: dict[str, Teacher] = {}
+    for branch, spec in sorted(teachers.items(), key=lambda item: not is_server(item[1])):
+        key = repr([spec] if isinstance(spec, str) else list(spec)) if isinstance(spec, (str, list, tuple)) else None
+        if key is not None and key in made:
+            resolved[branch] = made[key]
+            continue
+        teacher: Teacher
+        if is_server(spec):
+            server = ServerTeacher([spec] if isinstance(spec, str) else spec, branch, patience)
+            raise_errors(check_server(branch, server, tokenizer, max_tokens), logger.warning)
+            teacher = server
+        elif spec == "adapter_off":
+            teacher = AdapterOffTeacher(student, student_forward, batch_size, autocast)
+        elif isinstance(spec, str):
+            model = load_teacher_model(spec, init_kwargs, branch)
+            _check_fits(model, tokenizer, max_tokens, branch)
+            source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
+            try:
+                theirs = AutoTokenizer.from_pretrained(spec, **source)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"the teacher of branch {branch!r}, {spec!r}, has no tokenizer to compare with the student's: {error}"
+                    "\nCopy the tokenizer files it was trained with into its folder."
+                ) from error
+            check_same_tokens(tokenizer, theirs, branch)
+            teacher = LocalTeacher(model, spec, device, batch_size, autocast)
+        elif isinstance(spec, PreTrainedModel):
+            _check_fits(spec, tokenizer, max_tokens, branch)
+            teacher = LocalTeacher(
+                spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast
+            )
+        elif isinstance(spec, Teacher):
+            teacher = spec
+        else:
+            raise TypeError(
+                f"the teacher of branch {branch!r} is {spec!r} ({type(spec).__name__}). It must be the URL of a vLLM "
+                "server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', or an object with a `name` "
+                "and a `score` method (camopd.Teacher)."
+            )
+        resolved[branch] = teacher
+        if key is not None:
+            made[key] = teacher
+    return {branch: resolved[branch] for branch in teachers}
+
+
+def _check_fits(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, branch: str) -> None:
+    known, needed = teacher.config.get_text_config().vocab_size, len(tokenizer)
+    if needed > known:
+        raise ValueError(
+            f"the teacher of branch {branch!r} knows {known} tokens and the student's tokenizer has {needed}: it cannot "
+            "score every token the student may write. Use a teacher of the same family."
+        )
+    if max_tokens > context_length(teacher.config):
+        raise ValueError(
+            f"the teacher of branch {branch!r} takes sequences of {context_length(teacher.config):.0f} tokens, but "
+            f"max_prompt_length + max_completion_length is {max_tokens}. Lower max_completion_length, or use a teacher "
+            "with a longer context."
+        )
