@@ -63,8 +63,12 @@ def peek(config: str, overrides: list[str]) -> dict[str, Any]:
     for place, word in enumerate(overrides):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
-            following = overrides[place + 1] if place + 1 < len(overrides) else "true"
-            settings[name[2:].replace("-", "_")] = yaml.safe_load(value if equals else following)
+            following = overrides[place + 1] if place + 1 < len(overrides) else "--"
+            text = value if equals else "true" if following.startswith("--") else following
+            try:
+                settings[name[2:].replace("-", "_")] = yaml.safe_load(text)
+            except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
+                settings[name[2:].replace("-", "_")] = text
     return settings
 
 
@@ -78,7 +82,8 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     from .config import CaMOPDConfig
 
     peek(config, overrides)  # says in words what is wrong with the file
-    parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig])
+    # argparse would write out every setting there is before what is wrong
+    parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
     try:
         prompts, model, args = parser.parse_args_and_config(["--config", config, *overrides])
     except SystemExit:  # argparse has said why
@@ -93,6 +98,10 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
                     f"{name} must map each branch to its prompts, got {value!r}. In YAML write a mapping, on the command "
                     f'line a JSON object: --{name} \'{{"general": "general.jsonl", ...}}\'.'
                 ) from None
+    if prompts.eval_prompts is not None and not isinstance(prompts.eval_prompts, dict):
+        raise ValueError(f"eval_prompts must map each branch to its prompts, got {prompts.eval_prompts!r}.")
+    if str(args.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
+        args.resume_from_checkpoint = str(args.resume_from_checkpoint).lower() == "true"
     if not model.model_name_or_path:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
     return prompts, model, args
@@ -101,7 +110,14 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
 def served_teachers(output_dir: str) -> dict[str, list[str]]:
     """URLs of the teachers that `camopd serve` has started for this `output_dir`; empty if it runs none."""
     path = Path(output_dir) / SERVED_TEACHERS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{str(path)!r}, in which `camopd serve` names its servers, cannot be read. Start it again, or delete the file."
+        ) from None
 
 
 def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -122,15 +138,20 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    spec: dict[str, Any] = {"path": source} if isinstance(source, str) else dict(source or {})
+    spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
     unknown = set(spec) - {"path", "name", "split", "column", "limit"}
     if unknown or not isinstance(spec.get("path"), str):
         raise ValueError(
             f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, or a mapping with `path` "
             "and any of `name`, `split`, `column`, `limit`."
         )
-    path, split = spec["path"], spec.get("split", "train")
+    path, split, limit = spec["path"], spec.get("split", "train"), spec.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(
+            f"limit of the prompts of branch {branch!r} must be a whole number of rows of at least 1, got {limit!r}."
+        )
     kind = _FILE_TYPES.get(Path(path).suffix)
     if kind is not None and not Path(path).is_file():
         raise ValueError(f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file.")
@@ -139,9 +160,10 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
             dataset = load_dataset(kind, data_files=path, split=split)
         else:
             dataset = load_dataset(path, spec.get("name"), split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # what is wrong with the row
         raise ValueError(
-            f"the prompts of branch {branch!r}, {path!r} (split {split!r}), cannot be loaded: {error}\nGive the path of a "
+            f"the prompts of branch {branch!r}, {path!r} (split {split!r}), cannot be loaded: {reason}\nGive the path of a "
             f"{', '.join(_FILE_TYPES)} file or the name of a dataset of the Hub that this machine can reach."
         ) from error
     columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
@@ -151,10 +173,10 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
             f"the prompts of branch {branch!r}, {path!r}, have the columns {dataset.column_names}, none of them "
             f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
         )
+    dataset = dataset.select_columns([column])
     if column != "prompt":
         dataset = dataset.rename_column(column, "prompt")
-    dataset = dataset.select_columns(["prompt"])
-    return dataset.select(range(min(spec["limit"], len(dataset)))) if spec.get("limit") else dataset
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def train(config: str, overrides: list[str]) -> None:

@@ -831,6 +831,9 @@ class CaMOPDTrainer(DistillationTrainer):
             return None
         logger.info("the rollouts of step %d come from %s", self.state.global_step + 1, self._checkpoint)
         self._prompts_cut = 0
+        self._load_rng_state(
+            str(self._checkpoint)
+        )  # as it was when these had been drawn; step 0's loader has drawn since
         return found
 
 

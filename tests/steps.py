@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch
 from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from safetensors.torch import save_file
 
-from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
+from camopd.errors import TeacherError
 from camopd.prompts import PromptDealer, PromptStream
 from camopd.schedule import Schedule
 
@@ -72,7 +74,9 @@ class FakeSampler:
         return tokens, [value + shift for value, shift in zip(logps, noise, strict=True)]
 
 
-def trainer_step(case: Case, output_dir: str, batch_size: int) -> tuple[dict[str, torch.Tensor], dict]:
+def trainer_step(
+    case: Case, output_dir: str, batch_size: int, general_teacher=None
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
     args = CaMOPDConfig(
         output_dir=output_dir, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
@@ -83,7 +87,7 @@ def trainer_step(case: Case, output_dir: str, batch_size: int) -> tuple[dict[str
     )  # fmt: skip
     trainer = CaMOPDTrainer(
         model=make_model(1),
-        teachers={"general": make_model(2), "domain": make_model(3)},
+        teachers={"general": general_teacher or make_model(2), "domain": make_model(3)},
         args=args,
         train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
         processing_class=make_tokenizer(),
@@ -163,3 +167,25 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
             parameters = {name: value.contiguous() for name, value in parameters.items()}
             save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{case.name}.safetensors")
         state.wait_for_everyone()
+
+    # A rank whose teacher fails must not leave the other one waiting in the next collective.
+    class FailsOnOneRank:
+        name = "fails on one rank"
+
+        def submit(self, token_ids, prompt_lens, top_k=0):
+            future = Future()
+            if state.process_index == 1:
+                future.set_exception(TeacherError("rank 1 has lost its teacher"))
+            else:
+                lengths = [len(ids) - n for ids, n in zip(token_ids, prompt_lens, strict=True)]
+                future.set_result([TokenScores(torch.zeros(length)) for length in lengths])
+            return future
+
+        def score(self, token_ids, prompt_lens, top_k=0):
+            return self.submit(token_ids, prompt_lens, top_k).result()
+
+    try:
+        trainer_step(CASES[0], str(folder / "fails"), batch_size=2, general_teacher=FailsOnOneRank())
+    except TeacherError as error:
+        kept = sorted(path.name for path in (folder / "fails" / "checkpoint-0").glob("rollouts-*"))
+        (folder / f"error-{state.process_index}.txt").write_text(f"{error} {kept}")

@@ -29,6 +29,7 @@ OTHER_VALUES = {
     "num_iterations": (1, "1"),  # the only value there is
     "prompts_per_step": (64, "64"),
     "max_prompt_length": (100, "100"),
+    "teacher_patience": (60.0, "60"),
     "teachers": (
         {"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"},
         '{"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"}',

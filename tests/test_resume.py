@@ -8,8 +8,9 @@ import torch
 from conftest import make_model, make_prompts
 from test_trainer import lines, make_trainer
 
-from camopd.errors import ResumeError
+from camopd.errors import ResumeError, TeacherError
 from camopd.prompts import PromptDealer
+from camopd.rollouts import Rollouts
 
 
 STEPS = 6
@@ -132,3 +133,80 @@ def test_the_parent_is_told_to_skip_what_was_trained(tmp_path, tokenizer):
     # Our data order depends on transformers' own fast-forwarding; `ignore_data_skip` would start over from step 0.
     with pytest.raises(ValueError, match="ignore_data_skip=True cannot be used"):
         make_trainer(tmp_path, tokenizer, ignore_data_skip=True)
+
+
+# ------------------------------------------------------------------------------------- a teacher that goes away for good
+
+
+def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
+    """As `train`, with both teachers on a server, which may die over a step; also the steps that were rolled out."""
+    teachers = {"general": server.url, "domain": [server.url]}
+    trainer = make_trainer(folder, tokenizer, teachers=teachers, teacher_patience=0.3, max_steps=4, **kwargs)
+    generated = []
+    roll_out = trainer._roll_out
+
+    def roll_out_and_note(rows):
+        generated.append(trainer.state.global_step)
+        if generated[-1] == dies_at:
+            server.before = server.close
+        return roll_out(rows)
+
+    trainer._roll_out = roll_out_and_note
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        for teacher in trainer.teachers.values():
+            teacher.close()
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()], generated
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+@pytest.mark.parametrize("fails_at", [0, 2, 3])
+def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resume(
+    fails_at, save_strategy, start_server, tmp_path, tokenizer
+):
+    server = start_server()
+    kwargs = {"save_strategy": save_strategy, "save_steps": 1}
+    expected, generated = train_with(server, tmp_path / "one", tokenizer, **kwargs)
+    assert generated == [0, 1, 2, 3]
+
+    with pytest.raises(
+        TeacherError,
+        match=rf"(?s)has no replica left.*Nothing is lost: the weights before step {fails_at + 1} and its rollouts are in "
+        rf"'.*checkpoint-{fails_at}'. Mend the teacher and resume_from_checkpoint=",
+    ):
+        train_with(server, tmp_path / "two", tokenizer, dies_at=fails_at, **kwargs)
+
+    again = start_server(port=server.port)
+    found, generated = train_with(
+        again, tmp_path / "two", tokenizer, resume=str(tmp_path / "two" / f"checkpoint-{fails_at}"), **kwargs
+    )
+    assert generated == list(range(fails_at + 1, 4))  # the kept step is not rolled out again
+    for key in ("step", "branch", "loss", "grad_norm", "selection/general/kept"):
+        assert [line.get(key) for line in lines(tmp_path / "two")] == [
+            line.get(key) for line in lines(tmp_path / "one")
+        ]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
+    rollouts = Rollouts(
+        branch=["general", "domain"], position=[3, 5], token_ids=[[4, 5, 6], [7, 8]], prompt_len=[1, 2],
+        mask=[torch.tensor([True, False]), torch.zeros(0, dtype=torch.bool)], truncated=[True, False],
+        rollout_logps=[torch.tensor([-1.0, float("nan")]), torch.zeros(0)],
+    )  # fmt: skip
+    path = tmp_path / "rollouts.safetensors"
+    rows = [{"branch": "general", "position": 3}, {"branch": "domain", "position": 5}]
+    assert Rollouts.load(path, rows) is None
+    rollouts.save(path)
+    found = Rollouts.load(path, rows)
+    assert (found.branch, found.position, found.token_ids) == (rollouts.branch, rollouts.position, rollouts.token_ids)
+    assert (found.prompt_len, found.truncated) == (rollouts.prompt_len, rollouts.truncated)
+    for one, other in ((found.mask, rollouts.mask), (found.rollout_logps, rollouts.rollout_logps)):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+    assert Rollouts.load(path, rows[::-1]) is None
+    assert Rollouts.load(path, rows[:1]) is None
+    path.write_bytes(path.read_bytes()[:-9])
+    assert Rollouts.load(path, rows) is None

@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from steps import CASES, Case, FakeSampler, reference_step, trainer_step
 from trl import DistillationTrainer
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
-from camopd.errors import CaMOPDError
+from camopd.errors import CaMOPDError, TeacherError
 
 
 TESTS = Path(__file__).parent
@@ -102,6 +104,10 @@ def test_two_processes_take_the_step_by_hand(tmp_path):
                 rtol=0,
                 msg=lambda text, name=name, case=case: f"{case.name} {name} {text}",
             )
+    for rank in (0, 1):  # one rank's teacher failed; both have said so, and kept their rollouts
+        text = (tmp_path / f"error-{rank}.txt").read_text()
+        assert "rank 1 has lost its teacher\nNothing is lost" in text
+        assert "['rollouts-0-of-2.safetensors', 'rollouts-1-of-2.safetensors']" in text
 
 
 def test_the_cases_hold_what_they_are_meant_to_hold():
@@ -496,3 +502,114 @@ def test_a_prompt_with_an_image_is_refused(tmp_path, tokenizer):
     prompts = make_prompts("general").add_column("image", [None] * 11)
     with pytest.raises(ValueError, match=r"column 'image': images are not supported"):
         make_trainer(tmp_path, tokenizer, train_dataset={"general": prompts, "domain": make_prompts("domain")})
+
+
+# ------------------------------------------------------------------------------------------------- teachers on servers
+
+
+def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_server):
+    server = start_server()
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, teachers={"general": server.url, "domain": make_model(1)})
+    score, forward = trainer._score, trainer._student_forward
+    server.before = lambda: time.sleep(0.3)  # four requests at once
+    slow = []
+
+    def slow_forward(*args, **kwargs):
+        if slow:
+            time.sleep(0.2)
+        return forward(*args, **kwargs)
+
+    trainer._student_forward = slow_forward
+    trainer._score = lambda *args: slow.append(1) or score(*args) or slow.clear()
+    trainer.train()
+    (line,) = lines(tmp_path)
+    assert line["time/teacher_general"] >= 0.3
+    assert 0.2 <= line["time/teacher_general_hidden"] <= line["time/teacher_general"]
+    assert line["time/score"] < line["time/teacher_general"] + 0.2  # one after the other would take longer
+    assert line["time/teacher_general_idle"] == pytest.approx(
+        line["time/step"] - line["time/teacher_general"], abs=1e-3
+    )
+    assert line["time/teacher_domain_idle"] == line["time/step"]
+
+
+def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_path, tokenizer, start_server):
+    general, domain = start_server(), start_server(model=make_model(2))
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=1, schedule="general:1+domain:1",
+        teachers={"general": general.url, "domain": domain.url},
+    )  # fmt: skip
+    student_scores = threading.Event()
+    score, forward = trainer._score, trainer._student_forward
+
+    def begin(
+        *args,
+    ):  # what is asked from now on is answered when the student has begun, and it begins when both are asked
+        asked = len(general.scored), len(domain.scored)
+
+        def forward_when_both_are_asked(*args, **kwargs):
+            deadline = time.monotonic() + 10
+            while len(general.scored) == asked[0] or len(domain.scored) == asked[1]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            student_scores.set()
+            return forward(*args, **kwargs)
+
+        trainer._student_forward = forward_when_both_are_asked
+        general.before = domain.before = lambda: student_scores.wait(10)
+        return score(*args)
+
+    trainer._score = begin
+    trainer.train()
+    (line,) = lines(tmp_path)
+    assert line["time/teacher_general_hidden"] > 0
+    assert line["time/teacher_domain_hidden"] > 0
+
+
+def test_a_server_gives_the_step_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):
+    server = start_server(model=make_model(2), compact=True)
+    teachers = {"general": server.url, "domain": make_model(1)}
+    make_trainer(tmp_path / "server", tokenizer, max_steps=2, teachers=teachers).train()
+    make_trainer(tmp_path / "process", tokenizer, max_steps=2).train()
+    for one, other in zip(lines(tmp_path / "server"), lines(tmp_path / "process"), strict=True):
+        for key in ("loss", "grad_norm", "gap/general/mean", "selection/general/kept"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("other_weights", [True, False])
+def test_a_server_that_says_it_is_the_student_and_is_not_is_refused_before_the_first_rollout(
+    other_weights, tmp_path, tokenizer, start_server
+):
+    student = make_model(1)
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    server = start_server(model=make_model(5) if other_weights else student, root=str(tmp_path / "student"))
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=1, model=str(tmp_path / "student"), model_init_kwargs={"dtype": "float32"},
+        teachers={"general": make_model(2), "domain": server.url},
+    )  # fmt: skip
+    if not other_weights:
+        trainer.train()
+        return
+    trainer._roll_out = None
+    with pytest.raises(TeacherError, match=r"'domain'.*differs from the trainer by .* other weights stand behind"):
+        trainer.train()
+
+
+def test_a_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(tmp_path, tokenizer, start_server):
+    lost = make_model(2)
+    with torch.no_grad():
+        lost.lm_head.weight.zero_()
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=1, teachers={"general": start_server(model=lost).url, "domain": make_model(1)}
+    )
+    trainer._roll_out = None
+    with pytest.raises(TeacherError, match=r"'general'.*= -ln\(vocabulary size\): it has lost its weights"):
+        trainer.train()
+
+
+def test_a_far_teacher_is_warned_of_once_and_a_near_one_not(tmp_path, tokenizer, caplog):
+    make_trainer(tmp_path, tokenizer, max_steps=5, learning_rate=1e-9).train()
+    warned = [record.getMessage() for record in caplog.records if "initial KL" in record.getMessage()]
+    (text,) = warned  # five steps visit "general" four times; the domain's teacher is the student itself
+    assert text.startswith("teacher 'general', initial KL: ")
+    assert "above 0.1" in text

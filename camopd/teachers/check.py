@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import CaMOPDError, TeacherError
+from ..schedule import Schedule
+from .address import is_loopback, is_server
 from .base import Teacher, TokenScores
 from .server import ServerTeacher
 
@@ -73,7 +75,8 @@ class Probe:
             prompt_lens.append(len(prompt))
         fitting = [row for row, ids in enumerate(token_ids) if len(ids) <= max_tokens]
         if not fitting:
-            return cls([token_ids[0][-max_tokens:]], [max(1, min(prompt_lens[0], max_tokens - 1))])
+            cut = len(token_ids[0]) - max_tokens
+            return cls([token_ids[0][cut:]], [max(1, prompt_lens[0] - cut)])
         return cls([token_ids[row] for row in fitting], [prompt_lens[row] for row in fitting])
 
 
@@ -101,8 +104,7 @@ def check_server(
 
 def _sends_key_in_the_open(url: str) -> bool:
     parts = urlsplit(url)
-    host = parts.hostname or ""
-    return parts.scheme == "http" and host != "localhost" and not host.startswith("127.") and host != "::1"
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
 
 def tokenizer_probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -118,22 +120,30 @@ def _check_tokenizer(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedT
     compared = 0
     for text in probes:
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for url, answer in teacher.ask("/tokenize", {"prompt": text, "add_special_tokens": False}).items():
-            theirs = answer.get("tokens")
+        try:
+            answers = teacher.ask("/tokenize", {"prompt": text, "add_special_tokens": False})
+        except TeacherError as error:
+            return Finding(branch, "tokenizer", "error", str(error))
+        for url, answer in answers.items():
+            theirs = _tokens(answer)
             if theirs != ours:
-                place = next(
-                    (i for i, pair in enumerate(zip(theirs or [], ours, strict=False)) if len(set(pair)) > 1), 0
-                )
+                both = min(len(theirs), len(ours))
+                place = next((i for i in range(both) if theirs[i] != ours[i]), both)
                 piece = tokenizer.decode(ours[max(0, place - 2) : place + 3])
                 return Finding(
                     branch, "tokenizer", "error",
                     f"teacher {branch!r} at {url} has another tokenizer than the student: around {piece!r} the ids are "
-                    f"{(theirs or [])[max(0, place - 2) : place + 3]} there and {ours[max(0, place - 2) : place + 3]} "
+                    f"{theirs[max(0, place - 2) : place + 3]} there and {ours[max(0, place - 2) : place + 3]} "
                     "here. Its log-probs would be those of other words. Use a teacher of the same family, or start it "
                     "with --tokenizer set to the student's if only added tokens differ",
                 )  # fmt: skip
         compared += len(ours)
     return Finding(branch, "tokenizer", "ok", f"the same ids for {compared} tokens of probe texts")
+
+
+def _tokens(answer: Any) -> list[int]:
+    tokens = answer.get("tokens") if isinstance(answer, dict) else None
+    return tokens if isinstance(tokens, list) else []
 
 
 def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase) -> Finding:
@@ -147,10 +157,10 @@ def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTo
             f"the server renders none ({error}); start it with --chat-template set to the student's to compare",
         )  # fmt: skip
     for url, answer in answers.items():
-        if answer.get("tokens") != ours:
+        if _tokens(answer) != ours:
             return Finding(
                 branch, "chat template", "warning",
-                f"{url} writes a conversation as {tokenizer.decode(answer.get('tokens') or [])!r}, the student as "
+                f"{url} writes a conversation as {tokenizer.decode(_tokens(answer))!r}, the student as "
                 f"{tokenizer.decode(ours)!r}. The teacher will see prompts in a form it may not know; if that is not "
                 "meant, give student and teacher the same template (--chat-template)",
             )  # fmt: skip
@@ -266,7 +276,7 @@ def raise_errors(findings: Iterable[Finding], warn: Callable[[str], None]) -> No
     for finding in findings:
         if finding.level == "error":
             raise TeacherError(
-                finding.text if "teacher" in finding.text else f"teacher {finding.branch!r}: {finding.text}"
+                finding.text if finding.text.startswith("teacher ") else f"teacher {finding.branch!r}: {finding.text}"
             )
         if finding.level == "warning":
             warn(f"teacher {finding.branch!r}, {finding.subject}: {finding.text}")
@@ -302,22 +312,34 @@ def main(config: str, overrides: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
     max_tokens = args.max_prompt_length + (args.max_completion_length or 0)
+    findings += _check_branches(specs, Schedule.parse(args.schedule))
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
+    teacher_source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
     for branch, spec in specs.items():
         if branch in servers:
             findings += check_server(branch, servers[branch], tokenizer, max_tokens)
-        else:
-            findings.append(_check_local(branch, spec, tokenizer, max_tokens, model_args.use_peft, source))
+        elif spec is not None:
+            findings.append(_check_local(branch, spec, tokenizer, max_tokens, model_args.use_peft, teacher_source))
     _stop_on_errors(findings)
     findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
     _stop_on_errors(findings)
     _show(findings)
 
 
-def is_server(spec: Any) -> bool:
-    """Whether a teacher was given as a URL or a list of URLs."""
-    if isinstance(spec, (list, tuple)):
-        return bool(spec) and all(is_server(url) for url in spec)
-    return isinstance(spec, str) and spec.startswith(("http://", "https://"))
+def _check_branches(specs: dict[str, Any], schedule: Schedule) -> Iterable[Finding]:
+    for branch in schedule.branches:
+        if specs.get(branch) is None:
+            yield Finding(
+                branch, "teacher", "error",
+                f"schedule {str(schedule)!r} visits this branch, but it has no teacher. Add teachers[{branch!r}] or take "
+                "the branch out of the schedule",
+            )  # fmt: skip
+    for branch in specs:
+        if branch not in schedule.branches:
+            yield Finding(
+                branch, "teacher", "error",
+                f"schedule {str(schedule)!r} never visits this branch. Add it to the schedule or leave its teacher out",
+            )  # fmt: skip
 
 
 def _check_local(
@@ -326,16 +348,31 @@ def _check_local(
     """A teacher in the trainer's process, without loading its weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from .local import check_same_tokens, context_length
+    from .local import _guess, check_same_tokens, context_length
 
     if spec == "adapter_off":
         if use_peft:
             return Finding(branch, "adapter_off", "ok", "the student without its adapter")
         return Finding(branch, "adapter_off", "error", "the student has no adapter. Set use_peft, or name a model")
+    way_out = (
+        "a folder with a model, a model id of the Hub, the URL of a vLLM server (http://host:port), or 'adapter_off'"
+    )
+    if not isinstance(spec, str):
+        return Finding(
+            branch, "in the process", "error",
+            f"the teacher is {spec!r} ({type(spec).__name__}). Give {way_out}; several URLs are a list",
+        )  # fmt: skip
     try:
         config = AutoConfig.from_pretrained(spec, **source)
-        check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(spec, **source), branch)
+        theirs = AutoTokenizer.from_pretrained(spec, **source)
     except (OSError, ValueError) as error:
+        return Finding(
+            branch, "in the process", "error",
+            f"{spec!r} cannot be loaded{_guess(spec)}: {str(error).strip()}\nGive {way_out}",
+        )  # fmt: skip
+    try:
+        check_same_tokens(tokenizer, theirs, branch)
+    except ValueError as error:
         return Finding(branch, "in the process", "error", str(error))
     if context_length(config) < max_tokens:
         return Finding(
@@ -383,8 +420,15 @@ def _check_with_student(
     probe_logps, written_logps = own_logps(probe), own_logps(written)
     for branch, teacher in servers.items():
         same = is_student_start(teacher, student)
-        findings += check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same)
-        theirs = torch.cat([row.logps for row in teacher.score(written.token_ids, written.prompt_lens)])
+        found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same))
+        findings += found
+        if any(finding.level == "error" for finding in found):
+            continue
+        try:
+            theirs = torch.cat([row.logps for row in teacher.score(written.token_ids, written.prompt_lens)])
+        except CaMOPDError as error:
+            findings.append(Finding(branch, "initial KL", "error", str(error)))
+            continue
         kl = (torch.cat(written_logps) - theirs).mean().item()
         findings.append(initial_kl(branch, kl, len(theirs)))
     return findings
@@ -399,12 +443,13 @@ def _stop_on_errors(findings: list[Finding]) -> None:
 def _show(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("teacher", "what", "", "found"):
-        table.add_column(column, no_wrap=column != "found")
+        table.add_column(column, no_wrap=column != "found", overflow="fold")  # long URLs and paths stay whole
     style = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for finding in findings:
-        level = f"[{style[finding.level]}]{finding.level}[/]"
-        table.add_row(finding.branch, finding.subject, level, finding.text.replace("[", r"\["))
+        level = Text(finding.level, style[finding.level])
+        table.add_row(Text(str(finding.branch)), finding.subject, level, Text(finding.text))
     Console().print(table)

