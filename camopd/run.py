@@ -181,7 +181,7 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
 
 def train(config: str, overrides: list[str]) -> None:
     """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
-    from trl import get_kbit_device_map, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
     from .trainer import CaMOPDTrainer
 
@@ -193,13 +193,11 @@ def train(config: str, overrides: list[str]) -> None:
         )
     heldout = prompts.eval_prompts if isinstance(prompts.eval_prompts, dict) else {}
     settings = {"teachers": args.teachers, "output_dir": args.output_dir}
-    quantization = get_quantization_config(model)
     args.model_init_kwargs = {
         **(args.model_init_kwargs or {}),
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **({"device_map": get_kbit_device_map()} if quantization is not None else {}),
     }
     trainer = CaMOPDTrainer(
         model=model.model_name_or_path,
@@ -207,7 +205,7 @@ def train(config: str, overrides: list[str]) -> None:
         args=args,
         train_dataset={branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()},
         eval_dataset={branch: load_prompts(source, branch) for branch, source in heldout.items()} or None,
-        quantization_config=quantization,
+        quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

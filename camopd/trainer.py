@@ -651,7 +651,7 @@ class CaMOPDTrainer(DistillationTrainer):
         try:
             self._score(rollouts, list(self.schedule.shares(self.state.global_step)))
         except TeacherError as error:
-            folder = self._keep_rollouts(rollouts)
+            folder = self._keep_step(rollouts)
             raise TeacherError(
                 f"{error}\nNothing is lost: the weights before step {self.state.global_step + 1} and its rollouts are in "
                 f"{str(folder)!r}. Mend the teacher and resume_from_checkpoint={str(folder)!r}; the step goes on with "
@@ -732,9 +732,18 @@ class CaMOPDTrainer(DistillationTrainer):
         as they were; vLLM has random numbers of its own.
         """
         self._eval_rows = []
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed + self.args.process_index)
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed + self.args.process_index)
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        except TeacherError as error:
+            if not self.is_in_train:
+                raise
+            folder = self._keep_step(None)
+            raise TeacherError(
+                f"{error}\nNothing is lost: the weights after step {self.state.global_step} are in {str(folder)!r}. Mend "
+                f"the teacher and resume_from_checkpoint={str(folder)!r}."
+            ) from None
         found = metrics.of_evaluation(self._eval_rows)
         output.metrics[f"{metric_key_prefix}_loss"] = found["kl"]  # without the empty completions the batches count
         for name, value in found.items():
@@ -811,14 +820,15 @@ class CaMOPDTrainer(DistillationTrainer):
         args = self.args
         return folder / f"rollouts-{args.process_index}-of-{args.world_size}.safetensors"
 
-    def _keep_rollouts(self, rollouts: Rollouts) -> Path:
-        """Write a checkpoint of the step that could not be scored, with its rollouts. Called by all ranks together."""
+    def _keep_step(self, rollouts: Rollouts | None) -> Path:
+        """Write a checkpoint of where training stands, with the rollouts that could not be scored. Called by all ranks."""
         folder = self._checkpoint_folder()
         if self._checkpoint is not None and self._checkpoint.resolve() == folder.resolve():
             self._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
         else:
             self._save_checkpoint(self.model, trial=None)
-        rollouts.save(self._rollouts_file(folder))
+        if rollouts is not None:
+            rollouts.save(self._rollouts_file(folder))
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -72,6 +72,7 @@ class FakeVLLM:
         self.before = lambda: None  # runs before a scoring request is answered
         self.released = threading.Event()  # ends what hangs
         self.connections = set()
+        self.closed = False
         handler = type("Handler", (_Handler,), {"fake": self})
         self.httpd = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.port = self.httpd.server_port
@@ -80,6 +81,7 @@ class FakeVLLM:
 
     def close(self):
         """Die: no more connections, and those that are open break."""
+        self.closed = True
         self.released.set()
         self.httpd.shutdown()
         self.httpd.server_close()
@@ -197,6 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         self.fake.connections.add(self.connection)
 
+    def handle(self):
+        with suppress(OSError):  # the client may have gone
+            super().handle()
+
     def finish(self):
         self.fake.connections.discard(self.connection)
         with suppress(OSError):
@@ -213,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
     def reply(self, body):
         fake = self.fake
         fake.requests.append((self.path, dict(self.headers), body))
-        answer = fake.answer(self.path, body)
+        answer = None if fake.closed else fake.answer(self.path, body)
         if answer == "hang":
             fake.released.wait(30)
             answer = None

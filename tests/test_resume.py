@@ -190,6 +190,23 @@ def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resum
         assert torch.equal(one, other)
 
 
+def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_server, tmp_path, tokenizer):
+    server = start_server()
+    trainer = make_trainer(
+        tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(1)}, teacher_patience=0.3, max_steps=4,
+        eval_dataset={"general": make_prompts("general", 4)}, eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    roll_out = trainer._roll_out
+    trainer._roll_out = lambda rows: (server.close() if "position" not in rows[0] else None) or roll_out(rows)
+    with pytest.raises(
+        TeacherError,
+        match=r"(?s)has no replica left.*Nothing is lost: the weights after step 2 are in '.*checkpoint-2'",
+    ):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "camopd.json").exists()
+    assert list((tmp_path / "checkpoint-2").glob("rollouts-*")) == []
+
+
 def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
     rollouts = Rollouts(
         branch=["general", "domain"], position=[3, 5], token_ids=[[4, 5, 6], [7, 8]], prompt_len=[1, 2],

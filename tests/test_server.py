@@ -3,9 +3,11 @@
 The servers are those of fake_vllm.py; tests/test_vllm.py does the same with real ones.
 """
 
+import json
 import logging
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +71,17 @@ def test_both_transports_give_the_same_float32_numbers(start_server, connect):
     )
     for one, other in zip(compact, plain, strict=True):
         assert torch.equal(one.logps, other.logps)
+
+
+def test_an_answer_recorded_from_vllms_own_classes_is_read_to_the_last_bit(start_server, connect):
+    recorded = json.loads((Path(__file__).parent / "recorded_generate.json").read_text())
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**recorded["answer"], "request_id": answer["request_id"]}
+    (score,) = teacher.score([recorded["request"]["token_ids"]], [3])
+    assert torch.equal(score.logps, -torch.arange(1, 4, dtype=torch.float32) / 7)
+    (asked,) = server.scored  # tests/test_vllm.py has vLLM's own classes validate the recorded request
+    assert {**asked, "request_id": None} == {**recorded["request"], "request_id": None}
 
 
 @both_transports

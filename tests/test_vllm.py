@@ -1,29 +1,88 @@
-"""Real weights, a real vLLM server on CPU, real text: `make test-vllm`."""
+"""Real weights, real vLLM servers on CPU, real text: `make test-vllm`.
 
+Two teachers: the general one, SmolLM2-135M-Instruct on two replicas, and a "domain" one with other weights, which
+`camopd serve` starts.
+"""
+
+import json
 import os
+import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from fake_vllm import other_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.demo import load_prompts, unpack_base_model
 from camopd.errors import TeacherError
+from camopd.teachers.check import check_server
 from camopd.teachers.local import LocalTeacher
 from camopd.teachers.server import ServerTeacher
 
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).parent.parent
-MODEL_NAME = "smollm2"
+TESTS = Path(__file__).parent
+VLLM_PYTHON = os.environ.get("CAMOPD_VLLM_PYTHON", str(TESTS.parent / ".venv-vllm" / "bin" / "python"))
 MAX_MODEL_LEN = 512
+UP_SECONDS = 400  # three servers load at once on two cores
+
+
+class Server:
+    """A plain vLLM process."""
+
+    def __init__(self, model: str, log: Path, port: int = 0):
+        assert Path(VLLM_PYTHON).exists(), f"{VLLM_PYTHON} does not exist; `make test-vllm` makes it"
+        self.model, self.log, self.port = model, log, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        # The `vllm` command looks for a distribution of that name, which the CPU build is not.
+        command = [
+            VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "smollm2",
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN),
+            "--enforce-eager", "--enable-scale-out",
+        ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        with open(log, "a") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + UP_SECONDS
+        while not answers(self.url + "/health"):
+            assert self.process.poll() is None, f"vLLM stopped:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"vLLM is not up:\n{self.log.read_text()[-3000:]}"
+            time.sleep(1)
+
+    def kill(self) -> None:
+        """As the kernel's out-of-memory killer does it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -32,43 +91,65 @@ def base_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(base_model, tmp_path_factory):
-    """URL of a vLLM server with SmolLM2-135M-Instruct in float32."""
-    python = Path(os.environ.get("CAMOPD_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
-    assert python.exists(), f"{python} does not exist; `make test-vllm` makes it"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # The `vllm` command looks for a distribution of that name, which the CPU build is not.
-    command = [
-        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", base_model, "--served-model-name", MODEL_NAME,
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN),
-        "--enforce-eager",
-    ]  # fmt: skip
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment = {name: value for name, value in environment.items() if not name.startswith("MALLOC_")}
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    url = f"http://127.0.0.1:{port}"
+def domain_model(base_model, tmp_path_factory):
+    """The base model with its weights bent: the student's start, and its domain teacher."""
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.02 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape))
+    folder = tmp_path_factory.mktemp("models") / "domain"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def config(domain_model, tmp_path_factory):
+    """YAML of a run whose domain teacher `camopd serve` is to start."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = {
+        "model_name_or_path": domain_model, "dtype": "float32", "teachers": {"domain": domain_model},
+        "schedule": "domain:1", "output_dir": str(folder / "output"), "max_prompt_length": 128,
+        "max_completion_length": MAX_MODEL_LEN - 129, "use_cpu": True, "bf16": False, "report_to": "none",
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def servers(base_model, config, tmp_path_factory):
+    """The general teacher's two replicas, and the process of `camopd serve` with the domain's teacher."""
+    logs = tmp_path_factory.mktemp("logs")
+    replicas = [Server(base_model, logs / f"general-{replica}.log") for replica in range(2)]
+    command = [sys.executable, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
+    environment = {**os.environ, "CAMOPD_VLLM_PYTHON": VLLM_PYTHON, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with open(logs / "serve.log", "w") as output:
+        serve = subprocess.Popen(
+            [*command, "--max-logprobs", "20"], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, f"vLLM stopped:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"vLLM is not up after 300 s:\n{log.read_text()[-3000:]}"
-            try:
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
+        for replica in replicas:
+            replica.wait_until_up()
+        teachers = Path(yaml.safe_load(config.read_text())["output_dir"]) / "teachers.json"
+        deadline = time.monotonic() + UP_SECONDS
+        while not teachers.exists():
+            assert serve.poll() is None, (logs / "serve.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (logs / "serve.log").read_text()[-3000:]
             time.sleep(1)
-        yield url
+        yield replicas, json.loads(teachers.read_text())["domain"][0], serve, logs
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        for replica in replicas:
+            replica.kill()
+        if serve.poll() is None:
+            serve.send_signal(signal.SIGINT)
+            serve.wait(60)
+
+
+@pytest.fixture
+def general(servers):
+    """URL of a replica of the general teacher."""
+    return servers[0][0].url
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +167,11 @@ def conversations(base_model):
     return token_ids, prompt_lens
 
 
-def test_server_and_in_process_teacher_agree_to_1e_3_per_token(server, base_model, conversations):
+def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_model, conversations):
     local = LocalTeacher(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), "local", "cpu", 4)
     expected = local.score(*conversations, top_k=5)
-    found = ServerTeacher([server], "general").score(*conversations, top_k=5)
+    teacher = ServerTeacher([general], "general")
+    found = teacher.score(*conversations, top_k=5)
     assert len(found) == len(expected) == 24
     assert len(found[3].logps) == 0
     worst = max((f.logps - e.logps).abs().max().item() for f, e in zip(found, expected, strict=True) if len(f.logps))
@@ -99,56 +181,158 @@ def test_server_and_in_process_teacher_agree_to_1e_3_per_token(server, base_mode
     assert worst < 1e-3
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f.top_logps, e.top_logps, atol=1e-3, rtol=0)
+    for f, e in zip(teacher.score(*conversations), found, strict=True):  # without the top k
+        torch.testing.assert_close(f.logps, e.logps, atol=1e-4, rtol=0)
 
 
-def test_a_training_step_is_the_same_with_the_teacher_on_a_server(server, base_model, tmp_path):
-    prompts = {
-        branch: Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows[:8]])
-        for branch, rows in (
-            ("general", load_prompts("general", "train")),
-            ("domain", load_prompts("domain", "train")),
-        )
-    }
-    steps = []
-    for teacher in (server, base_model):
-        args = CaMOPDConfig(
-            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=1,
-            gradient_checkpointing=False, prompts_per_step=4, per_device_train_batch_size=2, max_completion_length=16,
-            max_prompt_length=128, schedule="general:1,domain:1",
-        )  # fmt: skip
-        student = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-        with torch.no_grad():  # a student that differs from its teacher
-            for parameter in student.parameters():
-                parameter.mul_(1 + 0.02 * torch.sin(torch.arange(parameter.numel())).view(parameter.shape))
-        trainer = CaMOPDTrainer(
-            model=student, teachers={"general": teacher, "domain": base_model}, args=args, train_dataset=prompts,
-            processing_class=AutoTokenizer.from_pretrained(base_model),
-        )  # fmt: skip
-        trainer.train()
-        steps.append(dict(trainer._step_metrics))
-    by_server, in_process = steps
-    assert in_process["gap/general/abs_mean"] > 0.05
-    for name in ("loss", "grad_norm", "gap/general/mean", "gap/general/abs_mean", "score/general/max"):
-        assert by_server[name] == pytest.approx(in_process[name], rel=1e-3, abs=1e-4), name
-    assert by_server["selection/general/kept"] == in_process["selection/general/kept"]
+def test_the_compact_request_is_one_that_vllm_takes_where_its_runner_can(general, conversations):
+    teacher = ServerTeacher([general], "general")
+    assert teacher.transports == {general: "JSON"}  # the CPU build runs vLLM's first model runner
+    recorded = json.loads((TESTS / "recorded_generate.json").read_text())
+    run = subprocess.run(
+        [VLLM_PYTHON, str(TESTS / "schema_of_vllm.py")],
+        input=json.dumps(recorded["request"]),
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == recorded["answer"]
+    body = {**recorded["request"], "model": "smollm2"}
+    answer = httpx.post(f"{general}/inference/v1/generate", json=body)
+    assert answer.status_code == 400
+    assert "requires the V2 model runner" in answer.text  # and finds nothing else wrong with the request
 
 
-def test_a_context_that_is_too_short_is_refused_with_the_flag_to_set(server):
-    teacher = ServerTeacher([server], "general")
+def test_a_context_that_is_too_short_is_refused_with_the_flag_to_set(general):
+    teacher = ServerTeacher([general], "general")
     teacher.check_context(MAX_MODEL_LEN - 1)
     with pytest.raises(TeacherError, match=rf"takes sequences of {MAX_MODEL_LEN} tokens.*--max-model-len 4097"):
         teacher.check_context(4096)
 
 
-def test_the_students_tokenizer_is_recognised_and_another_one_refused(server, base_model, tokenizer):
-    teacher = ServerTeacher([server], "general")
-    teacher.check_tokenizer(AutoTokenizer.from_pretrained(base_model))
-    with pytest.raises(TeacherError, match="has another tokenizer than the student"):
-        teacher.check_tokenizer(tokenizer)
+def test_the_students_tokenizer_and_template_are_recognised_and_others_refused(general, base_model):
+    teacher = ServerTeacher([general], "general")
+    findings = list(check_server("general", teacher, AutoTokenizer.from_pretrained(base_model), 200))
+    assert {finding.subject: finding.level for finding in findings} == {
+        "reachable": "ok", "context": "ok", "tokenizer": "ok", "chat template": "ok",
+    }  # fmt: skip
+    findings = {finding.subject: finding for finding in check_server("general", teacher, other_tokenizer(), 200)}
+    assert findings["tokenizer"].level == "error"
+    assert "has another tokenizer than the student" in findings["tokenizer"].text
 
 
-def test_a_request_the_server_refuses_fails_at_once_with_its_own_words(server):
+def test_a_request_the_server_refuses_fails_at_once_with_its_own_words(general):
     started = time.monotonic()
     with pytest.raises(TeacherError, match=rf"answered 400:.*{MAX_MODEL_LEN}"):
-        ServerTeacher([server], "general").score([[1] * (MAX_MODEL_LEN + 10)], [5])
+        ServerTeacher([general], "general").score([[1] * (MAX_MODEL_LEN + 10)], [5])
     assert time.monotonic() - started < 5
+
+
+def test_camopd_check_finds_the_served_teacher_and_nothing_wrong_with_it(servers, config):
+    command = [sys.executable, "-m", "camopd.cli", "check", str(config)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"})
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert servers[1] in run.stdout
+    for subject in ("reachable", "context", "tokenizer", "chat template", "log-probs", "self-gap", "initial KL"):
+        assert subject in run.stdout
+    assert "error" not in run.stdout
+
+
+def make_trainer(folder, student, teachers):
+    prompts = {
+        branch: Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows[:16]])
+        for branch, rows in (
+            ("general", load_prompts("general", "train")),
+            ("domain", load_prompts("domain", "train")),
+        )
+    }
+    args = CaMOPDConfig(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=3,
+        gradient_checkpointing=False, prompts_per_step=6, per_device_train_batch_size=2, max_completion_length=16,
+        max_prompt_length=128, schedule="general:2,domain:1", learning_rate=1e-5,
+    )  # fmt: skip
+    return CaMOPDTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teachers=teachers, args=args,
+        train_dataset=prompts, processing_class=AutoTokenizer.from_pretrained(student),
+    )  # fmt: skip
+
+
+def steps_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_steps(found, expected):
+    assert len(found) == len(expected) == 3
+    for one, other in zip(found, expected, strict=True):
+        branch = one["branch"]
+        for name in ("loss", "grad_norm", f"gap/{branch}/mean", f"gap/{branch}/abs_mean", f"score/{branch}/max"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+        assert one[f"selection/{branch}/kept"] == other[f"selection/{branch}/kept"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(servers, domain_model, tmp_path_factory):
+    """Three steps with both teachers on servers."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    teachers = {"general": [replica.url for replica in servers[0]], "domain": servers[1]}
+    make_trainer(folder, domain_model, teachers).train()
+    return steps_of(folder)
+
+
+def test_a_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model, domain_model, tmp_path):
+    make_trainer(tmp_path, domain_model, {"general": base_model, "domain": domain_model}).train()
+    assert_same_steps(undisturbed, steps_of(tmp_path))
+    assert undisturbed[0]["gap/general/abs_mean"] > 0.05
+    for line in undisturbed:
+        branch = line["branch"]
+        assert 0 < line[f"time/teacher_{branch}_hidden"] <= line[f"time/teacher_{branch}"]
+        assert line["time/teacher_domain_idle"] > 0
+
+
+def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
+    undisturbed, servers, domain_model, base_model, conversations, tmp_path, caplog
+):
+    replicas, domain, _, logs = servers
+    trainer = make_trainer(tmp_path, domain_model, {"general": [r.url for r in replicas], "domain": domain})
+    teacher = trainer.teachers["general"]
+    submit, killed = teacher.submit, []
+
+    def kill_while_it_scores(*args):
+        future = submit(*args)
+        if trainer.state.global_step == 1:
+            threading.Timer(0.1, lambda: killed.append(not future.done()) or replicas[1].kill()).start()
+        return future
+
+    teacher.submit = kill_while_it_scores
+    trainer.train()
+    assert killed == [True]
+    assert_same_steps(steps_of(tmp_path), undisturbed)
+    assert f"replica {replicas[1].url} is out" in caplog.text
+
+    # Started again on its port, it is let in; then the other one is killed and it does all the work.
+    replicas[1] = Server(base_model, logs / "general-1.log", replicas[1].port)
+    replicas[1].wait_until_up()
+    deadline = time.monotonic() + 30
+    while f"replica {replicas[1].url} is back" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    expected = teacher.score(*conversations)
+    threading.Timer(0.3, replicas[0].kill).start()
+    found = teacher.score(*conversations)
+    assert replicas[0].process.poll() is not None
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.logps, other.logps, atol=1e-4, rtol=0)
+
+
+def test_camopd_serve_stops_everything_on_ctrl_c(servers, config):
+    _, domain, serve, logs = servers
+    serve.send_signal(signal.SIGINT)
+    assert serve.wait(60) == 0
+    assert not answers(f"{domain}/health")
+    assert not (Path(yaml.safe_load(config.read_text())["output_dir"]) / "teachers.json").exists()
+    text = (logs / "serve.log").read_text()
+    assert f"domain: {domain}" in text
+    assert "[domain/0]" in text
+    assert text.rstrip().endswith("stopped.")

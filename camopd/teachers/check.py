@@ -251,7 +251,7 @@ def _check_end(branch: str, tokenizer: PreTrainedTokenizerBase, tops: list[Token
 
 def initial_kl(branch: str, kl: float, tokens: int) -> Finding:
     """The sampled reverse KL of the student's own first completions, in nats per token."""
-    text = f"{kl:.3f} nats per token over {tokens} tokens of the student's own"
+    text = f"{kl:z.3f} nats per token over {tokens} tokens of the student's own"
     if kl > INITIAL_KL_WARNING:
         return Finding(
             branch, "initial KL", "warning",
@@ -411,7 +411,7 @@ def _check_with_student(
         prompt = torch.tensor([ids[:start]], device=device)
         output = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-            max_new_tokens=room, pad_token_id=pad,
+            repetition_penalty=1.0, max_new_tokens=room, pad_token_id=pad,
         )  # fmt: skip
         written.token_ids.append(output[0].tolist())
         written.prompt_lens.append(start)
@@ -449,7 +449,8 @@ def _show(findings: list[Finding]) -> None:
     for column in ("teacher", "what", "", "found"):
         table.add_column(column, no_wrap=column != "found", overflow="fold")  # long URLs and paths stay whole
     style = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    for finding in findings:
+    branches = list(dict.fromkeys(finding.branch for finding in findings))
+    for finding in sorted(findings, key=lambda finding: branches.index(finding.branch)):
         level = Text(finding.level, style[finding.level])
         table.add_row(Text(str(finding.branch)), finding.subject, level, Text(finding.text))
     Console().print(table)

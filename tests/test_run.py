@@ -1,0 +1,413 @@
+"""A YAML file is a run: what is read from it, its prompts, its errors in words, and `camopd train` with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import VOCAB, make_model, make_prompts, make_tokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from camopd import CaMOPDConfig, cli
+from camopd.errors import CaMOPDError
+from camopd.run import SERVED_TEACHERS, PromptArguments, load_prompts, parse, peek, teachers_of
+
+
+SETTINGS = {
+    "dtype": "float32", "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+    "gradient_checkpointing": False, "max_prompt_length": 64, "max_completion_length": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write settings, or any text, into a YAML file and return its path."""
+
+    def write(settings, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+# --- peek --------------------------------------------------------------------------------------------------------
+
+
+def test_peek_reads_the_mapping_of_the_file(write):
+    settings = {"teachers": {"general": "a", "domain": ["http://b", "http://c"]}, "max_steps": 3}
+    assert peek(write(settings), []) == settings
+
+
+def test_a_config_that_is_not_there_is_an_error_with_its_path():
+    with pytest.raises(ValueError, match=r"'no/such\.yaml' cannot be read: No such file .* path of a YAML file"):
+        peek("no/such.yaml", [])
+
+
+def test_a_config_that_is_no_yaml_is_an_error_with_the_place(write):
+    path = write("teachers: {general: a\nmax_steps: 3\n")
+    with pytest.raises(ValueError, match=r"run\.yaml' is no valid YAML: (.|\n)*line 2") as error:
+        peek(path, [])
+    assert path in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "shown"), [("- a\n- b\n", r"\['a', 'b'\]"), ("", "None"), ("max_steps 3", "'max_")])
+def test_a_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, shown):
+    with pytest.raises(ValueError, match=f"must be a mapping from settings to values, got {shown}"):
+        peek(write(text), [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["--max_steps", "7"], {"max_steps": 7}),
+        (["--max_steps=7"], {"max_steps": 7}),
+        (["--max-steps=7"], {"max_steps": 7}),
+        (["--run_name=a=b"], {"run_name": "a=b"}),
+        (["--teachers", '{"general": "x", "domain": ["http://y"]}'], {"teachers": {"general": "x", "domain": ["http://y"]}}),
+        (["--learning_rate", "-1"], {"learning_rate": -1}),
+        (["--use_peft"], {"use_peft": True}),
+        (["--use_peft", "--output_dir", "there"], {"use_peft": True, "output_dir": "there"}),
+        (["--run_name", "step: one: two"], {"run_name": "step: one: two"}),  # no YAML, but a name all the same
+    ],
+)  # fmt: skip
+def test_overrides_win_over_the_file(write, overrides, changed):
+    settings = {"teachers": {"general": "a"}, "max_steps": 3}
+    assert peek(write(settings), overrides) == {**settings, **changed}
+
+
+# --- parse -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return {
+        "model_name_or_path": "student", "output_dir": str(tmp_path / "out"), "prompts_per_step": 4, **SETTINGS,
+        "teachers": {"general": "a", "domain": "b"}, "prompts": {"general": "g.jsonl", "domain": {"path": "d.jsonl"}},
+    }  # fmt: skip
+
+
+def test_parse_reads_prompts_model_and_settings(write, settings):
+    prompts, model, args = parse(write(settings), ["--max_steps", "7", "--lora_r=4"])
+    assert isinstance(prompts, PromptArguments)
+    assert isinstance(model, ModelConfig)
+    assert isinstance(args, CaMOPDConfig)
+    assert prompts.prompts == settings["prompts"]
+    assert prompts.eval_prompts is None
+    assert (model.model_name_or_path, model.dtype, model.lora_r) == ("student", "float32", 4)
+    assert (args.max_steps, args.teachers, args.max_completion_length) == (7, settings["teachers"], 64)
+
+
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_an_unknown_setting_is_an_error_with_its_name(write, settings, place):
+    if place == "file":
+        settings["lerning_rate"] = 1.0
+    with pytest.raises(ValueError, match="--lerning_rate"):
+        parse(write(settings), ["--lerning_rate", "1.0"] if place == "command line" else [])
+
+
+def test_a_value_of_the_wrong_kind_is_an_error_without_the_list_of_all_settings(write, settings, capsys):
+    with pytest.raises(CaMOPDError, match=r"run\.yaml' and the overrides"):
+        parse(write(settings), ["--learning_rate", "high"])
+    said = capsys.readouterr().err
+    assert "--learning_rate" in said
+    assert "invalid float value: 'high'" in said
+    assert len(said.splitlines()) < 5
+
+
+def test_a_run_without_a_student_is_refused(write, settings):
+    del settings["model_name_or_path"]
+    with pytest.raises(ValueError, match=r"run\.yaml' names no student\. Set model_name_or_path"):
+        parse(write(settings), [])
+
+
+def test_prompts_and_teachers_on_the_command_line_are_json(write, settings):
+    text = '{"general": {"path": "x.csv", "limit": 3}, "domain": "y.parquet"}'
+    prompts, _, args = parse(
+        write(settings), ["--prompts", text, "--eval_prompts", text, "--teachers", '{"general": "c"}']
+    )
+    assert prompts.prompts == prompts.eval_prompts == json.loads(text)
+    assert args.teachers == {"general": "c"}
+
+
+@pytest.mark.parametrize("name", ["prompts", "eval_prompts"])
+@pytest.mark.parametrize("text", ["general.jsonl", '{"general": "general.jsonl"', "{general: general.jsonl}"])
+def test_prompts_that_are_no_json_are_an_error_that_shows_the_form(write, settings, name, text):
+    with pytest.raises(ValueError, match=f"^{name} must map each branch to its prompts, got") as error:
+        parse(write(settings), [f"--{name}", text])
+    assert repr(text) in str(error.value)
+    assert f'--{name} \'{{"general": "general.jsonl", ...}}\'' in str(error.value)
+
+
+def test_held_out_prompts_that_are_a_list_are_not_ignored(write, settings):
+    settings["eval_prompts"] = ["g.jsonl"]
+    with pytest.raises(ValueError, match=r"eval_prompts must map each branch to its prompts, got \['g.jsonl'\]"):
+        parse(write(settings), [])
+
+
+def test_broken_json_of_another_setting_is_an_error_with_its_name(write, settings):
+    with pytest.raises(ValueError, match=r'^teachers is no valid JSON: \{"general": "a" \('):
+        parse(write(settings), ["--teachers", '{"general": "a"'])
+
+
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_resume_from_checkpoint_true_is_no_path(write, settings, place):
+    if place == "file":
+        settings["resume_from_checkpoint"] = True
+    overrides = ["--resume_from_checkpoint", "true"] if place == "command line" else []
+    assert parse(write(settings), overrides)[2].resume_from_checkpoint is True
+
+
+# --- teachers ----------------------------------------------------------------------------------------------------
+
+
+def test_teachers_are_those_of_the_config_where_nothing_is_served(tmp_path):
+    teachers = {"general": "a", "domain": ["http://b"]}
+    assert teachers_of({"teachers": teachers, "output_dir": str(tmp_path)}) == teachers
+
+
+def test_the_urls_of_camopd_serve_win_over_the_config(tmp_path):
+    (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"], "stranger": ["http://x"]}')
+    settings = {"teachers": {"general": "a", "domain": "adapter_off"}, "output_dir": str(tmp_path)}
+    assert teachers_of(settings) == {"general": ["http://localhost:8001"], "domain": "adapter_off"}
+    assert settings["teachers"]["general"] == "a"
+
+
+def test_what_is_served_for_another_output_dir_does_not_matter(tmp_path):
+    (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
+    settings = {"teachers": {"general": "a"}, "output_dir": str(tmp_path / "other")}
+    assert teachers_of(settings) == {"general": "a"}
+
+
+@pytest.mark.parametrize("text", ['{"general": ["http', "7"])
+def test_a_broken_list_of_served_teachers_is_an_error_with_its_path(tmp_path, text):
+    (tmp_path / SERVED_TEACHERS).write_text(text)
+    with pytest.raises(ValueError, match=r"teachers\.json'.* cannot be read\. Start it again, or delete the file"):
+        teachers_of({"teachers": {"general": "a"}, "output_dir": str(tmp_path)})
+
+
+@pytest.mark.parametrize("teachers", [None, {}, "http://localhost:8001", ["a"]])
+def test_teachers_that_map_no_branch_are_an_error_that_shows_the_form(teachers):
+    with pytest.raises(
+        ValueError, match=r"teachers must map each branch .*got (.|\n)*\nteachers:\n  general: "
+    ) as error:
+        teachers_of({"teachers": teachers})
+    assert repr(teachers) in str(error.value)
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "one", "other": 1}, {"prompt": "two", "other": 2}, {"prompt": "three", "other": 3}]
+TEXTS = ["one", "two", "three"]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save rows in the format that the name's ending says and return the path."""
+
+    def save(name, rows=ROWS):
+        path = tmp_path / name
+        dataset = Dataset.from_list(rows)
+        if path.suffix == ".parquet":
+            dataset.to_parquet(path)
+        elif path.suffix == ".csv":
+            dataset.to_csv(path)
+        else:
+            dataset.to_json(path, lines=path.suffix == ".jsonl")
+        return str(path)
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.parquet", "p.csv"])
+def test_prompts_are_read_from_each_kind_of_file(save, name):
+    dataset = load_prompts(save(name), "general")
+    assert dataset.column_names == ["prompt"]
+    assert dataset["prompt"][:] == TEXTS
+
+
+def test_conversations_may_stand_in_a_column_messages(save):
+    conversation = [{"role": "user", "content": "hello"}]
+    dataset = load_prompts(save("p.jsonl", [{"messages": conversation, "id": 4}]), "general")
+    assert dataset.column_names == ["prompt"]
+    assert dataset[0]["prompt"] == conversation
+
+
+def test_another_column_can_be_named_beside_one_called_prompt(save):
+    path = save("p.jsonl", [{"prompt": "system", "question": "what?"}])
+    assert load_prompts(path, "general")["prompt"][:] == ["system"]
+    assert load_prompts({"path": path, "column": "question"}, "general")["prompt"][:] == ["what?"]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2, TEXTS[:2]), (3, TEXTS), (9, TEXTS), (None, TEXTS)])
+def test_a_limit_takes_the_first_rows(save, limit, expected):
+    assert load_prompts({"path": save("p.jsonl"), "limit": limit}, "general")["prompt"][:] == expected
+
+
+@pytest.mark.parametrize("limit", [0, -1, "2", 1.5, True])
+def test_a_limit_that_is_no_number_of_rows_is_refused(save, limit):
+    with pytest.raises(ValueError, match=f"limit .*'domain' must be a whole number .*at least 1, got {limit!r}"):
+        load_prompts({"path": save("p.jsonl"), "limit": limit}, "domain")
+
+
+def test_a_split_may_be_a_slice(save):
+    assert load_prompts({"path": save("p.jsonl"), "split": "train[1:]"}, "general")["prompt"][:] == TEXTS[1:]
+
+
+def test_a_split_of_a_folder_is_found_by_its_name(save, tmp_path):
+    save("train.jsonl")
+    save("test.jsonl", ROWS[2:])
+    assert load_prompts({"path": str(tmp_path), "split": "test"}, "general")["prompt"][:] == ["three"]
+
+
+def test_a_split_that_is_not_there_is_an_error_with_those_that_are(save):
+    with pytest.raises(ValueError, match=r"'general', .*\(split 'test'\), cannot be loaded: .*'train'"):
+        load_prompts({"path": save("p.jsonl"), "split": "test"}, "general")
+
+
+def test_a_file_that_is_not_there_is_an_error_with_branch_and_path():
+    with pytest.raises(ValueError, match=r"'domain' are to be in 'no/such\.jsonl', but there is no such file"):
+        load_prompts("no/such.jsonl", "domain")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "JSON parse error: .* row 1"),
+        ("p.csv", 'prompt\n"a,1\n', "EOF inside string"),
+        ("p.parquet", "no parquet", "Parquet"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_says_what_is_wrong_with_it(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"'general', .*{name}' \(split 'train'\), cannot be loaded: .*{reason}"):
+        load_prompts(str(tmp_path / name), "general")
+
+
+def test_a_missing_column_is_an_error_with_those_that_are_there(save):
+    path = save("p.jsonl", [{"question": "what?", "answer": "that"}])
+    with pytest.raises(
+        ValueError, match=r"columns \['question', 'answer'\], none of them 'prompt' or 'messages'"
+    ) as error:
+        load_prompts(path, "general")
+    assert f"{{path: {path}, column: ...}}" in str(error.value)
+    with pytest.raises(ValueError, match=r"\['question', 'answer'\], none of them 'text'"):
+        load_prompts({"path": path, "column": "text"}, "general")
+
+
+@pytest.mark.parametrize(
+    "source", [{"path": "p.jsonl", "colum": "x"}, {"column": "x"}, {"path": 3}, None, ["p.jsonl"], 7], ids=repr
+)
+def test_prompts_in_another_form_are_an_error_that_shows_the_form(source):
+    with pytest.raises(
+        ValueError, match=r"'general' are .* `path` and any of `name`, `split`, `column`, `limit`"
+    ) as error:
+        load_prompts(source, "general")
+    assert repr(source) in str(error.value)
+
+
+def test_a_hub_dataset_out_of_reach_is_an_error_in_words():  # HF_HUB_OFFLINE=1
+    with pytest.raises(
+        ValueError, match=r"'general', 'nobody/nothing' \(split 'train'\), cannot be loaded: "
+    ) as error:
+        load_prompts("nobody/nothing", "general")
+    assert ".jsonl, .json, .parquet, .csv file or the name of a dataset of the Hub" in str(error.value)
+
+
+# --- camopd train ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with a student and two teachers, the domain's being the student's own start."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("student", 0), ("general", 1), ("domain", 0)):
+        make_model(seed).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path, write):
+    """The YAML file of a run of two steps, one for each branch, with teachers in the process."""
+    for branch in ("general", "domain"):
+        make_prompts(branch).to_json(tmp_path / f"{branch}.jsonl")
+    return write({
+        **SETTINGS, "model_name_or_path": str(models / "student"), "output_dir": str(tmp_path / "out"),
+        "prompts": {branch: str(tmp_path / f"{branch}.jsonl") for branch in ("general", "domain")},
+        "teachers": {branch: str(models / branch) for branch in ("general", "domain")},
+        "schedule": "general:1,domain:1", "max_steps": 2, "prompts_per_step": 2, "max_completion_length": 4,
+        "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 1,
+    })  # fmt: skip
+
+
+def steps(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_trains_as_the_file_says_and_saves_the_model(run, models, tmp_path):
+    cli.main(["train", run])
+    out = tmp_path / "out"
+    assert [step["branch"] for step in steps(out)] == ["general", "domain"]
+    record = json.loads((out / "checkpoint-2" / "camopd.json").read_text())
+    assert record["teachers"] == {branch: str(models / branch) for branch in ("general", "domain")}
+    assert record["learning_rate"] == 0.1
+    saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, models / "student"))
+    assert saved.dtype == torch.float32
+    assert not torch.equal(saved.lm_head.weight, start.lm_head.weight)
+
+
+def test_train_takes_overrides_of_the_file(run, tmp_path):
+    out = tmp_path / "elsewhere"
+    cli.main(["train", run, "--max_steps", "1", "--schedule=domain:1,general:1", "--output-dir", str(out)])
+    assert [step["branch"] for step in steps(out)] == ["domain"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["true", "path"])
+def test_train_goes_on_from_a_checkpoint(run, tmp_path, where):
+    out = tmp_path / "out"
+    cli.main(["train", run, "--max_steps", "1"])
+    assert [step["step"] for step in steps(out)] == [1]
+    cli.main(["train", run, "--resume_from_checkpoint", "true" if where == "true" else str(out / "checkpoint-1")])
+    assert [(step["step"], step["branch"]) for step in steps(out)] == [(1, "general"), (2, "domain")]
+    assert not (out / "metrics-1.jsonl").exists()  # where a run from the beginning would have put the first one's
+
+
+def test_train_asks_the_teachers_that_camopd_serve_has_started(run, tmp_path, start_server, models):
+    server = start_server(name="served-general")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [server.url]}))
+    cli.main(["train", run])
+    asked = ["".join(VOCAB[token] for token in ids) for ids in server.sequences]
+    assert (
+        sum(text.startswith("general ") for text in asked) == 2
+    )  # the prompts of the step; others were scored before it
+    record = json.loads((tmp_path / "out" / "checkpoint-2" / "camopd.json").read_text())
+    assert record["teachers"] == {"general": "served-general", "domain": str(models / "domain")}
+
+
+def test_train_measures_held_out_prompts(run, tmp_path):
+    held_out = json.dumps(
+        {name: {"path": str(tmp_path / f"{name}.jsonl"), "limit": 2} for name in ("general", "domain")}
+    )
+    cli.main(["train", run, "--eval_prompts", held_out, "--eval_strategy", "steps", "--eval_steps", "2"])
+    history = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    prompts = {key: value for line in history for key, value in line.items() if key.endswith("_prompts")}
+    assert prompts == {"eval_general_prompts": 2, "eval_domain_prompts": 2}
+
+
+@pytest.mark.parametrize("given", [None, ["general.jsonl"]])
+def test_train_without_prompts_is_an_error_that_shows_the_form(run, capsys, given):
+    settings = yaml.safe_load(Path(run).read_text())
+    Path(run).write_text(yaml.safe_dump({**settings, "prompts": given}))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", run])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert (
+        f"camopd: prompts must map each branch to its prompts, got {given!r}. In YAML:\nprompts:\n  general: " in said
+    )
