@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import CaMOPDError
+from .errors import CaMOPDError, TeacherError
+from .teachers.address import is_server
 
 
 if TYPE_CHECKING:
@@ -129,7 +130,20 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
             "Qwen/Qwen3-8B\n  domain: http://localhost:8002"
         )
     served = served_teachers(str(settings.get("output_dir") or "trainer_output"))
-    return {branch: served.get(branch, teacher) for branch, teacher in teachers.items()}
+    return {
+        branch: served[branch] if branch in served and not is_server(teacher) else teacher
+        for branch, teacher in teachers.items()
+    }
+
+
+def where_from(settings: dict[str, Any], branch: str) -> str:
+    """For the error about a server that is named in no config: who named it."""
+    if is_server(settings["teachers"][branch]):
+        return ""
+    path = Path(str(settings.get("output_dir") or "trainer_output")) / SERVED_TEACHERS
+    if not path.is_file():
+        return ""
+    return f" The URL is from {str(path)!r}, which `camopd serve` has written; start it again, or delete the file."
 
 
 def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
@@ -199,15 +213,21 @@ def train(config: str, overrides: list[str]) -> None:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    trainer = CaMOPDTrainer(
-        model=model.model_name_or_path,
-        teachers=teachers_of(settings),
-        args=args,
-        train_dataset={branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()},
-        eval_dataset={branch: load_prompts(source, branch) for branch, source in heldout.items()} or None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    train_dataset = {branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()}
+    eval_dataset = {branch: load_prompts(source, branch) for branch, source in heldout.items()} or None
+    try:
+        trainer = CaMOPDTrainer(
+            model=model.model_name_or_path,
+            teachers=teachers_of(settings),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except TeacherError as error:
+        notes = {where_from(settings, branch) for branch in settings["teachers"] if repr(branch) in str(error)}
+        raise TeacherError(f"{error}{''.join(notes)}") from None
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:

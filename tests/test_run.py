@@ -176,6 +176,26 @@ def test_the_urls_of_camopd_serve_win_over_the_config(tmp_path):
     assert settings["teachers"]["general"] == "a"
 
 
+def test_a_url_in_the_config_wins_over_what_camopd_serve_has_left_behind(tmp_path):
+    (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
+    settings = {"teachers": {"general": "http://elsewhere:1"}, "output_dir": str(tmp_path)}
+    assert teachers_of(settings) == {"general": "http://elsewhere:1"}
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_served_teacher_that_is_gone_is_an_error_that_names_the_file(command, run, tmp_path, start_server, capsys):
+    server = start_server()
+    server.close()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [server.url]}))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, run])
+    assert stopped.value.code == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "does not answer" in said
+    assert "teachers.json', which `camopd serve` has written; start it again, or delete the file." in said
+
+
 def test_what_is_served_for_another_output_dir_does_not_matter(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
     settings = {"teachers": {"general": "a"}, "output_dir": str(tmp_path / "other")}

@@ -287,17 +287,18 @@ def raise_errors(findings: Iterable[Finding], warn: Callable[[str], None]) -> No
 
 def main(config: str, overrides: list[str]) -> None:
     """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
-    from ..run import peek, teachers_of
+    from ..run import peek, teachers_of, where_from
 
     findings: list[Finding] = []
     servers: dict[str, ServerTeacher] = {}
-    specs = teachers_of(peek(config, overrides))
+    settings = peek(config, overrides)
+    specs = teachers_of(settings)
     for branch, spec in specs.items():
         if is_server(spec):
             try:
                 servers[branch] = ServerTeacher([spec] if isinstance(spec, str) else spec, branch)
             except (TeacherError, ValueError) as error:
-                findings.append(Finding(branch, "reachable", "error", str(error)))
+                findings.append(Finding(branch, "reachable", "error", f"{error}{where_from(settings, branch)}"))
     _stop_on_errors(findings)
 
     from transformers import AutoTokenizer
