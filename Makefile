@@ -51,8 +51,9 @@ style: install  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: install  ## Run the benchmarks and write benchmarks/results/
+benchmarks: install .venv-vllm/installed  ## Run the benchmarks and write benchmarks/results/ (half an hour)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/teacher_scoring.py
 
 clean:  ## Remove what the targets made, but not the environments
 	rm -rf demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -61,8 +61,8 @@ class CaMOPDConfig(DistillationConfig):
         > Parameters of the teachers
 
         teachers (`dict[str, Any]`, *optional*):
-            Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), a model id or path
-            (in-process), or `"adapter_off"`. The trainer's own `teachers` argument wins over it.
+            Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), `{"urls": ..., "model": ...}` to have
+            the served model checked, a model id or path (in-process), or `"adapter_off"`. The trainer's own `teachers` argument wins over it.
         score_batch_size (`int`, *optional*, defaults to `8`):
             Sequences per no-gradient forward, for the gaps and for in-process teachers.
         teacher_patience (`float`, *optional*, defaults to `900.0`):
@@ -271,10 +271,14 @@ class CaMOPDConfig(DistillationConfig):
             )
         if not self.teacher_patience > 0:
             raise ValueError(f"teacher_patience must be a positive number of seconds, got {self.teacher_patience!r}.")
-        if self.world_size > 1 and self.teacher_patience >= self.ddp_timeout:
+        slowest = (
+            self.teacher_patience + 2 * 300
+        )  # the two time-outs of teachers/server.py that may lie around the wait
+        if self.world_size > 1 and slowest > self.ddp_timeout:
             raise ValueError(
-                f"teacher_patience={self.teacher_patience:g} is not below ddp_timeout={self.ddp_timeout}: a rank that "
-                "waits for its teacher would be taken for dead by the others. Raise ddp_timeout or lower teacher_patience."
+                f"teacher_patience={self.teacher_patience:g} and two time-outs of 300 seconds come to {slowest:g}, more "
+                f"than ddp_timeout={self.ddp_timeout}: a rank that waits for its teacher would be taken for dead. "
+                "Raise ddp_timeout or lower teacher_patience."
             )
         if self.teachers is not None and not isinstance(self.teachers, dict):
             raise ValueError(

@@ -27,6 +27,7 @@ class Rollouts:
     mask: list[Tensor]  # (T_i,) bool
     truncated: list[bool]  # cut at max_completion_length, no end of sequence
     rollout_logps: list[Tensor] | None  # (T_i,) float32, log mu of the rollout engine
+    prompts_cut: int = 0  # prompts of this rank that were longer than allowed
     teacher_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32
     student_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32, at rollout time
     entropy: list[Tensor] = field(default_factory=list)  # (T_i,) nats
@@ -51,7 +52,7 @@ class Rollouts:
         }
         if self.rollout_logps is not None:
             tensors["rollout_logps"] = torch.cat(self.rollout_logps)
-        save_file(tensors, path, metadata={"branch": json.dumps(self.branch)})
+        save_file(tensors, path, metadata={"branch": json.dumps(self.branch), "prompts_cut": str(self.prompts_cut)})
 
     @classmethod
     def load(cls, path: Path, rows: list[dict[str, Any]]) -> Rollouts | None:
@@ -61,6 +62,7 @@ class Rollouts:
         try:
             with safe_open(path, framework="pt") as file:
                 branch = json.loads(file.metadata()["branch"])
+                prompts_cut = int(file.metadata()["prompts_cut"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, KeyError, TypeError, ValueError):  # cut short on a full disk: roll out again
             return None
@@ -78,4 +80,5 @@ class Rollouts:
             mask=list(tensors["mask"].split(completions)),
             truncated=tensors["truncated"].tolist(),
             rollout_logps=None if logps is None else list(logps.split(completions)),
+            prompts_cut=prompts_cut,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,10 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
         )
     served = served_teachers(str(settings.get("output_dir") or "trainer_output"))
     return {
-        branch: served[branch] if branch in served and not is_server(teacher) else teacher
+        # With the model: another `camopd serve` may listen on these ports by now.
+        branch: {"urls": served[branch], "model": os.path.expanduser(teacher)}
+        if branch in served and isinstance(teacher, str) and teacher != "adapter_off" and not is_server(teacher)
+        else teacher
         for branch, teacher in teachers.items()
     }
 
@@ -197,6 +201,7 @@ def train(config: str, overrides: list[str]) -> None:
     """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
     from trl import get_peft_config, get_quantization_config
 
+    from .teachers.resolve import connect_servers
     from .trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
@@ -206,6 +211,7 @@ def train(config: str, overrides: list[str]) -> None:
             "general.jsonl\n  domain: domain.jsonl"
         )
     heldout = prompts.eval_prompts if isinstance(prompts.eval_prompts, dict) else {}
+    max_tokens = args.max_prompt_length + (args.max_completion_length or 0)
     settings = {"teachers": args.teachers, "output_dir": args.output_dir}
     args.model_init_kwargs = {
         **(args.model_init_kwargs or {}),
@@ -213,21 +219,20 @@ def train(config: str, overrides: list[str]) -> None:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    train_dataset = {branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()}
-    eval_dataset = {branch: load_prompts(source, branch) for branch, source in heldout.items()} or None
-    try:
-        trainer = CaMOPDTrainer(
-            model=model.model_name_or_path,
-            teachers=teachers_of(settings),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )
+    try:  # before the prompts, which may have to be fetched, and the models
+        teachers = connect_servers(teachers_of(settings), max_tokens, args.teacher_patience)
     except TeacherError as error:
         notes = {where_from(settings, branch) for branch in settings["teachers"] if repr(branch) in str(error)}
         raise TeacherError(f"{error}{''.join(notes)}") from None
+    trainer = CaMOPDTrainer(
+        model=model.model_name_or_path,
+        teachers=teachers,
+        args=args,
+        train_dataset={branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()},
+        eval_dataset={branch: load_prompts(source, branch) for branch, source in heldout.items()} or None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:

@@ -41,9 +41,9 @@ from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .rollouts import Rollouts
 from .schedule import Schedule
 from .teachers.base import RemoteTeacher, Teacher, TokenScores
-from .teachers.check import Probe, check_scores, initial_kl, is_student_start, raise_errors
+from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
 from .teachers.local import context_length
-from .teachers.resolve import resolve_teachers
+from .teachers.resolve import connect_servers, resolve_teachers
 from .teachers.server import ServerTeacher
 
 
@@ -144,6 +144,8 @@ class CaMOPDTrainer(DistillationTrainer):
         streams = self._make_streams(train_dataset, args)
         eval_dataset = self._with_branch_column(eval_dataset)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
+        max_tokens = args.max_prompt_length + args.max_completion_length
+        teachers = connect_servers(teachers, max_tokens, args.teacher_patience)
         dealer = PromptDealer(
             streams,
             self.schedule,
@@ -170,7 +172,6 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"{get_config_model_id(self.model.config)!r} takes images, which no teacher can score yet. Pass its "
                 "tokenizer as `processing_class` to train it on text."
             )
-        max_tokens = args.max_prompt_length + args.max_completion_length
         if max_tokens > context_length(self.model.config):
             raise ValueError(
                 f"the student takes sequences of {context_length(self.model.config):.0f} tokens, but max_prompt_length + "
@@ -193,7 +194,6 @@ class CaMOPDTrainer(DistillationTrainer):
                 "trust_remote_code": args.trust_remote_code,
                 **(args.teacher_model_init_kwargs or {}),
             },
-            patience=args.teacher_patience,
         )
         if self.use_vllm:
             # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
@@ -210,7 +210,10 @@ class CaMOPDTrainer(DistillationTrainer):
         }
         self._teachers_checked = False
         self._branches_met: set[str] = set()
+        # The weights a server may claim to have. A model object may differ from the name in its config.
+        self._student_start = model if isinstance(model, str) else ""
         self._checkpoint: Path | None = None  # the last one written or resumed from
+        self._resumed_from: Path | None = None  # the one whose rollouts may be used
         self._last_loaded_step = -1  # step whose weights vLLM has, as in the parent
         self._micro_batches: list[dict[str, Any] | None] = []
         self._turns: list[tuple[list[int], list[int], list[float]]] = []  # of vLLM: prompt, completion, log-probs
@@ -430,6 +433,7 @@ class CaMOPDTrainer(DistillationTrainer):
                     [rollouts.token_ids[row] for row in rows], [rollouts.prompt_len[row] for row in rows]
                 )
                 pending[branch].add_done_callback(clocks[branch].stop)
+        failure: TeacherError | None = None
         training = self.model.training
         self.model.eval()
         for branch, rows in rows_of.items():
@@ -438,7 +442,11 @@ class CaMOPDTrainer(DistillationTrainer):
             prompt_lens = [rollouts.prompt_len[row] for row in rows] + [1] * missing
             if branch not in pending:
                 clocks[branch] = _Clock()
-                answers = self.teachers[branch].score(token_ids, prompt_lens)
+                answers: list[TokenScores] = []
+                try:
+                    answers = self.teachers[branch].score(token_ids, prompt_lens)
+                except TeacherError as error:
+                    failure = failure or error
                 clocks[branch].stop()
                 clocks[branch].hidden_until = clocks[branch].started
                 for row, answer in zip(rows, answers, strict=False):  # the stand-ins fall away
@@ -453,12 +461,12 @@ class CaMOPDTrainer(DistillationTrainer):
                 rollouts.student_logps[row] = logps
                 rollouts.entropy[row] = entropy
         self.model.train(training)
-        failure = None
         for branch, future in pending.items():
             clocks[branch].hidden_until = time.perf_counter()
             try:
                 for row, answer in zip(rows_of[branch], future.result(), strict=True):
                     rollouts.teacher_logps[row] = answer.logps
+                clocks[branch].stop()  # where the future has not come to its callback yet
             except TeacherError as error:
                 failure = failure or error
         self._raise_together(failure)
@@ -477,7 +485,6 @@ class CaMOPDTrainer(DistillationTrainer):
     def _check_teachers(self) -> None:
         """Score a few conversations before the first rollout: a teacher that is wrong in silence costs the whole run."""
         servers = {b: teacher for b, teacher in self.teachers.items() if isinstance(teacher, ServerTeacher)}
-        self._teachers_checked = True
         if not servers:
             return
         probe = Probe.of(self._tokenizer, self.args.max_prompt_length + (self.args.max_completion_length or 0))
@@ -487,18 +494,16 @@ class CaMOPDTrainer(DistillationTrainer):
             self._student_forward, probe.token_ids, probe.prompt_lens, self.args.score_batch_size
         )
         self.model.train(training)
-        config = self.model.config
         failure = None
         for branch, teacher in servers.items():
             findings = check_scores(
                 branch,
                 teacher,
                 self._tokenizer,
-                vocab_size=config.get_text_config().vocab_size,
+                vocab_size=self.model.config.get_text_config().vocab_size,
                 probe=probe,
                 student_logps=[row[0] for row in own],
-                same_weights=self.state.global_step == 0
-                and is_student_start(teacher, get_config_model_id(config) or ""),
+                same_weights=self.state.global_step == 0 and is_student_start(teacher, self._student_start),
             )
             try:
                 raise_errors(findings, logger.warning)
@@ -508,7 +513,6 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def _check_not_uniform(self, rollouts: Rollouts) -> None:
         """A server that lost its weights (a wake-up after sleep, say) finds every token equally likely: -ln V."""
-        uniform = -math.log(self.model.config.get_text_config().vocab_size)
         for branch in dict.fromkeys(rollouts.branch):
             logps = torch.cat(
                 [
@@ -517,10 +521,10 @@ class CaMOPDTrainer(DistillationTrainer):
                     if name == branch
                 ]
             )
-            if len(logps) and (logps - uniform).abs().max() < 1e-3:
+            if has_lost_its_weights(logps):
                 raise CaMOPDError(
                     f"teacher {branch!r} ({self.teachers[branch].name}) gives every one of {len(logps)} tokens the "
-                    f"log-prob {uniform:.3f} = -ln(vocabulary size): it has lost its weights. Restart it; the last "
+                    f"log-prob {logps.mean():.3f}, as -ln(vocabulary size): it has lost its weights. Restart it; the last "
                     "checkpoint is untouched."
                 )
 
@@ -646,6 +650,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.model.train()  # the parent files its rollout metrics by mode
         if not self._teachers_checked:
             self._check_teachers()
+            self._teachers_checked = True
         rollouts = self._kept_rollouts(rows) or self._roll_out(rows)
         rolled_out = time.perf_counter()
         try:
@@ -781,7 +786,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 )
         if checkpoint:
             self._check_record(Path(str(checkpoint)))
-            self._checkpoint = Path(str(checkpoint))
+            self._checkpoint = self._resumed_from = Path(str(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
     def _check_record(self, checkpoint: Path) -> None:
@@ -810,6 +815,8 @@ class CaMOPDTrainer(DistillationTrainer):
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN_RECORD).write_text(json.dumps(self._record, indent=2) + "\n")
+            for stale in folder.glob("rollouts-*"):  # of a run that wrote here before
+                stale.unlink()
         super()._save_checkpoint(model, trial)
         self._checkpoint = folder
 
@@ -823,27 +830,29 @@ class CaMOPDTrainer(DistillationTrainer):
     def _keep_step(self, rollouts: Rollouts | None) -> Path:
         """Write a checkpoint of where training stands, with the rollouts that could not be scored. Called by all ranks."""
         folder = self._checkpoint_folder()
-        if self._checkpoint is not None and self._checkpoint.resolve() == folder.resolve():
-            self._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
-        else:
+        if self._checkpoint is None or self._checkpoint.resolve() != folder.resolve():
             self._save_checkpoint(self.model, trial=None)
+        elif rollouts is not None:
+            self._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
+        self.accelerator.wait_for_everyone()
         if rollouts is not None:
+            rollouts.prompts_cut = self._prompts_cut
             rollouts.save(self._rollouts_file(folder))
         self.accelerator.wait_for_everyone()
         return folder
 
     def _kept_rollouts(self, rows: list[dict[str, Any]]) -> Rollouts | None:
         """The rollouts that a stopped run left for this very step; all ranks have theirs or none uses any."""
-        found = None
-        if self._checkpoint is not None and self._checkpoint.name == self._checkpoint_folder().name:
-            found = Rollouts.load(self._rollouts_file(self._checkpoint), rows)
-        if not all(gather_object([found is not None])):
+        if self._resumed_from is None:
             return None
-        logger.info("the rollouts of step %d come from %s", self.state.global_step + 1, self._checkpoint)
-        self._prompts_cut = 0
-        self._load_rng_state(
-            str(self._checkpoint)
-        )  # as it was when these had been drawn; step 0's loader has drawn since
+        folder, self._resumed_from = self._resumed_from, None  # for the first step after resume, and no other
+        found = Rollouts.load(self._rollouts_file(folder), rows)
+        all_found = all(gather_object([found is not None]))
+        if found is None or not all_found:
+            return None
+        logger.info("the rollouts of step %d come from %s", self.state.global_step + 1, folder)
+        self._prompts_cut = found.prompts_cut
+        self._load_rng_state(str(folder))  # as it was when these had been drawn; step 0's loader has drawn since
         return found
 
 
@@ -851,18 +860,20 @@ class _Clock:
     """How long a teacher worked, and how much of it while the trainer did something else. Seconds."""
 
     def __init__(self) -> None:
-        self.started = self.stopped = self.hidden_until = time.perf_counter()
+        self.started = self.hidden_until = time.perf_counter()
+        self.stopped: float | None = None
 
     def stop(self, _: Any = None) -> None:
-        self.stopped = time.perf_counter()
+        if self.stopped is None:
+            self.stopped = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        return self.stopped - self.started
+        return 0.0 if self.stopped is None else self.stopped - self.started
 
     @property
     def hidden_seconds(self) -> float:
-        return max(0.0, min(self.stopped, self.hidden_until) - self.started)
+        return max(0.0, min(self.seconds, self.hidden_until - self.started))
 
 
 def _show_log(is_main_process: bool) -> None:

@@ -302,7 +302,7 @@ def test_plain_log_probs_are_ok_with_their_mean(
     rows = zip(probe.token_ids, probe.prompt_lens, strict=True)
     mean = torch.cat([reference_logps(teacher_model, ids)[0][start - 1 :] for ids, start in rows]).mean()
     assert found["log-probs"].level == "ok"
-    assert found["log-probs"].text == f"finite, normalised, at temperature 1; mean {mean:.2f} nats"
+    assert found["log-probs"].text == f"finite, normalised, asked for at T = 1; mean {mean:.2f} nats"
 
 
 def test_nan_log_probs_are_an_error_with_the_rows_and_the_only_line(start_server, connect, score_findings):
@@ -318,7 +318,7 @@ def test_nan_log_probs_are_an_error_with_the_rows_and_the_only_line(start_server
 def test_uniform_log_probs_are_an_error_with_their_value(start_server, connect, teacher_model, score_findings):
     found = score_findings(connect(start_server(model=without_weights(teacher_model))))["log-probs"]
     assert found.level == "error"
-    assert f"'tiny-teacher' gives every token the log-prob {-math.log(len(VOCAB)):.3f} = -ln(vocabulary" in found.text
+    assert f"'tiny-teacher' gives every token the log-prob {-math.log(len(VOCAB)):.3f} as -ln(vocabulary" in found.text
     assert "lost its weights" in found.text
     assert "Start it again" in found.text
 
@@ -328,6 +328,14 @@ def raise_all(entries, ids):
     for entry in entries[1:]:
         for value in entry.values():
             value["logprob"] += 50.0
+    return entries
+
+
+def lower_all(entries, ids):
+    """Logits of another model: all of them below 0."""
+    for entry in entries[1:]:
+        for value in entry.values():
+            value["logprob"] -= 35.0
     return entries
 
 
@@ -342,8 +350,9 @@ def make_likely(entries, ids):
 @pytest.mark.parametrize(
     ("edit", "shown"),
     [
-        (raise_all, r"answers [34]\d\.\d\d as a log-prob"),
-        (make_likely, "-0.70 as .* and 2.48 as the probability of five"),
+        (raise_all, r"answers [34]\d\.\d\d to [34]\d\.\d\d as log-probs"),
+        (lower_all, r"answers -[34]\d\.\d\d to -[34]\d\.\d\d as log-probs and .*e-1\d as the probability of the five"),
+        (make_likely, "2.5 to 2.5 as the probability of the five"),
     ],
 )
 def test_log_probs_that_are_not_normalised_are_an_error_with_the_flag(server, connect, score_findings, edit, shown):
@@ -879,12 +888,15 @@ def test_the_students_revision_is_not_asked_of_the_teachers(check, student, tmp_
 
 
 def test_the_teachers_that_camopd_serve_has_started_are_checked(start_server, start_domain, check, student, tmp_path):
-    general = start_server(name="served")
+    general = start_server(name="served", root="Qwen/Qwen3-8B")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [general.url]}))
     code, table = check(teachers={"general": "Qwen/Qwen3-8B", "domain": str(student)})
     assert code == 0
     assert table["general", "reachable"][1] == f"served at {general.url} (JSON)"
+    code, table = check(teachers={"general": "Qwen/Qwen3-4B", "domain": str(student)})
+    assert code == 2
+    assert "serves 'served', and the config wants 'Qwen/Qwen3-4B'" in table["general", "reachable"][1]
 
 
 def test_overrides_are_checked_in_place_of_the_file(check, student):

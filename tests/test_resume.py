@@ -190,6 +190,24 @@ def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resum
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("as_checkpoint", [True, False])
+def test_rollouts_that_another_run_has_left_are_not_used(as_checkpoint, start_server, tmp_path, tokenizer):
+    kwargs = {"save_strategy": "steps", "save_steps": 1, "seed": 7}
+    server = start_server()
+    with pytest.raises(TeacherError):  # of another seed, and so with other rollouts
+        train_with(server, tmp_path / "two", tokenizer, dies_at=2, save_strategy="steps", save_steps=1)
+    assert list((tmp_path / "two" / "checkpoint-2").glob("rollouts-*"))
+    again = start_server(port=server.port)
+    expected, _ = train_with(again, tmp_path / "one", tokenizer, **kwargs)
+    found, generated = train_with(again, tmp_path / "two", tokenizer, **kwargs)  # writes the same checkpoints again
+    if as_checkpoint:
+        checkpoint = str(tmp_path / "two" / "checkpoint-2")
+        found, generated = train_with(again, tmp_path / "two", tokenizer, resume=checkpoint, **kwargs)
+    assert generated == [2, 3] if as_checkpoint else [0, 1, 2, 3]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_server, tmp_path, tokenizer):
     server = start_server()
     trainer = make_trainer(

@@ -172,14 +172,15 @@ def test_teachers_are_those_of_the_config_where_nothing_is_served(tmp_path):
 def test_the_urls_of_camopd_serve_win_over_the_config(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"], "stranger": ["http://x"]}')
     settings = {"teachers": {"general": "a", "domain": "adapter_off"}, "output_dir": str(tmp_path)}
-    assert teachers_of(settings) == {"general": ["http://localhost:8001"], "domain": "adapter_off"}
+    served = {"urls": ["http://localhost:8001"], "model": "a"}
+    assert teachers_of(settings) == {"general": served, "domain": "adapter_off"}
     assert settings["teachers"]["general"] == "a"
 
 
 def test_a_url_in_the_config_wins_over_what_camopd_serve_has_left_behind(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
-    settings = {"teachers": {"general": "http://elsewhere:1"}, "output_dir": str(tmp_path)}
-    assert teachers_of(settings) == {"general": "http://elsewhere:1"}
+    for teacher in ("http://elsewhere:1", ["http://elsewhere:1"], "adapter_off"):
+        assert teachers_of({"teachers": {"general": teacher}, "output_dir": str(tmp_path)}) == {"general": teacher}
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
@@ -398,7 +399,7 @@ def test_train_goes_on_from_a_checkpoint(run, tmp_path, where):
 
 
 def test_train_asks_the_teachers_that_camopd_serve_has_started(run, tmp_path, start_server, models):
-    server = start_server(name="served-general")
+    server = start_server(name="served-general", root=str(models / "general"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [server.url]}))
     cli.main(["train", run])

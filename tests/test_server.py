@@ -3,10 +3,13 @@
 The servers are those of fake_vllm.py; tests/test_vllm.py does the same with real ones.
 """
 
+import base64
+import io
 import json
 import logging
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -332,9 +335,33 @@ def test_a_fault_is_tried_on_another_replica_first(start_server, connect, local_
     for replica in replicas:
         replica.answers.append(answer)
     assert_same_scores(teacher.score([TOKEN_IDS[0]], [2]), local_scores()[:1])
-    for _ in range(8):  # whoever was asked first failed, then the other, then the first again
-        with_both = [len(replica.scored) for replica in replicas]
-    assert sorted(with_both) == [1, 2]
+    # Whoever was asked first failed, then the other, then the first again.
+    assert sorted(len(replica.scored) for replica in replicas) == [1, 2]
+
+
+@pytest.mark.parametrize("status", [500, 429])
+def test_one_replica_that_always_fails_quickly_does_not_stop_another_that_works_slowly(
+    start_server, connect, local_scores, monkeypatch, status
+):
+    monkeypatch.setattr("camopd.teachers.server.REQUESTS_PER_REPLICA", 1)
+    monkeypatch.setattr("camopd.teachers.server.TOKENS_PER_REQUEST", 1)
+    bad, good = start_server(), start_server()
+    teacher = connect(bad, good)
+    bad.answers.extend([(status, "oops")] * 1000)
+    good.before = lambda: time.sleep(0.2)  # an idle replica that fails is always free, a good one hardly ever
+    assert_same_scores(teacher.score(TOKEN_IDS * 3, PROMPT_LENS * 3), local_scores() * 3)
+
+
+def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, local_scores, monkeypatch):
+    monkeypatch.setattr("camopd.teachers.server.wait_exponential_jitter", lambda *_: lambda _: 0.02)
+    teacher = connect(server, patience=3.0)
+    server.answers.extend([(429, "slow down")] * 60)
+    assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+    server.answers.extend([(429, "slow down")] * 10000)
+    started = time.monotonic()
+    with pytest.raises(TeacherError, match="answered 429: slow down"):
+        teacher.score(TOKEN_IDS, PROMPT_LENS)
+    assert 3 < time.monotonic() - started < 8
 
 
 @both_transports
@@ -417,10 +444,19 @@ def test_a_server_that_accepts_and_never_answers_is_an_error_in_under_ten_second
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize("url", ["http://", "http://host:port", "ftp://host", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http://host:port", "http://host:99999", "http://host:-1", "ftp://host", "http://[::1", "host:80"],
+)
 def test_a_url_that_is_none_is_refused(connect, url):
-    with pytest.raises(TeacherError, match=r"that is no URL|does not answer"):
+    with pytest.raises(TeacherError, match=r"that is no URL of a server\. Write http://host:port"):
         connect(url)
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown(connect):
+    with pytest.raises(TeacherError, match=r"a URL shows its user and password .* Set CAMOPD_TEACHER_API") as e:
+        connect("http://user:sk-secret@localhost:1")
+    assert "sk-secret" not in str(e.value)
 
 
 def test_https_where_only_http_is_spoken_is_an_error(server, connect):
@@ -480,17 +516,74 @@ def test_a_compact_answer_without_an_array_is_refused(start_server, connect, tex
     server = start_server(compact=True)
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
-    with pytest.raises(TeacherError, match="scored 4 completion tokens with no array"):
+    with pytest.raises(TeacherError, match="scored 4 completion tokens with no array of them"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def npy(array, **kwargs):
+    with io.BytesIO() as buffer:
+        np.save(buffer, array, **kwargs)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def zipped():
+    with io.BytesIO() as buffer:
+        np.savez(buffer, np.zeros((4, 1), np.float32))
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def promising_much():
+    """A header for 10^15 numbers, and four of them."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 1), }"
+    data = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n" + bytes(16)
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [zipped(), promising_much(), npy(np.array([["a"]] * 4)), npy(np.zeros((4, 1))), npy(np.zeros(4, np.float32))],
+    ids=["zip", "too much", "text", "float64", "no second axis"],
+)
+def test_a_compact_answer_of_another_kind_is_refused(start_server, connect, text):
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
+    with pytest.raises(TeacherError, match="scored 4 completion tokens with no array of them"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@pytest.mark.parametrize("text", [zipped(), promising_much()])
+def test_a_strange_answer_to_the_probe_gets_json(start_server, connect, text):
+    server = start_server(compact=True)
+    server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
+    assert connect(server).transports == {server.url: "JSON"}
+
+
+@pytest.mark.parametrize("value", ["abc", [1], {"a": 1}])
+def test_log_probs_that_are_no_numbers_are_a_teacher_error(server, connect, value):
+    teacher = connect(server)
+
+    def edit(entries, ids):
+        entries[3][str(ids[3])]["logprob"] = value
+        return entries
+
+    server.edit = edit
+    with pytest.raises(TeacherError, match=rf"'general' at {server.url} "):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@pytest.mark.parametrize(
+    "answer", [[], 7, {"choices": 7}, {"choices": [7]}, {"choices": [{"index": 0, "prompt_logprobs": 7}]}]
+)
+def test_json_of_another_shape_is_a_teacher_error(server, connect, answer):
+    teacher = connect(server)
+    server.answers.append((200, json.dumps(answer)))
+    with pytest.raises(TeacherError, match=rf"'general' at {server.url} "):
         teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
 
 
 def test_nothing_in_an_answer_is_unpickled(start_server, connect):
-    import base64
-    import io
-
-    with io.BytesIO() as buffer:
-        np.save(buffer, np.array([[print]], dtype=object), allow_pickle=True)
-        pickled = base64.b64encode(buffer.getvalue()).decode()
+    pickled = npy(np.array([[print]], dtype=object), allow_pickle=True)
     server = start_server(compact=True)
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": pickled}
@@ -641,6 +734,15 @@ def test_a_teacher_error_is_a_camopd_error():
 # --- start -------------------------------------------------------------------------------------------------------
 
 
+def test_a_server_with_another_model_than_the_config_names_is_refused(server):
+    with pytest.raises(
+        TeacherError, match=rf"'general' at {server.url} serves 'tiny-teacher', and the config wants 'Qwen/Qwen3-8B'\."
+    ):
+        ServerTeacher([server.url], "general", model="Qwen/Qwen3-8B")
+    server.root = "Qwen/Qwen3-8B"  # under another name
+    ServerTeacher([server.url], "general", model="Qwen/Qwen3-8B").close()
+
+
 def test_replicas_with_different_models_are_refused_with_who_serves_what(start_server, connect):
     first, second = start_server(), start_server(name="another-model")
     with pytest.raises(
@@ -664,6 +766,19 @@ def test_a_context_without_room_for_the_token_vllm_generates_is_refused(start_se
 
 def test_a_server_that_tells_no_context_is_taken(start_server, connect):
     connect(start_server(max_model_len=None)).check_context(10**6)
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_closing_ends_what_is_being_scored(server, connect, gone):
+    teacher = connect(server)
+    server.answers.extend(["hang"] * 8)
+    if gone:
+        server.before = server.close
+    future = teacher.submit(TOKEN_IDS, PROMPT_LENS)
+    time.sleep(0.3)
+    teacher.close()
+    with pytest.raises((TeacherError, CancelledError)):
+        future.result(timeout=5)
 
 
 def test_closing_ends_the_thread(server):
@@ -724,12 +839,16 @@ def test_without_a_key_no_authorization_is_sent(server, connect):
     assert "Authorization" not in server.requests[0][1]
 
 
-@pytest.mark.parametrize("fault", ["401", "500", "not JSON", "nothing listening", "line break in the key"])
+@pytest.mark.parametrize(
+    "fault", ["401", "500", "not JSON", "echo", "half", "nothing listening", "line break in the key"]
+)
 def test_the_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch, caplog, fault):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-sec\nret" if fault.startswith("line") else "sk-secret")
     if fault == "nothing listening":
         server.close()
-    server.always = (int(fault), "refused sk-secret") if fault.isdigit() else (200, "<html> sk-secret")
+    answers = {"echo": (200, '{"headers": "Bearer sk-secret"}'), "half": (400, "x" * 495 + "sk-secret")}
+    refused = (int(fault), "refused sk-secret") if fault.isdigit() else (200, "<html> sk-secret")
+    server.always = answers.get(fault, refused)
     with caplog.at_level(logging.DEBUG), pytest.raises((TeacherError, ValueError)) as raised:
         connect(server)
     error = raised.value

@@ -13,7 +13,7 @@ from camopd.errors import TeacherError
 from camopd.logprobs import completion_logps
 from camopd.teachers.base import Teacher, TokenScores
 from camopd.teachers.local import AdapterOffTeacher, LocalTeacher
-from camopd.teachers.resolve import resolve_teachers
+from camopd.teachers.resolve import connect_servers, resolve_teachers
 from camopd.teachers.server import ServerTeacher
 
 
@@ -161,7 +161,7 @@ def resolve(model_factory, tokenizer):
     def resolve(teachers, student=None, max_tokens=64, **init_kwargs):
         student = student or model_factory(0)
         return resolve_teachers(
-            teachers,
+            connect_servers(teachers, max_tokens, patience=5.0),
             student=student,
             student_forward=student_forward(student),
             tokenizer=tokenizer,
@@ -170,7 +170,6 @@ def resolve(model_factory, tokenizer):
             autocast=nullcontext,
             batch_size=2,
             init_kwargs={"dtype": "float32", **init_kwargs},
-            patience=5.0,
         )
 
     return resolve

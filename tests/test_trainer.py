@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import VOCAB, make_model, make_prompts
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from steps import CASES, Case, FakeSampler, reference_step, trainer_step
+from transformers import LlamaForCausalLM
 from trl import DistillationTrainer
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
@@ -438,7 +440,7 @@ def test_a_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer)
 def test_a_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tmp_path, tokenizer):
     teachers = {"general": BrokenTeacher(-math.log(len(VOCAB))), "domain": make_model(1)}
     with pytest.raises(
-        CaMOPDError, match=r"'general' \(broken\) gives every one of \d+ tokens the log-prob -3.761 = -ln"
+        CaMOPDError, match=r"'general' \(broken\) gives every one of \d+ tokens the log-prob -3\.761, as -ln"
     ):
         make_trainer(tmp_path, tokenizer, teachers=teachers).train()
 
@@ -595,6 +597,23 @@ def test_a_server_that_says_it_is_the_student_and_is_not_is_refused_before_the_f
         trainer.train()
 
 
+def test_a_student_with_an_adapter_is_not_taken_for_the_base_it_is_named_after(tmp_path, tokenizer, start_server):
+    make_model(1).save_pretrained(tmp_path / "base")
+    student = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]),
+    )
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora" in name:
+                parameter.normal_(0, 0.5)
+    base = start_server(model=make_model(1), root=str(tmp_path / "base"))
+    teachers = {"general": base.url, "domain": make_model(2)}
+    make_trainer(tmp_path, tokenizer, model=student, max_steps=1, teachers=teachers).train()
+    (line,) = lines(tmp_path)
+    assert line["gap/general/abs_mean"] > 0.5
+
+
 def test_a_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(tmp_path, tokenizer, start_server):
     lost = make_model(2)
     with torch.no_grad():
@@ -603,7 +622,7 @@ def test_a_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(
         tmp_path, tokenizer, max_steps=1, teachers={"general": start_server(model=lost).url, "domain": make_model(1)}
     )
     trainer._roll_out = None
-    with pytest.raises(TeacherError, match=r"'general'.*= -ln\(vocabulary size\): it has lost its weights"):
+    with pytest.raises(TeacherError, match=r"'general'.*as -ln\(vocabulary size\): it has lost its weights"):
         trainer.train()
 
 

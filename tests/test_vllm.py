@@ -301,8 +301,11 @@ def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
 
     def kill_while_it_scores(*args):
         future = submit(*args)
-        if trainer.state.global_step == 1:
-            threading.Timer(0.1, lambda: killed.append(not future.done()) or replicas[1].kill()).start()
+        while trainer.state.global_step == 1 and not killed and not future.done():
+            if teacher._replicas[1].requests_in_flight:
+                replicas[1].kill()
+                killed.append(not future.done())
+            time.sleep(0.001)
         return future
 
     teacher.submit = kill_while_it_scores

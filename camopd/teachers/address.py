@@ -5,14 +5,30 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
+from pathlib import Path
 from typing import Any
 
 
 def is_server(spec: Any) -> bool:
-    """Whether a teacher was given as a URL or a list of URLs."""
+    """Whether a teacher was given as a URL, a list of URLs, or `{"urls": one of these, "model": what they serve}`."""
+    if isinstance(spec, dict):
+        return set(spec) == {"urls", "model"} and is_server(spec["urls"])
     if isinstance(spec, (list, tuple)):
         return bool(spec) and all(isinstance(url, str) and is_server(url) for url in spec)
     return isinstance(spec, str) and spec.startswith(("http://", "https://"))
+
+
+def urls_and_model(spec: Any) -> tuple[list[str], str | None]:
+    """URLs of a teacher on servers, each once, and the model they must serve where that was said."""
+    urls, model = (spec["urls"], spec["model"]) if isinstance(spec, dict) else (spec, None)
+    return list(dict.fromkeys([urls] if isinstance(urls, str) else urls)), model
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are those of one model: the same id, or paths to the same folder."""
+    return one == other or (
+        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+    )
 
 
 def is_loopback(host: str) -> bool:

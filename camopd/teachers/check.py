@@ -5,10 +5,8 @@ A teacher that is wrong in silence (another template, lost weights, other tokens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,18 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import CaMOPDError, TeacherError
 from ..schedule import Schedule
-from .address import is_loopback, is_server
+from .address import is_loopback, is_server, same_model, urls_and_model
 from .base import Teacher, TokenScores
 from .server import ServerTeacher
 
 
-# Mean |log-prob difference| per token between two engines with the same weights: some 5e-5 nats in float32, some 0.01 in
-# bfloat16. Above the first bound the engines differ more than that, above the second they hold different weights.
+# Mean |log-prob difference| per token between two engines with the same weights: some 5e-5 nats in float32, some more in
+# bfloat16. Above the first bound a look at the settings is due, above the second they hold different weights.
 ENGINE_GAP_WARNING, ENGINE_GAP_ERROR = 0.05, 0.5
 # Teachers of one origin with the student start at some 0.04 nats/token, a foreign one at 0.19, from which distillation is
 # much harder: https://arxiv.org/abs/2606.30406.
 INITIAL_KL_WARNING = 0.1
-UNIFORM_TOLERANCE = 1e-3
 VOCABULARY_PROBES = 256  # tokens spread over the vocabulary
 # Texts whose token ids differ between tokenizer families: spaces, digits, code, accents, CJK, an emoji.
 PROBE_TEXTS = ("The capital of  France is Paris.\n\n", "def f(x):\n    return x ** 2 + 31415", "Çéß 東京 😀")
@@ -216,22 +213,29 @@ def check_scores(
 def _check_distribution(
     branch: str, teacher: Teacher, logps: Tensor, tops: list[TokenScores], vocab_size: int
 ) -> Finding:
-    uniform = -math.log(vocab_size)
-    if (logps - uniform).abs().max() < UNIFORM_TOLERANCE:
+    if has_lost_its_weights(logps):
         return Finding(
             branch, "log-probs", "error",
-            f"{teacher.name!r} gives every token the log-prob {uniform:.3f} = -ln(vocabulary size): it has lost its "
+            f"{teacher.name!r} gives every token the log-prob {logps.mean():.3f}, as -ln(vocabulary size): it has lost its "
             "weights (after a sleep without wake-up, for example). Start it again",
         )  # fmt: skip
-    mass = max((row.top_logps.exp().sum(-1).max().item() for row in tops if row.top_logps is not None), default=0.0)
-    if logps.max() > 1e-4 or mass > 1.001:
+    masses = [row.top_logps.exp().sum(-1) for row in tops if row.top_logps is not None]
+    most, least = (max(m.max().item() for m in masses), min(m.min().item() for m in masses)) if masses else (1.0, 1.0)
+    # Five of V tokens, the likeliest, hold at least 5 / V; half of it allows for a teacher with a padded vocabulary.
+    if logps.max() > 1e-4 or most > 1.001 or least < 2.5 / vocab_size:
         return Finding(
             branch, "log-probs", "error",
-            f"{teacher.name!r} answers {logps.max():.2f} as a log-prob and {mass:.2f} as the probability of five tokens: "
-            "these are no normalised log-probs. Start the server with --logprobs-mode raw_logprobs",
+            f"{teacher.name!r} answers {logps.min():.2f} to {logps.max():.2f} as log-probs and {least:.2g} to {most:.2g} "
+            "as the probability of the five likeliest tokens: these are no normalised log-probs. Start the server with "
+            "--logprobs-mode raw_logprobs",
         )  # fmt: skip
-    # At temperature 1 raw and processed log-probs are the same; what was asked for is T = 1 and nothing cut off.
-    return Finding(branch, "log-probs", "ok", f"finite, normalised, at temperature 1; mean {logps.mean():.2f} nats")
+    # At temperature 1, which is what was asked for, raw and processed log-probs are the same.
+    return Finding(branch, "log-probs", "ok", f"finite, normalised, asked for at T = 1; mean {logps.mean():.2f} nats")
+
+
+def has_lost_its_weights(logps: Tensor) -> bool:
+    """Whether a server finds all tokens equally and hardly likely: -ln V, whatever its vocabulary size V is."""
+    return len(logps) > 1 and bool(logps.max() - logps.min() < 1e-3) and bool(logps.mean() < -3)
 
 
 def _check_end(branch: str, tokenizer: PreTrainedTokenizerBase, tops: list[TokenScores]) -> Finding:
@@ -263,12 +267,7 @@ def initial_kl(branch: str, kl: float, tokens: int) -> Finding:
 
 def is_student_start(teacher: Any, student: str) -> bool:
     """Whether a teacher says that it is the model the student starts from, by name or path."""
-    names = {teacher.name, getattr(teacher, "model_path", teacher.name)}
-    return bool({_resolved(name) for name in names} & {_resolved(student)})
-
-
-def _resolved(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return any(same_model(name, student) for name in (teacher.name, getattr(teacher, "model_path", teacher.name)))
 
 
 def raise_errors(findings: Iterable[Finding], warn: Callable[[str], None]) -> None:
@@ -296,7 +295,8 @@ def main(config: str, overrides: list[str]) -> None:
     for branch, spec in specs.items():
         if is_server(spec):
             try:
-                servers[branch] = ServerTeacher([spec] if isinstance(spec, str) else spec, branch)
+                urls, expected = urls_and_model(spec)
+                servers[branch] = ServerTeacher(urls, branch, model=expected)
             except (TeacherError, ValueError) as error:
                 findings.append(Finding(branch, "reachable", "error", f"{error}{where_from(settings, branch)}"))
     _stop_on_errors(findings)

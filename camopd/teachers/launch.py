@@ -502,7 +502,7 @@ def _wait_until_up(servers: Sequence[Server], signals: list[int]) -> bool:
     started = time.monotonic()
     reminder = started
     answers: dict[str, str] = {}
-    with httpx.Client(timeout=2) as client:
+    with httpx.Client(timeout=2, trust_env=False) as client:
         while waiting := [server for server in servers if not server.up]:
             if time.monotonic() >= reminder:
                 reminder += REMINDER_SECONDS

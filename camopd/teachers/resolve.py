@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from .address import is_server
+from .address import is_server, urls_and_model
 from .base import Teacher
 from .check import check_server, raise_errors
 from .local import (
@@ -27,6 +27,24 @@ from .server import ServerTeacher
 logger = logging.getLogger(__name__)
 
 
+def connect_servers(teachers: dict[str, Any], max_tokens: int, patience: float) -> dict[str, Any]:
+    """The same teachers, with a `ServerTeacher` in place of each URL: what is wrong with a server shows before any model
+    or dataset is loaded. Branches that name the same server share one.
+
+    Raises `TeacherError` for a server that cannot be used or whose context is shorter than `max_tokens`.
+    """
+    made: dict[str, ServerTeacher] = {}
+    connected = dict(teachers)
+    for branch, spec in teachers.items():
+        if is_server(spec):
+            urls, model = urls_and_model(spec)
+            if repr(urls) not in made:
+                made[repr(urls)] = ServerTeacher(urls, branch, patience, model)
+                made[repr(urls)].check_context(max_tokens)
+            connected[branch] = made[repr(urls)]
+    return connected
+
+
 def resolve_teachers(
     teachers: dict[str, Any],
     student: Any,
@@ -37,25 +55,22 @@ def resolve_teachers(
     autocast: Callable[[], Any],
     batch_size: int,
     init_kwargs: dict[str, Any],
-    patience: float,
 ) -> dict[str, Teacher]:
-    """Turn what the user wrote for each branch into teachers, servers first: they fail fast, models load slowly.
+    """Turn what `connect_servers` left for each branch into teachers, servers first: they fail fast, models load slowly.
 
-    Branches that name the same model or server share one teacher. Raises `ValueError`, `TypeError` or `TeacherError` for
+    Branches that name the same model share one teacher. Raises `ValueError`, `TypeError` or `TeacherError` for
     a teacher that cannot be had, does not fit the student's tokenizer, or whose context is shorter than `max_tokens`.
     """
     resolved: dict[str, Teacher] = {}
     made: dict[str, Teacher] = {}
-    for branch, spec in sorted(teachers.items(), key=lambda item: not is_server(item[1])):
-        key = repr([spec] if isinstance(spec, str) else list(spec)) if isinstance(spec, (str, list, tuple)) else None
-        if key is not None and key in made:
-            resolved[branch] = made[key]
+    for branch, spec in sorted(teachers.items(), key=lambda item: not isinstance(item[1], ServerTeacher)):
+        if isinstance(spec, str) and spec in made:
+            resolved[branch] = made[spec]
             continue
         teacher: Teacher
-        if is_server(spec):
-            server = ServerTeacher([spec] if isinstance(spec, str) else spec, branch, patience)
-            raise_errors(check_server(branch, server, tokenizer, max_tokens), logger.warning)
-            teacher = server
+        if isinstance(spec, ServerTeacher):
+            raise_errors(check_server(branch, spec, tokenizer, max_tokens), logger.warning)
+            teacher = spec
         elif spec == "adapter_off":
             teacher = AdapterOffTeacher(student, student_forward, batch_size, autocast)
         elif isinstance(spec, str):
@@ -85,8 +100,8 @@ def resolve_teachers(
                 "and a `score` method (camopd.Teacher)."
             )
         resolved[branch] = teacher
-        if key is not None:
-            made[key] = teacher
+        if isinstance(spec, str):
+            made[spec] = teacher
     return {branch: resolved[branch] for branch in teachers}
 
 

@@ -29,6 +29,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
 import numpy as np
@@ -36,6 +38,7 @@ import orjson
 import torch
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
     stop_after_delay,
@@ -43,7 +46,7 @@ from tenacity import (
 )
 
 from ..errors import TeacherError
-from .address import key_variables
+from .address import key_variables, same_model
 from .base import TokenScores
 
 
@@ -56,7 +59,7 @@ ATTEMPTS = 6  # for one request, over all replicas
 CONNECT_SECONDS = 4.0
 ANSWER_SECONDS = 5.0  # for the small questions: which model, is it well, tokenize this
 # A scoring request may take this long, plus what the tokens need that this process has in flight on the replica. 500
-# tokens/s is slow on purpose: thirty-two processes may be asking the same server.
+# tokens/s allows for thirty-two processes that ask one server of 16000.
 SCORE_SECONDS = 300.0
 SECONDS_PER_TOKEN = 1 / 500
 HEALTH_SECONDS = 1.0  # between two looks at a replica that is out
@@ -105,7 +108,7 @@ class _Row:
 class ServerTeacher:
     """One teacher model behind one or more vLLM URLs."""
 
-    def __init__(self, urls: Sequence[str], branch: str, patience: float = 900.0):
+    def __init__(self, urls: Sequence[str], branch: str, patience: float = 900.0, model: str | None = None):
         """Reach every replica, learn what it serves, and see which transport it speaks.
 
         An API key is read from the environment variable `CAMOPD_TEACHER_API_KEY_<BRANCH>`, or `CAMOPD_TEACHER_API_KEY`.
@@ -114,12 +117,16 @@ class ServerTeacher:
             urls: `http(s)://host:port` of each replica.
             branch: for messages, and for the name of the key.
             patience: seconds to wait for a replica when all of them are gone.
+            model: what they must serve, where that is known.
 
-        Raises `TeacherError` when a replica does not answer or the replicas serve different models.
+        Raises `TeacherError` when a replica does not answer, or serves another model than it should or than the others.
         """
         self.branch = branch
         self.patience = patience
+        self._model = model
         self.urls = [url.strip().rstrip("/").removesuffix("/v1") for url in urls]
+        for url in self.urls:
+            _check_url(url, branch)
         self._key = _api_key(branch)
         self._replicas = [_Replica(url) for url in self.urls]
         # Where replicas are equally busy any of them will do; ranks that all took the first would flood it.
@@ -128,6 +135,7 @@ class ServerTeacher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._outage: asyncio.Task[None] | None = None  # counts the time without any replica
         self._outage_over = ""  # why nobody waits any longer
+        self._last_fault = ""
         self._client = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {self._key}"} if self._key else {})},
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # `_exchange` watches the whole of a request
@@ -152,7 +160,12 @@ class ServerTeacher:
                 "start every replica with the same model and --served-model-name."
             )
         self.name = served[self.urls[0]]["id"]
-        self.model_path = served[self.urls[0]].get("root") or self.name
+        self.model_path = str(served[self.urls[0]].get("root") or self.name)
+        if self._model is not None and not any(same_model(self._model, name) for name in (self.name, self.model_path)):
+            raise TeacherError(
+                f"teacher {self.branch!r} at {', '.join(self.urls)} serves {self._without_key(self.name)!r}, and the "
+                f"config wants {self._model!r}. Start the right model there, or mend the URL or the config."
+            )
         self.max_model_len = min(model.get("max_model_len") or math.inf for model in served.values())
         await self._all(self._choose_transport(replica) for replica in self._replicas)
         for replica in self._replicas:
@@ -165,8 +178,10 @@ class ServerTeacher:
             return
 
         async def shut() -> None:
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # their futures end with them
             await self._client.aclose()
 
         self._wait(shut())
@@ -217,7 +232,7 @@ class ServerTeacher:
 
     async def _score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int) -> list[TokenScores]:
         if self._outage_over:  # a new batch, a new wait
-            self._begin_outage("still none")
+            self._begin_outage()
         rows = [
             _Row(index, ids, prompt_len)
             for index, (ids, prompt_len) in enumerate(zip(token_ids, prompt_lens, strict=True))
@@ -255,9 +270,21 @@ class ServerTeacher:
         """Score some rows together, on another replica after each fault."""
         tokens = sum(len(row.token_ids) for row in rows)
         tried: _Replica | None = None
+        first_fault, faults = math.inf, 0
+
+        def give_up(state: RetryCallState) -> bool:
+            """After so many faults, or when they have lasted for `patience`. One that is busy (429) is only waited for."""
+            nonlocal first_fault, faults
+            assert state.outcome is not None
+            fault = state.outcome.exception()
+            assert isinstance(fault, _Fault)
+            first_fault = min(first_fault, time.monotonic())
+            faults += fault.takes_out
+            return faults >= ATTEMPTS or time.monotonic() - first_fault > self.patience
+
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_Fault),
-            stop=stop_after_attempt(ATTEMPTS),
+            stop=give_up,
             wait=wait_exponential_jitter(0.2, 10),
             reraise=True,
         )
@@ -277,8 +304,16 @@ class ServerTeacher:
                         await self._give_back(replica, tokens)
         except _Fault as fault:
             raise TeacherError(
-                f"teacher {self.branch!r} could not score {len(rows)} sequences of {tokens} tokens in {ATTEMPTS} attempts; "
-                f"the last: {fault}. Look at that server's log."
+                f"teacher {self.branch!r} could not score {len(rows)} sequences of {tokens} tokens in "
+                f"{retrying.statistics['attempt_number']} attempts; the last: {fault}. Look at that server's log."
+            ) from None
+        except (TeacherError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # whatever a stranger may answer must reach the trainer as one kind of error
+            where = tried.url if tried is not None else ", ".join(self.urls)
+            raise TeacherError(
+                f"teacher {self.branch!r} at {where} answered what cannot be read "
+                f"({self._without_key(f'{type(error).__name__}: {error}'[:500])}). Is this a vLLM server?"
             ) from None
         raise AssertionError("unreachable")
 
@@ -288,7 +323,7 @@ class ServerTeacher:
         request_id = uuid.uuid4().hex
         sampling = {
             **PLAIN_SAMPLING,
-            "prompt_logprob_token_ids": scored[:, None],  # an array: 32768 small lists cost ten times the time
+            "prompt_logprob_token_ids": scored[:, None],  # an array is written faster than 32768 small lists
             "prompt_logprob_start": row.prompt_len - 1,
         }
         body = {"model": self.name, "request_id": request_id, "token_ids": row.token_ids, "sampling_params": sampling}
@@ -296,10 +331,10 @@ class ServerTeacher:
         if not str(answer.get("request_id")).endswith(request_id):
             raise self._unusable(replica, f"answered request {answer.get('request_id')!r} when asked {request_id!r}")
         logps = _from_base64_npy(answer.get("prompt_token_id_logprobs"))
-        if logps is None or logps.shape != (len(scored), 1):
-            shape = "no array" if logps is None else f"{len(logps)} log-probs"
-            raise self._unusable(replica, f"scored {len(scored)} completion tokens with {shape}")
-        return _to_scores(logps, None)
+        if logps is None or len(logps) != len(scored):
+            found = "no array of them" if logps is None else f"{len(logps)} log-probs"
+            raise self._unusable(replica, f"scored {len(scored)} completion tokens with {found}")
+        return _to_scores(logps[:, None], None)
 
     async def _score_json(self, replica: _Replica, rows: list[_Row], top_k: int) -> list[tuple[_Row, TokenScores]]:
         body = {
@@ -310,10 +345,7 @@ class ServerTeacher:
         }
         tokens = sum(len(row.token_ids) for row in rows)
         answer = await self._scoring_answer(replica, "/v1/completions", body, tokens * (1 + top_k))
-        try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        except (KeyError, TypeError):
-            choices = []
+        choices = sorted(answer.get("choices") or [], key=lambda choice: choice["index"])
         if [choice["index"] for choice in choices] != list(range(len(rows))):
             raise self._unusable(replica, f"answered {len(choices)} of {len(rows)} sequences")
         scores = []
@@ -351,7 +383,7 @@ class ServerTeacher:
         return answer
 
     def _unusable(self, replica: _Replica, what: str) -> TeacherError:
-        return TeacherError(f"teacher {self.branch!r} at {replica.url} {what}.")
+        return TeacherError(self._without_key(f"teacher {self.branch!r} at {replica.url} {what}."))
 
     def _check_finite(self, scores: list[TokenScores]) -> None:
         not_finite = [
@@ -376,10 +408,12 @@ class ServerTeacher:
         """A living replica with a free place, the one with the fewest tokens in flight; waits until there is one."""
         async with self._changed:
             while True:
-                free = [r for r in self._replicas if r.alive and r.requests_in_flight < REQUESTS_PER_REPLICA]
+                alive = [replica for replica in self._replicas if replica.alive]
+                # Wait for a busy one that works rather than go back to an idle one that does not.
+                others = [replica for replica in alive if replica is not avoid] or alive
+                free = [replica for replica in others if replica.requests_in_flight < REQUESTS_PER_REPLICA]
                 if free:
-                    others = [replica for replica in free if replica is not avoid] or free
-                    replica = min(others, key=lambda replica: (replica.tokens_in_flight, self._dice.random()))
+                    replica = min(free, key=lambda replica: (replica.tokens_in_flight, self._dice.random()))
                     replica.requests_in_flight += 1
                     replica.tokens_in_flight += tokens
                     return replica
@@ -394,32 +428,31 @@ class ServerTeacher:
             self._changed.notify()
 
     def _take_out(self, replica: _Replica, why: str) -> None:
+        self._last_fault = why
         if not replica.alive:
             return
+        logger.warning("teacher %r: replica %s is out: %s", self.branch, replica.url, why)
         replica.alive = False
-        self._spawn(self._let_in_when_well(replica, why))
+        self._spawn(self._let_in_when_well(replica))
         if not any(replica.alive for replica in self._replicas):
-            self._begin_outage(why)
+            self._begin_outage()
 
-    def _begin_outage(self, why: str) -> None:
+    def _begin_outage(self) -> None:
         self._outage_over = ""
-        self._outage = self._spawn(self._wait_for_any(why))
+        self._outage = self._spawn(self._wait_for_any())
 
-    async def _let_in_when_well(self, replica: _Replica, why: str) -> None:
+    async def _let_in_when_well(self, replica: _Replica) -> None:
         """Let a replica in again when it is healthy and still serves this teacher's model."""
-        started, said = time.monotonic(), False
+        started = time.monotonic()
         while True:
             try:
                 await self._exchange("GET", replica.url, "/health", None, ANSWER_SECONDS, parse=False)
                 model = await self._served_model(replica.url, attempts=1)
                 if model["id"] == self.name:
                     break
-                why = f"it serves {model['id']!r} now"
+                self._last_fault = f"{replica.url} serves {self._without_key(model['id'])!r} now"
             except (_Fault, TeacherError):
                 pass
-            if not said:  # one that answers at once had a hiccup; the retry is enough
-                logger.warning("teacher %r: replica %s is out: %s", self.branch, replica.url, why)
-                said = True
             await asyncio.sleep(HEALTH_SECONDS)
         await self._choose_transport(replica)  # it may have been started again with other flags
         async with self._changed:
@@ -428,11 +461,10 @@ class ServerTeacher:
             if self._outage is not None:
                 self._outage.cancel()
             self._changed.notify_all()
-        if said:
-            seconds = time.monotonic() - started
-            logger.warning("teacher %r: replica %s is back after %.0f s", self.branch, replica.url, seconds)
+        seconds = time.monotonic() - started
+        logger.warning("teacher %r: replica %s is back after %.0f s", self.branch, replica.url, seconds)
 
-    async def _wait_for_any(self, why: str) -> None:
+    async def _wait_for_any(self) -> None:
         """Say that every replica is gone, and end the wait of all requests when `patience` is over."""
         started = time.monotonic()
         where = ", ".join(self.urls)
@@ -442,13 +474,13 @@ class ServerTeacher:
                 said += 1
                 logger.warning(
                     "teacher %r: no replica answers (%s). Waiting for one, %.0f of %.0f seconds so far; the last fault: %s",
-                    self.branch, where, waited, self.patience, why,
+                    self.branch, where, waited, self.patience, self._last_fault,
                 )  # fmt: skip
             await asyncio.sleep(min(HEALTH_SECONDS, self.patience - waited))
         async with self._changed:
             self._outage_over = (
                 f"teacher {self.branch!r} has no replica left: {where} did not come back in teacher_patience="
-                f"{self.patience:g} seconds; the last fault: {why}. Start the server again, then resume."
+                f"{self.patience:g} seconds; the last fault: {self._last_fault}. Start the server again, then resume."
             )
             self._changed.notify_all()
 
@@ -467,7 +499,7 @@ class ServerTeacher:
         try:
             answer = await self._exchange("POST", replica.url, "/inference/v1/generate", body, 30.0)
             logps = _from_base64_npy(answer.get("prompt_token_id_logprobs"))
-            replica.compact = logps is not None and logps.shape == (1, 1)
+            replica.compact = logps is not None and len(logps) == 1
         except (_Fault, TeacherError, AttributeError):  # 403 without the flag, 404 in old versions, 400 on runner V1
             replica.compact = False
 
@@ -478,8 +510,8 @@ class ServerTeacher:
             return {"id": str(model["id"]), "max_model_len": model.get("max_model_len"), "root": model.get("root")}
         except (KeyError, IndexError, TypeError, AttributeError):
             raise TeacherError(
-                f"teacher {self.branch!r} at {url} does not say which model it serves: {str(answer)[:200]}. Is the URL "
-                "that of a vLLM server, without a path?"
+                f"teacher {self.branch!r} at {url} does not say which model it serves: "
+                f"{self._without_key(str(answer))[:200]}. Is the URL that of a vLLM server, without a path?"
             ) from None
 
     async def _question(
@@ -496,7 +528,7 @@ class ServerTeacher:
         except _Fault as fault:
             raise TeacherError(
                 f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, reachable from this "
-                f"machine, and does it speak {url.partition(':')[0]}?"
+                f"machine, and does it speak {url.partition(':')[0]}?{_proxy_hint()}"
             ) from None
 
     async def _exchange(
@@ -531,10 +563,8 @@ class ServerTeacher:
         except TimeoutError:
             raise _Fault(f"{url} did not answer {path} in {seconds:.0f} seconds") from None
         except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
-            if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol)):
-                raise TeacherError(f"teacher {self.branch!r} at {url}: that is no URL ({error}).") from None
             raise _Fault(f"{url} does not answer ({type(error).__name__}: {self._without_key(str(error))})") from None
-        text = self._without_key(bytes(content[:500]).decode(errors="replace"))
+        text = self._without_key(bytes(content[:5000]).decode(errors="replace"))[:500]
         status = response.status_code
         if status == 429 or status >= 500:
             raise _Fault(f"{url} answered {status}: {text}", takes_out=status != 429)
@@ -560,6 +590,8 @@ class ServerTeacher:
             return f" Write https://{url.removeprefix('http://')}."
         if 300 <= status < 400:
             return " Give the URL it redirects to."
+        if status == 404:
+            return " Is the URL that of a vLLM server, without a path?"
         return ""
 
     def _without_key(self, text: str) -> str:
@@ -607,13 +639,45 @@ def _api_key(branch: str) -> str:
 
 
 def _from_base64_npy(text: Any) -> np.ndarray | None:
-    """The float array in an answer; `None` if there is none. Nothing is unpickled."""
+    """The float32 array of shape (T, 1) in an answer, as (T,); `None` if it is none. Nothing is unpickled, and no more
+    memory is taken than the text has."""
     if not isinstance(text, str):
         return None
     try:
-        return np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        data = base64.b64decode(text, validate=True)
+        stream = io.BytesIO(data)
+        np.lib.format.read_magic(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        values = np.frombuffer(
+            data, dtype="<f4", offset=stream.tell()
+        ).copy()  # the text's own bytes cannot be written
+    except (ValueError, TypeError, SyntaxError, EOFError):
         return None
+    return values if dtype == np.dtype("<f4") and shape == (len(values), 1) else None
+
+
+def _check_url(url: str, branch: str) -> None:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is none
+        known = False
+    if not known:
+        raise TeacherError(f"teacher {branch!r} at {url!r}: that is no URL of a server. Write http://host:port.")
+    if parts.username or parts.password:
+        raise TeacherError(
+            f"teacher {branch!r} at {parts.hostname}: a URL shows its user and password to every log. Set "
+            f"{' or '.join(key_variables(branch))} instead."
+        )
+
+
+def _proxy_hint() -> str:
+    proxies = getproxies()
+    return (
+        f" Requests go through the proxy of {'/'.join(sorted(proxies))}_proxy unless no_proxy names the host."
+        if proxies
+        else ""
+    )
 
 
 def _from_entries(token_ids: list[int], entries: list[Any], top_k: int) -> TokenScores:
