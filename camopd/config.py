@@ -61,8 +61,9 @@ class CaMOPDConfig(DistillationConfig):
         > Parameters of the teachers
 
         teachers (`dict[str, Any]`, *optional*):
-            Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), `{"urls": ..., "model": ...}` to have
-            the served model checked, a model id or path (in-process), or `"adapter_off"`. The trainer's own `teachers` argument wins over it.
+            Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), `{"urls": ..., "model": ...}` to
+            have the served model checked, a model id or path (in-process), or `"adapter_off"`. The trainer's own
+            `teachers` argument wins over it.
         score_batch_size (`int`, *optional*, defaults to `8`):
             Sequences per no-gradient forward, for the gaps and for in-process teachers.
         teacher_patience (`float`, *optional*, defaults to `900.0`):

@@ -318,7 +318,9 @@ def test_nan_log_probs_are_an_error_with_the_rows_and_the_only_line(start_server
 def test_uniform_log_probs_are_an_error_with_their_value(start_server, connect, teacher_model, score_findings):
     found = score_findings(connect(start_server(model=without_weights(teacher_model))))["log-probs"]
     assert found.level == "error"
-    assert f"'tiny-teacher' gives every token the log-prob {-math.log(len(VOCAB)):.3f} as -ln(vocabulary" in found.text
+    assert (
+        f"'tiny-teacher' gives every token the log-prob {-math.log(len(VOCAB)):.3f}, as -ln(vocabulary" in found.text
+    )
     assert "lost its weights" in found.text
     assert "Start it again" in found.text
 
