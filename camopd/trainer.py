@@ -830,10 +830,12 @@ class CaMOPDTrainer(DistillationTrainer):
     def _keep_step(self, rollouts: Rollouts | None) -> Path:
         """Write a checkpoint of where training stands, with the rollouts that could not be scored. Called by all ranks."""
         folder = self._checkpoint_folder()
-        if self._checkpoint is None or self._checkpoint.resolve() != folder.resolve():
+        only_model, self.args.save_only_model = self.args.save_only_model, False  # this one is there to go on from
+        if only_model or self._checkpoint is None or self._checkpoint.resolve() != folder.resolve():
             self._save_checkpoint(self.model, trial=None)
         elif rollouts is not None:
             self._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
+        self.args.save_only_model = only_model
         self.accelerator.wait_for_everyone()
         if rollouts is not None:
             rollouts.prompts_cut = self._prompts_cut

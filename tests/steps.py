@@ -16,10 +16,11 @@ import torch
 from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from safetensors.torch import save_file
 
-from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
+from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import TeacherError
 from camopd.prompts import PromptDealer, PromptStream
 from camopd.schedule import Schedule
+from camopd.teachers.local import LocalTeacher
 
 
 ROWS = 8
@@ -75,7 +76,7 @@ class FakeSampler:
 
 
 def trainer_step(
-    case: Case, output_dir: str, batch_size: int, general_teacher=None
+    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
     args = CaMOPDConfig(
@@ -93,7 +94,7 @@ def trainer_step(
         processing_class=make_tokenizer(),
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer._step_metrics
 
@@ -168,24 +169,34 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
             save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{case.name}.safetensors")
         state.wait_for_everyone()
 
-    # A rank whose teacher fails must not leave the other one waiting in the next collective.
+    # A rank whose teacher fails must not leave the other one waiting in the next collective. After resume the step that was
+    # kept is the step by hand.
     class FailsOnOneRank:
         name = "fails on one rank"
+        fails = True
 
         def submit(self, token_ids, prompt_lens, top_k=0):
             future = Future()
-            if state.process_index == 1:
+            if self.fails and state.process_index == 1:
                 future.set_exception(TeacherError("rank 1 has lost its teacher"))
             else:
-                lengths = [len(ids) - n for ids, n in zip(token_ids, prompt_lens, strict=True)]
-                future.set_result([TokenScores(torch.zeros(length)) for length in lengths])
+                future.set_result(LocalTeacher(make_model(2), "local", "cpu", 3).score(token_ids, prompt_lens, top_k))
             return future
 
         def score(self, token_ids, prompt_lens, top_k=0):
             return self.submit(token_ids, prompt_lens, top_k).result()
 
+    teacher, run = FailsOnOneRank(), folder / "fails"
     try:
-        trainer_step(CASES[0], str(folder / "fails"), batch_size=2, general_teacher=FailsOnOneRank())
+        trainer_step(CASES[0], str(run), batch_size=2, general_teacher=teacher)
     except TeacherError as error:
-        kept = sorted(path.name for path in (folder / "fails" / "checkpoint-0").glob("rollouts-*"))
+        kept = sorted(path.name for path in (run / "checkpoint-0").glob("rollouts-*"))
         (folder / f"error-{state.process_index}.txt").write_text(f"{error} {kept}")
+    teacher.fails = False
+    FakeSampler.generate = None  # nothing is rolled out again
+    parameters, _ = trainer_step(
+        CASES[0], str(run), batch_size=2, general_teacher=teacher, resume=str(run / "checkpoint-0")
+    )
+    if state.is_main_process:
+        save_file({name: value.contiguous() for name, value in parameters.items()}, folder / "resumed.safetensors")
+    state.wait_for_everyone()

@@ -160,13 +160,19 @@ def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
     return [parameter.detach().clone() for parameter in trainer.model.parameters()], generated
 
 
-@pytest.mark.parametrize("save_strategy", ["no", "steps"])
-@pytest.mark.parametrize("fails_at", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("fails_at", "saving"),
+    [
+        *((step, {"save_strategy": "no"}) for step in (0, 2, 3)),
+        *((step, {"save_strategy": "steps", "save_steps": 1}) for step in (0, 2, 3)),
+        (2, {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}),
+    ],
+)
 def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resume(
-    fails_at, save_strategy, start_server, tmp_path, tokenizer
+    fails_at, saving, start_server, tmp_path, tokenizer
 ):
     server = start_server()
-    kwargs = {"save_strategy": save_strategy, "save_steps": 1}
+    kwargs = {**saving, "optim": "adamw_torch"}
     expected, generated = train_with(server, tmp_path / "one", tokenizer, **kwargs)
     assert generated == [0, 1, 2, 3]
 

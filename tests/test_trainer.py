@@ -110,6 +110,9 @@ def test_two_processes_take_the_step_by_hand(tmp_path):
         text = (tmp_path / f"error-{rank}.txt").read_text()
         assert "rank 1 has lost its teacher\nNothing is lost" in text
         assert "['rollouts-0-of-2.safetensors', 'rollouts-1-of-2.safetensors']" in text
+    expected, _, _ = reference_step(CASES[0])
+    for name, value in load_file(tmp_path / "resumed.safetensors").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
 def test_the_cases_hold_what_they_are_meant_to_hold():

@@ -349,7 +349,7 @@ def _check_local(
     """A teacher in the trainer's process, without loading its weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from .local import _guess, check_same_tokens, context_length
+    from .local import check_same_tokens, context_length, guess_meaning
 
     if spec == "adapter_off":
         if use_peft:
@@ -369,7 +369,7 @@ def _check_local(
     except (OSError, ValueError) as error:
         return Finding(
             branch, "in the process", "error",
-            f"{spec!r} cannot be loaded{_guess(spec)}: {str(error).strip()}\nGive {way_out}",
+            f"{spec!r} cannot be loaded{guess_meaning(spec)}: {str(error).strip()}\nGive {way_out}",
         )  # fmt: skip
     try:
         check_same_tokens(tokenizer, theirs, branch)
@@ -395,7 +395,13 @@ def _check_with_student(
     if not servers:
         return []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(student, **source).to(device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(student, **source).to(device).eval()
+    except torch.OutOfMemoryError:
+        raise CaMOPDError(
+            f"the student {student!r} does not fit onto the GPU beside what runs there (the teachers, perhaps). Set "
+            "CUDA_VISIBLE_DEVICES to a free GPU, or to nothing for the CPU."
+        ) from None
     pad = int(tokenizer.eos_token_id)
 
     def own_logps(probe: Probe) -> list[Tensor]:

@@ -596,9 +596,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     options, overrides = parser.parse_known_args(argv[:place])
     if overrides and not overrides[0].startswith("--"):
         raise ValueError(f"{overrides[0]!r} is one word too many: there is one config, {options.config!r}.")
-    for name in ("tensor_parallel_size", "max_num_batched_tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
+    for name, least in (("tensor_parallel_size", 1), ("max_num_batched_tokens", 1), ("max_logprobs", 5)):
+        if getattr(options, name) < least:  # `camopd check` asks for the five likeliest tokens
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}.")
     for flag in (flag.partition("=")[0] for flag in vllm_flags):
         if flag in ("--host", "--port", "--model"):
             raise ValueError(

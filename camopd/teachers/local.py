@@ -134,7 +134,7 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
         return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the teacher of branch {branch!r}, {model_id!r}, cannot be loaded{_guess(model_id)}: {error}\n"
+            f"the teacher of branch {branch!r}, {model_id!r}, cannot be loaded{guess_meaning(model_id)}: {error}\n"
             "Give a local folder with weights, a model id of the Hub, the URL of a vLLM server (http://host:port), "
             "or 'adapter_off'."
         ) from error
@@ -143,7 +143,7 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
             hf_deepspeed.set_hf_deepspeed_config(zero_config)
 
 
-def _guess(model_id: str) -> str:
+def guess_meaning(model_id: str) -> str:
     """What a mistyped teacher may have been meant to be."""
     if model_id.replace("-", "_").lower() == "adapter_off":
         return " (did you mean 'adapter_off'?)"
