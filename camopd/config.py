@@ -11,6 +11,7 @@ from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule
 
 
+SCORE_TOKENS = 65536  # padded tokens of a no-gradient forward, which keeps nothing but its last hidden states
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
 PAPER_SCALE = {"general": 2.0, "domain": 1.0}
 PAPER_SCORE = {"general": "absolute", "domain": "positive"}
@@ -50,6 +51,10 @@ class CaMOPDConfig(DistillationConfig):
         num_iterations (`int`, *optional*, defaults to `1`):
             Optimizer updates per rollout. Algorithm 1 makes exactly one and defines no ratio clip for more.
 
+        exchange (`bool`, *optional*, defaults to `True`):
+            Whether kept samples are spread anew over ranks and micro-batches, balanced by tokens. The loss and the
+            gradient are the same without, at the cost of padding and of ranks that wait for the fullest one.
+
         > Parameters of the data
 
         prompts_per_step (`int`, *optional*, defaults to `512`):
@@ -64,8 +69,9 @@ class CaMOPDConfig(DistillationConfig):
             Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), `{"urls": ..., "model": ...}` to
             have the served model checked, a model id or path (in-process), or `"adapter_off"`. The trainer's own
             `teachers` argument wins over it.
-        score_batch_size (`int`, *optional*, defaults to `8`):
-            Sequences per no-gradient forward, for the gaps and for in-process teachers.
+        score_batch_size (`int`, *optional*):
+            Sequences per no-gradient forward, for the gaps and for in-process teachers. By default as many as 65536
+            tokens allow at the longest prompt and completion, and at least one.
         teacher_patience (`float`, *optional*, defaults to `900.0`):
             Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
             checkpoint and training stops.
@@ -138,6 +144,11 @@ class CaMOPDConfig(DistillationConfig):
         default=1, metadata={"help": "Optimizer updates per rollout; Algorithm 1 makes exactly one."}
     )
 
+    exchange: bool = field(
+        default=True,
+        metadata={"help": "Whether kept samples are spread anew over ranks and micro-batches, balanced by tokens."},
+    )
+
     # Parameters of the data
     prompts_per_step: int = field(
         default=512, metadata={"help": "Prompts of one optimizer step over all ranks, before selection."}
@@ -154,8 +165,9 @@ class CaMOPDConfig(DistillationConfig):
             "The trainer's `teachers` argument wins."
         },
     )
-    score_batch_size: int = field(
-        default=8, metadata={"help": "Sequences per no-gradient forward, for gaps and in-process teachers."}
+    score_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Sequences per no-gradient forward, for gaps and in-process teachers; default by tokens."},
     )
     teacher_patience: float = field(
         default=900.0,
@@ -163,6 +175,12 @@ class CaMOPDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
+        if self.score_batch_size is None and all(
+            isinstance(length, int) and length > 0 for length in (self.max_prompt_length, self.max_completion_length)
+        ):
+            self.score_batch_size = max(
+                1, SCORE_TOKENS // (self.max_prompt_length + (self.max_completion_length or 0))
+            )
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         for name in (
             "prompts_per_step",

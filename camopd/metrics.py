@@ -76,6 +76,18 @@ def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degen
     }
 
 
+def of_micro_batches(ranks: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> dict[str, float]:
+    """Tokens through forward and backward, from `[rank][micro-batch]` -> samples: how many are padding, and how uneven."""
+    work = [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches if batch) for batches in ranks]
+    total, tokens = sum(work), sum(lengths)
+    return {
+        "train/tokens": tokens,
+        "train/padding": 1 - tokens / total if total else 0.0,
+        "train/imbalance": max(work) * len(work) / total - 1 if total else 0.0,
+        "train/micro_batches": max(len(batches) for batches in ranks),
+    }
+
+
 def of_evaluation(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means and standard errors over prompts of a branch's held-out gaps, nats per token."""
     valid = [row for row in rows if row["num_tokens"] > 0]

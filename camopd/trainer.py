@@ -35,6 +35,7 @@ from trl.trainer.utils import get_config_model_id
 from . import metrics
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
+from .exchange import Kept, exchange, plan
 from .logprobs import completion_logps, in_length_sorted_batches
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
@@ -134,12 +135,13 @@ class CaMOPDTrainer(DistillationTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CaMOPDConfig(f"{model_id.split('/')[-1]}-CaMOPD")
-        assert (
-            args.gradient_accumulation_steps is not None and args.max_completion_length is not None
-        )  # set by the config
+        assert args.gradient_accumulation_steps is not None
+        assert args.max_completion_length is not None
+        assert args.score_batch_size is not None  # set by the config
         _show_log(is_main_process=args.process_index == 0)
         # The data and the names first: they cost nothing to check, the models do.
         self.schedule = Schedule.parse(args.schedule)
+        self._score_batch_size = args.score_batch_size
         self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
         streams = self._make_streams(train_dataset, args)
         eval_dataset = self._with_branch_column(eval_dataset)
@@ -455,7 +457,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
                 token_ids,
                 prompt_lens,
-                self.args.score_batch_size,
+                self._score_batch_size,
             )
             for row, (logps, entropy) in zip(rows, own, strict=False):
                 rollouts.student_logps[row] = logps
@@ -491,7 +493,7 @@ class CaMOPDTrainer(DistillationTrainer):
         training = self.model.training
         self.model.eval()
         own = in_length_sorted_batches(
-            self._student_forward, probe.token_ids, probe.prompt_lens, self.args.score_batch_size
+            self._student_forward, probe.token_ids, probe.prompt_lens, self._score_batch_size
         )
         self.model.train(training)
         failure = None
@@ -573,20 +575,46 @@ class CaMOPDTrainer(DistillationTrainer):
         return kept, len(kept)
 
     def _to_micro_batches(self, rollouts: Rollouts, kept: set[int], num_kept: int) -> list[dict[str, Any] | None]:
-        """This rank's kept samples as micro-batches of the loss, one entry per micro-step; `None` costs nothing.
+        """The kept samples that this rank trains, as micro-batches of the loss, one entry per micro-step; `None` costs
+        nothing.
 
         The work stands in the *last* micro-steps, because gradients are exchanged in the very last one. Every rank does
-        as many as the fullest rank, with stand-ins of weight 0 where it has run out of samples: sharded models need
-        every rank in every forward and backward.
+        as many as every other, with stand-ins of weight 0 where it has no samples: sharded models need every rank in
+        every forward and backward.
         """
-        rows = sorted(
-            (row for row in range(len(rollouts)) if rollouts.position[row] in kept),
-            key=lambda row: -len(rollouts.token_ids[row]),  # similar lengths share a micro-batch: little padding
-        )
-        size, micro_steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        busy = max(1, max(gather_object([math.ceil(len(rows) / size)])))
-        batches = [rows[place * size : (place + 1) * size] for place in range(busy)]
-        return [None] * (micro_steps - busy) + [self._micro_batch(rollouts, batch, num_kept) for batch in batches]
+        args = self.args
+        assert args.gradient_accumulation_steps is not None
+        mine = [
+            Kept(rollouts.position[row], rollouts.branch[row], rollouts.prompt_len[row], len(ids), args.process_index)
+            for row, ids in enumerate(rollouts.token_ids)
+            if rollouts.position[row] in kept
+        ]
+        samples = sorted(gather_object(mine))
+        size = args.per_device_train_batch_size
+        if args.exchange:
+            ranks = plan(
+                [sample.length for sample in samples],
+                num_ranks=args.world_size,
+                batch_size=size,
+                max_tokens=size * (args.max_prompt_length + (args.max_completion_length or 0)),
+            )
+        else:  # every rank keeps its own, in batches of fixed size
+            own = [[i for i, sample in enumerate(samples) if sample.owner == rank] for rank in range(args.world_size)]
+            for indices in own:
+                indices.sort(key=lambda index: -samples[index].length)
+            busy = max(1, *(math.ceil(len(indices) / size) for indices in own))
+            ranks = [[indices[place * size : (place + 1) * size] for place in range(busy)] for indices in own]
+        self._step_metrics.update(metrics.of_micro_batches(ranks, [sample.length for sample in samples]))
+        if args.exchange and args.world_size > 1:
+            target = {index: rank for rank, batches in enumerate(ranks) for batch in batches for index in batch}
+            rollouts = exchange(
+                rollouts, samples, [target[index] for index in range(len(samples))], args.process_index, args.device
+            )
+        row_of = {position: row for row, position in enumerate(rollouts.position)}
+        batches = [[row_of[samples[index].position] for index in batch] for batch in ranks[args.process_index]]
+        return [None] * (args.gradient_accumulation_steps - len(batches)) + [
+            self._micro_batch(rollouts, batch, num_kept) for batch in batches
+        ]
 
     def _micro_batch(self, rollouts: Rollouts, rows: list[int], num_kept: int) -> dict[str, Any]:
         if not rows:  # a stand-in: two tokens of any rollout, outside the mask

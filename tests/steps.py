@@ -6,6 +6,7 @@ Nothing of `camopd` computes the reference: loops over rows and tokens, plain lo
 from __future__ import annotations
 
 import math
+import os
 import sys
 import zlib
 from concurrent.futures import Future
@@ -76,7 +77,7 @@ class FakeSampler:
 
 
 def trainer_step(
-    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None
+    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None, exchange=True
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
     args = CaMOPDConfig(
@@ -85,6 +86,7 @@ def trainer_step(
         prompts_per_step=ROWS, per_device_train_batch_size=batch_size, max_completion_length=9, max_prompt_length=64,
         schedule=case.schedule, mass_target=case.mass_target, selection=case.selection,
         importance_sampling_mode="mask" if case.with_rollout_logps else "none", score_batch_size=3,
+        exchange=exchange,
     )  # fmt: skip
     trainer = CaMOPDTrainer(
         model=make_model(1),
@@ -156,18 +158,21 @@ def _logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     return logits.log_softmax(dim=-1)[range(len(completion)), completion]
 
 
-if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER
-    folder = Path(sys.argv[1])
+if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE EXCHANGE
+    folder, size, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
     for case in CASES:
-        parameters, metrics = trainer_step(case, str(folder / f"run-{case.name}"), batch_size=2)
+        parameters, metrics = trainer_step(case, str(folder / f"run-{case.name}"), size, exchange=exchange)
         from accelerate import PartialState
 
         state = PartialState()
-        assert state.num_processes == 2, f"expected 2 processes, got {state.num_processes}"
+        assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1, state.num_processes
         if state.is_main_process:
             parameters = {name: value.contiguous() for name, value in parameters.items()}
             save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{case.name}.safetensors")
         state.wait_for_everyone()
+
+    if not exchange:
+        sys.exit()
 
     # A rank whose teacher fails must not leave the other one waiting in the next collective. After resume the step that was
     # kept is the step by hand.
@@ -188,15 +193,13 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
 
     teacher, run = FailsOnOneRank(), folder / "fails"
     try:
-        trainer_step(CASES[0], str(run), batch_size=2, general_teacher=teacher)
+        trainer_step(CASES[0], str(run), size, general_teacher=teacher)
     except TeacherError as error:
         kept = sorted(path.name for path in (run / "checkpoint-0").glob("rollouts-*"))
         (folder / f"error-{state.process_index}.txt").write_text(f"{error} {kept}")
     teacher.fails = False
     FakeSampler.generate = None  # nothing is rolled out again
-    parameters, _ = trainer_step(
-        CASES[0], str(run), batch_size=2, general_teacher=teacher, resume=str(run / "checkpoint-0")
-    )
+    parameters, _ = trainer_step(CASES[0], str(run), size, general_teacher=teacher, resume=str(run / "checkpoint-0"))
     if state.is_main_process:
         save_file({name: value.contiguous() for name, value in parameters.items()}, folder / "resumed.safetensors")
     state.wait_for_everyone()

@@ -30,6 +30,7 @@ OTHER_VALUES = {
     "prompts_per_step": (64, "64"),
     "max_prompt_length": (100, "100"),
     "teacher_patience": (60.0, "60"),
+    "exchange": (False, "false"),
     "teachers": (
         {"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"},
         '{"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"}',
@@ -283,6 +284,10 @@ def test_other_generation_kwargs_are_taken(make_config):
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", None])
 def test_a_count_that_is_no_whole_number_of_at_least_1_is_refused(make_config, name, value):
+    if (name, value) == ("score_batch_size", None):
+        assert make_config(max_prompt_length=1000, max_completion_length=3096).score_batch_size == 16  # 65536 tokens
+        assert make_config(max_prompt_length=4096, max_completion_length=10**6).score_batch_size == 1
+        return
     with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}\."):
         make_config(**{name: value})
 

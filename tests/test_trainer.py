@@ -83,11 +83,12 @@ def test_one_step_equals_the_step_by_hand(case, batch_size, tmp_path):
         )
 
 
-def test_two_processes_take_the_step_by_hand(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+@pytest.mark.parametrize(("processes", "exchange"), [(2, "exchange"), (2, "none"), (4, "exchange")])
+def test_several_processes_take_the_step_by_hand(processes, exchange, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(TESTS / "steps.py"), str(tmp_path)],
+        [*command, str(TESTS / "steps.py"), str(tmp_path), str(4 // processes), exchange],
         env=environment,
         capture_output=True,
         text=True,
@@ -106,10 +107,13 @@ def test_two_processes_take_the_step_by_hand(tmp_path):
                 rtol=0,
                 msg=lambda text, name=name, case=case: f"{case.name} {name} {text}",
             )
-    for rank in (0, 1):  # one rank's teacher failed; both have said so, and kept their rollouts
+    if exchange == "none":
+        return
+    for rank in range(processes):  # one rank's teacher failed; all have said so, and kept their rollouts
         text = (tmp_path / f"error-{rank}.txt").read_text()
         assert "rank 1 has lost its teacher\nNothing is lost" in text
-        assert "['rollouts-0-of-2.safetensors', 'rollouts-1-of-2.safetensors']" in text
+        for other in range(processes):
+            assert f"'rollouts-{other}-of-{processes}.safetensors'" in text
     expected, _, _ = reference_step(CASES[0])
     for name, value in load_file(tmp_path / "resumed.safetensors").items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)

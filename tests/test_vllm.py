@@ -249,9 +249,9 @@ def make_trainer(folder, student, teachers):
         )
     }
     args = CaMOPDConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=3,
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
         gradient_checkpointing=False, prompts_per_step=6, per_device_train_batch_size=2, max_completion_length=16,
-        max_prompt_length=128, schedule="general:2,domain:1", learning_rate=1e-5,
+        max_prompt_length=128, schedule="domain:1,general:1", learning_rate=1e-5,
     )  # fmt: skip
     return CaMOPDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teachers=teachers, args=args,
@@ -264,7 +264,7 @@ def steps_of(folder):
 
 
 def assert_same_steps(found, expected):
-    assert len(found) == len(expected) == 3
+    assert len(found) == len(expected) == 2
     for one, other in zip(found, expected, strict=True):
         branch = one["branch"]
         for name in ("loss", "grad_norm", f"gap/{branch}/mean", f"gap/{branch}/abs_mean", f"score/{branch}/max"):
@@ -274,7 +274,7 @@ def assert_same_steps(found, expected):
 
 @pytest.fixture(scope="module")
 def undisturbed(servers, domain_model, tmp_path_factory):
-    """Three steps with both teachers on servers."""
+    """Two steps with both teachers on servers."""
     folder = tmp_path_factory.mktemp("undisturbed")
     teachers = {"general": [replica.url for replica in servers[0]], "domain": servers[1]}
     make_trainer(folder, domain_model, teachers).train()
@@ -284,7 +284,7 @@ def undisturbed(servers, domain_model, tmp_path_factory):
 def test_a_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model, domain_model, tmp_path):
     make_trainer(tmp_path, domain_model, {"general": base_model, "domain": domain_model}).train()
     assert_same_steps(undisturbed, steps_of(tmp_path))
-    assert undisturbed[0]["gap/general/abs_mean"] > 0.05
+    assert undisturbed[1]["gap/general/abs_mean"] > 0.05
     for line in undisturbed:
         branch = line["branch"]
         assert 0 < line[f"time/teacher_{branch}_hidden"] <= line[f"time/teacher_{branch}"]
