@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .errors import CaMOPDError, TeacherError
-from .teachers.address import is_server
+from .schedule import Schedule
+from .teachers.address import is_server, names_missing_folder
 
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
 
     from .config import CaMOPDConfig
 
-    peek(config, overrides)  # says in words what is wrong with the file
+    check_names(config, peek(config, overrides))  # says in words what is wrong with the file
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
     try:
@@ -130,6 +132,17 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
             f"teachers must map each branch to its teacher, got {teachers!r}. In YAML:\nteachers:\n  general: "
             "Qwen/Qwen3-8B\n  domain: http://localhost:8002"
         )
+    for branch, teacher in teachers.items():
+        if isinstance(teacher, dict) and not is_server(teacher):
+            raise ValueError(
+                f"the teacher of branch {branch!r} is {teacher!r}. A mapping must have `urls`, the URL of a vLLM server or "
+                "a list of them, and `model`, what they serve."
+            )
+        if isinstance(teacher, str) and names_missing_folder(teacher):
+            raise ValueError(
+                f"the teacher of branch {branch!r} is to be in {teacher!r}, but there is no such path on this machine. "
+                "Mend the path, or give a model id of the Hub."
+            )
     served = served_teachers(str(settings.get("output_dir") or "trainer_output"))
     return {
         # With the model: another `camopd serve` may listen on these ports by now.
@@ -140,9 +153,43 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def where_from(settings: dict[str, Any], branch: str) -> str:
-    """For the error about a server that is named in no config: who named it."""
-    if is_server(settings["teachers"][branch]):
+def check_names(config: str, settings: dict[str, Any]) -> None:
+    """Raise `ValueError` for a setting that no run has, with the one that may have been meant."""
+    from trl import ModelConfig
+
+    from .config import CaMOPDConfig
+
+    known = {"env", "config"}.union(
+        *(kind.__dataclass_fields__ for kind in (PromptArguments, ModelConfig, CaMOPDConfig))
+    )
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name!r} in {config!r} or on the command line is no setting of a run.{meant}")
+
+
+def check_branches(settings: dict[str, Any], schedule: Schedule, name: str) -> None:
+    """Raise `ValueError` unless `settings[name]` has exactly the branches of the schedule."""
+    mapping = settings[name]
+    for branch in schedule.branches:
+        if mapping.get(branch) is None:
+            raise ValueError(
+                f"schedule {str(schedule)!r} visits branch {branch!r}, but {name} has only {sorted(mapping)}. Add "
+                f"{name}.{branch} or take the branch out of the schedule."
+            )
+    unused = sorted(set(mapping) - set(schedule.branches))
+    if unused:
+        raise ValueError(
+            f"{name} has {unused}, which schedule {str(schedule)!r} never visits. Add it to the schedule or leave it out."
+        )
+
+
+def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
+    """For the error about a server that is named in no config: who named it, where that is the trouble."""
+    if is_server(settings["teachers"][branch]) or not any(
+        words in str(error) for words in ("does not answer", "did not answer", "the config wants")
+    ):
         return ""
     path = Path(str(settings.get("output_dir") or "trainer_output")) / SERVED_TEACHERS
     if not path.is_file():
@@ -210,6 +257,7 @@ def train(config: str, overrides: list[str]) -> None:
             f"prompts must map each branch to its prompts, got {prompts.prompts!r}. In YAML:\nprompts:\n  general: "
             "general.jsonl\n  domain: domain.jsonl"
         )
+    check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
     heldout = prompts.eval_prompts if isinstance(prompts.eval_prompts, dict) else {}
     max_tokens = args.max_prompt_length + (args.max_completion_length or 0)
     settings = {"teachers": args.teachers, "output_dir": args.output_dir}
@@ -222,8 +270,15 @@ def train(config: str, overrides: list[str]) -> None:
     try:  # before the prompts, which may have to be fetched, and the models
         teachers = connect_servers(teachers_of(settings), max_tokens, args.teacher_patience)
     except TeacherError as error:
-        notes = {where_from(settings, branch) for branch in settings["teachers"] if repr(branch) in str(error)}
+        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
         raise TeacherError(f"{error}{''.join(notes)}") from None
+    for branch, teacher in teachers.items():
+        if isinstance(teacher, str) and teacher != "adapter_off":
+            print(
+                f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
+                f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
+                flush=True,
+            )
     trainer = CaMOPDTrainer(
         model=model.model_name_or_path,
         teachers=teachers,

@@ -552,7 +552,7 @@ def student_model(student):
 def test_a_local_teacher_of_the_same_family_is_ok(student, tokenizer):
     found = _check_local("domain", str(student), tokenizer, 512, use_peft=False, source={})
     assert found == Finding(
-        "domain", "in the process", "ok", f"{student}: the same tokens as the student, context long enough"
+        "domain", "in the process", "ok", f"{student}, not on a server: the same tokens as the student, context fits"
     )
 
 
@@ -835,13 +835,44 @@ def test_a_server_that_fails_on_the_students_own_tokens_is_an_error(start_server
     assert table["domain", "initial KL"][0] == "ok"
 
 
-def test_a_local_teacher_that_does_not_exist_is_an_error(check, student):
-    code, table = check(teachers={"general": "/no/such/folder", "domain": str(student)})
+@pytest.mark.parametrize("path", ["/no/such/folder", "{tmp}/models", "tests/no-model"])
+def test_a_local_teacher_that_does_not_exist_is_an_error_at_once(config, capsys, student, tmp_path, path):
+    path = path.format(tmp=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(teachers={"general": path, "domain": str(student)})])
+    assert stopped.value.code == 2
+    assert (
+        f"the teacher of branch 'general' is to be in {path!r}, but there is no such path" in capsys.readouterr().err
+    )
+
+
+def test_a_branch_without_prompts_is_an_error_with_the_key_to_set(config, capsys, student):
+    settings = {"teachers": {"general": str(student), "domain": str(student)}, "prompts": {"general": "general.jsonl"}}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(**settings)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in said
+
+
+def test_a_mistyped_key_of_a_teacher_is_an_error_with_the_keys_there_are(config, capsys, student):
+    teachers = {"general": {"urls": "http://localhost:1", "modle": "a"}, "domain": str(student)}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(teachers=teachers)])
+    assert stopped.value.code == 2
+    assert (
+        "A mapping must have `urls`, the URL of a vLLM server or a list of them, and `model`"
+        in capsys.readouterr().err
+    )
+
+
+def test_when_one_server_is_gone_the_other_is_shown_all_the_same(check, start_server):
+    gone, there = start_server(), start_server()
+    gone.close()
+    code, table = check(teachers={"general": gone.url, "domain": there.url})
     assert code == 2
-    level, text = table["general", "in the process"]
-    assert level == "error"
-    assert "'/no/such/folder' cannot be loaded (there is no such folder with a model)" in text
-    assert table["domain", "in the process"][0] == "ok"
+    assert table["general", "reachable"][0] == "error"
+    assert table["domain", "reachable"] == ("ok", f"tiny-teacher at {there.url} (JSON)")
 
 
 def test_adapter_off_without_an_adapter_is_an_error_and_with_one_is_ok(check, student):
@@ -902,7 +933,7 @@ def test_the_teachers_that_camopd_serve_has_started_are_checked(start_server, st
 
 
 def test_overrides_are_checked_in_place_of_the_file(check, student):
-    code, table = check("--teachers", f'{{"general": "{student}", "domain": "/no/such"}}', teachers={"general": "x"})
+    code, table = check("--teachers", f'{{"general": "{student}", "domain": "no-such"}}', teachers={"general": "x"})
     assert code == 2
     assert table["general", "in the process"][0] == "ok"
     assert table["domain", "in the process"][0] == "error"
@@ -912,7 +943,7 @@ def test_an_unknown_setting_is_an_error_with_its_name(config, capsys, student):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["check", config(teachers={"general": str(student), "domain": str(student)}, lerning_rate=1.0)])
     assert stopped.value.code == 2
-    assert "--lerning_rate" in capsys.readouterr().err
+    assert "is no setting of a run. Did you mean 'learning_rate'?" in capsys.readouterr().err
 
 
 def test_a_student_that_does_not_exist_is_an_error_with_its_name(config, capsys, student):

@@ -105,7 +105,9 @@ def test_parse_reads_prompts_model_and_settings(write, settings):
 def test_an_unknown_setting_is_an_error_with_its_name(write, settings, place):
     if place == "file":
         settings["lerning_rate"] = 1.0
-    with pytest.raises(ValueError, match="--lerning_rate"):
+    with pytest.raises(
+        ValueError, match=r"'lerning_rate' in .* is no setting of a run\. Did you mean 'learning_rate'\?"
+    ):
         parse(write(settings), ["--lerning_rate", "1.0"] if place == "command line" else [])
 
 

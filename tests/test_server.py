@@ -759,7 +759,7 @@ def test_a_context_without_room_for_the_token_vllm_generates_is_refused(start_se
     with pytest.raises(
         TeacherError,
         match=r"takes sequences of 101 tokens, but max_prompt_length \+ max_completion_length \+ 1 is 102\. Start it "
-        "with --max-model-len 102 or lower max_completion_length",
+        r"with --max-model-len 102 \(`camopd serve` with the lengths of the run\), or lower max_completion_length",
     ):
         teacher.check_context(101)
 

@@ -31,6 +31,13 @@ def same_model(one: str, other: str) -> bool:
     )
 
 
+def names_missing_folder(name: str) -> bool:
+    """Whether a name is a path, by its form or because it begins with a folder that is there, and leads nowhere."""
+    path = Path(name).expanduser()
+    is_path = name.startswith(("/", "./", "../", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    return is_path and not path.exists()
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address can be reached from its own machine only."""
     with contextlib.suppress(ValueError):

@@ -81,8 +81,7 @@ def check_server(
     branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Iterable[Finding]:
     """What a server says of itself: context, tokenizer, chat template, and whether a key travels in the open."""
-    served = ", ".join(f"{url} ({transport})" for url, transport in teacher.transports.items())
-    yield Finding(branch, "reachable", "ok", f"{teacher.name} at {served}")
+    yield _reachable(branch, teacher)
     open_urls = [url for url in teacher.urls if _sends_key_in_the_open(url)] if teacher.has_key else []
     if open_urls:
         yield Finding(
@@ -97,6 +96,11 @@ def check_server(
     yield _check_tokenizer(branch, teacher, tokenizer)
     if tokenizer.chat_template:
         yield _check_template(branch, teacher, tokenizer)
+
+
+def _reachable(branch: str, teacher: ServerTeacher) -> Finding:
+    served = ", ".join(f"{url} ({transport})" for url, transport in teacher.transports.items())
+    return Finding(branch, "reachable", "ok", f"{teacher.name} at {served}")
 
 
 def _sends_key_in_the_open(url: str) -> bool:
@@ -286,7 +290,7 @@ def raise_errors(findings: Iterable[Finding], warn: Callable[[str], None]) -> No
 
 def main(config: str, overrides: list[str]) -> None:
     """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
-    from ..run import peek, teachers_of, where_from
+    from ..run import check_branches, parse, peek, teachers_of, where_from
 
     findings: list[Finding] = []
     servers: dict[str, ServerTeacher] = {}
@@ -298,14 +302,17 @@ def main(config: str, overrides: list[str]) -> None:
                 urls, expected = urls_and_model(spec)
                 servers[branch] = ServerTeacher(urls, branch, model=expected)
             except (TeacherError, ValueError) as error:
-                findings.append(Finding(branch, "reachable", "error", f"{error}{where_from(settings, branch)}"))
+                text = f"{error}{where_from(settings, branch, error)}"
+                findings.append(Finding(branch, "reachable", "error", text))
+    if findings:
+        findings += [_reachable(branch, teacher) for branch, teacher in servers.items()]
     _stop_on_errors(findings)
 
     from transformers import AutoTokenizer
 
-    from ..run import parse
-
-    _, model_args, args = parse(config, overrides)
+    prompts, model_args, args = parse(config, overrides)
+    if prompts.prompts is not None:
+        check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     student = str(model_args.model_name_or_path)
     try:
@@ -381,7 +388,9 @@ def _check_local(
             f"{spec} takes sequences of {context_length(config):.0f} tokens, {max_tokens} needed. Lower "
             "max_completion_length",
         )  # fmt: skip
-    return Finding(branch, "in the process", "ok", f"{spec}: the same tokens as the student, context long enough")
+    return Finding(
+        branch, "in the process", "ok", f"{spec}, not on a server: the same tokens as the student, context fits"
+    )
 
 
 def _check_with_student(

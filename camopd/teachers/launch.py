@@ -30,10 +30,12 @@ from typing import Any
 import httpx
 
 from ..errors import CaMOPDError, TeacherError
-from ..run import SERVED_TEACHERS, peek
-from .address import is_loopback, is_server, key_variables
+from ..run import SERVED_TEACHERS, check_names, peek
+from ..schedule import Schedule
+from .address import is_loopback, is_server, key_variables, names_missing_folder
 
 
+PAPER_SCHEDULE = "general:3,domain:1"  # where the config says nothing
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL; vLLM takes one or two
 REMINDER_SECONDS = 30.0  # between two lines that say what is being waited for
 LOG_LINES = 15  # of a process that died, in the error
@@ -121,12 +123,16 @@ def main(argv: list[str]) -> None:
             "can use the model. Set CAMOPD_TEACHER_API_KEY (or CAMOPD_TEACHER_API_KEY_<BRANCH>) here and where the "
             "trainer runs."
         )
+    missing = set(Schedule.parse(str(settings.get("schedule") or PAPER_SCHEDULE)).branches) - set(settings["teachers"])
+    if missing:
+        notes.append(f"warning: the schedule visits {sorted(missing)}, for which the config has no teacher.")
     if options.print and any(keys.values()):
         notes.append("the key is not in the lines: set VLLM_API_KEY to it where they run.")
     for note in notes:
         print(note, file=sys.stderr if options.print else sys.stdout, flush=True)  # stdout is for the lines alone
     if options.print:
         length = max_model_len(settings, overrides)
+        check_names(options.config, settings)
         for server in servers:
             print(command_line(server, _flags(server, options, length, None, servers) + vllm_flags))
         return
@@ -146,6 +152,7 @@ def main(argv: list[str]) -> None:
     if not vllm.has_scale_out:
         _say(f"vLLM {vllm.version} is older than 0.30: the compact scoring endpoint is left out, JSON does its work.")
     length = max_model_len(settings, overrides)
+    check_names(options.config, settings)
     start = [vllm.python, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm` itself fails with the CPU build
     commands = [
         [*start, "--model", server.model, *_flags(server, options, length, vllm, servers), *vllm_flags]
@@ -174,7 +181,7 @@ def models_of(settings: dict[str, Any], notes: list[str]) -> dict[str, list[str]
             notes.append(f"{branch}: adapter_off is the student without its adapter, it needs no server")
         elif isinstance(teacher, str) and teacher:
             model = os.path.expanduser(teacher)
-            if teacher.startswith(("/", "./", "../", "~")) and not os.path.exists(model):
+            if names_missing_folder(teacher):
                 raise ValueError(
                     f"the teacher of branch {branch!r} is to be in {teacher!r}, but there is no such path on this machine. "
                     "Mend the path, or give a model id of the Hub."

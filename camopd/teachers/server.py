@@ -217,7 +217,7 @@ class ServerTeacher:
             raise TeacherError(
                 f"teacher {self.branch!r} at {', '.join(self.urls)} takes sequences of {self.max_model_len} tokens, but "
                 f"max_prompt_length + max_completion_length + 1 is {max_tokens + 1}. Start it with --max-model-len "
-                f"{max_tokens + 1} or lower max_completion_length."
+                f"{max_tokens + 1} (`camopd serve` with the lengths of the run), or lower max_completion_length."
             )
 
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
