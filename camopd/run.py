@@ -273,7 +273,7 @@ def train(config: str, overrides: list[str]) -> None:
         notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
         raise TeacherError(f"{error}{''.join(notes)}") from None
     for branch, teacher in teachers.items():
-        if isinstance(teacher, str) and teacher != "adapter_off":
+        if isinstance(teacher, str) and teacher != "adapter_off" and args.process_index == 0:
             print(
                 f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
                 f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
