@@ -251,7 +251,7 @@ def make_trainer(folder, student, teachers):
     args = CaMOPDConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
         gradient_checkpointing=False, prompts_per_step=6, per_device_train_batch_size=2, max_completion_length=16,
-        max_prompt_length=128, schedule="domain:1,general:1", learning_rate=1e-5,
+        max_prompt_length=128, schedule="general:1,domain:1", learning_rate=1e-5,
     )  # fmt: skip
     return CaMOPDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teachers=teachers, args=args,
@@ -284,7 +284,7 @@ def undisturbed(servers, domain_model, tmp_path_factory):
 def test_a_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model, domain_model, tmp_path):
     make_trainer(tmp_path, domain_model, {"general": base_model, "domain": domain_model}).train()
     assert_same_steps(undisturbed, steps_of(tmp_path))
-    assert undisturbed[1]["gap/general/abs_mean"] > 0.05
+    assert undisturbed[0]["gap/general/abs_mean"] > 0.05
     for line in undisturbed:
         branch = line["branch"]
         assert 0 < line[f"time/teacher_{branch}_hidden"] <= line[f"time/teacher_{branch}"]
@@ -301,7 +301,7 @@ def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
 
     def kill_while_it_scores(*args):
         future = submit(*args)
-        while trainer.state.global_step == 1 and not killed and not future.done():
+        while trainer._teachers_checked and not killed and not future.done():
             if teacher._replicas[1].requests_in_flight:
                 replicas[1].kill()
                 killed.append(not future.done())
