@@ -246,9 +246,23 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
 
 def train(config: str, overrides: list[str]) -> None:
     """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
+    from .teachers.server import connect_servers
+
+    # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
+    settings = peek(config, overrides)
+    lengths = [settings.get(name, 0) for name in ("max_prompt_length", "max_completion_length")]
+    max_tokens = sum(lengths) if all(type(length) is int for length in lengths) else 0
+    patience = settings.get("teacher_patience", 900.0)
+    try:
+        teachers = connect_servers(
+            teachers_of(settings), max_tokens, patience if type(patience) in (int, float) else 900.0
+        )
+    except TeacherError as error:
+        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
+        raise TeacherError(f"{error}{''.join(notes)}") from None
+
     from trl import get_peft_config, get_quantization_config
 
-    from .teachers.resolve import connect_servers
     from .trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
@@ -259,19 +273,12 @@ def train(config: str, overrides: list[str]) -> None:
         )
     check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
     heldout = prompts.eval_prompts if isinstance(prompts.eval_prompts, dict) else {}
-    max_tokens = args.max_prompt_length + (args.max_completion_length or 0)
-    settings = {"teachers": args.teachers, "output_dir": args.output_dir}
     args.model_init_kwargs = {
         **(args.model_init_kwargs or {}),
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
-    try:  # before the prompts, which may have to be fetched, and the models
-        teachers = connect_servers(teachers_of(settings), max_tokens, args.teacher_patience)
-    except TeacherError as error:
-        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
-        raise TeacherError(f"{error}{''.join(notes)}") from None
     for branch, teacher in teachers.items():
         if isinstance(teacher, str) and teacher != "adapter_off" and args.process_index == 0:
             print(

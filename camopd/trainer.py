@@ -44,8 +44,8 @@ from .schedule import Schedule
 from .teachers.base import RemoteTeacher, Teacher, TokenScores
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
 from .teachers.local import context_length
-from .teachers.resolve import connect_servers, resolve_teachers
-from .teachers.server import ServerTeacher
+from .teachers.resolve import resolve_teachers
+from .teachers.server import ServerTeacher, connect_servers
 
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from camopd.errors import TeacherError
 from camopd.logprobs import completion_logps
 from camopd.teachers.base import Teacher, TokenScores
 from camopd.teachers.local import AdapterOffTeacher, LocalTeacher
-from camopd.teachers.resolve import connect_servers, resolve_teachers
-from camopd.teachers.server import ServerTeacher
+from camopd.teachers.resolve import resolve_teachers
+from camopd.teachers.server import ServerTeacher, connect_servers
 
 
 @pytest.fixture

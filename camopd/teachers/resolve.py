@@ -10,7 +10,6 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from .address import is_server, urls_and_model
 from .base import Teacher
 from .check import check_server, raise_errors
 from .local import (
@@ -25,24 +24,6 @@ from .server import ServerTeacher
 
 
 logger = logging.getLogger(__name__)
-
-
-def connect_servers(teachers: dict[str, Any], max_tokens: int, patience: float) -> dict[str, Any]:
-    """The same teachers, with a `ServerTeacher` in place of each URL: what is wrong with a server shows before any model
-    or dataset is loaded. Branches that name the same server share one.
-
-    Raises `TeacherError` for a server that cannot be used or whose context is shorter than `max_tokens`.
-    """
-    made: dict[str, ServerTeacher] = {}
-    connected = dict(teachers)
-    for branch, spec in teachers.items():
-        if is_server(spec):
-            urls, model = urls_and_model(spec)
-            if repr(urls) not in made:
-                made[repr(urls)] = ServerTeacher(urls, branch, patience, model)
-                made[repr(urls)].check_context(max_tokens)
-            connected[branch] = made[repr(urls)]
-    return connected
 
 
 def resolve_teachers(

@@ -46,7 +46,7 @@ from tenacity import (
 )
 
 from ..errors import TeacherError
-from .address import key_variables, same_model
+from .address import is_server, key_variables, same_model, urls_and_model
 from .base import TokenScores
 
 
@@ -613,6 +613,24 @@ class ServerTeacher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
+
+
+def connect_servers(teachers: dict[str, Any], max_tokens: int, patience: float) -> dict[str, Any]:
+    """The same teachers, with a `ServerTeacher` in place of each URL: what is wrong with a server shows before any model
+    or dataset is loaded. Branches that name the same server share one.
+
+    Raises `TeacherError` for a server that cannot be used or whose context is shorter than `max_tokens`.
+    """
+    made: dict[str, ServerTeacher] = {}
+    connected = dict(teachers)
+    for branch, spec in teachers.items():
+        if is_server(spec):
+            urls, model = urls_and_model(spec)
+            if repr(urls) not in made:
+                made[repr(urls)] = ServerTeacher(urls, branch, patience, model)
+                made[repr(urls)].check_context(max_tokens)
+            connected[branch] = made[repr(urls)]
+    return connected
 
 
 @contextmanager
