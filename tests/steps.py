@@ -172,6 +172,7 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
         state.wait_for_everyone()
 
     if not exchange:
+        torch.distributed.destroy_process_group()
         sys.exit()
 
     # A rank whose teacher fails must not leave the other one waiting in the next collective. After resume the step that was
@@ -203,3 +204,4 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
     if state.is_main_process:
         save_file({name: value.contiguous() for name, value in parameters.items()}, folder / "resumed.safetensors")
     state.wait_for_everyone()
+    torch.distributed.destroy_process_group()  # or gloo's threads may abort the process as it ends
