@@ -974,12 +974,12 @@ def run(path):
     )
 
 
-def test_the_command_says_in_seconds_that_nothing_listens(start_server, config):
+def test_the_command_says_in_under_ten_seconds_that_nothing_listens(start_server, config):
     server = start_server()
     server.close()
     started = time.monotonic()
     found = run(config(teachers={"general": server.url, "domain": "a"}))
-    assert time.monotonic() - started < 20  # four on an idle machine; tests run two at a time
+    assert time.monotonic() - started < 10
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
     assert re.search(rf"general +reachable +error +teacher 'general' at {server.url}", found.stdout)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import CaMOPDError, TeacherError
 from ..schedule import Schedule
@@ -20,6 +19,9 @@ from .address import is_loopback, is_server, same_model, urls_and_model
 from .base import Teacher, TokenScores
 from .server import ServerTeacher
 
+
+if TYPE_CHECKING:  # its import takes seconds, and a server that is not there needs none of it
+    from transformers import PreTrainedTokenizerBase
 
 # Mean |log-prob difference| per token between two engines with the same weights: some 5e-5 nats in float32, some more in
 # bfloat16. Above the first bound a look at the settings is due, above the second they hold different weights.
