@@ -8,10 +8,12 @@ from typing import Any
 from trl import DistillationConfig
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
-from .schedule import Schedule
+from .schedule import Schedule, by_step, value_at
 
 
 SCORE_TOKENS = 65536  # padded tokens of a no-gradient forward, which keeps nothing but its last hidden states
+GAP_STUDENTS = ("trainer", "engine")
+OPTIMIZER_MOMENTS = ("shared", "per_branch")
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
 PAPER_SCALE = {"general": 2.0, "domain": 1.0}
 PAPER_SCORE = {"general": "absolute", "domain": "positive"}
@@ -52,14 +54,36 @@ class CaMOPDConfig(DistillationConfig):
             Optimizer updates per rollout. Algorithm 1 makes exactly one and defines no ratio clip for more.
 
         exchange (`bool`, *optional*, defaults to `True`):
-            Whether kept samples are spread anew over ranks and micro-batches, balanced by tokens. The loss and the
-            gradient are the same without, at the cost of padding and of ranks that wait for the fullest one.
+            Whether kept samples are spread anew over the ranks, balanced by tokens. Without, every rank trains those it has
+            rolled out, with the same loss and gradient, and waits for the fullest one.
+        padding_free (`bool`, *optional*):
+            Whether samples of a forward stand one after the other without padding. The numbers are the same. By default
+            where the student's attention implementation gains from it: flash attention (`attn_implementation:
+            flash_attention_2`) and `flex_attention`. Others, `sdpa` and `eager`, would mask a square of all tokens instead.
+        max_tokens_per_micro_batch (`int`, *optional*):
+            Tokens of one forward and backward of the student, padding included; as many samples share it as it holds. At
+            least one longest sample, max_prompt_length + max_completion_length. By default there are as many micro-batches
+            as `per_device_train_batch_size` samples in each would make.
+        gap_student (`str`, *optional*, defaults to `"trainer"`):
+            Whose log-probs the student's side of the gap has at selection: `"trainer"` computes them in a forward of
+            its own, `"engine"` takes those of the rollout engine (vLLM or transformers) and saves that forward.
+            `importance/log_ratio` says how far the two are from each other.
+        loss_prefix_tokens (`int`, *optional*):
+            Score and train only the first so many tokens of each completion. By default all.
+        optimizer_moments (`str`, *optional*, defaults to `"shared"`):
+            `"per_branch"` gives each branch a first moment of its own (experimental): Adam's shared one mixes the branches
+            again that the schedule separates. The second moment stays shared. `update/cosine` shows the difference.
 
         > Parameters of the data
 
         prompts_per_step (`int`, *optional*, defaults to `512`):
             Prompts of one optimizer step over all ranks, before selection. `gradient_accumulation_steps` follows from
             it: prompts_per_step / (world size x per_device_train_batch_size).
+        max_completion_length (`int` or `dict[int, int]`, *optional*, defaults to `32768`):
+            Tokens a completion may have, or a schedule of it over optimizer steps, counted from 0: `{0: 2048, 40: 8192}` is
+            8192 from step 40 on. Evaluation always uses the largest.
+        completion_lengths (`dict[int, int]`, *optional*):
+            Derived: the schedule that `max_completion_length` was given.
         max_prompt_length (`int`, *optional*, defaults to `4096`):
             Tokens a prompt may have. Longer ones keep their *last* tokens, so that the generation prompt survives.
 
@@ -85,6 +109,7 @@ class CaMOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the parent declares it
         *DistillationConfig._VALID_DICT_FIELDS, "mass_target", "scale", "score", "selection", "teachers",
+        "max_completion_length",
     ]  # fmt: skip
 
     # Parameters whose default values are overridden
@@ -93,8 +118,9 @@ class CaMOPDConfig(DistillationConfig):
     )
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate scheduler to use."})
-    max_completion_length: int | None = field(
-        default=32768, metadata={"help": "Maximum number of tokens to generate per completion."}
+    max_completion_length: int | str | dict[Any, Any] | None = field(  # type: ignore[assignment]
+        default=32768,
+        metadata={"help": 'Maximum tokens of a completion, or a schedule: \'{"0": 2048, "40": 8192}\'.'},
     )
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "Sequences per device in one forward and backward of the student."}
@@ -146,7 +172,31 @@ class CaMOPDConfig(DistillationConfig):
 
     exchange: bool = field(
         default=True,
-        metadata={"help": "Whether kept samples are spread anew over ranks and micro-batches, balanced by tokens."},
+        metadata={"help": "Whether kept samples are spread anew over the ranks, balanced by tokens."},
+    )
+
+    padding_free: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Forward samples without padding; default where the attention implementation gains from it."
+        },
+    )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None, metadata={"help": "Tokens of one forward and backward, padding included; at least one sample."}
+    )
+    gap_student: str = field(
+        default="trainer",
+        metadata={"help": "Student's log-probs at selection: of the 'trainer' (one more forward) or the 'engine'."},
+    )
+    loss_prefix_tokens: int | None = field(
+        default=None, metadata={"help": "Score and train only the first so many tokens of each completion."}
+    )
+    optimizer_moments: str = field(
+        default="shared",
+        metadata={"help": "Adam's first moment: 'shared', or 'per_branch' (experimental)."},
+    )
+    completion_lengths: dict[Any, Any] | str | None = field(
+        default=None, metadata={"help": "Derived from max_completion_length. Leave it out."}
     )
 
     # Parameters of the data
@@ -175,22 +225,22 @@ class CaMOPDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
-        if self.score_batch_size is None and all(
-            isinstance(length, int) and length > 0 for length in (self.max_prompt_length, self.max_completion_length)
-        ):
-            self.score_batch_size = max(
-                1, SCORE_TOKENS // (self.max_prompt_length + (self.max_completion_length or 0))
-            )
+        longest = self._read_completion_length()
+        if self.score_batch_size is None and isinstance(self.max_prompt_length, int) and self.max_prompt_length > 0:
+            self.score_batch_size = max(1, SCORE_TOKENS // (self.max_prompt_length + longest))
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         for name in (
             "prompts_per_step",
             "per_device_train_batch_size",
             "max_prompt_length",
-            "max_completion_length",
             "score_batch_size",
             "max_steps",
+            "max_tokens_per_micro_batch",
+            "loss_prefix_tokens",
         ):
             value = getattr(self, name)
+            if value is None and name in ("max_tokens_per_micro_batch", "loss_prefix_tokens"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
         for name in ("mass_target", "scale", "score", "selection", "teachers"):
@@ -220,6 +270,38 @@ class CaMOPDConfig(DistillationConfig):
                     )
         self._check_method(schedule)
         self._check_refused()
+
+    def _read_completion_length(self) -> int:
+        """Leave the largest length where the parent looks for a number, and the schedule in `completion_lengths`."""
+        name = "max_completion_length"
+        given: Any = self.max_completion_length
+        if isinstance(given, str) and given.lstrip().startswith("{"):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} is no valid JSON: {given} ({error}).") from None
+        steps = by_step(name, given)
+        if self.completion_lengths is not None and not isinstance(given, dict):
+            known = by_step(name, self.completion_lengths)  # of a config that is copied
+            steps = known if max(known.values()) == max(steps.values()) else steps
+        if isinstance(self.max_steps, int) and 0 < self.max_steps <= max(steps):
+            raise ValueError(
+                f"{name} changes at step {max(steps)}, but the run ends after max_steps={self.max_steps} steps (0 to "
+                f"{self.max_steps - 1}). Raise max_steps, or leave that entry out."
+            )
+        self.max_completion_length = max(steps.values())
+        self.completion_lengths = steps if len(steps) > 1 else None
+        return self.longest_completion
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens a completion may have in any step: what memory and servers must allow for."""
+        assert isinstance(self.max_completion_length, int)  # since __post_init__
+        return self.max_completion_length
+
+    def completion_length_at(self, step: int) -> int:
+        """Tokens a completion may have in an optimizer step, counted from 0."""
+        return value_at(by_step("max_completion_length", self.completion_lengths or self.max_completion_length), step)
 
     def per_branch(self, name: str) -> dict[str, Any]:
         """Value of a per-branch field for each branch of the schedule; one value stands for all."""
@@ -282,6 +364,10 @@ class CaMOPDConfig(DistillationConfig):
             raise ValueError(
                 f"importance_sampling_mode must be one of {IMPORTANCE_MODES}, got {self.importance_sampling_mode!r}."
             )
+        for name, choices in (("gap_student", GAP_STUDENTS), ("optimizer_moments", OPTIMIZER_MOMENTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        self._check_budget()
         if not 0 <= self.importance_sampling_low <= 1 <= self.importance_sampling_high:
             raise ValueError(
                 f"importance_sampling_low={self.importance_sampling_low} and "
@@ -303,6 +389,23 @@ class CaMOPDConfig(DistillationConfig):
             raise ValueError(
                 f"teachers must map each branch to its teacher, got {self.teachers!r}. Write "
                 f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
+            )
+
+    def _check_budget(self) -> None:
+        budget = self.max_tokens_per_micro_batch
+        if budget is None:
+            return
+        longest = self.max_prompt_length + self.longest_completion
+        if budget < longest:
+            raise ValueError(
+                f"max_tokens_per_micro_batch={budget} is smaller than one sample: max_prompt_length + "
+                f"max_completion_length = {self.max_prompt_length} + {self.longest_completion} = {longest}. Raise it to "
+                f"{longest} or lower the lengths."
+            )
+        if self.per_device_train_batch_size != 1:
+            raise ValueError(
+                f"max_tokens_per_micro_batch={budget} decides how many samples share a micro-batch, and so would "
+                f"per_device_train_batch_size={self.per_device_train_batch_size}. Leave the second at 1."
             )
 
     def _check_refused(self) -> None:

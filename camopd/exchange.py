@@ -7,7 +7,7 @@ every rank runs as many micro-batches as the fullest one, and pads each to its l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,7 @@ def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: 
         token_ids=[row[0].tolist() for row in rows],
         prompt_len=[sample.prompt_len for sample in arriving],
         mask=[row[1].bool() for row in rows],
+        length=[sample.length - sample.prompt_len for sample in arriving],
         truncated=[False] * len(arriving),  # selection has counted them where they were rolled out
         rollout_logps=None if rollouts.rollout_logps is None else [row[4] for row in rows],
         teacher_logps=[row[2] for row in rows],
@@ -91,19 +92,46 @@ def _all_to_all(
     return list(received.cpu().split(sizes))
 
 
-def plan(lengths: Sequence[int], num_ranks: int, batch_size: int, max_tokens: int) -> list[list[list[int]]]:
+def attention_cost(model: Any) -> float:
+    """Work of a pair of tokens in causal attention, in units of a token's work in the rest of the model.
+
+    A token costs 2 operations a weight, and attention 2 x width a pair and layer (products with keys and values, each over
+    half the square). Layers with a sliding window count as if they had none of it. For Qwen3-8B it is 1/56,000: a sample of
+    56,000 tokens costs as much in attention as in everything else.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    # ZeRO-3 keeps a parameter's size elsewhere
+    weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+    return kinds.count("full_attention") * width / weights
+
+
+def plan(
+    lengths: Sequence[int],
+    num_ranks: int,
+    batch_size: int | None,
+    max_tokens: int,
+    padding_free: bool = False,
+    attention_cost: float = 0.0,
+) -> list[list[list[int]]]:
     """Which samples go where: `[rank][micro-batch]` -> indices into `lengths`, the same for the same arguments.
 
-    Samples next to each other in length share a micro-batch; its work is its number of samples times its longest one,
-    padding included. The cut is the one whose heaviest micro-batch is lightest, and ranks get micro-batches of about the
-    same total, heaviest first, so that the ranks' n-th micro-batches take about the same time as well.
+    With padding, samples next to each other in length share a micro-batch, whose work is its number of samples times that
+    of its longest one; the cut is the one whose heaviest micro-batch is lightest. Without, a micro-batch may hold samples
+    of any length. Ranks get micro-batches of about the same total, heaviest first, so that their n-th micro-batches take
+    about the same time as well.
 
     Args:
         lengths: tokens of each sample, prompt + completion.
         num_ranks: ranks to spread them over; each gets the same number of micro-batches, some of which may be empty.
         batch_size: as many micro-batches are made as batches of so many samples would need. Short samples then share
-            one in larger numbers, long ones in smaller.
+            one in larger numbers, long ones in smaller. `None`: as few as `max_tokens` allows.
         max_tokens: what a micro-batch may hold, padding included.
+        padding_free: whether samples of one micro-batch cost their own lengths or all that of the longest.
+        attention_cost: work of a pair of tokens in attention, in units of a token's work in the rest of the model; a sample
+            of L tokens is L + attention_cost * L^2 of work.
 
     Raises `ValueError` when a sample alone is longer than `max_tokens`.
     """
@@ -114,53 +142,121 @@ def plan(lengths: Sequence[int], num_ranks: int, batch_size: int, max_tokens: in
     if longest > max_tokens:
         raise ValueError(f"a sample of {longest} tokens does not fit into a micro-batch of {max_tokens}.")
     ordered = [lengths[index] for index in order]
-    at_least = max(-(-len(order) // batch_size), len(_cut(ordered, max_tokens)))
-    per_rank = -(-at_least // num_ranks)
-    groups = _split_more(_lightest_cut(ordered, per_rank * num_ranks, max_tokens), ordered, per_rank * num_ranks)
+    work = [length + attention_cost * length**2 for length in ordered]
+    fewest = 1 if batch_size is None else -(-len(order) // batch_size)
+    ranks = None
+    if padding_free:
+        ranks = _packed(ordered, work, num_ranks, max(fewest, -(-sum(lengths) // max_tokens)), max_tokens, batch_size)
+    if ranks is None:
+        ranks = _padded(ordered, work, num_ranks, fewest, max_tokens)
+    ranks = [[group for group in groups if group] for groups in ranks]
+    per_rank = max(map(len, ranks))
+    return [
+        [[order[place] for place in group] for group in groups] + [[]] * (per_rank - len(groups)) for groups in ranks
+    ]
 
-    ranks: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
-    totals = [0] * num_ranks
-    for start, end in sorted(groups, key=lambda group: -_work(group, ordered)):
+
+def _packed(
+    ordered: Sequence[int],
+    work: Sequence[float],
+    num_ranks: int,
+    fewest: int,
+    max_tokens: int,
+    batch_size: int | None,
+) -> list[list[list[int]]] | None:
+    """Turn by turn a micro-batch for each rank, all as heavy as the turn's longest sample or their share of what is left.
+
+    `None` where batches of `batch_size` samples are asked for and so many micro-batches do not hold all. Without a
+    `batch_size` there are as many as it takes.
+    """
+    num_turns = -(-fewest // num_ranks)
+    while True:
+        ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+        totals = [0.0] * num_ranks
+        waiting = list(range(len(ordered)))
+        for turn in range(num_turns):
+            share = sum(work[place] for place in waiting) / (num_ranks * (num_turns - turn))
+            cap = max(share, work[waiting[0]]) * (1 + 1e-9) if waiting and turn < num_turns - 1 else float("inf")
+            groups: list[list[int]] = [[] for _ in range(num_ranks)]
+            loads, tokens = [0.0] * num_ranks, [0] * num_ranks
+            passed = []
+            for place in waiting:
+                slot = min(range(num_ranks), key=lambda slot: (loads[slot], slot))
+                if loads[slot] + work[place] > cap or tokens[slot] + ordered[place] > max_tokens:
+                    passed.append(place)
+                    continue
+                groups[slot].append(place)
+                loads[slot] += work[place]
+                tokens[slot] += ordered[place]
+            waiting = passed
+            lightest = sorted(range(num_ranks), key=totals.__getitem__)
+            for rank, slot in zip(lightest, sorted(range(num_ranks), key=lambda slot: -loads[slot]), strict=True):
+                ranks[rank].append(groups[slot])
+                totals[rank] += loads[slot]
+        if not waiting:
+            return ranks
+        if batch_size is not None:
+            return None
+        num_turns += 1
+
+
+def _padded(
+    ordered: Sequence[int], work: Sequence[float], num_ranks: int, fewest: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Runs of samples of similar length, the heaviest first to the rank that has least so far."""
+    whole = _cut(ordered, work, float("inf"), max_tokens)
+    wanted = -(-max(fewest, len(whole)) // num_ranks) * num_ranks
+    groups = _lightest_cut(ordered, work, wanted, max_tokens)
+    runs = _split_more(groups, work, wanted)
+    per_rank = -(-len(runs) // num_ranks)
+
+    def work_of(run: tuple[int, int]) -> float:
+        return (run[1] - run[0]) * work[run[0]]
+
+    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for run in sorted(runs, key=lambda run: (-work_of(run), run)):
         rank = min((r for r in range(num_ranks) if len(ranks[r]) < per_rank), key=lambda r: (totals[r], r))
-        ranks[rank].append((start, end))
-        totals[rank] += _work((start, end), ordered)
-    return [[order[start:end] for start, end in mine] + [[]] * (per_rank - len(mine)) for mine in ranks]
+        ranks[rank].append(list(range(*run)))
+        totals[rank] += work_of(run)
+    return ranks
 
 
-def _work(group: tuple[int, int], ordered: Sequence[int]) -> int:
-    """Tokens of a micro-batch, padding included."""
-    return (group[1] - group[0]) * ordered[group[0]]
-
-
-def _cut(ordered: Sequence[int], cap: int) -> list[tuple[int, int]]:
-    """Fewest runs of `ordered` (longest first) whose padded tokens stay within `cap`; a longer sample stands alone."""
+def _cut(ordered: Sequence[int], work: Sequence[float], cap: float, max_tokens: int) -> list[tuple[int, int]]:
+    """Fewest runs (longest sample first) whose work stays within `cap`, and whose tokens within `max_tokens`, padding
+    included; a sample that is more work than `cap` stands alone."""
     groups, start = [], 0
     while start < len(ordered):
-        end = min(len(ordered), start + max(1, cap // ordered[start]))
+        size = min(cap / work[start], max_tokens // ordered[start])
+        end = min(len(ordered), start + max(1, int(min(size, len(ordered)))))
         groups.append((start, end))
         start = end
     return groups
 
 
-def _lightest_cut(ordered: Sequence[int], num_groups: int, max_tokens: int) -> list[tuple[int, int]]:
-    """At most `num_groups` runs, with the smallest cap that allows it."""
-    low, high = ordered[0], max_tokens  # the cut at `max_tokens` is known to fit
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(ordered, middle)) <= num_groups:
-            high = middle
+def _lightest_cut(
+    ordered: Sequence[int], work: Sequence[float], num_groups: int, max_tokens: int
+) -> list[tuple[int, int]]:
+    """At most `num_groups` runs, with the smallest cap that allows it, to a thousandth of the heaviest sample's work."""
+    low, high = work[0], len(ordered) * work[0]  # as `max_tokens` alone would have it
+    groups = _cut(ordered, work, high, max_tokens)
+    while high - low > 1e-3 * work[0]:
+        middle = (low + high) / 2
+        tried = _cut(ordered, work, middle, max_tokens)
+        if len(tried) <= num_groups:
+            high, groups = middle, tried
         else:
-            low = middle + 1
-    return _cut(ordered, high)
+            low = middle
+    return groups
 
 
-def _split_more(groups: list[tuple[int, int]], ordered: Sequence[int], num_groups: int) -> list[tuple[int, int]]:
+def _split_more(groups: list[tuple[int, int]], work: Sequence[float], num_groups: int) -> list[tuple[int, int]]:
     """Use the micro-batches that are left over: split where it saves the most padding."""
     groups = list(groups)
     while len(groups) < num_groups:
         saved, place, middle = max(
             (
-                ((end - at) * (ordered[start] - ordered[at]), place, at)
+                ((end - at) * (work[start] - work[at]), place, at)
                 for place, (start, end) in enumerate(groups)
                 for at in range(start + 1, end)
             ),

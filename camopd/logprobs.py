@@ -5,9 +5,11 @@ weights in the same batches then give gaps of exactly 0, not of rounding noise, 
 updates.
 
 Sequences are right-padded as a whole, so every architecture sees its usual position ids and a row costs
-prompt + completion tokens, not the longest prompt + the longest completion of its batch.
+prompt + completion tokens, not the longest prompt + the longest completion of its batch. Padding-free, they stand one after
+the other in a single row, and position ids that start over tell them apart.
 
-Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M completion tokens of all rows   H hidden
+Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M completion tokens of all rows
+                 N tokens of all rows   H hidden
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import LogitsProcessor, PretrainedConfig
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -36,6 +38,7 @@ def completion_logps(
     prompt_lens: Sequence[int],
     pad_token_id: int,
     with_entropy: bool = False,
+    padding_free: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of each row's completion tokens, and the entropy of the distribution each was drawn from.
 
@@ -46,11 +49,14 @@ def completion_logps(
         token_ids: prompt + completion of each row, without padding.
         prompt_lens: prompt tokens of each row, at least 1: the first completion token needs a predecessor.
         pad_token_id: fills the padding; its value never matters.
+        padding_free: forward all rows as one, without padding. The same numbers, for models that `takes_packed_rows`.
 
     Returns:
         logps (B, T) float32, right-padded with 0, with gradient; entropy (B, T) in nats, detached, or `None`.
     """
-    hidden_MH, targets_M, mask_BT, causal_lm = _completion_hidden_states(model, token_ids, prompt_lens, pad_token_id)
+    hidden_MH, targets_M, mask_BT, causal_lm = _completion_hidden_states(
+        model, token_ids, prompt_lens, pad_token_id, padding_free
+    )
     lm_head = causal_lm.get_output_embeddings()
     scale, softcap = _logit_transform(causal_lm.config.get_text_config())
     weight, bias = lm_head.weight, lm_head.bias
@@ -134,7 +140,11 @@ def in_length_sorted_batches(
 
 
 def _completion_hidden_states(
-    model: Any, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int], pad_token_id: int
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    prompt_lens: Sequence[int],
+    pad_token_id: int,
+    padding_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Hidden states that predict the completion tokens (M, H), those tokens (M,), their mask (B, T), and the model."""
     causal_lm = model.base_model.model if is_peft_model(model) else model
@@ -142,24 +152,100 @@ def _completion_hidden_states(
     starts = torch.tensor(list(prompt_lens))
     if int(starts.min()) < 1:
         raise ValueError("every row needs at least one prompt token, which predicts its first completion token.")
-    input_ids_BL = torch.full((len(token_ids), int(lengths.max())), pad_token_id)
-    for row, ids in enumerate(token_ids):
-        input_ids_BL[row, : len(ids)] = torch.tensor(ids)
-    columns_L = torch.arange(input_ids_BL.size(1))
-    predicted_BL = (columns_L >= starts[:, None]) & (columns_L < lengths[:, None])
-    targets_M = input_ids_BL[predicted_BL]
+    rows = [torch.tensor(ids) for ids in token_ids]
+    columns_L = torch.arange(int(lengths.max()))
+    real_BL = columns_L < lengths[:, None]
+    predicted_BL = (columns_L >= starts[:, None]) & real_BL
     device = causal_lm.get_input_embeddings().weight.device
-    # `base_model` is the backbone without the lm_head.
-    hidden_BLH = causal_lm.base_model(
-        input_ids=input_ids_BL.to(device),
-        attention_mask=(columns_L < lengths[:, None]).long().to(device),
-        use_cache=False,
-    ).last_hidden_state
-    # The hidden state at position t predicts token t + 1.
-    hidden_MH = hidden_BLH[:, :-1][predicted_BL[:, 1:].to(hidden_BLH.device)]
+    # `base_model` is the backbone without the lm_head. The hidden state at position t predicts token t + 1.
+    if padding_free:
+        input_ids_N, predicted_N = torch.cat(rows), predicted_BL[real_BL]
+        targets_M = input_ids_N[predicted_N]
+        hidden_NH = causal_lm.base_model(
+            input_ids=input_ids_N[None].to(device),
+            position_ids=columns_L.expand_as(real_BL)[real_BL][None].to(device),
+            use_cache=False,
+        ).last_hidden_state[0]
+        hidden_MH = hidden_NH[:-1][predicted_N[1:].to(hidden_NH.device)]
+    else:
+        input_ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        targets_M = input_ids_BL[predicted_BL]
+        hidden_BLH = causal_lm.base_model(
+            input_ids=input_ids_BL.to(device), attention_mask=real_BL.long().to(device), use_cache=False
+        ).last_hidden_state
+        hidden_MH = hidden_BLH[:, :-1][predicted_BL[:, 1:].to(hidden_BLH.device)]
     num_tokens = lengths - starts
     mask_BT = torch.arange(max(1, int(num_tokens.max()))) < num_tokens[:, None]
     return hidden_MH, targets_M, mask_BT, causal_lm
+
+
+class SampledLogps(LogitsProcessor):
+    """Log-prob of each token that `generate` draws, for a call of it; changes no score.
+
+    Pass it as the last of the processors, `finish` it with what `generate` returns, and read `rows`. Keeps the scores of
+    one token at a time, (B, V), and a number for each token drawn.
+    """
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`input_ids` (B, t) ends with the token drawn from the scores of the call before; `scores` are (B, V)."""
+        self._take(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def finish(self, sequences: Tensor) -> None:
+        """Take the very last token."""
+        self._take(sequences[:, -1])
+        self._scores = None
+
+    def rows(self) -> list[list[float]]:
+        """Log-probs of each row, as long as the longest; what stands behind a row's end of sequence means nothing."""
+        return torch.stack(self._columns, dim=1).tolist() if self._columns else []
+
+    def _take(self, token_ids: Tensor) -> None:
+        if self._scores is not None:
+            scores = self._scores.float()
+            drawn = scores.gather(1, token_ids[:, None]).squeeze(1)
+            self._columns.append((drawn - scores.logsumexp(dim=-1)).cpu())
+
+
+def padding_free_for(model: Any, wanted: bool | None) -> bool:
+    """Whether a model's rows are to be forwarded without padding: as `wanted`, or where its attention gains from it.
+
+    Raises `ValueError` where it is wanted of a model that cannot.
+    """
+    if wanted and not takes_packed_rows(model):
+        raise ValueError(
+            f"padding_free=True, but {type(model).__name__} has layers in which rows of one long sequence would see each "
+            "other (linear attention, convolution or a state). Leave padding_free out."
+        )
+    return takes_packed_rows(model) and saves_padding(model) if wanted is None else wanted
+
+
+def takes_packed_rows(model: Any) -> bool:
+    """Whether position ids that start over keep the rows of one long sequence apart in every layer of the model.
+
+    True for full, sliding-window and chunked attention; layers that carry a state along (linear attention, convolution,
+    Mamba) would carry it from one row into the next.
+    """
+    causal_lm = model.base_model.model if is_peft_model(model) else model
+    layers = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
+    return (
+        causal_lm._supports_attention_backend
+        and not causal_lm._is_stateful
+        and layers <= {"full_attention", "sliding_attention", "chunked_attention"}
+    )
+
+
+def saves_padding(model: Any) -> bool:
+    """Whether the model's attention implementation skips what lies between packed rows (flash, flex) instead of masking
+    an (N, N) matrix (sdpa, eager)."""
+    causal_lm = model.base_model.model if is_peft_model(model) else model
+    name = causal_lm.config.get_text_config()._attn_implementation or ""
+    return "flash" in name or name == "flex_attention"
 
 
 def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:

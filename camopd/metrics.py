@@ -60,25 +60,33 @@ def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degen
         f"score/{branch}/p50": float(quantiles[1]),
         f"score/{branch}/p90": float(quantiles[2]),
         f"score/{branch}/max": float(scores.max()) if len(scores) else math.nan,
-        f"score/{branch}/length_spearman": _spearman(scores, [row["num_tokens"] for row in valid]),
+        f"score/{branch}/length_spearman": _spearman(scores, [row["length"] for row in valid]),
         f"selection/{branch}/candidates": len(valid),
         f"selection/{branch}/kept": len(chosen),
         f"selection/{branch}/kept_fraction": len(chosen) / len(valid) if valid else math.nan,
         f"selection/{branch}/mass": sum(row["score"] for row in chosen) / mass if mass > 0 else math.nan,
         f"selection/{branch}/degenerate": float(degenerate),
-        f"selection/{branch}/length_kept": _mean(chosen, "num_tokens"),
-        f"selection/{branch}/length_dropped": _mean(dropped, "num_tokens"),
+        f"selection/{branch}/length_kept": _mean(chosen, "length"),
+        f"selection/{branch}/length_dropped": _mean(dropped, "length"),
         f"selection/{branch}/truncated_kept": _mean(chosen, "truncated"),
         f"selection/{branch}/truncated_dropped": _mean(dropped, "truncated"),
-        f"rollout/{branch}/length": _mean(valid, "num_tokens"),
+        f"rollout/{branch}/length": _mean(valid, "length"),
+        f"rollout/{branch}/scored": _share(valid, "num_tokens", "length"),
         f"rollout/{branch}/truncated": _mean(valid, "truncated"),
         f"rollout/{branch}/empty": len(rows) - len(valid),
     }
 
 
-def of_micro_batches(ranks: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> dict[str, float]:
+def of_micro_batches(
+    ranks: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], padding_free: bool
+) -> dict[str, float]:
     """Tokens through forward and backward, from `[rank][micro-batch]` -> samples: how many are padding, and how uneven."""
-    work = [sum(len(batch) * max(lengths[i] for i in batch) for batch in batches if batch) for batches in ranks]
+
+    def tokens_of(batch: Sequence[int]) -> int:
+        rows = [lengths[index] for index in batch]
+        return sum(rows) if padding_free else len(rows) * max(rows)
+
+    work = [sum(tokens_of(batch) for batch in batches if batch) for batches in ranks]
     total, tokens = sum(work), sum(lengths)
     return {
         "train/tokens": tokens,
@@ -105,7 +113,7 @@ class ImportanceStats:
     """Running statistics of pi_train / pi_rollout over the tokens of a step's micro-batches on this rank."""
 
     def __init__(self) -> None:
-        self.total = self.count = self.zeroed = 0.0
+        self.total = self.count = self.zeroed = self.log_ratio = 0.0
         self.largest = -math.inf
 
     def add(self, train_logps: Tensor, rollout_logps: Tensor | None, weights: Tensor, mask: Tensor) -> None:
@@ -116,19 +124,22 @@ class ImportanceStats:
         ratio = torch.exp(train_logps - rollout_logps)[known].double()
         if len(ratio):
             self.total += ratio.sum().item()
+            self.log_ratio += ratio.log().abs().sum().item()
             self.count += len(ratio)
             self.largest = max(self.largest, ratio.max().item())
             # Weights differ from the ratio exactly where it lies outside the band ("mask" and "truncate" alike).
             self.zeroed += (weights[known].double() != ratio).sum().item()
 
     def summary(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
-        """Mean, maximum and share outside the band over all ranks; NaN where no token counts."""
-        parts = gather([(self.total, self.count, self.zeroed, self.largest)])
-        total, count, zeroed = (sum(part[index] for part in parts) for index in range(3))
+        """Mean, maximum and share outside the band over all ranks, and the mean of |log ratio|: how far trainer and engine
+        are from each other, in nats per token. NaN where no token counts."""
+        parts = gather([(self.total, self.count, self.zeroed, self.largest, self.log_ratio)])
+        total, count, zeroed, _, log_ratio = (sum(part[index] for part in parts) for index in range(5))
         return {
             "importance/ratio_mean": total / count if count else math.nan,
             "importance/ratio_max": max(part[3] for part in parts) if count else math.nan,
             "importance/outside_band": zeroed / count if count else math.nan,
+            "importance/log_ratio": log_ratio / count if count else math.nan,
         }
 
 
@@ -159,6 +170,7 @@ class MetricsFile(TrainerCallback):
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_update()
         if state.is_world_process_zero:
             record = {"step": state.global_step, **self.trainer._step_metrics}
             finite = {
@@ -183,6 +195,11 @@ def _token_mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows) / len(rows) if rows else math.nan
+
+
+def _share(rows: Sequence[dict[str, Any]], part: str, whole: str) -> float:
+    total = sum(row[whole] for row in rows)
+    return sum(row[part] for row in rows) / total if total else math.nan
 
 
 def _spearman(first: Any, second: Any) -> float:

@@ -25,6 +25,7 @@ class Rollouts:
     token_ids: list[list[int]]  # prompt + completion
     prompt_len: list[int]
     mask: list[Tensor]  # (T_i,) bool
+    length: list[int]  # sampled tokens, those behind `cut` included
     truncated: list[bool]  # cut at max_completion_length, no end of sequence
     rollout_logps: list[Tensor] | None  # (T_i,) float32, log mu of the rollout engine
     prompts_cut: int = 0  # prompts of this rank that were longer than allowed
@@ -40,6 +41,15 @@ class Rollouts:
         """T_i that Eq. 6-9 divide by: sampled tokens."""
         return [int(mask.sum()) for mask in self.mask]
 
+    def cut(self, num_tokens: int) -> None:
+        """Leave the first `num_tokens` tokens of each completion to score and train."""
+        self.token_ids = [
+            ids[: start + num_tokens] for ids, start in zip(self.token_ids, self.prompt_len, strict=True)
+        ]
+        self.mask = [mask[:num_tokens] for mask in self.mask]
+        if self.rollout_logps is not None:
+            self.rollout_logps = [logps[:num_tokens] for logps in self.rollout_logps]
+
     def save(self, path: Path) -> None:
         """Write what generation made, without scores, as safetensors."""
         tensors = {
@@ -48,6 +58,7 @@ class Rollouts:
             "prompt_len": torch.tensor(self.prompt_len),
             "position": torch.tensor(self.position),
             "truncated": torch.tensor(self.truncated),
+            "sampled": torch.tensor(self.length),
             "mask": torch.cat(self.mask) if self.mask else torch.zeros(0, dtype=torch.bool),
         }
         if self.rollout_logps is not None:
@@ -78,6 +89,7 @@ class Rollouts:
             token_ids=[ids.tolist() for ids in tensors["token_ids"].split(lengths)],
             prompt_len=prompt_len,
             mask=list(tensors["mask"].split(completions)),
+            length=tensors["sampled"].tolist(),
             truncated=tensors["truncated"].tolist(),
             rollout_logps=None if logps is None else list(logps.split(completions)),
             prompts_cut=prompts_cut,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .errors import CaMOPDError, TeacherError
-from .schedule import Schedule
+from .schedule import Schedule, by_step
 from .teachers.address import is_server, names_missing_folder
 
 
@@ -250,8 +250,8 @@ def train(config: str, overrides: list[str]) -> None:
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
     settings = peek(config, overrides)
-    lengths = [settings.get(name, 0) for name in ("max_prompt_length", "max_completion_length")]
-    max_tokens = sum(lengths) if all(type(length) is int for length in lengths) else 0
+    names = ("max_prompt_length", "max_completion_length")
+    max_tokens = sum(max(by_step(name, settings[name]).values()) for name in names if name in settings)
     patience = settings.get("teacher_patience", 900.0)
     try:
         teachers = connect_servers(

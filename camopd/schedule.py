@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -94,6 +95,36 @@ class Schedule:
             for name, count in self.rows(offset, rows_per_step).items():
                 drawn[name] += count * (periods + (offset < rest))
         return drawn
+
+
+def by_step(name: str, value: Any) -> dict[int, int]:
+    """A number that may change in the course of a run: `2048`, or `{0: 2048, 40: 8192}` for 8192 from step 40 on.
+
+    Steps are optimizer steps, counted from 0; keys may be text, as JSON has them. Returns `{step: value}` by rising step.
+    Raises `ValueError` naming `name` for anything but whole numbers of at least 1 from step 0 on.
+    """
+    mapping = value if isinstance(value, dict) else {0: value}
+    try:
+        steps = {_whole(step): _whole(number) for step, number in mapping.items()}
+    except ValueError:
+        steps = {}
+    if 0 not in steps or min(steps) < 0 or min(steps.values()) < 1:
+        raise ValueError(
+            f"{name} must be a whole number of at least 1, got {value!r}. A mapping from optimizer steps to such numbers "
+            "begins at step 0: {0: 2048, 40: 8192}."
+        )
+    return dict(sorted(steps.items()))
+
+
+def value_at(steps: dict[int, int], step: int) -> int:
+    """What `by_step` says for an optimizer step."""
+    return steps[max(start for start in steps if start <= step)]
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(value)
+    return int(value)
 
 
 def _parse_part(text: str, part: str, position: int, whole_steps: bool) -> tuple[str, float]:

@@ -35,9 +35,10 @@ from trl.trainer.utils import get_config_model_id
 from . import metrics
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
-from .exchange import Kept, exchange, plan
-from .logprobs import completion_logps, in_length_sorted_batches
+from .exchange import Kept, attention_cost, exchange, plan
+from .logprobs import SampledLogps, completion_logps, in_length_sorted_batches, padding_free_for, saves_padding
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
+from .optimizer import BranchAdamW, update_products
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .rollouts import Rollouts
 from .schedule import Schedule
@@ -53,7 +54,8 @@ logger = logging.getLogger(__name__)
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
 _RECORDED = (
     "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
-    "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high",
+    "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high", "loss_prefix_tokens",
+    "optimizer_moments",
 )  # fmt: skip
 
 
@@ -136,7 +138,6 @@ class CaMOPDTrainer(DistillationTrainer):
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CaMOPDConfig(f"{model_id.split('/')[-1]}-CaMOPD")
         assert args.gradient_accumulation_steps is not None
-        assert args.max_completion_length is not None
         assert args.score_batch_size is not None  # set by the config
         _show_log(is_main_process=args.process_index == 0)
         # The data and the names first: they cost nothing to check, the models do.
@@ -146,7 +147,7 @@ class CaMOPDTrainer(DistillationTrainer):
         streams = self._make_streams(train_dataset, args)
         eval_dataset = self._with_branch_column(eval_dataset)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
-        max_tokens = args.max_prompt_length + args.max_completion_length
+        max_tokens = args.max_prompt_length + args.longest_completion
         teachers = connect_servers(teachers, max_tokens, args.teacher_patience)
         dealer = PromptDealer(
             streams,
@@ -181,6 +182,14 @@ class CaMOPDTrainer(DistillationTrainer):
                 "max_completion_length."
             )
         student = self.accelerator.unwrap_model(self.model)
+        self._padding_free = padding_free_for(student, args.padding_free)
+        if self._padding_free and not saves_padding(student):
+            logger.warning(
+                "padding_free=True with attn_implementation=%r masks a square of all tokens of a micro-batch, which costs "
+                "more than padding. Load the model with flash attention or flex_attention.",
+                student.config.get_text_config()._attn_implementation,
+            )
+        self._attention_cost = attention_cost(student)
         self.teachers: dict[str, Teacher] = resolve_teachers(
             teachers,
             student=student,
@@ -190,9 +199,11 @@ class CaMOPDTrainer(DistillationTrainer):
             device=self.accelerator.device,
             autocast=self.accelerator.autocast,
             batch_size=args.score_batch_size,
+            padding_free=args.padding_free,
             init_kwargs={
                 # As the student's: under autocast, weights of another dtype round differently and no gap is ever 0.
                 "dtype": student.get_input_embeddings().weight.dtype,
+                "attn_implementation": student.config.get_text_config()._attn_implementation,
                 "trust_remote_code": args.trust_remote_code,
                 **(args.teacher_model_init_kwargs or {}),
             },
@@ -209,6 +220,7 @@ class CaMOPDTrainer(DistillationTrainer):
             **self._settings,
             # learning_rate, too: the optimizer state of a checkpoint would go on at its own
             **{name: getattr(args, name) for name in _RECORDED},
+            "completion_lengths": str(args.completion_lengths),
         }
         self._teachers_checked = False
         self._branches_met: set[str] = set()
@@ -222,6 +234,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._empty_rows: set[int] | None = None
         self._prompts_cut = 0
         self._step_metrics: dict[str, Any] = {}
+        self._update_products: Tensor | None = None
         self._loss_sum = torch.zeros(())
         self._eval_rows: list[dict[str, float]] = []
         self.add_callback(metrics.MetricsFile(self))
@@ -347,6 +360,8 @@ class CaMOPDTrainer(DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         if self.use_vllm:
             completion_ids = self._generate_with_vllm(prompt_ids)
+        elif self.args.gap_student == "engine":
+            completion_ids = self._generate_and_record(prompt_ids, images, multimodal_fields, has_tool_images)
         else:
             completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
         if self._empty_rows is None:  # the first turn, the only one that can be a row's whole completion
@@ -371,8 +386,36 @@ class CaMOPDTrainer(DistillationTrainer):
             self._turns.append((list(ids), list(completion), logps))
         return completion_ids
 
-    def _roll_out(self, rows: list[dict[str, Any]]) -> Rollouts:
+    def _generate_and_record(self, prompt_ids: list[list[int]], *args: Any) -> list[list[int]]:
+        """The parent's transformers branch, keeping the log-prob of each token as it is drawn."""
+        recorder = SampledLogps()
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        generate = model.generate  # the parent passes no processors through
+
+        def generate_and_record(*args: Any, **kwargs: Any) -> Any:
+            sequences = generate(*args, logits_processor=[recorder], **kwargs)
+            recorder.finish(sequences)
+            return sequences
+
+        model.generate = generate_and_record
+        try:
+            completion_ids = super()._generate_single_turn(prompt_ids, *args)
+        finally:
+            del model.generate  # of the object; that of its class is there again
+        for ids, completion, logps in zip(prompt_ids, completion_ids, recorder.rows(), strict=True):
+            self._turns.append((list(ids), list(completion), logps[: len(completion)]))
+        return completion_ids
+
+    def _limit_completions(self, max_tokens: int) -> None:
+        """Let completions have so many tokens, with either engine."""
+        self.max_completion_length = max_tokens
+        self.generation_config.max_new_tokens = self.generation_kwargs["max_new_tokens"] = max_tokens
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = max_tokens
+
+    def _roll_out(self, rows: list[dict[str, Any]], max_tokens: int) -> Rollouts:
         """Generate one completion per row, by the parent."""
+        self._limit_completions(max_tokens)
         output = super()._generate_and_score_completions(rows)
         prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
         sampled_mask = completion_mask & output["tool_mask"].bool().cpu() if "tool_mask" in output else completion_mask
@@ -385,6 +428,7 @@ class CaMOPDTrainer(DistillationTrainer):
             token_ids=[],
             prompt_len=[],
             mask=[],
+            length=[],
             truncated=[],
             rollout_logps=[] if self._turns else None,
         )
@@ -394,6 +438,7 @@ class CaMOPDTrainer(DistillationTrainer):
             rollouts.token_ids.append(prompt + completion)
             rollouts.prompt_len.append(len(prompt))
             rollouts.mask.append(sampled_mask[row][completion_mask[row]])
+            rollouts.length.append(int(rollouts.mask[-1].sum()))
             rollouts.truncated.append(bool(completion) and completion[-1] not in ends)
             if rollouts.rollout_logps is not None:
                 rollouts.rollout_logps.append(_logps_of_turns(self._turns, row, len(rows), prompt, completion))
@@ -410,11 +455,11 @@ class CaMOPDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             return self._forward_redirection(
                 model, unwrapped, completion_logps, unwrapped, token_ids, prompt_lens,
-                self._tokenizer.pad_token_id, with_entropy,
+                self._tokenizer.pad_token_id, with_entropy, self._padding_free,
             )  # fmt: skip
 
-    def _score(self, rollouts: Rollouts, branches: list[str]) -> None:
-        """Fill in the teachers' and the student's log-probs.
+    def _score(self, rollouts: Rollouts, branches: list[str], gap_student: str = "trainer") -> None:
+        """Fill in the teachers' and the student's log-probs, the latter from a forward or from the rollout engine.
 
         Teachers outside this process score while the student does; those inside it score in the very batches of the
         student, branch by branch. `branches` are those of the step, the same on every rank. Where a rank has fewer rows
@@ -453,6 +498,8 @@ class CaMOPDTrainer(DistillationTrainer):
                 clocks[branch].hidden_until = clocks[branch].started
                 for row, answer in zip(rows, answers, strict=False):  # the stand-ins fall away
                     rollouts.teacher_logps[row] = answer.logps
+            if gap_student == "engine":
+                continue
             own = in_length_sorted_batches(
                 lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
                 token_ids,
@@ -472,11 +519,27 @@ class CaMOPDTrainer(DistillationTrainer):
             except TeacherError as error:
                 failure = failure or error
         self._raise_together(failure)
+        if gap_student == "engine":
+            self._take_engine_logps(rollouts)
         for branch, clock in clocks.items():
             self._step_metrics[f"time/teacher_{branch}"] = clock.seconds
             self._step_metrics[f"time/teacher_{branch}_hidden"] = clock.hidden_seconds
         _check_finite(rollouts, self.teachers)
         self._check_not_uniform(rollouts)
+
+    def _take_engine_logps(self, rollouts: Rollouts) -> None:
+        assert rollouts.rollout_logps is not None
+        unknown = 0
+        for row, (logps, mask) in enumerate(zip(rollouts.rollout_logps, rollouts.mask, strict=True)):
+            missing = logps.isnan()
+            unknown += int((missing & mask).sum())
+            # Tokens that the engine did not sample, or gave no log-prob: no gap there. The loss has its own.
+            rollouts.student_logps[row] = torch.where(missing, rollouts.teacher_logps[row], logps)
+            rollouts.entropy[row] = torch.full_like(logps, math.nan)
+        if unknown:
+            logger.warning(
+                "the rollout engine gave no log-prob for %d tokens; their gap counts as 0 at selection", unknown
+            )
 
     def _raise_together(self, error: TeacherError | None) -> None:
         """Raise on every rank what one of them has met; the others would wait for it in the next collective."""
@@ -489,7 +552,7 @@ class CaMOPDTrainer(DistillationTrainer):
         servers = {b: teacher for b, teacher in self.teachers.items() if isinstance(teacher, ServerTeacher)}
         if not servers:
             return
-        probe = Probe.of(self._tokenizer, self.args.max_prompt_length + (self.args.max_completion_length or 0))
+        probe = Probe.of(self._tokenizer, self.args.max_prompt_length + self.args.longest_completion)
         training = self.model.training
         self.model.eval()
         own = in_length_sorted_batches(
@@ -548,6 +611,7 @@ class CaMOPDTrainer(DistillationTrainer):
                     "position": rollouts.position[row],
                     "score": score.item(),
                     "num_tokens": num_tokens,
+                    "length": rollouts.length[row],
                     "truncated": rollouts.truncated[row],
                     **metrics.row_sums(
                         gaps[0], rollouts.teacher_logps[row], rollouts.entropy[row], rollouts.mask[row]
@@ -590,21 +654,24 @@ class CaMOPDTrainer(DistillationTrainer):
             if rollouts.position[row] in kept
         ]
         samples = sorted(gather_object(mine))
-        size = args.per_device_train_batch_size
+        size: int | None = args.per_device_train_batch_size
+        max_tokens = args.per_device_train_batch_size * (args.max_prompt_length + args.longest_completion)
+        if args.max_tokens_per_micro_batch is not None:
+            size, max_tokens = None, args.max_tokens_per_micro_batch
+        lengths = [sample.length for sample in samples]
         if args.exchange:
-            ranks = plan(
-                [sample.length for sample in samples],
-                num_ranks=args.world_size,
-                batch_size=size,
-                max_tokens=size * (args.max_prompt_length + (args.max_completion_length or 0)),
-            )
-        else:  # every rank keeps its own, in batches of fixed size
-            own = [[i for i, sample in enumerate(samples) if sample.owner == rank] for rank in range(args.world_size)]
-            for indices in own:
-                indices.sort(key=lambda index: -samples[index].length)
-            busy = max(1, *(math.ceil(len(indices) / size) for indices in own))
-            ranks = [[indices[place * size : (place + 1) * size] for place in range(busy)] for indices in own]
-        self._step_metrics.update(metrics.of_micro_batches(ranks, [sample.length for sample in samples]))
+            ranks = plan(lengths, args.world_size, size, max_tokens, self._padding_free, self._attention_cost)
+        else:  # every rank keeps its own
+            ranks = []
+            for rank in range(args.world_size):
+                own = [index for index, sample in enumerate(samples) if sample.owner == rank]
+                (batches,) = plan(
+                    [lengths[index] for index in own], 1, size, max_tokens, self._padding_free, self._attention_cost
+                )
+                ranks.append([[own[place] for place in batch] for batch in batches])
+            busy = max(map(len, ranks))
+            ranks = [batches + [[]] * (busy - len(batches)) for batches in ranks]
+        self._step_metrics.update(metrics.of_micro_batches(ranks, lengths, self._padding_free))
         if args.exchange and args.world_size > 1:
             target = {index: rank for rank, batches in enumerate(ranks) for batch in batches for index in batch}
             rollouts = exchange(
@@ -672,14 +739,20 @@ class CaMOPDTrainer(DistillationTrainer):
                 "step; if you replaced either, keep `PromptDealer`'s order."
             )
         started = time.perf_counter()
-        self._step_metrics = {"branch": "+".join(self.schedule.shares(self.state.global_step)), "time/train": 0.0}
+        self._step_metrics = {"branch": self._label(self.state.global_step), "time/train": 0.0}
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._importance = metrics.ImportanceStats()
+        self._update_products = None
         self.model.train()  # the parent files its rollout metrics by mode
         if not self._teachers_checked:
             self._check_teachers()
             self._teachers_checked = True
-        rollouts = self._kept_rollouts(rows) or self._roll_out(rows)
+        max_tokens = self.args.completion_length_at(self.state.global_step)
+        rollouts = self._kept_rollouts(rows)
+        if rollouts is None:
+            rollouts = self._roll_out(rows, max_tokens)
+            if self.args.loss_prefix_tokens is not None:
+                rollouts.cut(self.args.loss_prefix_tokens)
         rolled_out = time.perf_counter()
         try:
             self._score(rollouts, list(self.schedule.shares(self.state.global_step)))
@@ -695,9 +768,9 @@ class CaMOPDTrainer(DistillationTrainer):
         self._step_metrics["time/rollout"] = rolled_out - started
         self._step_metrics["time/score"] = time.perf_counter() - rolled_out
         self._step_metrics["rollout/prompts_cut"] = sum(gather_object([self._prompts_cut]))
-        self._step_metrics["importance/active"] = float(
-            rollouts.rollout_logps is not None and self.args.importance_sampling_mode != "none"
-        )
+        known = self._importance_known = rollouts.rollout_logps is not None
+        self._step_metrics["importance/active"] = float(known and self.args.importance_sampling_mode != "none")
+        self._step_metrics["rollout/max_length"] = max_tokens
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The micro-batch is made already; the parent would generate here."""
@@ -714,7 +787,9 @@ class CaMOPDTrainer(DistillationTrainer):
         # Eq. 1 with the student's log-probs of rollout time. They are those of the current parameters, since a rollout
         # serves one update, and were computed in the very batches of an in-process teacher (`_score`): equal weights
         # give a gap of exactly 0 here, while the log-probs of this forward differ from them by rounding.
-        gaps = token_gaps(inputs["teacher_logps"].to(device), inputs["student_logps"].to(device), mask)
+        # With the engine's log-probs at selection, those of this forward are the ones of the trainer.
+        student_logps = inputs["student_logps"].to(device) if self.args.gap_student == "trainer" else logps.detach()
+        gaps = token_gaps(inputs["teacher_logps"].to(device), student_logps, mask)
         rollout_logps = (
             inputs["rollout_logps"] if inputs["rollout_logps"] is None else inputs["rollout_logps"].to(device)
         )
@@ -735,7 +810,7 @@ class CaMOPDTrainer(DistillationTrainer):
         parts = gather_object([(self._loss_sum.item(), busy)])
         record["loss"] = sum(loss for loss, _ in parts) / len(parts)
         record["learning_rate"] = self._get_learning_rate()
-        if record["importance/active"]:
+        if self._importance_known:
             record.update(self._importance.summary(gather_object))
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
         for branch in self.teachers:  # a teacher is busy as long as any rank waits for it
@@ -745,6 +820,48 @@ class CaMOPDTrainer(DistillationTrainer):
         for name, value in record.items():
             if name not in ("branch", "loss", "learning_rate"):  # the parent logs the last two itself
                 self._metrics["train"][name].append(float(value))
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """The parent's, or AdamW with a first moment per branch."""
+        if args.optimizer_moments == "shared":
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        branches = dict.fromkeys(self._label(step) for step in range(self.schedule.period))
+        return BranchAdamW, {
+            "branches": tuple(branches),
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+        }
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The parent's optimizer, which tells after each step how much of its update is the step's own gradient."""
+        known = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not known and isinstance(optimizer, torch.optim.Optimizer):
+            if isinstance(optimizer, BranchAdamW):
+                optimizer.register_step_pre_hook(lambda *_: setattr(optimizer, "branch", self._step_metrics["branch"]))
+            # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
+            optimizer.register_step_post_hook(lambda *_: self._add_update_products(optimizer))
+        return optimizer
+
+    def _add_update_products(self, optimizer: torch.optim.Optimizer) -> None:
+        products = update_products(optimizer)
+        if products is not None:  # ZeRO-3 steps its parameters in several groups
+            self._update_products = products if self._update_products is None else self._update_products + products
+
+    def end_update(self) -> None:
+        """Close the metrics of the optimizer's update, which comes after those of the loss. Called by all ranks."""
+        parts = [part for part in gather_object([self._update_products]) if part is not None]
+        cosine = math.nan
+        if parts:
+            both, update, gradient = torch.stack(parts).sum(dim=0).tolist()
+            cosine = both / math.sqrt(update * gradient) if update * gradient > 0 else math.nan
+        self._step_metrics["update/cosine"] = cosine
+        self._metrics["train"]["update/cosine"].append(cosine)
+
+    def _label(self, step: int) -> str:
+        """Branches of an optimizer step as one name."""
+        return "+".join(self.schedule.shares(step))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The parent's norm before clipping, noted for the step's line in metrics.jsonl."""
@@ -786,7 +903,7 @@ class CaMOPDTrainer(DistillationTrainer):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
         """One evaluation batch; its loss is the sampled reverse KL."""
         with torch.no_grad():
-            rollouts = self._roll_out(inputs)
+            rollouts = self._roll_out(inputs, self.args.longest_completion)
             self._score(rollouts, [rollouts.branch[0]])  # an evaluation set is one branch
         rows = []
         for row, mask in enumerate(rollouts.mask):

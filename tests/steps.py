@@ -5,6 +5,7 @@ Nothing of `camopd` computes the reference: loops over rows and tokens, plain lo
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -36,6 +37,8 @@ class Case:
     mass_target: float = 0.8
     selection: bool = True
     with_rollout_logps: bool = True
+    gap_student: str = "trainer"
+    loss_prefix_tokens: int | None = None
 
 
 CASES = (
@@ -45,7 +48,16 @@ CASES = (
     Case("domain", schedule="domain:1,general:1"),
     Case("without_selection", selection=False),
     Case("without_rollout_logps", with_rollout_logps=False),
+    Case("engine", gap_student="engine"),
+    Case("prefix", loss_prefix_tokens=2),
 )
+# What changes how a step is made and not what it is.
+VARIANTS = {
+    "exchange": {},
+    "own": {"exchange": False},
+    "padding_free": {"padding_free": True},
+    "token_budget": {"padding_free": True, "max_tokens_per_micro_batch": 90, "per_device_train_batch_size": 1},
+}
 
 
 class FakeSampler:
@@ -77,17 +89,18 @@ class FakeSampler:
 
 
 def trainer_step(
-    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None, exchange=True
+    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None, **settings
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
-    args = CaMOPDConfig(
-        output_dir=output_dir, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, optim="sgd", learning_rate=0.1, max_grad_norm=0.5, max_steps=1,
-        prompts_per_step=ROWS, per_device_train_batch_size=batch_size, max_completion_length=9, max_prompt_length=64,
-        schedule=case.schedule, mass_target=case.mass_target, selection=case.selection,
-        importance_sampling_mode="mask" if case.with_rollout_logps else "none", score_batch_size=3,
-        exchange=exchange,
-    )  # fmt: skip
+    values = {
+        "output_dir": output_dir, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5, "max_steps": 1,
+        "prompts_per_step": ROWS, "per_device_train_batch_size": batch_size, "max_completion_length": 9,
+        "max_prompt_length": 64, "schedule": case.schedule, "mass_target": case.mass_target, "selection": case.selection,
+        "importance_sampling_mode": "mask" if case.with_rollout_logps else "none", "score_batch_size": 3,
+        "gap_student": case.gap_student, "loss_prefix_tokens": case.loss_prefix_tokens,
+    }  # fmt: skip
+    args = CaMOPDConfig(**{**values, **settings})
     trainer = CaMOPDTrainer(
         model=make_model(1),
         teachers={"general": general_teacher or make_model(2), "domain": make_model(3)},
@@ -117,11 +130,15 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
         completion, rollout = FakeSampler.complete(tuple(prompt))
         if not completion:
             continue
+        completion, rollout = completion[: case.loss_prefix_tokens], rollout[: case.loss_prefix_tokens]
         with torch.no_grad():
             teacher = _logps(teachers[row["branch"]], prompt, completion)
             before = _logps(student, prompt, completion)
         gaps = [float(t) - float(s) for t, s in zip(teacher, before, strict=True)]
-        demands = [abs(gap) if row["branch"] == "general" else max(gap, 0.0) for gap in gaps]
+        at_selection = gaps
+        if case.gap_student == "engine":
+            at_selection = [float(t) - r for t, r in zip(teacher, rollout, strict=True)]
+        demands = [abs(gap) if row["branch"] == "general" else max(gap, 0.0) for gap in at_selection]
         samples.append((row, prompt, completion, rollout, gaps, sum(demands) / len(demands)))
     assert len(samples) < len(rows), "the case should hold an empty completion"
 
@@ -158,22 +175,19 @@ def _logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     return logits.log_softmax(dim=-1)[range(len(completion)), completion]
 
 
-if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE EXCHANGE
-    folder, size, exchange = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
-    for case in CASES:
-        parameters, metrics = trainer_step(case, str(folder / f"run-{case.name}"), size, exchange=exchange)
+if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE
+    folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    for (variant, settings), case in itertools.product(VARIANTS.items(), CASES):
+        name = f"{variant}-{case.name}"
+        parameters, metrics = trainer_step(case, str(folder / f"run-{name}"), size, **settings)
         from accelerate import PartialState
 
         state = PartialState()
         assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1, state.num_processes
         if state.is_main_process:
             parameters = {name: value.contiguous() for name, value in parameters.items()}
-            save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{case.name}.safetensors")
+            save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{name}.safetensors")
         state.wait_for_everyone()
-
-    if not exchange:
-        torch.distributed.destroy_process_group()
-        sys.exit()
 
     # A rank whose teacher fails must not leave the other one waiting in the next collective. After resume the step that was
     # kept is the step by hand.

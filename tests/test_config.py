@@ -36,6 +36,11 @@ OTHER_VALUES = {
         '{"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"}',
     ),
     "score_batch_size": (2, "2"),
+    "padding_free": (True, "true"),
+    "max_tokens_per_micro_batch": (40_000, "40000"),
+    "gap_student": ("engine", "engine"),
+    "loss_prefix_tokens": (256, "256"),
+    "optimizer_moments": ("per_branch", "per_branch"),
 }
 
 
@@ -284,12 +289,72 @@ def test_other_generation_kwargs_are_taken(make_config):
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", None])
 def test_a_count_that_is_no_whole_number_of_at_least_1_is_refused(make_config, name, value):
+    if (name, value) == ("max_completion_length", "8"):  # a number or a mapping, so the command line gives it as text
+        assert make_config(max_completion_length="8").max_completion_length == 8
+        return
     if (name, value) == ("score_batch_size", None):
         assert make_config(max_prompt_length=1000, max_completion_length=3096).score_batch_size == 16  # 65536 tokens
         assert make_config(max_prompt_length=4096, max_completion_length=10**6).score_batch_size == 1
         return
     with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}\."):
         make_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_tokens_per_micro_batch", "loss_prefix_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8"])
+def test_an_optional_count_is_a_whole_number_of_at_least_1(make_config, name, value):
+    assert getattr(make_config(), name) is None
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}\."):
+        make_config(**{name: value})
+
+
+def test_a_token_budget_below_one_sample_is_refused_with_the_arithmetic(make_config):
+    message = (
+        r"max_tokens_per_micro_batch=5000 is smaller than one sample: max_prompt_length \+ max_completion_length = "
+        r"4096 \+ 1000 = 5096\. Raise it to 5096 or lower"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_config(max_tokens_per_micro_batch=5000, max_completion_length=1000)
+    assert make_config(max_tokens_per_micro_batch=5096, max_completion_length=1000)
+
+
+def test_a_token_budget_and_a_batch_size_contradict_each_other(make_config):
+    with pytest.raises(
+        ValueError, match=r"decides how many samples .* per_device_train_batch_size=4\. Leave the second at 1"
+    ):
+        make_config(max_tokens_per_micro_batch=50_000, per_device_train_batch_size=4)
+
+
+@pytest.mark.parametrize("name", ["gap_student", "optimizer_moments"])
+def test_a_choice_that_is_none_is_refused(make_config, name):
+    with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\), got 'nobody'"):
+        make_config(**{name: "nobody"})
+
+
+def test_the_completion_length_may_be_a_schedule(make_config, parse):
+    steps = {0: 256, 40: 1024, 80: 512}
+    for config in (
+        make_config(max_completion_length=steps),
+        parse({"max_completion_length": steps}),
+        parse({}, "--max_completion_length", json.dumps(steps)),
+    ):
+        assert config.max_completion_length == 1024  # what memory, servers and checks must allow for
+        lengths = [config.completion_length_at(step) for step in (0, 39, 40, 79, 80, 119)]
+        assert lengths == [256, 256, 1024, 1024, 512, 512]
+    assert dataclasses.replace(config).completion_length_at(0) == 256
+    assert dataclasses.replace(config, max_completion_length=99).completion_length_at(0) == 99
+    assert make_config(max_completion_length=77).completion_length_at(5) == 77
+
+
+@pytest.mark.parametrize("steps", [{1: 256}, {0: 256, -3: 1}, {0: 0}, {0: 1.5}, {}, {"a": 1}, {0: 256, 5: None}])
+def test_a_schedule_of_lengths_that_cannot_be_is_refused(make_config, steps):
+    with pytest.raises(ValueError, match=r"max_completion_length .* begins at step 0: \{0: 2048, 40: 8192\}"):
+        make_config(max_completion_length=steps)
+
+
+def test_a_schedule_of_lengths_beyond_the_run_is_refused(make_config):
+    with pytest.raises(ValueError, match="changes at step 8, but the run ends after max_steps=8 steps"):
+        make_config(max_completion_length={0: 64, 8: 128}, max_steps=8)
 
 
 def test_max_steps_left_to_the_epochs_is_refused_with_the_reason(make_config):
@@ -393,7 +458,7 @@ def test_a_schedule_of_one_branch_needs_no_values_for_the_other(make_config):
 
 
 def test_this_file_has_another_value_for_every_new_field():
-    assert set(OTHER_VALUES) == {field.name for field in NEW_FIELDS}
+    assert set(OTHER_VALUES) | {"completion_lengths"} == {field.name for field in NEW_FIELDS}
 
 
 def test_every_new_field_is_read_from_yaml(parse):
@@ -494,9 +559,7 @@ def test_every_default_that_differs_from_the_parent_is_named_in_the_docstring():
 
 
 def test_a_config_made_from_the_values_of_another_is_equal(make_config):
-    config = make_config(
-        **{name: value for name, (value, _) in OTHER_VALUES.items()}, per_device_train_batch_size=4, seed=7
-    )
+    config = make_config(**{name: value for name, (value, _) in OTHER_VALUES.items()}, weight_decay=0.25, seed=7)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
     again = CaMOPDConfig(**values)
     assert {name: getattr(again, name) for name in values} == values

@@ -16,20 +16,26 @@ def padded(batch, lengths):
     return len(batch) * max(lengths[index] for index in batch) if batch else 0
 
 
+def real(batch, lengths):
+    return sum(lengths[index] for index in batch)
+
+
 def padding(ranks, lengths):
     total = sum(padded(batch, lengths) for batches in ranks for batch in batches)
     return 1 - sum(lengths) / total
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_sample_has_one_place_and_every_rank_as_many_micro_batches(count, num_ranks, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+def test_every_sample_has_one_place_and_every_rank_as_many_micro_batches(count, num_ranks, batch_size, padding_free):
     lengths = log_normal_lengths(count)
-    ranks = plan(lengths, num_ranks, batch_size, max_tokens=10**9)
+    ranks = plan(lengths, num_ranks, batch_size, max_tokens=(batch_size or 1) * 10_000, padding_free=padding_free)
     assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(count))
     assert len(ranks) == num_ranks
-    assert {len(batches) for batches in ranks} == {max(1, math.ceil(math.ceil(count / batch_size) / num_ranks))}
+    (per_rank,) = {len(batches) for batches in ranks}
+    assert 1 <= per_rank <= max(1, math.ceil(math.ceil(count / (batch_size or 1)) / num_ranks))
 
 
 @pytest.mark.parametrize(("micro_batches", "allowed", "random"), [(64, 0.05, 0.6), (32, 0.07, 0.7), (8, 0.25, 0.8)])
@@ -54,11 +60,54 @@ def test_ranks_have_the_same_work_to_3_percent(num_ranks, seed):
     assert max(tokens) <= 1.03 * sum(tokens) / num_ranks
 
 
-def test_no_micro_batch_holds_more_than_it_may():
+@pytest.mark.parametrize("batch_size", [1, 2, 256, None])
+@pytest.mark.parametrize("attention_cost", [0, 1e-3])
+@pytest.mark.parametrize("spread", ["log-normal", "near the limit"])
+def test_no_micro_batch_holds_more_than_it_may(batch_size, attention_cost, spread):
+    lengths = log_normal_lengths() if spread == "log-normal" else [100 - index % 7 for index in range(61)] + [3, 2, 1]
+    budget = max(2, batch_size or 2) * max(lengths)
+    for tokens_of, padding_free in ((padded, False), (real, True)):
+        ranks = plan(lengths, 4, batch_size, budget, padding_free, attention_cost)
+        assert max(tokens_of(batch, lengths) for batches in ranks for batch in batches) <= budget
+        assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_token_budget_fills_its_micro_batches(padding_free):
     lengths = log_normal_lengths()
-    budget = 2 * max(lengths)
-    ranks = plan(lengths, 4, batch_size=256, max_tokens=budget)
-    assert max(padded(batch, lengths) for batches in ranks for batch in batches) <= budget
+    budget = 4 * max(lengths)
+    ranks = plan(lengths, 4, None, budget, padding_free)
+    fewest = math.ceil(sum(lengths) / budget / 4)  # the best there can be
+    assert len(ranks[0]) <= fewest + (0 if padding_free else 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_padding_micro_batches_and_ranks_have_the_same_tokens(seed):
+    lengths = log_normal_lengths(seed=seed)
+    ranks = plan(lengths, 8, batch_size=4, max_tokens=10**9, padding_free=True)
+    per_rank = [sum(real(batch, lengths) for batch in batches) for batches in ranks]
+    assert max(per_rank) <= 1.03 * sum(per_rank) / 8
+    for turn in range(len(ranks[0])):  # sharded models wait for the slowest rank in every turn
+        loads = [real(batches[turn], lengths) for batches in ranks]
+        assert max(loads) <= max(1.05 * sum(loads) / 8, sum(loads) / 8 + min(lengths))
+
+
+def test_where_attention_dominates_ranks_are_balanced_by_squared_lengths():
+    lengths = log_normal_lengths()
+    cost = 1e-3  # a sample of 1000 tokens costs as much in attention as in the rest of the model
+    for padding_free, work_of in (
+        (True, lambda batch: sum(lengths[i] + cost * lengths[i] ** 2 for i in batch)),
+        (False, lambda batch: len(batch) * max(lengths[i] + cost * lengths[i] ** 2 for i in batch)),
+    ):
+        with_cost, without = (
+            [sum(map(work_of, batches)) for batches in plan(lengths, 4, 2, 10**9, padding_free, attention_cost)]
+            for attention_cost in (cost, 0.0)
+        )
+        assert max(with_cost) <= 1.03 * sum(with_cost) / 4
+        assert max(with_cost) < max(without)
+    long_and_short = plan([1000, 500, 500, 500, 500, 500, 500], 2, 4, 10**9, True, 1.0)  # squares: 4 to 6 times 1
+    samples = [[lengths_ for batch in batches for lengths_ in batch] for batches in long_and_short]
+    assert sorted(len(mine) for mine in samples) == [2, 5]
 
 
 def test_micro_batches_of_all_ranks_are_as_heavy_in_turn():

@@ -321,7 +321,7 @@ def main(config: str, overrides: list[str]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(student, **source)
     except (OSError, ValueError) as error:
         raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
-    max_tokens = args.max_prompt_length + (args.max_completion_length or 0)
+    max_tokens = args.max_prompt_length + args.longest_completion
     findings += _check_branches(specs, Schedule.parse(args.schedule))
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
     teacher_source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}

@@ -31,7 +31,7 @@ import httpx
 
 from ..errors import CaMOPDError, TeacherError
 from ..run import SERVED_TEACHERS, check_names, peek
-from ..schedule import Schedule
+from ..schedule import Schedule, by_step
 from .address import is_loopback, is_server, key_variables, names_missing_folder
 
 
@@ -280,11 +280,11 @@ def max_model_len(settings: dict[str, Any], overrides: list[str]) -> int:
                     f"{word!r} is neither an option of `camopd serve` nor a setting of a run. Flags for vLLM go to the "
                     "end, behind `--`."
                 )
-    for name in names:
-        value = settings[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    return settings["max_prompt_length"] + settings["max_completion_length"] + 1
+    if isinstance(settings["max_prompt_length"], dict):
+        raise ValueError(
+            f"max_prompt_length must be a whole number of at least 1, got {settings['max_prompt_length']!r}."
+        )
+    return sum(max(by_step(name, settings[name]).values()) for name in names) + 1
 
 
 def key_of(server: Server) -> str | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
-from ..logprobs import completion_logps, completion_top_k, in_length_sorted_batches
+from ..logprobs import completion_logps, completion_top_k, in_length_sorted_batches, padding_free_for
 from .base import TokenScores
 
 
@@ -34,6 +34,7 @@ class LocalTeacher:
         device: torch.device | str,
         batch_size: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        padding_free: bool | None = None,
     ):
         """
         Args:
@@ -41,7 +42,9 @@ class LocalTeacher:
             device: where to score.
             batch_size: rows per forward.
             autocast: the trainer's autocast, so that teacher and student round alike.
+            padding_free: as the config has it.
         """
+        self.padding_free = padding_free_for(model, padding_free)
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.device = torch.device(device)
@@ -57,7 +60,9 @@ class LocalTeacher:
             self.model.to(self.device)
         try:
             return score_with(
-                lambda ids, lens: completion_logps(self.model, ids, lens, pad_token_id=0),
+                lambda ids, lens: completion_logps(
+                    self.model, ids, lens, pad_token_id=0, padding_free=self.padding_free
+                ),
                 lambda ids, lens: completion_top_k(self.model, ids, lens, pad_token_id=0, k=top_k),
                 token_ids,
                 prompt_lens,

@@ -35,6 +35,7 @@ def resolve_teachers(
     device: torch.device,
     autocast: Callable[[], Any],
     batch_size: int,
+    padding_free: bool | None,
     init_kwargs: dict[str, Any],
 ) -> dict[str, Teacher]:
     """Turn what `connect_servers` left for each branch into teachers, servers first: they fail fast, models load slowly.
@@ -66,11 +67,11 @@ def resolve_teachers(
                     "\nCopy the tokenizer files it was trained with into its folder."
                 ) from error
             check_same_tokens(tokenizer, theirs, branch)
-            teacher = LocalTeacher(model, spec, device, batch_size, autocast)
+            teacher = LocalTeacher(model, spec, device, batch_size, autocast, padding_free)
         elif isinstance(spec, PreTrainedModel):
             _check_fits(spec, tokenizer, max_tokens, branch)
             teacher = LocalTeacher(
-                spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast
+                spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast, padding_free
             )
         elif isinstance(spec, Teacher):
             teacher = spec
