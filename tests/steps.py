@@ -94,10 +94,11 @@ def trainer_step(
     """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
     values = {
         "output_dir": output_dir, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
-        "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.5, "max_steps": 1,
-        "prompts_per_step": ROWS, "per_device_train_batch_size": batch_size, "max_completion_length": 9,
-        "max_prompt_length": 64, "schedule": case.schedule, "mass_target": case.mass_target, "selection": case.selection,
-        "importance_sampling_mode": "mask" if case.with_rollout_logps else "none", "score_batch_size": 3,
+        "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1,
+        "max_grad_norm": 0.5, "max_steps": 1, "prompts_per_step": ROWS, "per_device_train_batch_size": batch_size,
+        "max_completion_length": 9, "max_prompt_length": 64, "schedule": case.schedule,
+        "mass_target": case.mass_target, "selection": case.selection, "score_batch_size": 3,
+        "importance_sampling_mode": "mask" if case.with_rollout_logps else "none",
         "gap_student": case.gap_student, "loss_prefix_tokens": case.loss_prefix_tokens,
     }  # fmt: skip
     args = CaMOPDConfig(**{**values, **settings})
