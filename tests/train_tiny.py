@@ -1,0 +1,63 @@
+"""Three steps of a tiny student, as a user's script under `accelerate launch`: for test_distributed.py.
+
+train_tiny.py --output_dir FOLDER/run --name value ...    settings of CaMOPDConfig, --lora, --fsdp_on_cpu
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import make_model, make_prompts, make_tokenizer
+from peft import LoraConfig
+from trl import TrlParser
+
+from camopd import CaMOPDConfig, CaMOPDTrainer
+
+
+@dataclass
+class Options:
+    lora: bool = False
+    fsdp_on_cpu: bool = False
+
+
+def main() -> None:
+    options, args = TrlParser([Options, CaMOPDConfig]).parse_args_and_config()
+    if options.fsdp_on_cpu:
+        fsdp_on_cpu()
+    folder = Path(args.output_dir).parent
+    student, tokenizer = str(folder / "student"), make_tokenizer()
+    trainer = CaMOPDTrainer(
+        model=student,
+        teachers={"general": make_model(2), "domain": "adapter_off" if options.lora else student},
+        args=args,
+        train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
+        eval_dataset={"general": make_prompts("general", count=4)},
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        if options.lora
+        else None,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.evaluate()
+    trainer.save_model(str(Path(args.output_dir) / "final"))
+    if args.process_index == 0:
+        facts = {
+            "world_size": args.world_size,
+            "type": str(trainer.accelerator.distributed_type.value),
+            "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
+            "sharded": sorted({type(value).__name__ for value in trainer.model.parameters()}),
+        }
+        (Path(args.output_dir) / "facts.json").write_text(json.dumps(facts))
+
+
+def fsdp_on_cpu() -> None:
+    """accelerate starts FSDP only where it finds GPUs, and plain data parallel elsewhere: tell it that it has found some."""
+    from accelerate.state import DistributedType, PartialState
+
+    state = PartialState(cpu=True)
+    assert state.distributed_type == DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    main()
