@@ -91,7 +91,8 @@ class CaMOPDConfig(DistillationConfig):
 
         teachers (`dict[str, Any]`, *optional*):
             Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), `{"urls": ..., "model": ...}` to
-            have the served model checked, a model id or path (in-process), or `"adapter_off"`. The trainer's own
+            have the served model checked, a model id or path (in-process), `"adapter_off"` (a LoRA student without its
+            adapter), or `"adapter_start"` (with its adapter as it was before training). The trainer's own
             `teachers` argument wins over it.
         score_batch_size (`int`, *optional*):
             Sequences per no-gradient forward, for the gaps and for in-process teachers. By default as many as 65536
@@ -211,7 +212,7 @@ class CaMOPDConfig(DistillationConfig):
     teachers: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Teacher of each branch: vLLM URL or list of URLs, model id or path, or 'adapter_off'. "
+            "help": "Teacher of each branch: vLLM URL or list of URLs, model id or path, 'adapter_off', 'adapter_start'. "
             "The trainer's `teachers` argument wins."
         },
     )
@@ -367,6 +368,11 @@ class CaMOPDConfig(DistillationConfig):
         for name, choices in (("gap_student", GAP_STUDENTS), ("optimizer_moments", OPTIMIZER_MOMENTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        optim = str(getattr(self.optim, "value", self.optim))
+        if self.optimizer_moments == "per_branch" and not optim.startswith("adamw_torch"):
+            raise ValueError(
+                f"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim={optim!r}. Leave optim out."
+            )
         self._check_budget()
         if not 0 <= self.importance_sampling_low <= 1 <= self.importance_sampling_high:
             raise ValueError(

@@ -13,7 +13,7 @@ import yaml
 
 from .errors import CaMOPDError, TeacherError
 from .schedule import Schedule, by_step
-from .teachers.address import is_server, names_missing_folder
+from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
 
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         # With the model: another `camopd serve` may listen on these ports by now.
         branch: {"urls": served[branch], "model": os.path.expanduser(teacher)}
-        if branch in served and isinstance(teacher, str) and teacher != "adapter_off" and not is_server(teacher)
+        if branch in served and isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and not is_server(teacher)
         else teacher
         for branch, teacher in teachers.items()
     }
@@ -280,7 +280,7 @@ def train(config: str, overrides: list[str]) -> None:
         "dtype": model.dtype,
     }
     for branch, teacher in teachers.items():
-        if isinstance(teacher, str) and teacher != "adapter_off" and args.process_index == 0:
+        if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
             print(
                 f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
                 f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",

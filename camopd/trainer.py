@@ -42,9 +42,10 @@ from .optimizer import BranchAdamW, update_products
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .rollouts import Rollouts
 from .schedule import Schedule
+from .teachers.address import ADAPTER_TEACHERS, has_adapter
 from .teachers.base import RemoteTeacher, Teacher, TokenScores
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
-from .teachers.local import context_length
+from .teachers.local import context_length, keep_start_adapter, load_adapter_student
 from .teachers.resolve import resolve_teachers
 from .teachers.server import ServerTeacher, connect_servers
 
@@ -88,11 +89,12 @@ class CaMOPDTrainer(DistillationTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The specialised model to train.
+            The specialised model to train. The folder of a saved adapter is its base model with that adapter, which is
+            trained on.
         teachers (`dict`, *optional*, defaults to `args.teachers`):
             Teacher of each branch of the schedule: URL of a vLLM server or a list of URLs (replicas), model id, path
-            or loaded model (in-process), `"adapter_off"` (a LoRA student without its adapter), or any
-            [`~camopd.Teacher`].
+            or loaded model (in-process), `"adapter_off"` (a LoRA student without its adapter), `"adapter_start"` (with its
+            adapter as it was before training), or any [`~camopd.Teacher`].
         args ([`CaMOPDConfig`], *optional*):
             Configuration. Defaults to the paper's.
         train_dataset (`dict[str, Dataset | IterableDataset]`):
@@ -140,6 +142,11 @@ class CaMOPDTrainer(DistillationTrainer):
         assert args.gradient_accumulation_steps is not None
         assert args.score_batch_size is not None  # set by the config
         _show_log(is_main_process=args.process_index == 0)
+        if args.optimizer_moments == "per_branch" and optimizers[0] is not None:
+            raise ValueError(
+                f"optimizer_moments='per_branch' is an AdamW of its own, but a {type(optimizers[0]).__name__} was passed. "
+                "Leave optimizer_moments at 'shared', or pass no optimizer."
+            )
         # The data and the names first: they cost nothing to check, the models do.
         self.schedule = Schedule.parse(args.schedule)
         self._score_batch_size = args.score_batch_size
@@ -148,6 +155,7 @@ class CaMOPDTrainer(DistillationTrainer):
         eval_dataset = self._with_branch_column(eval_dataset)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
         max_tokens = args.max_prompt_length + args.longest_completion
+        student_name = model if isinstance(model, str) else ""
         teachers = connect_servers(teachers, max_tokens, args.teacher_patience)
         dealer = PromptDealer(
             streams,
@@ -158,6 +166,13 @@ class CaMOPDTrainer(DistillationTrainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        if isinstance(model, str) and has_adapter(model) and peft_config is None:
+            kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            if args.world_size > 1:
+                kwargs["device_map"] = None
+            model = load_adapter_student(model, kwargs)
+        if "adapter_start" in [teacher for teacher in teachers.values() if isinstance(teacher, str)]:
+            keep_start_adapter(model)
         super().__init__(
             model=model,
             args=args,
@@ -225,7 +240,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._teachers_checked = False
         self._branches_met: set[str] = set()
         # The weights a server may claim to have. A model object may differ from the name in its config.
-        self._student_start = model if isinstance(model, str) else ""
+        self._student_start = student_name
         self._checkpoint: Path | None = None  # the last one written or resumed from
         self._resumed_from: Path | None = None  # the one whose rollouts may be used
         self._last_loaded_step = -1  # step whose weights vLLM has, as in the parent
@@ -294,11 +309,16 @@ class CaMOPDTrainer(DistillationTrainer):
                     f"the teacher of branch {branch!r} is the student object itself and would change as it trains. Pass "
                     "the path it was loaded from, a copy.deepcopy of it, or 'adapter_off' if it has an adapter."
                 )
-            if (
-                teacher == "adapter_off"
-                and peft_config is None
-                and (isinstance(model, str) or not is_peft_model(model))
-            ):
+            if not (isinstance(teacher, str) and teacher in ADAPTER_TEACHERS):
+                continue
+            trained = has_adapter(model) if isinstance(model, str) else is_peft_model(model)
+            if teacher == "adapter_start" and not trained:
+                raise ValueError(
+                    f"the teacher of branch {branch!r} is 'adapter_start', the student with its adapter as it was before "
+                    "training, but the student comes without one. Pass a PeftModel or the folder of a saved adapter as "
+                    "`model`; for new LoRA weights on a specialised model, 'adapter_off' is that model."
+                )
+            if teacher == "adapter_off" and not trained and peft_config is None:
                 raise ValueError(
                     f"the teacher of branch {branch!r} is 'adapter_off', the student without its adapter, but the student "
                     "has none. Pass peft_config=LoraConfig(...) to the trainer, or name a model or server as teacher."
@@ -758,7 +778,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 rollouts.cut(self.args.loss_prefix_tokens)
         rolled_out = time.perf_counter()
         try:
-            self._score(rollouts, list(self.schedule.shares(self.state.global_step)))
+            self._score(rollouts, list(self.schedule.shares(self.state.global_step)), self.args.gap_student)
         except TeacherError as error:
             folder = self._keep_step(rollouts)
             raise TeacherError(

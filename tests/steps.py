@@ -48,7 +48,7 @@ CASES = (
     Case("domain", schedule="domain:1,general:1"),
     Case("without_selection", selection=False),
     Case("without_rollout_logps", with_rollout_logps=False),
-    Case("engine", gap_student="engine"),
+    Case("engine", gap_student="engine", mass_target=0.5),  # which keeps other samples than the trainer's gaps do
     Case("prefix", loss_prefix_tokens=2),
 )
 # What changes how a step is made and not what it is.
@@ -89,7 +89,7 @@ class FakeSampler:
 
 
 def trainer_step(
-    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None, **settings
+    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None, sampler=None, **settings
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
     values = {
@@ -109,7 +109,7 @@ def trainer_step(
         train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
         processing_class=make_tokenizer(),
     )
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, sampler or FakeSampler(), -1
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer._step_metrics

@@ -602,6 +602,14 @@ def test_a_teacher_of_no_known_form_is_an_error_that_shows_it(tokenizer, spec):
     assert "or 'adapter_off'; several URLs are a list" in found.text
 
 
+def test_adapter_start_needs_a_saved_adapter(tokenizer):
+    found = _check_local("domain", "adapter_start", tokenizer, 128, use_peft=True, source={}, is_adapter=True)
+    assert (found.level, found.text) == ("ok", "the student with its adapter as it was before training")
+    found = _check_local("domain", "adapter_start", tokenizer, 128, use_peft=True, source={})
+    assert found.level == "error"
+    assert "the student is no saved adapter" in found.text
+
+
 def test_adapter_off_needs_an_adapter(tokenizer):
     found = _check_local("domain", "adapter_off", tokenizer, 128, use_peft=True, source={})
     assert (found.level, found.text) == ("ok", "the student without its adapter")

@@ -16,12 +16,24 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
 )
 
 from camopd import logprobs
-from camopd.logprobs import completion_logps, completion_top_k, in_length_sorted_batches
+from camopd.logprobs import (
+    SampledLogps,
+    completion_logps,
+    completion_top_k,
+    in_length_sorted_batches,
+    padding_free_for,
+)
 
 
 # (prompt, completion) lengths: a one-token prompt, an empty completion, a one-token completion, the longest row twice
@@ -405,3 +417,117 @@ def test_top_k_has_logits_of_one_tile_of_tokens_at_a_time(monkeypatch, wide_mode
     with LargestTensor() as largest:
         completion_top_k(wide_model, token_ids, prompt_lens, pad_token_id=0, k=4)
     assert largest.numel == 64 * VOCAB_SIZE
+
+
+# --- without padding ---
+
+
+def make_sliding():
+    """A window of 4 tokens, shorter than most rows."""
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "implementation"),
+    [
+        (lambda: make_model(0), "sdpa"),
+        (lambda: make_model(0), "eager"),
+        (make_sliding, "sdpa"),
+        (make_sliding, "eager"),
+        (make_gemma2, "eager"),  # it has no sdpa
+        (make_phi, "sdpa"),
+    ],
+    ids=["llama-sdpa", "llama-eager", "sliding-sdpa", "sliding-eager", "gemma2-eager", "phi-sdpa"],
+)
+def test_padding_free_rows_equal_rows_on_their_own(make, implementation):
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation(implementation)
+    token_ids, prompt_lens = make_rows()
+    logps, entropy = completion_logps(
+        model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True, padding_free=True
+    )
+    expected = reference(model, token_ids, prompt_lens)
+    assert_rows_match(logps, gather(expected, targets(token_ids, prompt_lens)), tolerance=2e-5)
+    assert_rows_match(entropy, [-(row.exp() * row).sum(dim=-1).detach() for row in expected], tolerance=2e-5)
+    plain = pad(gather(expected, targets(token_ids, prompt_lens)))
+    assert_same_gradients(gradients(model, weighted_sum(logps)), gradients(model, weighted_sum(plain)))
+
+
+def test_padding_free_flex_attention_equals_rows_on_their_own():
+    model = make_model(0)
+    model.set_attn_implementation("flex_attention")
+    token_ids, prompt_lens = make_rows()
+    with torch.no_grad():  # on a CPU it has no backward
+        logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0, padding_free=True)
+        model.set_attn_implementation("eager")
+        assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
+
+
+def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
+    model = make_model(0)
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    token_ids, prompt_lens = make_rows()
+    completion_logps(model, token_ids, prompt_lens, pad_token_id=0, padding_free=True)
+    completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+    assert shapes == [(1, sum(map(len, token_ids))), (len(token_ids), max(map(len, token_ids)))]
+
+
+def test_padding_free_is_the_default_where_attention_gains_from_it():
+    model = make_model(0)
+    for implementation, gains in (("sdpa", False), ("eager", False), ("flex_attention", True)):
+        model.set_attn_implementation(implementation)
+        assert padding_free_for(model, None) is gains
+        assert padding_free_for(model, True) is True
+        assert padding_free_for(model, False) is False
+    model.config._attn_implementation = "flash_attention_2"  # whose kernels are not on this machine
+    assert padding_free_for(model, None) is True
+    assert padding_free_for(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
+
+
+def test_padding_free_is_refused_where_a_state_runs_through_the_rows():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
+    hybrid = Lfm2ForCausalLM(
+        Lfm2Config(**{**SIZES, "num_hidden_layers": 2}, layer_types=["conv", "full_attention"], block_ff_dim=32)
+    )
+    for model in (mamba, hybrid):
+        assert padding_free_for(model, None) is False
+        with pytest.raises(
+            ValueError, match=rf"padding_free=True, but {type(model).__name__} has layers in which rows"
+        ):
+            padding_free_for(model, True)
+
+
+# --- as they are drawn ---
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_recorded_logps_are_those_of_the_tokens_that_generate_draws(seed):
+    model = make_model(0)
+    model.generation_config.pad_token_id = 0
+    prompts = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [0, 3, 4, 5]])
+    mask = (prompts != 0).long()
+    recorder = SampledLogps()
+    torch.manual_seed(seed)
+    sequences = model.generate(
+        input_ids=prompts, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=12, eos_token_id=20,
+        logits_processor=[recorder],
+    )  # fmt: skip
+    recorder.finish(sequences)
+    torch.manual_seed(seed)
+    assert torch.equal(
+        sequences,
+        model.generate(
+            input_ids=prompts, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=12, eos_token_id=20
+        ),
+    )
+    for row, logps in enumerate(recorder.rows()):
+        prompt = prompts[row][mask[row].bool()].tolist()
+        completion = sequences[row, prompts.size(1) :].tolist()
+        completion = completion[: completion.index(20) + 1] if 20 in completion else completion
+        full = reference(model, [prompt + completion], [len(prompt)])
+        (expected,) = gather(full, [torch.tensor(completion)])
+        torch.testing.assert_close(torch.tensor(logps[: len(completion)]), expected.detach(), rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from camopd.errors import TeacherError
 from camopd.logprobs import completion_logps
 from camopd.teachers.base import Teacher, TokenScores
-from camopd.teachers.local import AdapterOffTeacher, LocalTeacher
+from camopd.teachers.local import AdapterTeacher, LocalTeacher, keep_start_adapter
 from camopd.teachers.resolve import resolve_teachers
 from camopd.teachers.server import ServerTeacher, connect_servers
 
@@ -83,7 +83,7 @@ def test_local_teacher_scores_under_the_trainers_autocast_and_answers_in_float32
     assert 1e-5 < difference < 0.5
 
 
-# --- AdapterOffTeacher -------------------------------------------------------------------------------------------
+# --- AdapterTeacher -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -103,8 +103,8 @@ def student_forward(student):
     return lambda ids, lens: completion_logps(student, ids, lens, pad_token_id=0)
 
 
-def adapter_off(student):
-    return AdapterOffTeacher(student, student_forward(student), batch_size=2)
+def adapter_off(student, which="adapter_off"):
+    return AdapterTeacher(student, which, student_forward(student), batch_size=2)
 
 
 def test_adapter_off_scores_equal_those_of_the_base_model(lora_student, model_factory):
@@ -137,13 +137,40 @@ def test_adapter_off_leaves_adapter_training_mode_and_gradients_as_they_were(lor
     assert trainable_after == trainable != []
 
 
+def test_adapter_start_is_the_adapter_before_training(lora_student):
+    lora_student.eval()
+    with torch.no_grad():
+        before, _ = student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)
+    keep_start_adapter(lora_student)
+    trainable = {name for name, parameter in lora_student.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".default." in name for name in trainable)
+    with torch.no_grad():
+        for name, parameter in lora_student.named_parameters():
+            if name in trainable:
+                parameter.add_(0.1)
+        after, _ = student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)
+    assert not torch.allclose(before, after)
+    teacher = adapter_off(lora_student, "adapter_start")
+    for row, score in enumerate(teacher.score(TOKEN_IDS, PROMPT_LENS)):
+        torch.testing.assert_close(score.logps, before[row, : len(score.logps)], rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)[0], after, rtol=0, atol=0)
+    assert trainable == {name for name, parameter in lora_student.named_parameters() if parameter.requires_grad}
+
+
+def test_adapter_start_needs_a_single_adapter(lora_student):
+    lora_student.add_adapter("other", lora_student.peft_config["default"])
+    with pytest.raises(ValueError, match=r"one adapter, called 'default', and this one has \['default', 'other'\]"):
+        keep_start_adapter(lora_student)
+
+
 def test_adapter_off_puts_everything_back_when_the_forward_fails(lora_student):
     def fails(ids, lens):
         raise torch.OutOfMemoryError("too long")
 
     lora_student.train()
     with pytest.raises(torch.OutOfMemoryError):
-        AdapterOffTeacher(lora_student, fails, batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
+        AdapterTeacher(lora_student, "adapter_off", fails, batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
     assert lora_student.training
     lora_student.eval()
     with torch.no_grad():
@@ -169,6 +196,7 @@ def resolve(model_factory, tokenizer):
             device=torch.device("cpu"),
             autocast=nullcontext,
             batch_size=2,
+            padding_free=None,
             init_kwargs={"dtype": "float32", **init_kwargs},
         )
 
@@ -216,7 +244,7 @@ def test_a_loaded_model_an_own_object_and_adapter_off_are_taken(resolve, lora_st
     assert list(teachers) == ["model", "own", "domain"]
     assert_same_scores(teachers["model"].score(TOKEN_IDS, PROMPT_LENS), local_scores())
     assert teachers["own"] is own
-    assert isinstance(teachers["domain"], AdapterOffTeacher)
+    assert isinstance(teachers["domain"], AdapterTeacher)
 
 
 def test_the_order_of_the_branches_is_kept(resolve, server):

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def fsdp_on_cpu() -> None:
-    """accelerate starts FSDP only where it finds GPUs, and plain data parallel elsewhere: tell it that it has found some."""
+    """accelerate starts FSDP only where it finds GPUs, and plain data parallel elsewhere: tell it that it has some."""
     from accelerate.state import DistributedType, PartialState
 
     state = PartialState(cpu=True)

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
+# Teachers that a student with an adapter is itself.
+ADAPTER_TEACHERS = {
+    "adapter_off": "the student without its adapter",
+    "adapter_start": "the student with its adapter as it was before training",
+}
+
+
 def is_server(spec: Any) -> bool:
     """Whether a teacher was given as a URL, a list of URLs, or `{"urls": one of these, "model": what they serve}`."""
     if isinstance(spec, dict):
@@ -36,6 +43,11 @@ def names_missing_folder(name: str) -> bool:
     path = Path(name).expanduser()
     is_path = name.startswith(("/", "./", "../", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
     return is_path and not path.exists()
+
+
+def has_adapter(model: str) -> bool:
+    """Whether a path is that of a saved PEFT adapter, which names its base model itself."""
+    return (Path(model).expanduser() / "adapter_config.json").is_file()
 
 
 def is_loopback(host: str) -> bool:

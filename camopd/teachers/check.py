@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CaMOPDError, TeacherError
 from ..schedule import Schedule
-from .address import is_loopback, is_server, same_model, urls_and_model
+from .address import ADAPTER_TEACHERS, has_adapter, is_loopback, is_server, same_model, urls_and_model
 from .base import Teacher, TokenScores
 from .server import ServerTeacher
 
@@ -329,7 +329,11 @@ def main(config: str, overrides: list[str]) -> None:
         if branch in servers:
             findings += check_server(branch, servers[branch], tokenizer, max_tokens)
         elif spec is not None:
-            findings.append(_check_local(branch, spec, tokenizer, max_tokens, model_args.use_peft, teacher_source))
+            findings.append(
+                _check_local(
+                    branch, spec, tokenizer, max_tokens, model_args.use_peft, teacher_source, has_adapter(student)
+                )
+            )
     _stop_on_errors(findings)
     findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
     _stop_on_errors(findings)
@@ -353,7 +357,13 @@ def _check_branches(specs: dict[str, Any], schedule: Schedule) -> Iterable[Findi
 
 
 def _check_local(
-    branch: str, spec: Any, tokenizer: Any, max_tokens: int, use_peft: bool, source: dict[str, Any]
+    branch: str,
+    spec: Any,
+    tokenizer: Any,
+    max_tokens: int,
+    use_peft: bool,
+    source: dict[str, Any],
+    is_adapter: bool = False,
 ) -> Finding:
     """A teacher in the trainer's process, without loading its weights."""
     from transformers import AutoConfig, AutoTokenizer
@@ -361,9 +371,16 @@ def _check_local(
     from .local import check_same_tokens, context_length, guess_meaning
 
     if spec == "adapter_off":
-        if use_peft:
-            return Finding(branch, "adapter_off", "ok", "the student without its adapter")
+        if use_peft or is_adapter:
+            return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
         return Finding(branch, "adapter_off", "error", "the student has no adapter. Set use_peft, or name a model")
+    if spec == "adapter_start":
+        if is_adapter:
+            return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
+        return Finding(
+            branch, "adapter_start", "error",
+            "the student is no saved adapter. With use_peft on a specialised model, that model is 'adapter_off'",
+        )  # fmt: skip
     way_out = (
         "a folder with a model, a model id of the Hub, the URL of a vLLM server (http://host:port), or 'adapter_off'"
     )

@@ -32,7 +32,7 @@ import httpx
 from ..errors import CaMOPDError, TeacherError
 from ..run import SERVED_TEACHERS, check_names, peek
 from ..schedule import Schedule, by_step
-from .address import is_loopback, is_server, key_variables, names_missing_folder
+from .address import ADAPTER_TEACHERS, is_loopback, is_server, key_variables, names_missing_folder
 
 
 PAPER_SCHEDULE = "general:3,domain:1"  # where the config says nothing
@@ -177,8 +177,8 @@ def models_of(settings: dict[str, Any], notes: list[str]) -> dict[str, list[str]
         if is_server(teacher):
             urls = teacher if isinstance(teacher, str) else ", ".join(teacher)
             notes.append(f"{branch}: {urls} is a server already, nothing to start")
-        elif teacher == "adapter_off":
-            notes.append(f"{branch}: adapter_off is the student without its adapter, it needs no server")
+        elif isinstance(teacher, str) and teacher in ADAPTER_TEACHERS:
+            notes.append(f"{branch}: {teacher} is {ADAPTER_TEACHERS[teacher]}, it needs no server")
         elif isinstance(teacher, str) and teacher:
             model = os.path.expanduser(teacher)
             if names_missing_folder(teacher):
@@ -190,7 +190,7 @@ def models_of(settings: dict[str, Any], notes: list[str]) -> dict[str, list[str]
         else:
             raise ValueError(
                 f"the teacher of branch {branch!r} is {teacher!r}. It must be a model id, a path, the URL of a vLLM server "
-                "or a list of URLs, or 'adapter_off'."
+                "or a list of URLs, 'adapter_off' or 'adapter_start'."
             )
     if not models:
         raise ValueError(

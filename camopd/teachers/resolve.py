@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from .address import ADAPTER_TEACHERS
 from .base import Teacher
 from .check import check_server, raise_errors
 from .local import (
-    AdapterOffTeacher,
+    AdapterTeacher,
     Forward,
     LocalTeacher,
     check_same_tokens,
@@ -53,8 +54,8 @@ def resolve_teachers(
         if isinstance(spec, ServerTeacher):
             raise_errors(check_server(branch, spec, tokenizer, max_tokens), logger.warning)
             teacher = spec
-        elif spec == "adapter_off":
-            teacher = AdapterOffTeacher(student, student_forward, batch_size, autocast)
+        elif isinstance(spec, str) and spec in ADAPTER_TEACHERS:
+            teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast)
         elif isinstance(spec, str):
             model = load_teacher_model(spec, init_kwargs, branch)
             _check_fits(model, tokenizer, max_tokens, branch)
@@ -78,8 +79,8 @@ def resolve_teachers(
         else:
             raise TypeError(
                 f"the teacher of branch {branch!r} is {spec!r} ({type(spec).__name__}). It must be the URL of a vLLM "
-                "server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', or an object with a `name` "
-                "and a `score` method (camopd.Teacher)."
+                "server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', 'adapter_start', or an "
+                "object with a `name` and a `score` method (camopd.Teacher)."
             )
         resolved[branch] = teacher
         if isinstance(spec, str):
