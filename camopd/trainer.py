@@ -166,6 +166,12 @@ class CaMOPDTrainer(DistillationTrainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
+        zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        if zero3 and args.use_vllm and not args.ds3_gather_for_generation:
+            raise ValueError(
+                "ds3_gather_for_generation=False leaves the weights of ZeRO-3 in shards, and vLLM needs them whole. Leave "
+                "it at True with use_vllm=True."
+            )
         if isinstance(model, str) and has_adapter(model) and peft_config is None:
             kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             if args.world_size > 1:
@@ -204,6 +210,9 @@ class CaMOPDTrainer(DistillationTrainer):
                 "more than padding. Load the model with flash attention or flex_attention.",
                 student.config.get_text_config()._attn_implementation,
             )
+        if zero3 and not args.use_vllm and args.ds3_gather_for_generation and args.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(args.device).total_memory
+            check_gathered_weights(student, memory)
         self._attention_cost = attention_cost(student)
         self.teachers: dict[str, Teacher] = resolve_teachers(
             teachers,
@@ -1044,6 +1053,19 @@ class _Clock:
     @property
     def hidden_seconds(self) -> float:
         return max(0.0, min(self.seconds, self.hidden_until - self.started))
+
+
+def check_gathered_weights(model: Any, memory: int) -> None:
+    """Raise `ValueError` when the whole model does not fit into `memory` bytes; ZeRO-3 gathers it there to generate."""
+    # ZeRO-3 keeps a parameter's size elsewhere
+    sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.element_size()) for weight in model.parameters()]
+    weights, needed = sum(number for number, _ in sizes), sum(number * size for number, size in sizes)
+    if needed > memory:
+        raise ValueError(
+            f"to generate, ZeRO-3 gathers all {weights / 1e9:.2f} billion weights on every GPU: {needed / 2**30:.1f} GiB, "
+            f"and this one has {memory / 2**30:.1f} GiB. Set use_vllm=True with vllm_mode='server', or "
+            "ds3_gather_for_generation=False, which generates with weights in shards, slowly."
+        )
 
 
 def _show_log(is_main_process: bool) -> None:

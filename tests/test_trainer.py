@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from trl import DistillationTrainer
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
 from camopd.errors import CaMOPDError, TeacherError
+from camopd.trainer import check_gathered_weights
 
 
 TESTS = Path(__file__).parent
@@ -380,6 +382,30 @@ def test_per_branch_moments_need_the_optimizer_to_be_ours(tmp_path, tokenizer):
         ValueError, match=r"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim='sgd'"
     ):
         make_args(tmp_path, optimizer_moments="per_branch", optim="sgd")
+
+
+def test_zero3_that_cannot_gather_its_weights_to_generate_is_refused_with_the_arithmetic(monkeypatch):
+    model = torch.nn.Linear(2**10, 2**10, bias=False, dtype=torch.bfloat16)
+    check_gathered_weights(model, 2**21)
+    message = (
+        r"gathers all 0\.00 billion weights on every GPU: 0\.0 GiB, and this one has 0\.0 GiB\. Set use_vllm=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_gathered_weights(model, 2**21 - 1)
+    model.weight.ds_numel = 8 * 2**30  # as ZeRO-3 says it of a weight in shards
+    message = r"gathers all 8\.59 billion weights on every GPU: 16\.0 GiB, and this one has 15\.0 GiB"
+    with pytest.raises(ValueError, match=message):
+        check_gathered_weights(model, 15 * 2**30)
+
+
+def test_zero3_in_shards_and_vllm_exclude_each_other(tmp_path, tokenizer):
+    args = make_args(tmp_path, ds3_gather_for_generation=False)
+    args.use_vllm, args.deepspeed_plugin = True, SimpleNamespace(zero_stage=3)
+    with pytest.raises(ValueError, match=r"ds3_gather_for_generation=False leaves .* Leave it at True with use_vllm"):
+        CaMOPDTrainer(
+            model="never loaded", teachers={"general": make_model(2), "domain": make_model(3)}, args=args,
+            train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")}, processing_class=tokenizer,
+        )  # fmt: skip
 
 
 def test_logps_of_a_tool_conversation_are_put_back_where_they_were_sampled():
