@@ -7,6 +7,7 @@ style per run. Colours are those of Okabe and Ito, which colour-blind readers ca
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ def draw(chart: Chart, runs: Mapping[str, pd.DataFrame]) -> Figure | None:
                 if line in beside:
                     axes.plot(_smooth(beside[line]), color=COLOURS[look % 7], linestyle=":", linewidth=1.4)
         title = f"{wanted}: {quantity.title}" if overlay and wanted else quantity.title
-        axes.set_title(_wrapped(title, 96 // columns), loc="left", fontsize=9)
+        axes.set_title(_wrapped(title, 88 // columns), loc="left", fontsize=9)
         _dress(axes, quantity)
     steps = [axes.get_xlim() for axes in grid[: len(panels)]]
     for axes in grid[: len(panels)]:
@@ -285,7 +286,7 @@ def draw_bars(groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
-    height = 0.3 * len(names) + 0.9
+    height = 0.3 * len(names) + 1.0
     figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.ravel()[len(groups) :]:
@@ -294,12 +295,25 @@ def draw_bars(groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure
         means = np.array([bars.get(name, (np.nan, np.nan))[0] for name in names])
         spreads = np.array([bars.get(name, (np.nan, np.nan))[1] for name in names])
         axes.barh(range(len(names)), means, color=[COLOURS[index % 7] for index in range(len(names))], height=0.7)
-        axes.errorbar(means, range(len(names)), xerr=np.nan_to_num(spreads), fmt="none", ecolor="#333333", capsize=3)
+        axes.errorbar(means, range(len(names)), xerr=spreads, fmt="none", ecolor="#333333", capsize=3)
+        for index, (mean, spread) in enumerate(zip(means, np.nan_to_num(spreads), strict=True)):
+            if np.isfinite(mean):
+                axes.text(max(0.0, mean + spread), index, f"  {mean:.3g}", va="center", fontsize=8)
+        axes.margins(x=0.18)  # for the numbers
+        axes.set_xlabel(unit_of(column.partition("@")[0]), fontsize=8)
         axes.set_yticks(range(len(names)), names if place % columns == 0 else [""] * len(names), fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_title(_wrapped(column, 96 // columns), loc="left", fontsize=9)
+        axes.set_title(_wrapped(column, 88 // columns), loc="left", fontsize=9)
         _clean(axes, "x")
     return figure
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric that the charts know, else ""."""
+    for quantity in (quantity for chart in CHARTS for quantity in chart.quantities):
+        if re.fullmatch(re.escape(quantity.metric).replace(r"\{branch\}", "[^/]+"), metric):
+            return "share" if quantity.factor == 100 else quantity.unit
+    return ""
 
 
 def png(figure: Figure) -> bytes:

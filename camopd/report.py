@@ -81,6 +81,10 @@ def write_report(
     blocks: list[Block] = [("h1", title), *before, ("h2", "Which of my branches is hurting?")]
     blocks += _answers(signs)
     blocks += [("p", f"**Note.** {note}") for note in notes]
+    if any(len(frame) >= figures.SMOOTH_FROM for frame in runs.values()):
+        blocks.append(
+            ("p", f"In the figures, a line of {figures.SMOOTH_FROM} steps or more is thin, under its running mean.")
+        )
     for name, heading, caption, _ in drawn:
         blocks += [("h2", heading), ("figure", (name, heading)), ("p", caption)]
     if left_out:
