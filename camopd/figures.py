@@ -299,7 +299,7 @@ def draw_bars(groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure
         for index, (mean, spread) in enumerate(zip(means, np.nan_to_num(spreads), strict=True)):
             if np.isfinite(mean):
                 axes.text(max(0.0, mean + spread), index, f"  {mean:.3g}", va="center", fontsize=8)
-        axes.margins(x=0.18)  # for the numbers
+        axes.margins(x=0.25)  # for the numbers
         axes.set_xlabel(unit_of(column.partition("@")[0]), fontsize=8)
         axes.set_yticks(range(len(names)), names if place % columns == 0 else [""] * len(names), fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
