@@ -15,7 +15,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -29,7 +29,8 @@ from .errors import CaMOPDError
 
 
 NAME_LENGTH = 40  # characters of a run's name in a legend
-FEWEST = 8  # measured steps below which a count says nothing
+FEWEST = 8  # measured steps of a branch below which nothing is called seen or not seen
+FEWEST_FOR_TREND = 13  # steps, so that the last third has five
 CLEAR = 3.0  # standard errors from which on a change is told from noise
 SMALL = 0.02  # of the level: a smaller change is called none, however clear
 
@@ -227,10 +228,10 @@ class Trend:
 
 def trend_of(values: pd.Series) -> Trend:
     """The trend of a value. A rise or fall is one of more than three standard errors and of more than 2 % of the level;
-    with less than five steps in the last third it is not told from noise."""
+    of fewer than 13 steps none is told from noise."""
     third = math.ceil(len(values) / 3)
     first, last = values.iloc[:third], values.iloc[-third:]
-    if third < 5:
+    if len(values) < FEWEST_FOR_TREND:
         return Trend(len(values), first.mean(), last.mean(), "too few steps")
     x, y = last.index.to_numpy(float), last.to_numpy()
     slope, offset = np.polyfit(x - x[0], y, 1)
@@ -239,7 +240,8 @@ def trend_of(values: pd.Series) -> Trend:
     change = slope * (x[-1] - x[0])
     clear = abs(change) > max(CLEAR * error, SMALL * abs(y.mean()))
     above = last.mean() - first.mean()
-    spread = math.sqrt((first.var() + last.var()) / third)
+    noise = (values.diff() ** 2).mean() / 2  # variance from neighbours, which a trend does not raise
+    spread = math.sqrt(2 * noise / third)
     return Trend(
         steps=len(values),
         first=first.mean(),
@@ -273,7 +275,7 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
     drifted = {branch: trend for branch, trend in trends.items() if trend.higher and branch not in rising}
     short = [branch for branch, trend in trends.items() if trend.verdict == "too few steps"]
     parts = [
-        f"**{branch}** gets worse: its gap rises by {_percent(trend.end / trend.start - 1)} over the last third of its "
+        f"**{branch}** gets worse: its gap rises {_by_share(trend)}over the last third of its "
         f"steps ({_num(trend.start)} → {_num(trend.end)} nats per token)."
         for branch, trend in rising.items()
     ] + [
@@ -284,13 +286,19 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
     if not trends:
         parts = ["Not measured: this run has no gaps."]
     elif len(short) == len(trends):
-        counts = ", ".join(f"{trends[branch].steps} {branch}" for branch in short)
-        parts = [f"This run is too short to tell ({counts} steps; 13 of a branch are the fewest)."]
+        moves = ", ".join(
+            f"**{branch}** {_num(trend.first)} → {_num(trend.last)} ({trend.steps} steps)"
+            for branch, trend in trends.items()
+        )
+        parts = [
+            f"This run is too short to tell: a trend takes {FEWEST_FOR_TREND} steps of a branch. Its gaps, first to last "
+            f"third, in nats per token: {moves}."
+        ]
     else:
         told = " and ".join(branch for branch in trends if branch not in short)
         parts = parts or [f"None by its gap, which rises for no branch over the last third of its steps ({told})."]
         parts += [f"Too few steps of {branch} to tell ({trends[branch].steps})." for branch in short]
-    for state, words in (("seen", "Signs seen"), ("not measured", "Not measured")):
+    for state, words in (("seen", "Signs seen"), ("unclear", "Unclear"), ("not measured", "Not measured")):
         names = [sign.name.lower() for sign in others if sign.state == state]
         if names:
             parts.append(f"{words}: {', '.join(names)}.")
@@ -331,10 +339,7 @@ def _counteraction(frame: pd.DataFrame) -> Sign:
     judged = fresh if len(fresh) else cosine
     negative = (judged < 0).mean()
     state = "seen" if negative >= 0.75 else "not seen" if negative <= 0.25 else "unclear"
-    if len(judged) < FEWEST:
-        state = "unclear"
-        texts.append(f"fewer than {FEWEST} measured steps say little")
-    return Sign(name, state, f"{'; '.join(texts)}.")
+    return _sign(name, state, texts, [judged])
 
 
 def _imbalance(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
@@ -346,10 +351,13 @@ def _imbalance(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     for branch in branches:
         kept, length = (_values(frame, f"selection/{branch}/{name}") for name in ("kept", "length_kept"))
         tokens[branch] = (kept * length).dropna()
-    texts, ratios = [], []
+    texts: list[str] = []
+    ratios: list[float] = []
+    counted: list[pd.Series] = []
     for values, words in ((norms, "the gradient norm"), (tokens, "the trained completion tokens")):
         if len(branches) < 2 or not all(map(len, values.values())):
             continue
+        counted += values.values()
         means = {branch: of_branch.mean() for branch, of_branch in values.items()}
         high, low = max(means, key=lambda b: means[b]), min(means, key=lambda b: means[b])
         if means[low] > 0:
@@ -363,7 +371,7 @@ def _imbalance(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
             )
     if not ratios:
         return Sign("Imbalance", "not measured", "no two branches with a gradient norm or kept tokens of their own.")
-    return Sign("Imbalance", "seen" if max(ratios) >= 2 else "not seen", f"{'; '.join(texts)}.")
+    return _sign("Imbalance", max(ratios) >= 2, texts, counted)
 
 
 def _coherence(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
@@ -382,17 +390,13 @@ def _coherence(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
         )
         error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.inf
         gains.append(values.mean() > CLEAR * error)
-    if any(len(values) < FEWEST for values in found.values()):
-        return Sign(name, "unclear", f"{'; '.join(texts)}; fewer than {FEWEST} measured steps of a branch say little.")
-    more = "more" if any(gains) else "no more"
-    return Sign(
-        name, "seen" if any(gains) else "not seen", f"kept samples agree {more} than chance gives: {'; '.join(texts)}."
-    )
+    texts[0] = f"kept samples agree {'more' if any(gains) else 'no more'} than chance gives: {texts[0]}"
+    return _sign(name, any(gains), texts, found.values())
 
 
 def _length(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     """Whether the score follows length."""
-    texts, follows = [], []
+    texts, follows, counted = [], [], []
     for branch in branches:
         rho = _values(frame, f"score/{branch}/length_spearman")
         if not len(rho):
@@ -407,14 +411,15 @@ def _length(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
             text += f", overlap with selecting by length {overlap.mean():.2f} (chance {chance:.2f})"
         texts.append(text)
         follows.append(abs(rho.mean()) >= 0.3)
+        counted.append(rho)
     if not texts:
         return Sign("Selection follows length", "not measured", "no step has scores of samples of different lengths.")
-    return Sign("Selection follows length", "seen" if any(follows) else "not seen", f"{'; '.join(texts)}.")
+    return _sign("Selection follows length", any(follows), texts, counted)
 
 
 def _outliers(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     """Whether few tokens carry the score, or text on which the teacher is lost."""
-    texts, follows = [], []
+    texts, follows, counted = [], [], []
     for branch in branches:
         top = _values(frame, f"selection/{branch}/top1_share")
         rho = _values(frame, f"selection/{branch}/score_perplexity_spearman")
@@ -422,10 +427,11 @@ def _outliers(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
         parts += [f"rank correlation of score and teacher perplexity {rho.mean():+.2f}"] if len(rho) else []
         if parts:
             texts.append(f"**{branch}** {', '.join(parts)}")
+            counted.append(top if len(top) else rho)
             follows.append((len(top) > 0 and top.mean() >= 0.5) or (len(rho) > 0 and abs(rho.mean()) >= 0.3))
     if not texts:
         return Sign("Selection follows outliers", "not measured", f"{_TURN_ON} measures what carries the score.")
-    return Sign("Selection follows outliers", "seen" if any(follows) else "not seen", f"{'; '.join(texts)}.")
+    return _sign("Selection follows outliers", any(follows), texts, counted)
 
 
 def _momentum(frame: pd.DataFrame) -> Sign:
@@ -438,10 +444,9 @@ def _momentum(frame: pd.DataFrame) -> Sign:
     }
     if not found:
         return Sign(name, "not measured", f"{_TURN_ON} measures the cosine of update and gradient.")
-    text = "; ".join(f"**{kind}** {values.mean():+.2f} in {len(values)}" for kind, values in found.items())
-    low = any(values.mean() < 0.1 for values in found.values())
-    state = "unclear" if any(len(values) < FEWEST for values in found.values()) else "seen" if low else "not seen"
-    return Sign(name, state, f"mean cosine of Adam's update with the step's own gradient: {text} measured steps.")
+    texts = [f"**{kind}** {values.mean():+.2f} in {len(values)} measured steps" for kind, values in found.items()]
+    texts[0] = f"mean cosine of Adam's update with the step's own gradient: {texts[0]}"
+    return _sign(name, any(values.mean() < 0.1 for values in found.values()), texts, found.values())
 
 
 def _cost(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
@@ -465,6 +470,14 @@ def _cost(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     if len(padding):
         text += f"; padding {padding.mean():.0%} of what goes through forward and backward"
     return Sign("Time and padding", "", f"{text}.")
+
+
+def _sign(name: str, seen: bool | str, texts: list[str], counted: Iterable[pd.Series]) -> Sign:
+    """A sign that is seen or not (or a state given in words), unless a branch has too few measured steps to say so."""
+    state = seen if isinstance(seen, str) else "seen" if seen else "not seen"
+    if min(map(len, counted)) < FEWEST:
+        state, texts = "unclear", [*texts, f"fewer than {FEWEST} measured steps of a branch say little"]
+    return Sign(name, state, f"{'; '.join(texts)}.")
 
 
 def _values(frame: pd.DataFrame, metric: str) -> pd.Series:
@@ -604,5 +617,5 @@ def _num(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if math.isfinite(share) else "an unknown share"
+def _by_share(trend: Trend) -> str:
+    return f"by {trend.end / trend.start - 1:.0%} " if trend.start > 0 else ""
