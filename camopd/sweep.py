@@ -261,13 +261,14 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
     with open(log, "ab") as file:
         file.write(f"$ {shlex.join(words)}\n".encode())
         file.flush()
-        try:
-            # A session of its own: Ctrl-C reaches the run once, from here, with all processes that it has started.
-            child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
-            print(f"{label}: cannot be started: {error}. See `command`.", flush=True)
-            return False
+        # Handlers before the start: a run must not inherit that SIGINT is ignored, as it is in a script's background.
         with _signals_as_ctrl_c():
+            try:
+                # A session of its own: Ctrl-C reaches the run once, from here, with all processes that it has started.
+                child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            except OSError as error:
+                print(f"{label}: cannot be started: {error}. See `command`.", flush=True)
+                return False
             try:
                 status = child.wait()
             except KeyboardInterrupt:

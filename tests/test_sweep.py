@@ -23,7 +23,7 @@ from camopd.sweep import MARK, TRAIN, read_sweep, results, table
 
 # A run: notes that it was started, then does what its config says.
 SCRIPT = """
-import json, pathlib, signal, sys, time
+import json, pathlib, sys, time
 import yaml
 config, seed, out, rest = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:]
 settings = yaml.safe_load(open(config))
@@ -33,12 +33,12 @@ if settings.get("fail") == seed and not pathlib.Path("mended").exists():
     print("Traceback\\nValueError: the reason")
     sys.exit(3)
 if settings.get("hang") and not rest:
-    def stop(*_):
+    print("hanging", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
         (out / "checkpoint-2").mkdir()
         sys.exit(130)
-    signal.signal(signal.SIGINT, stop)
-    print("hanging", flush=True)
-    time.sleep(60)
 with open(out / "metrics.jsonl", "w") as file:
     for step, value in enumerate(settings["values"], start=1):
         record = {"step": step, "branch": "general", "gap/general/abs_mean": value, "other": None, "step_time": seed}
@@ -123,12 +123,19 @@ def test_a_command_that_cannot_be_started_fails_like_a_run(write, capsys):
     assert "No run has ended well; there is no table." in said.out
 
 
-@pytest.mark.parametrize("what", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(write, what):
+def ignore_ctrl_c():
+    """As a shell does for what a script starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(
+    ("what", "before"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGTERM, ignore_ctrl_c)]
+)
+def test_ctrl_c_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(write, what, before):
     write({"one": {**ONE, "hang": True}}, seeds=[0], command=f"{COMMAND} {{resume}}")
     command = [sys.executable, "-m", "camopd.cli", "sweep", "sweep.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=before)
     log = Path("out/one/seed-0/sweep.log")
     deadline = time.monotonic() + 30
     while not (log.exists() and "hanging" in log.read_text()):
