@@ -329,12 +329,13 @@ def png(figure: Figure) -> bytes:
 def _plot(axes: Axes, values: pd.Series, look: int, label: str, style: str) -> None:
     colour, marker = COLOURS[look % 7], MARKERS[look % 7]
     if len(values) < SMOOTH_FROM:
-        axes.plot(values, color=colour, marker=marker, markersize=4.5, linestyle=style, linewidth=1.4, label=label)
+        axes.plot(values, color=colour, marker=marker, markersize=4.5, linestyle=style, linewidth=1.4, label=label,
+                  clip_on=False)  # fmt: skip
         return
     axes.plot(values, color=colour, linewidth=0.7, alpha=0.3)
     every = (look * 2, max(1, len(values) // 8))  # shifted, so that markers of close lines do not hide each other
     axes.plot(_smooth(values), color=colour, marker=marker, markersize=5, markevery=every, linestyle=style, linewidth=1.8,
-              label=label)  # fmt: skip
+              label=label, clip_on=False)  # fmt: skip
 
 
 def _smooth(values: pd.Series) -> pd.Series:
@@ -359,7 +360,7 @@ def _readable_ticks(axes: Axes) -> None:
     """Very large and very small numbers in full; matplotlib puts a factor where the title is."""
     if not 0.01 <= max(map(abs, axes.get_ylim())) < 10_000:
         axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value:,.0f}" if value > 1 else f"{value:.3g}")
+            FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) > 1 else f"{value:.3g}")
         )
 
 
@@ -399,7 +400,7 @@ def _legend(figure: Figure, grid: Sequence[Axes], order: list[str]) -> None:
                 entries.setdefault(label, handle)
     entries = {label: entries[label] for label in [*(name for name in order if name in entries), *entries]}
     if entries:
-        columns = max(1, min(len(entries), 110 // (max(map(len, entries)) + 8)))
+        columns = max(1, min(len(entries), 96 // (max(map(len, entries)) + 8)))
         figure.legend(
             list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False, fontsize=8,
             handlelength=3,

@@ -295,7 +295,7 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
             f"third, in nats per token: {moves}."
         ]
     else:
-        told = " and ".join(branch for branch in trends if branch not in short)
+        told = ", ".join(branch for branch in trends if branch not in short)
         parts = parts or [f"None by its gap, which rises for no branch over the last third of its steps ({told})."]
         parts += [f"Too few steps of {branch} to tell ({trends[branch].steps})." for branch in short]
     for state, words in (("seen", "Signs seen"), ("unclear", "Unclear"), ("not measured", "Not measured")):
@@ -396,6 +396,9 @@ def _coherence(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
 
 def _length(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     """Whether the score follows length."""
+    branches = _selecting(frame, branches)
+    if not branches:
+        return Sign("Selection follows length", "not seen", _ALL_KEPT)
     texts, follows, counted = [], [], []
     for branch in branches:
         rho = _values(frame, f"score/{branch}/length_spearman")
@@ -419,6 +422,9 @@ def _length(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
 
 def _outliers(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     """Whether few tokens carry the score, or text on which the teacher is lost."""
+    branches = _selecting(frame, branches)
+    if not branches:
+        return Sign("Selection follows outliers", "not seen", _ALL_KEPT)
     texts, follows, counted = [], [], []
     for branch in branches:
         top = _values(frame, f"selection/{branch}/top1_share")
@@ -432,6 +438,15 @@ def _outliers(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
     if not texts:
         return Sign("Selection follows outliers", "not measured", f"{_TURN_ON} measures what carries the score.")
     return _sign("Selection follows outliers", any(follows), texts, counted)
+
+
+_ALL_KEPT = "every sample is kept, so nothing is selected."
+
+
+def _selecting(frame: pd.DataFrame, branches: Sequence[str]) -> list[str]:
+    """Branches in which some step drops a sample, or of which it is not known."""
+    kept = {branch: _values(frame, f"selection/{branch}/kept_fraction") for branch in branches}
+    return [branch for branch, values in kept.items() if not len(values) or values.min() < 1]
 
 
 def _momentum(frame: pd.DataFrame) -> Sign:

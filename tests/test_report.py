@@ -191,7 +191,7 @@ def test_the_answer_names_the_branch_that_gets_worse(tmp_path):
 def test_the_answer_says_when_no_branch_gets_worse(tmp_path):
     found = signs(make_run(tmp_path, 60, **GAP))
     assert found["Answer"].text.startswith(
-        "None by its gap, which rises for no branch over the last third of its steps (general and domain)."
+        "None by its gap, which rises for no branch over the last third of its steps (general, domain)."
     )
     assert "Not measured: counteraction, imbalance, weak samples" in found["Answer"].text
 
@@ -311,6 +311,17 @@ def test_selection_that_follows_length_is_compared_with_chance(tmp_path):
         "**domain** 20% of the score on the top 1% of tokens, rank correlation of score and teacher perplexity +0.10"
         in (outliers.text)
     )
+
+
+def test_without_selection_nothing_follows_length(tmp_path):
+    metrics = {**ALWAYS, "score/{branch}/length_spearman": 0.9, "selection/{branch}/kept_fraction": 1.0}
+    found = signs(make_run(tmp_path / "off", 40, **metrics))
+    for name in ("Selection follows length", "Selection follows outliers"):
+        assert (found[name].state, found[name].text) == ("not seen", "every sample is kept, so nothing is selected.")
+    metrics["selection/{branch}/kept_fraction"] = by_branch(1.0, 0.5)
+    found = signs(make_run(tmp_path / "half", 40, **metrics))["Selection follows length"]
+    assert found.state == "seen"
+    assert "general" not in found.text and "**domain** rank correlation of score and length +0.90" in found.text
 
 
 def test_momentum_is_told_by_the_branch_of_the_step(tmp_path):
