@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         ("train", "train as a YAML file says (under `accelerate launch -m camopd.cli` on several GPUs)"),
         ("serve", "start the teachers of a YAML file as vLLM servers"),
         ("check", "see whether the teachers of a YAML file can teach its student"),
+        ("report", "figures of one run or several, and which of its branches is hurting"),
+        ("sweep", "run configs x seeds one after the other, and make a table of the results"),
     ):
         commands.add_parser(name, add_help=False, help=help)
     options, rest = parser.parse_known_args(argv)
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         rest.remove("--debug")
         options.debug = True
     try:
-        {"demo": _demo, "train": _train, "serve": _serve, "check": _check}[options.command](rest)
+        {"demo": _demo, "train": _train, "serve": _serve, "check": _check, "report": _report, "sweep": _sweep}[
+            options.command
+        ](rest)
     except Exception as error:
         from .errors import CaMOPDError
 
@@ -73,6 +77,18 @@ def _check(argv: list[str]) -> None:
     from .teachers.check import main as check
 
     check(config, overrides)
+
+
+def _report(argv: list[str]) -> None:
+    from .report import main as report
+
+    report(argv)
+
+
+def _sweep(argv: list[str]) -> None:
+    from .sweep import main as sweep
+
+    sweep(argv)
 
 
 def _config_and_overrides(command: str, argv: list[str]) -> tuple[str, list[str]]:

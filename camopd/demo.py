@@ -25,11 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib.pyplot as plt
 import torch
 import transformers
 import trl
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,6 +41,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from . import report
 from .config import CaMOPDConfig
 from .errors import CaMOPDError
 from .trainer import CaMOPDTrainer
@@ -81,18 +80,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output-dir", default="demo-output", help="where models and results go (default: %(default)s)"
     )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and show the spread")
     parser.add_argument("--fresh", action="store_true", help="start over, keeping only the converted base model")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    run_demo(Path(options.output_dir), [DemoSettings(seed=seed) for seed in range(options.seeds)], options.fresh)
+    run_demo(
+        Path(options.output_dir),
+        [DemoSettings(seed=options.seed + number) for number in range(options.seeds)],
+        options.fresh,
+    )
 
 
 def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) -> dict[str, Any]:
     """Run the demo once per settings (one per seed), print the result, and write it to `output_dir`.
 
-    Writes `result.json`, `report.md`, `gaps.png` and `selection.png`; returns what is in `result.json`.
+    Writes `result.json` and the report, `report.html` and `report.md` with figures such as `gaps.png` and `selection.png`;
+    returns what is in `result.json`.
     """
     _quiet()
     if output_dir.exists() and not output_dir.is_dir():
@@ -111,8 +116,12 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     if len(results) > 1:
         result = {**result, "seeds": results}
     (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    _figures(output_dir, output_dir / f"seed-{runs[0].seed}" / "recovered")
-    _print_result(results, output_dir)
+    _print_result(results)
+    paths = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" / "metrics.jsonl" for run in runs}
+    before, after = _report(results)
+    for line in report.write_report(paths, output_dir, "camopd demo", before, after):
+        console.print(f"Which of the branches is hurting? {line}", markup=False)
+    console.print(f"Report with figures: {output_dir / 'report.html'}, the same in report.md; numbers: result.json")
     return result
 
 
@@ -345,7 +354,7 @@ def _trainer(student: str, general: str, domain: str, output_dir: Path, settings
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def _print_result(results: list[dict[str, Any]], output_dir: Path) -> None:
+def _print_result(results: list[dict[str, Any]]) -> None:
     result = results[0]
     table = Table(title="Held-out sampled gaps, nats per token (± standard error over prompts)")
     table.add_column("model")
@@ -370,8 +379,6 @@ def _print_result(results: list[dict[str, Any]], output_dir: Path) -> None:
         console.print(spread)
     console.print(_summary(result))
     console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items()))
-    (output_dir / "report.md").write_text(_report(results))
-    console.print(f"Report, figures and numbers: {output_dir / 'report.md'}, gaps.png, selection.png, result.json")
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -385,68 +392,35 @@ def _cell(gap: dict[str, Any]) -> str:
     return f"{gap['mean']:.3f} ± {gap['standard_error']:.3f}"
 
 
-def _report(results: list[dict[str, Any]]) -> str:
+def _report(results: list[dict[str, Any]]) -> tuple[list[report.Block], list[report.Block]]:
+    """What the demo's report has before and after what every run's has."""
     result = results[0]
-    lines = [
-        "# camopd demo",
-        "",
-        _summary(result),
-        "",
-        "Held-out sampled gaps in nats per token, with the standard error over prompts. A gap is the sampled reverse KL:",
-        "how much likelier a model finds its own answers than the teacher does.",
-        "",
-        "| model | to the general teacher, on general prompts | to the domain teacher, on domain prompts |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {_cell(result[name]['gap_to_general'])} | {_cell(result[name]['gap_to_domain'])} |"
-            for name in MODELS
+    before: list[report.Block] = [
+        ("p", _summary(result)),
+        (
+            "p",
+            "Held-out sampled gaps in nats per token, with the standard error over prompts. A gap is the sampled reverse "
+            "KL: how much likelier a model finds its own answers than the teacher does.",
         ),
-        "",
-        "![Gaps over steps](gaps.png)",
-        "",
-        "![Selected samples over steps](selection.png)",
-        "",
-    ]
+        ("table", [["model", "to the general teacher, on general prompts", "to the domain teacher, on domain prompts"]] + [
+            [name, _cell(result[name]["gap_to_general"]), _cell(result[name]["gap_to_domain"])] for name in MODELS
+        ]),
+    ]  # fmt: skip
+    after: list[report.Block] = []
     for answer in result["answers"]:
-        lines += [f"## {answer['branch']} prompt: {answer['prompt']}", ""]
+        after.append(("h2", f"{answer['branch']} prompt: {answer['prompt']}"))
         for name in MODELS:
-            lines += [f"**{name}**", "", *(f"> {line}" for line in answer[name].splitlines()), ""]
+            after += [("p", f"**{name}**"), ("quote", answer[name])]
     if len(results) > 1:
-        lines += ["## Spread over seeds", "", "| seed | gap brought back | domain drift |", "|---|---|---|"]
-        lines += [
-            f"| {row['settings']['seed']} | {row['recovered_share']:.0%} | {row['domain_drift']:.1%} |"
+        rows = [
+            [str(row["settings"]["seed"]), f"{row['recovered_share']:.0%}", f"{row['domain_drift']:.1%}"]
             for row in results
         ]
-        lines.append("")
-    lines += ["## Seconds per stage", "", "| stage | seconds |", "|---|---|"]
-    lines += [f"| {name} | {value:.0f} |" for name, value in result["seconds"].items()]
-    lines += ["", f"Settings: `{json.dumps(result['settings'])}`", ""]
-    return "\n".join(lines)
-
-
-def _figures(output_dir: Path, run: Path) -> None:
-    """Gaps and selected share of each step, by branch, from the run's metrics.jsonl."""
-    plt.switch_backend("Agg")  # there may be no screen
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    colours = {"general": "#0072B2", "domain": "#D55E00"}  # a pair that colour-blind readers can tell apart
-    for name, metric, label, percent in (
-        ("gaps", "gap/{}/abs_mean", "mean |gap| (nats per token)", False),
-        ("selection", "selection/{}/kept_fraction", "samples selected by Eq. 8", True),
-    ):
-        figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-        for branch, marker in zip(BRANCHES, "os", strict=True):
-            points = [(row["step"], row[metric.format(branch)]) for row in steps if metric.format(branch) in row]
-            axes.plot(
-                *zip(*points, strict=True), marker=marker, markersize=5, color=colours[branch], label=f"{branch} steps"
-            )
-        axes.set(xlabel="optimizer step", ylabel=label, ylim=(0, 1.05 if percent else None))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(output_dir / f"{name}.png", dpi=150)
-        plt.close(figure)
+        after += [("h2", "Spread over seeds"), ("table", [["seed", "gap brought back", "domain drift"], *rows])]
+    rows = [[name, f"{value:.0f}"] for name, value in result["seconds"].items()]
+    after += [("h2", "Seconds per stage of the demo"), ("table", [["stage", "seconds"], *rows])]
+    after.append(("p", f"Settings: `{json.dumps(result['settings'])}`"))
+    return before, after
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

@@ -42,8 +42,12 @@ def test_the_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
     assert set(result["seconds"]) == {"load", "specialise", "recover", "measure", "answers"}
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"{result['recovered_share']:.0%} of the lost general gap came back" in report
+    assert "Which of my branches is hurting?" in report
     for name in ("gaps.png", "selection.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in report
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == report.count(".png)")
     assert [answer["branch"] for answer in result["answers"]] == list(BRANCHES)
 
 
@@ -61,6 +65,15 @@ def test_seeds_are_run_apart_and_the_spread_is_shown(settings, tmp_path, capsys)
     assert [row["settings"]["seed"] for row in result["seeds"]] == [0, 1]
     assert result["seeds"][0]["recovered_share"] != result["seeds"][1]["recovered_share"]
     assert "Spread over seeds" in capsys.readouterr().out
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "- `seed-0`: " in report and "- `seed-1`: " in report  # both runs, overlaid
+
+
+def test_seeds_are_counted_from_the_first(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(demo, "run_demo", lambda output_dir, runs, fresh: found.extend(run.seed for run in runs))
+    demo.main(["--output-dir", str(tmp_path), "--seed", "3", "--seeds", "2"])
+    assert found == [3, 4]
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_next_run_ends_where_an_undisturbed_one_does(

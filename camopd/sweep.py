@@ -1,0 +1,459 @@
+"""`camopd sweep`: configs x seeds, one run after the other, and a table of what came out.
+
+    output_dir: sweeps/methods
+    configs: [configs/methods/camopd.yaml, configs/methods/vanilla_mopd.yaml]
+    seeds: [0, 1]
+    set: {max_steps: 40}                        # optional: settings of every run
+    columns: [gap/general/abs_mean@5]           # optional: what the table shows
+    command: accelerate launch -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}
+
+Every run has the folder `output_dir/CONFIG/seed-SEED`, with its log; a run that has ended well leaves a mark there and is
+not run again. There is no queue and nothing runs side by side: `--print` gives the lines for a scheduler that does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .errors import CaMOPDError
+from .figures import draw_bars, png
+from .report import read_run
+from .run import peek
+
+
+MARK = "sweep.json"  # in the folder of a run that has ended well
+LOG = "sweep.log"
+LOG_LINES = 12  # of a failed run, shown
+DEFAULT_LAST = 5  # values of a metric that the default columns average
+TRAIN = "{python} -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}"
+KEYS = ("configs", "seeds", "set", "command", "output_dir", "columns")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One config with one seed."""
+
+    name: str  # of the config: its file without the ending
+    config: str
+    seed: int
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """What `--only` takes."""
+        return f"{self.name}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its YAML file says."""
+
+    runs: tuple[Run, ...]
+    settings: dict[str, Any]
+    command: str
+    columns: tuple[str, ...]
+    output_dir: Path
+
+    def words(self, run: Run, resume: bool) -> list[str]:
+        """The command of a run, as the words that start it."""
+        several = {
+            "{set}": [word for name, value in self.settings.items() for word in (f"--{name}", _text(value))],
+            "{resume}": ["--resume_from_checkpoint", "true"] if resume else [],
+        }
+        single = {
+            "{python}": sys.executable, "{config}": run.config, "{seed}": str(run.seed), "{output_dir}": str(run.folder),
+        }  # fmt: skip
+        words = []
+        for word in shlex.split(self.command):  # first split, then filled in: a path may have spaces
+            if word in several:
+                words += several[word]
+                continue
+            for name, value in single.items():
+                word = word.replace(name, value)
+            words.append(word)
+        return words
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Exits with 1 when a run has failed and with 130 after Ctrl-C.
+
+    Raises what `read_sweep` raises, and `CaMOPDError` for a folder that another command has made.
+    """
+    parser = argparse.ArgumentParser(
+        prog="camopd sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("sweep", help="YAML file of the sweep")
+    parser.add_argument("--print", action="store_true", help="print a command for each run that is to be done")
+    parser.add_argument("--only", metavar="CONFIG/seed-SEED", help="do this run alone, and write no table")
+    options = parser.parse_args(argv)
+    sweep = read_sweep(options.sweep)
+    runs = [run for run in sweep.runs if options.only in (None, run.key)]
+    if not runs:
+        raise ValueError(
+            f"--only {options.only!r} is no run of {options.sweep!r}; there are {[run.key for run in sweep.runs]}."
+        )
+    done = {
+        run: is_done(sweep, run) for run in runs
+    }  # all of them first: a clash of settings shows before hours of work
+    if options.print:
+        for run in runs:
+            if not done[run]:
+                words = [sys.executable, "-m", "camopd.cli", "sweep", options.sweep, "--only", run.key]
+                print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}")
+        return
+    failed = []
+    for number, run in enumerate(runs, start=1):
+        label = f"[{number}/{len(runs)}] {run.key}"
+        if done[run]:
+            print(f"{label}: done before", flush=True)
+        elif not _do(sweep, run, label):
+            failed.append(run)
+    if options.only is None:
+        _write_results(sweep)
+    if failed:
+        print(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.key for run in failed)}. Their logs are above; the "
+            "same command runs them again and leaves the others alone.",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+
+
+def read_sweep(path: str) -> Sweep:
+    """Read the YAML file of a sweep. Raises `ValueError` that names what is wrong in it."""
+    settings = peek(path, [])
+    for name in settings:
+        if name not in KEYS:
+            close = difflib.get_close_matches(str(name), KEYS, n=1)
+            raise ValueError(
+                f"{name!r} in {path!r} is no setting of a sweep."
+                + (
+                    f" Did you mean {close[0]!r}?"
+                    if close
+                    else f" There are {', '.join(KEYS)}; settings of runs go to `set`."
+                )
+            )
+    configs, seeds = settings.get("configs"), settings.get("seeds")
+    if not isinstance(configs, list) or not configs or not all(isinstance(config, str) for config in configs):
+        raise ValueError(f"configs in {path!r} must be a list of YAML files, got {configs!r}.")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds in {path!r} must be a list of whole numbers such as [0, 1], got {seeds!r}.")
+    names = [Path(config).stem for config in configs]
+    for what, values in (("configs", names), ("seeds", seeds)):
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(
+                f"{what} in {path!r} has {twice[0]!r} twice; its runs would share a folder. Take one out"
+                + (", or rename a file." if what == "configs" else ".")
+            )
+    output_dir = settings.get("output_dir")
+    if not isinstance(output_dir, str) or not output_dir:
+        raise ValueError(f"output_dir in {path!r} must be the folder for the runs and the table, got {output_dir!r}.")
+    common, columns = settings.get("set") or {}, settings.get("columns") or []
+    if not isinstance(common, dict):
+        raise ValueError(f"set in {path!r} must be a mapping from settings to values, got {common!r}.")
+    for name in ("seed", "output_dir"):
+        if name in common:
+            raise ValueError(f"set in {path!r} has {name!r}, which the sweep gives each run itself. Take it out.")
+    if not isinstance(columns, list) or not all(isinstance(column, str) and _is_column(column) for column in columns):
+        raise ValueError(
+            f"columns in {path!r} must be a list of metrics such as gap/general/abs_mean (its last value), "
+            f"gap/general/abs_mean@5 (mean of its last five) or a key of result.json, got {columns!r}."
+        )
+    command = settings.get("command", TRAIN)
+    _check_command(path, command, configs, seeds, common)
+    folder = Path(os.path.expanduser(output_dir))
+    runs = [
+        Run(name, config, seed, folder / name / f"seed-{seed}")
+        for name, config in zip(names, configs, strict=True)
+        for seed in seeds
+    ]
+    return Sweep(tuple(runs), common, command, tuple(columns), folder)
+
+
+def _check_command(path: str, command: Any, configs: list[str], seeds: list[int], common: dict) -> None:
+    if not isinstance(command, str):
+        raise ValueError(f"command in {path!r} must be one line of text, got {command!r}.")
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(
+            f"command in {path!r} cannot be split into words: {error}. Mend its quotes: {command!r}."
+        ) from None
+    for needed, place, why in (
+        (True, "{output_dir}", "the table is made from what a run writes there"),
+        (len(configs) > 1, "{config}", f"there are {len(configs)} configs"),
+        (len(seeds) > 1, "{seed}", f"there are {len(seeds)} seeds"),
+    ):
+        if needed and not any(place in word for word in words):
+            raise ValueError(f"command in {path!r} has no {place}, but {why}. Put it in: {command!r}.")
+    if common and "{set}" not in words:
+        raise ValueError(
+            f"command in {path!r} has no {{set}} as a word of its own, where `set` would go: {command!r}."
+        )
+    missing = [config for config in configs if command == TRAIN and not Path(config).is_file()]
+    if missing:
+        raise ValueError(
+            f"configs in {path!r} has {missing[0]!r}, but there is no such file. Paths start from the folder in "
+            "which the command is given."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+def is_done(sweep: Sweep, run: Run) -> bool:
+    """Whether a run has ended well before. Raises `CaMOPDError` when it did so with other settings."""
+    path = run.folder / MARK
+    if not path.is_file():
+        return False
+    try:
+        then = json.loads(path.read_text())["made_by"]
+    except (KeyError, TypeError, ValueError):
+        raise CaMOPDError(f"{str(path)!r} cannot be read. Delete it, and the run is done again.") from None
+    now = _made_by(sweep, run)
+    for what in now:
+        if then.get(what) != now[what]:
+            raise CaMOPDError(
+                f"{str(run.folder)!r} holds a run with another {what}:\n  {then.get(what)} then\n  {now[what]} now\nGive "
+                "the sweep another output_dir, or delete that folder."
+            )
+    return True
+
+
+def _made_by(sweep: Sweep, run: Run) -> dict[str, str]:
+    """What a result depends on. The interpreter's path is left out: the same environment may stand elsewhere."""
+    config = Path(run.config)
+    text = config.read_bytes() if config.is_file() else b""
+    words = sweep.words(run, resume=False)
+    return {
+        "command": shlex.join("python" if word == sys.executable else word for word in words),
+        "content of its config": f"{run.config}, sha256 {hashlib.sha256(text).hexdigest()[:16]}",
+    }
+
+
+def _do(sweep: Sweep, run: Run, label: str) -> bool:
+    """Start a run, or go on with it from its last checkpoint, and wait for its end. Returns whether it ended well."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    resume = any(run.folder.glob("checkpoint-*")) and "{resume}" in sweep.command
+    words, log = sweep.words(run, resume), run.folder / LOG
+    made_by = _made_by(sweep, run)  # of the config that is read now, not of one that is edited meanwhile
+    print(f"{label}: {'going on from its checkpoint' if resume else 'started'}, log in {log}", flush=True)
+    started = time.monotonic()
+    with open(log, "ab") as file:
+        file.write(f"$ {shlex.join(words)}\n".encode())
+        file.flush()
+        # Handlers before the start: a run must not inherit that SIGINT is ignored, as it is in a script's background.
+        with _signals_as_ctrl_c():
+            try:
+                # A session of its own: Ctrl-C reaches the run once, from here, with all processes that it has started.
+                child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            except OSError as error:
+                print(f"{label}: cannot be started: {error}. See `command`.", flush=True)
+                return False
+            try:
+                status = child.wait()
+            except KeyboardInterrupt:
+                _stop(child, label)
+                print(
+                    "Stopped. The same command goes on: finished runs stay, this one starts from its last checkpoint."
+                )
+                raise SystemExit(130) from None
+    seconds = time.monotonic() - started
+    if status == 0:
+        (run.folder / MARK).write_text(json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n")
+        print(f"{label}: done in {seconds:.0f} s", flush=True)
+        return True
+    how = f"exit code {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
+    print(f"{label}: FAILED with {how} after {seconds:.0f} s; the end of {log}:", flush=True)
+    for line in log.read_text(errors="replace").splitlines()[-LOG_LINES:]:
+        print(f"    {line}", flush=True)
+    return False
+
+
+def _stop(child: subprocess.Popen, label: str) -> None:
+    """Hand Ctrl-C on to a run and wait for it; the next Ctrl-C kills it."""
+    print(f"\n{label}: stopping; it may save a checkpoint first. Ctrl-C again stops it at once.", flush=True)
+    try:
+        _send(child, signal.SIGINT)
+        child.wait()
+    except KeyboardInterrupt:
+        pass
+    _send(child, signal.SIGKILL)  # also what the run has left behind
+    child.wait()
+
+
+def _send(child: subprocess.Popen, what: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself
+        os.killpg(child.pid, what)
+
+
+@contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """A scheduler's SIGTERM and a closed terminal's SIGHUP stop the run as Ctrl-C does, and do not leave it behind."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
+    """A row for each run that has ended well, with its values by column, and notes on what is missing.
+
+    Without `columns` these are the mean |gap| of each branch over the last five of its steps, and the numbers at the top
+    of result.json.
+    """
+    found, notes = {}, []
+    for run in sweep.runs:
+        if (run.folder / MARK).is_file():
+            try:
+                found[run] = (_metrics_of(run), _result_of(run))
+            except ValueError as error:
+                notes.append(f"{run.key} is not in the table: {error}")
+    columns = list(sweep.columns)
+    if not columns:
+        for metrics, result in found.values():
+            columns += [f"{name}@{DEFAULT_LAST}" for name in metrics if re.fullmatch("gap/.*/abs_mean", name)]
+            columns += [name for name, value in result.items() if _is_number(value)]
+        columns = list(dict.fromkeys(columns))
+    rows = [
+        {"config": run.name, "seed": run.seed, **{column: _value(column, metrics, result) for column in columns}}
+        for run, (metrics, result) in found.items()
+    ]
+    frame = pd.DataFrame(rows, columns=["config", "seed", *columns])
+    known = sorted({name for metrics, result in found.values() for name in (*metrics, *result)})
+    for column in columns:
+        if len(frame) and frame[column].isna().all():
+            close = difflib.get_close_matches(column.partition("@")[0], known, n=1)
+            notes.append(f"no run has the column {column!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+    return frame, notes
+
+
+def table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
+    """A row per config: how many seeds, and of each column mean and standard deviation over them (NaN for one seed)."""
+    columns = [name for name in frame.columns if name not in ("config", "seed")]
+    rows = []
+    for name in dict.fromkeys(run.name for run in sweep.runs):
+        mine = frame[frame["config"] == name]
+        row: dict[str, Any] = {"config": name, "seeds": len(mine)}
+        for column in columns:
+            row[f"{column} mean"], row[f"{column} sd"] = mine[column].mean(), mine[column].std(ddof=1)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _write_results(sweep: Sweep) -> None:
+    """runs.csv, results.csv, results.md and results.png in the sweep's folder."""
+    frame, notes = results(sweep)
+    for note in notes:
+        print(note)
+    if frame.empty:
+        print("No run has ended well; there is no table.")
+        return
+    means = table(sweep, frame)
+    frame.to_csv(sweep.output_dir / "runs.csv", index=False)
+    means.to_csv(sweep.output_dir / "results.csv", index=False)
+    columns = list(frame.columns[2:])
+    wanted = {name: sum(run.name == name for run in sweep.runs) for name in means["config"]}
+    lines = [
+        f"| config | seeds | {' | '.join(columns)} |",
+        f"|{'---|' * (len(columns) + 2)}",
+    ]
+    for row in means.to_dict("records"):
+        seeds = (
+            f"{row['seeds']} of {wanted[row['config']]}" if row["seeds"] < wanted[row["config"]] else str(row["seeds"])
+        )
+        cells = [_cell(row[f"{column} mean"], row[f"{column} sd"]) for column in columns]
+        lines.append(f"| {' | '.join([row['config'], seeds, *cells])} |")
+    text = "\n".join(lines)
+    head = (
+        "Mean ± standard deviation over seeds. `@5` is the mean of a run's last five values of a metric, without it the "
+        "last one."
+    )
+    image = ""
+    bars = {
+        column: {row["config"]: (row[f"{column} mean"], row[f"{column} sd"]) for row in means.to_dict("records")}
+        for column in columns
+        if frame[column].notna().any()
+    }
+    if bars:
+        (sweep.output_dir / "results.png").write_bytes(png(draw_bars(bars)))
+        image = "\n![Mean and standard deviation over seeds](results.png)\n"
+    (sweep.output_dir / "results.md").write_text(f"{head}\n\n{text}\n{image}", encoding="utf-8")
+    print(
+        f"\n{text}\n\n{head}\nTable, runs and figure: {sweep.output_dir}/results.md, results.csv, runs.csv, results.png"
+    )
+
+
+def _metrics_of(run: Run) -> pd.DataFrame:
+    """The metrics.jsonl in the folder of a run or, when there is only one, below it, where the demo puts it."""
+    own = run.folder / "metrics.jsonl"
+    files = [own] if own.is_file() else list(run.folder.rglob("metrics.jsonl"))
+    return read_run(files[0])[0] if len(files) == 1 else pd.DataFrame()
+
+
+def _result_of(run: Run) -> dict[str, Any]:
+    path = run.folder / "result.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _value(column: str, metrics: pd.DataFrame, result: Mapping[str, Any]) -> float:
+    """`name` is the last value of a metric or a key of result.json, with dots for keys below keys; `name@k` is the mean of
+    a metric's last k values. NaN where the run has neither."""
+    name, _, last = column.partition("@")
+    inner: Any = result
+    for key in name.split("."):
+        inner = inner.get(key) if isinstance(inner, dict) else None
+    if _is_number(inner):
+        return float(inner)
+    if name not in metrics or name == "branch":
+        return math.nan
+    return float(metrics[name].dropna().iloc[-int(last or 1) :].mean())
+
+
+def _is_column(column: str) -> bool:
+    name, at, last = column.partition("@")
+    return bool(name) and (not at or (last.isdecimal() and int(last) > 0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cell(mean: float, spread: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4g}" if math.isnan(spread) else f"{mean:.4g} ± {spread:.2g}"
+
+
+def _text(value: Any) -> str:
+    """A value as `camopd train` reads it on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)

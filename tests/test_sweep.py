@@ -1,0 +1,349 @@
+"""`camopd sweep` with a small script in place of training: order, resuming, failures, Ctrl-C, and a table by hand."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from camopd import cli
+from camopd.errors import CaMOPDError
+from camopd.figures import draw_bars
+from camopd.run import peek
+from camopd.sweep import MARK, TRAIN, read_sweep, results, table
+
+
+# A run: notes that it was started, then does what its config says.
+SCRIPT = """
+import json, pathlib, sys, time
+import yaml
+config, seed, out, rest = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3]), sys.argv[4:]
+settings = yaml.safe_load(open(config))
+with open("order", "a") as file:
+    print(pathlib.Path(config).stem, seed, *rest, file=file)
+if settings.get("fail") == seed and not pathlib.Path("mended").exists():
+    print("Traceback\\nValueError: the reason")
+    sys.exit(3)
+if settings.get("hang") and not rest:
+    print("hanging", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (out / "checkpoint-2").mkdir()
+        sys.exit(130)
+with open(out / "metrics.jsonl", "w") as file:
+    for step, value in enumerate(settings["values"], start=1):
+        record = {"step": step, "branch": "general", "gap/general/abs_mean": value, "other": None, "step_time": seed}
+        print(json.dumps(record), file=file)
+(out / "result.json").write_text(json.dumps({"share": settings["share"] + seed, "inner": {"x": seed}, "text": "t"}))
+"""
+COMMAND = f"{shlex.quote(sys.executable)} run.py {{config}} {{seed}} {{output_dir}}"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write configs and a sweep of them into a folder that is then the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.py").write_text(SCRIPT)
+
+    def write(configs, /, **settings):
+        for name, content in configs.items():
+            Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
+        sweep = {
+            "output_dir": "out",
+            "configs": [f"{name}.yaml" for name in configs],
+            "seeds": [0, 1],
+            "command": COMMAND,
+        }
+        Path("sweep.yaml").write_text(yaml.safe_dump({**sweep, **settings}, sort_keys=False))
+        return "sweep.yaml"
+
+    return write
+
+
+ONE = {"values": [9.0, 1.0, 3.0], "share": 0.5}
+TWO = {"values": [9.0, 2.0, 4.0], "share": 0.25}
+
+
+def order():
+    return Path("order").read_text().splitlines()
+
+
+def exit_code(*arguments):
+    try:
+        cli.main(["sweep", *arguments])
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_done_one_after_the_other_and_only_once(write, capsys):
+    write({"one": ONE, "two": TWO})
+    assert exit_code("sweep.yaml") == 0
+    assert order() == ["one 0", "one 1", "two 0", "two 1"]
+    assert "[4/4] two/seed-1: done in" in capsys.readouterr().out
+    assert exit_code("sweep.yaml") == 0
+    assert len(order()) == 4
+    assert capsys.readouterr().out.count(": done before") == 4
+
+
+def test_a_failed_run_does_not_stop_the_rest_and_is_run_again(write, capsys):
+    write({"one": {**ONE, "fail": 0}, "two": TWO})
+    assert exit_code("sweep.yaml") == 1
+    said = capsys.readouterr()
+    assert order() == ["one 0", "one 1", "two 0", "two 1"]
+    assert re.search(
+        r"one/seed-0: FAILED with exit code 3 after \d+ s; the end of out/one/seed-0/sweep\.log:", said.out
+    )
+    assert "    ValueError: the reason\n" in said.out
+    assert "| one | 1 of 2 |" in said.out  # the table is made from the others
+    assert re.search(r"1 of 4 runs failed: one/seed-0\. .* the same command runs them again", said.err)
+    Path("mended").touch()
+    assert exit_code("sweep.yaml") == 0
+    assert order()[4:] == ["one 0"]
+    assert "ValueError: the reason" in Path("out/one/seed-0/sweep.log").read_text()  # the log goes on
+
+
+def test_a_command_that_cannot_be_started_fails_like_a_run(write, capsys):
+    write({"one": ONE}, command="no-such-program {output_dir} {seed}")
+    assert exit_code("sweep.yaml") == 1
+    said = capsys.readouterr()
+    assert re.search(r"one/seed-0: cannot be started: .*no-such-program.* See `command`", said.out)
+    assert "No run has ended well; there is no table." in said.out
+
+
+def ignore_ctrl_c():
+    """As a shell does for what a script starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(
+    ("what", "before"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGTERM, ignore_ctrl_c)]
+)
+def test_ctrl_c_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(write, what, before):
+    write({"one": {**ONE, "hang": True}}, seeds=[0], command=f"{COMMAND} {{resume}}")
+    command = [sys.executable, "-m", "camopd.cli", "sweep", "sweep.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=before)
+    log = Path("out/one/seed-0/sweep.log")
+    deadline = time.monotonic() + 30
+    while not (log.exists() and "hanging" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(what)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "it may save a checkpoint first. Ctrl-C again stops it at once." in said
+    assert "The same command goes on" in said
+    assert Path("out/one/seed-0/checkpoint-2").is_dir()  # the run had its time
+    assert not Path("out/one/seed-0", MARK).exists()
+    assert exit_code("sweep.yaml") == 0
+    assert order() == ["one 0", "one 0 --resume_from_checkpoint true"]
+
+
+def test_a_second_ctrl_c_kills_a_run_that_does_not_stop(write, tmp_path):
+    Path("deaf.py").write_text(
+        "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('not now', flush=True))\n"
+        "print('hanging', flush=True)\nwhile True: time.sleep(1)"
+    )
+    write({"one": ONE}, seeds=[0], command=f"{shlex.quote(sys.executable)} deaf.py {{output_dir}}")
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-m", "camopd.cli", "sweep", "sweep.yaml"], env=environment)
+    log = Path("out/one/seed-0/sweep.log")
+    for word in ("hanging", "not now"):
+        deadline = time.monotonic() + 30
+        while not (log.exists() and word in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+
+
+@pytest.mark.parametrize("change", ["config", "command"])
+def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(write, change, capsys):
+    write({"one": ONE})
+    assert exit_code("sweep.yaml") == 0
+    write({"one": {**ONE, "share": 0.75}} if change == "config" else {"one": ONE},
+          command=COMMAND + (" more" if change == "command" else ""))  # fmt: skip
+    with pytest.raises(
+        CaMOPDError, match=r"(?s)seed-0' holds a run with another .* then\n .* now\nGive the sweep another output_dir"
+    ):
+        cli.main(["--debug", "sweep", "sweep.yaml"])
+    assert len(order()) == 2
+
+
+def test_a_mark_that_cannot_be_read_is_an_error_with_the_way_out(write):
+    write({"one": ONE})
+    Path("out/one/seed-0").mkdir(parents=True)
+    Path("out/one/seed-0", MARK).write_text("{")
+    with pytest.raises(CaMOPDError, match=r"sweep\.json' cannot be read\. Delete it, and the run is done again"):
+        cli.main(["--debug", "sweep", "sweep.yaml"])
+
+
+def test_print_gives_a_command_for_each_run_that_is_to_be_done(write, capsys, monkeypatch):
+    write({"one": ONE, "two": {**TWO, "fail": 1}})
+    exit_code("sweep.yaml")
+    Path("mended").touch()
+    capsys.readouterr()
+    assert exit_code("sweep.yaml", "--print") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("sweep sweep.yaml --only two/seed-1")
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    subprocess.run(line, shell=True, cwd="/", check=True, env=environment, capture_output=True)
+    assert order()[4:] == ["two 1"]
+    assert exit_code("sweep.yaml", "--print") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_only_names_a_run_of_the_sweep(write):
+    write({"one": ONE})
+    with pytest.raises(
+        ValueError, match=r"--only 'one/seed-7' is no run of 'sweep\.yaml'; there are \['one/seed-0', 'one/s"
+    ):
+        cli.main(["--debug", "sweep", "sweep.yaml", "--only", "one/seed-7"])
+
+
+# --- commands ----------------------------------------------------------------------------------------------------
+
+
+def test_the_default_command_trains_with_the_common_settings(write):
+    common = {"max_steps": 3, "bf16": False, "run_name": "a b", "mass_target": {"general": 0.5}}
+    sweep = read_sweep(write({"one": ONE}, command=TRAIN, set=common, output_dir="the out"))
+    words = sweep.words(sweep.runs[1], resume=True)
+    assert words[:5] == [sys.executable, "-m", "camopd.cli", "train", "one.yaml"]
+    read = peek("one.yaml", words[5:])
+    assert read == {**ONE, **common, "seed": 1, "output_dir": "the out/one/seed-1", "resume_from_checkpoint": True}
+    assert "--resume_from_checkpoint" not in sweep.words(sweep.runs[1], resume=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config": ["a.yaml"]}, r"'config' in 'sweep\.yaml' is no setting of a sweep\. Did you mean 'configs'\?"),
+        ({"max_steps": 3}, r"'max_steps' in .* There are configs, seeds, .*; settings of runs go to `set`"),
+        ({"configs": "one.yaml"}, r"configs in 'sweep\.yaml' must be a list of YAML files, got 'one\.yaml'"),
+        ({"configs": []}, r"configs in 'sweep\.yaml' must be a list of YAML files, got \[\]"),
+        ({"seeds": 3}, r"seeds in 'sweep\.yaml' must be a list of whole numbers such as \[0, 1\], got 3"),
+        ({"seeds": [0, True]}, r"seeds in .* got \[0, True\]"),
+        ({"seeds": [0, 0]}, r"seeds in 'sweep\.yaml' has '0' twice; its runs would share a folder\. Take one out\."),
+        ({"configs": ["one.yaml", "b/one.yaml"]}, r"configs in .* has 'one' twice; .* Take one out, or rename a file"),
+        ({"output_dir": None}, r"output_dir in 'sweep\.yaml' must be the folder for the runs and the table, got None"),
+        ({"set": ["max_steps"]}, r"set in 'sweep\.yaml' must be a mapping from settings to values, got \['max_steps'\]"),
+        ({"set": {"seed": 3}}, r"set in 'sweep\.yaml' has 'seed', which the sweep gives each run itself\. Take it out"),
+        ({"columns": ["loss@0"]}, r"columns in .* must be a list of metrics such as gap/.*got \['loss@0'\]"),
+        ({"columns": "loss"}, r"columns in .* must be a list of metrics .* got 'loss'"),
+        ({"command": ["a"]}, r"command in 'sweep\.yaml' must be one line of text, got \['a'\]"),
+        ({"command": "a 'b"}, r"command in .* cannot be split into words: No closing quotation\. Mend its quotes"),
+        ({"command": "a {seed}"}, r"command in .* has no \{output_dir\}, but the table is made from what a run"),
+        ({"command": "a {output_dir}"}, r"command in .* has no \{seed\}, but there are 2 seeds\. Put it in: 'a \{out"),
+        ({"configs": ["a", "b"], "command": "a {output_dir} {seed}"}, r"has no \{config\}, but there are 2 configs"),
+        ({"set": {"max_steps": 1}}, r"command in .* has no \{set\} as a word of its own, where `set` would go"),
+        ({"configs": ["no.yaml"], "command": TRAIN}, r"configs in .* has 'no\.yaml', but there is no such file\. Paths"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_sweep_is_said_before_anything_runs(write, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_sweep(write({"one": ONE}, **settings))
+    assert not Path("out").exists()
+
+
+def test_a_sweep_that_is_not_there_is_an_error_with_its_path():
+    with pytest.raises(ValueError, match=r"the config 'no\.yaml' cannot be read"):
+        read_sweep("no.yaml")
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_means_and_spreads_over_seeds(write, capsys):
+    columns = ["gap/general/abs_mean", "gap/general/abs_mean@2", "share", "inner.x", "step_time@3"]
+    write({"one": ONE, "two": TWO}, columns=columns)
+    assert exit_code("sweep.yaml") == 0
+    runs = pd.read_csv("out/runs.csv")
+    # last value; mean of the last two; share + seed; seed
+    assert runs.to_dict("list") == {
+        "config": ["one", "one", "two", "two"], "seed": [0, 1, 0, 1], "gap/general/abs_mean": [3, 3, 4, 4],
+        "gap/general/abs_mean@2": [2, 2, 3, 3], "share": [0.5, 1.5, 0.25, 1.25], "inner.x": [0, 1, 0, 1],
+        "step_time@3": [0, 1, 0, 1],
+    }  # fmt: skip
+    means = pd.read_csv("out/results.csv")
+    assert list(means["share mean"]) == [1.0, 0.75]
+    # 0.5 and 1.5: sqrt((0.25 + 0.25) / 1)
+    assert list(means["share sd"]) == pytest.approx([0.5**0.5] * 2)
+    row = "| one | 2 | 3 ± 0 | 2 ± 0 | 1 ± 0.71 | 0.5 ± 0.71 | 0.5 ± 0.71 |"
+    assert row in Path("out/results.md").read_text()
+    assert row in capsys.readouterr().out
+    assert Path("out/results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_columns_the_gaps_and_the_numbers_of_the_result_are_shown(write):
+    write({"one": ONE}, seeds=[4])
+    assert exit_code("sweep.yaml") == 0
+    frame = pd.read_csv("out/results.csv")
+    assert list(frame.columns) == [
+        "config", "seeds", "gap/general/abs_mean@5 mean", "gap/general/abs_mean@5 sd", "share mean", "share sd"
+    ]  # fmt: skip
+    assert frame["gap/general/abs_mean@5 mean"][0] == pytest.approx(13 / 3)  # all three there are
+    assert frame["share sd"].isna().all()  # one seed has no spread
+    assert "| one | 1 | 4.333 | 4.5 |" in Path("out/results.md").read_text()
+
+
+def test_a_column_that_no_run_has_is_named_with_what_may_be_meant(write, capsys):
+    write({"one": ONE}, columns=["gap/genral/abs_mean@3", "share"])
+    assert exit_code("sweep.yaml") == 0
+    said = capsys.readouterr().out
+    assert "no run has the column 'gap/genral/abs_mean@3'. Did you mean 'gap/general/abs_mean'?" in said
+    assert "| one | 2 | - | 1 ± 0.71 |" in said
+
+
+def test_metrics_that_cannot_be_read_leave_the_other_runs_in_the_table(write, capsys):
+    write({"one": ONE})
+    assert exit_code("sweep.yaml") == 0
+    Path("out/one/seed-0/metrics.jsonl").write_text("")
+    assert exit_code("sweep.yaml") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"one/seed-0 is not in the table: .* has no steps", said)
+    assert "| one | 1 of 2 |" in said
+
+
+def test_metrics_below_the_folder_of_a_run_are_found_when_there_is_one_file(write):
+    sweep = read_sweep(write({"one": ONE}, seeds=[0], columns=["gap/general/abs_mean"]))
+    assert exit_code("sweep.yaml") == 0
+    below = Path("out/one/seed-0/seed-0/recovered")  # where the demo puts it
+    below.mkdir(parents=True)
+    Path("out/one/seed-0/metrics.jsonl").rename(below / "metrics.jsonl")
+    frame, notes = results(sweep)
+    assert (list(frame["gap/general/abs_mean"]), notes) == ([3.0], [])
+    assert list(table(sweep, frame)["gap/general/abs_mean mean"]) == [3.0]
+
+
+def test_the_figure_has_a_bar_for_each_config_in_each_panel():
+    nan = float("nan")
+    figure = draw_bars({
+        "gap/general/abs_mean@5": {"one": (1.0, 0.5), "two": (2.0, nan)}, "share": {"one": (0.25, nan), "two": (nan, nan)},
+    })  # fmt: skip
+    left, right = figure.axes
+    assert [bar.get_width() for bar in left.patches] == [1.0, 2.0]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["one", "two"]
+    assert [text.get_text().strip() for text in left.texts] == ["1", "2"]
+    assert [text.get_text().strip() for text in right.texts] == ["0.25"]
+    assert (left.get_xlabel(), right.get_xlabel()) == ("nats per token", "")
+
+
+def test_results_are_json_numbers_only(write):
+    write({"one": ONE}, seeds=[0], columns=["text", "inner", "share"])
+    assert exit_code("sweep.yaml") == 0
+    frame = pd.read_csv("out/results.csv")
+    assert frame["text mean"].isna().all() and frame["inner mean"].isna().all()
+    assert json.loads(Path("out/one/seed-0", MARK).read_text())["seconds"] >= 0
