@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         ("train", "train as a YAML file says (under `accelerate launch -m camopd.cli` on several GPUs)"),
         ("serve", "start the teachers of a YAML file as vLLM servers"),
         ("check", "see whether the teachers of a YAML file can teach its student"),
+        ("data", "build the prompt datasets of the paper: general, medical or role-play"),
     ):
         commands.add_parser(name, add_help=False, help=help)
     options, rest = parser.parse_known_args(argv)
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         rest.remove("--debug")
         options.debug = True
     try:
-        {"demo": _demo, "train": _train, "serve": _serve, "check": _check}[options.command](rest)
+        {"demo": _demo, "train": _train, "serve": _serve, "check": _check, "data": _data}[options.command](rest)
     except Exception as error:
         from .errors import CaMOPDError
 
@@ -73,6 +74,12 @@ def _check(argv: list[str]) -> None:
     from .teachers.check import main as check
 
     check(config, overrides)
+
+
+def _data(argv: list[str]) -> None:
+    from .data.command import main as data
+
+    data(argv)
 
 
 def _config_and_overrides(command: str, argv: list[str]) -> tuple[str, list[str]]:
