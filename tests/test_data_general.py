@@ -133,7 +133,7 @@ def test_what_is_built_loads_as_a_prompt_dataset(make, tmp_path):
 
 def test_a_seed_gives_the_same_rows_in_any_order_of_the_files(make, tmp_path):
     first, _ = make(limit=50, out="first")
-    again, _ = make(limit=50, out="again")
+    make(limit=50, out="again")
     assert (tmp_path / "first" / "prompts.jsonl").read_bytes() == (tmp_path / "again" / "prompts.jsonl").read_bytes()
     assert (tmp_path / "first" / "README.md").read_bytes() == (tmp_path / "again" / "README.md").read_bytes()
     other, _ = make(limit=50, out="other", seed=1)
@@ -174,8 +174,8 @@ def test_a_row_that_begins_with_the_answer_is_dropped_and_counted(make):
 def test_code_rows_get_their_question_from_the_dataset_of_their_metadata(make):
     contests = [{"description": f"contest {n}", "solutions": "x"} for n in range(20)]
     forces = [
-        {"description": f"force {n}", "input_format": "in", "output_format": "", "examples": [{"input": "1", "output": "2"}],
-         "note": None, "title": "t"} for n in range(20)
+        {"description": f"force {n}", "input_format": "in", "output_format": "", "note": None, "title": "t",
+         "examples": [{"input": "1", "output": "2"}]} for n in range(20)
     ]  # fmt: skip
     rows, card = make(
         limit=60, code=[*(code(n) for n in range(3)), *(code(n + 3, "open-r1/codeforces", index=n) for n in range(2))],

@@ -137,10 +137,11 @@ def parse_options(text: str | None) -> dict[str, str] | None:
         found = json.loads(text)
     except ValueError:
         places = list(_OPTION.finditer(text))
+        if not places or text[: places[0].start()].strip().lower() not in ("", "answer choices:"):
+            return None
         ends = [place.start() for place in places[1:]] + [len(text)]
         found = {place[1]: text[place.end() : end] for place, end in zip(places, ends, strict=True)}
-        before = text[: places[0].start()] if places else text
-        if len(found) != len(places) or before.strip().lower() not in ("", "answer choices:"):
+        if len(found) != len(places):  # a letter twice
             return None
     if isinstance(found, list):
         found = {chr(ord("A") + place): option for place, option in enumerate(found)}

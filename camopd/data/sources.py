@@ -97,6 +97,8 @@ def open_source(source: Source, path: str | None) -> Opened:
             total = splits[source.split].num_examples if source.split in splits else None
             opened = replace(opened, state=state, licence=licence, total=total)
         first = next(iter(stream), None)
+    except StopIteration:  # what datasets makes of an empty JSON file
+        first = None
     except _failures() as error:
         raise DataError(explain(error, opened)) from error
     if first is None:
