@@ -169,7 +169,7 @@ def check_push(repo: str) -> None:
     try:
         HfApi().whoami()
     except hub_errors() as error:
-        raise DataError(f"the dataset could not be sent to {repo!r}: {why_not(error, repo)}.") from error
+        raise DataError(f"the dataset cannot be sent to {repo!r}: {why_not(error, repo)}.") from error
 
 
 def push(folder: Path, repo: str) -> str:

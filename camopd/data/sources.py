@@ -27,7 +27,7 @@ class Source:
         name: What `--source NAME=PATH` calls it.
         dataset: Its id on the Hub.
         columns: The columns that are read; all others are dropped at once.
-        files: How the names of this split's files (or of their folder) begin in a local copy; the split, if not given.
+        files: The word in the names of this split's files (or of their folder) in a local copy; the split, if not given.
     """
 
     name: str
@@ -82,9 +82,9 @@ def open_source(source: Source, path: str | None) -> Opened:
     from datasets import load_dataset
 
     opened = Opened(source, path, "", "")
+    files = local_files(source, Path(path)) if path is not None else []
     try:
         if path is not None:
-            files = local_files(source, Path(path))
             sizes = json.dumps([(file.name, file.stat().st_size) for file in files])
             opened = replace(opened, state=hashlib.sha256(sizes.encode()).hexdigest(), licence=licence_of(Path(path)))
             stream = load_dataset(
@@ -121,19 +121,18 @@ def local_files(source: Source, path: Path) -> list[Path]:
     if path.is_file():
         files = [path]
     else:
-        prefix = source.files or source.split
-        found = [
-            (file, file.relative_to(path).parts)
-            for file in sorted(path.rglob("*"))
-            if file.suffix in FILE_TYPES and file.is_file()
-        ]
-        found = [(file, parts) for file, parts in found if not any(part.startswith(".") for part in parts)]
-        files = [file for file, parts in found if any(part.startswith(prefix) for part in parts)]
+        found = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.suffix in FILE_TYPES}
+        found = {name: file for name, file in found.items() if not any(part[0] == "." for part in Path(name).parts)}
+        files = _named(found, source.files or source.split)
+        if not files and len(found) == 1 and source.split == "train":  # it need not say so
+            files = list(found.values())
+        if source.config is not None:
+            files = _named({str(file.relative_to(path)): file for file in files}, source.config) or files
         if not files:
-            there = f"only {[str(Path(*parts)) for _, parts in found[:8]]}" if found else "none"
             raise ValueError(
                 f"--source {source.name}={str(path)!r} must be a file, or a folder with {', '.join(FILE_TYPES)} files of "
-                f"split {source.split!r} of {source.dataset!r} whose names begin with {prefix!r}, but there is {there}."
+                f"{source.dataset!r} that have {source.files or source.split!r} in their names, but there is "
+                f"{f'only {list(found)[:8]}' if found else 'none'}."
             )
     if len({file.suffix for file in files}) > 1 or files[0].suffix not in FILE_TYPES:
         raise ValueError(
@@ -141,6 +140,12 @@ def local_files(source: Source, path: Path) -> list[Path]:
             f"one type of {', '.join(FILE_TYPES)}."
         )
     return files
+
+
+def _named(files: dict[str, Path], word: str) -> list[Path]:
+    """The files with a word in their names or in those of their folders, as the Hub tells splits apart."""
+    pattern = re.compile(rf"(?<![a-z0-9]){re.escape(word.lower())}(?![a-z0-9])")
+    return [file for name, file in files.items() if pattern.search(name.lower())]
 
 
 def hub_facts(dataset: str) -> tuple[str, str]:
@@ -156,7 +161,9 @@ def explain(error: BaseException, opened: Opened, file: str = "") -> str:
     """Why a source cannot be had, which setting it hangs on, and what to download by hand."""
     dataset, name = opened.source.dataset, opened.source.name
     if opened.path is not None:
-        return f"{dataset!r} cannot be read from {opened.origin}: {_text(error)} Check --source {name}=PATH."
+        return (
+            f"{dataset!r} cannot be read from {opened.origin}: {_text(error).rstrip('.')}. Check --source {name}=PATH."
+        )
     return (
         f"{dataset!r} cannot be fetched: {why_not(error, dataset)}. Or download it by hand where that works, and pass it:\n"
         f"    hf download {dataset}{file and f' {file}'} --repo-type dataset --local-dir DIR\n"
@@ -216,7 +223,7 @@ def _failures() -> tuple[type[Exception], ...]:
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    return (*hub_errors(), DatasetsError, pyarrow.ArrowException)
+    return (*hub_errors(), DatasetsError, pyarrow.ArrowException, ValueError)  # ValueError: broken CSV, JSON, UTF-8
 
 
 def _no_columns(opened: Opened, row: dict[str, Any], where: str) -> str:
