@@ -414,21 +414,20 @@ def test_a_dataset_is_sent_to_a_private_repository(hub, camopd_data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("refuse", "token", "message"),
+    ("builder", "refuse", "token", "message"),
     [
-        ((403, "GatedRepo"), None,
+        ("roleplay", (403, "GatedRepo"), None,
          "it is gated, and this machine has no token; accept its terms at https://huggingface.co/datasets/{0}, then"),
-        ((403, "GatedRepo"), "hf_secret", "it is gated, and the token of this machine has no access; accept its terms"),
-        ((401, "RepoNotFound"), None,
+        ("medical", (403, "GatedRepo"), "hf_secret", "it is gated, and the token of this machine has no access; accept"),
+        ("medical", (401, "RepoNotFound"), None,
          "the Hub knows no such dataset, or it is private, and this machine has no token; check the name, or set HF_TOKEN"),
-        ((404, "RepoNotFound"), "hf_secret",
+        ("roleplay", (404, "RepoNotFound"), "hf_secret",
          "the Hub knows no such dataset, or it is private, and the token of this machine has no access"),
-        ((403, ""), "hf_secret",
+        ("medical", (403, ""), "hf_secret",
          "the Hub answers with status 403, and the token of this machine has no access; set HF_TOKEN"),
-        ((418, ""), None, "the Hub answers with status 418; try again later"),
+        ("roleplay", (418, ""), None, "the Hub answers with status 418; try again later"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("builder", ["medical", "roleplay"])
 def test_a_dataset_that_is_refused_is_named_with_the_setting_and_what_to_download(
     hub, camopd_data, tmp_path, builder, refuse, token, message
 ):

@@ -188,7 +188,8 @@ def why_not(error: BaseException, dataset: str) -> str:
 
     token = "the token of this machine has no access" if get_token() else "this machine has no token"
     login = "set HF_TOKEN or run `hf auth login`"
-    if among(hub.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+    unreachable = among(ConnectionError, hub.LocalEntryNotFoundError)
+    if among(hub.OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and unreachable):
         return "HF_HUB_OFFLINE is set; unset it where there is a network"
     if among(hub.GatedRepoError):
         return f"it is gated, and {token}; accept its terms at https://huggingface.co/datasets/{dataset}, then {login}"
@@ -201,7 +202,7 @@ def why_not(error: BaseException, dataset: str) -> str:
         return f"the Hub answers with status {statuses[0]}, and {token}; {login}"
     if statuses:
         return f"the Hub answers with status {statuses[0]}; try again later"
-    if among(ConnectionError, hub.LocalEntryNotFoundError, *hub_errors()[1:]):  # without a status: no answer
+    if unreachable or among(*hub_errors()[1:]):  # without a status: no answer
         return "the Hub cannot be reached; check network, proxy and HF_ENDPOINT"
     return f"{type(error).__name__}: {_text(error)}"
 
