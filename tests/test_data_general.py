@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value, load_dataset
 
 from camopd.data import sampling
 from camopd.data.nemotron import ROWS, build_general
-from camopd.data.sampling import largest_remainder
+from camopd.data.sampling import largest_remainder, normalise
 from camopd.errors import DataError
 
 
@@ -206,6 +206,27 @@ def test_code_questions_come_from_the_split_that_the_metadata_name(make, tmp_pat
     build_general(tmp_path / "out2", 30, 0, sources)
     texts = users(read(tmp_path / "out2")[0], "code")
     assert texts == {"test 3", "train 3"}
+
+
+def test_a_question_that_is_found_twice_is_one_prompt(make):
+    contests = [{"description": text} for text in ("one", "ONE ", "two", "chat question 0")]
+    rows, card = make(
+        limit=30, code=[code(n) for n in range(4)], chat=[raw("chat", 0)], questions={"code_contests": contests}
+    )
+    texts = [normalise(text) for text in users(rows, "code")]
+    assert len(texts) == 2
+    assert set(texts) <= {"one", "two", "chat question 0"}
+    for seed in range(1, 6):
+        rows, more = make(
+            limit=30,
+            code=[code(n) for n in range(3)],
+            seed=seed,
+            out=f"out{seed}",
+            questions={"code_contests": contests},
+        )
+        assert {normalise(text) for text in users(rows, "code")} == {"one", "two"}
+        card += more
+    assert "duplicate of a row that is kept: 1" in card
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from camopd.data.coser import build_roleplay
 from camopd.data.nemotron import ROWS, build_general
 from camopd.data.output import building, write_jsonl
 from camopd.data.sampling import normalise, shorten
-from camopd.data.sources import Source, local_files, open_source
+from camopd.data.sources import Opened, Source, explain, local_files, open_source
 from camopd.errors import DataError
 
 
@@ -97,6 +97,14 @@ def test_a_broken_file_is_an_error_with_its_name(tmp_path, name, content, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(open_source(source(), str(tmp_path / name)).rows())
+
+
+def test_a_token_in_an_error_is_not_repeated():
+    error = OSError("401 for https://user:hf_AbCdEf123@huggingface.co/datasets/o/x")
+    for path in (None, "a.jsonl"):
+        said = explain(error, Opened(source(), path, "", ""))
+        assert "AbCdEf123" not in said
+        assert "hf_...@huggingface.co" in said
 
 
 def test_only_the_columns_that_are_asked_for_are_read(tmp_path):
