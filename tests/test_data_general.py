@@ -311,8 +311,9 @@ def test_tool_calls_and_results_before_the_final_turn_are_kept(make):
     assert "tool_calls" in rows[0]["prompt"][2]  # the first row tells datasets that there are calls
 
 
-def test_a_tool_row_without_tools_is_dropped_and_counted(make):
-    rows, card = make(limit=100, tool_calling=[raw("tool_calling", 5), tool(6)])
+@pytest.mark.parametrize("metadata", ["{}", "", None, "no json", '{"tools": []}', '{"tools": "weather"}', "[1]"])
+def test_a_tool_row_without_tools_is_dropped_and_counted(make, metadata):
+    rows, card = make(limit=100, tool_calling=[raw("tool_calling", 5, metadata=metadata), tool(6)])
     assert {row["id"] for row in rows if row["category"] == "tool_calling"} == {"tool_calling-uuid-6"}
     assert "no tools in the metadata: 1" in card
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import coser, medical, nemotron
 from .output import check_push, push
+from .sampling import LIMIT
 
 
 BUILDERS = {
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("builder", choices=BUILDERS, help="which dataset")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not be there")
-    parser.add_argument("--limit", type=int, default=10_000, metavar="N", help="prompts (default 10000)")
+    parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help=f"prompts (default {LIMIT})")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw and the order (default 0)")
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME=PATH",

@@ -15,11 +15,10 @@ from typing import Any
 
 from ..errors import DataError
 from .output import Part, building, write_card, write_jsonl
-from .sampling import Messages, enough, priority, progress, shorten
+from .sampling import LIMIT, Messages, enough, priority, progress, shorten
 from .sources import Opened, Source, explain, hub_errors, hub_facts, licence_of
 
 
-LIMIT = 10_000
 FILE = "train/sft_conversations_sharegpt.json"
 SOURCE = Source("coser", "Neph0s/CoSER", ("conversations",))
 SOURCES = (SOURCE.name,)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .output import building, write_card, write_jsonl
-from .sampling import Messages, enough, largest_remainder, normalise, sample, shorten, shuffled, user_text
+from .sampling import LIMIT, Messages, enough, largest_remainder, normalise, sample, shorten, shuffled, user_text
 from .sources import Source, open_source
 
 
-LIMIT = 10_000
 MIXTURE = {"medmcqa": 4000, "medreason": 3000, "medical_r1_distill": 2000, "m23k": 1000}
 SOURCES = {
     "medmcqa": Source("medmcqa", "openlifescienceai/medmcqa", ("id", "question", "opa", "opb", "opc", "opd")),

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .output import Part, building, write_card, write_jsonl
-from .sampling import Messages, enough, largest_remainder, priority, sample, shorten, shuffled, user_text
+from .sampling import LIMIT, Messages, enough, largest_remainder, priority, sample, shorten, shuffled, user_text
 from .sources import Opened, Source, open_source
 
 
 DATASET = "nvidia/Nemotron-Post-Training-Dataset-v1"
-LIMIT = 10_000
 ROWS = {"chat": 746_622, "code": 1_896_395, "math": 2_044_407, "stem": 20_662_167, "tool_calling": 310_051}
 SPLITS = {
     # The files of tool_calling are called tool-*.
@@ -130,6 +129,8 @@ def _convert(raw: dict[str, Any], split: str, questions: dict[str, Opened]) -> t
         try:
             tools = json.loads(raw["metadata"])["tools"]
         except (TypeError, ValueError, KeyError):
+            tools = None
+        if not isinstance(tools, list) or not tools:
             return "no tools in the metadata"
         messages = _with_tools(messages, tools)
     shorter = shorten(messages)

@@ -23,6 +23,7 @@ from .output import Build, Part
 from .sources import Opened
 
 
+LIMIT = 10_000  # prompts of each dataset in the paper
 SAVE_EVERY = 200_000  # rows between two saves of what is kept; a source with fewer is read again in a minute
 MAX_CHARACTERS = (
     14_336  # of a prompt: the 4096 tokens of the paper at 3.5 characters each, so that few are cut in training
