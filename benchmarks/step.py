@@ -31,7 +31,7 @@ from pathlib import Path
 
 RESULT = Path(__file__).parent / "results" / "step.md"
 ON_CPU = {
-    "prompts": 32, "batch": 4, "median": 64, "cap": 512, "equal": 96, "generation_prompts": 16, "new_tokens": 96,
+    "prompts": 12, "batch": 2, "median": 32, "cap": 128, "equal": 40, "generation_prompts": 8, "new_tokens": 48,
 }  # fmt: skip
 ON_GPU = {
     "prompts": 128, "batch": 4, "median": 1024, "cap": 8192, "equal": 2048, "generation_prompts": 64, "new_tokens": 1024,
@@ -68,7 +68,7 @@ ON_SERVER: dict[str, dict | str] = {"camopd, server": {"server": True}, "TRL, se
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps of each process")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps of each process")
     parser.add_argument("--model", help="folder of a causal language model")
     parser.add_argument("--server", help="URL of a vLLM server with the same model")
     parser.add_argument("--only", choices=CONTENDERS, help="one workload")
@@ -212,15 +212,16 @@ class Clock:
             ("tokens forward and backward", "tokens forward only, student", "tokens forward only, teacher"), 0
         )
         self.sampled = 0
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
     def end(self):
-        seconds = time.perf_counter() - self.started
+        seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
         self.steps.append(
             {
                 "step": seconds,
                 "rollout": self.generation,
                 "training part": seconds - self.generation,
+                "CPU": cpu,
                 "completion tokens": self.sampled,
                 "peak MiB": peak(),
                 "peak above start MiB": peak() - self.start_memory,
@@ -370,7 +371,7 @@ def table(workload: str, contenders: dict[str, list[dict]]) -> list[str]:
         return f"{value:.2f}" if value < 100 and "tokens" not in key else f"{value:.0f}"
 
     columns = (
-        ("step", "step (s)"), ("rollout", "rollout (s)"), ("training part", "all but rollout (s)"),
+        ("step", "step (s)"), ("CPU", "step (CPU s)"), ("rollout", "rollout (s)"), ("training part", "all but rollout (s)"),
         ("time/score", "score (s)"), ("time/train", "forward and backward (s)"),
         ("tokens forward and backward", "tokens forward and backward"),
         ("tokens forward only, student", "student forward only"), ("tokens forward only, teacher", "teacher forward"),
@@ -414,6 +415,9 @@ def ratios(found: dict[str, dict[str, list[dict]]]) -> list[str]:
         ("the same with both teachers on a server", "", ratio("lengths", "training part", "camopd, server", "TRL, server")),
         ("whole step with real generation, camopd / TRL", "1.0", ratio("generation", "step", "camopd", "TRL")),
         ("the same with engine gaps", "0.85", ratio("generation", "step", "camopd, engine gaps", "TRL")),
+        ("CPU seconds of the step, camopd / TRL, log-normal lengths", "", ratio("lengths", "CPU", "camopd", "TRL")),
+        ("CPU seconds of the step, camopd / TRL, real generation", "", ratio("generation", "CPU", "camopd", "TRL")),
+        ("the same with engine gaps", "", ratio("generation", "CPU", "camopd, engine gaps", "TRL")),
         ("peak memory, camopd / TRL, log-normal lengths", "1.0", ratio("lengths", "peak MiB", "camopd", "TRL")),
         ("peak memory, camopd / TRL, real generation", "1.0", ratio("generation", "peak MiB", "camopd", "TRL")),
     )  # fmt: skip
