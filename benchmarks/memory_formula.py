@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+RESULT = Path(__file__).parent / "results" / "memory_formula.md"
 TOKEN_TILE = 4096  # rows of a tile, in trl.kernels.chunked_logprob
 CPU_COPIES = 12  # of a tile, in the torch code that stands in for the Triton kernel
 
@@ -81,13 +82,26 @@ def main() -> None:
     if options.measure is not None:
         print(json.dumps(measure(*SMALL[options.measure])))
         return
-    if not options.table:
-        compare()
-    table()
+    if options.table:
+        print("\n".join(table()))
+        return
+    lines = [
+        "# A formula for memory, and measured peaks",
+        "",
+        *compare(),
+        "",
+        *table(),
+        "",
+        "Again: `python benchmarks/memory_formula.py`",
+    ]
+    RESULT.write_text("\n".join(lines) + "\n")
 
 
-def compare() -> None:
-    print("| weights (M) | tokens | predicted (MiB) | measured (MiB) | predicted / measured |\n|---|---|---|---|---|")
+def compare() -> list[str]:
+    rows = [
+        "| weights (M) | tokens | predicted (MiB) | measured (MiB) | predicted / measured |",
+        "|---|---|---|---|---|",
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     for number, (shape, prompt, completion) in enumerate(SMALL):
         command = [sys.executable, __file__, "--measure", str(number)]
@@ -99,12 +113,12 @@ def compare() -> None:
         # weights 4, gradients 4, Adam 8 bytes a weight, and the teacher's weights, which stay where they are on a CPU
         predicted = 20 * shape.weights + activations(shape, prompt + completion, completion, 4, 4096, CPU_COPIES)
         predicted /= 2**20
-        print(
+        rows.append(
             f"| {shape.weights / 1e6:.0f} | {prompt} + {completion} | {predicted:.0f} | {found['peak']:.0f} | "
-            f"{predicted / found['peak']:.2f} |",
-            flush=True,
+            f"{predicted / found['peak']:.2f} |"
         )
-    print()
+        print(rows[-1], flush=True)
+    return rows
 
 
 def measure(shape: Shape, prompt: int, completion: int) -> dict[str, float]:
@@ -138,15 +152,17 @@ def measure(shape: Shape, prompt: int, completion: int) -> dict[str, float]:
     return {"peak": peak(torch.device("cpu")) - before, "weights": sum(p.numel() for p in student.parameters())}
 
 
-def table() -> None:
+def table() -> list[str]:
     """Largest micro-batch (tokens of a sample of prompt and completion) that one GPU holds, in-process vLLM aside."""
     recipes = (
         ("full, float32 weights, bf16 autocast", 16, 4, True),
         ("full, bf16 weights", 8, 2, True),
         ("LoRA, bf16 weights", 2, 2, False),
     )
-    print("| student | training | weights, gradients, Adam (GiB) | tokens of a micro-batch on 80 GB | on 141 GB |")
-    print("|---|---|---|---|---|")
+    rows = [
+        "| student | training | weights, gradients, Adam (GiB) | tokens of a micro-batch on 80 GB | on 141 GB |",
+        "|---|---|---|---|---|",
+    ]
     for name, shape in (("Qwen3-4B", QWEN3_4B), ("Qwen3-8B", QWEN3_8B)):
         for recipe, bytes_a_weight, number, trains_head in recipes:
             static = bytes_a_weight * shape.weights
@@ -162,7 +178,8 @@ def table() -> None:
                         break
                     largest = tokens
                 cells.append(f"{largest:,}" if largest else "does not fit")
-            print(f"| {name} | {recipe} | {static / 2**30:.0f} | {cells[0]} | {cells[1]} |")
+            rows.append(f"| {name} | {recipe} | {static / 2**30:.0f} | {cells[0]} | {cells[1]} |")
+    return rows
 
 
 if __name__ == "__main__":
