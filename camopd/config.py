@@ -83,7 +83,8 @@ class CaMOPDConfig(DistillationConfig):
             Tokens a completion may have, or a schedule of it over optimizer steps, counted from 0: `{0: 2048, 40: 8192}` is
             8192 from step 40 on. Evaluation always uses the largest.
         completion_lengths (`dict[int, int]`, *optional*):
-            Derived: the schedule that `max_completion_length` was given.
+            Derived: the schedule that `max_completion_length` was given. A copy of the config with another
+            `max_completion_length` drops it.
         max_prompt_length (`int`, *optional*, defaults to `4096`):
             Tokens a prompt may have. Longer ones keep their *last* tokens, so that the generation prompt survives.
 
@@ -95,8 +96,8 @@ class CaMOPDConfig(DistillationConfig):
             adapter), or `"adapter_start"` (with its adapter as it was before training). The trainer's own
             `teachers` argument wins over it.
         score_batch_size (`int`, *optional*):
-            Most sequences of a no-gradient forward, for the gaps and for in-process teachers. By default as many as 65536
-            tokens allow at the longest prompt and completion, and at least one.
+            Size of a no-gradient forward, for the gaps and for in-process teachers: it holds as many tokens as so many of
+            the longest sequences. By default 65536 tokens at the longest prompt and completion, and at least one sequence.
         teacher_patience (`float`, *optional*, defaults to `900.0`):
             Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
             checkpoint and training stops.
@@ -284,7 +285,12 @@ class CaMOPDConfig(DistillationConfig):
         steps = by_step(name, given)
         if self.completion_lengths is not None and not isinstance(given, dict):
             known = by_step(name, self.completion_lengths)  # of a config that is copied
-            steps = known if max(known.values()) == max(steps.values()) else steps
+            if len(steps) == 1 and max(known.values()) == max(steps.values()):
+                steps = known
+            elif given == CaMOPDConfig.max_completion_length:
+                raise ValueError(
+                    f"completion_lengths={self.completion_lengths!r} is derived; give the schedule as {name}."
+                )
         if isinstance(self.max_steps, int) and 0 < self.max_steps <= max(steps):
             raise ValueError(
                 f"{name} changes at step {max(steps)}, but the run ends after max_steps={self.max_steps} steps (0 to "

@@ -14,6 +14,7 @@ Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +28,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .exchange import score_batches
 
+
+logger = logging.getLogger(__name__)
 
 VOCAB_CHUNK = 32768  # width of the (tokens, vocabulary) tiles the lm_head is applied in, as in TRL's fused head
 # Without Triton each tile has some eight temporary copies; narrow ones cost no time on a CPU.
@@ -226,18 +229,46 @@ def padding_free_for(model: Any, wanted: bool | None) -> bool:
     return takes_packed_rows(model) and saves_padding(model) if wanted is None else wanted
 
 
-def takes_packed_rows(model: Any) -> bool:
-    """Whether position ids that start over keep the rows of one long sequence apart in every layer of the model.
+def keeps_rows_apart(forward: Callable[[list[list[int]], list[int], bool], Tensor]) -> bool:
+    """Whether rows without padding have the numbers they have with it, and another row changes none of them.
 
-    True for full, sliding-window and chunked attention; layers that carry a state along (linear attention, convolution,
-    Mamba) would carry it from one row into the next.
+    Not every architecture hands its position ids to the mask (OPT and gpt-oss do not, in transformers 5.23), so this is
+    tried and not looked up. `forward(token_ids, prompt_lens, padding_free)` returns the log-probs (B, T); it is called
+    three times with two short rows.
+    """
+    first, other, second = ([1 + (factor * place) % 11 for place in range(9)] for factor in (3, 5, 7))
+    with torch.no_grad():
+        padded = forward([first, second], [1, 1], False)
+        packed = forward([first, second], [1, 1], True)
+        beside_another = forward([other, second], [1, 1], True)
+    # In bfloat16 two kernels differ by some hundredths; one kernel does not differ from itself.
+    return bool((padded - packed).abs().mean() < 0.05 and (packed[1] - beside_another[1]).abs().max() < 1e-4)
+
+
+def settle_padding_free(keeps_apart: bool, wanted: bool | None, whose: str) -> bool:
+    """Whether to go without padding after `keeps_rows_apart`. Raises `ValueError` where it is wanted and cannot be."""
+    if not keeps_apart and wanted:
+        raise ValueError(
+            f"padding_free=True, but in {whose} rows of one long sequence see each other: its architecture does not make "
+            "masks from position ids. Leave padding_free out."
+        )
+    if not keeps_apart:
+        logger.warning("%s is forwarded with padding: without, its rows would see each other", whose)
+    return keeps_apart
+
+
+def takes_packed_rows(model: Any) -> bool:
+    """Whether the layers of the model can keep rows of one long sequence apart: full and sliding-window attention.
+
+    Layers that carry a state along (linear attention, convolution, Mamba) carry it from one row into the next, and chunked
+    attention counts its chunks from the very first token. See also `keeps_rows_apart`.
     """
     causal_lm = model.base_model.model if is_peft_model(model) else model
     layers = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
     return (
         causal_lm._supports_attention_backend
         and not causal_lm._is_stateful
-        and layers <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and layers <= {"full_attention", "sliding_attention"}
     )
 
 

@@ -58,14 +58,14 @@ class BranchAdamW(Optimizer):
                     state["step"] = 0
                     state["exp_avg_sq"] = torch.zeros_like(param)
                     for branch in self.branches:
-                        state[f"step_{branch}"] = 0
-                        state[f"exp_avg_{branch}"] = torch.zeros_like(param)
+                        state[f"{branch}/step"] = 0
+                        state[f"{branch}/exp_avg"] = torch.zeros_like(param)
                 state["step"] += 1
-                state[f"step_{self.branch}"] += 1
-                first, second = state[f"exp_avg_{self.branch}"], state["exp_avg_sq"]
+                state[f"{self.branch}/step"] += 1
+                first, second = state[f"{self.branch}/exp_avg"], state["exp_avg_sq"]
                 first.lerp_(param.grad, 1 - beta1)
                 second.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
-                first_weight = 1 - beta1 ** state[f"step_{self.branch}"]
+                first_weight = 1 - beta1 ** state[f"{self.branch}/step"]
                 second_weight = 1 - beta2 ** state["step"]
                 param.mul_(1 - group["lr"] * group["weight_decay"])
                 param.addcdiv_(
@@ -86,18 +86,20 @@ def update_products(optimizer: Optimizer) -> Tensor | None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state.get(param, {})
-            first = state.get(f"exp_avg_{getattr(optimizer, 'branch', '')}", state.get("exp_avg"))
+            first = state.get(f"{getattr(optimizer, 'branch', '')}/exp_avg", state.get("exp_avg"))
             second = state.get("exp_avg_sq")
             if param.grad is None or not isinstance(first, Tensor) or not isinstance(second, Tensor):
                 continue
-            if not (first.is_floating_point() and second.is_floating_point()):
+            if not (first.is_floating_point() and second.is_floating_point()) or "betas" not in group:
+                return None
+            if first.shape != param.grad.shape or second.shape != param.grad.shape:  # low-rank moments
                 return None
             seen = True
             correction = (1 - group["betas"][1] ** float(state.get("step", group.get("step", 1)))) ** 0.5
             parts = (_local(tensor).reshape(-1).split(CHUNK) for tensor in (param.grad, first, second))
             for grad, moment, square in zip(*parts, strict=True):
                 grad = grad.float()
-                update = moment.float() / (square.float().sqrt() / correction + group["eps"])
+                update = moment.float() / (square.float().sqrt() / correction + group.get("eps", 1e-8))
                 products = torch.stack([update.dot(grad), update.dot(update), grad.dot(grad)])
                 total += products.double().cpu()
     return total if seen else None

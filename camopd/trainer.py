@@ -36,7 +36,15 @@ from . import metrics
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, attention_cost, exchange, plan
-from .logprobs import SampledLogps, completion_logps, in_length_sorted_batches, padding_free_for, saves_padding
+from .logprobs import (
+    SampledLogps,
+    completion_logps,
+    in_length_sorted_batches,
+    keeps_rows_apart,
+    padding_free_for,
+    saves_padding,
+    settle_padding_free,
+)
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .optimizer import BranchAdamW, update_products
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
@@ -56,7 +64,7 @@ RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be wh
 _RECORDED = (
     "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
     "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high", "loss_prefix_tokens",
-    "optimizer_moments",
+    "optimizer_moments", "gap_student",
 )  # fmt: skip
 
 
@@ -176,9 +184,17 @@ class CaMOPDTrainer(DistillationTrainer):
             kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
             if args.world_size > 1:
                 kwargs["device_map"] = None
+            if quantization_config is not None:
+                kwargs["quantization_config"], quantization_config = quantization_config, None
             model = load_adapter_student(model, kwargs)
         if "adapter_start" in [teacher for teacher in teachers.values() if isinstance(teacher, str)]:
             keep_start_adapter(model)
+            if args.use_vllm and model.peft_config["default"].modules_to_save:
+                raise ValueError(
+                    f"'adapter_start' with use_vllm=True cannot have modules_to_save="
+                    f"{sorted(model.peft_config['default'].modules_to_save)}: the copies of them have no place in vLLM. "
+                    "Use transformers' generation, or a server for that teacher."
+                )
         super().__init__(
             model=model,
             args=args,
@@ -204,6 +220,7 @@ class CaMOPDTrainer(DistillationTrainer):
             )
         student = self.accelerator.unwrap_model(self.model)
         self._padding_free = padding_free_for(student, args.padding_free)
+        self._packing_probed = not self._padding_free
         if self._padding_free and not saves_padding(student):
             logger.warning(
                 "padding_free=True with attn_implementation=%r masks a square of all tokens of a micro-batch, which costs "
@@ -244,7 +261,7 @@ class CaMOPDTrainer(DistillationTrainer):
             **self._settings,
             # learning_rate, too: the optimizer state of a checkpoint would go on at its own
             **{name: getattr(args, name) for name in _RECORDED},
-            "completion_lengths": str(args.completion_lengths),
+            "completion_lengths": args.completion_lengths and str(args.completion_lengths),
         }
         self._teachers_checked = False
         self._branches_met: set[str] = set()
@@ -321,11 +338,12 @@ class CaMOPDTrainer(DistillationTrainer):
             if not (isinstance(teacher, str) and teacher in ADAPTER_TEACHERS):
                 continue
             trained = has_adapter(model) if isinstance(model, str) else is_peft_model(model)
-            if teacher == "adapter_start" and not trained:
+            if teacher == "adapter_start" and (not trained or peft_config is not None):
                 raise ValueError(
                     f"the teacher of branch {branch!r} is 'adapter_start', the student with its adapter as it was before "
-                    "training, but the student comes without one. Pass a PeftModel or the folder of a saved adapter as "
-                    "`model`; for new LoRA weights on a specialised model, 'adapter_off' is that model."
+                    "training, but the student comes without one, or gets a new one by peft_config. Pass a PeftModel or "
+                    "the folder of a saved adapter as `model`, and no peft_config; for new LoRA weights on a specialised "
+                    "model, 'adapter_off' is that model."
                 )
             if teacher == "adapter_off" and not trained and peft_config is None:
                 raise ValueError(
@@ -421,6 +439,7 @@ class CaMOPDTrainer(DistillationTrainer):
         recorder = SampledLogps()
         model = self.accelerator.unwrap_model(self.model_wrapped)
         generate = model.generate  # the parent passes no processors through
+        own = vars(model).get("generate")  # transformers wraps it under FSDP2
 
         def generate_and_record(*args: Any, **kwargs: Any) -> Any:
             sequences = generate(*args, logits_processor=[recorder], **kwargs)
@@ -432,6 +451,8 @@ class CaMOPDTrainer(DistillationTrainer):
             completion_ids = super()._generate_single_turn(prompt_ids, *args)
         finally:
             del model.generate  # of the object; that of its class is there again
+            if own is not None:
+                model.generate = own
         for ids, completion, logps in zip(prompt_ids, completion_ids, recorder.rows(), strict=True):
             self._turns.append((list(ids), list(completion), logps[: len(completion)]))
         return completion_ids
@@ -488,6 +509,22 @@ class CaMOPDTrainer(DistillationTrainer):
                 self._tokenizer.pad_token_id, with_entropy, self._padding_free,
             )  # fmt: skip
 
+    def _probe_packing(self) -> None:
+        """See once, on the wrapped student, that rows without padding do not see each other."""
+        if self._packing_probed:
+            return
+        self._packing_probed = True
+
+        def forward(token_ids: list[list[int]], prompt_lens: list[int], padding_free: bool) -> Tensor:
+            self._padding_free = padding_free
+            return self._student_forward(token_ids, prompt_lens)[0]
+
+        training = self.model.training
+        self.model.eval()
+        keeps_apart = keeps_rows_apart(forward)
+        self.model.train(training)
+        self._padding_free = settle_padding_free(keeps_apart, self.args.padding_free, "the student")
+
     def _score(self, rollouts: Rollouts, branches: list[str], gap_student: str = "trainer") -> None:
         """Fill in the teachers' and the student's log-probs, the latter from a forward or from the rollout engine.
 
@@ -498,6 +535,7 @@ class CaMOPDTrainer(DistillationTrainer):
         Raises `CaMOPDError` when a log-prob is missing or not finite, and `TeacherError`, on every rank, when a teacher
         outside has failed one of them.
         """
+        self._probe_packing()
         size = len(rollouts)
         rollouts.teacher_logps, rollouts.student_logps, rollouts.entropy = ([torch.zeros(0)] * size for _ in range(3))
         rows_of = {branch: [row for row, name in enumerate(rollouts.branch) if name == branch] for branch in branches}
@@ -583,6 +621,7 @@ class CaMOPDTrainer(DistillationTrainer):
         servers = {b: teacher for b, teacher in self.teachers.items() if isinstance(teacher, ServerTeacher)}
         if not servers:
             return
+        self._probe_packing()
         probe = Probe.of(self._tokenizer, self.args.max_prompt_length + self.args.longest_completion)
         training = self.model.training
         self.model.eval()
@@ -775,7 +814,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._importance = metrics.ImportanceStats()
         self._update_products = None
         if self._branch_optimizer is not None:
-            self._branch_optimizer.branch = self._step_metrics["branch"]
+            self._branch_optimizer.branch = self._moment_of(self.state.global_step)
         self.model.train()  # the parent files its rollout metrics by mode
         if not self._teachers_checked:
             self._check_teachers()
@@ -858,7 +897,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """The parent's, or AdamW with a first moment per branch."""
         if args.optimizer_moments == "shared":
             return super().get_optimizer_cls_and_kwargs(args, model)
-        branches = dict.fromkeys(self._label(step) for step in range(self.schedule.period))
+        branches = dict.fromkeys(self._moment_of(step) for step in range(self.schedule.period))
         return BranchAdamW, {
             "branches": tuple(branches),
             "lr": args.learning_rate,
@@ -895,6 +934,10 @@ class CaMOPDTrainer(DistillationTrainer):
     def _label(self, step: int) -> str:
         """Branches of an optimizer step as one name."""
         return "+".join(self.schedule.shares(step))
+
+    def _moment_of(self, step: int) -> str:
+        """The same, however a mixed step orders them."""
+        return "+".join(sorted(self.schedule.shares(step)))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The parent's norm before clipping, noted for the step's line in metrics.jsonl."""

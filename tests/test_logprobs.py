@@ -22,6 +22,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
 )
@@ -33,7 +35,10 @@ from camopd.logprobs import (
     completion_logps,
     completion_top_k,
     in_length_sorted_batches,
+    keeps_rows_apart,
     padding_free_for,
+    settle_padding_free,
+    takes_packed_rows,
 )
 
 
@@ -490,6 +495,27 @@ def test_padding_free_is_the_default_where_attention_gains_from_it():
     model.config._attn_implementation = "flash_attention_2"  # whose kernels are not on this machine
     assert padding_free_for(model, None) is True
     assert padding_free_for(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
+
+
+def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
+    def forward(model):
+        return lambda ids, lens, packed: completion_logps(model, ids, lens, pad_token_id=0, padding_free=packed)[0]
+
+    assert keeps_rows_apart(forward(make_model(0)))
+    assert keeps_rows_apart(forward(make_sliding().eval()))
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(
+        OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    assert takes_packed_rows(opt)  # and yet
+    assert not keeps_rows_apart(forward(opt.eval()))
+    with pytest.raises(
+        ValueError, match="padding_free=True, but in the student rows of one long sequence see each other"
+    ):
+        settle_padding_free(False, True, "the student")
+    assert settle_padding_free(False, None, "the student") is False
+    assert "the student is forwarded with padding" in caplog.text
+    assert settle_padding_free(True, None, "the student") is True
 
 
 def test_padding_free_is_refused_where_a_state_runs_through_the_rows():

@@ -72,7 +72,7 @@ def test_the_share_of_the_domain_in_a_moment_that_is_shared():
         own.step()
     moment = shared.state[param]["exp_avg"]
     assert (moment[1] / moment.sum()).item() == pytest.approx(0.17, abs=0.005)
-    assert own.state[param]["exp_avg_domain"].tolist() == pytest.approx([0.0, 1.0], abs=1e-4)
+    assert own.state[param]["domain/exp_avg"].tolist() == pytest.approx([0.0, 1.0], abs=1e-4)
 
 
 def test_a_checkpoint_goes_on_exactly():
@@ -89,6 +89,17 @@ def test_a_checkpoint_goes_on_exactly():
             each.step()
     for one, other in zip(whole, parted, strict=True):
         assert torch.equal(one, other)
+
+
+def test_no_name_of_a_branch_is_taken_for_another_state():
+    params = parameters()
+    optimizer = BranchAdamW(params, branches=("sq", "domain"))
+    for step in range(3):
+        optimizer.branch = ("sq", "domain")[step % 2]
+        set_gradients(params, step)
+        optimizer.step()
+    state = optimizer.state[params[0]]
+    assert (state["exp_avg_sq"] > 0).all() and not torch.equal(state["exp_avg_sq"], state["sq/exp_avg"])
 
 
 def test_a_closure_is_refused():
@@ -133,4 +144,8 @@ def test_optimizers_without_readable_adam_moments_have_no_products():
         for name in ("exp_avg", "exp_avg_sq"):
             eight_bit.state[param][name] = eight_bit.state[param][name].to(torch.uint8)
     assert update_products(momentum) is None
+    low_rank = AdamW(params)
+    low_rank.step()
+    low_rank.state[params[0]]["exp_avg"] = low_rank.state[params[0]]["exp_avg"][:1]
+    assert update_products(low_rank) is None
     assert update_products(eight_bit) is None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import VOCAB, make_model
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores, other_tokenizer, reference_logps
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
+from trl.trainer.utils import use_adapter
 
 from camopd.errors import TeacherError
 from camopd.logprobs import completion_logps
@@ -156,6 +157,35 @@ def test_adapter_start_is_the_adapter_before_training(lora_student):
     with torch.no_grad():
         torch.testing.assert_close(student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)[0], after, rtol=0, atol=0)
     assert trainable == {name for name, parameter in lora_student.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6], init_lora_weights=False),
+        IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=["embedding", "dora", "modules_to_save", "tokens", "ia3"],
+)
+def test_adapter_start_is_a_copy_of_every_kind_of_adapter(config):
+    student = get_peft_model(make_model(0), config)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        before = student(torch.tensor([[5, 6, 7, 8]])).logits
+        keep_start_adapter(student)
+        with use_adapter(student, "start"):
+            torch.testing.assert_close(student(torch.tensor([[5, 6, 7, 8]])).logits, before, rtol=0, atol=1e-6)
+
+
+def test_a_start_adapter_of_another_trainer_is_not_taken(lora_student):
+    keep_start_adapter(lora_student)
+    with pytest.raises(ValueError, match=r"has an adapter of that name, perhaps of a trainer made before"):
+        keep_start_adapter(lora_student)
 
 
 def test_adapter_start_needs_a_single_adapter(lora_student):

@@ -337,10 +337,23 @@ def test_the_completion_length_follows_its_schedule(tmp_path, tokenizer):
 
 
 def test_the_completion_length_of_vllm_follows_its_schedule(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, max_completion_length={0: 2, 1: 5})
-    trainer.use_vllm, trainer.vllm_generation = True, FakeSampler()
-    trainer._limit_completions(2)
-    assert trainer.vllm_generation.max_completion_length == 2
+    limits = []
+
+    class Watched(FakeSampler):
+        def generate(self, prompts, images, num_generations, profiler):
+            limits.append(self.max_completion_length)
+            return super().generate(prompts, images, num_generations, profiler)
+
+    trainer = make_trainer(tmp_path, tokenizer, max_completion_length={0: 6, 2: 9}, max_steps=3)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Watched(), -1
+    trainer.train()
+    assert limits == [6, 6, 9]
+
+
+def test_rows_that_see_each_other_are_padded_from_the_first_step(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("camopd.trainer.keeps_rows_apart", lambda forward: False)
+    with pytest.raises(ValueError, match="padding_free=True, but in the student rows"):
+        make_trainer(tmp_path, tokenizer, padding_free=True, max_steps=1).train()
 
 
 def test_a_prefix_of_the_completions_is_scored_and_trained(tmp_path, tokenizer):
@@ -680,7 +693,7 @@ def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer
         (
             {"teachers": {"general": "x", "domain": "adapter_start"}},
             ValueError,
-            r"'adapter_start'.*but the student comes without one. Pass a PeftModel or the folder",
+            r"'adapter_start'.*but the student comes without one, or gets a new one by peft_config",
         ),
         ({"teachers": {"general": "x", "domain": "adapter_off"}}, ValueError, r"'adapter_off'.*but the student has none"),
         ({"train_dataset": {"general": make_prompts("g")}}, ValueError, r"branch 'domain' .* has no prompts"),

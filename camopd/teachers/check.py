@@ -375,11 +375,11 @@ def _check_local(
             return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
         return Finding(branch, "adapter_off", "error", "the student has no adapter. Set use_peft, or name a model")
     if spec == "adapter_start":
-        if is_adapter:
+        if is_adapter and not use_peft:
             return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
         return Finding(
             branch, "adapter_start", "error",
-            "the student is no saved adapter. With use_peft on a specialised model, that model is 'adapter_off'",
+            "the student must be a saved adapter, without use_peft. With use_peft, the specialised model is 'adapter_off'",
         )  # fmt: skip
     way_out = (
         "a folder with a model, a model id of the Hub, the URL of a vLLM server (http://host:port), or 'adapter_off'"

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from ..logprobs import completion_logps, completion_top_k, in_length_sorted_batches, padding_free_for
+from ..logprobs import (
+    completion_logps,
+    completion_top_k,
+    in_length_sorted_batches,
+    keeps_rows_apart,
+    padding_free_for,
+    settle_padding_free,
+)
 from .base import TokenScores
 
 
@@ -40,11 +47,13 @@ class LocalTeacher:
         Args:
             model: the loaded teacher; it is put into eval mode and never changes.
             device: where to score.
-            batch_size: rows per forward.
+            batch_size: times the longest row, tokens of a forward.
             autocast: the trainer's autocast, so that teacher and student round alike.
             padding_free: as the config has it.
         """
+        self.wanted = padding_free
         self.padding_free = padding_free_for(model, padding_free)
+        self.probed = not self.padding_free
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.device = torch.device(device)
@@ -59,6 +68,7 @@ class LocalTeacher:
         if self.rests_on_cpu:
             self.model.to(self.device)
         try:
+            self._probe_packing()
             return score_with(
                 lambda ids, lens: completion_logps(
                     self.model, ids, lens, pad_token_id=0, padding_free=self.padding_free
@@ -74,6 +84,19 @@ class LocalTeacher:
         finally:
             if self.rests_on_cpu:
                 self.model.to("cpu")
+
+    def _probe_packing(self) -> None:
+        """See once, where the teacher scores, that rows without padding do not see each other."""
+        if self.probed:
+            return
+        self.probed = True
+        with self.autocast():
+            keeps_apart = keeps_rows_apart(
+                lambda ids, lens, padding_free: completion_logps(self.model, ids, lens, 0, padding_free=padding_free)[
+                    0
+                ]
+            )
+        self.padding_free = settle_padding_free(keeps_apart, self.wanted, f"teacher {self.name}")
 
 
 START = "start"  # name of the frozen copy of the student's adapter
@@ -149,6 +172,13 @@ def keep_start_adapter(student: Any) -> None:
 
     Raises `ValueError` unless it has exactly one adapter, called "default".
     """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if START in student.peft_config:
+        raise ValueError(
+            f"'adapter_start' keeps a copy of the student's adapter under the name {START!r}, and the student has an "
+            "adapter of that name, perhaps of a trainer made before. Load the student again."
+        )
     if set(student.peft_config) != {"default"}:
         raise ValueError(
             f"'adapter_start' needs a student with one adapter, called 'default', and this one has "
@@ -156,9 +186,8 @@ def keep_start_adapter(student: Any) -> None:
             "is_trainable=True)."
         )
     student.add_adapter(START, student.peft_config["default"])
-    for name, param in student.named_parameters():
-        if ".default." in name:
-            student.get_parameter(name.replace(".default.", f".{START}.")).data.copy_(param.data)
+    weights = get_peft_model_state_dict(student, adapter_name="default")
+    set_peft_model_state_dict(student, weights, adapter_name=START)
 
 
 def score_with(
@@ -171,7 +200,7 @@ def score_with(
     padding_free: bool,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[TokenScores]:
-    """Score rows with a model's forward, in length-sorted batches of `batch_size`."""
+    """Score rows with a model's forward, in length-sorted batches (`exchange.score_batches`)."""
     with autocast():
         rows = in_length_sorted_batches(logps_forward, token_ids, prompt_lens, batch_size, padding_free)
         if not top_k:
