@@ -36,7 +36,7 @@ import pandas as pd
 from .errors import CaMOPDError
 from .figures import draw_bars, png
 from .report import read_run
-from .run import peek
+from .run import as_words, peek
 
 
 MARK = "sweep.json"  # in the folder of a run that has ended well
@@ -75,7 +75,7 @@ class Sweep:
     def words(self, run: Run, resume: bool) -> list[str]:
         """The command of a run, as the words that start it."""
         several = {
-            "{set}": [word for name, value in self.settings.items() for word in (f"--{name}", _text(value))],
+            "{set}": as_words(self.settings),
             "{resume}": ["--resume_from_checkpoint", "true"] if resume else [],
         }
         single = {
@@ -452,8 +452,3 @@ def _cell(mean: float, spread: float) -> str:
     if math.isnan(mean):
         return "-"
     return f"{mean:.4g}" if math.isnan(spread) else f"{mean:.4g} ± {spread:.2g}"
-
-
-def _text(value: Any) -> str:
-    """A value as `camopd train` reads it on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)

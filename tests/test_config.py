@@ -368,7 +368,7 @@ def test_exploration_steps_are_a_whole_number(make_config, value):
 def test_weights_of_branches_need_a_step_that_mixes_them(make_config):
     with pytest.raises(
         ValueError,
-        match=r"branch_weights='sigma' .* no step of schedule 'general:3,domain:1' mixes any.* 'general:1\+domain:1'",
+        match=r"branch_weights='sigma' .* no step of schedule 'general:3,domain:1' mixes any.*'general:1\+domain:1'",
     ):
         make_config(branch_weights="sigma")
     assert make_config(branch_weights="sigma", schedule="general,general:3+domain").branch_weights == "sigma"
