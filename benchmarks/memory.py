@@ -163,6 +163,7 @@ def camopd_step(student, teacher, tokenizer, prompts, completions):
             token_ids=[prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
             prompt_len=[len(prompt) for prompt in prompts],
             mask=[torch.ones(len(completion), dtype=torch.bool) for completion in completions],
+            length=[len(completion) for completion in completions],
             truncated=[True] * len(prompts),
             rollout_logps=None,
         )

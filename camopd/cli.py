@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         ("check", "see whether the teachers of a YAML file can teach its student"),
         ("report", "figures of one run or several, and which of its branches is hurting"),
         ("sweep", "run configs x seeds one after the other, and make a table of the results"),
+        ("data", "build the prompt datasets of the paper: general, medical or role-play"),
     ):
         commands.add_parser(name, add_help=False, help=help)
     options, rest = parser.parse_known_args(argv)
@@ -33,9 +34,15 @@ def main(argv: list[str] | None = None) -> None:
         rest.remove("--debug")
         options.debug = True
     try:
-        {"demo": _demo, "train": _train, "serve": _serve, "check": _check, "report": _report, "sweep": _sweep}[
-            options.command
-        ](rest)
+        {
+            "demo": _demo,
+            "train": _train,
+            "serve": _serve,
+            "check": _check,
+            "data": _data,
+            "report": _report,
+            "sweep": _sweep,
+        }[options.command](rest)
     except Exception as error:
         from .errors import CaMOPDError
 
@@ -89,6 +96,12 @@ def _sweep(argv: list[str]) -> None:
     from .sweep import main as sweep
 
     sweep(argv)
+
+
+def _data(argv: list[str]) -> None:
+    from .data.command import main as data
+
+    data(argv)
 
 
 def _config_and_overrides(command: str, argv: list[str]) -> tuple[str, list[str]]:

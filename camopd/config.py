@@ -121,7 +121,7 @@ class CaMOPDConfig(DistillationConfig):
             adapter), or `"adapter_start"` (with its adapter as it was before training). The trainer's own
             `teachers` argument wins over it.
         score_batch_size (`int`, *optional*):
-            Sequences per no-gradient forward, for the gaps and for in-process teachers. By default as many as 65536
+            Most sequences of a no-gradient forward, for the gaps and for in-process teachers. By default as many as 65536
             tokens allow at the longest prompt and completion, and at least one.
         teacher_patience (`float`, *optional*, defaults to `900.0`):
             Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a

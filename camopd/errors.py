@@ -11,3 +11,7 @@ class TeacherError(CaMOPDError):
 
 class ResumeError(CaMOPDError):
     """A checkpoint belongs to another run than the one that wants to go on from it."""
+
+
+class DataError(CaMOPDError):
+    """A dataset cannot be fetched or read, or does not hold what a builder needs."""

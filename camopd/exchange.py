@@ -6,6 +6,7 @@ every rank runs as many micro-batches as the fullest one, and pads each to its l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -223,6 +224,27 @@ def _padded(
         ranks[rank].append(list(range(*run)))
         totals[rank] += work_of(run)
     return ranks
+
+
+def score_batches(lengths: Sequence[int], batch_size: int, padding_free: bool) -> list[list[int]]:
+    """Rows of each forward without gradient, the longest first: indices into `lengths`.
+
+    Their number follows from the number of rows alone, so that sharded models make as many forwards on every rank. It is
+    what `batch_size` needs; with padding at least twice the root of the number of rows, which leaves little of it.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    if not order:
+        return []
+    ordered = [lengths[index] for index in order]
+    wanted = -(-len(order) // batch_size)
+    if not padding_free:
+        wanted = max(wanted, min(len(order), 2 * math.isqrt(len(order))))
+    runs = _split_more(_lightest_cut(ordered, ordered, wanted, batch_size * ordered[0]), ordered, wanted)
+    while len(runs) < wanted:  # rows of one length
+        largest = max(range(len(runs)), key=lambda place: runs[place][1] - runs[place][0])
+        start, end = runs[largest]
+        runs[largest : largest + 1] = [(start, (start + end) // 2), ((start + end) // 2, end)]
+    return [order[start:end] for start, end in runs]
 
 
 def _cut(ordered: Sequence[int], work: Sequence[float], cap: float, max_tokens: int) -> list[tuple[int, int]]:

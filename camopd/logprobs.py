@@ -25,6 +25,8 @@ from transformers import LogitsProcessor, PretrainedConfig
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .exchange import score_batches
+
 
 VOCAB_CHUNK = 32768  # width of the (tokens, vocabulary) tiles the lm_head is applied in, as in TRL's fused head
 # Without Triton each tile has some eight temporary copies; narrow ones cost no time on a CPU.
@@ -117,6 +119,7 @@ def in_length_sorted_batches(
     token_ids: Sequence[list[int]],
     prompt_lens: Sequence[int],
     batch_size: int,
+    padding_free: bool = False,
 ) -> list[tuple[Any, ...]]:
     """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
 
@@ -126,10 +129,8 @@ def in_length_sorted_batches(
     sharded models need.
     """
     lengths = [len(ids) for ids in token_ids]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     rows: list[tuple[Any, ...]] = [()] * len(lengths)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in score_batches(lengths, batch_size, padding_free):
         with torch.no_grad():
             outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
         outputs = tuple(None if output is None else output.cpu() for output in outputs)

@@ -214,6 +214,8 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    from .data.sources import hub_errors, why_not
+
     spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
     unknown = set(spec) - {"path", "name", "split", "column", "limit"}
     if unknown or not isinstance(spec.get("path"), str):
@@ -234,11 +236,15 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
             dataset = load_dataset(kind, data_files=path, split=split)
         else:
             dataset = load_dataset(path, spec.get("name"), split=split)
-    except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:
+    except (*hub_errors(), ValueError, RuntimeError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # what is wrong with the row
+        way = ""
+        if kind is None and not Path(path).exists() and not isinstance(error, ValueError):  # not a split or a row
+            reason = why_not(error, path)
+            way = f" Where it can: hf download {path} --repo-type dataset --local-dir DIR; then {{path: DIR}}."
         raise ValueError(
             f"the prompts of branch {branch!r}, {path!r} (split {split!r}), cannot be loaded: {reason}\nGive the path of a "
-            f"{', '.join(_FILE_TYPES)} file or the name of a dataset of the Hub that this machine can reach."
+            f"{', '.join(_FILE_TYPES)} file or the name of a dataset of the Hub that this machine can reach.{way}"
         ) from error
     columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
     column = next((name for name in columns if name in dataset.column_names), None)

@@ -570,6 +570,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 token_ids,
                 prompt_lens,
                 self._score_batch_size,
+                self._padding_free,
             )
             for row, (logps, entropy) in zip(rows, own, strict=False):
                 rollouts.student_logps[row] = logps
@@ -623,7 +624,7 @@ class CaMOPDTrainer(DistillationTrainer):
         training = self.model.training
         self.model.eval()
         own = in_length_sorted_batches(
-            self._student_forward, probe.token_ids, probe.prompt_lens, self._score_batch_size
+            self._student_forward, probe.token_ids, probe.prompt_lens, self._score_batch_size, self._padding_free
         )
         self.model.train(training)
         failure = None

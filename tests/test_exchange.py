@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from camopd.exchange import plan
+from camopd.exchange import plan, score_batches
 
 
 def log_normal_lengths(count=512, seed=0):
@@ -125,3 +125,28 @@ def test_equal_lengths_make_equal_batches():
 def test_a_sample_that_fits_nowhere_is_an_error():
     with pytest.raises(ValueError, match="a sample of 9 tokens does not fit into a micro-batch of 8"):
         plan([3, 9], 1, 1, max_tokens=8)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 64, 300])
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_forwards_without_gradient_are_as_many_for_as_many_rows(count, batch_size):
+    for lengths in (log_normal_lengths(count), [7] * count, [2] * (count - 1) + [900]):
+        for padding_free, wanted in (
+            (True, math.ceil(count / batch_size)),
+            (False, max(math.ceil(count / batch_size), min(count, 2 * math.isqrt(count)))),
+        ):
+            batches = score_batches(lengths, batch_size, padding_free)
+            assert len(batches) == wanted
+            assert sorted(row for batch in batches for row in batch) == list(range(count))
+            assert all(batches)
+            longest = [max(lengths[row] for row in batch) for batch in batches]
+            assert longest == sorted(longest, reverse=True)
+            assert max(padded(batch, lengths) for batch in batches) <= batch_size * max(lengths)
+    assert score_batches([], batch_size, False) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_forwards_without_gradient_are_hardly_padded(seed):
+    for count in (16, 64, 512):
+        lengths = log_normal_lengths(count, seed)
+        assert padding([score_batches(lengths, 1000, False)], lengths) <= 0.12

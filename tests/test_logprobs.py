@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from camopd import logprobs
+from camopd.exchange import score_batches
 from camopd.logprobs import (
     SampledLogps,
     completion_logps,
@@ -262,7 +263,10 @@ def test_batches_run_longest_first_without_gradient_and_rows_come_back_in_order(
 
     rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size)
     assert [length for call in calls for length in call] == sorted(map(len, token_ids), reverse=True)
-    assert [len(call) for call in calls] == [len(part) for part in torch.arange(5).split(batch_size)]
+    assert calls == [
+        [len(token_ids[row]) for row in batch]
+        for batch in score_batches([len(ids) for ids in token_ids], batch_size, padding_free=False)
+    ]
 
     full = reference(model, token_ids, prompt_lens)
     expected = gather(full, targets(token_ids, prompt_lens))

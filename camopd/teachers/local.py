@@ -68,6 +68,7 @@ class LocalTeacher:
                 prompt_lens,
                 top_k,
                 self.batch_size,
+                self.padding_free,
                 self.autocast,
             )
         finally:
@@ -87,7 +88,13 @@ class AdapterTeacher:
     """
 
     def __init__(
-        self, student: Any, which: str, forward: Forward, batch_size: int, autocast: Callable[[], Any] = nullcontext
+        self,
+        student: Any,
+        which: str,
+        forward: Forward,
+        batch_size: int,
+        autocast: Callable[[], Any] = nullcontext,
+        padding_free: bool | None = None,
     ):
         """
         Args:
@@ -98,6 +105,7 @@ class AdapterTeacher:
         self.student = student
         self.adapter = START if which == "adapter_start" else None
         self.name = f"{which}:{get_config_model_id(student.config)}"
+        self.padding_free = padding_free_for(student, padding_free)
         self.forward = forward
         self.batch_size = batch_size
         self.autocast = autocast
@@ -115,6 +123,7 @@ class AdapterTeacher:
                     prompt_lens,
                     top_k,
                     self.batch_size,
+                    self.padding_free,
                     self.autocast,
                 )
         finally:
@@ -159,11 +168,12 @@ def score_with(
     prompt_lens: list[int],
     top_k: int,
     batch_size: int,
+    padding_free: bool,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[TokenScores]:
     """Score rows with a model's forward, in length-sorted batches of `batch_size`."""
     with autocast():
-        rows = in_length_sorted_batches(logps_forward, token_ids, prompt_lens, batch_size)
+        rows = in_length_sorted_batches(logps_forward, token_ids, prompt_lens, batch_size, padding_free)
         if not top_k:
             return [TokenScores(logps=row[0].float()) for row in rows]
         tops = in_length_sorted_batches(top_k_forward, token_ids, prompt_lens, batch_size)

@@ -55,7 +55,7 @@ def resolve_teachers(
             raise_errors(check_server(branch, spec, tokenizer, max_tokens), logger.warning)
             teacher = spec
         elif isinstance(spec, str) and spec in ADAPTER_TEACHERS:
-            teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast)
+            teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast, padding_free)
         elif isinstance(spec, str):
             model = load_teacher_model(spec, init_kwargs, branch)
             _check_fits(model, tokenizer, max_tokens, branch)

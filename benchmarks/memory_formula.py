@@ -1,0 +1,167 @@
+"""What a training step needs in memory: a formula, held to measured peaks of small models, and the table of docs/scale.md.
+
+    python benchmarks/memory_formula.py [--rounds 1]     # measure and compare, then print the table
+    python benchmarks/memory_formula.py --table          # the table alone
+
+The formula counts, for a model of P weights with L layers, hidden size H, MLP size I, attention width A (query) and K (keys
+and values, both), vocabulary V, and a micro-batch of N tokens, M of them of completions, with gradient checkpointing:
+
+    weights + gradients + Adam     the bytes a weight of `recipe`, below
+    checkpoints                    L N H c             inputs of the layers
+    one layer, forward again       N (7 H + 2 A + 2 K + 4 I) c, and as much again for half of it in backward
+    head                           M H (4 + c) + 4 V H + k min(M, 4096) W 4
+    teacher in the process         its weights while it scores (before the step's activations exist); 0 for a server or an adapter
+
+c is the bytes of a number of the forward, W the width of a vocabulary tile, k how many copies of a tile there are. Peaks are
+those of small models with random weights, in float32, on a CPU, second update, each in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+TOKEN_TILE = 4096  # rows of a tile, in trl.kernels.chunked_logprob
+CPU_COPIES = 6  # of a tile, in the torch code that stands in for the Triton kernel
+
+
+@dataclass(frozen=True)
+class Shape:
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def weights(self) -> int:
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
+        return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+def activations(shape: Shape, tokens: int, completion_tokens: int, number: int, tile_width: int, copies: int) -> float:
+    """Bytes above weights, gradients and optimizer at the worst moment of forward and backward."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    checkpoints = shape.layers * tokens * shape.hidden * number
+    layer = 1.5 * tokens * (7 * shape.hidden + 2 * queries + 4 * keys + 4 * shape.mlp) * number
+    head = completion_tokens * shape.hidden * (4 + number) + 4 * shape.vocabulary * shape.hidden
+    head += copies * min(completion_tokens, TOKEN_TILE) * tile_width * 4
+    return checkpoints + max(layer, head)
+
+
+SMALL = (  # shape, prompt tokens, completion tokens
+    (Shape(8, 512, 1536, 8, 4, 64, 16384, True), 32, 1024),
+    (Shape(8, 512, 1536, 8, 4, 64, 16384, True), 32, 3072),
+    (Shape(16, 512, 1024, 8, 8, 64, 8192, False), 64, 2048),
+    (Shape(4, 1024, 4096, 16, 4, 64, 32768, True), 64, 1024),
+    (Shape(4, 1024, 4096, 16, 4, 64, 32768, False), 512, 1536),
+    (Shape(30, 576, 1536, 9, 3, 64, 49152, True), 24, 1024),  # SmolLM2-135M's
+)
+QWEN3_4B = Shape(36, 2560, 9728, 32, 8, 128, 151936, True)
+QWEN3_8B = Shape(36, 4096, 12288, 32, 8, 128, 151936, False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.measure is not None:
+        print(json.dumps(measure(*SMALL[options.measure])))
+        return
+    if not options.table:
+        compare()
+    table()
+
+
+def compare() -> None:
+    print("| weights (M) | tokens | predicted (MiB) | measured (MiB) | predicted / measured |\n|---|---|---|---|---|")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    for number, (shape, prompt, completion) in enumerate(SMALL):
+        run = subprocess.run(
+            [sys.executable, __file__, "--measure", str(number)], capture_output=True, text=True, env=environment, check=False
+        )  # fmt: skip
+        if run.returncode:
+            sys.exit(run.stderr[-3000:])
+        found = json.loads(run.stdout.splitlines()[-1])
+        assert found["weights"] == shape.weights + shape.hidden, (found, shape.weights)  # the last norm
+        # weights 4, gradients 4, Adam 8 bytes a weight, and the teacher's weights, which stay where they are on a CPU
+        predicted = 20 * shape.weights + activations(shape, prompt + completion, completion, 4, 4096, CPU_COPIES)
+        predicted /= 2**20
+        print(
+            f"| {shape.weights / 1e6:.0f} | {prompt} + {completion} | {predicted:.0f} | {found['peak']:.0f} | "
+            f"{predicted / found['peak']:.2f} |",
+            flush=True,
+        )
+    print()
+
+
+def measure(shape: Shape, prompt: int, completion: int) -> dict[str, float]:
+    """Peak MiB above the process before any model was made, in the second of two updates."""
+    import torch
+    from memory import camopd_step, peak, reset_peak
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from conftest import make_tokenizer
+
+    torch.manual_seed(0)
+    before = reset_peak(torch.device("cpu"))
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config).eval().requires_grad_(False)
+    rows = [torch.randint(4, 40, (length,)).tolist() for length in (prompt, completion)]
+    step = camopd_step(student, teacher, make_tokenizer(), [rows[0]], [rows[1]])
+    optimizer = torch.optim.AdamW(student.parameters(), foreach=False)
+    for update in range(2):
+        if update:
+            reset_peak(torch.device("cpu"))
+        step().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"peak": peak(torch.device("cpu")) - before, "weights": sum(p.numel() for p in student.parameters())}
+
+
+def table() -> None:
+    """Largest micro-batch (tokens of a sample of prompt and completion) that one GPU holds, in-process vLLM aside."""
+    recipes = (
+        ("full, float32 weights, bf16 autocast", 16, 4, True),
+        ("full, bf16 weights", 8, 2, True),
+        ("LoRA, bf16 weights", 2, 2, False),
+    )
+    print("| student | training | weights, gradients, Adam (GiB) | tokens of a micro-batch on 80 GB | on 141 GB |")
+    print("|---|---|---|---|---|")
+    for name, shape in (("Qwen3-4B", QWEN3_4B), ("Qwen3-8B", QWEN3_8B)):
+        for recipe, bytes_a_weight, number, trains_head in recipes:
+            static = bytes_a_weight * shape.weights
+            cells = []
+            for memory in (80e9, 141e9):
+                room = 0.92 * memory - static  # CUDA, its libraries and fragmentation take the rest
+                largest = 0
+                for tokens in range(1024, 131072 + 1, 1024):
+                    needed = activations(shape, tokens, tokens, number, 32768, 1)
+                    if not trains_head:
+                        needed -= 4 * shape.vocabulary * shape.hidden  # no gradient of the head
+                    if needed > room:
+                        break
+                    largest = tokens
+                cells.append(f"{largest:,}" if largest else "does not fit")
+            print(f"| {name} | {recipe} | {static / 2**30:.0f} | {cells[0]} | {cells[1]} |")
+
+
+if __name__ == "__main__":
+    main()

