@@ -5,7 +5,7 @@
     seeds: [0, 1]
     set: {max_steps: 40}                        # optional: settings of every run
     columns: [gap/general/abs_mean@5]           # optional: what the table shows
-    command: accelerate launch -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}
+    command: camopd train run.yaml --method {config} --seed {seed} --output_dir {output_dir} {set} {resume}
 
 Every run has the folder `output_dir/CONFIG/seed-SEED`, with its log; a run that has ended well leaves a mark there and is
 not run again. There is no queue and nothing runs side by side: `--print` gives the lines for a scheduler that does that.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,33 @@ def test_a_baseline_is_the_step_of_its_loop(name, method, tmp_path):
 def test_the_loops_differ_from_each_other():
     losses = [loop(method)[1] for method in (vanilla, relaxed_opd, selectkd)]
     assert all(abs(a - b) > 1e-2 for a, b in zip(losses, losses[1:] + losses[:1], strict=True))
+
+
+# --- the documents -----------------------------------------------------------------------------------------------
+
+
+def test_every_name_in_the_paper_map_exists():
+    root = CONFIGS.parent
+    cells = [cell for row in (root / "docs" / "paper_map.md").read_text().splitlines() for cell in row.split("|")]
+    checked = 0
+    for cell in cells:
+        source = ""  # of the file that the names after it are in
+        for word in re.findall(r"`([^`]+)`", cell):
+            path, _, name = word.partition("::")
+            if re.match(r"(camopd|tests|configs|docs)/", path):
+                assert (root / path).is_file(), word
+                source = (root / path).read_text()
+            elif re.match(r"(test_|_)\w+$", word):
+                name = word
+            for part in name.split(".") if name else ():
+                assert re.search(rf"(def|class) {part}\b", source), word
+                checked += 1
+    assert checked > 30
+
+
+def test_every_method_is_in_the_table():
+    text = (CONFIGS.parent / "docs" / "methods.md").read_text()
+    assert [path.stem for path in METHODS if path.stem not in text and not path.stem.startswith("table7_")] == []
 
 
 # --- around them -------------------------------------------------------------------------------------------------
