@@ -126,12 +126,12 @@ def vanilla(samples: list[dict]) -> list[list[float]]:
     return [[gap / len(s["gaps"]) / len(samples) for gap in s["gaps"]] for s in samples]
 
 
-def relaxed_opd(samples: list[dict]) -> list[list[float]]:
-    """M_t max(A_t, floor) / sum M, with M_t the fifth of all tokens that has the highest entropy."""
+def relaxed_opd(samples: list[dict], share: float = 0.2) -> list[list[float]]:
+    """M_t max(A_t, floor) / sum M, with M_t the fifth (or another share) of all tokens that has the highest entropy."""
     floor = math.log(0.3) - math.log(0.7)
     entropy = [[-sum(p * math.log(p) for p in student) for student, _ in s["probabilities"]] for s in samples]
     ranked = sorted(value for row in entropy for value in row)
-    threshold = ranked[math.ceil(0.8 * (len(ranked) - 1))]
+    threshold = ranked[math.ceil((1 - share) * (len(ranked) - 1))]
     chosen = sum(value >= threshold for value in ranked)
     return [
         [max(gap, floor) / chosen if value >= threshold else 0.0 for gap, value in zip(s["gaps"], row, strict=True)]
@@ -183,12 +183,23 @@ def loop(method) -> tuple[dict[str, torch.Tensor], float]:
     return {name: value.detach() for name, value in student.named_parameters()}, loss.item()
 
 
+def relaxed_opd_on_half(samples: list[dict]) -> list[list[float]]:
+    return relaxed_opd(samples, share=0.5)
+
+
 @pytest.mark.parametrize(
-    ("name", "method"), [("vanilla_mopd", vanilla), ("relaxed_opd", relaxed_opd), ("selectkd", selectkd)]
+    ("name", "method", "settings"),
+    [
+        ("vanilla_mopd", vanilla, {}),
+        ("relaxed_opd", relaxed_opd, {}),
+        ("relaxed_opd", relaxed_opd_on_half, {"relaxed_entropy_share": 0.5}),  # tokens below the floor among them
+        ("selectkd", selectkd, {}),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_baseline_is_the_step_of_its_loop(name, method, tmp_path):
+def test_a_baseline_is_the_step_of_its_loop(name, method, settings, tmp_path):
     expected, expected_loss = loop(method)
-    parameters, metrics = trainer_step(Case(name), str(tmp_path), 2, **settings_of(name))
+    parameters, metrics = trainer_step(Case(name), str(tmp_path), 2, **{**settings_of(name), **settings})
     assert metrics["loss"] == pytest.approx(expected_loss, rel=3e-6)
     for key, value in expected.items():
         torch.testing.assert_close(parameters[key], value, atol=1e-6, rtol=0)
