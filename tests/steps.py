@@ -115,7 +115,7 @@ def trainer_step(
         "mass_target": case.mass_target, "selection": case.selection, "score_batch_size": 3,
         "importance_sampling_mode": "mask" if case.with_rollout_logps else "none",
         "gap_student": case.gap_student, "loss_prefix_tokens": case.loss_prefix_tokens, "token_rule": case.token_rule,
-        "relaxed_exploration_steps": case.relaxed_exploration_steps, "relaxed_entropy_share": 0.5,
+        "relaxed_exploration_steps": case.relaxed_exploration_steps, "relaxed_entropy_share": 0.8,
         "loss_normalization": case.loss_normalization, "branch_weights": case.branch_weights,
     }  # fmt: skip
     args = CaMOPDConfig(**{**values, **settings})
@@ -189,8 +189,8 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
             token["value"] = 0.01
         if case.token_rule == "relaxed_opd" and case.relaxed_exploration_steps:
             token["value"] = float(token["at_selection"] >= floor)
-        elif case.token_rule == "relaxed_opd":  # half of the tokens; among fewer, none may be below the floor
-            token["value"] = float(token["entropy"] >= entropies[(len(entropies) - 1) // 2])
+        elif case.token_rule == "relaxed_opd":  # most tokens; among few, none is below the floor
+            token["value"] = float(token["entropy"] >= entropies[math.floor(0.8 * (len(entropies) - 1) + 1e-9)])
     if case.branch_weights == "sigma":
         spreads = {branch: _spread([t["at_selection"] for t in all_tokens[branch]]) for branch in schedule.branches}
         overall = _spread([t["at_selection"] for tokens in all_tokens.values() for t in tokens])
