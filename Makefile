@@ -53,8 +53,11 @@ style: install  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: install .venv-vllm/installed  ## Run the benchmarks and write benchmarks/results/ (half an hour)
+benchmarks: install .venv-vllm/installed  ## Run the benchmarks and write benchmarks/results/ (an hour and a half)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory_formula.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/teacher_scoring.py
 
 clean:  ## Remove what the targets made, but not the environments

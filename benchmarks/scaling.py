@@ -1,0 +1,172 @@
+"""How the cost of a step grows, and what that says about a run on 4 x 8 H100.
+
+    python benchmarks/scaling.py
+
+Measures all but the rollout of a step (scores, selection, forward and backward) on a small model with scripted completions
+of log-normal length, while prompts, lengths and processes (CPU, one thread each) grow. Then it prices the paper's run (512
+prompts a step, 8B student, 32 GPUs) with a sum whose terms are marked *measured* (in this repository) or *assumed*. Writes
+benchmarks/results/scaling.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "scaling.md"
+SETUPS = [
+    *({"prompts": prompts, "median": 64, "processes": 1} for prompts in (16, 32, 64)),
+    *({"prompts": 32, "median": median, "processes": 1} for median in (32, 128)),
+    {"prompts": 32, "median": 64, "processes": 2},
+]
+PROMPT, CAP = 16, 1024
+
+
+def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "--measure" in sys.argv:
+        measure(json.loads(sys.argv[-1]))
+        return
+    lines = [
+        "# How the cost of a step grows",
+        "",
+        "All but the rollout, a Llama of 4 layers and width 256, float32 on a CPU with one thread a process, completions",
+        "of log-normal length (sigma 1), micro-batches of 4 samples, mass target 0.8; medians of 3 steps after one.",
+        "",
+        "| prompts | median tokens | processes | score (s) | forward and backward (s) | tokens of the kept | "
+        "microseconds a trained token and process | padding | imbalance |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for setup in SETUPS:
+        found = run(setup)
+        per_token = 1e6 * found["time/train"] * setup["processes"] / found["train/tokens"]
+        lines.append(
+            f"| {setup['prompts']} | {setup['median']} | {setup['processes']} | {found['time/score']:.2f} | "
+            f"{found['time/train']:.2f} | {found['train/tokens']:.0f} | {per_token:.0f} | {found['train/padding']:.3f} | "
+            f"{found['train/imbalance']:.3f} |"
+        )
+        print(lines[-1], flush=True)
+    lines += ["", *price()]
+    RESULT.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def run(setup: dict) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [sys.executable]
+        if setup["processes"] > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup["processes"])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*launch, __file__, "--measure", json.dumps({**setup, "folder": folder})]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()][1:]
+    return {
+        name: statistics.median(step[name] for step in steps)
+        for name in steps[0]
+        if name.startswith(("time", "train"))
+    }
+
+
+def measure(setup: dict) -> None:
+    import torch
+    from datasets import Dataset
+    from step import log_normal_lengths
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import DistillationTrainer
+
+    from camopd import CaMOPDConfig, CaMOPDTrainer
+
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from conftest import make_tokenizer
+
+    def model(seed: int) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+                num_key_value_heads=4, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )
+        )  # fmt: skip
+
+    args = CaMOPDConfig(
+        output_dir=setup["folder"], use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        max_steps=4, prompts_per_step=setup["prompts"], per_device_train_batch_size=4, schedule="general:1",
+        max_prompt_length=PROMPT, max_completion_length=CAP, logging_steps=1000,
+    )  # fmt: skip
+    lengths = log_normal_lengths(setup["prompts"], setup["median"], CAP)
+    share = setup["prompts"] // args.world_size
+    mine = lengths[args.process_index * share :][:share]
+    generator = torch.Generator().manual_seed(args.process_index)
+    DistillationTrainer._generate_single_turn = lambda self, prompt_ids, *rest: [
+        torch.randint(100, 4096, (length,), generator=generator).tolist() for length in mine
+    ]
+    CaMOPDTrainer(
+        model=model(1), teachers={"general": model(2)}, args=args, processing_class=make_tokenizer(),
+        train_dataset={"general": Dataset.from_list([{"prompt": "a" * PROMPT}] * setup["prompts"])},
+    ).train()  # fmt: skip
+
+
+def price() -> list[str]:
+    """The paper's step, 512 prompts on 32 GPUs, in seconds of GPU time, term by term."""
+    weights, prompts, prompt, completion, gpus = 8.19e9, 512, 500, 6000, 32
+    kept, padding, imbalance = 0.7, 0.0, 0.03
+    flops, train_share, score_share = 989e12, 0.40, 0.50
+    decode = 2500  # tokens a second and GPU
+    rows = [
+        ("prompts a step", prompts, "the paper"),
+        ("tokens of a prompt, of a completion", f"{prompt}, {completion}", "assumed; the paper caps at 4096 and 32768"),
+        ("kept share of the tokens", kept, "assumed; 0.6 to 0.8 at mass target 0.8 in the runs of this repository"),
+        ("padding, imbalance", f"{padding}, {imbalance}", "0 without padding; imbalance measured, tests/test_exchange.py"),
+        ("operations a token: forward; forward, backward and recomputation", "2 x, 8 x weights", "counted"),
+        ("peak of an H100, share of it in training, scoring", f"989 TFLOP/s, {train_share}, {score_share}", "assumed"),
+        ("tokens a second and GPU that vLLM decodes", decode, "assumed"),
+        ("bytes of a scored token from a vLLM teacher", "5.4 or 73", "measured, benchmarks/results/teacher_scoring.md"),
+        ("bytes of a completion token in the exchange", 16, "counted: id, mask, two log-probs"),
+    ]  # fmt: skip
+    tokens = prompts * (prompt + completion)
+    rollout = prompts * completion / decode / gpus
+    score = 2 * weights * tokens / (flops * score_share) / gpus
+    teacher = score
+    train = 8 * weights * tokens * kept * (1 + imbalance) / (flops * train_share) / gpus
+    micro_batches = max(1, round(tokens * kept / gpus / 36864))
+    gathers = 3 * 2 * weights * (31 / 32) * micro_batches / 50e9  # bytes over 400 Gbit/s a GPU
+    exchange = tokens * kept * 16 / gpus / 50e9
+    wire = prompts * completion * 73 / 1.25e9
+    terms = [
+        ("rollout, all GPUs, the longest completion aside", rollout),
+        ("student's log-probs for the gaps (0 with `gap_student: engine`)", score),
+        ("teacher, on as many GPUs of its own; hidden behind the line above", teacher),
+        ("teacher's answers as JSON over 10 Gbit/s; hidden, too", wire),
+        ("forward and backward of the kept samples", train),
+        (f"ZeRO-3's gathers, {micro_batches} micro-batches at 50 GB/s a GPU, if nothing hides them", gathers),
+        ("exchange of the kept samples", exchange),
+    ]
+    return [
+        "## The paper's step, priced",
+        "",
+        "| term | value | where from |",
+        "|---|---|---|",
+        *(f"| {name} | {value} | {source} |" for name, value, source in rows),
+        "",
+        "| | seconds of a step |",
+        "|---|---|",
+        *(f"| {name} | {seconds:.2f} |" for name, seconds in terms),
+        "",
+        f"Together, without what is hidden: {rollout + score + train + gathers + exchange:.0f} s a step. The paper reports "
+        "about 7 hours for 120 steps on 32 H100, 210 s a step, without saying how long completions were: in this sum the",
+        "rollout waits for no straggler, and with a few completions at the cap it would take as long as those do (32,768 "
+        "tokens at 60 a second are 546 s). **No term of this table has been measured on a GPU.**",
+    ]
+
+
+if __name__ == "__main__":
+    main()
