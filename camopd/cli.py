@@ -105,9 +105,20 @@ def _data(argv: list[str]) -> None:
 
 
 def _config_and_overrides(command: str, argv: list[str]) -> tuple[str, list[str]]:
-    parser = argparse.ArgumentParser(prog=f"camopd {command}", epilog="Any setting may follow as --name value.")
+    parser = argparse.ArgumentParser(
+        prog=f"camopd {command}", epilog="Any setting may follow as --name value.", allow_abbrev=False
+    )
     parser.add_argument("config", help="YAML file of the run")
+    parser.add_argument(
+        "--method",
+        metavar="YAML",
+        help="settings that win over the run's, as those of configs/methods/vanilla_mopd.yaml",
+    )
     options, overrides = parser.parse_known_args(argv)
+    if options.method is not None:
+        from .run import as_words, peek
+
+        overrides = as_words(peek(options.method, [])) + overrides
     return options.config, overrides
 
 

@@ -9,11 +9,14 @@ from trl import DistillationConfig
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, by_step, value_at
+from .token_rules import TOKEN_RULES
 
 
 SCORE_TOKENS = 65536  # padded tokens of a no-gradient forward, which keeps nothing but its last hidden states
 GAP_STUDENTS = ("trainer", "engine")
 OPTIMIZER_MOMENTS = ("shared", "per_branch")
+LOSS_NORMALIZATIONS = ("sample", "token")
+BRANCH_WEIGHTS = ("none", "sigma")
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
 PAPER_SCALE = {"general": 2.0, "domain": 1.0}
 PAPER_SCORE = {"general": "absolute", "domain": "positive"}
@@ -73,6 +76,29 @@ class CaMOPDConfig(DistillationConfig):
         optimizer_moments (`str`, *optional*, defaults to `"shared"`):
             `"per_branch"` gives each branch a first moment of its own (experimental): Adam's shared one mixes the branches
             again that the schedule separates. The second moment stays shared. `update/cosine` shows the difference.
+
+        > Parameters of the baselines (see docs/methods.md; `configs/methods` has a file for each)
+
+        token_rule (`str`, *optional*, defaults to `"none"`):
+            Which sampled tokens the loss counts, and how much: `"relaxed_opd"` is Relaxed OPD
+            (https://arxiv.org/abs/2603.11137), `"selectkd"` is SelecTKD (https://arxiv.org/abs/2510.24021).
+            The second costs a forward of the student and, where the teacher is in the process, one of the teacher; a
+            server is asked for its five likeliest tokens.
+        relaxed_mixture (`float`, *optional*, defaults to `0.3`):
+            lambda of Relaxed OPD, in (0, 1): rewards below log(lambda / (1 - lambda)) nats are raised to it.
+        relaxed_entropy_share (`float`, *optional*, defaults to `0.2`):
+            beta of Relaxed OPD, in (0, 1]: share of the step's tokens, those of highest entropy, that are trained.
+        relaxed_exploration_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps at the start that instead train the tokens whose reward is not below that floor.
+        selectkd_reject_weight (`float`, *optional*, defaults to `0.01`):
+            beta of SelecTKD, in [0, 1): weight of a token at which the student's likeliest token is none of the teacher's
+            five likeliest. `0` leaves it out.
+        loss_normalization (`str`, *optional*, defaults to `"sample"`):
+            `"sample"` is Eq. 9: a mean over each sample's tokens, then over samples. `"token"` is one mean over all tokens
+            of the kept samples; with Relaxed OPD over those that it trains.
+        branch_weights (`str`, *optional*, defaults to `"none"`):
+            `"sigma"` is DN-MOPD (https://arxiv.org/abs/2609.35347): in a step that mixes branches, the advantages of each
+            are multiplied by the spread of all gaps over the spread of its own, clipped to [0.25, 4].
 
         > Parameters of the data
 
@@ -197,6 +223,33 @@ class CaMOPDConfig(DistillationConfig):
         default="shared",
         metadata={"help": "Adam's first moment: 'shared', or 'per_branch' (experimental)."},
     )
+
+    # Parameters of the baselines
+    token_rule: str = field(
+        default="none",
+        metadata={"help": "Which sampled tokens the loss counts: 'none' (all alike), 'relaxed_opd' or 'selectkd'."},
+    )
+    relaxed_mixture: float = field(
+        default=0.3, metadata={"help": "lambda of Relaxed OPD: rewards are not below log(lambda / (1 - lambda))."}
+    )
+    relaxed_entropy_share: float = field(
+        default=0.2, metadata={"help": "beta of Relaxed OPD: share of tokens, of highest entropy, that are trained."}
+    )
+    relaxed_exploration_steps: int = field(
+        default=0,
+        metadata={"help": "First steps of Relaxed OPD that train the tokens above its reward floor instead."},
+    )
+    selectkd_reject_weight: float = field(
+        default=0.01, metadata={"help": "beta of SelecTKD: weight of tokens that the teacher does not accept."}
+    )
+    loss_normalization: str = field(
+        default="sample", metadata={"help": "Mean per 'sample' and then over samples (Eq. 9), or over every 'token'."}
+    )
+    branch_weights: str = field(
+        default="none",
+        metadata={"help": "'sigma' (DN-MOPD) brings the gaps of the branches of a mixed step to one spread."},
+    )
+
     completion_lengths: dict[Any, Any] | str | None = field(
         default=None, metadata={"help": "Derived from max_completion_length. Leave it out."}
     )
@@ -371,7 +424,13 @@ class CaMOPDConfig(DistillationConfig):
             raise ValueError(
                 f"importance_sampling_mode must be one of {IMPORTANCE_MODES}, got {self.importance_sampling_mode!r}."
             )
-        for name, choices in (("gap_student", GAP_STUDENTS), ("optimizer_moments", OPTIMIZER_MOMENTS)):
+        for name, choices in (
+            ("gap_student", GAP_STUDENTS),
+            ("optimizer_moments", OPTIMIZER_MOMENTS),
+            ("token_rule", TOKEN_RULES),
+            ("loss_normalization", LOSS_NORMALIZATIONS),
+            ("branch_weights", BRANCH_WEIGHTS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         optim = str(getattr(self.optim, "value", self.optim))
@@ -379,6 +438,7 @@ class CaMOPDConfig(DistillationConfig):
             raise ValueError(
                 f"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim={optim!r}. Leave optim out."
             )
+        self._check_baselines(schedule)
         self._check_budget()
         if not 0 <= self.importance_sampling_low <= 1 <= self.importance_sampling_high:
             raise ValueError(
@@ -401,6 +461,37 @@ class CaMOPDConfig(DistillationConfig):
             raise ValueError(
                 f"teachers must map each branch to its teacher, got {self.teachers!r}. Write "
                 f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
+            )
+
+    def _check_baselines(self, schedule: Schedule) -> None:
+        for name, allowed, reason in (
+            (
+                "relaxed_mixture",
+                0 < self.relaxed_mixture < 1,
+                "lambda of Relaxed OPD lies between 0 and 1, without them",
+            ),
+            (
+                "relaxed_entropy_share",
+                0 < self.relaxed_entropy_share <= 1,
+                "it is a share of the tokens and lies in (0, 1]. 1 leaves the choice by entropy out",
+            ),
+            (
+                "selectkd_reject_weight",
+                0 <= self.selectkd_reject_weight < 1,
+                "a rejected token weighs less than an accepted one, so it lies in [0, 1). For a weight of 1 on every "
+                "token, set token_rule to 'none'",
+            ),
+        ):
+            if not allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {reason}.")
+        steps = self.relaxed_exploration_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"relaxed_exploration_steps must be a whole number of at least 0, got {steps!r}.")
+        if self.branch_weights == "sigma" and all(len(shares) == 1 for shares in schedule.steps):
+            raise ValueError(
+                f"branch_weights='sigma' compares the branches inside a step, but no step of schedule {self.schedule!r} "
+                "mixes any: every weight would be 1. Mix them ('general:1+domain:1'), or leave branch_weights out and set "
+                "scale."
             )
 
     def _check_budget(self) -> None:

@@ -27,7 +27,8 @@ class Kept(NamedTuple):
 
 
 def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: int, device: torch.device) -> Rollouts:
-    """Send each kept sample to the rank it is to be trained on; only token ids, the mask and log-probs travel.
+    """Send each kept sample to the rank it is to be trained on; only token ids, the mask, log-probs
+    and the weights of a token rule travel.
 
     Args:
         rollouts: this rank's, scored.
@@ -41,7 +42,8 @@ def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: 
     row_of = {position: row for row, position in enumerate(rollouts.position)}
     leaving = [(sample, target) for sample, target in zip(kept, to, strict=True) if sample.owner == rank]
     arriving = [sample for sample, target in zip(kept, to, strict=True) if target == rank]
-    columns = 2 if rollouts.rollout_logps is None else 3
+    columns = [rollouts.teacher_logps, rollouts.student_logps]
+    columns += [column for column in (rollouts.rollout_logps, rollouts.token_weights) if column is not None]
     world = dist.get_world_size()
 
     tokens: list[list[torch.Tensor]] = [[] for _ in range(world)]
@@ -49,12 +51,12 @@ def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: 
     for sample, target in leaving:
         row = row_of[sample.position]
         tokens[target] += [torch.tensor(rollouts.token_ids[row], dtype=torch.int32), rollouts.mask[row].int()]
-        numbers[target] += [rollouts.teacher_logps[row], rollouts.student_logps[row]]
-        if rollouts.rollout_logps is not None:
-            numbers[target].append(rollouts.rollout_logps[row])
+        numbers[target] += [column[row] for column in columns]
     from_rank = [[sample for sample in arriving if sample.owner == source] for source in range(world)]
     token_sizes = [sum(2 * sample.length - sample.prompt_len for sample in samples) for samples in from_rank]
-    number_sizes = [columns * sum(sample.length - sample.prompt_len for sample in samples) for samples in from_rank]
+    number_sizes = [
+        len(columns) * sum(sample.length - sample.prompt_len for sample in samples) for samples in from_rank
+    ]
     all_tokens = iter(_all_to_all(tokens, token_sizes, torch.int32, device))
     all_numbers = iter(_all_to_all(numbers, number_sizes, torch.float32, device))
 
@@ -62,10 +64,10 @@ def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: 
     for samples, from_tokens, from_numbers in zip(from_rank, all_tokens, all_numbers, strict=True):
         lengths = [size for sample in samples for size in (sample.length, sample.length - sample.prompt_len)]
         pieces = from_tokens.split(lengths)
-        parts = from_numbers.split([sample.length - sample.prompt_len for sample in samples for _ in range(columns)])
+        parts = from_numbers.split([sample.length - sample.prompt_len for sample in samples for _ in columns])
         for place, sample in enumerate(samples):
-            logps = parts[place * columns : (place + 1) * columns]
-            found[sample.position] = (*pieces[2 * place : 2 * place + 2], *logps)
+            own = parts[place * len(columns) : (place + 1) * len(columns)]
+            found[sample.position] = (*pieces[2 * place : 2 * place + 2], *own)
     rows = [found[sample.position] for sample in arriving]
     return Rollouts(
         branch=[sample.branch for sample in arriving],
@@ -75,9 +77,10 @@ def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: 
         mask=[row[1].bool() for row in rows],
         length=[sample.length - sample.prompt_len for sample in arriving],
         truncated=[False] * len(arriving),  # selection has counted them where they were rolled out
-        rollout_logps=None if rollouts.rollout_logps is None else [row[4] for row in rows],
         teacher_logps=[row[2] for row in rows],
         student_logps=[row[3] for row in rows],
+        rollout_logps=None if rollouts.rollout_logps is None else [row[4] for row in rows],
+        token_weights=None if rollouts.token_weights is None else [row[-1] for row in rows],
     )
 
 

@@ -31,6 +31,7 @@ def row_sums(gaps_T: Tensor, teacher_logps_T: Tensor, entropy_T: Tensor, mask_T:
         "gap": gaps.sum().item(),
         "gap_abs": gaps.abs().sum().item(),
         "gap_positive": gaps.clamp(min=0).sum().item(),
+        "gap_square": gaps.square().sum().item(),
         "gap_abs_samples": gaps.abs()[::stride].tolist(),
         "teacher_logp": teacher_logps_T[mask_T].double().sum().item(),
         "entropy": entropy_T[mask_T].double().sum().item(),
@@ -74,6 +75,19 @@ def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degen
         f"rollout/{branch}/scored": _share(valid, "num_tokens", "length"),
         f"rollout/{branch}/truncated": _mean(valid, "truncated"),
         f"rollout/{branch}/empty": len(rows) - len(valid),
+    }
+
+
+def of_token_rule(rule: str, branch: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a token rule does to the tokens of a branch, from the table of its samples over all ranks."""
+    if rule == "none":
+        return {}
+    full_weight = _share(rows, "full_weight", "num_tokens")
+    if rule == "selectkd":
+        return {f"token_rule/{branch}/accepted": full_weight}
+    return {
+        f"token_rule/{branch}/kept_tokens": full_weight,
+        f"token_rule/{branch}/below_floor": _share(rows, "below_floor", "num_tokens"),
     }
 
 

@@ -108,7 +108,13 @@ def select_by_mass(scores_N: Tensor, mass_target: float, valid_N: Tensor | None 
 
 
 def distillation_loss(
-    logps_BT: Tensor, gaps_BT: Tensor, weights_BT: Tensor, mask_BT: Tensor, scale: float | Tensor, num_kept: int
+    logps_BT: Tensor,
+    gaps_BT: Tensor,
+    weights_BT: Tensor,
+    mask_BT: Tensor,
+    scale: float | Tensor,
+    num_kept: int,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Eq. 2 and 9: mean over a sample's tokens of -w_t (r_b A_t) log pi_theta(y_t), then over the kept samples.
 
@@ -116,10 +122,15 @@ def distillation_loss(
     micro-batches, so the losses of all micro-batches *add up* to Eq. 9 and their gradients to its gradient. `scale` is
     r_b, or a (B,) tensor of them where a step mixes branches. `gaps_BT` and `weights_BT` carry no gradient and are 0
     outside the mask. Every token of the completion counts in 1/T_i, also those with weight 0.
+
+    With `num_tokens`, which counts tokens of the whole optimizer step, the loss is not Eq. 9: in place of the two means
+    the sum over all tokens is divided by it, so that long completions weigh more.
     """
     logps_BT = logps_BT.masked_fill(~mask_BT, 0.0)  # masking the product instead would give 0 * inf = NaN gradients
-    per_sample_B = _token_mean(weights_BT * gaps_BT * logps_BT, mask_BT)
-    return -(scale * per_sample_B).sum() / num_kept
+    per_token_BT = weights_BT * gaps_BT * logps_BT
+    if num_tokens is not None:
+        return -(scale * per_token_BT.sum(dim=1)).sum() / num_tokens
+    return -(scale * _token_mean(per_token_BT, mask_BT)).sum() / num_kept
 
 
 def _token_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

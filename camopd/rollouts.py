@@ -32,6 +32,9 @@ class Rollouts:
     teacher_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32
     student_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32, at rollout time
     entropy: list[Tensor] = field(default_factory=list)  # (T_i,) nats
+    teacher_top_ids: list[Tensor] = field(default_factory=list)  # (T_i, K), where a token rule asks for them
+    proposals: list[Tensor] = field(default_factory=list)  # (T_i,) the student's likeliest token, likewise
+    token_weights: list[Tensor] | None = None  # (T_i,) float32, of a token rule
 
     def __len__(self) -> int:
         return len(self.token_ids)

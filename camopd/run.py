@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,14 @@ def peek(config: str, overrides: list[str]) -> dict[str, Any]:
             except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
                 settings[name[2:].replace("-", "_")] = text
     return settings
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the words `--name value` that a command line would have for them."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConfig, CaMOPDConfig]:

@@ -5,7 +5,7 @@
     seeds: [0, 1]
     set: {max_steps: 40}                        # optional: settings of every run
     columns: [gap/general/abs_mean@5]           # optional: what the table shows
-    command: accelerate launch -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}
+    command: camopd train run.yaml --method {config} --seed {seed} --output_dir {output_dir} {set} {resume}
 
 Every run has the folder `output_dir/CONFIG/seed-SEED`, with its log; a run that has ended well leaves a mark there and is
 not run again. There is no queue and nothing runs side by side: `--print` gives the lines for a scheduler that does that.
@@ -36,7 +36,7 @@ import pandas as pd
 from .errors import CaMOPDError
 from .figures import draw_bars, png
 from .report import read_run
-from .run import peek
+from .run import as_words, peek
 
 
 MARK = "sweep.json"  # in the folder of a run that has ended well
@@ -75,7 +75,7 @@ class Sweep:
     def words(self, run: Run, resume: bool) -> list[str]:
         """The command of a run, as the words that start it."""
         several = {
-            "{set}": [word for name, value in self.settings.items() for word in (f"--{name}", _text(value))],
+            "{set}": as_words(self.settings),
             "{resume}": ["--resume_from_checkpoint", "true"] if resume else [],
         }
         single = {
@@ -452,8 +452,3 @@ def _cell(mean: float, spread: float) -> str:
     if math.isnan(mean):
         return "-"
     return f"{mean:.4g}" if math.isnan(spread) else f"{mean:.4g} ± {spread:.2g}"
-
-
-def _text(value: Any) -> str:
-    """A value as `camopd train` reads it on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -32,13 +32,14 @@ from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
-from . import metrics
+from . import metrics, token_rules
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, attention_cost, exchange, plan
 from .logprobs import (
     SampledLogps,
     completion_logps,
+    completion_top_k,
     in_length_sorted_batches,
     keeps_rows_apart,
     padding_free_for,
@@ -64,8 +65,17 @@ RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be wh
 _RECORDED = (
     "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
     "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high", "loss_prefix_tokens",
-    "optimizer_moments", "gap_student",
+    "optimizer_moments", "gap_student", "token_rule", "relaxed_mixture", "relaxed_entropy_share",
+    "relaxed_exploration_steps", "selectkd_reject_weight", "loss_normalization", "branch_weights",
 )  # fmt: skip
+
+
+class LossTerms(NamedTuple):
+    """What all micro-batches of an optimizer step share in the loss."""
+
+    num_kept: int  # samples
+    num_tokens: int | None  # None with loss_normalization="sample"
+    scale: dict[str, float]  # per branch
 
 
 class CaMOPDTrainer(DistillationTrainer):
@@ -525,8 +535,20 @@ class CaMOPDTrainer(DistillationTrainer):
         self.model.train(training)
         self._padding_free = settle_padding_free(keeps_apart, self.args.padding_free, "the student")
 
-    def _score(self, rollouts: Rollouts, branches: list[str], gap_student: str = "trainer") -> None:
-        """Fill in the teachers' and the student's log-probs, the latter from a forward or from the rollout engine.
+    def _student_top_k(self, token_ids: list[list[int]], prompt_lens: list[int]) -> tuple[Tensor, Tensor]:
+        """`completion_top_k` of the student, inside the DDP/FSDP/DeepSpeed wrapper's forward."""
+        unwrapped = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.accelerator.autocast():
+            return self._forward_redirection(
+                self.model_wrapped, unwrapped, completion_top_k, unwrapped, token_ids, prompt_lens,
+                self._tokenizer.pad_token_id, token_rules.SELECTKD_TOP_K,
+            )  # fmt: skip
+
+    def _score(
+        self, rollouts: Rollouts, branches: list[str], gap_student: str = "trainer", token_rule: str = "none"
+    ) -> None:
+        """Fill in the teachers' and the student's log-probs, the latter from a forward or from the rollout engine, and what
+        a token rule asks for.
 
         Teachers outside this process score while the student does; those inside it score in the very batches of the
         student, branch by branch. `branches` are those of the step, the same on every rank. Where a rank has fewer rows
@@ -537,7 +559,11 @@ class CaMOPDTrainer(DistillationTrainer):
         """
         self._probe_packing()
         size = len(rollouts)
-        rollouts.teacher_logps, rollouts.student_logps, rollouts.entropy = ([torch.zeros(0)] * size for _ in range(3))
+        rollouts.teacher_logps, rollouts.student_logps = ([torch.zeros(0)] * size for _ in range(2))
+        rollouts.entropy = [torch.full(mask.shape, math.nan) for mask in rollouts.mask]
+        rollouts.teacher_top_ids, rollouts.proposals = ([torch.zeros(0, dtype=torch.long)] * size for _ in range(2))
+        top_k = token_rules.SELECTKD_TOP_K if token_rule == "selectkd" else 0
+        found: dict[int, TokenScores] = {}
         rows_of = {branch: [row for row, name in enumerate(rollouts.branch) if name == branch] for branch in branches}
         clocks = {branch: _Clock() for branch in branches}
         pending: dict[str, Future[list[TokenScores]]] = {}
@@ -545,7 +571,7 @@ class CaMOPDTrainer(DistillationTrainer):
             teacher = self.teachers[branch]
             if isinstance(teacher, RemoteTeacher):
                 pending[branch] = teacher.submit(
-                    [rollouts.token_ids[row] for row in rows], [rollouts.prompt_len[row] for row in rows]
+                    [rollouts.token_ids[row] for row in rows], [rollouts.prompt_len[row] for row in rows], top_k
                 )
                 pending[branch].add_done_callback(clocks[branch].stop)
         failure: TeacherError | None = None
@@ -559,14 +585,17 @@ class CaMOPDTrainer(DistillationTrainer):
                 clocks[branch] = _Clock()
                 answers: list[TokenScores] = []
                 try:
-                    answers = self.teachers[branch].score(token_ids, prompt_lens)
+                    answers = self.teachers[branch].score(token_ids, prompt_lens, top_k)
                 except TeacherError as error:
                     failure = failure or error
                 clocks[branch].stop()
                 clocks[branch].hidden_until = clocks[branch].started
-                for row, answer in zip(rows, answers, strict=False):  # the stand-ins fall away
-                    rollouts.teacher_logps[row] = answer.logps
-            if gap_student == "engine":
+                found.update(zip(rows, answers, strict=False))  # the stand-ins fall away
+            if token_rule == "selectkd":
+                tops = in_length_sorted_batches(self._student_top_k, token_ids, prompt_lens, self._score_batch_size)
+                for row, top in zip(rows, tops, strict=False):
+                    rollouts.proposals[row] = token_rules.proposals(*top)
+            if gap_student == "engine" and token_rule != "relaxed_opd":  # which needs the entropies
                 continue
             own = in_length_sorted_batches(
                 lambda ids, lens: self._student_forward(ids, lens, with_entropy=True),
@@ -582,12 +611,15 @@ class CaMOPDTrainer(DistillationTrainer):
         for branch, future in pending.items():
             clocks[branch].hidden_until = time.perf_counter()
             try:
-                for row, answer in zip(rows_of[branch], future.result(), strict=True):
-                    rollouts.teacher_logps[row] = answer.logps
+                found.update(zip(rows_of[branch], future.result(), strict=True))
                 clocks[branch].stop()  # where the future has not come to its callback yet
             except TeacherError as error:
                 failure = failure or error
         self._raise_together(failure)
+        for row, answer in found.items():
+            rollouts.teacher_logps[row] = answer.logps
+            if top_k:
+                rollouts.teacher_top_ids[row] = _top_ids(answer, top_k, self.teachers[rollouts.branch[row]].name)
         if gap_student == "engine":
             self._take_engine_logps(rollouts)
         for branch, clock in clocks.items():
@@ -604,7 +636,6 @@ class CaMOPDTrainer(DistillationTrainer):
             unknown += int((missing & mask).sum())
             # Tokens that the engine did not sample, or gave no log-prob: no gap there. The loss has its own.
             rollouts.student_logps[row] = torch.where(missing, rollouts.teacher_logps[row], logps)
-            rollouts.entropy[row] = torch.full_like(logps, math.nan)
         if unknown:
             logger.warning(
                 "the rollout engine gave no log-prob for %d tokens; their gap counts as 0 at selection", unknown
@@ -665,16 +696,39 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ----------------------------------------------------------------------------------------------------- select
 
-    def _select(self, rollouts: Rollouts) -> tuple[set[int], int]:
-        """Eq. 6-8 over the step's whole batch, per branch: positions that are kept, and how many there are.
+    def _apply_token_rule(self, rollouts: Rollouts) -> None:
+        """Weights of this rank's tokens by a baseline's rule; the entropy threshold is that of all ranks' tokens."""
+        args = self.args
+        if args.token_rule == "selectkd":
+            rollouts.token_weights = [
+                token_rules.acceptance_weights(token_rules.accepted(ids, top_ids), args.selectkd_reject_weight)
+                for ids, top_ids in zip(rollouts.proposals, rollouts.teacher_top_ids, strict=True)
+            ]
+        elif args.token_rule == "relaxed_opd" and self.state.global_step < args.relaxed_exploration_steps:
+            rollouts.token_weights = [
+                token_rules.above_floor(token_gaps(teacher, student, mask), args.relaxed_mixture).float()
+                for teacher, student, mask in zip(
+                    rollouts.teacher_logps, rollouts.student_logps, rollouts.mask, strict=True
+                )
+            ]
+        elif args.token_rule == "relaxed_opd":
+            own = torch.cat([entropy[mask] for entropy, mask in zip(rollouts.entropy, rollouts.mask, strict=True)])
+            threshold = token_rules.entropy_threshold(torch.cat(gather_object([own])), args.relaxed_entropy_share)
+            self._step_metrics["token_rule/entropy_threshold"] = threshold
+            rollouts.token_weights = [(entropy >= threshold).float() for entropy in rollouts.entropy]
+
+    def _select(self, rollouts: Rollouts) -> tuple[set[int], LossTerms]:
+        """Eq. 6-8 over the step's whole batch, per branch: positions that are kept, and what their loss is divided by.
 
         Every rank gathers the same table, sorts it by position and so keeps the same samples, however many ranks there
         are. Without selection every non-empty completion is kept.
         """
         table: list[dict[str, Any]] = []
+        floor = token_rules.reward_floor(self.args.relaxed_mixture)
         for row, (branch, num_tokens) in enumerate(zip(rollouts.branch, rollouts.num_tokens, strict=True)):
             gaps = token_gaps(rollouts.teacher_logps[row], rollouts.student_logps[row], rollouts.mask[row])[None]
             score = gap_scores(gaps, rollouts.mask[row][None], self._settings["score"][branch])
+            weights = None if rollouts.token_weights is None else rollouts.token_weights[row][rollouts.mask[row]]
             table.append(
                 {
                     "branch": branch,
@@ -683,6 +737,8 @@ class CaMOPDTrainer(DistillationTrainer):
                     "num_tokens": num_tokens,
                     "length": rollouts.length[row],
                     "truncated": rollouts.truncated[row],
+                    "full_weight": num_tokens if weights is None else int((weights == 1).sum()),
+                    "below_floor": int((gaps[0][rollouts.mask[row]] < floor).sum()),
                     **metrics.row_sums(
                         gaps[0], rollouts.teacher_logps[row], rollouts.entropy[row], rollouts.mask[row]
                     ),
@@ -699,6 +755,7 @@ class CaMOPDTrainer(DistillationTrainer):
             positions = {rows[index]["position"] for index in chosen.tolist()}
             kept |= positions
             self._step_metrics.update(metrics.of_branch(branch, rows, positions, selection.degenerate))
+            self._step_metrics.update(metrics.of_token_rule(self.args.token_rule, branch, rows))
             if branch not in self._branches_met:
                 self._branches_met.add(branch)
                 if (
@@ -706,9 +763,27 @@ class CaMOPDTrainer(DistillationTrainer):
                 ):  # the student's very first completions of this branch
                     kl = -self._step_metrics[f"gap/{branch}/mean"]
                     raise_errors([initial_kl(branch, kl, sum(row["num_tokens"] for row in rows))], logger.warning)
-        return kept, len(kept)
+        return kept, self._loss_terms(table, kept)
 
-    def _to_micro_batches(self, rollouts: Rollouts, kept: set[int], num_kept: int) -> list[dict[str, Any] | None]:
+    def _loss_terms(self, table: list[dict[str, Any]], kept: set[int]) -> LossTerms:
+        """The loss's denominators and the branches' factors, from the table of all ranks' samples."""
+        num_tokens = None
+        if self.args.loss_normalization == "token":
+            # Relaxed OPD divides by the tokens it trains, SelecTKD by all, also those of small weight.
+            counted = "full_weight" if self.args.token_rule == "relaxed_opd" else "num_tokens"
+            num_tokens = max(1, sum(row[counted] for row in table if row["position"] in kept))
+        scale = dict(self._settings["scale"])
+        if self.args.branch_weights == "sigma":
+            sums = {}
+            for branch in dict.fromkeys(row["branch"] for row in table):
+                rows = [row for row in table if row["branch"] == branch]
+                sums[branch] = tuple(sum(row[name] for row in rows) for name in ("num_tokens", "gap", "gap_square"))
+            for branch, weight in token_rules.sigma_weights(sums).items():
+                scale[branch] *= weight
+                self._step_metrics[f"branch_weight/{branch}"] = weight
+        return LossTerms(len(kept), num_tokens, scale)
+
+    def _to_micro_batches(self, rollouts: Rollouts, kept: set[int], terms: LossTerms) -> list[dict[str, Any] | None]:
         """The kept samples that this rank trains, as micro-batches of the loss, one entry per micro-step; `None` costs
         nothing.
 
@@ -750,10 +825,10 @@ class CaMOPDTrainer(DistillationTrainer):
         row_of = {position: row for row, position in enumerate(rollouts.position)}
         batches = [[row_of[samples[index].position] for index in batch] for batch in ranks[args.process_index]]
         return [None] * (args.gradient_accumulation_steps - len(batches)) + [
-            self._micro_batch(rollouts, batch, num_kept) for batch in batches
+            self._micro_batch(rollouts, batch, terms) for batch in batches
         ]
 
-    def _micro_batch(self, rollouts: Rollouts, rows: list[int], num_kept: int) -> dict[str, Any]:
+    def _micro_batch(self, rollouts: Rollouts, rows: list[int], terms: LossTerms) -> dict[str, Any]:
         if not rows:  # a stand-in: two tokens of any rollout, outside the mask
             nothing = torch.zeros(1, 1)
             return {
@@ -763,8 +838,10 @@ class CaMOPDTrainer(DistillationTrainer):
                 "teacher_logps": nothing,
                 "student_logps": nothing,
                 "rollout_logps": None,
+                "token_weights": None,
                 "scale": nothing[:, 0],
-                "num_kept": max(1, num_kept),
+                "num_kept": max(1, terms.num_kept),
+                "num_tokens": terms.num_tokens,
             }
         return {
             "token_ids": [rollouts.token_ids[row] for row in rows],
@@ -775,8 +852,12 @@ class CaMOPDTrainer(DistillationTrainer):
             "rollout_logps": None
             if rollouts.rollout_logps is None
             else _pad([rollouts.rollout_logps[row] for row in rows]),
-            "scale": torch.tensor([self._settings["scale"][rollouts.branch[row]] for row in rows]),
-            "num_kept": num_kept,
+            "token_weights": None
+            if rollouts.token_weights is None
+            else _pad([rollouts.token_weights[row] for row in rows]),
+            "scale": torch.tensor([terms.scale[rollouts.branch[row]] for row in rows]),
+            "num_kept": terms.num_kept,
+            "num_tokens": terms.num_tokens,
         }
 
     # ------------------------------------------------------------------------------------------------------- loss
@@ -827,7 +908,8 @@ class CaMOPDTrainer(DistillationTrainer):
                 rollouts.cut(self.args.loss_prefix_tokens)
         rolled_out = time.perf_counter()
         try:
-            self._score(rollouts, list(self.schedule.shares(self.state.global_step)), self.args.gap_student)
+            branches = list(self.schedule.shares(self.state.global_step))
+            self._score(rollouts, branches, self.args.gap_student, self.args.token_rule)
         except TeacherError as error:
             folder = self._keep_step(rollouts)
             raise TeacherError(
@@ -835,8 +917,9 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"{str(folder)!r}. Mend the teacher and resume_from_checkpoint={str(folder)!r}; the step goes on with "
                 "scoring."
             ) from None
-        kept, num_kept = self._select(rollouts)
-        self._micro_batches = self._to_micro_batches(rollouts, kept, num_kept)
+        self._apply_token_rule(rollouts)
+        kept, terms = self._select(rollouts)
+        self._micro_batches = self._to_micro_batches(rollouts, kept, terms)
         self._step_metrics["time/rollout"] = rolled_out - started
         self._step_metrics["time/score"] = time.perf_counter() - rolled_out
         self._step_metrics["rollout/prompts_cut"] = sum(gather_object([self._prompts_cut]))
@@ -871,7 +954,12 @@ class CaMOPDTrainer(DistillationTrainer):
             args.importance_sampling_low, args.importance_sampling_high, args.importance_sampling_mode,
         )  # fmt: skip
         self._importance.add(logps.detach(), rollout_logps, weights, mask)
-        loss = distillation_loss(logps, gaps, weights, mask, inputs["scale"].to(device), inputs["num_kept"])
+        if args.token_rule == "relaxed_opd":
+            gaps = token_rules.relaxed_rewards(gaps, mask, args.relaxed_mixture)
+        if inputs["token_weights"] is not None:
+            weights = weights * inputs["token_weights"].to(device)
+        scale = inputs["scale"].to(device)
+        loss = distillation_loss(logps, gaps, weights, mask, scale, inputs["num_kept"], inputs["num_tokens"])
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
@@ -1120,6 +1208,18 @@ def _show_log(is_main_process: bool) -> None:
     elif not log.hasHandlers():
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
+
+
+def _top_ids(answer: TokenScores, top_k: int, name: str) -> Tensor:
+    """A teacher's likeliest tokens of a completion (T_i, top_k); raises `CaMOPDError` where it gave others or none."""
+    wanted = (len(answer.logps), top_k)
+    if answer.top_ids is None or tuple(answer.top_ids.shape) != wanted:
+        found = None if answer.top_ids is None else tuple(answer.top_ids.shape)
+        raise CaMOPDError(
+            f"teacher {name!r} gave top_ids of shape {found} where token_rule='selectkd' needs {wanted}. Its `score` must "
+            "return the top_k likeliest tokens at each position, see camopd.Teacher."
+        )
+    return answer.top_ids
 
 
 def _only_item(items: list[Any]) -> Any:

@@ -39,6 +39,10 @@ class Case:
     with_rollout_logps: bool = True
     gap_student: str = "trainer"
     loss_prefix_tokens: int | None = None
+    token_rule: str = "none"
+    relaxed_exploration_steps: int = 0
+    loss_normalization: str = "sample"
+    branch_weights: str = "none"
 
 
 CASES = (
@@ -51,6 +55,15 @@ CASES = (
     Case("engine", gap_student="engine", mass_target=0.5),  # which keeps other samples than the trainer's gaps do
     Case("prefix", loss_prefix_tokens=2),
 )
+MIXED = {"schedule": "general:1+domain:1", "selection": False}
+BASELINES = (
+    Case("relaxed_opd", **MIXED, token_rule="relaxed_opd", loss_normalization="token"),
+    Case("relaxed_opd_first_phase", token_rule="relaxed_opd", relaxed_exploration_steps=1, loss_prefix_tokens=2),
+    Case("relaxed_opd_engine", token_rule="relaxed_opd", gap_student="engine", loss_normalization="token"),
+    Case("selectkd", **MIXED, token_rule="selectkd"),
+    Case("selectkd_engine", token_rule="selectkd", gap_student="engine", loss_normalization="token"),
+    Case("dn_mopd", schedule="general:3+domain:1", branch_weights="sigma", gap_student="engine"),
+)
 # What changes how a step is made and not what it is.
 VARIANTS = {
     "exchange": {},
@@ -58,6 +71,8 @@ VARIANTS = {
     "padding_free": {"padding_free": True},
     "token_budget": {"padding_free": True, "max_tokens_per_micro_batch": 90, "per_device_train_batch_size": 1},
 }
+# On several processes.
+RUNS = [*itertools.product(VARIANTS, CASES), *itertools.product(("exchange",), BASELINES)]
 
 
 class FakeSampler:
@@ -99,7 +114,9 @@ def trainer_step(
         "max_completion_length": 9, "max_prompt_length": 64, "schedule": case.schedule,
         "mass_target": case.mass_target, "selection": case.selection, "score_batch_size": 3,
         "importance_sampling_mode": "mask" if case.with_rollout_logps else "none",
-        "gap_student": case.gap_student, "loss_prefix_tokens": case.loss_prefix_tokens,
+        "gap_student": case.gap_student, "loss_prefix_tokens": case.loss_prefix_tokens, "token_rule": case.token_rule,
+        "relaxed_exploration_steps": case.relaxed_exploration_steps, "relaxed_entropy_share": 0.8,
+        "loss_normalization": case.loss_normalization, "branch_weights": case.branch_weights,
     }  # fmt: skip
     args = CaMOPDConfig(**{**values, **settings})
     trainer = CaMOPDTrainer(
@@ -140,28 +157,57 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
         if case.gap_student == "engine":
             at_selection = [float(t) - r for t, r in zip(teacher, rollout, strict=True)]
         demands = [abs(gap) if row["branch"] == "general" else max(gap, 0.0) for gap in at_selection]
-        samples.append((row, prompt, completion, rollout, gaps, sum(demands) / len(demands)))
+        score = sum(demands) / len(demands)
+        tokens = [
+            {"rollout": r, "gap": gap, "at_selection": first, **more}
+            for r, gap, first, more in zip(
+                rollout, gaps, at_selection, _views(student, teachers[row["branch"]], prompt, completion), strict=True
+            )
+        ]
+        samples.append((row, prompt, completion, tokens, score))
     assert len(samples) < len(rows), "the case should hold an empty completion"
 
     kept = []
     for branch in schedule.branches:
-        ranked = sorted((s for s in samples if s[0]["branch"] == branch), key=lambda s: (-s[5], s[0]["position"]))
-        total, mass = sum(s[5] for s in ranked), 0.0
+        ranked = sorted((s for s in samples if s[0]["branch"] == branch), key=lambda s: (-s[-1], s[0]["position"]))
+        total, mass = sum(s[-1] for s in ranked), 0.0
         for sample in ranked:
             kept.append(sample)
-            mass += sample[5]
+            mass += sample[-1]
             if case.selection and mass / total >= case.mass_target - 1e-12:
                 break
 
+    # What the baselines read: all tokens of the step, those of dropped samples included.
+    all_tokens = {
+        branch: [t for s in samples if s[0]["branch"] == branch for t in s[3]] for branch in schedule.branches
+    }
+    entropies = sorted((token["entropy"] for tokens in all_tokens.values() for token in tokens), reverse=True)
+    floor = math.log(0.3 / 0.7)
+    for token in (token for tokens in all_tokens.values() for token in tokens):
+        token["value"] = 1.0
+        if case.token_rule == "selectkd" and not token["accepted"]:
+            token["value"] = 0.01
+        if case.token_rule == "relaxed_opd" and case.relaxed_exploration_steps:
+            token["value"] = float(token["at_selection"] >= floor)
+        elif case.token_rule == "relaxed_opd":  # most tokens; among few, none is below the floor
+            token["value"] = float(token["entropy"] >= entropies[math.floor(0.8 * (len(entropies) - 1) + 1e-9)])
+    if case.branch_weights == "sigma":
+        spreads = {branch: _spread([t["at_selection"] for t in all_tokens[branch]]) for branch in schedule.branches}
+        overall = _spread([t["at_selection"] for tokens in all_tokens.values() for t in tokens])
+        scale = {branch: scale[branch] * min(max(overall / spreads[branch], 0.25), 4) for branch in schedule.branches}
+    num_tokens = sum(token["value"] if case.token_rule == "relaxed_opd" else 1 for s in kept for token in s[3])
+
     loss = torch.zeros(())
-    for row, prompt, completion, rollout, gaps, _ in kept:
+    for row, prompt, completion, tokens, _ in kept:
         logps = _logps(student, prompt, completion)
         per_token = []
-        for t in range(len(completion)):
-            weight = math.exp(float(logps[t].detach()) - rollout[t]) if case.with_rollout_logps else 1.0
+        for logp, token in zip(logps, tokens, strict=True):
+            weight = math.exp(float(logp.detach()) - token["rollout"]) if case.with_rollout_logps else 1.0
             weight = weight if 0.5 <= weight <= 2.0 else 0.0
-            per_token.append(weight * scale[row["branch"]] * gaps[t] * logps[t])
-        loss = loss - sum(per_token) / len(completion) / len(kept)
+            reward = max(token["gap"], floor) if case.token_rule == "relaxed_opd" else token["gap"]
+            per_token.append(weight * token["value"] * scale[row["branch"]] * reward * logp)
+        over = num_tokens if case.loss_normalization == "token" else len(completion) * len(kept)
+        loss = loss - sum(per_token) / over
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
     torch.optim.SGD(student.parameters(), lr=0.1).step()
@@ -176,11 +222,33 @@ def _logps(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
     return logits.log_softmax(dim=-1)[range(len(completion)), completion]
 
 
+def _views(student, teacher, prompt: list[int], completion: list[int]) -> list[dict]:
+    """Per completion token the student's entropy, and whether its likeliest token is among the teacher's five likeliest."""
+    inputs = torch.tensor([prompt + completion])
+    with torch.no_grad():
+        own, theirs = (model(inputs).logits[0, len(prompt) - 1 : -1].softmax(dim=-1) for model in (student, teacher))
+    views = []
+    for p, q in zip(own.tolist(), theirs.tolist(), strict=True):
+        likeliest = p.index(max(p))
+        views.append(
+            {
+                "entropy": -sum(value * math.log(value) for value in p),
+                "accepted": sum(value > q[likeliest] for value in q) < 5,
+            }
+        )
+    return views
+
+
+def _spread(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+
 if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE
     folder, size = Path(sys.argv[1]), int(sys.argv[2])
-    for (variant, settings), case in itertools.product(VARIANTS.items(), CASES):
+    for variant, case in RUNS:
         name = f"{variant}-{case.name}"
-        parameters, metrics = trainer_step(case, str(folder / f"run-{name}"), size, **settings)
+        parameters, metrics = trainer_step(case, str(folder / f"run-{name}"), size, **VARIANTS[variant])
         from accelerate import PartialState
 
         state = PartialState()

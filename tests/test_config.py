@@ -41,6 +41,13 @@ OTHER_VALUES = {
     "gap_student": ("engine", "engine"),
     "loss_prefix_tokens": (256, "256"),
     "optimizer_moments": ("per_branch", "per_branch"),
+    "token_rule": ("relaxed_opd", "relaxed_opd"),
+    "relaxed_mixture": (0.2, "0.2"),
+    "relaxed_entropy_share": (0.5, "0.5"),
+    "relaxed_exploration_steps": (40, "40"),
+    "selectkd_reject_weight": (0.0, "0"),
+    "loss_normalization": ("token", "token"),
+    "branch_weights": ("none", "none"),  # "sigma" needs a schedule that mixes
 }
 
 
@@ -325,10 +332,46 @@ def test_a_token_budget_and_a_batch_size_contradict_each_other(make_config):
         make_config(max_tokens_per_micro_batch=50_000, per_device_train_batch_size=4)
 
 
-@pytest.mark.parametrize("name", ["gap_student", "optimizer_moments"])
+@pytest.mark.parametrize(
+    "name", ["gap_student", "optimizer_moments", "token_rule", "loss_normalization", "branch_weights"]
+)
 def test_a_choice_that_is_none_is_refused(make_config, name):
     with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\), got 'nobody'"):
         make_config(**{name: "nobody"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("relaxed_mixture", 0.0, "lambda of Relaxed OPD lies between 0 and 1"),
+        ("relaxed_mixture", 1.0, "lambda of Relaxed OPD lies between 0 and 1"),
+        ("relaxed_entropy_share", 0.0, r"lies in \(0, 1\]. 1 leaves the choice by entropy out"),
+        ("relaxed_entropy_share", 1.5, r"lies in \(0, 1\]"),
+        ("selectkd_reject_weight", -0.1, r"lies in \[0, 1\)"),
+        ("selectkd_reject_weight", 1.0, "set token_rule to 'none'"),
+        ("selectkd_reject_weight", float("nan"), r"lies in \[0, 1\)"),
+    ],
+)
+def test_a_parameter_of_a_baseline_outside_its_range_is_refused(make_config, name, value, reason):
+    with pytest.raises(ValueError, match=rf"{name} is {value}; .*{reason}"):
+        make_config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True])
+def test_exploration_steps_are_a_whole_number(make_config, value):
+    with pytest.raises(
+        ValueError, match=rf"relaxed_exploration_steps must be a whole number of at least 0, got {value}"
+    ):
+        make_config(relaxed_exploration_steps=value)
+
+
+def test_weights_of_branches_need_a_step_that_mixes_them(make_config):
+    with pytest.raises(
+        ValueError,
+        match=r"branch_weights='sigma' .* no step of schedule 'general:3,domain:1' mixes any.*'general:1\+domain:1'",
+    ):
+        make_config(branch_weights="sigma")
+    assert make_config(branch_weights="sigma", schedule="general,general:3+domain").branch_weights == "sigma"
 
 
 def test_the_completion_length_may_be_a_schedule(make_config, parse):

@@ -145,11 +145,11 @@ def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
     generated = []
     roll_out = trainer._roll_out
 
-    def roll_out_and_note(rows):
+    def roll_out_and_note(rows, max_tokens):
         generated.append(trainer.state.global_step)
         if generated[-1] == dies_at:
             server.before = server.close
-        return roll_out(rows)
+        return roll_out(rows, max_tokens)
 
     trainer._roll_out = roll_out_and_note
     try:
@@ -221,7 +221,9 @@ def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_ser
         eval_dataset={"general": make_prompts("general", 4)}, eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     roll_out = trainer._roll_out
-    trainer._roll_out = lambda rows: (server.close() if "position" not in rows[0] else None) or roll_out(rows)
+    trainer._roll_out = lambda rows, max_tokens: (
+        (server.close() if "position" not in rows[0] else None) or roll_out(rows, max_tokens)
+    )
     with pytest.raises(
         TeacherError,
         match=r"(?s)has no replica left.*Nothing is lost: the weights after step 2 are in '.*checkpoint-2'",
@@ -234,7 +236,7 @@ def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_ser
 def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
     rollouts = Rollouts(
         branch=["general", "domain"], position=[3, 5], token_ids=[[4, 5, 6], [7, 8]], prompt_len=[1, 2],
-        mask=[torch.tensor([True, False]), torch.zeros(0, dtype=torch.bool)], truncated=[True, False],
+        mask=[torch.tensor([True, False]), torch.zeros(0, dtype=torch.bool)], length=[1, 0], truncated=[True, False],
         rollout_logps=[torch.tensor([-1.0, float("nan")]), torch.zeros(0)],
     )  # fmt: skip
     path = tmp_path / "rollouts.safetensors"
@@ -244,6 +246,7 @@ def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
     found = Rollouts.load(path, rows)
     assert (found.branch, found.position, found.token_ids) == (rollouts.branch, rollouts.position, rollouts.token_ids)
     assert (found.prompt_len, found.truncated) == (rollouts.prompt_len, rollouts.truncated)
+    assert found.length == rollouts.length
     for one, other in ((found.mask, rollouts.mask), (found.rollout_logps, rollouts.rollout_logps)):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)

@@ -18,7 +18,7 @@ from conftest import VOCAB, make_model, make_prompts
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from steps import CASES, VARIANTS, Case, FakeSampler, reference_step, trainer_step
+from steps import BASELINES, CASES, RUNS, VARIANTS, Case, FakeSampler, reference_step, trainer_step
 from transformers import LlamaForCausalLM
 from trl import DistillationTrainer
 
@@ -32,7 +32,9 @@ TESTS = Path(__file__).parent
 
 def loss_tolerance(variant: str, case: Case) -> float:
     """Relative, float32. Attention over packed rows, and gaps of another forward, add up in another order."""
-    return 3e-6 if variant in ("padding_free", "token_budget") or case.gap_student == "engine" else 1e-6
+    if case.gap_student == "engine":
+        return 1e-5
+    return 3e-6 if variant in ("padding_free", "token_budget") else 1e-6
 
 
 def make_args(tmp_path, **kwargs) -> CaMOPDConfig:
@@ -78,12 +80,26 @@ class BrokenTeacher:
 # ------------------------------------------------------------------------------------------------------ Eq. 9, exactly
 
 
+STEPS = [
+    *itertools.product(
+        CASES,
+        [
+            ("exchange", 1),
+            ("exchange", 2),
+            ("exchange", 8),
+            ("padding_free", 2),
+            ("padding_free", 8),
+            ("token_budget", 1),
+        ],
+    ),
+    *itertools.product(BASELINES, [("exchange", 2), ("padding_free", 8), ("token_budget", 1)]),
+]
+
+
 @pytest.mark.parametrize(
-    ("variant", "batch_size"),
-    [("exchange", 1), ("exchange", 2), ("exchange", 8), ("padding_free", 2), ("padding_free", 8), ("token_budget", 1)],
-    ids=lambda value: f"batches_of_{value}" if isinstance(value, int) else value,
+    ("case", "variant", "batch_size"),
+    [pytest.param(case, *how, id=f"{case.name}-{how[0]}-batches_of_{how[1]}") for case, how in STEPS],
 )
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_step_equals_the_step_by_hand(case, variant, batch_size, tmp_path):
     expected, expected_loss, kept = reference_step(case)
     parameters, metrics = trainer_step(case, str(tmp_path), batch_size, **VARIANTS[variant])
@@ -108,7 +124,7 @@ def test_several_processes_take_the_step_by_hand(processes, tmp_path):
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    for variant, case in itertools.product(VARIANTS, CASES):
+    for variant, case in RUNS:
         expected, expected_loss, _ = reference_step(case)
         found = load_file(tmp_path / f"{variant}-{case.name}.safetensors")
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=loss_tolerance(variant, case))
