@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -140,7 +141,7 @@ def test_the_cases_hold_what_they_are_meant_to_hold():
 
 
 def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkeypatch):
-    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, mass_target=0.01, prompts_per_step=8)
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, mass_target=0.01, prompts_per_step=8, diagnostics_steps=0)
     seen = []
     forward = trainer._student_forward
 
@@ -283,7 +284,8 @@ def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, t
 
     def run(gap_student):
         seen.clear()
-        settings = {"gap_student": gap_student, "importance_sampling_mode": "none", "max_steps": 2, "selection": False}
+        settings = {"gap_student": gap_student, "importance_sampling_mode": "none", "max_steps": 2, "selection": False,
+                    "diagnostics_steps": 0}  # fmt: skip
         trainer = make_trainer(tmp_path / gap_student, tokenizer, **settings)
         trainer.train()
         assert "generate" not in vars(trainer.model)
@@ -488,14 +490,13 @@ def test_evaluation_changes_nothing_about_training(tmp_path, tokenizer):
 
 
 def test_every_documented_metric_is_written_and_every_written_one_documented(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, max_steps=4)
+    datasets = {branch: make_prompts(branch) for branch in ("general", "domain")}
+    datasets["general"] = datasets["general"].add_column("category", ["maths"] * len(datasets["general"]))
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=4, train_dataset=datasets)
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
     trainer.train()
     written = {
-        name.replace("/general/", "/<branch>/")
-        .replace("/domain/", "/<branch>/")
-        .replace("_general", "_<branch>")
-        .replace("_domain", "_<branch>")
+        re.sub(r"(?<=[/_])(general|domain)(?=[/_]|$)", "<branch>", name).replace("/maths", "/<category>")
         for line in lines(tmp_path)
         for name in line
     }
