@@ -25,7 +25,6 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -944,15 +943,17 @@ class CaMOPDTrainer(DistillationTrainer):
         (places,) = plan(lengths, 1, *self._micro_batch_limits(), self._padding_free, self._attention_cost)
         batches = [[rows[place] for place in batch] for batch in places]
         batches += [[]] * (max(gather_object([len(batches)])) - len(batches))  # sharded models need all ranks in each
-        # Not through DDP, which would wait for a backward of its own; the others must gather their shards.
-        model = self.model if isinstance(self.model_wrapped, DistributedDataParallel) else self.model_wrapped
         table = torch.zeros(args.prompts_per_step, diagnostics.SAMPLE_WIDTH, device=args.device)
         importance, self._importance = self._importance, metrics.ImportanceStats()  # whose counts are the loss's alone
         self.model.eval()
         for batch in batches:
             inputs = self._micro_batch(rollouts, batch, num_kept)
+            # Around the wrappers of DDP and DeepSpeed, which would take the backward for one of the loss; the hooks that
+            # gather the shards of FSDP2 and ZeRO-3 sit on the modules themselves.
             sketches = diagnostics.sample_sketches(
-                *self._watched, partial(self.compute_loss, model, inputs), [len(ids) for ids in inputs["token_ids"]]
+                *self._watched,
+                partial(self.compute_loss, self.model, inputs),
+                [len(ids) for ids in inputs["token_ids"]],
             )
             for row, sketch in zip(batch, sketches, strict=False):  # a stand-in's falls away
                 table[rollouts.position[row]] = sketch / args.world_size  # `compute_loss` multiplies by it
