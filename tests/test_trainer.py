@@ -19,7 +19,7 @@ from conftest import VOCAB, make_model, make_prompts
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from steps import CASES, VARIANTS, Case, FakeSampler, reference_step, trainer_step
+from steps import CASES, VARIANTS, Case, FakeSampler, measured, reference_step, trainer_step
 from transformers import LlamaForCausalLM
 from trl import DistillationTrainer
 
@@ -113,6 +113,10 @@ def test_several_processes_take_the_step_by_hand(processes, tmp_path):
         expected, expected_loss, _ = reference_step(case)
         found = load_file(tmp_path / f"{variant}-{case.name}.safetensors")
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=loss_tolerance(variant, case))
+        alone = {"batch_size": 2, **VARIANTS[variant]}
+        _, metrics = trainer_step(case, str(tmp_path / "alone"), **alone)
+        for name, value in measured(metrics).items():
+            torch.testing.assert_close(found.pop(name), value, atol=1e-3, rtol=1e-3, equal_nan=True, msg=name)
         for name, value in found.items():
             torch.testing.assert_close(
                 value,
