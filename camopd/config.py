@@ -76,6 +76,10 @@ class CaMOPDConfig(DistillationConfig):
         optimizer_moments (`str`, *optional*, defaults to `"shared"`):
             `"per_branch"` gives each branch a first moment of its own (experimental): Adam's shared one mixes the branches
             again that the schedule separates. The second moment stays shared. `update/cosine` shows the difference.
+        diagnostics_steps (`int`, *optional*, defaults to `10`):
+            Measure how coherent the samples' gradients are in the first step of each branch in every so many optimizer
+            steps, and how the branches' gradients lie to each other in every step; `0` measures neither. Training is the
+            same with and without. See docs/metrics.md for what it costs and what it can show.
 
         > Parameters of the baselines (see docs/methods.md; `configs/methods` has a file for each)
 
@@ -223,6 +227,9 @@ class CaMOPDConfig(DistillationConfig):
         default="shared",
         metadata={"help": "Adam's first moment: 'shared', or 'per_branch' (experimental)."},
     )
+    diagnostics_steps: int = field(
+        default=10, metadata={"help": "Measure gradients once per branch in every X optimizer steps; 0 is never."}
+    )
 
     # Parameters of the baselines
     token_rule: str = field(
@@ -298,6 +305,11 @@ class CaMOPDConfig(DistillationConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
+        every: Any = self.diagnostics_steps
+        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+            raise ValueError(
+                f"diagnostics_steps must be a whole number of at least 1, or 0 to measure nothing, got {every!r}."
+            )
         for name in ("mass_target", "scale", "score", "selection", "teachers"):
             value = getattr(self, name)
             if isinstance(value, str) and value.lstrip().startswith("{"):

@@ -33,9 +33,7 @@ STYLES = ("-", "--", "-.", ":")
 WIDTH = 8.0  # inches; with 150 dots per inch a little more than the width of the page
 SMOOTH_FROM = 36  # points from which on a line is drawn thin, under its running mean
 GREY = "#666666"
-DIAGNOSTICS = (
-    "diagnostics_steps"  # the setting that turns on conflict/*, coherence/*, update/* and parts of selection/*
-)
+DIAGNOSTICS = "diagnostics_steps"  # the setting that turns on conflict/* and coherence/*
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .trainer import CaMOPDTrainer
 
 
-GAP_SAMPLES = 256  # |gap| values a sample contributes to the step's 99th percentile, evenly spaced over its tokens
+GAP_SAMPLES = 256  # gaps that a sample contributes to what is said of the step's tokens, evenly spaced over its own
+TOP_TOKENS = 0.01  # share of a branch's tokens whose part in the score is told
 
 
 def row_sums(gaps_T: Tensor, teacher_logps_T: Tensor, entropy_T: Tensor, mask_T: Tensor) -> dict[str, Any]:
@@ -32,14 +33,19 @@ def row_sums(gaps_T: Tensor, teacher_logps_T: Tensor, entropy_T: Tensor, mask_T:
         "gap_abs": gaps.abs().sum().item(),
         "gap_positive": gaps.clamp(min=0).sum().item(),
         "gap_square": gaps.square().sum().item(),
-        "gap_abs_samples": gaps.abs()[::stride].tolist(),
+        "gap_samples": gaps[::stride].tolist(),
         "teacher_logp": teacher_logps_T[mask_T].double().sum().item(),
         "entropy": entropy_T[mask_T].double().sum().item(),
     }
 
 
-def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degenerate: bool) -> dict[str, float]:
-    """Metrics of one branch in one optimizer step, from the table of its samples over all ranks."""
+def of_branch(
+    branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degenerate: bool, score: str = "absolute"
+) -> dict[str, float]:
+    """Metrics of one branch in one optimizer step, from the table of its samples over all ranks.
+
+    `score` is the kind that the branch's samples are scored by, "absolute" or "positive".
+    """
     valid = [row for row in rows if row["num_tokens"] > 0]
     chosen = [row for row in valid if row["position"] in kept]
     dropped = [row for row in valid if row["position"] not in kept]
@@ -51,7 +57,8 @@ def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degen
         f"gap/{branch}/positive_mean": _token_mean(valid, "gap_positive"),
         f"rollout/{branch}/entropy": _token_mean(valid, "entropy"),
     }
-    samples = [value for row in valid for value in row["gap_abs_samples"]]
+    samples = [abs(gap) for row in valid for gap in row["gap_samples"]]
+    categories = sorted({str(row["category"]) for row in valid if row.get("category") is not None})
     quantiles = np.quantile(scores, (0.1, 0.5, 0.9)) if len(scores) else [math.nan] * 3
     return {
         **per_token,
@@ -71,6 +78,17 @@ def of_branch(branch: str, rows: Sequence[dict[str, Any]], kept: set[int], degen
         f"selection/{branch}/length_dropped": _mean(dropped, "length"),
         f"selection/{branch}/truncated_kept": _mean(chosen, "truncated"),
         f"selection/{branch}/truncated_dropped": _mean(dropped, "truncated"),
+        **{
+            f"selection/{branch}/category/{category}": _kept_share(
+                [row for row in valid if str(row.get("category")) == category], kept
+            )
+            for category in categories
+        },
+        f"selection/{branch}/jaccard_length": _overlap_with_length(valid, kept),
+        f"selection/{branch}/top1_share": _share_of_top_tokens(valid, score),
+        f"selection/{branch}/score_perplexity_spearman": _spearman(
+            scores, [-row["teacher_logp"] / row["num_tokens"] for row in valid]
+        ),
         f"rollout/{branch}/length": _mean(valid, "length"),
         f"rollout/{branch}/scored": _share(valid, "num_tokens", "length"),
         f"rollout/{branch}/truncated": _mean(valid, "truncated"),
@@ -214,6 +232,39 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 def _share(rows: Sequence[dict[str, Any]], part: str, whole: str) -> float:
     total = sum(row[whole] for row in rows)
     return sum(row[part] for row in rows) / total if total else math.nan
+
+
+def _kept_share(rows: Sequence[dict[str, Any]], kept: set[int]) -> float:
+    return sum(row["position"] in kept for row in rows) / len(rows)
+
+
+def _overlap_with_length(rows: Sequence[dict[str, Any]], kept: set[int]) -> float:
+    """Jaccard overlap of the kept samples with as many of the longest ones, |both| / |either|; NaN where all are kept."""
+    chosen = {row["position"] for row in rows} & kept
+    if len(chosen) == len(rows):
+        return math.nan
+    longest = sorted(rows, key=lambda row: (-row["length"], row["position"]))[: len(chosen)]
+    found = {row["position"] for row in longest}
+    return len(chosen & found) / len(chosen | found)
+
+
+def _share_of_top_tokens(rows: Sequence[dict[str, Any]], score: str) -> float:
+    """Share of the samples' summed score that the 1 % of tokens with the largest demand carry; NaN without any score.
+
+    A token's demand is |gap| or max(gap, 0), its part in the score that over T_i. A long sample's evenly spaced tokens
+    stand for their neighbours, and the last token counts in part where 1 % is no whole number.
+    """
+    demands, tokens, parts = [], [], []
+    for row in rows:
+        gaps = np.array(row["gap_samples"])
+        demands.append(np.abs(gaps) if score == "absolute" else gaps.clip(min=0))
+        tokens.append(np.full(len(gaps), row["num_tokens"] / len(gaps)))
+        parts.append(demands[-1] / len(gaps))
+    if not rows:
+        return math.nan
+    order = np.argsort(-np.concatenate(demands), kind="stable")
+    seen, carried = (np.concatenate([[0.0], np.concatenate(values)[order].cumsum()]) for values in (tokens, parts))
+    return float(np.interp(TOP_TOKENS * seen[-1], seen, carried) / carried[-1]) if carried[-1] > 0 else math.nan
 
 
 def _spearman(first: Any, second: Any) -> float:

@@ -96,7 +96,7 @@ def update_products(optimizer: Optimizer) -> Tensor | None:
                 return None
             seen = True
             correction = (1 - group["betas"][1] ** float(state.get("step", group.get("step", 1)))) ** 0.5
-            parts = (_local(tensor).reshape(-1).split(CHUNK) for tensor in (param.grad, first, second))
+            parts = (local(tensor).reshape(-1).split(CHUNK) for tensor in (param.grad, first, second))
             for grad, moment, square in zip(*parts, strict=True):
                 grad = grad.float()
                 update = moment.float() / (square.float().sqrt() / correction + group.get("eps", 1e-8))
@@ -105,5 +105,6 @@ def update_products(optimizer: Optimizer) -> Tensor | None:
     return total if seen else None
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is on this process."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -436,7 +436,7 @@ def _outliers(frame: pd.DataFrame, branches: Sequence[str]) -> Sign:
             counted.append(top if len(top) else rho)
             follows.append((len(top) > 0 and top.mean() >= 0.5) or (len(rho) > 0 and abs(rho.mean()) >= 0.3))
     if not texts:
-        return Sign("Selection follows outliers", "not measured", f"{_TURN_ON} measures what carries the score.")
+        return Sign("Selection follows outliers", "not measured", "no step says which tokens carry the score.")
     return _sign("Selection follows outliers", any(follows), texts, counted)
 
 
@@ -458,7 +458,7 @@ def _momentum(frame: pd.DataFrame) -> Sign:
         if len(values := _values(frame[frame["branch"] == kind], "update/cosine"))
     }
     if not found:
-        return Sign(name, "not measured", f"{_TURN_ON} measures the cosine of update and gradient.")
+        return Sign(name, "not measured", "the optimizer keeps no Adam moments that can be read.")
     texts = [f"**{kind}** {values.mean():+.2f} in {len(values)} measured steps" for kind, values in found.items()]
     texts[0] = f"mean cosine of Adam's update with the step's own gradient: {texts[0]}"
     return _sign(name, any(values.mean() < 0.1 for values in found.values()), texts, found.values())

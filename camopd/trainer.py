@@ -17,6 +17,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
-from . import metrics, token_rules
+from . import diagnostics, metrics, token_rules
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, attention_cost, exchange, plan
@@ -47,7 +48,7 @@ from .logprobs import (
     settle_padding_free,
 )
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
-from .optimizer import BranchAdamW, update_products
+from .optimizer import BranchAdamW, local, update_products
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .rollouts import Rollouts
 from .schedule import Schedule
@@ -286,6 +287,14 @@ class CaMOPDTrainer(DistillationTrainer):
         self._prompts_cut = 0
         self._step_metrics: dict[str, Any] = {}
         self._update_products: Tensor | None = None
+        self._sketch: diagnostics.Sketch | None = None  # of the step's gradient, on this process
+        self._branch_sketches: dict[str, tuple[Tensor, float]] = {}  # and its norm, latest step of a branch last
+        self._watched = diagnostics.last_block(student)
+        if args.diagnostics_steps and not self._watched[1]:
+            logger.warning(
+                "coherence/* is left out: no transformer block of %s with trainable torch.nn.Linear layers can be found",
+                type(student).__name__,
+            )
         self._branch_optimizer: BranchAdamW | None = None
         self._loss_sum = torch.zeros(())
         self._eval_rows: list[dict[str, float]] = []
@@ -739,6 +748,7 @@ class CaMOPDTrainer(DistillationTrainer):
                     "truncated": rollouts.truncated[row],
                     "full_weight": num_tokens if weights is None else int((weights == 1).sum()),
                     "below_floor": int((gaps[0][rollouts.mask[row]] < floor).sum()),
+                    "category": self._categories.get(rollouts.position[row]),
                     **metrics.row_sums(
                         gaps[0], rollouts.teacher_logps[row], rollouts.entropy[row], rollouts.mask[row]
                     ),
@@ -754,7 +764,8 @@ class CaMOPDTrainer(DistillationTrainer):
             chosen = selection.kept if self._settings["selection"][branch] else valid.nonzero().flatten()
             positions = {rows[index]["position"] for index in chosen.tolist()}
             kept |= positions
-            self._step_metrics.update(metrics.of_branch(branch, rows, positions, selection.degenerate))
+            kind = self._settings["score"][branch]
+            self._step_metrics.update(metrics.of_branch(branch, rows, positions, selection.degenerate, kind))
             self._step_metrics.update(metrics.of_token_rule(self.args.token_rule, branch, rows))
             if branch not in self._branches_met:
                 self._branches_met.add(branch)
@@ -799,10 +810,7 @@ class CaMOPDTrainer(DistillationTrainer):
             if rollouts.position[row] in kept
         ]
         samples = sorted(gather_object(mine))
-        size: int | None = args.per_device_train_batch_size
-        max_tokens = args.per_device_train_batch_size * (args.max_prompt_length + args.longest_completion)
-        if args.max_tokens_per_micro_batch is not None:
-            size, max_tokens = None, args.max_tokens_per_micro_batch
+        size, max_tokens = self._micro_batch_limits()
         lengths = [sample.length for sample in samples]
         if args.exchange:
             ranks = plan(lengths, args.world_size, size, max_tokens, self._padding_free, self._attention_cost)
@@ -827,6 +835,14 @@ class CaMOPDTrainer(DistillationTrainer):
         return [None] * (args.gradient_accumulation_steps - len(batches)) + [
             self._micro_batch(rollouts, batch, terms) for batch in batches
         ]
+
+    def _micro_batch_limits(self) -> tuple[int | None, int]:
+        """Samples that a micro-batch is to have on average, and tokens that it may have, padding included."""
+        args = self.args
+        if args.max_tokens_per_micro_batch is not None:
+            return None, args.max_tokens_per_micro_batch
+        size = args.per_device_train_batch_size
+        return size, size * (args.max_prompt_length + args.longest_completion)
 
     def _micro_batch(self, rollouts: Rollouts, rows: list[int], terms: LossTerms) -> dict[str, Any]:
         if not rows:  # a stand-in: two tokens of any rollout, outside the mask
@@ -893,7 +909,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._step_metrics = {"branch": self._label(self.state.global_step), "time/train": 0.0}
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._importance = metrics.ImportanceStats()
-        self._update_products = None
+        self._update_products = self._sketch = None
+        self._categories = {row["position"]: row.get("category") for row in rows}
         if self._branch_optimizer is not None:
             self._branch_optimizer.branch = self._moment_of(self.state.global_step)
         self.model.train()  # the parent files its rollout metrics by mode
@@ -926,6 +943,7 @@ class CaMOPDTrainer(DistillationTrainer):
         known = self._importance_known = rollouts.rollout_logps is not None
         self._step_metrics["importance/active"] = float(known and self.args.importance_sampling_mode != "none")
         self._step_metrics["rollout/max_length"] = max_tokens
+        self._measure_samples(rollouts, kept, terms)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """The micro-batch is made already; the parent would generate here."""
@@ -978,7 +996,8 @@ class CaMOPDTrainer(DistillationTrainer):
                 0.0, record["time/step"] - max(times[branch] for _, times in parts)
             )
         for name, value in record.items():
-            if name not in ("branch", "loss", "learning_rate"):  # the parent logs the last two itself
+            # the parent logs the loss and the learning rate itself, `end_update` the time
+            if name not in ("branch", "loss", "learning_rate", "time/diagnostics"):
                 self._metrics["train"][name].append(float(value))
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -1001,10 +1020,18 @@ class CaMOPDTrainer(DistillationTrainer):
             if isinstance(optimizer, BranchAdamW):
                 self._branch_optimizer = optimizer  # under whatever wraps it
             # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
-            optimizer.register_step_post_hook(lambda *_: self._add_update_products(optimizer))
+            optimizer.register_step_post_hook(lambda *_: self._look_at_update(optimizer))
         return optimizer
 
-    def _add_update_products(self, optimizer: torch.optim.Optimizer) -> None:
+    def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
+        started = time.perf_counter()
+        if self.args.diagnostics_steps and "+" not in self._label(self.state.global_step):
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
+                if param.grad is not None:
+                    gradient = local(param.grad)
+                    self._sketch = self._sketch or diagnostics.Sketch(diagnostics.STEP_WIDTH, gradient.device)
+                    self._sketch.add(gradient)
+            self._step_metrics["time/diagnostics"] += time.perf_counter() - started
         products = update_products(optimizer)
         if products is not None:  # ZeRO-3 steps its parameters in several groups
             self._update_products = products if self._update_products is None else self._update_products + products
@@ -1016,8 +1043,98 @@ class CaMOPDTrainer(DistillationTrainer):
         if parts:
             both, update, gradient = torch.stack(parts).sum(dim=0).tolist()
             cosine = both / math.sqrt(update * gradient) if update * gradient > 0 else math.nan
-        self._step_metrics["update/cosine"] = cosine
-        self._metrics["train"]["update/cosine"].append(cosine)
+        found = {"update/cosine": cosine}
+        if self.args.diagnostics_steps:
+            found.update(self._stale_conflict())
+            found["time/diagnostics"] = self._step_metrics["time/diagnostics"]
+        self._step_metrics.update(found)
+        for name, value in found.items():
+            self._metrics["train"][name].append(value)
+
+    # ------------------------------------------------------------------------------------------------ diagnostics
+
+    def _measure_samples(self, rollouts: Rollouts, kept: set[int], terms: LossTerms) -> None:
+        """Coherence of all samples of the step, and, where it mixes branches, how these lie to each other.
+
+        Called by all ranks. Each takes the samples that it has rolled out, before the step's own forwards and backwards.
+        """
+        args, step = self.args, self.state.global_step
+        if not args.diagnostics_steps:
+            return
+        self._step_metrics["time/diagnostics"] = 0.0
+        first = step - step % args.diagnostics_steps  # of the interval, in which each branch is measured once
+        if self._label(step) in map(self._label, range(first, step)) or not self._watched[1] or not terms.num_kept:
+            return
+        started = time.perf_counter()
+        rows = [row for row, num_tokens in enumerate(rollouts.num_tokens) if num_tokens > 0]
+        lengths = [len(rollouts.token_ids[row]) for row in rows]
+        (places,) = plan(lengths, 1, *self._micro_batch_limits(), self._padding_free, self._attention_cost)
+        batches = [[rows[place] for place in batch] for batch in places]
+        batches += [[]] * (max(gather_object([len(batches)])) - len(batches))  # sharded models need all ranks in each
+        table = torch.zeros(args.prompts_per_step, diagnostics.SAMPLE_WIDTH, device=args.device)
+        importance, self._importance = self._importance, metrics.ImportanceStats()  # whose counts are the loss's alone
+        self.model.eval()
+        for batch in batches:
+            inputs = self._micro_batch(rollouts, batch, terms)
+            # Around the wrappers of DDP and DeepSpeed, which would take the backward for one of the loss; the hooks that
+            # gather the shards of FSDP2 and ZeRO-3 sit on the modules themselves.
+            sketches = diagnostics.sample_sketches(
+                *self._watched,
+                partial(self.compute_loss, self.model, inputs),
+                [len(ids) for ids in inputs["token_ids"]],
+            )
+            for row, sketch in zip(batch, sketches, strict=False):  # a stand-in's falls away
+                table[rollouts.position[row]] = sketch / args.world_size  # `compute_loss` multiplies by it
+        self.model.train()
+        self._importance = importance
+        table = self.accelerator.reduce(table, "sum").cpu().double()
+        positions: dict[str, list[int]] = {}
+        for branch, position in sorted(
+            gather_object([(rollouts.branch[row], rollouts.position[row]) for row in rows])
+        ):
+            positions.setdefault(branch, []).append(position)
+        gradients = {}
+        for branch, of_branch in positions.items():
+            mine = torch.tensor([position in kept for position in of_branch])
+            sketches_nk = table[of_branch]
+            found = diagnostics.of_coherence(branch, sketches_nk @ sketches_nk.T, mine)
+            self._step_metrics.update(found)
+            gradients[branch] = sketches_nk[mine].sum(dim=0)
+        if len(gradients) > 1:
+            one, other = list(gradients)[:2]
+            u, v = gradients[one], gradients[other]
+            norms = (u.norm().item(), v.norm().item())
+            cosine = diagnostics.cosine((u @ v).item(), norms[0] ** 2, norms[1] ** 2)
+            self._step_metrics.update(diagnostics.of_conflict((one, other), norms, cosine, stale=False))
+        self._step_metrics["time/diagnostics"] += time.perf_counter() - started
+
+    def _stale_conflict(self) -> dict[str, float]:
+        """The gradient of the step's one branch against the latest one of another branch. Called by all ranks."""
+        branch = self._label(self.state.global_step - 1)
+        started = time.perf_counter()
+        if "+" in branch:
+            return {}
+        mine = None if self._sketch is None else self._sketch.values
+        others = [name for name in self._branch_sketches if name != branch]
+        products = torch.zeros(3, dtype=torch.float64)
+        if mine is not None:
+            other = self._branch_sketches[others[-1]][0] if others else torch.zeros_like(mine)
+            products = torch.stack([mine @ other, mine @ mine, other @ other]).double().cpu()
+        # Sharded gradients add up over ranks, and whole ones are on every rank alike, which no cosine sees.
+        both, square, other_square = torch.stack(gather_object([products])).sum(dim=0).tolist()
+        if square == 0 and mine is None:
+            return {}
+        norm = self._step_metrics.get("grad_norm", math.sqrt(square))  # before clipping
+        self._branch_sketches.pop(branch, None)  # so that it comes last
+        if mine is not None:
+            self._branch_sketches[branch] = (mine, norm)
+        self._sketch = None
+        self._step_metrics["time/diagnostics"] += time.perf_counter() - started
+        if not others:
+            return {}
+        norms = (norm, self._branch_sketches[others[-1]][1])
+        cosine = diagnostics.cosine(both, square, other_square)
+        return diagnostics.of_conflict((branch, others[-1]), norms, cosine, stale=True)
 
     def _label(self, step: int) -> str:
         """Branches of an optimizer step as one name."""

@@ -132,6 +132,15 @@ def trainer_step(
     return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer._step_metrics
 
 
+def measured(metrics: dict) -> dict[str, torch.Tensor]:
+    """What the diagnostics say of the step's samples."""
+    return {
+        name: torch.tensor(float(value))
+        for name, value in metrics.items()
+        if name.startswith(("coherence/", "conflict/"))
+    }
+
+
 def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]]:
     """Parameters, loss and kept positions of the same step, by hand."""
     student = make_model(1)
@@ -255,7 +264,8 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
         assert state.num_processes == int(os.environ["WORLD_SIZE"]) > 1, state.num_processes
         if state.is_main_process:
             parameters = {name: value.contiguous() for name, value in parameters.items()}
-            save_file({**parameters, "loss": torch.tensor(metrics["loss"])}, folder / f"{name}.safetensors")
+            values = {**parameters, **measured(metrics), "loss": torch.tensor(metrics["loss"])}
+            save_file(values, folder / f"{name}.safetensors")
         state.wait_for_everyone()
 
     # A rank whose teacher fails must not leave the other one waiting in the next collective. After resume the step that was

@@ -48,6 +48,7 @@ OTHER_VALUES = {
     "selectkd_reject_weight": (0.0, "0"),
     "loss_normalization": ("token", "token"),
     "branch_weights": ("none", "none"),  # "sigma" needs a schedule that mixes
+    "diagnostics_steps": (3, "3"),
 }
 
 
@@ -313,6 +314,15 @@ def test_an_optional_count_is_a_whole_number_of_at_least_1(make_config, name, va
     assert getattr(make_config(), name) is None
     with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}\."):
         make_config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "8", True, None])
+def test_an_interval_of_diagnostics_that_is_no_whole_number_is_refused(make_config, value):
+    assert make_config(diagnostics_steps=0).diagnostics_steps == 0
+    with pytest.raises(
+        ValueError, match=rf"diagnostics_steps must be a whole number of at least 1, or 0 .* got {value!r}\."
+    ):
+        make_config(diagnostics_steps=value)
 
 
 def test_a_token_budget_below_one_sample_is_refused_with_the_arithmetic(make_config):

@@ -26,6 +26,11 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 FULL = ["--optimizer_moments", "per_branch"]
 ENGINE = [*FULL, "--gap_student", "engine", "--importance_sampling_mode", "none"]
 LORA = ["--lora", "true"]
+COMPARED = (
+    "loss", "grad_norm", "update/cosine", "gap/general/mean", "gap/domain/mean",
+    "conflict/cosine", "conflict/dot", "conflict/general_norm", "conflict/domain_norm", "coherence/general/coh_full",
+    "coherence/general/coh_selected", "coherence/domain/coh_full", "coherence/general/gcg_control",
+)  # fmt: skip
 
 
 def launch(config: str, folder: Path, *settings: str) -> list[dict]:
@@ -97,7 +102,7 @@ def test_sharded_runs_are_the_data_parallel_run(config, method, checkpointing, d
     expected_lines, expected = data_parallel(method)
     assert [line["branch"] for line in lines] == ["general", "domain", "general"]
     for line, other in zip(lines, expected_lines, strict=True):
-        for name in ("loss", "grad_norm", "update/cosine", "gap/general/mean", "gap/domain/mean"):
+        for name in COMPARED:
             if name in other:
                 assert line[name] == pytest.approx(other[name], rel=2e-4, abs=1e-6), (line["step"], name)
     found = weights(tmp_path / "run" / "final")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from conftest import VOCAB, make_model, make_prompts
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from steps import BASELINES, CASES, RUNS, VARIANTS, Case, FakeSampler, reference_step, trainer_step
+from steps import BASELINES, CASES, RUNS, VARIANTS, Case, FakeSampler, measured, reference_step, trainer_step
 from transformers import LlamaForCausalLM
 from trl import DistillationTrainer
 
@@ -128,6 +129,11 @@ def test_several_processes_take_the_step_by_hand(processes, tmp_path):
         expected, expected_loss, _ = reference_step(case)
         found = load_file(tmp_path / f"{variant}-{case.name}.safetensors")
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=loss_tolerance(variant, case))
+        seen = {name: found.pop(name) for name in list(found) if name not in expected}
+        if variant == "exchange":
+            _, metrics = trainer_step(case, str(tmp_path / "alone"), batch_size=2)
+            for name, value in measured(metrics).items():
+                torch.testing.assert_close(seen[name], value, atol=1e-3, rtol=1e-3, equal_nan=True, msg=name)
         for name, value in found.items():
             torch.testing.assert_close(
                 value,
@@ -156,7 +162,7 @@ def test_the_cases_hold_what_they_are_meant_to_hold():
 
 
 def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkeypatch):
-    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, mass_target=0.01, prompts_per_step=8)
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, mass_target=0.01, prompts_per_step=8, diagnostics_steps=0)
     seen = []
     forward = trainer._student_forward
 
@@ -299,7 +305,8 @@ def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, t
 
     def run(gap_student):
         seen.clear()
-        settings = {"gap_student": gap_student, "importance_sampling_mode": "none", "max_steps": 2, "selection": False}
+        settings = {"gap_student": gap_student, "importance_sampling_mode": "none", "max_steps": 2, "selection": False,
+                    "diagnostics_steps": 0}  # fmt: skip
         trainer = make_trainer(tmp_path / gap_student, tokenizer, **settings)
         trainer.train()
         assert "generate" not in vars(trainer.model)
@@ -517,14 +524,13 @@ def test_evaluation_changes_nothing_about_training(tmp_path, tokenizer):
 
 
 def test_every_documented_metric_is_written_and_every_written_one_documented(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, max_steps=4)
+    datasets = {branch: make_prompts(branch) for branch in ("general", "domain")}
+    datasets["general"] = datasets["general"].add_column("category", ["maths"] * len(datasets["general"]))
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=4, train_dataset=datasets)
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
     trainer.train()
     written = {
-        name.replace("/general/", "/<branch>/")
-        .replace("/domain/", "/<branch>/")
-        .replace("_general", "_<branch>")
-        .replace("_domain", "_<branch>")
+        re.sub(r"(?<=[/_])(general|domain)(?=[/_]|$)", "<branch>", name).replace("/maths", "/<category>")
         for line in lines(tmp_path)
         for name in line
     }

@@ -1,0 +1,381 @@
+"""Gradients of branches and samples against plain autograd, and that looking at them changes nothing."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_prompts
+from peft import LoraConfig
+from steps import FakeSampler
+from test_trainer import lines, make_trainer
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from camopd import diagnostics, metrics
+from camopd.diagnostics import Sketch, coherence, last_block, of_coherence, random_subsets
+
+
+COHERENCE = ("coh_full", "coh_selected", "gcg", "gcg_control", "gcg_excess")
+
+
+# --- the projection ----------------------------------------------------------------------------------------------
+
+
+def sketch_of(pieces, width: int, seed: int) -> torch.Tensor:
+    sketch = Sketch(width, seed=seed)
+    for piece in pieces:
+        sketch.add(piece)
+    return sketch.values
+
+
+@pytest.mark.parametrize("kind", ["independent", "similar", "flat", "one_block"])
+def test_dot_products_of_sketches_are_within_the_stated_error(kind):
+    """The mean over 200 seeds is the dot product, and none of the vectors breaks the bound on its spread."""
+    width, size, draws = 101, 101 * 40 + 17, 200
+    generator = torch.Generator().manual_seed(1)
+    u, v = torch.randn(2, size, generator=generator)
+    if kind == "similar":
+        v = u + 0.3 * v
+    elif kind == "flat":  # what a projection without signs would get wrong
+        u, v = torch.ones(size), torch.ones(size)
+    elif kind == "one_block":  # the weight of a vector in few numbers, at the same place of each row
+        u, v = (x * (torch.arange(size) % width < 3) for x in (u, v))
+    pieces = [41, 7, 2000, size - 2048]
+    found = torch.stack(
+        [sketch_of(u.split(pieces), width, s) @ sketch_of(v.split(pieces), width, s) for s in range(draws)]
+    )
+    norms, exact = u.norm() * v.norm(), u @ v
+    errors = (found - exact) / norms
+    spread = errors.square().mean().sqrt()
+    assert abs(errors.mean()) < 4 * spread / math.sqrt(draws)
+    assert spread < 1.1 * 2 / math.sqrt(width)  # flat vectors reach the bound, and 200 draws are not all
+    cosine = exact / norms
+    if kind in ("independent", "similar"):
+        assert spread == pytest.approx(math.sqrt((1 + cosine**2) / width), rel=0.2)
+
+
+def test_sketches_are_linear_and_do_not_depend_on_how_the_vector_comes():
+    u, v = torch.randn(2, 1000)
+    whole = sketch_of([u], 101, 3)
+    torch.testing.assert_close(sketch_of(u.split([1, 500, 499]), 101, 3), whole)
+    torch.testing.assert_close(sketch_of([u + 2 * v], 101, 3), whole + 2 * sketch_of([v], 101, 3), atol=1e-4, rtol=0)
+    assert not torch.equal(sketch_of([u], 101, 4), whole)
+
+
+def test_a_vector_that_fits_is_kept_exactly():
+    u, v = torch.randn(2, 90, dtype=torch.float64)
+    assert sketch_of([u], 101, 0) @ sketch_of([v], 101, 0) == pytest.approx((u @ v).item(), abs=1e-5)
+
+
+# --- coherence ---------------------------------------------------------------------------------------------------
+
+
+def test_coherence_of_sets_that_are_known():
+    gradients = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 4.0], [-3.0, 0.0]], dtype=torch.float64)
+    sets = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [1, 1, 1, 1]])
+    found = coherence(gradients @ gradients.T, sets)
+    assert found.tolist() == pytest.approx([1.0, 5 / 7, 0.0, 5 / 13])
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.25, 101), (0.5, 41), (0.75, 16)])
+def test_the_random_control_of_isotropic_gradients_is_what_theory_says(share, expected):
+    """Coh of n unrelated gradients is about 1/sqrt(n), so a part of them has GCG by its size alone."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(512, 20_000, generator=generator, dtype=torch.float64)
+    kept = random_subsets(512, round(share * 512), draws=1, seed=5)[0]
+    found = of_coherence("general", gradients @ gradients.T, kept)
+    assert found["coherence/general/gcg_control"] == pytest.approx(expected, abs=1.5)
+    assert found["coherence/general/gcg"] == pytest.approx(expected, abs=8)  # one draw
+    assert found["coherence/general/gcg_excess"] == pytest.approx(
+        found["coherence/general/gcg"] - found["coherence/general/gcg_control"]
+    )
+
+
+def test_random_subsets_have_the_size_asked_for_and_every_sample_alike():
+    subsets = random_subsets(20, 5, draws=2000)
+    assert (subsets.sum(dim=1) == 5).all()
+    assert subsets.float().mean(dim=0).tolist() == pytest.approx([0.25] * 20, abs=0.05)
+
+
+def test_gains_of_nothing_are_no_numbers():
+    gram = torch.eye(3, dtype=torch.float64)
+    all_kept = of_coherence("general", gram, torch.ones(3, dtype=torch.bool))
+    assert all_kept["coherence/general/coh_full"] == all_kept["coherence/general/coh_selected"]
+    assert all(math.isnan(all_kept[f"coherence/general/{name}"]) for name in COHERENCE[2:])
+    no_gradient = of_coherence("general", 0 * gram, torch.tensor([True, False, False]))
+    assert all(math.isnan(no_gradient[f"coherence/general/{name}"]) for name in COHERENCE)
+
+
+def by_hand(trainer, rollouts, kept, model) -> dict[str, dict[int, torch.Tensor]]:
+    """Gradient of each sample's own term of Eq. 9 (without 1/|S|), branch -> position -> vector, one backward each."""
+    layers = [m for m in model.model.layers[-1].modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
+    gradients: dict[str, dict[int, torch.Tensor]] = {}
+    for row, (ids, start) in enumerate(zip(rollouts.token_ids, rollouts.prompt_len, strict=True)):
+        branch, length = rollouts.branch[row], len(ids) - start
+        if not length:
+            continue
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+        logps = logits.log_softmax(dim=-1)[range(length), ids[start:]]
+        loss = 0
+        for t in range(length):
+            weight = math.exp(logps[t].item() - rollouts.rollout_logps[row][t].item())
+            weight = weight if 0.5 <= weight <= 2 else 0.0
+            gap = rollouts.teacher_logps[row][t] - rollouts.student_logps[row][t]
+            loss = loss - weight * trainer._settings["scale"][branch] * gap * logps[t] / length
+        found = torch.autograd.grad(loss, [layer.weight for layer in layers])
+        gradients.setdefault(branch, {})[rollouts.position[row]] = torch.cat([g.flatten() for g in found]).double()
+    return gradients
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "general:1,domain:1"},
+        {"schedule": "general:1,domain:1", "padding_free": True, "per_device_train_batch_size": 4},
+        {"schedule": "domain:1+general:3"},
+        {"schedule": "general:1,domain:1", "selection": False},
+        {"schedule": "general:1,domain:1", "peft_config": LoraConfig(r=3, init_lora_weights="gaussian")},
+    ],
+    ids=["alternating", "padding_free", "mixed", "without_selection", "lora"],
+)
+def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(
+    settings, tmp_path, tokenizer, monkeypatch
+):
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=1, prompts_per_step=12, max_completion_length=9, mass_target=0.6, optim="sgd",
+        teachers={"general": make_model(2), "domain": make_model(3)}, **settings,
+    )  # fmt: skip
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    expected = {}
+    measure = trainer._measure_samples
+
+    def measuring(rollouts, kept, num_kept):
+        student = copy.deepcopy(trainer.model)
+        expected.update(by_hand(trainer, rollouts, kept, getattr(student, "base_model", student).model
+                                if settings.get("peft_config") else student))  # fmt: skip
+        expected["kept"] = kept
+        measure(rollouts, kept, num_kept)
+
+    monkeypatch.setattr(trainer, "_measure_samples", measuring)
+    trainer.train()
+    (line,) = lines(tmp_path)
+    kept = expected.pop("kept")
+    assert len(expected) == line["branch"].count("+") + 1
+    for branch, gradients in expected.items():
+
+        def coh(positions, gradients=gradients):
+            chosen = [gradients[position] for position in positions]
+            return (sum(chosen).norm() / sum(gradient.norm() for gradient in chosen)).item()
+
+        full, selected = coh(gradients), coh(kept & set(gradients))
+        assert line[f"coherence/{branch}/coh_full"] == pytest.approx(full, rel=1e-4)
+        assert line[f"coherence/{branch}/coh_selected"] == pytest.approx(selected, rel=1e-4)
+        if settings.get("selection") is False:
+            assert line[f"coherence/{branch}/gcg"] is None
+            continue
+        assert len(kept & set(gradients)) < len(gradients)
+        gcg = 100 * (selected / full - 1)
+        assert line[f"coherence/{branch}/gcg"] == pytest.approx(gcg, abs=0.05)
+        # The control, by drawing sets of our own
+        draws, places = torch.Generator().manual_seed(9), sorted(gradients)
+        random = []
+        for _ in range(2000):
+            order = torch.randperm(len(places), generator=draws)[: len(kept & set(gradients))]
+            random.append(100 * (coh([places[place] for place in order]) / full - 1))
+        random = torch.tensor(random)
+        random = random[~random.isnan()]  # a sample whose weights all lie outside the band has no gradient
+        spread = random.std().item() / math.sqrt(diagnostics.CONTROL_DRAWS)
+        control = random.mean().item()
+        assert line[f"coherence/{branch}/gcg_control"] == pytest.approx(control, abs=4 * spread + 0.1)
+    if "+" in line["branch"]:
+        one, other = (sum(g for p, g in gradients.items() if p in kept) / len(kept) for gradients in expected.values())
+        assert line["conflict/stale"] == 0
+        assert line["conflict/dot"] == pytest.approx((one @ other).item(), rel=1e-3)
+        assert line["conflict/cosine"] == pytest.approx((one @ other / one.norm() / other.norm()).item(), rel=1e-3)
+        for branch, gradient in zip(expected, (one, other), strict=True):
+            assert line[f"conflict/{branch}_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    else:
+        assert "conflict/cosine" not in line  # no other branch has had a step
+
+
+# --- conflict between steps --------------------------------------------------------------------------------------
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of each step as the optimizer gets it: clipped."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
+@pytest.mark.parametrize("optimizer_moments", ["shared", "per_branch"])
+def test_stale_conflict_is_that_of_the_gradients_that_autograd_gave(
+    max_grad_norm, optimizer_moments, tmp_path, tokenizer
+):
+    gradients = Gradients()
+    trainer = make_trainer(
+        tmp_path, tokenizer, schedule="general:2,domain:1", max_steps=5, callbacks=[gradients],
+        teachers={"general": make_model(2), "domain": make_model(3)}, max_grad_norm=max_grad_norm,
+        optimizer_moments=optimizer_moments,
+    )  # fmt: skip
+    trainer.train()
+    written = lines(tmp_path)
+    assert [line["branch"] for line in written] == ["general", "general", "domain", "general", "general"]
+    assert all("conflict/cosine" not in line for line in written[:2])
+    norms = [line["grad_norm"] for line in written]
+    for step, other in ((2, 1), (3, 2), (4, 2)):  # the latest step of the other branch
+        line, u, v = written[step], gradients.found[step], gradients.found[other]
+        cosine = (u @ v / u.norm() / v.norm()).item()
+        assert line["conflict/stale"] == 1
+        assert line["conflict/cosine"] == pytest.approx(cosine, abs=1e-5)
+        assert line["conflict/dot"] == pytest.approx(cosine * norms[step] * norms[other], rel=1e-3)  # before clipping
+        assert line[f"conflict/{line['branch']}_norm"] == norms[step]
+        assert line[f"conflict/{written[other]['branch']}_norm"] == norms[other]
+
+
+def test_a_schedule_of_three_branches_is_held_against_the_one_before(tmp_path, tokenizer):
+    branches = ("general", "domain", "code")
+    make_trainer(
+        tmp_path, tokenizer, schedule="general:1,domain:1,code:1", max_steps=4, mass_target=0.8, scale=1.0,
+        score="absolute", selection=True, teachers={branch: make_model(2 + place) for place, branch in enumerate(branches)},
+        train_dataset={branch: make_prompts(branch) for branch in branches},
+    ).train()  # fmt: skip
+    pairs = [{name for name in line if name.startswith("conflict/") and "_norm" in name} for line in lines(tmp_path)]
+    assert pairs == [
+        set(),
+        {"conflict/general_norm", "conflict/domain_norm"},
+        {"conflict/domain_norm", "conflict/code_norm"},
+        {"conflict/code_norm", "conflict/general_norm"},
+    ]
+
+
+# --- when, and at what price -------------------------------------------------------------------------------------
+
+
+def test_each_branch_is_measured_once_in_every_interval(tmp_path, tokenizer):
+    make_trainer(
+        tmp_path, tokenizer, schedule="general:3,domain:1", max_steps=9, diagnostics_steps=4,
+        teachers={"general": make_model(2), "domain": make_model(3)},
+    ).train()  # fmt: skip
+    measured = [line["step"] for line in lines(tmp_path) if any(name.startswith("coherence/") for name in line)]
+    assert measured == [1, 4, 5, 8, 9]
+    assert all(line["time/diagnostics"] > 0 for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize("schedule", ["general:1,domain:1", "general:1+domain:1"])
+def test_training_is_the_same_with_and_without(schedule, tmp_path, tokenizer):
+    """Parameters, optimizer state, every random number drawn, and every metric that both write, to the last bit."""
+    ends = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            tmp_path / str(every), tokenizer, schedule=schedule, max_steps=4, prompts_per_step=8,
+            diagnostics_steps=every, disable_dropout=False, teachers={"general": make_model(2), "domain": make_model(3)},
+        )  # fmt: skip
+        trainer.model.config.attention_dropout = 0.2
+        for layer in trainer.model.model.layers:
+            layer.self_attn.attention_dropout = 0.2  # random numbers of the forward, too
+        trainer.train()
+        state = trainer.optimizer.state_dict()["state"]
+        moments = [value for of_param in state.values() for value in of_param.values()]
+        ends.append((list(trainer.model.parameters()), moments, torch.get_rng_state(), lines(tmp_path / str(every))))
+    (*without, plain), (*with_them, measured) = ends
+    for one, other in zip(without, with_them, strict=True):
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
+    assert sum("coherence/general/gcg" in line for line in measured) >= 2
+    assert not any(name.startswith(("coherence/", "conflict/", "time/diag")) for line in plain for name in line)
+    for one, other in zip(plain, measured, strict=True):
+        for name, value in one.items():
+            if not name.startswith("time/"):
+                assert other[name] == value, name
+
+
+def test_a_model_whose_layers_cannot_be_watched_is_trained_without_coherence(tmp_path, tokenizer, caplog):
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    student, teacher = (GPT2LMHeadModel(GPT2Config(**size, **ends)) for _ in range(2))
+    trainer = make_trainer(
+        tmp_path, tokenizer, model=student, teachers={"general": teacher, "domain": teacher}, max_steps=2,
+        schedule="general:1,domain:1",
+    )  # fmt: skip
+    assert "coherence/* is left out: no transformer block of GPT2LMHeadModel" in caplog.text
+    trainer.train()
+    assert "conflict/cosine" in lines(tmp_path)[1]
+
+
+def test_the_layers_that_are_watched():
+    model = make_model(1)
+    before, layers = last_block(model)
+    assert before is model.model.layers[0]
+    assert set(layers) == {m for m in model.model.layers[1].modules() if isinstance(m, torch.nn.Linear)}
+    model.model.layers[1].requires_grad_(False)
+    before, layers = last_block(model)
+    assert before is None
+    assert layers[0] is model.model.layers[0].self_attn.q_proj
+
+
+# --- selection ---------------------------------------------------------------------------------------------------
+
+
+def row(position: int, length: int, gaps: list[float], teacher_logp: float = -1.0, **columns) -> dict:
+    mask = torch.ones(len(gaps), dtype=torch.bool)
+    logps = torch.full((len(gaps),), teacher_logp)
+    sums = metrics.row_sums(torch.tensor(gaps), logps, torch.zeros(len(gaps)), mask)
+    score = sum(map(abs, gaps)) / len(gaps)
+    return {"position": position, "length": length, "score": score, "truncated": False, **sums, **columns}
+
+
+def of_rows(rows, kept, score="absolute"):
+    found = metrics.of_branch("b", rows, set(kept), False, score)
+    return {name.removeprefix("selection/b/"): value for name, value in found.items()}
+
+
+def test_overlap_with_selecting_by_length():
+    rows = [row(position, length, [1.0]) for position, length in enumerate((5, 9, 7, 9))]
+    assert of_rows(rows, {0, 1})["jaccard_length"] == pytest.approx(1 / 3)  # the longest two are 1 and 3
+    assert of_rows(rows, {1, 3})["jaccard_length"] == 1
+    assert of_rows(rows, {0, 2})["jaccard_length"] == 0
+    assert of_rows(rows, {3})["jaccard_length"] == 0  # of equals the earlier one
+    assert math.isnan(of_rows(rows, {0, 1, 2, 3})["jaccard_length"])
+
+
+def test_share_of_the_score_on_the_top_tokens():
+    # 200 tokens, 2 of them are 1 %. Score 0.5 + 0.5: the large two hold 40/100 and 10/100 of it.
+    rows = [row(0, 100, [-40.0] + [10 / 99] * 99), row(1, 100, [10.0] + [40 / 99] * 99)]
+    assert of_rows(rows, {0})["top1_share"] == pytest.approx(0.5)
+    # Only 10 and 40/99 count where gaps below 0 do not.
+    positive = 10 + (10 + 40) - 10 / 99 * 0
+    top = 10 + 40 / 99
+    assert of_rows(rows, {0}, "positive")["top1_share"] == pytest.approx(top / (10 + 10 + 40))
+    assert positive == 60
+    # A token of a short sample is a larger part of that sample's score: 1/50 of it, and 0.5 of the 50 tokens are 1 %.
+    assert of_rows([row(0, 50, [1.0] * 50)], {0})["top1_share"] == pytest.approx(0.01)
+    # Long samples are looked at in steps: 1024 tokens, every fourth.
+    assert of_rows([row(0, 1024, [1.0, 0.0, 0.0, 0.0] * 256)], {0})["top1_share"] == pytest.approx(0.01)
+    assert math.isnan(of_rows([row(0, 2, [0.0, 0.0])], {0})["top1_share"])
+
+
+def test_rank_correlation_of_score_and_teacher_perplexity():
+    rows = [row(position, 2, [value, value], teacher_logp=-value) for position, value in enumerate((1.0, 3.0, 2.0))]
+    assert of_rows(rows, {1})["score_perplexity_spearman"] == pytest.approx(1)
+    rows = [row(position, 2, [value, value], teacher_logp=value - 9) for position, value in enumerate((1.0, 3.0, 2.0))]
+    assert of_rows(rows, {1})["score_perplexity_spearman"] == pytest.approx(-1)
+
+
+def test_kept_share_by_category(tmp_path, tokenizer):
+    rows = [row(0, 1, [1.0], category="maths"), row(1, 1, [2.0], category="maths"), row(2, 1, [3.0], category=None)]
+    found = of_rows(rows, {1, 2})
+    assert {name: value for name, value in found.items() if name.startswith("category")} == {"category/maths": 0.5}
+    datasets = {branch: make_prompts(branch) for branch in ("general", "domain")}
+    kinds = ["a", "b"] * 6
+    datasets["general"] = datasets["general"].add_column("category", kinds[: len(datasets["general"])])
+    make_trainer(tmp_path, tokenizer, max_steps=1, prompts_per_step=8, train_dataset=datasets).train()
+    (line,) = lines(tmp_path)
+    shares = [line[f"selection/general/category/{kind}"] for kind in "ab"]
+    assert min(shares) <= line["selection/general/kept_fraction"] <= max(shares)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["selection/general/kept"] < 8
