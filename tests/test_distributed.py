@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+EXTENSIONS = tempfile.TemporaryDirectory()
 FULL = ["--optimizer_moments", "per_branch"]
 ENGINE = [*FULL, "--gap_student", "engine", "--importance_sampling_mode", "none"]
 LORA = ["--lora", "true"]
@@ -53,6 +55,8 @@ def launch(config: str, folder: Path, *settings: str) -> list[dict]:
         "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        # DeepSpeed compiles an extension; a run that was killed while it did leaves a lock that others wait for, for ever.
+        "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
     }
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
