@@ -755,7 +755,7 @@ def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_serve
 
     def slow_forward(*args, **kwargs):
         if slow:
-            time.sleep(0.8)
+            time.sleep(0.2)  # in each of four
         return forward(*args, **kwargs)
 
     trainer._student_forward = slow_forward
