@@ -1,12 +1,10 @@
-"""What `diagnostics_steps` costs, and what its choices change: camopd's demo with and without, on SmolLM2-135M-Instruct.
+"""What `diagnostics_steps` costs: camopd's demo with and without, on SmolLM2-135M-Instruct.
 
     python benchmarks/diagnostics.py [--rounds 3] [--steps 20] [--demo FOLDER]
 
 Every measurement is a fresh process that makes the demo's steps; runs with and without alternate. The student is the
 demo's specialised model, taken from the output folder of a demo or made first. Quotes the median of the seconds of a
-step (rollout + score + train), and of `time/diagnostics` in steps that measure coherence and in the others. Then it takes
-the samples of one step of each branch and compares coherence over the last block's linear layers with coherence over all
-weights, sample by sample. Writes benchmarks/results/diagnostics.md.
+step (rollout + score + train), and of `time/diagnostics` in steps that measure coherence and in the others. Writes benchmarks/results/diagnostics.md.
 """
 
 from __future__ import annotations
@@ -32,11 +30,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--demo", type=Path, help="output folder of camopd demo")
     parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--compare", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.every is not None:
-        print(json.dumps(run(options.demo, options.steps, options.every, options.compare)))
+        print(json.dumps(run(options.demo, options.steps, options.every)))
         return
     with tempfile.TemporaryDirectory() as folder:
         if options.demo is None:
@@ -52,22 +49,20 @@ def main() -> None:
             for every in found:
                 found[every].append(in_a_process(options, every))
                 print(f"round {number + 1}, diagnostics_steps={every}: {summary(found[every][-1])}", flush=True)
-        options.steps = 4
-        compared = in_a_process(options, 1, "--compare")
-    report(found, compared, options.rounds)
+    report(found, options.rounds)
 
 
-def in_a_process(options: argparse.Namespace, every: int, *more: str) -> list[dict[str, float]]:
+def in_a_process(options: argparse.Namespace, every: int) -> list[dict[str, float]]:
     command = [sys.executable, __file__, "--every", str(every), "--steps", str(options.steps)]
     command += ["--demo", str(options.demo)]
-    process = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode:
         sys.exit(process.stderr[-3000:])
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def run(models: Path, steps: int, every: int, compare: bool) -> list[dict[str, float]]:
-    """The metrics of each step; with `compare`, coherence over the last block and over all weights instead."""
+def run(models: Path, steps: int, every: int) -> list[dict[str, float]]:
+    """The metrics of each step."""
     from camopd import demo
 
     with tempfile.TemporaryDirectory() as folder:
@@ -75,49 +70,8 @@ def run(models: Path, steps: int, every: int, compare: bool) -> list[dict[str, f
         settings = demo.DemoSettings(steps=steps)
         trainer = demo._trainer(specialised, general, specialised, Path(folder) / "run", settings)
         trainer.args.diagnostics_steps = every
-        if compare:
-            return compare_coherence(trainer)
         trainer.train()
         return [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def compare_coherence(trainer) -> list[dict[str, float]]:
-    """Coh and GCG of each measured branch over the last block, and over all weights by a backward for each sample."""
-    import torch
-
-    from camopd import diagnostics
-
-    measure, found = trainer._measure_samples, []
-
-    def measuring(rollouts, kept, num_kept):
-        rows = [row for row, num_tokens in enumerate(rollouts.num_tokens) if num_tokens > 0]
-        sketches, weights = [], [weight for weight in trainer.model.parameters() if weight.requires_grad]
-        importance = trainer._importance
-        trainer._importance = type(importance)()
-        for row in rows:
-            loss = trainer.compute_loss(trainer.model, trainer._micro_batch(rollouts, [row], num_kept))
-            sketch = diagnostics.Sketch(diagnostics.STEP_WIDTH)
-            for gradient in torch.autograd.grad(loss, weights):
-                sketch.add(gradient)
-            sketches.append(sketch.values.double())
-        trainer._importance = importance
-        matrix = torch.stack(sketches)
-        chosen = torch.tensor([rollouts.position[row] in kept for row in rows])
-        whole = diagnostics.of_coherence(rollouts.branch[0], matrix @ matrix.T, chosen)
-        measure(rollouts, kept, num_kept)
-        for name, value in whole.items():
-            found.append(
-                {
-                    "name": name,
-                    "step": trainer.state.global_step + 1,
-                    "all": value,
-                    "block": trainer._step_metrics[name],
-                }
-            )
-
-    trainer._measure_samples = measuring
-    trainer.train()
-    return found
 
 
 def measured(line: dict[str, float]) -> bool:
@@ -136,7 +90,7 @@ def summary(lines: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in result.items()}
 
 
-def report(found: dict[int, list[list[dict[str, float]]]], compared: list[dict[str, float]], rounds: int) -> None:
+def report(found: dict[int, list[list[dict[str, float]]]], rounds: int) -> None:
     def median(every: int, name: str) -> float:
         return statistics.median(summary(lines)[name] for lines in found[every])
 
@@ -144,7 +98,7 @@ def report(found: dict[int, list[list[dict[str, float]]]], compared: list[dict[s
     # general:3,domain:1 is measured twice in ten steps
     share = (2 * coherence + 8 * conflict) / (10 * step)
     text = [
-        "# Diagnostics: cost, and what the last block stands for",
+        "# What the diagnostics cost",
         "",
         f"`python benchmarks/diagnostics.py`, {platform.machine()}, {os.cpu_count()} cores, medians of {rounds} runs of "
         f"{len(found[0][0])} steps, in turns. SmolLM2-135M-Instruct with the demo's settings: 12 prompts a step, up to 40 "
@@ -159,12 +113,6 @@ def report(found: dict[int, list[list[dict[str, float]]]], compared: list[dict[s
         "",
         f"With `diagnostics_steps: {INTERVAL}`, two steps in ten measure coherence: **{100 * share:.1f} %** of the time of "
         "the steps.",
-        "",
-        "The same samples, gradients of the last block's linear layers and of all weights:",
-        "",
-        "| step | metric | last block | all weights |",
-        "|---|---|---|---|",
-        *(f"| {row['step']} | `{row['name']}` | {row['block']:.4g} | {row['all']:.4g} |" for row in compared),
         "",
     ]
     RESULT.write_text("\n".join(text))
