@@ -4,7 +4,8 @@
 
 Every measurement is a fresh process that makes the demo's steps; runs with and without alternate. The student is the
 demo's specialised model, taken from the output folder of a demo or made first. Quotes the median of the seconds of a
-step (rollout + score + train), and of `time/diagnostics` in steps that measure coherence and in the others. Writes benchmarks/results/diagnostics.md.
+step (rollout + score + train), and of `time/diagnostics` in steps that measure coherence and in the others. Writes
+benchmarks/results/diagnostics.md.
 """
 
 from __future__ import annotations
