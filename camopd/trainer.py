@@ -1020,7 +1020,8 @@ class CaMOPDTrainer(DistillationTrainer):
             if isinstance(optimizer, BranchAdamW):
                 self._branch_optimizer = optimizer  # under whatever wraps it
             # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
-            optimizer.register_step_post_hook(lambda *_: self._look_at_update(optimizer))
+            # On resume FSDP2 takes a step of zeros before any of ours, so that there are moments to load into.
+            optimizer.register_step_post_hook(lambda *_: self._step_metrics and self._look_at_update(optimizer))
         return optimizer
 
     def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
