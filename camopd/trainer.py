@@ -1020,11 +1020,12 @@ class CaMOPDTrainer(DistillationTrainer):
             if isinstance(optimizer, BranchAdamW):
                 self._branch_optimizer = optimizer  # under whatever wraps it
             # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
-            # On resume FSDP2 takes a step of zeros before any of ours, so that there are moments to load into.
-            optimizer.register_step_post_hook(lambda *_: self._step_metrics and self._look_at_update(optimizer))
+            optimizer.register_step_post_hook(lambda *_: self._look_at_update(optimizer))
         return optimizer
 
     def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._step_metrics:  # on resume FSDP2 takes a step of zeros, to have moments to load into
+            return
         started = time.perf_counter()
         if self.args.diagnostics_steps and "+" not in self._label(self.state.global_step):
             for param in (param for group in optimizer.param_groups for param in group["params"]):
