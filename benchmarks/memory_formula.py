@@ -177,7 +177,8 @@ def table() -> list[str]:
                     if needed > room:
                         break
                     largest = tokens
-                cells.append(f"{largest:,}" if largest else "does not fit")
+                more = " or more" if largest == 131072 else ""  # where the search ends
+                cells.append(f"{largest:,}{more}" if largest else "does not fit")
             rows.append(f"| {name} | {recipe} | {static / 2**30:.0f} | {cells[0]} | {cells[1]} |")
     return rows
 
