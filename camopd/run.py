@@ -314,3 +314,4 @@ def train(config: str, overrides: list[str]) -> None:
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()  # or threads of the process group may abort the process as it ends

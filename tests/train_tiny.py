@@ -48,6 +48,7 @@ def main() -> None:
             "sharded": sorted({type(value).__name__ for value in trainer.model.parameters()}),
         }
         (Path(args.output_dir) / "facts.json").write_text(json.dumps(facts))
+    trainer.accelerator.end_training()  # or gloo's threads may abort the process as it ends
 
 
 def fsdp_on_cpu() -> None:
