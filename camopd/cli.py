@@ -67,10 +67,9 @@ def _demo(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    config, overrides = _config_and_overrides("train", argv)
-    from .run import train
+    from .run import config_and_overrides, train
 
-    train(config, overrides)
+    train(*config_and_overrides("camopd train", argv))
 
 
 def _serve(argv: list[str]) -> None:
@@ -80,10 +79,10 @@ def _serve(argv: list[str]) -> None:
 
 
 def _check(argv: list[str]) -> None:
-    config, overrides = _config_and_overrides("check", argv)
+    from .run import config_and_overrides
     from .teachers.check import main as check
 
-    check(config, overrides)
+    check(*config_and_overrides("camopd check", argv))
 
 
 def _report(argv: list[str]) -> None:
@@ -102,24 +101,6 @@ def _data(argv: list[str]) -> None:
     from .data.command import main as data
 
     data(argv)
-
-
-def _config_and_overrides(command: str, argv: list[str]) -> tuple[str, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog=f"camopd {command}", epilog="Any setting may follow as --name value.", allow_abbrev=False
-    )
-    parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument(
-        "--method",
-        metavar="YAML",
-        help="settings that win over the run's, as those of configs/methods/vanilla_mopd.yaml",
-    )
-    options, overrides = parser.parse_known_args(argv)
-    if options.method is not None:
-        from .run import as_words, peek
-
-        overrides = as_words(peek(options.method, [])) + overrides
-    return options.config, overrides
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
     from .config import CaMOPDConfig
 
-SERVED_TEACHERS = "teachers.json"  # in output_dir: where `camopd serve` says which URLs it has started
+# In output_dir: where `camopd serve` says which URLs it has started. transformers sends nothing to the Hub that begins so.
+SERVED_TEACHERS = "_teachers.json"
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -48,6 +51,21 @@ class PromptArguments:
     eval_prompts: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Held-out prompts of each branch, in the form of `prompts`."}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "eval_prompts"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # on the command line
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError:
+                    raise ValueError(
+                        f"{name} must map each branch to its prompts, got {value!r}. In YAML write a mapping, on the "
+                        f'command line a JSON object: --{name} \'{{"general": "general.jsonl", ...}}\'.'
+                    ) from None
+                setattr(self, name, value)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(_form(name, value))
 
 
 def peek(config: str, overrides: list[str]) -> dict[str, Any]:
@@ -85,6 +103,34 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def config_and_overrides(prog: str | None, argv: list[str], config: str = "config") -> tuple[str, list[str]]:
+    """The file and the `--name value` words of a command line; those of `--method FILE` come first, and so give way."""
+    parser = argparse.ArgumentParser(prog=prog, epilog="Any setting may follow as --name value.", allow_abbrev=False)
+    if config.startswith("-"):
+        parser.add_argument(config, required=True, metavar="YAML", help="file of the run")
+    else:
+        parser.add_argument(config, help="YAML file of the run")
+    parser.add_argument(
+        "--method",
+        metavar="YAML",
+        help="settings that win over the run's, as those of configs/methods/vanilla_mopd.yaml",
+    )
+    options, overrides = parser.parse_known_args(argv)
+    if options.method is not None:
+        overrides = as_words(peek(options.method, [])) + overrides
+    return options.config, overrides
+
+
+def parse_script(argv: list[str] | None = None) -> tuple[PromptArguments, ModelConfig, CaMOPDConfig]:
+    """What `python SCRIPT --config RUN.yaml [--method FILE] [--name value ...]` says.
+
+    Raises as [`parse`], and for a run without prompts.
+    """
+    prompts, model, args = parse(*config_and_overrides(None, sys.argv[1:] if argv is None else argv, "--config"))
+    _need_prompts(prompts, args)
+    return prompts, model, args
+
+
 def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConfig, CaMOPDConfig]:
     """Read a run with TRL's parser: a YAML file, and `--name value` over it.
 
@@ -101,22 +147,16 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
         prompts, model, args = parser.parse_args_and_config(["--config", config, *overrides])
     except SystemExit:  # argparse has said why
         raise CaMOPDError(f"the settings above are not those of a run; see {config!r} and the overrides.") from None
-    for name in ("prompts", "eval_prompts"):
-        value = getattr(prompts, name)
-        if isinstance(value, str):
-            try:
-                setattr(prompts, name, json.loads(value))
-            except json.JSONDecodeError:
-                raise ValueError(
-                    f"{name} must map each branch to its prompts, got {value!r}. In YAML write a mapping, on the command "
-                    f'line a JSON object: --{name} \'{{"general": "general.jsonl", ...}}\'.'
-                ) from None
-    if prompts.eval_prompts is not None and not isinstance(prompts.eval_prompts, dict):
-        raise ValueError(f"eval_prompts must map each branch to its prompts, got {prompts.eval_prompts!r}.")
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
         args.resume_from_checkpoint = str(args.resume_from_checkpoint).lower() == "true"
     if not model.model_name_or_path:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
+    args.model_init_kwargs = {
+        **(args.model_init_kwargs or {}),
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
     return prompts, model, args
 
 
@@ -162,6 +202,11 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def find_teachers(args: CaMOPDConfig) -> dict[str, Any]:
+    """The teachers of a config, with the URLs of those that `camopd serve` has started for its `output_dir`."""
+    return teachers_of({"teachers": args.teachers, "output_dir": args.output_dir})
+
+
 def check_names(config: str, settings: dict[str, Any]) -> None:
     """Raise `ValueError` for a setting that no run has, with the one that may have been meant."""
     from trl import ModelConfig
@@ -194,6 +239,19 @@ def check_branches(settings: dict[str, Any], schedule: Schedule, name: str) -> N
         )
 
 
+def _form(name: str, value: Any) -> str:
+    return (
+        f"{name} must map each branch to its prompts, got {value!r}. In YAML:\n{name}:\n  general: general.jsonl\n"
+        "  domain: domain.jsonl"
+    )
+
+
+def _need_prompts(prompts: PromptArguments, args: CaMOPDConfig) -> None:
+    if prompts.prompts is None:
+        raise ValueError(_form("prompts", None))
+    check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
+
+
 def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     """For the error about a server that is named in no config: who named it, where that is the trouble."""
     if is_server(settings["teachers"][branch]) or not any(
@@ -206,15 +264,21 @@ def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     return f" The URL is from {str(path)!r}, which `camopd serve` has written; start it again, or delete the file."
 
 
-def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
+def load_prompts(
+    source: Any, branch: str, to_prompt: Callable[[dict[str, Any]], Any] | None = None
+) -> Dataset | IterableDataset:
     """The prompts of one branch, with a column `prompt`.
+
+    Args:
+        source: As in [`PromptArguments`].
+        to_prompt: Makes the prompt of a row, where the dataset has no column of prompts.
 
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    from .data.sources import hub_errors, why_not
+    from .hub import hub_errors, why_not
 
     spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
     unknown = set(spec) - {"path", "name", "split", "column", "limit"}
@@ -248,15 +312,29 @@ def load_prompts(source: Any, branch: str) -> Dataset | IterableDataset:
         ) from error
     columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
     column = next((name for name in columns if name in dataset.column_names), None)
-    if column is None:
+    if column is None and (to_prompt is None or "column" in spec):
         raise ValueError(
             f"the prompts of branch {branch!r}, {path!r}, have the columns {dataset.column_names}, none of them "
             f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
         )
-    dataset = dataset.select_columns([column])
-    if column != "prompt":
-        dataset = dataset.rename_column(column, "prompt")
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if column is None and to_prompt is not None:
+        dataset = dataset.map(lambda row: {"prompt": to_prompt(row)}, remove_columns=dataset.column_names)
+    else:
+        dataset = dataset.select_columns([column])
+        if column != "prompt":
+            dataset = dataset.rename_column(column, "prompt")
+    # Where the model card finds the data card.
+    dataset.info.homepage = path if Path(path).exists() else f"https://huggingface.co/datasets/{path}"
+    return dataset
+
+
+def load_all(
+    sources: Any, to_prompt: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None
+) -> dict[str, Dataset | IterableDataset]:
+    """The prompts of all branches, each as [`load_prompts`] has them; `to_prompt` may name a function for a branch."""
+    return {branch: load_prompts(source, branch, (to_prompt or {}).get(branch)) for branch, source in sources.items()}
 
 
 def train(config: str, overrides: list[str]) -> None:
@@ -281,19 +359,7 @@ def train(config: str, overrides: list[str]) -> None:
     from .trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
-    if not isinstance(prompts.prompts, dict):
-        raise ValueError(
-            f"prompts must map each branch to its prompts, got {prompts.prompts!r}. In YAML:\nprompts:\n  general: "
-            "general.jsonl\n  domain: domain.jsonl"
-        )
-    check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
-    heldout = prompts.eval_prompts if isinstance(prompts.eval_prompts, dict) else {}
-    args.model_init_kwargs = {
-        **(args.model_init_kwargs or {}),
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
+    _need_prompts(prompts, args)
     for branch, teacher in teachers.items():
         if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
             print(
@@ -305,13 +371,14 @@ def train(config: str, overrides: list[str]) -> None:
         model=model.model_name_or_path,
         teachers=teachers,
         args=args,
-        train_dataset={branch: load_prompts(source, branch) for branch, source in prompts.prompts.items()},
-        eval_dataset={branch: load_prompts(source, branch) for branch, source in heldout.items()} or None,
+        train_dataset=load_all(prompts.prompts),
+        eval_dataset=load_all(prompts.eval_prompts) if prompts.eval_prompts else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()  # or threads of the process group may abort the process as it ends

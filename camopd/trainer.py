@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
@@ -34,9 +35,11 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
 from . import diagnostics, metrics, token_rules
+from .card import write_model_card
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, attention_cost, exchange, plan
+from .hub import hub_errors, is_hub_id, why_not
 from .logprobs import (
     SampledLogps,
     completion_logps,
@@ -62,6 +65,7 @@ from .teachers.server import ServerTeacher, connect_servers
 
 logger = logging.getLogger(__name__)
 
+HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
 _RECORDED = (
     "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
@@ -264,6 +268,7 @@ class CaMOPDTrainer(DistillationTrainer):
             # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
             self.vllm_generation.logprobs = 0
 
+        self._prompts = {branch: stream.dataset for branch, stream in streams.items()}
         self._record = {
             "schedule": str(self.schedule),
             "branches": list(self.schedule.branches),
@@ -1202,8 +1207,12 @@ class CaMOPDTrainer(DistillationTrainer):
     # -------------------------------------------------------------------------------------- checkpoints and resume
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the parent. Raises `ResumeError` when the checkpoint belongs to a run with another schedule, other
-        teachers, prompts, seed or settings of the method, before anything is loaded."""
+        """As in the parent, and `resume_from_checkpoint` may be the id of a model of the Hub to which a run with
+        `hub_strategy="checkpoint"` has sent its last one.
+
+        Raises `ResumeError` when the checkpoint belongs to a run with another schedule, other teachers, prompts, seed or
+        settings of the method, before anything is loaded.
+        """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -1212,10 +1221,42 @@ class CaMOPDTrainer(DistillationTrainer):
                     f"there is no checkpoint in {self.args.output_dir!r} to go on from. Start without "
                     "resume_from_checkpoint, or give the checkpoint's own folder."
                 )
+        elif isinstance(checkpoint, str) and is_hub_id(checkpoint):
+            checkpoint = self._fetch_checkpoint(checkpoint)
         if checkpoint:
             self._check_record(Path(str(checkpoint)))
             self._checkpoint = self._resumed_from = Path(str(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
+
+    def _fetch_checkpoint(self, repo: str) -> str:
+        """Folder of the last checkpoint that a run with `hub_strategy="checkpoint"` has sent to a model of the Hub.
+
+        Raises `ResumeError` when it cannot be had, or when loading it would unpickle what came over the network, which
+        DeepSpeed and FSDP do.
+        """
+        by_hand = (
+            f"hf download {repo} --include '{HUB_CHECKPOINT}/*' --local-dir DIR, and then resume_from_checkpoint="
+            f"DIR/{HUB_CHECKPOINT}"
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ResumeError(
+                f"the checkpoint of {repo!r} is not fetched from the Hub: DeepSpeed and FSDP unpickle what they load, and "
+                f"a pickle can run any code. If you trust the repository: {by_hand}."
+            )
+        try:
+            with self.args.main_process_first(desc="fetching the checkpoint"):
+                folder = snapshot_download(repo, allow_patterns=f"{HUB_CHECKPOINT}/*", token=self.args.hub_token)
+        except hub_errors() as error:
+            raise ResumeError(
+                f"resume_from_checkpoint={repo!r} is no folder here, and as a model of the Hub it cannot be fetched: "
+                f"{why_not(error, repo, 'model')}. Or by hand: {by_hand}."
+            ) from error
+        if not (Path(folder) / HUB_CHECKPOINT).is_dir():
+            raise ResumeError(
+                f"{repo!r} on the Hub has no folder {HUB_CHECKPOINT!r}, which a run with hub_strategy='checkpoint' makes. "
+                "To start from its weights, pass it as `model`."
+            )
+        return str(Path(folder) / HUB_CHECKPOINT)
 
     def _check_record(self, checkpoint: Path) -> None:
         path = checkpoint / RUN_RECORD
@@ -1247,6 +1288,17 @@ class CaMOPDTrainer(DistillationTrainer):
                 stale.unlink()
         super()._save_checkpoint(model, trial)
         self._checkpoint = folder
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card, `README.md` in `output_dir`: teachers, schedule, prompts, and the gaps before and after.
+
+        As in the parent, checkpoints and pushes call it; `dataset_name` is known from the prompts themselves.
+        """
+        if self.is_world_process_zero():
+            name = model_name or Path(self.hub_model_id or self.args.output_dir).name
+            write_model_card(self, name, {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])})
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

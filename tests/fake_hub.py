@@ -1,4 +1,6 @@
-"""A server on localhost that answers as the Hub does about datasets: enough of it for reading them and for creating one.
+"""A server on localhost that answers as the Hub does: enough of it to read datasets and models, and to create both.
+
+Large files go the way of Git LFS: a batch request, an upload by PUT, and a commit that names their hash.
 
 `HF_ENDPOINT` has to name it before huggingface_hub is imported, so what talks to it runs in a process of its own.
 """
@@ -24,7 +26,10 @@ class FakeHub:
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
         self.created: list[dict] = []
-        self.committed: dict[str, bytes] = {}
+        self.committed: dict[str, bytes] = {}  # by path, of all repositories
+        self.models: dict[str, dict[str, bytes]] = {}
+        self.commits: list[tuple[str, str]] = []  # repository, message
+        self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -61,63 +66,110 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("Authorization"))
         if path == "/api/whoami-v2":
             return self.answer(body={"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
-        for name, files in hub.datasets.items():
-            if name in hub.refuse and name in path:
-                status, code = hub.refuse[name]
-                return self.answer(status, {"error": "refused"}, X_Error_Code=code, X_Error_Message="refused")
-            entries = [
-                {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for file, content in files.items()
-            ]
-            if path in (f"/api/datasets/{name}", f"/api/datasets/{name}/revision/{SHA}"):
-                card = {"license": "mit"}
-                siblings = [{"rfilename": file} for file in files]
-                return self.answer(body={"_id": "1", "id": name, "sha": SHA, "private": False, "gated": False, "tags": [],
-                                         "downloads": 0, "likes": 0, "siblings": siblings, "cardData": card})  # fmt: skip
-            if path.startswith(f"/api/datasets/{name}/tree/{SHA}"):
-                folder = path.removeprefix(f"/api/datasets/{name}/tree/{SHA}").strip("/")
-                found = _tree(entries, folder, "recursive=true" in urlsplit(self.path).query.lower())
-                return self.answer(body=found) if found else self.answer(404, {}, X_Error_Code="EntryNotFound")
-            if path.startswith(f"/datasets/{name}/resolve/{SHA}/"):
-                content = files.get(path.removeprefix(f"/datasets/{name}/resolve/{SHA}/"))
-                if content is None:
-                    return self.answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
-                etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                wanted = self.headers.get("Range")
-                if wanted:
-                    first, last = wanted.removeprefix("bytes=").split("-")
-                    end = min(int(last) + 1 if last else len(content), len(content))
-                    return self.answer(206, content[int(first) : end], ETag=etag, X_Repo_Commit=SHA, Accept_Ranges="bytes",
-                                       Content_Range=f"bytes {first}-{end - 1}/{len(content)}")  # fmt: skip
-                return self.answer(200, content, ETag=etag, X_Repo_Commit=SHA, Accept_Ranges="bytes")
-        self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+        for kind, repos in (("datasets/", hub.datasets), ("", hub.models)):
+            for name, files in repos.items():
+                if self.answer_about(path, kind, name, files):
+                    return None
+        return self.answer(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+
+    def answer_about(self, path, kind, name, files):
+        """Answer if the path is of this repository, and say whether."""
+        hub, api = self.hub, f"/api/{kind or 'models/'}{name}"
+        if not path.startswith((f"{api}/", f"/{kind}{name}/")) and path != api:
+            return False
+        if name in hub.refuse:
+            status, code = hub.refuse[name]
+            self.answer(status, {"error": "refused"}, X_Error_Code=code, X_Error_Message="refused")
+            return True
+        entries = [
+            {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for file, content in files.items()
+        ]
+        if path in (api, f"{api}/revision/{SHA}", f"{api}/revision/main"):
+            facts = {"_id": "1", "id": name, "sha": SHA, "private": False, "gated": False, "tags": [], "downloads": 0}
+            siblings = [{"rfilename": file} for file in files]
+            self.answer(body={**facts, "likes": 0, "siblings": siblings, "cardData": {"license": "mit"}})
+        elif path.startswith(f"{api}/tree/{SHA}"):
+            folder = path.removeprefix(f"{api}/tree/{SHA}").strip("/")
+            found = _tree(entries, folder, "recursive=true" in urlsplit(self.path).query.lower())
+            self.answer(body=found) if found else self.answer(404, {}, X_Error_Code="EntryNotFound")
+        elif path.startswith(f"/{kind}{name}/resolve/{SHA}/"):
+            self.answer_file(files.get(path.removeprefix(f"/{kind}{name}/resolve/{SHA}/")))
+        else:
+            return False
+        return True
+
+    def answer_file(self, content):
+        if content is None:
+            return self.answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            end = min(int(last) + 1 if last else len(content), len(content))
+            return self.answer(206, content[int(first) : end], ETag=etag, X_Repo_Commit=SHA, Accept_Ranges="bytes",
+                               Content_Range=f"bytes {first}-{end - 1}/{len(content)}")  # fmt: skip
+        return self.answer(200, content, ETag=etag, X_Repo_Commit=SHA, Accept_Ranges="bytes")
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def do_PUT(self):
+        self.hub.requests.append(f"PUT {self.path}")
+        self.hub.objects[self.path.removeprefix("/lfs/")] = self.body()
+        self.answer()
 
     def do_POST(self):
         hub, path = self.hub, unquote(urlsplit(self.path).path)
         hub.requests.append(f"POST {path}")
         hub.tokens.add(self.headers.get("Authorization"))
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline().strip() or b"0", 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         if path == "/api/validate-yaml":
             return self.answer(body={"errors": [], "warnings": []})
         if path == "/api/repos/create":
-            hub.created.append(json.loads(body))
+            repo = json.loads(body)
+            hub.created.append(repo)
+            name = "/".join(filter(None, (repo.get("organization"), repo["name"])))
+            if repo.get("type", "model") == "model":
+                hub.models.setdefault(name, {})
+                return self.answer(body={"url": f"{hub.url}/{name}", "name": name, "id": "1"})
             return self.answer(body={"url": f"{hub.url}/datasets/me/made", "name": "me/made", "id": "1"})
         if "/preupload/" in path:
-            files = json.loads(body)["files"]
-            return self.answer(body={"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                               for file in files]})  # fmt: skip
+            large = (".safetensors", ".bin", ".pt", ".pth") if path.startswith("/api/models/") else ()
+            return self.answer(body={"files": [
+                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(large) else "regular",
+                 "shouldIgnore": False}
+                for file in json.loads(body)["files"]]})  # fmt: skip
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**asked, "authenticated": True, "actions": {"upload": {"href": f"{hub.url}/lfs/{asked['oid']}"}}}
+                for asked in json.loads(body)["objects"]
+            ]
+            return self.answer(body={"transfer": "basic", "objects": objects})
         if "/commit/" in path:
+            name = path.removeprefix("/api/models/").removeprefix("/api/datasets/").partition("/commit/")[0]
             for line in body.splitlines():
                 operation = json.loads(line)
-                if operation["key"] == "file":
-                    hub.committed[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+                value = operation["value"]
+                if operation["key"] == "header":
+                    hub.commits.append((name, value["summary"]))
+                    continue
+                if operation["key"] == "lfsFile":
+                    content = hub.objects.get(value["oid"], b"")
+                    if hashlib.sha256(content).hexdigest() != value["oid"] or len(content) != value["size"]:
+                        return self.answer(400, {"error": f"{value['path']} was not uploaded"})
+                else:
+                    content = base64.b64decode(value["content"])
+                hub.committed[value["path"]] = content
+                if path.startswith("/api/models/"):
+                    hub.models[name][value["path"]] = content
             return self.answer(
                 body={"success": True, "commitOid": SHA, "commitUrl": f"{hub.url}/datasets/me/made/commit/{SHA}"}
             )

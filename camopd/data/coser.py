@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..hub import hub_errors
 from .output import Part, building, write_card, write_jsonl
 from .sampling import LIMIT, Messages, enough, priority, progress, shorten
-from .sources import Opened, Source, explain, hub_errors, hub_facts, licence_of
+from .sources import Opened, Source, explain, hub_facts, licence_of
 
 
 FILE = "train/sft_conversations_sharegpt.json"

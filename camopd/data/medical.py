@@ -121,6 +121,32 @@ def prompt_of(question: str, options: dict[str, str] | None, choice: bool) -> Me
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n".join(lines)}]
 
 
+def to_prompt(row: dict[str, Any]) -> Messages:
+    """The prompt of Figure 7 for a row of any dataset with a `question` and, for multiple choice, `options`.
+
+    Args:
+        row: `options` may be a mapping from letters, a list, a text as for [`parse_options`], or missing; other columns,
+            such as answers, are not looked at.
+
+    Raises `ValueError` for a row without a question, or with options that cannot be told apart.
+    """
+    question, options = row.get("question"), row.get("options")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(
+            f"a medical row has no text in `question`, only the columns {sorted(row)}: {str(row)[:200]}. Build the prompts "
+            "with `camopd data medical`, or give rows with `prompt`, `messages` or `question`."
+        )
+    if isinstance(options, dict):  # a column of Arrow holds None for the letters that another row has
+        options = {letter: text for letter, text in options.items() if text is not None}
+    found = parse_options(options if options is None or isinstance(options, str) else json.dumps(options))
+    if found is None:
+        raise ValueError(
+            f"the options {options!r} of the medical question {question[:80]!r} cannot be told apart. They must be a "
+            'mapping from letters, {"A": "...", "B": "..."}, a list of texts, or lines "A. ...".'
+        )
+    return prompt_of(question.strip(), found, bool(found))
+
+
 def parse_options(text: str | None) -> dict[str, str] | None:
     """Options by letter, from JSON (a mapping or a list) or from lines that begin with letters; {} for none at all.
 

@@ -17,7 +17,8 @@ import yaml
 
 from .. import __version__
 from ..errors import DataError
-from .sources import Opened, hub_errors, why_not
+from ..hub import hub_errors, why_not
+from .sources import Opened
 
 
 @dataclass

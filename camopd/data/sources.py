@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..hub import hub_errors, why_not, without_tokens
 
 
 FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
-_TOKEN = re.compile(r"hf_\w+")
 
 
 @dataclass(frozen=True)
@@ -161,62 +161,13 @@ def explain(error: BaseException, opened: Opened, file: str = "") -> str:
     """Why a source cannot be had, which setting it hangs on, and what to download by hand."""
     dataset, name = opened.source.dataset, opened.source.name
     if opened.path is not None:
-        return (
-            f"{dataset!r} cannot be read from {opened.origin}: {_text(error).rstrip('.')}. Check --source {name}=PATH."
-        )
+        reason = without_tokens(error).rstrip(".")
+        return f"{dataset!r} cannot be read from {opened.origin}: {reason}. Check --source {name}=PATH."
     return (
         f"{dataset!r} cannot be fetched: {why_not(error, dataset)}. Or download it by hand where that works, and pass it:\n"
         f"    hf download {dataset}{file and f' {file}'} --repo-type dataset --local-dir DIR\n"
         f"    camopd data ... --source {name}=DIR"
     )
-
-
-def why_not(error: BaseException, dataset: str) -> str:
-    """What stands between this machine and a dataset of the Hub, and the setting to change. Prints no token."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub import constants, get_token
-    from huggingface_hub import errors as hub
-
-    chain: list[BaseException] = []  # datasets wraps what the Hub's client raises
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-
-    def among(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    token = "the token of this machine has no access" if get_token() else "this machine has no token"
-    login = "set HF_TOKEN or run `hf auth login`"
-    unreachable = among(ConnectionError, hub.LocalEntryNotFoundError)
-    if among(hub.OfflineModeIsEnabled) or (constants.HF_HUB_OFFLINE and unreachable):
-        return "HF_HUB_OFFLINE is set; unset it where there is a network"
-    if among(hub.GatedRepoError):
-        return f"it is gated, and {token}; accept its terms at https://huggingface.co/datasets/{dataset}, then {login}"
-    if among(hub.LocalTokenNotFoundError):
-        return f"it wants a token, and {token}; {login}"
-    if among(hub.RepositoryNotFoundError, DatasetNotFoundError):
-        return f"the Hub knows no such dataset, or it is private, and {token}; check the name, or {login}"
-    statuses = [link.response.status_code for link in chain if isinstance(link, hub.HfHubHTTPError)]
-    if statuses and statuses[0] in (401, 403):
-        return f"the Hub answers with status {statuses[0]}, and {token}; {login}"
-    if statuses:
-        return f"the Hub answers with status {statuses[0]}; try again later"
-    if unreachable or among(*hub_errors()[1:]):  # without a status: no answer
-        return "the Hub cannot be reached; check network, proxy and HF_ENDPOINT"
-    return f"{type(error).__name__}: {_text(error)}"
-
-
-def _text(error: BaseException) -> str:
-    return _TOKEN.sub("hf_...", str(error))[:500]
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises: OSErrors, and those of the HTTP library it has, httpx or httpx2 by version."""
-    import httpx
-    from huggingface_hub.errors import HTTPError
-
-    return (OSError, httpx.HTTPError, HTTPError)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -1,0 +1,238 @@
+"""The model card of a run: what was trained from what, and how far it was from its teachers before and after.
+
+TRL's card says that a model was trained; this one says what a reader needs to judge it, from the run's own record. Local
+paths are shortened to their names, because the card is for others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .hub import is_hub_id
+from .teachers.address import ADAPTER_TEACHERS
+
+
+if TYPE_CHECKING:
+    from .trainer import CaMOPDTrainer
+
+DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompts, a file per branch
+_HUB_DATASET = "https://huggingface.co/datasets/"
+
+
+def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) -> Path:
+    """Write `README.md` of `output_dir`, and the data cards it points to. Returns its path.
+
+    Raises `OSError` where the folder cannot be written.
+    """
+    from accelerate.utils import is_peft_model
+    from huggingface_hub import ModelCard, ModelCardData
+    from trl.trainer.utils import get_config_model_id
+
+    out = Path(trainer.args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {branch: _source(dataset, branch, out) for branch, dataset in trainer._prompts.items()}
+    base = get_config_model_id(trainer.model.config) or ""
+    student = trainer._student_start or base
+    is_peft = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    data = ModelCardData(
+        library_name="peft" if is_peft else "transformers",
+        model_name=model_name,
+        base_model=base if is_hub_id(base) else None,
+        datasets=sorted({source for source, _ in sources.values() if is_hub_id(source)}) or None,
+        tags=sorted({"generated_from_trainer", *tags}),
+    )
+    body = [
+        f"# {model_name}",
+        "",
+        f"A specialised model, {_model(student)}, whose general abilities were brought back with "
+        f"[CaMOPD](https://arxiv.org/abs/{trainer._paper['id']}): it wrote its own answers, and moved toward the teacher "
+        "of each branch in turn, on the samples with the largest teacher-student gaps.",
+        "",
+        *_gaps(trainer.state.log_history, out / "metrics.jsonl", trainer.schedule.branches),
+        *_training(trainer, student, is_peft, sources),
+        *_use(trainer.hub_model_id or model_name, is_peft),
+        *_versions(),
+        *_citations(trainer._paper["citation"]),
+    ]
+    path = out / "README.md"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)).save(path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def _gaps(history: list[dict[str, Any]], metrics: Path, branches: tuple[str, ...]) -> list[str]:
+    """Before and after: on held-out prompts where the run has any, else on those of the steps themselves."""
+    held_out = {
+        branch: [entry for entry in history if entry.get(f"eval_{branch}_kl") is not None] for branch in branches
+    }
+    lines = ["## Gaps before and after", ""]
+    if any(held_out.values()):
+        lines += [
+            "Sampled reverse KL to the teacher of the branch on held-out prompts, nats per token (± standard error over "
+            "prompts).",
+            "",
+            "| branch | before | after | prompts |",
+            "|---|---|---|---|",
+        ]
+        for branch, entries in held_out.items():
+            if not entries:
+                lines.append(f"| {branch} | not measured | not measured | |")
+                continue
+            first, last = (
+                f"{entry[f'eval_{branch}_kl']:.3f} ± {entry.get(f'eval_{branch}_kl_se', float('nan')):.3f} (step "
+                f"{entry['step']})"
+                for entry in (entries[0], entries[-1])
+            )
+            lines.append(f"| {branch} | {first} | {last} | {entries[-1][f'eval_{branch}_prompts']:.0f} |")
+        if any(entries and entries[0]["step"] > 0 for entries in held_out.values()):
+            lines += ["", "The run did not measure before its first step; `eval_on_start: true` does."]
+        return [*lines, ""]
+    lines += [
+        "Mean of student's minus teacher's log-prob over the tokens of a training step, in nats; the run had no held-out "
+        "prompts (`eval_prompts`), so the two steps have different ones.",
+        "",
+        "| branch | first step | last step |",
+        "|---|---|---|",
+    ]
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    for branch in branches:
+        values = [(step["step"], -step[key]) for step in steps if step.get(key := f"gap/{branch}/mean") is not None]
+        cells = [f"{value:.3f} (step {number})" for number, value in (values[:1] + values[-1:])] or ["none", "none"]
+        lines.append(f"| {branch} | {cells[0]} | {cells[-1]} |")
+    return [*lines, ""]
+
+
+def _training(
+    trainer: CaMOPDTrainer, student: str, is_peft: bool, sources: Mapping[str, tuple[str, str]]
+) -> list[str]:
+    args, settings = trainer.args, trainer._settings
+    rows = {
+        "specialised model (the student at the start)": _model(student),
+        **{f"{branch} teacher": _model(teacher.name) for branch, teacher in trainer.teachers.items()},
+        "schedule": f"`{trainer.schedule}`",
+        "steps": f"{trainer.state.global_step} of {args.max_steps}, one answer to each of {args.prompts_per_step} prompts",
+        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+        "tokens": f"prompts up to {args.max_prompt_length}, answers up to {args.max_completion_length}, T = 1",
+        "trained": "LoRA" if is_peft else "all weights",
+        "processes": str(args.world_size),
+    }
+    lines = ["## Training", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    lines += ["| branch | mass target | score | scale | selection | prompts |", "|---|---|---|---|---|---|"]
+    for branch in trainer.schedule.branches:
+        values = [settings[name][branch] for name in ("mass_target", "score", "scale")]
+        selection = "on" if settings["selection"][branch] else "off"
+        lines.append(f"| {branch} | {' | '.join(map(str, values))} | {selection} | {_prompts(*sources[branch])} |")
+    return [*lines, "", "`metrics.jsonl` beside this card has every step; `camopd report` draws it.", ""]
+
+
+def _use(model: str, is_peft: bool) -> list[str]:
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'generator = pipeline("text-generation", model="{model}", device_map="auto")'
+        + ("  # needs peft, for the adapter" if is_peft else ""),
+        'messages = [{"role": "user", "content": "What does a lighthouse keeper do all day?"}]',
+        'print(generator(messages, max_new_tokens=256, return_full_text=False)[0]["generated_text"])',
+        "```",
+        "",
+    ]
+
+
+def _versions() -> list[str]:
+    import datasets
+    import tokenizers
+    import torch
+    import transformers
+    import trl
+
+    modules = (trl, transformers, torch, datasets, tokenizers)
+    versions = {"camopd": __version__, **{module.__name__: module.__version__ for module in modules}}
+    return [
+        "## Versions",
+        "",
+        ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        "",
+        *_trackers(),
+    ]
+
+
+def _trackers() -> list[str]:
+    """Where the run can be watched, as in TRL's cards."""
+    from transformers import is_wandb_available
+    from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
+
+    urls = {"trackio": get_trackio_space_url(), "comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        urls["W&B"] = wandb.run.url if wandb.run is not None else None
+    return [f"[{name}]({url})" for name, url in urls.items() if url]
+
+
+def _citations(paper: str) -> list[str]:
+    trl = (
+        "@software{vonwerra2020trl,\n"
+        "    title   = {{TRL: Transformers Reinforcement Learning}},\n"
+        "    author  = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and Beeching, Edward and Thrush, "
+        "Tristan and Lambert, Nathan and Huang, Shengyi and Rasul, Kashif and Gallouédec, Quentin},\n"
+        "    license = {Apache-2.0},\n"
+        "    url     = {https://github.com/huggingface/trl},\n"
+        "    year    = {2020}\n"
+        "}"
+    )
+    return ["## Citation", "", "```bibtex", paper, "", trl, "```", ""]
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def _model(name: str) -> str:
+    """A model as a link to the Hub, or by the last part of its path."""
+    which, _, of = name.partition(":")
+    if which in ADAPTER_TEACHERS:
+        return f"{_model(of)} (`{which}`)"
+    if is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{Path(name).name or 'a model in memory'}`"
+
+
+def _prompts(source: str, card: str) -> str:
+    if is_hub_id(source):
+        return f"[{source}]({_HUB_DATASET}{source})"
+    return f"[{source}]({card})" if card else source
+
+
+def _source(dataset: Any, branch: str, out: Path) -> tuple[str, str]:
+    """Name of a branch's prompts, and where in `out` their data card is: copied, if `camopd data` wrote one beside them."""
+    from huggingface_hub import DatasetCard
+
+    count = f"{len(dataset):,} prompts" if hasattr(dataset, "__len__") else "a stream of prompts"
+    home = str(getattr(dataset.info, "homepage", "") or "")
+    if home.startswith(_HUB_DATASET):
+        return home.removeprefix(_HUB_DATASET), ""
+    if not home or not Path(home).exists():
+        return count, ""
+    folder = Path(home) if Path(home).is_dir() else Path(home).parent
+    name = f"{count} of {Path(home).name}"
+    if not (folder / "README.md").is_file():
+        return name, ""
+    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    try:
+        card = DatasetCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
+        made_here = card is not None and "camopd" in card.data.to_dict().get("tags", [])
+    except (ValueError, TypeError):
+        made_here = False
+    if not made_here:  # the README of something else
+        return name, ""
+    (out / DATA_CARDS).mkdir(exist_ok=True)
+    (out / DATA_CARDS / f"{branch}.md").write_text(text, encoding="utf-8")
+    return name, f"{DATA_CARDS}/{branch}.md"

@@ -1,0 +1,239 @@
+"""The model card, and what a run sends to the Hub and takes from it, with the real client against a server on localhost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_model, make_prompts, make_tokenizer
+from fake_hub import FakeHub
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from camopd import CaMOPDConfig, CaMOPDTrainer, cli
+from camopd.run import SERVED_TEACHERS, load_all
+
+
+DATA_CARD = "---\npretty_name: Medical prompts\ntags:\n- camopd\n- on-policy-distillation\n---\n\n# Medical prompts\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of four steps as a YAML file, with a data card beside the domain prompts."""
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(seed).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    for branch in ("general", "domain"):
+        (tmp_path / branch).mkdir()
+        make_prompts(branch).to_json(tmp_path / branch / "prompts.jsonl")
+    (tmp_path / "domain" / "README.md").write_text(DATA_CARD)
+    (tmp_path / "general" / "README.md").write_text("# The notes of a project\n")
+    settings = {
+        "model_name_or_path": str(tmp_path / "student"), "dtype": "float32", "output_dir": str(tmp_path / "tiny"),
+        "teachers": {"general": str(tmp_path / "teacher"), "domain": str(tmp_path / "student")},
+        "prompts": {branch: str(tmp_path / branch / "prompts.jsonl") for branch in ("general", "domain")},
+        "schedule": "general:3,domain:1", "max_steps": 4, "prompts_per_step": 4, "per_device_train_batch_size": 2,
+        "max_prompt_length": 64, "max_completion_length": 12, "learning_rate": 0.01, "save_steps": 2,
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "report_to": "none",
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def row(card: str, name: str) -> list[str]:
+    """Cells of the first row of that name."""
+    line = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, tmp_path):
+    held_out = json.dumps({"general": {"path": str(tmp_path / "general" / "prompts.jsonl"), "limit": 3}})
+    cli.main(
+        [
+            "train", str(run), "--eval_prompts", held_out, "--eval_strategy", "steps", "--eval_steps", "4",
+            "--eval_on_start", "true", "--scale", '{"general": 2, "domain": 0.5}',
+        ]
+    )  # fmt: skip
+    card = card_of(tmp_path / "tiny")
+    assert row(card, "specialised model (the student at the start)") == ["`student`"]
+    assert row(card, "general teacher") == ["`teacher`"]
+    assert row(card, "domain teacher") == ["`student`"]
+    assert row(card, "schedule") == ["`general:3,domain:1`"]
+    assert row(card, "steps") == ["4 of 4, one answer to each of 4 prompts"]
+    history = json.loads((tmp_path / "tiny" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    before, after = [entry for entry in history if "eval_general_kl" in entry]
+    assert (before["step"], after["step"]) == (0, 4)
+    cells = [
+        f"{entry['eval_general_kl']:.3f} ± {entry['eval_general_kl_se']:.3f} (step {entry['step']})"
+        for entry in (before, after)
+    ]
+    assert row(card, "general") == [*cells, "3"]
+    assert "| domain | not measured | not measured | |" in card
+    assert "| general | 0.8 | absolute | 2.0 | on | 11 prompts of prompts.jsonl |" in card
+    assert "| domain | 0.8 | positive | 0.5 | on | [11 prompts of prompts.jsonl](data_cards/domain.md) |" in card
+    assert (tmp_path / "tiny" / "data_cards" / "domain.md").read_text() == DATA_CARD
+    assert not (tmp_path / "tiny" / "data_cards" / "general.md").exists()  # that one is of something else
+    assert "https://arxiv.org/abs/2605.27115" in card
+    assert "@article{chen2026camopd" in card
+    assert str(tmp_path) not in card  # a path says nothing to others
+    data = ModelCard(card).data
+    assert {"camopd", "trl", "on-policy-distillation"} <= set(data.tags)
+    assert data.library_name == "transformers"
+    assert data.base_model is None  # a local path is none
+
+
+def test_without_held_out_prompts_the_card_has_the_gaps_of_the_steps(run, tmp_path):
+    cli.main(["train", str(run)])
+    steps = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (-steps[place]["gap/general/mean"] for place in (0, 2))
+    card = card_of(tmp_path / "tiny")
+    assert f"| general | {first:.3f} (step 1) | {last:.3f} (step 3) |" in card
+    assert f"| domain | {-steps[3]['gap/domain/mean']:.3f} (step 4) |" in card
+    assert "no held-out prompts (`eval_prompts`)" in card.replace("\n", " ")
+
+
+def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
+    from peft import LoraConfig
+
+    student = make_model(1)
+    student.config._name_or_path = "my-org/specialised"
+    prompts = {branch: make_prompts(branch) for branch in ("general", "domain")}
+    prompts["general"].info.homepage = "https://huggingface.co/datasets/my-org/prompts"
+    teacher = make_model(2)
+    teacher.config._name_or_path = "my-org/general"
+    trainer = CaMOPDTrainer(
+        model=student,
+        teachers={"general": teacher, "domain": "adapter_off"},
+        args=CaMOPDConfig(
+            output_dir=str(tmp_path / "out"), prompts_per_step=4, per_device_train_batch_size=2, max_prompt_length=64,
+            max_completion_length=12, use_cpu=True, bf16=False, report_to="none", max_steps=1,
+        ),
+        train_dataset=prompts,
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )  # fmt: skip
+    trainer.create_model_card("named", tags="mine")
+    card = card_of(tmp_path / "out")
+    assert card.count("[my-org/specialised](https://huggingface.co/my-org/specialised)") == 3  # text, table, teacher
+    assert row(card, "general teacher") == ["[my-org/general](https://huggingface.co/my-org/general)"]
+    assert row(card, "domain teacher") == [
+        "[my-org/specialised](https://huggingface.co/my-org/specialised) (`adapter_off`)"
+    ]
+    assert "[my-org/prompts](https://huggingface.co/datasets/my-org/prompts)" in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.base_model, data.datasets) == ("peft", "my-org/specialised", ["my-org/prompts"])
+    assert "mine" in data.tags
+    assert "# named" in card
+
+
+# --- the Hub -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub():
+    served = FakeHub({})
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def train(run, hub, tmp_path):
+    """`camopd train` in a process of its own, with the Hub of the test."""
+
+    def train(*words, **environment):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        settings = {
+            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **environment,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "camopd.cli", "train", str(run), *words]
+        return subprocess.run(command, env={**clean, **settings}, capture_output=True, text=True, timeout=300)
+
+    return train
+
+
+def test_a_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path):
+    push = ["--push_to_hub", "true", "--hub_model_id", "me/tiny", "--hub_strategy", "checkpoint"]
+    (tmp_path / "tiny").mkdir()
+    done = train(*push, HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert [made["name"] for made in hub.created] == ["tiny"]
+
+    files = hub.models["me/tiny"]
+    out = tmp_path / "tiny"
+    for name in ("README.md", "model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl"):
+        assert files[name] == (out / name).read_bytes(), name
+    assert files["data_cards/domain.md"] == DATA_CARD.encode()
+    assert any(name.startswith("last-checkpoint/") and name.endswith("optimizer.pt") for name in files)
+    assert files["last-checkpoint/camopd.json"] == (out / "checkpoint-4" / "camopd.json").read_bytes()
+    assert not [name for name in files if name.startswith(("checkpoint-", "_"))]
+    card = ModelCard(files["README.md"].decode())
+    assert {"camopd", "trl", "on-policy-distillation"} <= set(card.data.tags)
+    assert 'model="me/tiny"' in card.text
+    assert any(request.endswith("me/tiny.git/info/lfs/objects/batch") for request in hub.requests)
+
+    # On another machine: what is there of the run is on the Hub.
+    later = ["--max_steps", "6", "--output_dir", str(tmp_path / "later")]
+    done = train(*later, "--resume_from_checkpoint", "me/tiny", HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "later" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 6]
+    done = train("--max_steps", "6", "--output_dir", str(tmp_path / "at-once"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed, at_once = (load_file(tmp_path / name / "model.safetensors") for name in ("later", "at-once"))
+    assert all((resumed[name] == value).all() for name, value in at_once.items())
+
+
+def test_what_camopd_serve_has_written_is_not_sent(run, train, hub, tmp_path):
+    """`_teachers.json` names hosts of a cluster."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / SERVED_TEACHERS).write_text("{}")
+    done = train("--push_to_hub", "true", "--hub_model_id", "me/tiny", "--max_steps", "1", HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "model.safetensors" in hub.models["me/tiny"]
+    assert SERVED_TEACHERS not in hub.models["me/tiny"]
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "said"),
+    [
+        (None, {}, "the Hub knows no such model, or it is private, and this machine has no token; check the name, or set"),
+        ({"config.json": b"{}"}, {}, "'me/tiny' on the Hub has no folder 'last-checkpoint', which a run with"),
+        ({"config.json": b"{}"}, {"HF_HUB_OFFLINE": "1"}, "cannot be fetched: HF_HUB_OFFLINE is set; unset it where there"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_cannot_be_fetched_is_an_error_with_the_way_out(train, hub, files, environment, said):
+    if files is not None:
+        hub.models["me/tiny"] = files
+    done = train("--resume_from_checkpoint", "me/tiny", **environment)
+    assert done.returncode == 2
+    assert said in done.stderr.replace("\n", " ")
+    assert "'me/tiny'" in done.stderr
+    if "no folder" not in said:
+        assert "hf download me/tiny --include 'last-checkpoint/*' --local-dir DIR" in done.stderr
+
+
+def test_a_pickled_checkpoint_is_not_fetched(run, tmp_path, monkeypatch):
+    from camopd.errors import ResumeError
+    from camopd.run import find_teachers, parse
+
+    prompts, model, args = parse(str(run), [])
+    trainer = CaMOPDTrainer(
+        model=model.model_name_or_path,
+        teachers=find_teachers(args),
+        args=args,
+        train_dataset=load_all(prompts.prompts),
+    )
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    with pytest.raises(ResumeError, match=r"DeepSpeed and FSDP unpickle what they load.*hf download me/tiny"):
+        trainer.train(resume_from_checkpoint="me/tiny")
