@@ -471,7 +471,7 @@ def test_all_are_started_served_and_stopped_by_ctrl_c(write, stand_in, serve, tm
     config = write({"general": "org/general", "my-code": "org/code", "domain": "adapter_off"})
     port = free_port(3)
     run = serve(config, "--replicas", "general=2", "--port", str(port), "--", "--max-num-seqs", "8")
-    served = tmp_path / "out" / "teachers.json"
+    served = tmp_path / "out" / "_teachers.json"
     wait_for(lambda: served.exists() or run.process.poll() is not None)
     urls = [f"http://127.0.0.1:{port + place}" for place in range(3)]
     assert json.loads(served.read_text()) == {"general": urls[:2], "my-code": urls[2:]}
@@ -504,7 +504,7 @@ def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write,
     pretend_installed(tmp_path / "site", "vllm", "0.29.0")
     port = free_port(2)
     run = serve(write({"general": "org/general", "domain": "org/domain"}), "--gpus", "5,5", "--port", str(port))
-    wait_for(lambda: (tmp_path / "out" / "teachers.json").exists() or run.process.poll() is not None)
+    wait_for(lambda: (tmp_path / "out" / "_teachers.json").exists() or run.process.poll() is not None)
     run.process.send_signal(signal.SIGTERM)
     code, out, err = run.end()
     assert (code, err) == (0, "")
@@ -528,7 +528,7 @@ def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(w
     assert "reason 5\n" in err
     assert "reason 4\n" not in err
     assert "leaked" not in err
-    assert not (tmp_path / "out" / "teachers.json").exists()
+    assert not (tmp_path / "out" / "_teachers.json").exists()
     assert_nothing_stays(read_notes(stand_in))
 
 
@@ -536,12 +536,12 @@ def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, stand_in, ser
     port = free_port(3)
     config = write({"general": "org/general", "domain": "org/domain"})
     run = serve(config, "--replicas", "general=2", "--port", str(port))
-    wait_for(lambda: (tmp_path / "out" / "teachers.json").exists() or run.process.poll() is not None)
+    wait_for(lambda: (tmp_path / "out" / "_teachers.json").exists() or run.process.poll() is not None)
     os.kill(read_notes(stand_in)[port + 1]["pid"], signal.SIGKILL)
     code, _, err = run.end()
     assert code == 2
     assert "the server general/1 of org/general has died (killed by SIGKILL)" in err
-    assert not (tmp_path / "out" / "teachers.json").exists()
+    assert not (tmp_path / "out" / "_teachers.json").exists()
     assert_nothing_stays(read_notes(stand_in))
 
 
@@ -560,7 +560,7 @@ def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, stand_in
 def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, stand_in, serve, tmp_path):
     port = free_port()
     run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=60)
-    wait_for(lambda: (tmp_path / "out" / "teachers.json").exists() or run.process.poll() is not None)
+    wait_for(lambda: (tmp_path / "out" / "_teachers.json").exists() or run.process.poll() is not None)
     started = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -572,7 +572,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, stand_in, serve, tmp
 
 
 def test_a_teachers_file_of_another_is_left_alone(write, stand_in, serve, tmp_path):
-    served = tmp_path / "out" / "teachers.json"
+    served = tmp_path / "out" / "_teachers.json"
     run = serve(write({"general": "org/general"}), "--port", str(free_port()))
     wait_for(lambda: served.exists() or run.process.poll() is not None)
     served.write_text('{"general": ["http://elsewhere:1"]}')

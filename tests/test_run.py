@@ -196,7 +196,7 @@ def test_a_served_teacher_that_is_gone_is_an_error_that_names_the_file(command, 
     assert stopped.value.code == 2
     said = " ".join("".join(capsys.readouterr()).split())
     assert "does not answer" in said
-    assert "teachers.json', which `camopd serve` has written; start it again, or delete the file." in said
+    assert "_teachers.json', which `camopd serve` has written; start it again, or delete the file." in said
 
 
 def test_what_is_served_for_another_output_dir_does_not_matter(tmp_path):

@@ -131,7 +131,7 @@ def servers(base_model, config, tmp_path_factory):
     try:
         for replica in replicas:
             replica.wait_until_up()
-        teachers = Path(yaml.safe_load(config.read_text())["output_dir"]) / "teachers.json"
+        teachers = Path(yaml.safe_load(config.read_text())["output_dir"]) / "_teachers.json"
         deadline = time.monotonic() + UP_SECONDS
         while not teachers.exists():
             assert serve.poll() is None, (logs / "serve.log").read_text()[-3000:]
@@ -334,7 +334,7 @@ def test_camopd_serve_stops_everything_on_ctrl_c(servers, config):
     serve.send_signal(signal.SIGINT)
     assert serve.wait(60) == 0
     assert not answers(f"{domain}/health")
-    assert not (Path(yaml.safe_load(config.read_text())["output_dir"]) / "teachers.json").exists()
+    assert not (Path(yaml.safe_load(config.read_text())["output_dir"]) / "_teachers.json").exists()
     text = (logs / "serve.log").read_text()
     assert f"domain: {domain}" in text
     assert "[domain/0]" in text

@@ -1,6 +1,6 @@
 """`camopd serve`: the teachers of a YAML config as vLLM servers, a process per teacher and replica.
 
-It starts the processes, forwards their logs, and says in `{output_dir}/teachers.json` where they listen, which
+It starts the processes, forwards their logs, and says in `{output_dir}/_teachers.json` where they listen, which
 `camopd train` and `camopd check` read. It lives as long as they do: Ctrl-C stops them, and the end of one is the end of
 all. Under a cluster's own scheduler, `--print` gives the command lines instead.
 """
