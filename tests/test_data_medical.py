@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from camopd.data.medical import build_medical, parse_options, stem
+from camopd.data.medical import CLOSING_OPEN, build_medical, parse_options, stem, to_prompt
 from camopd.errors import DataError
 
 
@@ -256,3 +256,49 @@ def test_an_id_that_comes_twice_is_an_error(make, tmp_path):
     with pytest.raises(DataError, match=r"the id 'medmcqa-uuid-1' comes twice, .* in row \d+ of prompts\.jsonl"):
         make(medmcqa=[medmcqa(1, question=f"q {n}") for n in range(8)])
     assert not (tmp_path / "out").exists()
+
+
+# --- rows that no builder knows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "Which?", "options": {"A": "one", "B": "two"}, "answer": "B", "answer_text": "two"},
+        {
+            "question": "Which?",
+            "options": {"A": "one", "B": "two", "C": None},
+            "cop": 1,
+        },  # from Arrow
+        {"question": " Which? ", "options": ["one", "two"]},
+        {"question": "Which?", "options": "A. one\nB. two"},
+        {"question": "Which?\nAnswer Choices: (A) one (B) two", "options": {"A": "one", "B": "two"}},
+    ],
+)
+def test_a_row_with_options_gets_the_template_of_figure_7(row):
+    system, user = to_prompt(row)
+    assert system == {"role": "system", "content": SYSTEM}
+    assert user == {
+        "role": "user",
+        "content": "Which?\nA. one\nB. two\nPlease reason step by step and give the final answer choice at the end.",
+    }
+
+
+def test_a_row_without_options_gets_the_open_template_and_no_answer():
+    _, user = to_prompt({"question": "What is choking?", "answer": GOLD, "options": None})
+    assert user["content"] == f"What is choking?\n{CLOSING_OPEN}"
+    assert GOLD not in user["content"]
+
+
+def test_a_row_without_a_question_is_an_error_with_its_columns():
+    with pytest.raises(
+        ValueError, match=r"no text in `question`, only the columns \['answer', 'text'\]: .*`messages` or"
+    ):
+        to_prompt({"text": "Which?", "answer": "A"})
+
+
+def test_options_that_cannot_be_told_apart_are_an_error_with_the_question():
+    with pytest.raises(
+        ValueError, match=r"options \{'A': 'one'\} of the medical question 'Which\?' cannot be told apart"
+    ):
+        to_prompt({"question": "Which?", "options": {"A": "one"}})

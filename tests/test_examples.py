@@ -1,6 +1,8 @@
-"""The examples: the plain loop is held to the trainer, the others to their command lines."""
+"""The examples: the plain loop is held to the trainer; the others run as their heads say, with tiny models."""
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,10 @@ import pytest
 import torch
 from conftest import make_model, make_prompts, make_tokenizer
 from steps import ROWS, Case, FakeSampler, trainer_step
+from test_data_roleplay import talk
+from transformers import AutoModelForCausalLM
 
+from camopd import cli
 from camopd.prompts import PromptDealer, PromptStream
 from camopd.schedule import Schedule
 
@@ -76,3 +81,124 @@ def test_minimal_loop_is_short_and_uses_no_trl():
     text = (EXAMPLES / "minimal_loop.py").read_text()
     assert "import trl" not in text and "from trl" not in text
     assert len(text.splitlines()) < 170
+
+
+# --- the scripts of the two experiments, with tiny models ----------------------------------------------------------
+
+TINY = [
+    "--use_cpu", "true", "--bf16", "false", "--max_prompt_length", "512", "--max_completion_length", "8",
+    "--prompts_per_step", "4", "--per_device_train_batch_size", "2", "--max_steps", "2", "--learning_rate", "0.01",
+    "--disable_tqdm", "true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Student and general teacher, with room for a system prompt of one token a letter."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("student", 1), ("general", 2)):
+        model = make_model(seed)
+        model.config.max_position_embeddings = 1024
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def script(name: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run an example under `accelerate launch`, as its head says."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launch, str(EXAMPLES / f"{name}.py"), *words], cwd=EXAMPLES.parent, env=environment, capture_output=True,
+        text=True, timeout=400, check=False,
+    )  # fmt: skip
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def jsonl(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_a_card(models, tmp_path):
+    rows = [
+        {"id": n, "question": f"which of {n}?", "options": {"A": "one", "B": "two"}, "answer": "B"} for n in range(8)
+    ]
+    prompts = {
+        "general": jsonl(tmp_path / "general.jsonl", [{"prompt": f"say {n}"} for n in range(8)]),
+        "domain": jsonl(tmp_path / "raw.jsonl", rows),
+    }
+    out = tmp_path / "out"
+    words = [
+        "--config", "configs/smoke.yaml", *TINY, "--output_dir", str(out), "--schedule", "general:1,domain:1",
+        "--model_name_or_path", str(models / "student"), "--prompts", json.dumps(prompts),
+        "--eval_prompts", json.dumps({"domain": {"path": prompts["domain"], "limit": 2}}), "--eval_steps", "2",
+        "--teachers", json.dumps({"general": str(models / "general"), "domain": str(models / "student")}),
+        "--save_steps", "2", "--log_completions", "false",
+    ]  # fmt: skip
+    run = script("train_medical", *words, processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert steps_of(out) == [1, 2]
+    AutoModelForCausalLM.from_pretrained(out)
+    card = (out / "README.md").read_text()
+    assert "| domain | " in card and "(step 0)" in card and "(step 2)" in card and "8 prompts of raw.jsonl" in card
+    run = script("train_medical", *words, "--max_steps", "3", "--resume_from_checkpoint", "true", processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert steps_of(out) == [1, 2, 3]
+
+
+def test_a_script_without_prompts_of_a_branch_says_which(models, tmp_path):
+    run = script("train_medical", "--config", "configs/smoke.yaml", "--prompts", '{"general": "general.jsonl"}')
+    assert run.returncode != 0
+    assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in run.stderr
+
+
+def test_specialize_roleplay_makes_the_model_that_train_roleplay_recovers(models, tmp_path):
+    """From CoSER's own form, by the builder, to a recovered model."""
+    raw = tmp_path / "coser.json"
+    raw.write_text(json.dumps([talk(turns) for turns in (3, 5, 7, 9, 4, 6, 8, 10)]))
+    cli.main(["data", "roleplay", "--out", str(tmp_path / "data"), "--limit", "4", "--source", f"coser={raw}"])
+    tuned = tmp_path / "roleplay-sft"
+    run = script(
+        "specialize_roleplay", "--model_name_or_path", str(models / "student"), "--dataset_name",
+        str(tmp_path / "data" / "sft.jsonl"), "--output_dir", str(tuned), "--max_steps", "2", "--learning_rate", "0.01",
+        "--use_cpu", "true", "--bf16", "false", "--per_device_train_batch_size", "2", "--report_to", "none",
+        "--dtype", "float32",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    out = tmp_path / "out"
+    run = script(
+        "train_roleplay", "--config", "configs/smoke.yaml", *TINY, "--output_dir", str(out), "--model_name_or_path",
+        str(tuned), "--teachers", json.dumps({"general": str(models / "student"), "domain": str(tuned)}), "--prompts",
+        json.dumps({branch: str(tmp_path / "data" / "prompts.jsonl") for branch in ("general", "domain")}),
+        "--eval_prompts", "null", "--eval_strategy", "no", "--eval_on_start", "false",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert steps_of(out) == [1, 2]
+    card = (out / "README.md").read_text()
+    assert "(data_cards/domain.md)" in card and "(data_cards/general.md)" in card  # the builder's
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_train_custom_needs_no_config(models, tmp_path):
+    prompts = {
+        name: jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}"} for n in range(8)]) for name in ("a", "b")
+    }
+    run = script(
+        "train_custom", "--student", str(models / "student"), "--general", str(models / "general"), "--general_prompts",
+        prompts["a"], "--domain_prompts", prompts["b"], "--output_dir", str(tmp_path / "out"), *TINY,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert steps_of(tmp_path / "out") == [1, 2]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "adapter_off" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["train_medical", "train_roleplay", "train_custom", "specialize_roleplay"])
+def test_a_script_is_a_few_dozen_lines_with_its_dependencies(name):
+    text = (EXAMPLES / f"{name}.py").read_text()
+    assert text.startswith("# /// script\n# dependencies = [")
+    assert len(text.splitlines()) < 80

@@ -52,7 +52,9 @@ def tiny(models, tmp_path):
         "teachers": {branch: str(models / branch) for branch in BRANCHES},
         "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
         "use_vllm": False, "max_prompt_length": 64, "max_completion_length": 12, "max_steps": 2, "prompts_per_step": 4,
-        "per_device_train_batch_size": 2, "learning_rate": 0.01, "save_strategy": "no",
+        "per_device_train_batch_size": 1, "learning_rate": 0.01, "save_strategy": "no", "attn_implementation": "sdpa",
+        "eval_prompts": {"general": {"path": str(tmp_path / "general.jsonl"), "limit": 2}}, "eval_steps": 2,
+        "max_tokens_per_micro_batch": 256,
     }  # fmt: skip
     return [
         word

@@ -144,7 +144,8 @@ def to_prompt(row: dict[str, Any]) -> Messages:
             f"the options {options!r} of the medical question {question[:80]!r} cannot be told apart. They must be a "
             'mapping from letters, {"A": "...", "B": "..."}, a list of texts, or lines "A. ...".'
         )
-    return prompt_of(question.strip(), found, bool(found))
+    # MedXpertQA has its options behind the question, too.
+    return prompt_of(stem(question.strip()) if found else question.strip(), found, bool(found))
 
 
 def parse_options(text: str | None) -> dict[str, str] | None:

@@ -1,0 +1,56 @@
+# /// script
+# dependencies = ["camopd[vllm,deepspeed,peft]"]
+# ///
+"""
+Bring general abilities back to a medical model: II-Medical-8B, with Qwen3-8B as the general teacher.
+
+The paper's run on 4 x 8 GPUs (see the head of the config), and one on a single GPU with LoRA:
+
+```bash
+camopd data general --out data/general
+camopd data medical --out data/medical
+accelerate launch --config_file configs/accelerate/multi_node.yaml \\
+    examples/train_medical.py --config configs/medical.yaml
+accelerate launch --config_file configs/accelerate/single_gpu.yaml \\
+    examples/train_medical.py --config configs/medical_1gpu.yaml
+```
+
+Domain prompts may also be rows with `question` and `options`, as the raw datasets have them: the script puts them into the
+paper's template. Every setting can follow as `--name value`:
+
+```bash
+accelerate launch --cpu --num_processes 2 examples/train_medical.py --config configs/smoke.yaml \\
+    --prompts '{"general": "general.jsonl", "domain": "medmcqa.jsonl"}'
+```
+"""
+
+from trl import get_peft_config, get_quantization_config
+
+from camopd import CaMOPDTrainer
+from camopd.data.medical import to_prompt
+from camopd.run import find_teachers, load_all, parse_script
+
+
+def main() -> None:
+    prompts, model_args, training_args = parse_script()
+
+    trainer = CaMOPDTrainer(
+        model=model_args.model_name_or_path,
+        teachers=find_teachers(training_args),
+        args=training_args,
+        train_dataset=load_all(prompts.prompts, {"domain": to_prompt}),
+        eval_dataset=load_all(prompts.eval_prompts, {"domain": to_prompt}) if prompts.eval_prompts else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
