@@ -65,6 +65,7 @@ from .teachers.server import ServerTeacher, connect_servers
 
 logger = logging.getLogger(__name__)
 
+PROBED_PROMPTS = 64  # first ones of a branch, whose lengths are looked at before training
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
 _RECORDED = (
@@ -269,6 +270,7 @@ class CaMOPDTrainer(DistillationTrainer):
             self.vllm_generation.logprobs = 0
 
         self._prompts = {branch: stream.dataset for branch, stream in streams.items()}
+        self._check_prompt_lengths()
         self._record = {
             "schedule": str(self.schedule),
             "branches": list(self.schedule.branches),
@@ -408,7 +410,29 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ---------------------------------------------------------------------------------------------------- rollout
 
+    def _check_prompt_lengths(self) -> None:
+        """Raise `ValueError` when every one of a branch's first prompts would lose its beginning: the cap is a mistake."""
+        limit = self.args.max_prompt_length
+        for branch, dataset in self._prompts.items():
+            first = [row["prompt"] for row in dataset.take(PROBED_PROMPTS)]
+            shortest = min(map(len, self._whole_prompts(first)))
+            if shortest > limit:
+                raise ValueError(
+                    f"the first {len(first)} prompts of branch {branch!r} are all longer than max_prompt_length={limit} "
+                    f"tokens; the shortest has {shortest}. They would all lose their beginnings. Raise max_prompt_length, "
+                    "or give shorter prompts."
+                )
+
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        prompt_ids = self._whole_prompts(prompts)
+        limit = self.args.max_prompt_length
+        self._prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
+        self._turns = []
+        self._empty_rows = None
+        # The last tokens: the generation prompt must survive.
+        return [ids[-limit:] for ids in prompt_ids], None, {}
+
+    def _whole_prompts(self, prompts: list) -> list[list[int]]:
         # The parent looks at the first prompt to tell text from messages; a mixed step can hold both.
         prompt_ids: list[list[int]] = [[] for _ in prompts]
         for conversational in (False, True):
@@ -422,12 +446,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 )
             for row, row_ids in zip(rows, ids, strict=True):
                 prompt_ids[row] = list(row_ids)
-        limit = self.args.max_prompt_length
-        self._prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
-        self._turns = []
-        self._empty_rows = None
-        # The last tokens: the generation prompt must survive.
-        return [ids[-limit:] for ids in prompt_ids], None, {}
+        return prompt_ids
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         if self.use_vllm:

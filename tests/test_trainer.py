@@ -276,6 +276,19 @@ def test_long_prompts_keep_their_last_tokens_and_are_counted(tmp_path, tokenizer
     assert lines(tmp_path)[0]["rollout/prompts_cut"] == 1
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompts_that_are_all_longer_than_the_cap_are_an_error_with_the_lengths(tmp_path, tokenizer, streaming):
+    prompts = {"domain": Dataset.from_list([{"prompt": "0123456789"}, {"prompt": "0123456"}])}
+    if streaming:
+        prompts["domain"] = prompts["domain"].to_iterable_dataset()
+    prompts["general"] = Dataset.from_list([{"prompt": "0123456789"}, {"prompt": "01"}])  # one that fits is enough
+    with pytest.raises(
+        ValueError,
+        match=r"first 2 prompts of branch 'domain' are all longer than max_prompt_length=4 tokens; the shortest has 7",
+    ):
+        make_trainer(tmp_path, tokenizer, train_dataset=prompts, max_prompt_length=4)
+
+
 # ------------------------------------------------------------------------------------------------- importance weights
 
 
