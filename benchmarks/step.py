@@ -31,7 +31,7 @@ from pathlib import Path
 
 RESULT = Path(__file__).parent / "results" / "step.md"
 ON_CPU = {
-    "prompts": 8, "batch": 2, "median": 32, "cap": 128, "equal": 40, "generation_prompts": 8, "new_tokens": 48,
+    "prompts": 24, "batch": 8, "median": 16, "cap": 256, "equal": 16, "generation_prompts": 24, "new_tokens": 24,
 }  # fmt: skip
 ON_GPU = {
     "prompts": 128, "batch": 4, "median": 1024, "cap": 8192, "equal": 2048, "generation_prompts": 64, "new_tokens": 1024,
@@ -42,7 +42,7 @@ KEEP_PAGES = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "1000000000",
 }
-PROMPT = 24  # tokens of a scripted prompt
+PROMPT = 8  # tokens of a scripted prompt
 # workload -> contender -> settings of CaMOPDConfig, or the name of TRL's trainer
 CONTENDERS: dict[str, dict[str, dict | str]] = {
     "equal": {
