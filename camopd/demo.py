@@ -105,6 +105,7 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     if fresh:
         for settings in runs:
             _remove_own(output_dir / f"seed-{settings.seed}")
+    _write_prompts(output_dir / "prompts")
     try:
         results = [_run_seed(output_dir, settings) for settings in runs]
     except KeyboardInterrupt:
@@ -431,6 +432,16 @@ def load_prompts(branch: str, split: str) -> list[dict[str, str]]:
     domain, "finetune", whose rows have an `answer`."""
     text = (resources.files("camopd.demo_data") / f"{branch}.jsonl").read_text(encoding="utf-8")
     return [row for row in map(json.loads, text.splitlines()) if row["split"] == split]
+
+
+def _write_prompts(folder: Path) -> None:
+    """The demo's prompts as files, for configs that train on its models: `general-train.jsonl` and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for branch in BRANCHES:
+        for split in ("train", "heldout"):
+            rows = [{"id": row["id"], "prompt": _messages(branch, row["prompt"])} for row in load_prompts(branch, split)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{branch}-{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _messages(branch: str, text: str) -> list[dict[str, str]]:

@@ -378,6 +378,7 @@ def train(config: str, overrides: list[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
+    trainer.save_state()  # with the held-out gaps, for `camopd sweep`
     trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()

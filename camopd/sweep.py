@@ -176,7 +176,7 @@ def read_sweep(path: str) -> Sweep:
     if not isinstance(columns, list) or not all(isinstance(column, str) and _is_column(column) for column in columns):
         raise ValueError(
             f"columns in {path!r} must be a list of metrics such as gap/general/abs_mean (its last value), "
-            f"gap/general/abs_mean@5 (mean of its last five) or a key of result.json, got {columns!r}."
+            f"gap/general/abs_mean@5 (mean of its last five), eval_general_kl or a key of result.json, got {columns!r}."
         )
     command = settings.get("command", TRAIN)
     _check_command(path, command, configs, seeds, common)
@@ -327,8 +327,8 @@ def _signals_as_ctrl_c() -> Iterator[None]:
 def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
     """A row for each run that has ended well, with its values by column, and notes on what is missing.
 
-    Without `columns` these are the mean |gap| of each branch over the last five of its steps, and the numbers at the top
-    of result.json.
+    Without `columns` these are the mean |gap| of each branch over the last five of its steps, the numbers at the top
+    of result.json, and the held-out gaps.
     """
     found, notes = {}, []
     for run in sweep.runs:
@@ -420,9 +420,18 @@ def _metrics_of(run: Run) -> pd.DataFrame:
 
 
 def _result_of(run: Run) -> dict[str, Any]:
-    path = run.folder / "result.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    """The last held-out gaps, which the Trainer's state has, and what is in result.json, where a run writes one."""
+    state, own = (
+        json.loads(path.read_text()) if path.is_file() else {}
+        for path in (run.folder / "trainer_state.json", run.folder / "result.json")
+    )
+    held_out = {
+        name: value
+        for entry in state.get("log_history", [])
+        for name, value in entry.items()
+        if re.fullmatch("eval_.*_kl", name)
+    }
+    return {**held_out, **own} if isinstance(own, dict) else held_out
 
 
 def _value(column: str, metrics: pd.DataFrame, result: Mapping[str, Any]) -> float:

@@ -39,6 +39,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     trainer.create_model_card()
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -49,6 +49,12 @@ def test_the_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == report.count(".png)")
     assert [answer["branch"] for answer in result["answers"]] == list(BRANCHES)
+    for branch in BRANCHES:  # for configs/demo.yaml and its like
+        for split in ("train", "heldout"):
+            lines = (tmp_path / "out" / "prompts" / f"{branch}-{split}.jsonl").read_text().splitlines()
+            assert len(lines) == len(load_prompts(branch, split))
+            roles = [message["role"] for message in json.loads(lines[0])["prompt"]]
+            assert roles == (["system", "user"] if branch == "domain" else ["user"])
 
 
 def test_a_second_run_trains_nothing_and_gives_the_same_numbers(settings, tmp_path, monkeypatch):

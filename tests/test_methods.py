@@ -21,7 +21,7 @@ from camopd.schedule import Schedule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
-RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if "accelerate" not in path.parts)
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if not {"accelerate", "sweeps"} & set(path.parts))
 BRANCHES = ("general", "domain")
 
 
