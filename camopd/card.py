@@ -6,13 +6,14 @@ paths are shortened to their names, because the card is for others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from . import __version__
-from .hub import is_hub_id
+from .hub import is_hub_id, public_name
 from .teachers.address import ADAPTER_TEACHERS
 
 
@@ -52,8 +53,8 @@ def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) ->
         f"[CaMOPD](https://arxiv.org/abs/{trainer._paper['id']}): it wrote its own answers, and moved toward the teacher "
         "of each branch in turn, on the samples with the largest teacher-student gaps.",
         "",
-        *_gaps(trainer.state.log_history, out / "metrics.jsonl", trainer.schedule.branches),
-        *_training(trainer, student, is_peft, sources),
+        *_gaps(trainer.state.log_history, trainer.schedule.branches),
+        *_training(trainer, student, base, is_peft, sources),
         *_use(trainer.hub_model_id or model_name, is_peft),
         *_versions(),
         *_citations(trainer._paper["citation"]),
@@ -66,7 +67,7 @@ def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) ->
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
-def _gaps(history: list[dict[str, Any]], metrics: Path, branches: tuple[str, ...]) -> list[str]:
+def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]:
     """Before and after: on held-out prompts where the run has any, else on those of the steps themselves."""
     held_out = {
         branch: [entry for entry in history if entry.get(f"eval_{branch}_kl") is not None] for branch in branches
@@ -100,16 +101,15 @@ def _gaps(history: list[dict[str, Any]], metrics: Path, branches: tuple[str, ...
         "| branch | first step | last step |",
         "|---|---|---|",
     ]
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     for branch in branches:
-        values = [(step["step"], -step[key]) for step in steps if step.get(key := f"gap/{branch}/mean") is not None]
+        values = [(step["step"], -step[key]) for step in history if step.get(key := f"gap/{branch}/mean") is not None]
         cells = [f"{value:.3f} (step {number})" for number, value in (values[:1] + values[-1:])] or ["none", "none"]
         lines.append(f"| {branch} | {cells[0]} | {cells[-1]} |")
     return [*lines, ""]
 
 
 def _training(
-    trainer: CaMOPDTrainer, student: str, is_peft: bool, sources: Mapping[str, tuple[str, str]]
+    trainer: CaMOPDTrainer, student: str, base: str, is_peft: bool, sources: Mapping[str, tuple[str, str]]
 ) -> list[str]:
     args, settings = trainer.args, trainer._settings
     rows = {
@@ -117,9 +117,9 @@ def _training(
         **{f"{branch} teacher": _model(teacher.name) for branch, teacher in trainer.teachers.items()},
         "schedule": f"`{trainer.schedule}`",
         "steps": f"{trainer.state.global_step} of {args.max_steps}, one answer to each of {args.prompts_per_step} prompts",
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type}",
+        "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "tokens": f"prompts up to {args.max_prompt_length}, answers up to {args.max_completion_length}, T = 1",
-        "trained": "LoRA" if is_peft else "all weights",
+        "trained": f"LoRA on {_model(base)}" if is_peft else "all weights",
         "processes": str(args.world_size),
     }
     lines = ["## Training", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
@@ -200,9 +200,11 @@ def _model(name: str) -> str:
     which, _, of = name.partition(":")
     if which in ADAPTER_TEACHERS:
         return f"{_model(of)} (`{which}`)"
-    if is_hub_id(name):
-        return f"[{name}](https://huggingface.co/{name})"
-    return f"`{Path(name).name or 'a model in memory'}`"
+    return (
+        f"[{name}](https://huggingface.co/{name})"
+        if is_hub_id(name)
+        else f"`{public_name(name) or 'a model in memory'}`"
+    )
 
 
 def _prompts(source: str, card: str) -> str:
@@ -229,7 +231,7 @@ def _source(dataset: Any, branch: str, out: Path) -> tuple[str, str]:
     try:
         card = DatasetCard(text, ignore_metadata_errors=True) if text.startswith("---") else None
         made_here = card is not None and "camopd" in card.data.to_dict().get("tags", [])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, yaml.YAMLError):
         made_here = False
     if not made_here:  # the README of something else
         return name, ""

@@ -335,6 +335,11 @@ class CaMOPDConfig(DistillationConfig):
                         f"schedule {self.schedule!r} gives branch {branch!r} none of the {self.prompts_per_step} prompts "
                         f"of step {step}. Raise prompts_per_step or the branch's share."
                     )
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
+            self.resume_from_checkpoint: Any = str(self.resume_from_checkpoint).lower() == "true"
+        if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_max_model_length is None:
+            # Else vLLM wants room for the longest sequence that the model can take.
+            self.vllm_max_model_length = self.max_prompt_length + longest
         self._check_method(schedule)
         self._check_refused()
 
@@ -525,6 +530,11 @@ class CaMOPDConfig(DistillationConfig):
 
     def _check_refused(self) -> None:
         """Refuse what the parent offers and the method cannot use, instead of ignoring it."""
+        if self.hub_token is not None:
+            raise ValueError(
+                "hub_token would be stored in training_args.bin, which lies beside the model and is sent to the Hub. Leave "
+                "it out, and set HF_TOKEN or run `hf auth login`."
+            )
         for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):  # two ways to say it
             if getattr(self, name) == also_off:
                 setattr(self, name, off)

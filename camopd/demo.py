@@ -439,7 +439,9 @@ def _write_prompts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for branch in BRANCHES:
         for split in ("train", "heldout"):
-            rows = [{"id": row["id"], "prompt": _messages(branch, row["prompt"])} for row in load_prompts(branch, split)]
+            rows = [
+                {"id": row["id"], "prompt": _messages(branch, row["prompt"])} for row in load_prompts(branch, split)
+            ]
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{branch}-{split}.jsonl").write_text(lines, encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 
 _TOKEN = re.compile(r"hf_\w+")
@@ -13,6 +14,12 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 def is_hub_id(name: str) -> bool:
     """Whether a name is `owner/name` of the Hub, and nothing on this machine."""
     return _ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """What others may see of a model's name: all of an id of the Hub, the last part of a path."""
+    which, colon, of = name.rpartition(":")
+    return f"{which}{colon}{of if is_hub_id(of) else Path(of).name}"
 
 
 def why_not(error: BaseException, repo: str, kind: str = "dataset") -> str:

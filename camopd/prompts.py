@@ -53,6 +53,19 @@ class PromptStream:
             if self._next - 1 in draws:
                 yield self._row(row)
 
+    def some(self, count: int) -> Iterator[dict[str, Any]]:
+        """Evenly spaced rows of a `Dataset`, the first ones of an `IterableDataset`, at most `count`. Raises as `draw`."""
+        rows: Any = self.dataset.take(count)
+        if isinstance(self.dataset, Dataset):
+            step = -(-len(self.dataset) // count)
+            rows = self.dataset.select(range(0, len(self.dataset), step))
+        empty = True
+        for row in rows:
+            empty = False
+            yield self._row(row)
+        if empty:
+            raise ValueError(_no_rows(self.branch))
+
     def _index(self, draw: int) -> int:
         epoch, place = divmod(draw, len(self.dataset))
         if not self.shuffle:

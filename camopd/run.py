@@ -147,8 +147,6 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
         prompts, model, args = parser.parse_args_and_config(["--config", config, *overrides])
     except SystemExit:  # argparse has said why
         raise CaMOPDError(f"the settings above are not those of a run; see {config!r} and the overrides.") from None
-    if str(args.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
-        args.resume_from_checkpoint = str(args.resume_from_checkpoint).lower() == "true"
     if not model.model_name_or_path:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
     args.model_init_kwargs = {
@@ -267,10 +265,10 @@ def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
 def load_prompts(
     source: Any, branch: str, to_prompt: Callable[[dict[str, Any]], Any] | None = None
 ) -> Dataset | IterableDataset:
-    """The prompts of one branch, with a column `prompt`.
+    """The prompts of one branch, with a column `prompt`, and `category` where there is one.
 
     Args:
-        source: As in [`PromptArguments`].
+        source: As in [`PromptArguments`]. Of `messages`, an assistant turn at the end is left out.
         to_prompt: Makes the prompt of a row, where the dataset has no column of prompts.
 
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
@@ -319,15 +317,41 @@ def load_prompts(
         )
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    if column is None and to_prompt is not None:
-        dataset = dataset.map(lambda row: {"prompt": to_prompt(row)}, remove_columns=dataset.column_names)
-    else:
-        dataset = dataset.select_columns([column])
-        if column != "prompt":
-            dataset = dataset.rename_column(column, "prompt")
+    if column is None or column == "messages":
+
+        def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+            try:
+                return {"prompt": to_prompt(row) if to_prompt and column is None else before_answer(row["messages"])}
+            except ValueError as error:
+                raise ValueError(f"row {index} of {path!r}, prompts of branch {branch!r}: {error}") from None
+
+        dataset = dataset.map(convert, with_indices=True)
+    elif column != "prompt":
+        dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
+        dataset = dataset.rename_column(column, "prompt")
+    # A category has metrics of its own.
+    dataset = dataset.select_columns([name for name in ("prompt", "category") if name in dataset.column_names])
     # Where the model card finds the data card.
     dataset.info.homepage = path if Path(path).exists() else f"https://huggingface.co/datasets/{path}"
     return dataset
+
+
+def before_answer(messages: Any) -> Any:
+    """A conversation without the assistant turn that it ends with: that is the answer, and the student writes its own.
+
+    Raises `ValueError` where nothing is left.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return messages  # of which the trainer says what is wrong
+    end = len(messages)
+    while end and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    if not any(message.get("role") != "system" for message in messages[:end]):
+        raise ValueError(
+            f"the conversation {str(messages)[:200]} has nothing before its assistant turn that could be answered. Leave "
+            "it out, or put a user turn before."
+        )
+    return messages[:end]
 
 
 def load_all(

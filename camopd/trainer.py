@@ -39,7 +39,7 @@ from .card import write_model_card
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, attention_cost, exchange, plan
-from .hub import hub_errors, is_hub_id, why_not
+from .hub import hub_errors, is_hub_id, public_name, why_not
 from .logprobs import (
     SampledLogps,
     completion_logps,
@@ -65,7 +65,7 @@ from .teachers.server import ServerTeacher, connect_servers
 
 logger = logging.getLogger(__name__)
 
-PROBED_PROMPTS = 64  # first ones of a branch, whose lengths are looked at before training
+PROBED_PROMPTS = 64  # of a branch, whose lengths are looked at before training
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
 _RECORDED = (
@@ -234,6 +234,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"max_completion_length is {args.max_prompt_length} + {args.max_completion_length} = {max_tokens}. Lower "
                 "max_completion_length."
             )
+        self._check_prompt_lengths(streams)
         student = self.accelerator.unwrap_model(self.model)
         self._padding_free = padding_free_for(student, args.padding_free)
         self._packing_probed = not self._padding_free
@@ -270,11 +271,11 @@ class CaMOPDTrainer(DistillationTrainer):
             self.vllm_generation.logprobs = 0
 
         self._prompts = {branch: stream.dataset for branch, stream in streams.items()}
-        self._check_prompt_lengths()
         self._record = {
             "schedule": str(self.schedule),
             "branches": list(self.schedule.branches),
-            "teachers": {branch: teacher.name for branch, teacher in self.teachers.items()},
+            # Without folders: a checkpoint may be published, and go on where the same model lies elsewhere.
+            "teachers": {branch: public_name(teacher.name) for branch, teacher in self.teachers.items()},
             "prompts": {branch: fingerprint(stream.dataset) for branch, stream in streams.items()},
             **self._settings,
             # learning_rate, too: the optimizer state of a checkpoint would go on at its own
@@ -410,17 +411,17 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ---------------------------------------------------------------------------------------------------- rollout
 
-    def _check_prompt_lengths(self) -> None:
-        """Raise `ValueError` when every one of a branch's first prompts would lose its beginning: the cap is a mistake."""
+    def _check_prompt_lengths(self, streams: dict[str, PromptStream]) -> None:
+        """Raise `ValueError` when every prompt of a branch, as far as seen, would lose its beginning: a mistaken cap."""
         limit = self.args.max_prompt_length
-        for branch, dataset in self._prompts.items():
-            first = [row["prompt"] for row in dataset.take(PROBED_PROMPTS)]
-            shortest = min(map(len, self._whole_prompts(first)))
+        for branch, stream in streams.items():
+            rows = [row["prompt"] for row in stream.some(PROBED_PROMPTS)]
+            shortest = min(map(len, self._whole_prompts(rows)))
             if shortest > limit:
                 raise ValueError(
-                    f"the first {len(first)} prompts of branch {branch!r} are all longer than max_prompt_length={limit} "
-                    f"tokens; the shortest has {shortest}. They would all lose their beginnings. Raise max_prompt_length, "
-                    "or give shorter prompts."
+                    f"the {len(rows)} prompts of branch {branch!r} that were looked at are all longer than "
+                    f"max_prompt_length={limit} tokens; the shortest has {shortest}. They would all lose their beginnings. "
+                    "Raise max_prompt_length, or give shorter prompts."
                 )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
@@ -1262,14 +1263,18 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"the checkpoint of {repo!r} is not fetched from the Hub: DeepSpeed and FSDP unpickle what they load, and "
                 f"a pickle can run any code. If you trust the repository: {by_hand}."
             )
+        folder, failure = "", None
         try:
             with self.args.main_process_first(desc="fetching the checkpoint"):
-                folder = snapshot_download(repo, allow_patterns=f"{HUB_CHECKPOINT}/*", token=self.args.hub_token)
+                folder = snapshot_download(repo, allow_patterns=f"{HUB_CHECKPOINT}/*")
         except hub_errors() as error:
-            raise ResumeError(
+            failure = (
                 f"resume_from_checkpoint={repo!r} is no folder here, and as a model of the Hub it cannot be fetched: "
                 f"{why_not(error, repo, 'model')}. Or by hand: {by_hand}."
-            ) from error
+            )
+        failures = [text for text in gather_object([failure]) if text]  # of any machine: the others would wait for it
+        if failures:
+            raise ResumeError(failures[0])
         if not (Path(folder) / HUB_CHECKPOINT).is_dir():
             raise ResumeError(
                 f"{repo!r} on the Hub has no folder {HUB_CHECKPOINT!r}, which a run with hub_strategy='checkpoint' makes. "

@@ -34,7 +34,12 @@ def main() -> None:
         [ScriptArguments, SFTConfig, ModelConfig]
     ).parse_args_and_config()
 
-    if script_args.dataset_name.endswith(".jsonl"):  # as `camopd data roleplay` writes it
+    if script_args.dataset_name is None:
+        raise ValueError(
+            "--dataset_name is missing: the sft.jsonl that `camopd data roleplay` writes, or a dataset of the Hub."
+        )
+    is_file = script_args.dataset_name.endswith(".jsonl")
+    if is_file:
         dataset = load_dataset("json", data_files=script_args.dataset_name, split="train")
     else:
         dataset = load_dataset(
@@ -54,11 +59,13 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(
+        resume_from_checkpoint=training_args.resume_from_checkpoint == "true" or training_args.resume_from_checkpoint
+    )
 
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=None if is_file else script_args.dataset_name)
     trainer.accelerator.end_training()
 
 

@@ -6,7 +6,8 @@ Your pair of models and your prompts, with all that matters in this file.
 
 ```bash
 accelerate launch examples/train_custom.py \\
-    --student my-org/my-legal-model --general Qwen/Qwen3-4B --general_prompts general.jsonl --domain_prompts legal.jsonl
+    --student my-org/my-legal-model --general Qwen/Qwen3-4B --general_prompts general.jsonl --domain_prompts legal.jsonl \\
+    --model_init_kwargs '{"dtype": "bfloat16"}'
 ```
 
 A prompt file is JSONL with a column `prompt`: a text, or messages. `--name value` also takes every field of `CaMOPDConfig`.

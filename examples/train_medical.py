@@ -4,13 +4,11 @@
 """
 Bring general abilities back to a medical model: II-Medical-8B, with Qwen3-8B as the general teacher.
 
-The paper's run on 4 x 8 GPUs (see the head of the config), and one on a single GPU with LoRA:
+On one GPU with LoRA; the head of configs/medical.yaml has the lines for the paper's run on 4 x 8 GPUs:
 
 ```bash
 camopd data general --out data/general
 camopd data medical --out data/medical
-accelerate launch --config_file configs/accelerate/multi_node.yaml \\
-    examples/train_medical.py --config configs/medical.yaml
 accelerate launch --config_file configs/accelerate/single_gpu.yaml \\
     examples/train_medical.py --config configs/medical_1gpu.yaml
 ```

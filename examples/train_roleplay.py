@@ -4,13 +4,11 @@
 """
 Bring general abilities back to a role-play model: a Qwen3-4B-Instruct-2507 that `specialize_roleplay.py` has fine-tuned.
 
-The paper's run on 4 x 8 GPUs (see the head of the config), and one on a single GPU with LoRA:
+On one GPU with LoRA; the head of configs/roleplay.yaml has the lines for the paper's run on 4 x 8 GPUs:
 
 ```bash
 camopd data general  --out data/general
 camopd data roleplay --out data/roleplay
-accelerate launch --config_file configs/accelerate/multi_node.yaml \\
-    examples/train_roleplay.py --config configs/roleplay.yaml
 accelerate launch --config_file configs/accelerate/single_gpu.yaml \\
     examples/train_roleplay.py --config configs/roleplay_1gpu.yaml
 ```

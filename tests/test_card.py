@@ -66,6 +66,7 @@ def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(r
     assert row(card, "specialised model (the student at the start)") == ["`student`"]
     assert row(card, "general teacher") == ["`teacher`"]
     assert row(card, "domain teacher") == ["`student`"]
+    assert row(card, "learning rate") == ["0.01, constant"]
     assert row(card, "schedule") == ["`general:3,domain:1`"]
     assert row(card, "steps") == ["4 of 4, one answer to each of 4 prompts"]
     history = json.loads((tmp_path / "tiny" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
@@ -88,6 +89,14 @@ def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(r
     assert {"camopd", "trl", "on-policy-distillation"} <= set(data.tags)
     assert data.library_name == "transformers"
     assert data.base_model is None  # a local path is none
+
+
+def test_a_readme_that_is_no_card_is_left_alone(run, tmp_path):
+    for text in ("---\ntags: [camopd\n---\n", "---\n- camopd\n---\n", "# Notes\n"):
+        (tmp_path / "domain" / "README.md").write_text(text)
+        cli.main(["train", str(run), "--max_steps", "1", "--save_strategy", "no"])
+        assert "| on | 11 prompts of prompts.jsonl |" in card_of(tmp_path / "tiny")
+        assert not (tmp_path / "tiny" / "data_cards" / "domain.md").exists()
 
 
 def test_without_held_out_prompts_the_card_has_the_gaps_of_the_steps(run, tmp_path):
@@ -177,6 +186,8 @@ def test_a_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_pa
     assert any(name.startswith("last-checkpoint/") and name.endswith("optimizer.pt") for name in files)
     assert files["last-checkpoint/camopd.json"] == (out / "checkpoint-4" / "camopd.json").read_bytes()
     assert not [name for name in files if name.startswith(("checkpoint-", "_"))]
+    for name in ("README.md", "last-checkpoint/camopd.json", "metrics.jsonl"):
+        assert str(tmp_path).encode() not in files[name], name
     card = ModelCard(files["README.md"].decode())
     assert {"camopd", "trl", "on-policy-distillation"} <= set(card.data.tags)
     assert 'model="me/tiny"' in card.text

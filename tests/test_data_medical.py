@@ -272,6 +272,15 @@ def test_an_id_that_comes_twice_is_an_error(make, tmp_path):
         },  # from Arrow
         {"question": " Which? ", "options": ["one", "two"]},
         {"question": "Which?", "options": "A. one\nB. two"},
+        {
+            "question": "Which?",
+            "opa": "one",
+            "opb": "two",
+            "opc": None,
+            "opd": None,
+            "cop": 1,
+            "exp": "two",
+        },  # MedMCQA
         {"question": "Which?\nAnswer Choices: (A) one (B) two", "options": {"A": "one", "B": "two"}},
     ],
 )

@@ -15,7 +15,9 @@ from test_data_roleplay import talk
 from transformers import AutoModelForCausalLM
 
 from camopd import cli
+from camopd.data.medical import to_prompt
 from camopd.prompts import PromptDealer, PromptStream
+from camopd.run import load_all
 from camopd.schedule import Schedule
 
 
@@ -131,6 +133,9 @@ def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_
         "general": jsonl(tmp_path / "general.jsonl", [{"prompt": f"say {n}"} for n in range(8)]),
         "domain": jsonl(tmp_path / "raw.jsonl", rows),
     }
+    seen = load_all(prompts, {"domain": to_prompt})["domain"][0]["prompt"]
+    assert [message["role"] for message in seen] == ["system", "user"]
+    assert seen[1]["content"].startswith("which of 0?\nA. one\nB. two\nPlease reason step by step")
     out = tmp_path / "out"
     words = [
         "--config", "configs/smoke.yaml", *TINY, "--output_dir", str(out), "--schedule", "general:1,domain:1",

@@ -77,6 +77,18 @@ def test_every_config_takes_two_steps_on_a_tiny_model(path, tiny, tmp_path):
     )  # a tiny step of Relaxed OPD may hold only tokens without a gap
 
 
+@pytest.mark.parametrize("name", ["medical", "roleplay", "medical_1gpu", "roleplay_1gpu", "demo", "smoke"])
+def test_a_run_is_accepted_as_it_is(name):
+    """But for the device: a GPU is not at hand in every test."""
+    prompts, model, args = parse(str(CONFIGS / f"{name}.yaml"), ["--use_cpu", "true", "--bf16", "false"])
+    assert set(prompts.prompts) == set(prompts.eval_prompts) == set(args.teachers) == set(BRANCHES)
+    longest = args.max_prompt_length + args.longest_completion
+    assert (args.max_tokens_per_micro_batch or longest) >= longest
+    if args.use_vllm and args.vllm_mode == "colocate":  # else vLLM plans for all that the model can take
+        assert args.vllm_max_model_length == longest
+    assert ("adapter_off" in args.teachers.values()) == model.use_peft
+
+
 def test_every_method_sets_what_another_may_have_set():
     """A file laid over a run must win in all that makes a method, whatever that run had."""
     common = {"schedule", "selection", "scale", "token_rule", "loss_normalization", "branch_weights"}

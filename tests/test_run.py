@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from camopd import CaMOPDConfig, cli
+from camopd.data.medical import to_prompt
 from camopd.errors import CaMOPDError
 from camopd.run import SERVED_TEACHERS, PromptArguments, load_prompts, parse, peek, teachers_of
 
@@ -377,7 +378,7 @@ def test_train_trains_as_the_file_says_and_saves_the_model(run, models, tmp_path
     out = tmp_path / "out"
     assert [step["branch"] for step in steps(out)] == ["general", "domain"]
     record = json.loads((out / "checkpoint-2" / "camopd.json").read_text())
-    assert record["teachers"] == {branch: str(models / branch) for branch in ("general", "domain")}
+    assert record["teachers"] == {branch: branch for branch in ("general", "domain")}  # the names of their folders
     assert record["learning_rate"] == 0.1
     saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, models / "student"))
     assert saved.dtype == torch.float32
@@ -411,7 +412,7 @@ def test_train_asks_the_teachers_that_camopd_serve_has_started(run, tmp_path, st
         sum(text.startswith("general ") for text in asked) == 2
     )  # the prompts of the step; others were scored before it
     record = json.loads((tmp_path / "out" / "checkpoint-2" / "camopd.json").read_text())
-    assert record["teachers"] == {"general": "served-general", "domain": str(models / "domain")}
+    assert record["teachers"] == {"general": "served-general", "domain": "domain"}
 
 
 def test_train_measures_held_out_prompts(run, tmp_path):
@@ -435,3 +436,47 @@ def test_train_without_prompts_is_an_error_that_shows_the_form(run, capsys, give
     assert (
         f"camopd: prompts must map each branch to its prompts, got {given!r}. In YAML:\nprompts:\n  general: " in said
     )
+
+
+# --- conversations -----------------------------------------------------------------------------------------------
+
+
+def conversation(*roles):
+    return [{"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    ("roles", "kept"),
+    [
+        (("user",), 1),
+        (("system", "user", "assistant"), 2),  # the answer of a fine-tuning dataset
+        (("user", "assistant", "user"), 3),
+        (("user", "assistant", "user", "assistant"), 3),
+        (("user", "assistant", "assistant"), 1),
+    ],
+)
+def test_of_messages_the_answer_at_the_end_is_left_out(tmp_path, roles, kept):
+    path = tmp_path / "sft.jsonl"
+    path.write_text(json.dumps({"messages": conversation(*roles), "category": "talk", "answer": "gold"}) + "\n")
+    dataset = load_prompts(str(path), "domain")
+    assert dataset.column_names == ["prompt", "category"]
+    assert dataset[0]["prompt"] == conversation(*roles)[:kept]
+
+
+def test_a_conversation_without_a_turn_to_answer_is_an_error_with_its_row(tmp_path):
+    path = tmp_path / "sft.jsonl"
+    rows = [conversation("user", "assistant"), conversation("system", "assistant")]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    with pytest.raises(
+        ValueError, match=r"row 1 of '.*sft\.jsonl', prompts of branch 'domain': the conversation .* has"
+    ):
+        load_prompts(str(path), "domain")
+
+
+def test_a_row_that_cannot_be_put_into_a_template_is_an_error_with_its_row(tmp_path):
+    path = tmp_path / "raw.jsonl"
+    path.write_text('{"question": "Which?"}\n{"question": " "}\n')
+    with pytest.raises(
+        ValueError, match=r"row 1 of '.*raw\.jsonl', prompts of branch 'domain': a medical row has no text"
+    ):
+        load_prompts(str(path), "domain", to_prompt)

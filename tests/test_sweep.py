@@ -86,12 +86,17 @@ def exit_code(*arguments):
 
 
 def test_the_last_held_out_gaps_are_columns(write, capsys):
-    state = {"log_history": [{"eval_general_kl": 1.0}, {"loss": 2.0}, {"eval_general_kl": 0.25}, {"eval_domain_kl": 0.5}]}
+    state = {
+        "log_history": [{"eval_general_kl": 1.0}, {"loss": 2.0}, {"eval_general_kl": 0.25}, {"eval_domain_kl": 0.5}]
+    }
     ending = f"(out / 'trainer_state.json').write_text({json.dumps(json.dumps(state))})"
     write({"one": ONE}, seeds=[0])
     Path("run.py").write_text(f"{SCRIPT}{ending}\n")
     assert exit_code("sweep.yaml") == 0
-    assert "| config | seeds | gap/general/abs_mean@5 | eval_general_kl | eval_domain_kl | share |" in capsys.readouterr().out
+    assert (
+        "| config | seeds | gap/general/abs_mean@5 | eval_general_kl | eval_domain_kl | share |"
+        in capsys.readouterr().out
+    )
     row = pd.read_csv("out/runs.csv").iloc[0]
     assert (row["eval_general_kl"], row["eval_domain_kl"], row["share"]) == (0.25, 0.5, 0.5)
 

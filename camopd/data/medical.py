@@ -122,15 +122,17 @@ def prompt_of(question: str, options: dict[str, str] | None, choice: bool) -> Me
 
 
 def to_prompt(row: dict[str, Any]) -> Messages:
-    """The prompt of Figure 7 for a row of any dataset with a `question` and, for multiple choice, `options`.
+    """The prompt of Figure 7 for a row of any dataset with a `question` and, for multiple choice, its options.
 
     Args:
-        row: `options` may be a mapping from letters, a list, a text as for [`parse_options`], or missing; other columns,
-            such as answers, are not looked at.
+        row: Options are in `opa`, `opb`, ... as in MedMCQA, or in `options`: a mapping from letters, a list, a text as for
+            [`parse_options`], or nothing. Other columns, such as answers, are not looked at.
 
     Raises `ValueError` for a row without a question, or with options that cannot be told apart.
     """
     question, options = row.get("question"), row.get("options")
+    if "opa" in row:
+        options = {letter: row.get(f"op{letter.lower()}") for letter in "ABCDE"}
     if not isinstance(question, str) or not question.strip():
         raise ValueError(
             f"a medical row has no text in `question`, only the columns {sorted(row)}: {str(row)[:200]}. Build the prompts "
