@@ -17,7 +17,8 @@ Domain prompts may also be rows with `question` and `options`, as the raw datase
 paper's template. Every setting can follow as `--name value`:
 
 ```bash
-accelerate launch --cpu --num_processes 2 examples/train_medical.py --config configs/smoke.yaml \\
+accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 --mixed_precision no \\
+    examples/train_medical.py --config configs/smoke.yaml \\
     --prompts '{"general": "general.jsonl", "domain": "medmcqa.jsonl"}'
 ```
 """

@@ -131,7 +131,9 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     )  # fmt: skip
     trainer.create_model_card("named", tags="mine")
     card = card_of(tmp_path / "out")
-    assert card.count("[my-org/specialised](https://huggingface.co/my-org/specialised)") == 4  # text, student, teacher, base
+    assert (
+        card.count("[my-org/specialised](https://huggingface.co/my-org/specialised)") == 4
+    )  # and the base
     assert row(card, "general teacher") == ["[my-org/general](https://huggingface.co/my-org/general)"]
     assert row(card, "domain teacher") == [
         "[my-org/specialised](https://huggingface.co/my-org/specialised) (`adapter_off`)"

@@ -108,7 +108,11 @@ def models(tmp_path_factory):
 
 def script(name: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run an example under `accelerate launch`, as its head says."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    # Not --cpu, with which accelerate starts one process, whatever --num_processes says.
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
+        "--num_processes", str(processes), "--mixed_precision", "no",
+    ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launch, str(EXAMPLES / f"{name}.py"), *words], cwd=EXAMPLES.parent, env=environment, capture_output=True,
@@ -149,6 +153,7 @@ def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_
     assert steps_of(out) == [1, 2]
     AutoModelForCausalLM.from_pretrained(out)
     card = (out / "README.md").read_text()
+    assert "| processes | 2 |" in card
     assert "| domain | " in card and "(step 0)" in card and "(step 2)" in card and "8 prompts of raw.jsonl" in card
     run = script("train_medical", *words, "--max_steps", "3", "--resume_from_checkpoint", "true", processes=2)
     assert run.returncode == 0, run.stderr[-3000:]
