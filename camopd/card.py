@@ -90,6 +90,7 @@ def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]
                 f"{entry['step']})"
                 for entry in (entries[0], entries[-1])
             )
+            last = last if len(entries) > 1 else "not measured yet"
             lines.append(f"| {branch} | {first} | {last} | {entries[-1][f'eval_{branch}_prompts']:.0f} |")
         if any(entries and entries[0]["step"] > 0 for entries in held_out.values()):
             lines += ["", "The run did not measure before its first step; `eval_on_start: true` does."]
@@ -122,7 +123,14 @@ def _training(
         "trained": f"LoRA on {_model(base)}" if is_peft else "all weights",
         "processes": str(args.world_size),
     }
-    lines = ["## Training", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    lines = [
+        "## Training",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+    ]
     lines += ["| branch | mass target | score | scale | selection | prompts |", "|---|---|---|---|---|---|"]
     for branch in trainer.schedule.branches:
         values = [settings[name][branch] for name in ("mass_target", "score", "scale")]

@@ -91,6 +91,27 @@ def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(r
     assert data.base_model is None  # a local path is none
 
 
+def test_a_card_of_a_run_under_way_has_no_gaps_after_it(run, tmp_path):
+    held_out = json.dumps({"general": {"path": str(tmp_path / "general" / "prompts.jsonl"), "limit": 3}})
+    cli.main(
+        [
+            "train",
+            str(run),
+            "--eval_prompts",
+            held_out,
+            "--eval_strategy",
+            "steps",
+            "--eval_steps",
+            "9",
+            "--eval_on_start",
+            "true",
+        ]
+    )
+    before, after, _ = row(card_of(tmp_path / "tiny"), "general")
+    assert before.endswith("(step 0)")
+    assert after == "not measured yet"
+
+
 def test_a_readme_that_is_no_card_is_left_alone(run, tmp_path):
     for text in ("---\ntags: [camopd\n---\n", "---\n- camopd\n---\n", "# Notes\n"):
         (tmp_path / "domain" / "README.md").write_text(text)
@@ -131,9 +152,7 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     )  # fmt: skip
     trainer.create_model_card("named", tags="mine")
     card = card_of(tmp_path / "out")
-    assert (
-        card.count("[my-org/specialised](https://huggingface.co/my-org/specialised)") == 4
-    )  # and the base
+    assert card.count("[my-org/specialised](https://huggingface.co/my-org/specialised)") == 4  # and the base
     assert row(card, "general teacher") == ["[my-org/general](https://huggingface.co/my-org/general)"]
     assert row(card, "domain teacher") == [
         "[my-org/specialised](https://huggingface.co/my-org/specialised) (`adapter_off`)"
