@@ -91,27 +91,6 @@ def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(r
     assert data.base_model is None  # a local path is none
 
 
-def test_a_card_of_a_run_under_way_has_no_gaps_after_it(run, tmp_path):
-    held_out = json.dumps({"general": {"path": str(tmp_path / "general" / "prompts.jsonl"), "limit": 3}})
-    cli.main(
-        [
-            "train",
-            str(run),
-            "--eval_prompts",
-            held_out,
-            "--eval_strategy",
-            "steps",
-            "--eval_steps",
-            "9",
-            "--eval_on_start",
-            "true",
-        ]
-    )
-    before, after, _ = row(card_of(tmp_path / "tiny"), "general")
-    assert before.endswith("(step 0)")
-    assert after == "not measured yet"
-
-
 def test_a_readme_that_is_no_card_is_left_alone(run, tmp_path):
     for text in ("---\ntags: [camopd\n---\n", "---\n- camopd\n---\n", "# Notes\n"):
         (tmp_path / "domain" / "README.md").write_text(text)
@@ -162,6 +141,11 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     assert (data.library_name, data.base_model, data.datasets) == ("peft", "my-org/specialised", ["my-org/prompts"])
     assert "mine" in data.tags
     assert "# named" in card
+    trainer.state.log_history = [
+        {"eval_general_kl": 1.0, "eval_general_kl_se": 0.1, "eval_general_prompts": 3, "step": 0}
+    ]
+    trainer.create_model_card("named")  # of a run under way
+    assert row(card_of(tmp_path / "out"), "general") == ["1.000 ± 0.100 (step 0)", "not measured yet", "3"]
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------
