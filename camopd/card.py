@@ -50,8 +50,8 @@ def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) ->
         f"# {model_name}",
         "",
         f"The specialised model {_model(student)}, trained with [CaMOPD](https://arxiv.org/abs/{trainer._paper['id']}) to "
-        "bring its general abilities back and keep its domain: it wrote its own answers, and moved toward the teacher of each "
-        "branch in turn, on the samples with the largest teacher-student gaps.",
+        "bring its general abilities back and keep its domain: it wrote its own answers, and moved toward the teacher of "
+        "each branch in turn, on the samples with the largest teacher-student gaps.",
         "",
         *_gaps(trainer.state.log_history, trainer.schedule.branches),
         *_training(trainer, student, base, is_peft, sources),
