@@ -111,7 +111,7 @@ def script(name: str, *words: str, processes: int = 1) -> subprocess.CompletedPr
     # Not --cpu, with which accelerate starts one process, whatever --num_processes says.
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
-        "--num_processes", str(processes), "--mixed_precision", "no",
+        "--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
