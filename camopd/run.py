@@ -268,7 +268,8 @@ def load_prompts(
     """The prompts of one branch, with a column `prompt`, and `category` where there is one.
 
     Args:
-        source: As in [`PromptArguments`]. Of `messages`, an assistant turn at the end is left out.
+        source: As in [`PromptArguments`]. Of a conversation in another column than `prompt`, an assistant turn at its
+            end is left out.
         to_prompt: Makes the prompt of a row, where the dataset has no column of prompts.
 
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
@@ -317,18 +318,15 @@ def load_prompts(
         )
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    if column is None or column == "messages":
+    if column != "prompt":
 
         def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
             try:
-                return {"prompt": to_prompt(row) if to_prompt and column is None else before_answer(row["messages"])}
+                return {"prompt": before_answer(row[column]) if column else to_prompt(row)}  # type: ignore[misc]
             except ValueError as error:
                 raise ValueError(f"row {index} of {path!r}, prompts of branch {branch!r}: {error}") from None
 
         dataset = dataset.map(convert, with_indices=True)
-    elif column != "prompt":
-        dataset = dataset.remove_columns([name for name in ["prompt"] if name in dataset.column_names])
-        dataset = dataset.rename_column(column, "prompt")
     # A category has metrics of its own.
     dataset = dataset.select_columns([name for name in ("prompt", "category") if name in dataset.column_names])
     # Where the model card finds the data card.

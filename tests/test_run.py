@@ -455,10 +455,11 @@ def conversation(*roles):
         (("user", "assistant", "assistant"), 1),
     ],
 )
-def test_of_messages_the_answer_at_the_end_is_left_out(tmp_path, roles, kept):
+@pytest.mark.parametrize("column", ["messages", "talk"])
+def test_of_messages_the_answer_at_the_end_is_left_out(tmp_path, roles, kept, column):
     path = tmp_path / "sft.jsonl"
-    path.write_text(json.dumps({"messages": conversation(*roles), "category": "talk", "answer": "gold"}) + "\n")
-    dataset = load_prompts(str(path), "domain")
+    path.write_text(json.dumps({column: conversation(*roles), "category": "talk", "answer": "gold"}) + "\n")
+    dataset = load_prompts({"path": str(path), "column": column}, "domain")
     assert dataset.column_names == ["prompt", "category"]
     assert dataset[0]["prompt"] == conversation(*roles)[:kept]
 
