@@ -293,7 +293,10 @@ def load_prompts(
         )
     kind = _FILE_TYPES.get(Path(path).suffix)
     if kind is not None and not Path(path).is_file():
-        raise ValueError(f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file.")
+        raise ValueError(
+            f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file. Mend the "
+            "path, or build prompts with `camopd data` (docs/data.md)."
+        )
     try:
         if kind is not None:
             dataset = load_dataset(kind, data_files=path, split=split)
