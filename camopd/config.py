@@ -556,12 +556,28 @@ class CaMOPDConfig(DistillationConfig):
             value = getattr(self, name)
             if value != only:
                 raise ValueError(f"{name}={value!r} cannot be used with CaMOPD: {reason}. Leave it at {only!r}.")
-        clash = set(self.generation_kwargs or {}) - _HARMLESS_KWARGS
+        self._check_generation_kwargs()
+
+    def _check_generation_kwargs(self) -> None:
+        given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]  # a dict since __post_init__
+        harmless = _HARMLESS_KWARGS if self.use_vllm else set(_TRANSFORMERS_KWARGS)
+        engine = "vLLM" if self.use_vllm else "transformers"
+        of_the_other = sorted(set(given) & (_HARMLESS_KWARGS | set(_TRANSFORMERS_KWARGS)) - harmless)
+        clash = sorted(set(given) - harmless - set(of_the_other))
         if clash:
             raise ValueError(
-                f"generation_kwargs sets {sorted(clash)}, which CaMOPD cannot use: {_ON_POLICY}. What may be set is "
-                f"{sorted(_HARMLESS_KWARGS)}."
+                f"generation_kwargs sets {clash}, which CaMOPD cannot use: {_ON_POLICY}. What may be set is "
+                f"{sorted(harmless)}."
             )
+        if of_the_other:
+            raise ValueError(
+                f"generation_kwargs sets {of_the_other}, which generation by {engine} (use_vllm={self.use_vllm}) would "
+                f"ignore or stop at. Leave it out; what may be set is {sorted(harmless)}."
+            )
+        for name, value in {"cache_implementation": self.cache_implementation, **given}.items():
+            check = _TRANSFORMERS_KWARGS.get(name)
+            if check is not None and not self.use_vllm and value is not None and not check[0](value):
+                raise ValueError(f"{name} is {value!r}, which CaMOPD cannot use: {check[1]}.")
 
 
 _ON_POLICY = (
@@ -573,6 +589,17 @@ _HARMLESS_KWARGS = {
     "stop", "stop_strings", "stop_token_ids", "include_stop_str_in_output", "use_cache", "cache_implementation",
     "cache_config", "prefill_chunk_size", "max_time", "seed",
 }  # fmt: skip
+# The same for generation by transformers: which values may be set, and why no others.
+_TRANSFORMERS_KWARGS: dict[str, tuple[Any, str]] = {
+    "use_cache": (lambda value: isinstance(value, bool), "it is true or false"),
+    "cache_implementation": (
+        lambda value: value not in ("quantized", "paged"),
+        "a quantized cache draws from another distribution than that of the model, and a paged one is not used here. "
+        "Leave it out, or take 'dynamic', 'offloaded', 'static' or 'offloaded_static'",
+    ),
+    "prefill_chunk_size": (lambda value: isinstance(value, int) and value >= 1, "it is a number of tokens"),
+    "max_time": (lambda value: isinstance(value, int | float) and value > 0, "it is a number of seconds"),
+}
 _WHY = {
     "max_steps": " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
     "mass_target": "it is a share of the total score (Eq. 8) and lies in (0, 1]. To train on every sample, set "

@@ -44,6 +44,7 @@ from trl import SFTConfig, SFTTrainer
 from . import report
 from .config import CaMOPDConfig
 from .errors import CaMOPDError
+from .generation import neutral_generation
 from .trainer import CaMOPDTrainer
 
 
@@ -317,7 +318,7 @@ def _answer_with(name: str, model_path: str, answers: list, tokenizer: Any, sett
             return_tensors="pt",
             return_dict=True,
         )
-        with torch.no_grad():
+        with torch.no_grad(), neutral_generation(model):
             output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
         answer[name] = tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip()
 

@@ -39,6 +39,7 @@ from .card import write_model_card
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, attention_cost, exchange, plan
+from .generation import neutral_generation
 from .hub import hub_errors, is_hub_id, public_name, why_not
 from .logprobs import (
     SampledLogps,
@@ -450,12 +451,14 @@ class CaMOPDTrainer(DistillationTrainer):
         return prompt_ids
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        if self.use_vllm:
+        if self.use_vllm:  # every request names its sampling parameters, so that none is the server's default
             completion_ids = self._generate_with_vllm(prompt_ids)
-        elif self.args.gap_student == "engine":
-            completion_ids = self._generate_and_record(prompt_ids, images, multimodal_fields, has_tool_images)
         else:
-            completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
+            generate = (
+                self._generate_and_record if self.args.gap_student == "engine" else super()._generate_single_turn
+            )
+            with neutral_generation(self.accelerator.unwrap_model(self.model_wrapped)):
+                completion_ids = generate(prompt_ids, images, multimodal_fields, has_tool_images)
         if self._empty_rows is None:  # the first turn, the only one that can be a row's whole completion
             # The parent reads the last token of each completion, which an empty one does not have. Stand in one token
             # and take it out again in `_roll_out`.

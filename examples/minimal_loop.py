@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from camopd.generation import neutral_generation
 from camopd.objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from camopd.schedule import Schedule
 
@@ -89,10 +90,11 @@ def roll_out(model: torch.nn.Module, tokenizer, prompts: list[str]) -> tuple[lis
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"][:, -PROMPT_TOKENS:]
-        output = model.generate(
-            ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device), max_new_tokens=COMPLETION_TOKENS,
-            do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-        )  # fmt: skip
+        with neutral_generation(model):  # or the defaults of its generation_config.json would bend the distribution
+            output = model.generate(
+                ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device),
+                max_new_tokens=COMPLETION_TOKENS, do_sample=True, top_k=0,
+            )  # fmt: skip
         sequences.append(output[0].tolist())
         prompt_lens.append(ids.size(1))
     return sequences, prompt_lens

@@ -707,7 +707,18 @@ def test_the_students_own_tokens_are_samples_whatever_its_generation_config_says
 ):
     bent = shutil.copytree(student, tmp_path / "bent")
     GenerationConfig(
-        do_sample=True, temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=9.0, eos_token_id=2, pad_token_id=0
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=9.0,
+        min_p=0.9,
+        suppress_tokens=[5, 6],
+        num_beams=2,
+        num_return_sequences=2,
+        no_repeat_ngram_size=1,
+        eos_token_id=2,
+        pad_token_id=0,
     ).save_pretrained(bent)
     written = []
     for folder in (student, bent):

@@ -285,11 +285,35 @@ def test_generation_kwargs_that_change_the_distribution_are_refused(make_config,
     with pytest.raises(
         ValueError, match=rf"generation_kwargs sets \['{key}'\], which CaMOPD cannot use: rollouts must be drawn"
     ):
-        make_config(generation_kwargs={key: 0.9, "stop_strings": ["\n"]})
+        make_config(generation_kwargs={key: 0.9, "use_cache": True})
 
 
-def test_other_generation_kwargs_are_taken(make_config):
-    assert make_config(generation_kwargs={"stop_strings": ["\n"]}).generation_kwargs == {"stop_strings": ["\n"]}
+@pytest.mark.parametrize("refused", ["stop", "seed", "stop_token_ids", "stop_strings", "cache_config"])
+def test_generation_kwargs_are_those_of_the_engine(make_config, refused):
+    """`stop_strings` asks for a tokenizer at the first rollout, the others are never read."""
+    taken = {"prefill_chunk_size": 2, "cache_implementation": "static", "max_time": 60, "use_cache": True}
+    assert make_config(generation_kwargs=taken).generation_kwargs == taken
+    with pytest.raises(ValueError, match=rf"\['{refused}'\].* transformers .*Leave it out; what may be set is \["):
+        make_config(generation_kwargs={**taken, refused: 1})
+    assert make_config(use_vllm=True, generation_kwargs={"stop": ["."]}).generation_kwargs == {"stop": ["."]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("cache_implementation", "quantized", "Leave it out, or take 'dynamic'"),
+        ("cache_implementation", "paged", "Leave it out, or take 'dynamic'"),
+        ("prefill_chunk_size", 0, "number of tokens"),
+        ("max_time", "soon", "number of seconds"),
+        ("use_cache", "no", "true or false"),
+    ],
+)
+def test_a_value_that_bends_generation_by_transformers_is_refused(make_config, name, value, way_out):
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}, which CaMOPD cannot use: .*{way_out}"):
+        make_config(generation_kwargs={name: value})
+    if name == "cache_implementation":  # which has a field of its own
+        with pytest.raises(ValueError, match=way_out):
+            make_config(cache_implementation=value)
 
 
 @pytest.mark.parametrize(

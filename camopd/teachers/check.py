@@ -418,6 +418,7 @@ def _check_with_student(
     """Load the student, compare log-probs, and let it write a little for the initial KL."""
     from transformers import AutoModelForCausalLM
 
+    from ..generation import neutral_generation
     from ..logprobs import completion_logps
 
     if not servers:
@@ -444,10 +445,11 @@ def _check_with_student(
     for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True):
         room = min(48, max_tokens - start)
         prompt = torch.tensor([ids[:start]], device=device)
-        output = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-            repetition_penalty=1.0, max_new_tokens=room, pad_token_id=pad,
-        )  # fmt: skip
+        with neutral_generation(model):
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, max_new_tokens=room,
+                pad_token_id=pad,
+            )  # fmt: skip
         written.token_ids.append(output[0].tolist())
         written.prompt_lens.append(start)
     findings: list[Finding] = []
