@@ -7,13 +7,18 @@ every rank runs as many micro-batches as the fullest one, and pads each to its l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .errors import CaMOPDError
 from .rollouts import Rollouts
+
+
+T = TypeVar("T")
 
 
 class Kept(NamedTuple):
@@ -84,6 +89,61 @@ def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: 
     )
 
 
+class Trained:
+    """What has gone through an optimizer step's loss on this rank, to be held against what was kept of the step.
+
+    Every rank adds the rows of each loss; at the end of the step the rows of all ranks are checked together.
+    """
+
+    def __init__(self, kept: Mapping[int, int]):
+        """`kept` has the sampled tokens of each kept sample of all ranks, by its position in the step's global batch."""
+        self.kept = kept
+        self.rows: list[tuple[int, int]] = []  # position and tokens inside the loss's mask
+
+    def add(self, positions: Sequence[int], mask: torch.Tensor) -> None:
+        """Take in the rows of one loss. Rows of `mask` (B, T) behind those with a position are stand-ins."""
+        tokens = mask.sum(dim=1).tolist()
+        if any(tokens[len(positions) :]):
+            raise CaMOPDError(f"a stand-in has {sum(tokens[len(positions) :])} tokens in the loss. {_REPORT}")
+        self.rows += zip(positions, tokens[: len(positions)], strict=True)
+
+    def check(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Raise `CaMOPDError` unless the rows of all ranks are the kept samples, each once and with all its tokens."""
+        times = Counter(position for position, _ in rows)
+        found = {
+            "not trained": [position for position in self.kept if not times[position]],
+            "trained more than once": [position for position, count in times.items() if count > 1],
+            "trained but not kept": [position for position in times if position not in self.kept],
+            "trained with other tokens": [
+                position for position, tokens in rows if self.kept.get(position, tokens) != tokens
+            ],
+        }
+        if any(found.values()):
+            wrong = "; ".join(
+                f"{len(places)} {what} (positions {sorted(places)[:8]})" for what, places in found.items() if places
+            )
+            raise CaMOPDError(
+                f"of {len(self.kept)} kept samples with {sum(self.kept.values())} tokens, {len(rows)} samples with "
+                f"{sum(tokens for _, tokens in rows)} tokens have gone through the loss: {wrong}. The weights of this step "
+                f"are not updated. {_REPORT}"
+            )
+
+
+_REPORT = (
+    "Unless you have replaced a method of the trainer, this is a fault of camopd: please report it with the settings."
+)
+
+
+def in_micro_steps(batches: Sequence[T], micro_steps: int) -> list[T | None]:
+    """Micro-batches as the last of the micro-steps, `None` before them. Raises `CaMOPDError` where they do not fit."""
+    if len(batches) > micro_steps:
+        raise CaMOPDError(
+            f"{len(batches)} micro-batches do not fit into the {micro_steps} micro-steps of an optimizer step "
+            f"(gradient_accumulation_steps): some kept samples would not be trained. {_REPORT}"
+        )
+    return [*[None] * (micro_steps - len(batches)), *batches]
+
+
 def _all_to_all(
     outgoing: list[list[torch.Tensor]], sizes: list[int], dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
@@ -146,7 +206,7 @@ def plan(
     if longest > max_tokens:
         raise ValueError(f"a sample of {longest} tokens does not fit into a micro-batch of {max_tokens}.")
     ordered = [lengths[index] for index in order]
-    work = [length + attention_cost * length**2 for length in ordered]
+    work = _works(ordered, attention_cost)
     fewest = 1 if batch_size is None else -(-len(order) // batch_size)
     ranks = None
     if padding_free:
@@ -162,7 +222,7 @@ def plan(
 
 def _packed(
     ordered: Sequence[int],
-    work: Sequence[float],
+    work: Sequence[int],
     num_ranks: int,
     fewest: int,
     max_tokens: int,
@@ -176,13 +236,14 @@ def _packed(
     num_turns = -(-fewest // num_ranks)
     while True:
         ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-        totals = [0.0] * num_ranks
+        totals = [0] * num_ranks
         waiting = list(range(len(ordered)))
         for turn in range(num_turns):
-            share = sum(work[place] for place in waiting) / (num_ranks * (num_turns - turn))
-            cap = max(share, work[waiting[0]]) * (1 + 1e-9) if waiting and turn < num_turns - 1 else float("inf")
+            left = sum(work[place] for place in waiting)
+            share = -(-left // (num_ranks * (num_turns - turn)))
+            cap = max(share, work[waiting[0]]) if waiting and turn < num_turns - 1 else left
             groups: list[list[int]] = [[] for _ in range(num_ranks)]
-            loads, tokens = [0.0] * num_ranks, [0] * num_ranks
+            loads, tokens = [0] * num_ranks, [0] * num_ranks
             passed = []
             for place in waiting:
                 slot = min(range(num_ranks), key=lambda slot: (loads[slot], slot))
@@ -205,20 +266,20 @@ def _packed(
 
 
 def _padded(
-    ordered: Sequence[int], work: Sequence[float], num_ranks: int, fewest: int, max_tokens: int
+    ordered: Sequence[int], work: Sequence[int], num_ranks: int, fewest: int, max_tokens: int
 ) -> list[list[list[int]]]:
     """Runs of samples of similar length, the heaviest first to the rank that has least so far."""
-    whole = _cut(ordered, work, float("inf"), max_tokens)
+    whole = _cut(ordered, work, None, max_tokens)
     wanted = -(-max(fewest, len(whole)) // num_ranks) * num_ranks
     groups = _lightest_cut(ordered, work, wanted, max_tokens)
     runs = _split_more(groups, work, wanted)
     per_rank = -(-len(runs) // num_ranks)
 
-    def work_of(run: tuple[int, int]) -> float:
+    def work_of(run: tuple[int, int]) -> int:
         return (run[1] - run[0]) * work[run[0]]
 
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    totals = [0.0] * num_ranks
+    totals = [0] * num_ranks
     for run in sorted(runs, key=lambda run: (-work_of(run), run)):
         rank = min((r for r in range(num_ranks) if len(ranks[r]) < per_rank), key=lambda r: (totals[r], r))
         ranks[rank].append(list(range(*run)))
@@ -247,26 +308,41 @@ def score_batches(lengths: Sequence[int], batch_size: int, padding_free: bool) -
     return [order[start:end] for start, end in runs]
 
 
-def _cut(ordered: Sequence[int], work: Sequence[float], cap: float, max_tokens: int) -> list[tuple[int, int]]:
-    """Fewest runs (longest sample first) whose work stays within `cap`, and whose tokens within `max_tokens`, padding
-    included; a sample that is more work than `cap` stands alone."""
+def _works(lengths: Sequence[int], attention_cost: float) -> list[int]:
+    """L + attention_cost * L^2 of each sample, as whole numbers of one unit.
+
+    In floating point n * w / w is now and then below n: a cut that should take n samples would leave one over, and make a
+    micro-batch more than there are micro-steps.
+    """
+    numerator, denominator = float(attention_cost).as_integer_ratio()
+    return [denominator * length + numerator * length**2 for length in lengths]
+
+
+def _cut(ordered: Sequence[int], work: Sequence[int], cap: int | None, max_tokens: int) -> list[tuple[int, int]]:
+    """Fewest runs (longest sample first) whose work stays within `cap` (`None`: any), and whose tokens within `max_tokens`,
+    padding included; a sample that is more work than `cap` stands alone."""
     groups, start = [], 0
     while start < len(ordered):
-        size = min(cap / work[start], max_tokens // ordered[start])
-        end = min(len(ordered), start + max(1, int(min(size, len(ordered)))))
+        size = max_tokens // ordered[start]
+        if cap is not None:
+            size = min(size, cap // work[start])
+        end = min(len(ordered), start + max(1, size))
         groups.append((start, end))
         start = end
     return groups
 
 
 def _lightest_cut(
-    ordered: Sequence[int], work: Sequence[float], num_groups: int, max_tokens: int
+    ordered: Sequence[int], work: Sequence[int], num_groups: int, max_tokens: int
 ) -> list[tuple[int, int]]:
-    """At most `num_groups` runs, with the smallest cap that allows it, to a thousandth of the heaviest sample's work."""
-    low, high = work[0], len(ordered) * work[0]  # as `max_tokens` alone would have it
-    groups = _cut(ordered, work, high, max_tokens)
-    while high - low > 1e-3 * work[0]:
-        middle = (low + high) / 2
+    """At most `num_groups` runs, with the smallest cap that allows it, to a thousandth of the heaviest sample's work.
+
+    As few as `max_tokens` allows, where these are more than `num_groups`.
+    """
+    low, high = work[0], len(ordered) * work[0]
+    groups = _cut(ordered, work, None, max_tokens)
+    while high - low > max(1, work[0] // 1000):
+        middle = (low + high) // 2
         tried = _cut(ordered, work, middle, max_tokens)
         if len(tried) <= num_groups:
             high, groups = middle, tried
@@ -275,7 +351,7 @@ def _lightest_cut(
     return groups
 
 
-def _split_more(groups: list[tuple[int, int]], work: Sequence[float], num_groups: int) -> list[tuple[int, int]]:
+def _split_more(groups: list[tuple[int, int]], work: Sequence[int], num_groups: int) -> list[tuple[int, int]]:
     """Use the micro-batches that are left over: split where it saves the most padding."""
     groups = list(groups)
     while len(groups) < num_groups:

@@ -53,6 +53,8 @@ class Schedule:
                 parts[name] = count
                 position += len(part) + 1  # the separator
             total = sum(parts.values())
+            if not total < float("inf"):
+                raise _error(text, position - len(group) - 1, group, "its shares add up to no finite number")
             shares = {name: count / total for name, count in parts.items()}
             steps += [shares] * (1 if mixed else int(total))
         return cls(text=text, steps=tuple(steps))

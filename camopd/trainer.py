@@ -38,7 +38,7 @@ from . import diagnostics, metrics, token_rules
 from .card import write_model_card
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
-from .exchange import Kept, attention_cost, exchange, plan
+from .exchange import Kept, Trained, attention_cost, exchange, in_micro_steps, plan
 from .generation import neutral_generation
 from .hub import hub_errors, is_hub_id, public_name, why_not
 from .logprobs import (
@@ -57,7 +57,7 @@ from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .rollouts import Rollouts
 from .schedule import Schedule
 from .teachers.address import ADAPTER_TEACHERS, has_adapter
-from .teachers.base import RemoteTeacher, Teacher, TokenScores
+from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
 from .teachers.local import context_length, keep_start_adapter, load_adapter_student
 from .teachers.resolve import resolve_teachers
@@ -620,17 +620,16 @@ class CaMOPDTrainer(DistillationTrainer):
             prompt_lens = [rollouts.prompt_len[row] for row in rows] + [1] * missing
             if branch not in pending:
                 clocks[branch] = _Clock()
-                answers: list[TokenScores] = []
                 try:
                     answers = self.teachers[branch].score(token_ids, prompt_lens, top_k)
+                    found.update(by_row(rows, answers, len(token_ids), self.teachers[branch].name))
                 except TeacherError as error:
                     failure = failure or error
                 clocks[branch].stop()
                 clocks[branch].hidden_until = clocks[branch].started
-                found.update(zip(rows, answers, strict=False))  # the stand-ins fall away
             if token_rule == "selectkd":
                 tops = in_length_sorted_batches(self._student_top_k, token_ids, prompt_lens, self._score_batch_size)
-                for row, top in zip(rows, tops, strict=False):
+                for row, top in zip(rows, tops[: len(rows)], strict=True):
                     rollouts.proposals[row] = token_rules.proposals(*top)
             if gap_student == "engine" and token_rule != "relaxed_opd":  # which needs the entropies
                 continue
@@ -641,14 +640,15 @@ class CaMOPDTrainer(DistillationTrainer):
                 self._score_batch_size,
                 self._padding_free,
             )
-            for row, (logps, entropy) in zip(rows, own, strict=False):
+            for row, (logps, entropy) in zip(rows, own[: len(rows)], strict=True):
                 rollouts.student_logps[row] = logps
                 rollouts.entropy[row] = entropy
         self.model.train(training)
         for branch, future in pending.items():
             clocks[branch].hidden_until = time.perf_counter()
             try:
-                found.update(zip(rows_of[branch], future.result(), strict=True))
+                rows = rows_of[branch]
+                found.update(by_row(rows, future.result(), len(rows), self.teachers[branch].name))
                 clocks[branch].stop()  # where the future has not come to its callback yet
             except TeacherError as error:
                 failure = failure or error
@@ -754,8 +754,9 @@ class CaMOPDTrainer(DistillationTrainer):
             self._step_metrics["token_rule/entropy_threshold"] = threshold
             rollouts.token_weights = [(entropy >= threshold).float() for entropy in rollouts.entropy]
 
-    def _select(self, rollouts: Rollouts) -> tuple[set[int], LossTerms]:
-        """Eq. 6-8 over the step's whole batch, per branch: positions that are kept, and what their loss is divided by.
+    def _select(self, rollouts: Rollouts) -> tuple[dict[int, int], LossTerms]:
+        """Eq. 6-8 over the step's whole batch, per branch: positions that are kept and their tokens, and what their loss is
+        divided by.
 
         Every rank gathers the same table, sorts it by position and so keeps the same samples, however many ranks there
         are. Without selection every non-empty completion is kept.
@@ -783,7 +784,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 }
             )
         table = sorted(gather_object(table), key=lambda row: row["position"])
-        kept: set[int] = set()
+        kept: dict[int, int] = {}
         for branch in dict.fromkeys(row["branch"] for row in table):
             rows = [row for row in table if row["branch"] == branch]
             valid = torch.tensor([row["num_tokens"] > 0 for row in rows])
@@ -791,7 +792,7 @@ class CaMOPDTrainer(DistillationTrainer):
             selection = select_by_mass(scores, self._settings["mass_target"][branch], valid)
             chosen = selection.kept if self._settings["selection"][branch] else valid.nonzero().flatten()
             positions = {rows[index]["position"] for index in chosen.tolist()}
-            kept |= positions
+            kept |= {row["position"]: row["num_tokens"] for row in rows if row["position"] in positions}
             kind = self._settings["score"][branch]
             self._step_metrics.update(metrics.of_branch(branch, rows, positions, selection.degenerate, kind))
             self._step_metrics.update(metrics.of_token_rule(self.args.token_rule, branch, rows))
@@ -804,7 +805,7 @@ class CaMOPDTrainer(DistillationTrainer):
                     raise_errors([initial_kl(branch, kl, sum(row["num_tokens"] for row in rows))], logger.warning)
         return kept, self._loss_terms(table, kept)
 
-    def _loss_terms(self, table: list[dict[str, Any]], kept: set[int]) -> LossTerms:
+    def _loss_terms(self, table: list[dict[str, Any]], kept: dict[int, int]) -> LossTerms:
         """The loss's denominators and the branches' factors, from the table of all ranks' samples."""
         num_tokens = None
         if self.args.loss_normalization == "token":
@@ -822,7 +823,9 @@ class CaMOPDTrainer(DistillationTrainer):
                 self._step_metrics[f"branch_weight/{branch}"] = weight
         return LossTerms(len(kept), num_tokens, scale)
 
-    def _to_micro_batches(self, rollouts: Rollouts, kept: set[int], terms: LossTerms) -> list[dict[str, Any] | None]:
+    def _to_micro_batches(
+        self, rollouts: Rollouts, kept: dict[int, int], terms: LossTerms
+    ) -> list[dict[str, Any] | None]:
         """The kept samples that this rank trains, as micro-batches of the loss, one entry per micro-step; `None` costs
         nothing.
 
@@ -860,9 +863,9 @@ class CaMOPDTrainer(DistillationTrainer):
             )
         row_of = {position: row for row, position in enumerate(rollouts.position)}
         batches = [[row_of[samples[index].position] for index in batch] for batch in ranks[args.process_index]]
-        return [None] * (args.gradient_accumulation_steps - len(batches)) + [
-            self._micro_batch(rollouts, batch, terms) for batch in batches
-        ]
+        return in_micro_steps(
+            [self._micro_batch(rollouts, batch, terms) for batch in batches], args.gradient_accumulation_steps
+        )
 
     def _micro_batch_limits(self) -> tuple[int | None, int]:
         """Samples that a micro-batch is to have on average, and tokens that it may have, padding included."""
@@ -876,6 +879,7 @@ class CaMOPDTrainer(DistillationTrainer):
         if not rows:  # a stand-in: two tokens of any rollout, outside the mask
             nothing = torch.zeros(1, 1)
             return {
+                "positions": [],
                 "token_ids": [[self._tokenizer.eos_token_id] * 2],
                 "prompt_lens": [1],
                 "mask": nothing.bool(),
@@ -888,6 +892,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 "num_tokens": terms.num_tokens,
             }
         return {
+            "positions": [rollouts.position[row] for row in rows],
             "token_ids": [rollouts.token_ids[row] for row in rows],
             "prompt_lens": [rollouts.prompt_len[row] for row in rows],
             "mask": _pad([rollouts.mask[row] for row in rows]),
@@ -964,6 +969,7 @@ class CaMOPDTrainer(DistillationTrainer):
             ) from None
         self._apply_token_rule(rollouts)
         kept, terms = self._select(rollouts)
+        self._trained = Trained(kept)
         self._micro_batches = self._to_micro_batches(rollouts, kept, terms)
         self._step_metrics["time/rollout"] = rolled_out - started
         self._step_metrics["time/score"] = time.perf_counter() - rolled_out
@@ -1000,6 +1006,7 @@ class CaMOPDTrainer(DistillationTrainer):
             args.importance_sampling_low, args.importance_sampling_high, args.importance_sampling_mode,
         )  # fmt: skip
         self._importance.add(logps.detach(), rollout_logps, weights, mask)
+        self._trained.add(inputs["positions"], inputs["mask"])
         if args.token_rule == "relaxed_opd":
             gaps = token_rules.relaxed_rewards(gaps, mask, args.relaxed_mixture)
         if inputs["token_weights"] is not None:
@@ -1010,18 +1017,22 @@ class CaMOPDTrainer(DistillationTrainer):
         return (loss, None) if return_outputs else loss
 
     def _end_step(self) -> None:
-        """Close the step's metrics: the loss is the mean over ranks, as the parent logs it."""
+        """Close the step's metrics: the loss is the mean over ranks, as the parent logs it.
+
+        Raises `CaMOPDError`, before the weights are updated, unless the kept samples are what was trained.
+        """
         record = self._step_metrics
         busy = {branch: record.get(f"time/teacher_{branch}", 0.0) for branch in self.teachers}
-        parts = gather_object([(self._loss_sum.item(), busy)])
-        record["loss"] = sum(loss for loss, _ in parts) / len(parts)
+        parts = gather_object([(self._loss_sum.item(), busy, self._trained.rows)])
+        self._trained.check([row for *_, rows in parts for row in rows])
+        record["loss"] = sum(loss for loss, *_ in parts) / len(parts)
         record["learning_rate"] = self._get_learning_rate()
         if self._importance_known:
             record.update(self._importance.summary(gather_object))
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
         for branch in self.teachers:  # a teacher is busy as long as any rank waits for it
             record[f"time/teacher_{branch}_idle"] = max(
-                0.0, record["time/step"] - max(times[branch] for _, times in parts)
+                0.0, record["time/step"] - max(times[branch] for _, times, _ in parts)
             )
         for name, value in record.items():
             # the parent logs the loss and the learning rate itself, `end_update` the time
@@ -1083,7 +1094,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------------------ diagnostics
 
-    def _measure_samples(self, rollouts: Rollouts, kept: set[int], terms: LossTerms) -> None:
+    def _measure_samples(self, rollouts: Rollouts, kept: dict[int, int], terms: LossTerms) -> None:
         """Coherence of all samples of the step, and, where it mixes branches, how these lie to each other.
 
         Called by all ranks. Each takes the samples that it has rolled out, before the step's own forwards and backwards.
@@ -1102,7 +1113,9 @@ class CaMOPDTrainer(DistillationTrainer):
         batches = [[rows[place] for place in batch] for batch in places]
         batches += [[]] * (max(gather_object([len(batches)])) - len(batches))  # sharded models need all ranks in each
         table = torch.zeros(args.prompts_per_step, diagnostics.SAMPLE_WIDTH, device=args.device)
-        importance, self._importance = self._importance, metrics.ImportanceStats()  # whose counts are the loss's alone
+        # Whose counts are the loss's alone.
+        counted = self._importance, self._trained
+        self._importance, self._trained = metrics.ImportanceStats(), Trained({})
         self.model.eval()
         for batch in batches:
             inputs = self._micro_batch(rollouts, batch, terms)
@@ -1113,10 +1126,10 @@ class CaMOPDTrainer(DistillationTrainer):
                 partial(self.compute_loss, self.model, inputs),
                 [len(ids) for ids in inputs["token_ids"]],
             )
-            for row, sketch in zip(batch, sketches, strict=False):  # a stand-in's falls away
+            for row, sketch in zip(batch, sketches[: len(batch)], strict=True):  # a stand-in's falls away
                 table[rollouts.position[row]] = sketch / args.world_size  # `compute_loss` multiplies by it
         self.model.train()
-        self._importance = importance
+        self._importance, self._trained = counted
         table = self.accelerator.reduce(table, "sum").cpu().double()
         positions: dict[str, list[int]] = {}
         for branch, position in sorted(

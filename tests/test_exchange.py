@@ -1,11 +1,18 @@
 """The plan of who trains what. That the gradient is the same with it and without is in test_trainer.py."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from camopd.exchange import plan, score_batches
+from camopd.errors import CaMOPDError
+from camopd.exchange import Kept, Trained, exchange, in_micro_steps, plan, score_batches
+from camopd.rollouts import Rollouts
 
 
 def log_normal_lengths(count=512, seed=0):
@@ -150,3 +157,152 @@ def test_forwards_without_gradient_are_hardly_padded(seed):
     for count in (16, 64, 512):
         lengths = log_normal_lengths(count, seed)
         assert padding([score_batches(lengths, 1000, False)], lengths) <= 0.12
+
+
+# ------------------------------------------------------------------------------------------- what goes in must come out
+
+LENGTHS = st.one_of(
+    st.lists(st.integers(1, 5000), max_size=40),
+    st.builds(lambda length, count: [length] * count, st.integers(1, 5000), st.integers(0, 60)),
+    st.lists(st.sampled_from([1, 2, 117, 118, 40_000]), max_size=60),
+)
+COSTS = st.one_of(st.just(0.0), st.floats(1e-7, 1e-3), st.floats(0, 1e12, allow_nan=False, allow_infinity=False))
+
+
+BATCH_SIZES = st.one_of(st.just("all"), st.none(), st.integers(1, 8))
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(1, 5), BATCH_SIZES, st.floats(1, 50), st.booleans(), COSTS)
+@example([117] * 3, 1, "all", 1e6, False, 1 / 56_000)
+@example([1247] * 4, 2, 1, 1.0, False, 1 / 56_000)
+def test_plans_lose_no_sample_and_fit_into_the_micro_steps(lengths, num_ranks, batch_size, room, padding_free, cost):
+    if batch_size == "all":  # one micro-batch for each rank
+        batch_size = max(1, math.ceil(len(lengths) / num_ranks))
+    # As the trainer has it: room for `batch_size` of the longest, or a budget of one sample or more.
+    max_tokens = int(room * (batch_size or 1) * max(lengths, default=1))
+    ranks = plan(lengths, num_ranks, batch_size, max_tokens, padding_free, cost)
+    assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(len(lengths)))
+    assert len(ranks) == num_ranks
+    (per_rank,) = {len(batches) for batches in ranks}
+    assert 1 <= per_rank <= max(1, math.ceil(len(lengths) / (num_ranks * (batch_size or 1))))
+    tokens_of = real if padding_free else padded
+    assert all(tokens_of(batch, lengths) <= max_tokens for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_samples_of_one_length_that_fit_into_one_micro_batch_are_in_one(padding_free):
+    for length in range(1, 1500, 7):
+        for count in (1, 3, 8):
+            for cost in (1 / 56_000, 1e-7, 0.1):
+                assert len(plan([length] * count, 1, count, 10**9, padding_free, cost)[0]) == 1, (length, count, cost)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 70), st.booleans())
+def test_forwards_without_gradient_lose_no_row_whatever_their_lengths(lengths, batch_size, padding_free):
+    batches = score_batches(lengths, batch_size, padding_free)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(batches)
+    assert len(batches) == len(score_batches([9] * len(lengths), batch_size, padding_free))  # as on every other rank
+    assert all(padded(batch, lengths) <= batch_size * max(lengths) for batch in batches)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 4), st.booleans(), st.booleans(), st.data())
+def test_the_exchange_hands_every_sample_over_whole(world, with_rollout_logps, with_token_weights, data):
+    sample = st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(0, world - 1))
+    drawn = data.draw(st.lists(sample, max_size=12))
+    targets = data.draw(st.lists(st.integers(0, world - 1), min_size=len(drawn), max_size=len(drawn)))
+    kept = [
+        Kept(3 * place, "general", prompt_len, prompt_len + length, owner)
+        for place, (prompt_len, length, owner) in enumerate(drawn)
+    ]
+    generator = torch.Generator().manual_seed(len(drawn))
+    ids = [torch.randint(0, 2**31 - 1, (sample.length,), generator=generator).tolist() for sample in kept]
+    numbers = torch.randn(4, 12, 6, generator=generator)
+    masks = torch.rand(12, 6, generator=generator) < 0.5
+
+    def rollouts_of(rank):
+        rows = [place for place, sample in enumerate(kept) if sample.owner == rank]
+        rows.reverse()  # in no particular order
+
+        def column(which):
+            return [numbers[which, row, : drawn[row][1]] for row in rows]
+
+        return Rollouts(
+            branch=["general"] * len(rows),
+            position=[kept[row].position for row in rows],
+            token_ids=[ids[row] for row in rows],
+            prompt_len=[kept[row].prompt_len for row in rows],
+            mask=[masks[row, : drawn[row][1]] for row in rows],
+            length=[drawn[row][1] for row in rows],
+            truncated=[False] * len(rows),
+            teacher_logps=column(0),
+            student_logps=column(1),
+            rollout_logps=column(2) if with_rollout_logps else None,
+            token_weights=column(3) if with_token_weights else None,
+        )
+
+    meeting, posted, here = threading.Barrier(world), {}, threading.local()
+
+    def all_to_all(outgoing, sizes, dtype, device):  # between threads
+        posted[here.rank] = outgoing
+        meeting.wait()
+        parts = [torch.cat([torch.zeros(0, dtype=dtype), *posted[source][here.rank]]) for source in range(world)]
+        meeting.wait()
+        assert [len(part) for part in parts] == sizes
+        return parts
+
+    def on_rank(rank):
+        here.rank = rank
+        return exchange(rollouts_of(rank), kept, targets, rank, torch.device("cpu"))
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world) as pool:
+        patch.setattr("camopd.exchange.dist.get_world_size", lambda: world)
+        patch.setattr("camopd.exchange._all_to_all", all_to_all)
+        received = list(pool.map(on_rank, range(world)))
+    for rank, rollouts in enumerate(received):
+        expected = [place for place, target in enumerate(targets) if target == rank]
+        assert rollouts.position == [kept[place].position for place in expected]
+        for row, place in enumerate(expected):
+            assert rollouts.token_ids[row] == ids[place]
+            assert rollouts.prompt_len[row] == kept[place].prompt_len
+            length = drawn[place][1]
+            assert rollouts.mask[row].tolist() == masks[place, :length].tolist()
+            for which, column in enumerate(
+                (rollouts.teacher_logps, rollouts.student_logps, rollouts.rollout_logps, rollouts.token_weights)
+            ):
+                if column is not None:
+                    assert torch.equal(column[row], numbers[which, place, :length])
+        assert (rollouts.rollout_logps is not None) == with_rollout_logps
+        assert (rollouts.token_weights is not None) == with_token_weights
+
+
+def test_micro_batches_that_do_not_fit_into_the_micro_steps_are_an_error():
+    assert in_micro_steps(["a", "b"], 3) == [None, "a", "b"]
+    assert in_micro_steps(["a", "b"], 2) == ["a", "b"]
+    with pytest.raises(CaMOPDError, match=r"2 micro-batches do not fit into the 1 micro-steps.*would not be trained"):
+        in_micro_steps(["a", "b"], 1)
+
+
+def test_what_was_trained_is_held_against_what_was_kept():
+    kept = {0: 3, 5: 1, 9: 2}
+    one, other = Trained(kept), Trained(kept)
+    one.add([9, 0], torch.tensor([[True, True, False], [True, True, True]]))
+    other.add([5], torch.tensor([[False, True]]))
+    other.add([], torch.zeros(1, 1).bool())  # a stand-in
+    one.check(one.rows + other.rows)
+    Trained({}).check([])
+    for rows, message in (
+        (one.rows, r"of 3 kept samples with 6 tokens, 2 samples with 5 tokens .* 1 not trained \(positions \[5\]\)"),
+        (one.rows + 2 * other.rows, r"1 trained more than once \(positions \[5\]\)"),
+        ([*one.rows, *other.rows, (7, 1)], r"1 trained but not kept \(positions \[7\]\)"),
+        ([*one.rows, (5, 4)], r"1 trained with other tokens \(positions \[5\]\)"),
+    ):
+        with pytest.raises(CaMOPDError, match=message):
+            one.check(rows)
+    with pytest.raises(CaMOPDError, match="a stand-in has 2 tokens in the loss"):
+        one.add([], torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match="zip"):
+        one.add([1, 2], torch.ones(1, 2).bool())

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from camopd.prompts import PromptDealer, PromptStream, check_prompts, fingerprint
@@ -119,6 +121,40 @@ def test_every_rank_gets_its_share_of_every_branch_in_order_of_position(schedule
         for rows in dealt:
             positions = [row["position"] for row in rows]
             assert positions == sorted(positions)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from("abc"), st.integers(1, 5), min_size=1).map(
+            lambda step: "+".join(f"{name}:{share}" for name, share in step.items())
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(1, 17),
+    st.integers(1, 5),
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.booleans(),
+)
+def test_whatever_is_dealt_each_row_of_a_branch_comes_once_in_an_epoch(
+    steps, rows_per_step, world_size, sizes, shuffle
+):
+    sizes = dict(zip("abc", sizes, strict=True))
+    dealers = [
+        make_dealer(",".join(steps), rows_per_step, rank=rank, world_size=world_size, shuffle=shuffle, sizes=sizes)
+        for rank in range(world_size)
+    ]
+    prompts = {name: [] for name in "abc"}
+    for step in range(4):
+        rows = sorted((row for dealer in dealers for row in dealer.rows_of(step)), key=lambda row: row["position"])
+        assert [row["position"] for row in rows] == list(range(rows_per_step))
+        for row in rows:
+            prompts[row["branch"]].append(row["prompt"])
+    for name, drawn_of in prompts.items():
+        for start in range(0, len(drawn_of), sizes[name]):
+            epoch = drawn_of[start : start + sizes[name]]
+            assert len(set(epoch)) == len(epoch) <= sizes[name]
 
 
 # --- epochs ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from camopd.schedule import Schedule
 
@@ -131,6 +133,14 @@ def test_rows_by_largest_remainder(text, rows_per_step, expected):
     assert Schedule.parse(text).rows(0, rows_per_step) == expected
 
 
+@given(st.lists(st.floats(1e-6, 1e300), min_size=2, max_size=6), st.integers(1, 2048))
+def test_rows_add_up_whatever_the_shares(shares, rows_per_step):
+    schedule = Schedule.parse("+".join(f"b{place}:{share:.6f}" for place, share in enumerate(shares)))
+    rows = schedule.rows(0, rows_per_step)
+    assert sum(rows.values()) == rows_per_step
+    assert min(rows.values()) >= 0
+
+
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 1, 1), (5, 3, 2), (1, 2, 4), (7, 11, 13), (1, 30)], ids=str)
 def test_rows_add_up_and_stay_within_one_of_the_exact_share(weights):
     names = "abc"[: len(weights)]
@@ -199,6 +209,7 @@ def test_what_is_no_text_is_refused(text):
         ("general:3,domain:0.5", 10, "domain:0.5", r"0\.5 is no whole number of steps; use '\+' to mix by share\."),
         (" general : 3 ,   domain : x  ", 17, "domain : x", r"'x' is no number\."),
         ("a:2,b:1+c:1, d:q ,e", 13, "d:q", r"'q' is no number\."),
+        ("a:2,b:1e308+c:1e308,a", 4, "b:1e308+c:1e308", r"its shares add up to no finite number\."),
     ],
 )
 def test_error_names_the_reason_and_the_caret_points_at_the_part(text, column, offending, reason):

@@ -179,6 +179,24 @@ def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkey
 # -------------------------------------------------------------------------------------------- student equals teacher
 
 
+def test_a_sample_that_would_not_be_trained_stops_the_run_before_the_update(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer, selection=False, prompts_per_step=4, per_device_train_batch_size=4)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    lost = r"of 4 kept samples with \d+ tokens, 3 samples with \d+ tokens have gone through the loss: 1 not trained"
+    for plan, message in (
+        (
+            lambda lengths, *_: [[[0], [1, 2, 3]]],
+            r"2 micro-batches do not fit into the 1 micro-steps",
+        ),
+        (lambda lengths, *_: [[[0, 1, 2]]], lost),
+        (lambda lengths, *_: [[[0, 1, 2, 3, 3]]], r"1 trained more than once .*not updated"),
+    ):
+        monkeypatch.setattr("camopd.trainer.plan", plan)
+        with pytest.raises(CaMOPDError, match=message):
+            trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+
+
 def test_a_student_that_equals_its_teacher_does_not_move_at_all(tmp_path, tokenizer):
     model = make_model(1)
     trainer = make_trainer(
@@ -680,6 +698,17 @@ def test_a_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer)
     teachers = {"general": BrokenTeacher(-1.0, missing=1), "domain": make_model(1)}
     with pytest.raises(CaMOPDError, match=r"scored (\d) of the (\d) completion tokens of sample 0"):
         make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_teacher_that_returns_too_few_or_too_many_answers_stops_the_run(change, tmp_path, tokenizer):
+    class Miscounts(BrokenTeacher):
+        def score(self, token_ids, prompt_lens, top_k=0):
+            return (super().score(token_ids, prompt_lens) * 2)[: len(token_ids) + change]
+
+    trainer = make_trainer(tmp_path, tokenizer, teachers={"general": Miscounts(-1.0), "domain": make_model(1)})
+    with pytest.raises(TeacherError, match=rf"teacher 'broken' returned {4 + change} answers for 4 sequences"):
+        trainer.train()
 
 
 def test_a_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tmp_path, tokenizer):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from ..errors import TeacherError
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,16 @@ class RemoteTeacher(Teacher, Protocol):
     def submit(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> Future[list[TokenScores]]:
         """Begin to `score` and return at once. The future raises `TeacherError` where `score` would."""
         ...
+
+
+def by_row(rows: Sequence[int], answers: Sequence[TokenScores], asked: int, name: str) -> dict[int, TokenScores]:
+    """A teacher's answers by the row they are for. Those for stand-ins stand behind them and fall away.
+
+    Raises `TeacherError` unless there are as many answers as sequences the teacher was asked to score.
+    """
+    if len(answers) != asked:
+        raise TeacherError(
+            f"teacher {name!r} returned {len(answers)} answers for {asked} sequences. Its `score` must return one "
+            "TokenScores for each, in order; see camopd.Teacher."
+        )
+    return dict(zip(rows, answers[: len(rows)], strict=True))
