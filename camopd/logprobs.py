@@ -64,7 +64,8 @@ def completion_logps(
     )
     lm_head = causal_lm.get_output_embeddings()
     scale, softcap = _logit_transform(causal_lm.config.get_text_config())
-    weight, bias = lm_head.weight, lm_head.bias
+    # PEFT's wrappers hand out those of the active adapter; that of trainable tokens leaves the bias out, here and there.
+    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
     if isinstance(weight, torch.distributed.tensor.DTensor):  # FSDP2 shards parameters: gather the head once
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None

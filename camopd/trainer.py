@@ -53,13 +53,15 @@ from .logprobs import (
 )
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .optimizer import BranchAdamW, local, update_products
+from .precision import forward_dtype, keep_outputs_whole
 from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
 from .rollouts import Rollouts
 from .schedule import Schedule
+from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
 from .teachers.address import ADAPTER_TEACHERS, has_adapter
 from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
-from .teachers.local import context_length, keep_start_adapter, load_adapter_student
+from .teachers.local import context_length
 from .teachers.resolve import resolve_teachers
 from .teachers.server import ServerTeacher, connect_servers
 
@@ -179,6 +181,7 @@ class CaMOPDTrainer(DistillationTrainer):
         streams = self._make_streams(train_dataset, args)
         eval_dataset = self._with_branch_column(eval_dataset)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
+        check_adapters(model, peft_config, teachers.values())
         max_tokens = args.max_prompt_length + args.longest_completion
         student_name = model if isinstance(model, str) else ""
         teachers = connect_servers(teachers, max_tokens, args.teacher_patience)
@@ -224,6 +227,7 @@ class CaMOPDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        keep_outputs_whole(self.accelerator)
         if self._is_vlm:
             raise ValueError(
                 f"{get_config_model_id(self.model.config)!r} takes images, which no teacher can score yet. Pass its "
@@ -259,9 +263,8 @@ class CaMOPDTrainer(DistillationTrainer):
             autocast=self.accelerator.autocast,
             batch_size=args.score_batch_size,
             padding_free=args.padding_free,
+            student_dtype=forward_dtype(self.accelerator, student),
             init_kwargs={
-                # As the student's: under autocast, weights of another dtype round differently and no gap is ever 0.
-                "dtype": student.get_input_embeddings().weight.dtype,
                 "attn_implementation": student.config.get_text_config()._attn_implementation,
                 "trust_remote_code": args.trust_remote_code,
                 **(args.teacher_model_init_kwargs or {}),

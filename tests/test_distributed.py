@@ -35,15 +35,16 @@ COMPARED = (
 )  # fmt: skip
 
 
-def launch(config: str, folder: Path, *settings: str) -> list[dict]:
+def launch(config: str, folder: Path, *settings: str, bf16: bool = False) -> list[dict]:
     """A run of train_tiny.py in `folder`/run; its lines of metrics.jsonl."""
     student = folder / "student"
     if not student.exists():
         make_model(1).save_pretrained(student)
         make_tokenizer().save_pretrained(student)
     command = [
-        *ACCELERATE, "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2", "--mixed_precision", "no",
-        str(TESTS / "train_tiny.py"), "--output_dir", str(folder / "run"), "--use_cpu", "true", "--bf16", "false",
+        *ACCELERATE, "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2",
+        "--mixed_precision", "bf16" if bf16 else "no", str(TESTS / "train_tiny.py"), "--output_dir", str(folder / "run"),
+        "--use_cpu", "true", "--bf16", str(bf16).lower(),
         "--report_to", "none", "--max_steps", "3", "--schedule", "general:1,domain:1", "--prompts_per_step", "8",
         "--per_device_train_batch_size", "2", "--max_completion_length", "9", "--max_prompt_length", "64",
         "--learning_rate", "0.01", "--save_steps", "2", *settings,
@@ -130,6 +131,16 @@ def test_sharded_runs_are_the_data_parallel_run(config, method, checkpointing, d
     assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=1e-4)
     for name, value in weights(tmp_path / "run" / "final").items():
         torch.testing.assert_close(value, found[name], atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("config", ["zero2", "fsdp2"])
+def test_a_teacher_with_the_students_weights_has_gaps_of_exactly_0_in_bfloat16(config, tmp_path):
+    """Both launchers cast the float32 weights that were loaded, each in its way, and the teacher's must be cast alike."""
+    (line,) = launch(
+        config, tmp_path, "--max_steps", "1", "--schedule", "domain:1,general:1", "--save_strategy", "no", bf16=True
+    )  # the domain's teacher is the student's own folder
+    assert line["branch"] == "domain"
+    assert line["gap/domain/abs_mean"] == line["gap/domain/abs_p99"] == line["loss"] == 0
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

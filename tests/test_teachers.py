@@ -12,8 +12,9 @@ from trl.trainer.utils import use_adapter
 
 from camopd.errors import TeacherError
 from camopd.logprobs import completion_logps
+from camopd.teachers.adapters import AdapterTeacher, keep_start_adapter
 from camopd.teachers.base import Teacher, TokenScores
-from camopd.teachers.local import AdapterTeacher, LocalTeacher, keep_start_adapter
+from camopd.teachers.local import LocalTeacher
 from camopd.teachers.resolve import resolve_teachers
 from camopd.teachers.server import ServerTeacher, connect_servers
 
@@ -227,7 +228,7 @@ def resolve(model_factory, tokenizer):
             autocast=nullcontext,
             batch_size=2,
             padding_free=None,
-            init_kwargs={"dtype": "float32", **init_kwargs},
+            init_kwargs=init_kwargs,
         )
 
     return resolve
@@ -255,6 +256,17 @@ def test_a_path_is_loaded_and_named(resolve, teacher_path, local_scores):
     teacher = resolve({"general": teacher_path})["general"]
     assert teacher.name == teacher_path
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+
+
+def test_a_teacher_in_another_type_than_the_student_computes_in_is_a_warning(
+    resolve, teacher_path, model_factory, caplog
+):
+    resolve({"general": teacher_path, "domain": model_factory(1)})
+    assert "gap is not 0" not in caplog.text
+    resolve({"general": teacher_path}, dtype=torch.bfloat16)
+    resolve({"domain": model_factory(1).to(torch.bfloat16)})
+    for branch in ("general", "domain"):
+        assert f"teacher {branch!r} has weights in bfloat16, the student computes in float32" in caplog.text
 
 
 def test_branches_with_the_same_path_share_one_teacher(resolve, teacher_path):

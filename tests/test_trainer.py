@@ -652,6 +652,18 @@ def test_base_and_adapter_are_student_and_both_teachers(tmp_path, tokenizer):
         assert torch.equal(value, resumed[name]), name
 
 
+def test_an_adapter_that_changes_its_base_is_refused_before_the_model_is_loaded(tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    with pytest.raises(
+        ValueError, match="init_lora_weights='pissa' moves a part of the base weights into the adapter"
+    ):
+        make_trainer(
+            tmp_path, tokenizer, model=str(tmp_path / "nowhere"), peft_config=LoraConfig(init_lora_weights="pissa"),
+            teachers={"general": make_model(2), "domain": "adapter_off"},
+        )  # fmt: skip
+
+
 def test_lora_student_with_adapter_off_as_domain_teacher(tmp_path, tokenizer):
     from peft import LoraConfig
 

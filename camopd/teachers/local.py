@@ -1,4 +1,4 @@
-"""Teachers inside the training process: a second copy of a model, or the student with its adapter switched off."""
+"""Teachers inside the training process that are models of their own. Those that the student is itself: adapters.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
-from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
+from trl.trainer.utils import create_model_from_path
 
 from ..logprobs import (
     completion_logps,
@@ -97,97 +97,6 @@ class LocalTeacher:
                 ]
             )
         self.padding_free = settle_padding_free(keeps_apart, self.wanted, f"teacher {self.name}")
-
-
-START = "start"  # name of the frozen copy of the student's adapter
-
-
-class AdapterTeacher:
-    """The student with another adapter, or none: its weights are there already.
-
-    `"adapter_off"` is the student without its adapter: with new LoRA weights on the specialised model, the domain teacher
-    costs no memory. `"adapter_start"` is the student with its adapter as it was before training: where the specialised
-    model is itself a base with LoRA, that is the domain teacher, and `"adapter_off"` the general one.
-    """
-
-    def __init__(
-        self,
-        student: Any,
-        which: str,
-        forward: Forward,
-        batch_size: int,
-        autocast: Callable[[], Any] = nullcontext,
-        padding_free: bool | None = None,
-    ):
-        """
-        Args:
-            student: the `peft.PeftModel` that is trained; for `"adapter_start"` after `keep_start_adapter`.
-            which: `"adapter_off"` or `"adapter_start"`.
-            forward: `(token_ids, prompt_lens) -> (logps_BT, None)` through the trainer's wrapped student.
-        """
-        self.student = student
-        self.adapter = START if which == "adapter_start" else None
-        self.name = f"{which}:{get_config_model_id(student.config)}"
-        self.padding_free = padding_free_for(student, padding_free)
-        self.forward = forward
-        self.batch_size = batch_size
-        self.autocast = autocast
-
-    def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
-        """See [`Teacher.score`]."""
-        training = self.student.training
-        self.student.eval()  # dropout off; `disable_adapter` does not do that
-        try:
-            with use_adapter(self.student, self.adapter):
-                return score_with(
-                    self.forward,
-                    lambda ids, lens: completion_top_k(self.student, ids, lens, pad_token_id=0, k=top_k),
-                    token_ids,
-                    prompt_lens,
-                    top_k,
-                    self.batch_size,
-                    self.padding_free,
-                    self.autocast,
-                )
-        finally:
-            self.student.train(training)
-
-
-def load_adapter_student(path: str, init_kwargs: dict[str, Any]) -> Any:
-    """A base model with the saved adapter in `path` on it, to go on training that adapter."""
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    try:
-        model = create_model_from_path(base, **init_kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"the student {path!r} is an adapter for {base!r}, and that model cannot be loaded: {error}"
-        ) from error
-    return PeftModel.from_pretrained(model, path, is_trainable=True)
-
-
-def keep_start_adapter(student: Any) -> None:
-    """Give the student a frozen copy of its adapter, as TRL does for reference models.
-
-    Raises `ValueError` unless it has exactly one adapter, called "default".
-    """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    if START in student.peft_config:
-        raise ValueError(
-            f"'adapter_start' keeps a copy of the student's adapter under the name {START!r}, and the student has an "
-            "adapter of that name, perhaps of a trainer made before. Load the student again."
-        )
-    if set(student.peft_config) != {"default"}:
-        raise ValueError(
-            f"'adapter_start' needs a student with one adapter, called 'default', and this one has "
-            f"{sorted(student.peft_config)}. Load it with AutoPeftModelForCausalLM.from_pretrained(path, "
-            "is_trainable=True)."
-        )
-    student.add_adapter(START, student.peft_config["default"])
-    weights = get_peft_model_state_dict(student, adapter_name="default")
-    set_peft_model_state_dict(student, weights, adapter_name=START)
 
 
 def score_with(

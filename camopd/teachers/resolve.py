@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import AdapterTeacher
 from .address import ADAPTER_TEACHERS
 from .base import Teacher
 from .check import check_server, raise_errors
 from .local import (
-    AdapterTeacher,
     Forward,
     LocalTeacher,
     check_same_tokens,
@@ -38,8 +38,11 @@ def resolve_teachers(
     batch_size: int,
     padding_free: bool | None,
     init_kwargs: dict[str, Any],
+    student_dtype: torch.dtype = torch.float32,
 ) -> dict[str, Teacher]:
     """Turn what `connect_servers` left for each branch into teachers, servers first: they fail fast, models load slowly.
+
+    `init_kwargs` are those of models that are loaded here; `student_dtype` is that of the student's weights in its forward.
 
     Branches that name the same model share one teacher. Raises `ValueError`, `TypeError` or `TeacherError` for
     a teacher that cannot be had, does not fit the student's tokenizer, or whose context is shorter than `max_tokens`.
@@ -57,7 +60,7 @@ def resolve_teachers(
         elif isinstance(spec, str) and spec in ADAPTER_TEACHERS:
             teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast, padding_free)
         elif isinstance(spec, str):
-            model = load_teacher_model(spec, init_kwargs, branch)
+            model = load_teacher_model(spec, {"dtype": student_dtype, **init_kwargs}, branch)
             _check_fits(model, tokenizer, max_tokens, branch)
             source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
             try:
@@ -82,10 +85,25 @@ def resolve_teachers(
                 "server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', 'adapter_start', or an "
                 "object with a `name` and a `score` method (camopd.Teacher)."
             )
+        if isinstance(teacher, LocalTeacher):
+            _compare_dtypes(teacher.model, student_dtype, branch)
         resolved[branch] = teacher
         if isinstance(spec, str):
             made[spec] = teacher
     return {branch: resolved[branch] for branch in teachers}
+
+
+def _compare_dtypes(teacher: PreTrainedModel, student_dtype: torch.dtype, branch: str) -> None:
+    dtype = teacher.get_input_embeddings().weight.dtype
+    if dtype != student_dtype:
+        logger.warning(
+            "teacher %r has weights in %s, the student computes in %s: where they are the same model, their gap is not 0 "
+            "but rounding noise. Load it in the student's type; a teacher that is named by its path is, unless "
+            "teacher_model_init_kwargs says otherwise.",
+            branch,
+            str(dtype).removeprefix("torch."),
+            str(student_dtype).removeprefix("torch."),
+        )
 
 
 def _check_fits(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, branch: str) -> None:

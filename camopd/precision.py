@@ -1,0 +1,36 @@
+"""In what precision a student computes under each launcher: its log-probs must come out whole, and a teacher with the same
+weights must round as it does, or gaps that are 0 become noise, which Adam turns into full-sized updates."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+
+def keep_outputs_whole(accelerator: Any) -> None:
+    """Let FSDP2 hand on what a forward returns as it is; call it before the model is prepared.
+
+    accelerate's policy casts it to 16 bits, and the loss's forward returns log-probs: near -8 nats, bfloat16 has one number
+    every 0.03 nats.
+    """
+    policy = _fsdp2_policy(accelerator)
+    if policy is not None:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def forward_dtype(accelerator: Any, student: Any) -> torch.dtype:
+    """Type of the student's weights in its forward, once it is prepared. DeepSpeed casts them for good, FSDP2 each time."""
+    policy = _fsdp2_policy(accelerator)
+    if policy is not None and policy.param_dtype is not None:
+        return policy.param_dtype
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.mixed_precision in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    return student.get_input_embeddings().weight.dtype
+
+
+def _fsdp2_policy(accelerator: Any) -> Any:
+    """FSDP2's `MixedPrecisionPolicy`, or `None` where there is none."""
+    return accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None

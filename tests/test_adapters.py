@@ -1,0 +1,284 @@
+"""What `adapter_off` and `adapter_start` score with, for every setting of PEFT: the very model they name, or a refusal.
+
+A teacher that is another model, or becomes one as the student trains, would be wrong in silence.
+"""
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+from conftest import VOCAB
+from fake_vllm import PROMPT_LENS, TOKEN_IDS
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from camopd.logprobs import completion_logps
+from camopd.teachers import adapters
+from camopd.teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, trained_base_weights
+
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def make_base(tied: bool = False, head_bias: bool = False) -> LlamaForCausalLM:
+    """With biases, which `bias=` trains, and weights large enough that each change shows."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.3, attention_bias=True, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if head_bias:
+        model.lm_head = torch.nn.Linear(32, len(VOCAB))
+    return model.eval()
+
+
+def lora(**settings) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": TARGETS, **settings})
+
+
+def logps(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return completion_logps(model, TOKEN_IDS, PROMPT_LENS, pad_token_id=0)[0]
+
+
+def teacher_logps(student, which) -> torch.Tensor:
+    teacher = AdapterTeacher(student, which, lambda ids, lens: completion_logps(student, ids, lens, 0), batch_size=8)
+    rows = [score.logps for score in teacher.score(TOKEN_IDS, PROMPT_LENS)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def train(student, steps: int = 3) -> None:
+    """Large steps, in which all that is trained moves."""
+    optimizer = torch.optim.SGD([weight for weight in student.parameters() if weight.requires_grad], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        student.train()
+        (-completion_logps(student, TOKEN_IDS, PROMPT_LENS, pad_token_id=0)[0].sum()).backward()
+        optimizer.step()
+
+
+ALLOWED_LORA = {
+    "exclude_modules": [lora(target_modules="all-linear", exclude_modules=["v_proj"])],
+    "lora_dropout": [lora(lora_dropout=0.3)],
+    "use_rslora": [lora(use_rslora=True)],
+    "modules_to_save": [lora(modules_to_save=[name]) for name in ("embed_tokens", "norm", "lm_head")],
+    "init_lora_weights": [lora(init_lora_weights=init) for init in adapters._LORA_INITS],
+    "layers_to_transform": [lora(layers_to_transform=[1], layers_pattern="layers")],
+    "rank_pattern": [lora(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2})],
+    "trainable_token_indices": [lora(trainable_token_indices=ids) for ids in ([5, 6], {"lm_head": [5, 6, 7]})],
+    "use_dora": [lora(use_dora=True)],
+    "velora_config": [lora(velora_config=VeloraConfig())],
+    "monteclora_config": [lora(monteclora_config=MontecloraConfig(num_samples=2))],
+    "lora_bias": [lora(lora_bias=True)],
+    "target_modules": [lora(target_modules=["q_proj", "embed_tokens"])],
+    "target_parameters": [lora(target_modules=[], target_parameters=["q_proj.weight"])],
+    "ensure_weight_tying": [lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)],
+}
+# What its own defaults cannot do with a model of 32 numbers.
+TYPE_SETTINGS = {
+    "ADALORA": {"total_step": 10}, "C3A": {"block_size": 16}, "FOURIERFT": {"n_frequency": 100},
+    "IA3": {"feedforward_modules": []}, "LN_TUNING": {"target_modules": ["input_layernorm"]}, "MISS": {"r": 4},
+    "PSOFT": {"r": 4}, "ROAD": {"group_size": 4}, "SHIRA": {"r": 4}, "VBLORA": {"vector_length": 16, "num_vectors": 8},
+    "WAVEFT": {"n_frequency": 100},
+}  # fmt: skip
+NOT_INSTALLED = {"ADAMSS"}  # needs scikit-learn
+
+
+def of_type(name: str):
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)](**{"target_modules": TARGETS, **TYPE_SETTINGS.get(name, {})})
+
+
+ALLOWED = [
+    (f"{name}-{place}", config) for name, configs in ALLOWED_LORA.items() for place, config in enumerate(configs)
+]
+ALLOWED += [(name, of_type(name)) for name in sorted(adapters._TYPES - {"LORA"})]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("config", [config for _, config in ALLOWED], ids=[name for name, _ in ALLOWED])
+def test_adapter_teachers_keep_their_scores_to_the_bit_while_the_student_learns(config, tied):
+    base = make_base(tied)
+    specialised = logps(base)
+    check_adapters("student", config, ["adapter_off", "adapter_start"])
+    student = get_peft_model(base, config)
+    assert trained_base_weights(student) == []
+    torch.testing.assert_close(teacher_logps(student, "adapter_off"), specialised, rtol=0, atol=0)
+    train(student, steps=1)  # the adapter that a run would start from
+    start = logps(student)
+    assert (start - specialised).abs().max() > 1e-5
+    if config.peft_type != PeftType.ADALORA:  # has room for one trained adapter and says so
+        keep_start_adapter(student)
+    train(student)
+    assert (logps(student) - start).abs().max() > 1e-5
+    torch.testing.assert_close(teacher_logps(student, "adapter_off"), specialised, rtol=0, atol=0)
+    if config.peft_type != PeftType.ADALORA:
+        torch.testing.assert_close(teacher_logps(student, "adapter_start"), start, rtol=0, atol=0)
+
+
+REFUSED_LORA = {
+    "init_lora_weights": ["olora", "pissa", "pissa_niter_4", "lora_ga", "corda", "loftq"],
+    "bias": ["all", "lora_only"],
+    "kasa_config": [KasaConfig()],
+    "layer_replication": [[(0, 2), (1, 2)]],
+    "arrow_config": [object()], "use_bdlora": [object()], "use_qalora": [True], "qalora_group_size": [4],
+    "megatron_config": [{"a": 1}], "megatron_core": ["other"],
+    "alora_invocation_tokens": [[5, 6]],  # refused with every teacher
+}  # fmt: skip
+REFUSED = [(name, value) for name, values in REFUSED_LORA.items() for value in values]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), REFUSED, ids=[f"{name}-{place}" for place, (name, _) in enumerate(REFUSED)]
+)
+def test_settings_of_lora_that_change_the_base_are_refused_with_the_way_out(name, value):
+    config = lora()
+    setattr(config, name, value)  # without what PEFT itself asks of such a setting
+    with pytest.raises(ValueError) as refusal:
+        check_adapters("student", config, ["http://host:1", "adapter_off"])
+    assert f"{name}={value!r}" in str(refusal.value) or f"{name}={value}" in str(refusal.value)
+    assert "init_lora_weights=True" in str(refusal.value) or "Use plain LoRA" in str(refusal.value)
+    if name != "alora_invocation_tokens":
+        check_adapters("student", config, ["http://host:1"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(init_lora_weights="pissa"), lora(init_lora_weights="olora"), lora(kasa_config=KasaConfig()),
+        lora(layer_replication=[(0, 2), (1, 2)]), lora(bias="all"), lora(bias="lora_only"),
+    ],
+    ids=["pissa", "olora", "kasa", "replication", "bias-all", "bias-lora"],
+)  # fmt: skip
+def test_what_is_refused_is_indeed_another_model(config):
+    base = make_base()
+    specialised = logps(base)
+    student = get_peft_model(base, config)
+    train(student)
+    with student.disable_adapter():
+        assert (logps(student) - specialised).abs().max() > 0.1
+
+
+def test_every_setting_and_every_type_of_this_peft_is_known():
+    """A new version of PEFT may bring settings that change the base: look at them, here and in adapters.py."""
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    refused = set(REFUSED_LORA) - {"init_lora_weights", "bias"}  # of which some values are allowed
+    assert adapters._LORA_SETTINGS | refused == fields
+    assert not adapters._LORA_SETTINGS & refused
+    assert set(ALLOWED_LORA) <= adapters._LORA_SETTINGS
+    inits = typing.get_type_hints(LoraConfig)["init_lora_weights"]
+    names = {name for option in typing.get_args(inits) for name in typing.get_args(option)}
+    assert names <= {*adapters._LORA_INITS, *REFUSED_LORA["init_lora_weights"], "pissa_niter_[number of iters]"}
+    # Those that act outside the backbone, need more than token ids, or could not be tried.
+    others = {
+        "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+        "POLY", "XLORA", "TRAINABLE_TOKENS", "LILY", "SHADOW", "ADAMSS",
+    }  # fmt: skip
+    assert adapters._TYPES | others == {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+def test_a_type_of_adapter_that_is_not_known_is_refused():
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY](target_modules=TARGETS)
+    with pytest.raises(ValueError, match="adapter of type LILY is not known to leave the weights under"):
+        check_adapters("student", config, ["adapter_off"])
+
+
+def test_the_settings_of_a_loaded_or_saved_adapter_count_too(tmp_path):
+    student = get_peft_model(make_base(), lora(init_lora_weights="pissa"))
+    student.save_pretrained(tmp_path)
+    for model in (student, str(tmp_path)):
+        with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+            check_adapters(model, None, ["adapter_off"])
+        check_adapters(model, None, ["adapter_start"])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapter_start_of_an_adapter_that_has_changed_its_base(tmp_path, init):
+    """The copy must not cut into the base once more."""
+    get_peft_model(make_base(), lora(init_lora_weights=init)).save_pretrained(tmp_path)
+    student = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True)
+    start = logps(student)
+    torch.testing.assert_close(start, logps(make_base()), rtol=0, atol=1e-4)  # as PEFT means it
+    keep_start_adapter(student)
+    torch.testing.assert_close(logps(student), start, rtol=0, atol=0)
+    train(student)
+    torch.testing.assert_close(teacher_logps(student, "adapter_start"), start, rtol=0, atol=0)
+
+
+def test_adapter_start_of_replicated_layers(tmp_path):
+    get_peft_model(make_base(), lora(layer_replication=[(0, 2), (1, 2)])).save_pretrained(tmp_path)
+    student = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True)
+    keep_start_adapter(student)
+    start = logps(student)
+    assert len(student.get_base_model().model.layers) == 3
+    train(student)
+    torch.testing.assert_close(teacher_logps(student, "adapter_start"), start, rtol=0, atol=0)
+
+
+def test_a_copy_that_is_not_exact_is_refused():
+    student = get_peft_model(make_base(), lora(kasa_config=KasaConfig()))
+    train(student)
+    with pytest.raises(ValueError, match=r"no exact copy of the student's adapter \(LORA.* the logits differ by"):
+        keep_start_adapter(student)
+
+
+def test_trained_weights_outside_of_adapters_are_refused_with_their_names():
+    student = get_peft_model(make_base(), lora())
+    student.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'adapter_off' cannot be a teacher: 1 weights .* 'model.norm.weight'"):
+        teacher_logps(student, "adapter_off")
+    biased = get_peft_model(make_base(), lora(bias="lora_only"))
+    assert trained_base_weights(biased) == [
+        f"model.layers.{layer}.self_attn.{name}.bias" for layer in range(2) for name in TARGETS
+    ]
+    with pytest.raises(ValueError, match=r"'adapter_start' is to be .*bias='lora_only' trains biases"):
+        check_adapters(biased, None, ["adapter_start"])
+
+
+def test_a_student_that_cannot_be_trained_is_refused_with_the_way_out(tmp_path):
+    get_peft_model(make_base(), lora()).save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(make_base(), tmp_path)
+    with pytest.raises(ValueError, match=r"'default' was loaded for inference.*is_trainable=True"):
+        check_adapters(frozen, None, [])
+    with pytest.raises(ValueError, match=r"all have requires_grad=False"):
+        check_adapters(make_base().requires_grad_(False), None, [])
+    check_adapters(make_base().requires_grad_(False), lora(), [])
+    student = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True)
+    check_adapters(student, None, ["adapter_off", "adapter_start"])
+    student.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged into its weights.*unmerge_adapter"):
+        check_adapters(student, None, [])
+    student.unmerge_adapter()
+    student.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match=r"switched off.*enable_adapter_layers"):
+        check_adapters(student, None, [])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("indices", [[5, 6], {"lm_head": [5, 6]}], ids=["embedding", "head"])
+def test_trained_tokens_are_scored_and_trained_as_the_model_itself_has_them(indices, tied):
+    base = make_base(tied, head_bias=not tied)
+    student = get_peft_model(base, lora(trainable_token_indices=indices))
+    with torch.no_grad():
+        for weight in student.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1 * torch.randn_like(weight))
+    for active in (True, False):
+        student.base_model.enable_adapter_layers() if active else student.base_model.disable_adapter_layers()
+        student.zero_grad()
+        found = completion_logps(student, TOKEN_IDS[:1], PROMPT_LENS[:1], pad_token_id=0)[0][0]
+        ids = torch.tensor(TOKEN_IDS[:1])
+        plain = student(ids).logits[0, PROMPT_LENS[0] - 1 : -1].log_softmax(-1)
+        plain = plain.gather(1, ids[0, PROMPT_LENS[0] :, None])[:, 0]
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+        if active:
+            weights = [weight for weight in student.parameters() if weight.requires_grad]
+            ours, theirs = torch.autograd.grad(found.sum(), weights), torch.autograd.grad(plain.sum(), weights)
+            for one, other in zip(ours, theirs, strict=True):
+                # Sums of some hundred terms that may cancel: float32's 1.2e-7 of the largest, a hundred times.
+                torch.testing.assert_close(one, other, rtol=0, atol=1.2e-5 * other.abs().max().item())
