@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from . import __version__
+from .best import history_of_model
 from .hub import is_hub_id, public_name
 from .teachers.address import ADAPTER_TEACHERS
 
@@ -53,7 +54,7 @@ def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) ->
         "bring its general abilities back and keep its domain: it wrote its own answers, and moved toward the teacher of "
         "each branch in turn, on the samples with the largest teacher-student gaps.",
         "",
-        *_gaps(trainer.state.log_history, trainer.schedule.branches),
+        *_gaps(history_of_model(trainer.state.log_history, *trainer._best), trainer.schedule.branches),
         *_training(trainer, student, base, is_peft, sources),
         *_use(trainer.hub_model_id or model_name, is_peft),
         *_versions(),

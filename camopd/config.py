@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import DistillationConfig
 
+from .best import settle_metric
+from .learning_rate import settle_schedule
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, by_step, value_at
 from .token_rules import TOKEN_RULES
@@ -322,7 +324,9 @@ class CaMOPDConfig(DistillationConfig):
                     ) from None
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._derive_accumulation(world_size)
+        settle_metric(self, Schedule.parse(self.schedule).branches)  # before the parent, which has another direction
         super().__post_init__()
+        settle_schedule(self)
         if self.world_size != world_size:  # a launcher that does not set WORLD_SIZE
             self.gradient_accumulation_steps = None
             self._derive_accumulation(self.world_size)
@@ -451,7 +455,12 @@ class CaMOPDConfig(DistillationConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         optim = str(getattr(self.optim, "value", self.optim))
-        if self.optimizer_moments == "per_branch" and not optim.startswith("adamw_torch"):
+        plain = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+        if self.optim_args and (optim in (*plain, "adafactor") or self.optimizer_moments == "per_branch"):
+            raise ValueError(
+                f"optim_args={self.optim_args!r} would be ignored: optim={optim!r} takes none. Leave it out."
+            )
+        if self.optimizer_moments == "per_branch" and optim not in plain:
             raise ValueError(
                 f"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim={optim!r}. Leave optim out."
             )

@@ -35,12 +35,14 @@ from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
 from . import diagnostics, metrics, token_rules
+from .best import check_metric
 from .card import write_model_card
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, Trained, attention_cost, exchange, in_micro_steps, plan
 from .generation import neutral_generation
 from .hub import hub_errors, is_hub_id, public_name, why_not
+from .learning_rate import check_passed
 from .logprobs import (
     SampledLogps,
     completion_logps,
@@ -50,6 +52,14 @@ from .logprobs import (
     padding_free_for,
     saves_padding,
     settle_padding_free,
+)
+from .masters import (
+    ChangedShare,
+    check_masters,
+    quantised_adapters,
+    restore_adapters,
+    round_alike,
+    rounds_stochastically,
 )
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .optimizer import BranchAdamW, local, update_products
@@ -180,6 +190,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
         streams = self._make_streams(train_dataset, args)
         eval_dataset = self._with_branch_column(eval_dataset)
+        check_metric(args, self.schedule.branches, eval_dataset or {}, callbacks or [])
+        check_passed(args, *optimizers)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
         check_adapters(model, peft_config, teachers.values())
         max_tokens = args.max_prompt_length + args.longest_completion
@@ -215,6 +227,7 @@ class CaMOPDTrainer(DistillationTrainer):
                     f"{sorted(model.peft_config['default'].modules_to_save)}: the copies of them have no place in vLLM. "
                     "Use transformers' generation, or a server for that teacher."
                 )
+        adapters = quantised_adapters(model)
         super().__init__(
             model=model,
             args=args,
@@ -227,6 +240,8 @@ class CaMOPDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        restore_adapters(self.model, adapters, self.accelerator)
+        check_masters(self.model, args, self.accelerator, optimizers[0])
         keep_outputs_whole(self.accelerator)
         if self._is_vlm:
             raise ValueError(
@@ -307,7 +322,9 @@ class CaMOPDTrainer(DistillationTrainer):
                 "coherence/* is left out: no transformer block of %s with trainable torch.nn.Linear layers can be found",
                 type(student).__name__,
             )
+        self._best: tuple[int | None, int] = (None, 0)  # step of the checkpoint loaded at the end, log entries then
         self._branch_optimizer: BranchAdamW | None = None
+        self._changed: ChangedShare | None = None
         self._loss_sum = torch.zeros(())
         self._eval_rows: list[dict[str, float]] = []
         self.add_callback(metrics.MetricsFile(self))
@@ -946,6 +963,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._loss_sum = torch.zeros((), device=self.args.device)
         self._importance = metrics.ImportanceStats()
         self._update_products = self._sketch = None
+        if self._changed is not None:
+            self._changed.start()
         self._categories = {row["position"]: row.get("category") for row in rows}
         if self._branch_optimizer is not None:
             self._branch_optimizer.branch = self._moment_of(self.state.global_step)
@@ -1045,7 +1064,10 @@ class CaMOPDTrainer(DistillationTrainer):
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
         """The parent's, or AdamW with a first moment per branch."""
         if args.optimizer_moments == "shared":
-            return super().get_optimizer_cls_and_kwargs(args, model)
+            kind, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+            if "block_size" in kwargs:
+                kwargs["block_size"] = int(kwargs["block_size"])  # of `optim_args`, which transformers leaves a text
+            return kind, kwargs
         branches = dict.fromkeys(self._moment_of(step) for step in range(self.schedule.period))
         return BranchAdamW, {
             "branches": tuple(branches),
@@ -1055,15 +1077,24 @@ class CaMOPDTrainer(DistillationTrainer):
         }
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The parent's optimizer, which tells after each step how much of its update is the step's own gradient."""
-        known = self.optimizer is not None
+        """The parent's optimizer, which tells after each step what it has done to the weights."""
         optimizer = super().create_optimizer(model)
-        if not known and isinstance(optimizer, torch.optim.Optimizer):
+        if self._changed is None and isinstance(optimizer, torch.optim.Optimizer):  # one that was passed, too
+            weights = self.accelerator.unwrap_model(self.model).parameters()
+            total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights if weight.requires_grad)
+            self._changed = ChangedShare(optimizer, total)
+            if rounds_stochastically(self.args, optimizer):
+                round_alike(optimizer, self.args.device, self._rounding_seed)
             if isinstance(optimizer, BranchAdamW):
                 self._branch_optimizer = optimizer  # under whatever wraps it
             # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
             optimizer.register_step_post_hook(lambda *_: self._look_at_update(optimizer))
         return optimizer
+
+    def _rounding_seed(self) -> int:
+        """Of the step, and where the weights are in shards, of the rank."""
+        rank = self.args.process_index if self.is_fsdp_enabled else 0
+        return (self.args.seed << 40) + (rank << 24) + self.state.global_step
 
     def _look_at_update(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._step_metrics:  # on resume FSDP2 takes a step of zeros, to have moments to load into
@@ -1087,13 +1118,18 @@ class CaMOPDTrainer(DistillationTrainer):
         if parts:
             both, update, gradient = torch.stack(parts).sum(dim=0).tolist()
             cosine = both / math.sqrt(update * gradient) if update * gradient > 0 else math.nan
-        found = {"update/cosine": cosine}
+        found = {"update/cosine": cosine, "update/changed_share": self._changed_share()}
         if self.args.diagnostics_steps:
             found.update(self._stale_conflict())
             found["time/diagnostics"] = self._step_metrics["time/diagnostics"]
         self._step_metrics.update(found)
         for name, value in found.items():
             self._metrics["train"][name].append(value)
+
+    def _changed_share(self) -> float:
+        counts = gather_object([(self._changed.changed, self._changed.compared) if self._changed else (0, 0)])
+        changed, compared = (sum(part) for part in zip(*counts, strict=True))
+        return changed / compared if compared else math.nan
 
     # ------------------------------------------------------------------------------------------------ diagnostics
 
@@ -1331,6 +1367,10 @@ class CaMOPDTrainer(DistillationTrainer):
                 stale.unlink()
         super()._save_checkpoint(model, trial)
         self._checkpoint = folder
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best = (self.state.best_global_step, len(self.state.log_history))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

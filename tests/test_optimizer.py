@@ -149,3 +149,15 @@ def test_optimizers_without_readable_adam_moments_have_no_products():
     low_rank.state[params[0]]["exp_avg"] = low_rank.state[params[0]]["exp_avg"][:1]
     assert update_products(low_rank) is None
     assert update_products(eight_bit) is None
+
+
+def test_8_bit_moments_that_say_they_are_floats_are_not_read(monkeypatch):
+    from torchao.optim import AdamW8bit
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    param = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    optimizer = AdamW8bit([param])
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].is_floating_point()
+    assert update_products(optimizer) is None

@@ -1,0 +1,125 @@
+"""Which checkpoint is the best one: the metrics of evaluation that can say so, and which way each of them is good."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+
+
+logger = logging.getLogger(__name__)
+
+# Of `metrics.of_evaluation`, and the loss. A gap is teacher's minus student's log-prob, minus the KL: it grows to 0.
+GREATER_IS_BETTER = {"kl": False, "loss": False, "gap": True, "gap_abs": False, "gap_positive": False}
+# What evaluation also gives, and what says nothing about the model.
+NO_MEASURE = ("kl_se", "prompts", "runtime", "samples_per_second", "steps_per_second")
+
+
+def settle_metric(args: Any, branches: Iterable[str]) -> None:
+    """Set `greater_is_better` for `metric_for_best_model`.
+
+    transformers takes a greater value for the better one unless the name ends in "loss", and would keep the checkpoint with
+    the largest distance from the teacher.
+
+    Raises `ValueError` for a name that evaluation does not give, a direction that is the wrong one, and a setting that
+    needs a metric where none is named.
+    """
+    names = {f"eval_{branch}_{name}": better for branch in branches for name, better in GREATER_IS_BETTER.items()}
+    metric = args.metric_for_best_model
+    if metric is None:
+        for setting in _needs_metric(args):
+            raise ValueError(
+                f"{setting} needs to know which checkpoint is the better one, and a run has a gap for each branch. Set "
+                f"metric_for_best_model to one of {sorted(name for name in names if name.endswith('_kl'))} (smaller is "
+                "better, which is set by itself)."
+            )
+        if args.greater_is_better is not None:
+            raise ValueError(
+                f"greater_is_better={args.greater_is_better} says nothing without metric_for_best_model. Leave it out."
+            )
+        return
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        what = "is not a metric of evaluation"
+        if name in {f"eval_{branch}_{other}" for branch in branches for other in NO_MEASURE}:
+            what = "does not say how good a model is"
+        raise ValueError(
+            f"metric_for_best_model={metric!r} {what}. Did you mean {near!r}? There are {sorted(names)}; docs/metrics.md "
+            "says what they are."
+        )
+    if args.greater_is_better not in (None, names[name]):
+        raise ValueError(
+            f"greater_is_better={args.greater_is_better} with metric_for_best_model={metric!r} would keep the worst "
+            f"checkpoint: {'greater' if names[name] else 'smaller'} is better there. Leave greater_is_better out."
+        )
+    args.greater_is_better = names[name]
+
+
+def check_metric(
+    args: Any, schedule_branches: Iterable[str], held_out: Iterable[str], callbacks: Iterable[Any]
+) -> None:
+    """Raise `ValueError` when `metric_for_best_model` will not be measured, or early stopping has none.
+
+    Args:
+        args: the config; its metric is settled anew, as it may have been set after the config was made.
+        schedule_branches: all branches.
+        held_out: those that have held-out prompts.
+        callbacks: the user's, as instances or classes.
+    """
+    stops = any(
+        isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback for callback in callbacks
+    )
+    settle_metric(args, schedule_branches)
+    metric, held_out = args.metric_for_best_model, list(held_out)
+    if metric is None:
+        if stops:
+            raise ValueError(
+                "EarlyStoppingCallback watches metric_for_best_model, and none is set. Set it to one of "
+                f"{[f'eval_{branch}_kl' for branch in held_out or schedule_branches]} (smaller is better, which is set by "
+                "itself)."
+            )
+        return
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if not any(name == f"eval_{branch}_{kind}" for branch in held_out for kind in GREATER_IS_BETTER):
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is of a branch without held-out prompts: eval_dataset has "
+            f"{held_out or 'none'}. Add its prompts to eval_dataset (eval_prompts in a config), or name a metric of "
+            "another branch."
+        )
+    if getattr(args.eval_strategy, "value", args.eval_strategy) == "no":
+        if stops or getattr(args.save_strategy, "value", args.save_strategy) == "best":
+            raise ValueError(
+                f"{'EarlyStoppingCallback' if stops else 'save_strategy=best'} waits for evaluations, and eval_strategy is "
+                "'no'. Set eval_strategy: steps and eval_steps."
+            )
+        logger.warning(
+            "metric_for_best_model=%r is never looked at: eval_strategy is 'no'. Set eval_strategy: steps and eval_steps",
+            metric,
+        )
+
+
+def _needs_metric(args: Any) -> list[str]:
+    """Settings that transformers would let look at `eval_loss`, which a run with branches does not have."""
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    return [
+        *(["load_best_model_at_end=True"] if args.load_best_model_at_end else []),
+        *(["save_strategy='best'"] if getattr(args.save_strategy, "value", args.save_strategy) == "best" else []),
+        *([f"lr_scheduler_type={schedule!r}"] if schedule in ("reduce_lr_on_plateau", "greedy") else []),
+    ]
+
+
+def history_of_model(history: list[dict[str, Any]], best_step: int | None, loaded_at: int) -> list[dict[str, Any]]:
+    """The entries of a log that are of the model in hand: after the best checkpoint has been loaded, none of later steps.
+
+    Args:
+        history: the trainer state's `log_history`.
+        best_step: step of the checkpoint that was loaded at the end; `None` if none was.
+        loaded_at: how many entries there were then. Those after it are of that checkpoint again.
+    """
+    if best_step is None:
+        return history
+    return [entry for place, entry in enumerate(history) if place >= loaded_at or entry.get("step", 0) <= best_step]

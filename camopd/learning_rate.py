@@ -1,0 +1,93 @@
+"""The learning rate over the steps of a run: warm-up is taken, and a scheduler gets what it can use."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import SchedulerType, get_scheduler
+
+
+logger = logging.getLogger(__name__)
+
+FOLLOWS_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def settle_schedule(args: Any) -> None:
+    """Make `warmup_steps`, `lr_scheduler_type` and `lr_scheduler_kwargs` of a config one schedule.
+
+    transformers' `constant`, the paper's schedule and our default, ignores warm-up and keywords and does not say so: with
+    `warmup_steps` it becomes `constant_with_warmup`. Those that follow a metric get its direction.
+
+    Raises `ValueError` for what would be ignored otherwise, and for keywords that the schedule does not have.
+    """
+    kind, steps, given = args.lr_scheduler_type, args.warmup_steps, dict(args.lr_scheduler_kwargs or {})
+    if steps >= 1 and steps != int(steps):
+        raise ValueError(
+            f"warmup_steps={steps} is neither a whole number of steps nor, below 1, a share of them. Round it."
+        )
+    warmup = args.get_warmup_steps(args.max_steps)
+    if warmup >= args.max_steps:
+        raise ValueError(
+            f"warmup_steps={steps} is {warmup} of max_steps={args.max_steps} steps, so that learning_rate="
+            f"{args.learning_rate:g} is never reached. Lower warmup_steps; below 1 it is a share of the steps."
+        )
+    if kind == SchedulerType.CONSTANT and warmup:
+        kind = args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+    elif kind == SchedulerType.CONSTANT_WITH_WARMUP and not warmup:
+        logger.warning(
+            "lr_scheduler_type='constant_with_warmup' has no warm-up, as warmup_steps is 0: it is 'constant'"
+        )
+    if kind in FOLLOWS_METRIC:
+        if warmup:
+            raise ValueError(
+                f"lr_scheduler_type={kind.value!r} has no warm-up in transformers and would ignore warmup_steps={steps}. "
+                "Leave one of them out."
+            )
+        mode = "max" if args.greater_is_better else "min"
+        if given.setdefault("mode", mode) != mode:
+            raise ValueError(
+                f"lr_scheduler_kwargs sets mode={given['mode']!r}, but of metric_for_best_model="
+                f"{args.metric_for_best_model!r} the {'greater' if mode == 'max' else 'smaller'} value is the better one: "
+                "the learning rate would fall while the model gets better. Leave mode out."
+            )
+        args.lr_scheduler_kwargs = given
+    elif given and kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        raise ValueError(
+            f"lr_scheduler_kwargs={given!r} would be ignored: lr_scheduler_type={kind.value!r} takes none. Leave it out, "
+            "or name a schedule that has them, as 'cosine_with_min_lr'."
+        )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(kind, optimizer, warmup, args.max_steps, given or None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={kind.value!r} cannot be made with warmup_steps={steps}, max_steps={args.max_steps} and "
+            f"lr_scheduler_kwargs={given!r}: {error}"
+        ) from None
+
+
+def check_passed(args: Any, optimizer: Any, scheduler: Any) -> None:
+    """Raise `ValueError` when a scheduler was passed that would not drive the run's optimizer.
+
+    Warns where what was passed wins over the config's learning rate or schedule.
+    """
+    if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            f"optimizers has a {type(scheduler).__name__} of an optimizer that is not the run's, so that the learning rate "
+            "would not follow it. Pass that optimizer along with it, optimizers="
+            "(optimizer, scheduler), or set lr_scheduler_type, warmup_steps and lr_scheduler_kwargs."
+        )
+    if scheduler is not None and (args.warmup_steps or args.lr_scheduler_type != SchedulerType.CONSTANT):
+        logger.warning(
+            "the learning rate follows the %s that was passed, not lr_scheduler_type=%r with warmup_steps=%g",
+            type(scheduler).__name__, args.lr_scheduler_type.value, args.warmup_steps,
+        )  # fmt: skip
+    if optimizer is not None:
+        rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+        if any(abs(rate - args.learning_rate) > 1e-6 * args.learning_rate for rate in rates):
+            logger.warning(
+                "the %s that was passed has learning rate %s, which is taken; the config's is %g",
+                type(optimizer).__name__, ", ".join(f"{rate:g}" for rate in rates), args.learning_rate,
+            )  # fmt: skip

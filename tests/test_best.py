@@ -1,0 +1,132 @@
+"""Which checkpoint is kept: against what transformers does with a name it does not know."""
+
+import itertools
+
+import pytest
+from conftest import make_model, make_prompts
+from safetensors.torch import load_file
+from test_trainer import make_args, make_trainer
+from transformers import EarlyStoppingCallback
+
+from camopd import metrics
+from camopd.best import GREATER_IS_BETTER, NO_MEASURE, check_metric, history_of_model
+
+
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+def test_every_metric_of_evaluation_has_a_direction_or_says_nothing():
+    found = metrics.of_evaluation([{"num_tokens": 2, "gap": -1.0, "gap_abs": 1.0, "gap_positive": 0.0}])
+    assert set(found) | {"loss"} == set(GREATER_IS_BETTER) | {"prompts", "kl_se"}
+    assert {"prompts", "kl_se"} <= set(NO_MEASURE)
+
+
+@pytest.mark.parametrize("prefix", ["", "eval_"])
+@pytest.mark.parametrize(("name", "greater"), GREATER_IS_BETTER.items())
+def test_a_model_nearer_to_its_teacher_is_the_better_one(name, greater, prefix, tmp_path):
+    """Two students, by hand: one is 1 nat a token from its teacher, with one sign of the gap or the other, one 0.1."""
+    args = make_args(tmp_path, metric_for_best_model=f"{prefix}general_{name}")
+    assert args.greater_is_better is greater
+    far, near = (
+        metrics.of_evaluation([{"num_tokens": 3, "gap": -3 * nats, "gap_abs": 3 * nats, "gap_positive": 3 * nats}] * 2)
+        for nats in (1.0, 0.1)
+    )
+    key = "kl" if name == "loss" else name
+    assert (near[key] > far[key]) is greater
+
+
+@pytest.mark.parametrize(
+    "name", [f"general_{name}" for name in NO_MEASURE] + ["eval_general_kll", "eval_legal_kl", "loss"]
+)
+def test_another_name_is_refused_with_the_nearest(name, tmp_path):
+    with pytest.raises(ValueError) as error:
+        make_args(tmp_path, metric_for_best_model=name)
+    text = str(error.value)
+    assert repr(name) in text and "Did you mean 'eval_" in text and "eval_domain_gap_positive" in text
+    if name == "eval_general_kll":
+        assert "Did you mean 'eval_general_kl'?" in text
+
+
+def test_branches_may_have_underscores_and_names_of_metrics(tmp_path):
+    args = make_args(tmp_path, schedule="my_kl:1,my:1", scale=1.0, score="absolute", mass_target=0.8, selection=True,
+                     metric_for_best_model="my_kl_gap")  # fmt: skip
+    assert args.greater_is_better is True
+
+
+def test_the_wrong_direction_is_refused_and_the_right_one_may_be_said(tmp_path):
+    with pytest.raises(ValueError, match=r"greater_is_better=True.*eval_general_kl.*smaller is better"):
+        make_args(tmp_path, metric_for_best_model="eval_general_kl", greater_is_better=True)
+    with pytest.raises(ValueError, match=r"greater_is_better=False.*general_gap.*greater is better"):
+        make_args(tmp_path, metric_for_best_model="general_gap", greater_is_better=False)
+    with pytest.raises(ValueError, match="without metric_for_best_model"):
+        make_args(tmp_path, greater_is_better=False)
+    assert make_args(tmp_path, metric_for_best_model="general_kl", greater_is_better=False).greater_is_better is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"load_best_model_at_end": True, **EVALUATES}, "load_best_model_at_end=True"),
+        ({**EVALUATES, "save_strategy": "best"}, "save_strategy='best'"),
+        ({**EVALUATES, "lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau'"),
+        ({**EVALUATES, "lr_scheduler_type": "greedy"}, "lr_scheduler_type='greedy'"),
+    ],
+)
+def test_what_needs_a_metric_asks_for_one(settings, named, tmp_path):
+    with pytest.raises(ValueError) as error:
+        make_args(tmp_path, **settings)
+    assert named in str(error.value) and "['eval_domain_kl', 'eval_general_kl']" in str(error.value)
+
+
+def test_a_metric_must_be_measured(tmp_path, caplog):
+    branches = ("general", "domain")
+    args = make_args(tmp_path, metric_for_best_model="eval_domain_kl", **EVALUATES)
+    check_metric(args, branches, branches, [EarlyStoppingCallback()])
+    for held_out in (["general"], []):
+        with pytest.raises(ValueError, match="'eval_domain_kl' is of a branch without held-out prompts"):
+            check_metric(args, branches, held_out, [])
+    without = make_args(tmp_path)
+    check_metric(without, branches, [], [])
+    for callback in (EarlyStoppingCallback, EarlyStoppingCallback()):
+        with pytest.raises(ValueError, match=r"EarlyStoppingCallback watches .*eval_general_kl"):
+            check_metric(without, branches, branches, [callback])
+    args.eval_strategy = "no"
+    with pytest.raises(ValueError, match="EarlyStoppingCallback waits for evaluations"):
+        check_metric(args, branches, branches, [EarlyStoppingCallback])
+    check_metric(args, branches, branches, [])
+    assert "'eval_domain_kl' is never looked at" in caplog.text
+    args.metric_for_best_model, args.greater_is_better = "general_gap", None  # after the config was made
+    check_metric(args, branches, branches, [])
+    assert args.greater_is_better is True
+
+
+def test_the_checkpoint_nearest_to_the_teacher_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer, monkeypatch):
+    """The run of the report: 2.708, then 1.490, then worse. It stops, keeps the second checkpoint and ends with it."""
+    values = itertools.cycle([2.708, 1.490, 1.6, 1.7])
+    of_evaluation = metrics.of_evaluation
+    monkeypatch.setattr(metrics, "of_evaluation", lambda rows: {**of_evaluation(rows), "kl": next(values)})
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=6, metric_for_best_model="eval_general_kl", load_best_model_at_end=True,
+        save_total_limit=1, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], diagnostics_steps=0,
+        eval_dataset={"general": make_prompts("general", 2)}, model=make_model(3), **EVALUATES,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_global_step == 2 and trainer.state.best_metric == 1.490
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    kept = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for name, weight in trainer.model.named_parameters():
+        assert name not in kept or (kept[name] == weight).all(), name
+    trainer.create_model_card()
+    row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| general |"))
+    assert "1.490" in row and "(step 2)" in row and "1.7" not in row
+
+
+def test_the_history_of_a_model_that_was_loaded_again():
+    history = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 3, "a": 3}, {"step": 3, "a": 4}]
+    assert history_of_model(history, None, 0) == history
+    assert [entry["a"] for entry in history_of_model(history, 2, 3)] == [
+        1,
+        2,
+        4,
+    ]  # the last was measured after loading
