@@ -38,7 +38,7 @@ def main() -> None:
         print(f"{conversations:,} conversations in {path.stat().st_size / 1e9:.2f} GB", flush=True)
         start = time.perf_counter()
         command = [sys.executable, "-c", BUILD, str(path), str(out), str(options.limit)]
-        peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout)
         print(f"peak {peak:,} MB, {time.perf_counter() - start:.0f} s")
         for name in ("prompts.jsonl", "sft.jsonl"):
             with (out / name).open("rb") as file:

@@ -56,7 +56,7 @@ def main() -> None:
 def in_a_process(options: argparse.Namespace, every: int) -> list[dict[str, float]]:
     command = [sys.executable, __file__, "--every", str(every), "--steps", str(options.steps)]
     command += ["--demo", str(options.demo)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     if process.returncode:
         sys.exit(process.stderr[-3000:])
     return json.loads(process.stdout.splitlines()[-1])
@@ -72,7 +72,10 @@ def run(models: Path, steps: int, every: int) -> list[dict[str, float]]:
         trainer = demo._trainer(specialised, general, specialised, Path(folder) / "run", settings)
         trainer.args.diagnostics_steps = every
         trainer.train()
-        return [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
 
 
 def measured(line: dict[str, float]) -> bool:
@@ -116,7 +119,7 @@ def report(found: dict[int, list[list[dict[str, float]]]], rounds: int) -> None:
         "the steps.",
         "",
     ]
-    RESULT.write_text("\n".join(text))
+    RESULT.write_text("\n".join(text), encoding="utf-8")
     print("\n".join(text))
 
 

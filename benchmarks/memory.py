@@ -51,7 +51,9 @@ def main() -> None:
             for name in CONTENDERS:
                 command = [sys.executable, __file__, "--contender", name, "--model", options.model]
                 command += ["--tokens", str(options.tokens), "--rows", str(options.rows)]
-                run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+                run = subprocess.run(
+                    command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8"
+                )
                 if run.returncode:
                     sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
                 found[name].append(json.loads(run.stdout.splitlines()[-1]))
@@ -90,7 +92,7 @@ def report(found: dict[str, list[dict[str, float]]], options: argparse.Namespace
         "",
     ]
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines))
+    RESULT.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -233,7 +235,9 @@ def reset_peak(device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark of resident memory starts over
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the kernel's high-water mark of resident memory starts over
     return peak(device)
 
 
@@ -242,7 +246,9 @@ def peak(device) -> float:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) / 1024
 
 

@@ -94,7 +94,7 @@ def main() -> None:
         "",
         "Again: `python benchmarks/memory_formula.py`",
     ]
-    RESULT.write_text("\n".join(lines) + "\n")
+    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def compare() -> list[str]:
@@ -105,7 +105,7 @@ def compare() -> list[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     for number, (shape, prompt, completion) in enumerate(SMALL):
         command = [sys.executable, __file__, "--measure", str(number)]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8")
         if run.returncode:
             sys.exit(run.stderr[-3000:])
         found = json.loads(run.stdout.splitlines()[-1])

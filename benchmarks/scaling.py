@@ -54,7 +54,7 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     lines += ["", *price()]
-    RESULT.write_text("\n".join(lines) + "\n")
+    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -65,10 +65,12 @@ def run(setup: dict) -> dict[str, float]:
             launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup["processes"])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [*launch, __file__, "--measure", json.dumps({**setup, "folder": folder})]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8")
         if done.returncode:
             sys.exit(done.stderr[-3000:])
-        steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()][1:]
+        steps = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ][1:]
     return {
         name: statistics.median(step[name] for step in steps)
         for name in steps[0]

@@ -107,7 +107,7 @@ def in_process(name: str, options: argparse.Namespace, malloc: dict[str, str]) -
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | malloc
     command = [sys.executable, __file__, "--measure", name, "--model", options.model, "--steps", str(options.steps)]
     command += ["--server", options.server] if options.server else []
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8")
     if run.returncode:
         sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
     return json.loads(run.stdout.splitlines()[-1])
@@ -168,9 +168,10 @@ def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
     steps = clock.steps[1:]
     summary = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     if not isinstance(settings, str):
-        lines = [json.loads(line) for line in (Path(common["output_dir"]) / "metrics.jsonl").read_text().splitlines()][
-            1:
-        ]
+        lines = [
+            json.loads(line)
+            for line in (Path(common["output_dir"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ][1:]
         for name in ("time/rollout", "time/score", "time/train", "selection/general/kept_fraction", "train/padding"):
             summary[name] = statistics.median(line[name] for line in lines)
     summary["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -275,7 +276,7 @@ def prompts_of(workload: str, count: int, tokenizer) -> list:
         return [word * PROMPT] * count
     from importlib.resources import files
 
-    rows = (files("camopd.demo_data") / "general.jsonl").read_text().splitlines()
+    rows = (files("camopd.demo_data") / "general.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(row)["prompt"] for row in rows]
     return [prompts[index % len(prompts)] for index in range(count)]
 
@@ -327,7 +328,9 @@ def reset_peak() -> float:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark of resident memory starts over
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the kernel's high-water mark of resident memory starts over
     return peak()
 
 
@@ -336,7 +339,9 @@ def peak() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) / 1024
 
 
@@ -360,7 +365,7 @@ def report(found: dict[str, dict[str, list[dict]]], options: argparse.Namespace)
         "",
     ]
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines))
+    RESULT.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -88,7 +88,7 @@ def main() -> None:
             replayed = {**measure_clients(folder, options), "recorded": recorded}
         lines = report(found, replayed, (sequences, prompt_lens), options)
     options.report.parent.mkdir(exist_ok=True)
-    options.report.write_text("\n".join(lines))
+    options.report.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -141,7 +141,7 @@ def vllm_server(model: str, log: Path) -> Iterator[str]:
         "--enforce-eager", "--enable-scale-out", "--max-logprobs", "20", "--no-enable-prefix-caching",
     ]  # fmt: skip
     environment = {**plain_environment(), "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
-    with open(log, "w") as output:
+    with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -163,7 +163,7 @@ def wait_until_well(url: str, process: subprocess.Popen[bytes], log: Path) -> No
     deadline = time.monotonic() + 300
     while True:
         if process.poll() is not None or time.monotonic() > deadline:
-            sys.exit(f"vLLM is not up:\n{log.read_text()[-3000:]}")
+            sys.exit(f"vLLM is not up:\n{log.read_text(encoding='utf-8')[-3000:]}")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=2).status_code == 200:
                 return
@@ -249,7 +249,7 @@ def record(url: str, sequences: list[list[int]], folder: Path) -> dict[str, floa
         "completion": {**completion, "choices": MARK},
         "generate": {**generate, "request_id": MARK, "prompt_token_id_logprobs": MARK},
     }
-    (folder / REPLAY).write_text(json.dumps({"tokens": tokens, "entries": entries, **templates}))
+    (folder / REPLAY).write_text(json.dumps({"tokens": tokens, "entries": entries, **templates}), encoding="utf-8")
     logps = [entry[str(token)]["logprob"] for token, entry in zip(tokens, entries, strict=True)]
     np.savez(folder / EXPECTED, tokens=tokens, logps=np.array(logps, dtype=np.float32))
     others = sum(len(entry) > 1 for entry in entries) / len(tokens)
@@ -354,7 +354,7 @@ def measure_clients(folder: Path, options: argparse.Namespace) -> dict[str, Any]
 @contextlib.contextmanager
 def replay_server(name: str, folder: Path) -> Iterator[str]:
     command = [sys.executable, __file__, "--replay", name, "--folder", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain_environment())
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain_environment(), encoding="utf-8")
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -369,7 +369,7 @@ def client_process(
     command = [sys.executable, __file__, "--client", name, "--url", url, "--folder", str(folder)]
     command += ["--sequences", str(options.sequences), "--tokens", str(options.tokens)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=plain_environment()
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=plain_environment(), encoding="utf-8"
     ) as process:
         ready = process.stdout.readline()
         before = proxy.counts() if proxy else {}
@@ -388,7 +388,9 @@ def run_client(name: str, url: str, folder: Path, sequences: int, tokens: int) -
     score([ids[0][:16]], [1])
     print("ready", flush=True)
     sys.stdin.readline()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark of resident memory starts over
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the kernel's high-water mark of resident memory starts over
     before = peak_mib()
     row, answer = measured(lambda: score(ids, [1] * sequences))
     row |= {"peak": peak_mib(), "start": before}
@@ -413,7 +415,9 @@ def replayed_ids(tokens: np.ndarray, sequences: int, length: int) -> list[list[i
 
 
 def peak_mib() -> float:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) / 1024
 
 
@@ -421,7 +425,7 @@ class Replay:
     """Answers in vLLM's form, put together from the bytes of recorded ones."""
 
     def __init__(self, name: str, folder: Path):
-        recording = json.loads((folder / REPLAY).read_text())
+        recording = json.loads((folder / REPLAY).read_text(encoding="utf-8"))
         self.compact = name == COMPACT
         entries = recording["entries"]
         if name != TRL:  # only the token's own
@@ -667,7 +671,11 @@ def rate_spread(rows: Rows, tokens: int) -> str:
 
 
 def cpu_model() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
     return names[0].split(":", 1)[1].strip() if names else platform.machine()
 
 
@@ -677,7 +685,9 @@ from importlib.metadata import distributions
 found = {dist.metadata["Name"]: dist.version for dist in distributions()}
 print(next(f"{found[name]} ({name})" for name in ("vllm", "vllm-cpu") if name in found))
 """
-    return subprocess.run([vllm_python(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [vllm_python(), "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

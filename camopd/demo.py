@@ -117,7 +117,7 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     result = results[0]
     if len(results) > 1:
         result = {**result, "seeds": results}
-    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _print_result(results)
     paths = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" / "metrics.jsonl" for run in runs}
     before, after = _report(results)
@@ -131,11 +131,11 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
     """All stages for one seed."""
     folder = output_dir / f"seed-{settings.seed}"
     key = _key(settings)
-    if folder.exists() and (not (folder / "key").exists() or (folder / "key").read_text() != key):
+    if folder.exists() and (not (folder / "key").exists() or (folder / "key").read_text(encoding="utf-8") != key):
         _remove_own(folder)
         console.print(f"Settings, code or libraries changed since {folder} was made: starting over.")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "key").write_text(key)
+    (folder / "key").write_text(key, encoding="utf-8")
     set_seed(settings.seed)
 
     seconds: dict[str, float] = {}
@@ -268,7 +268,7 @@ def _measure(folder: Path, models: dict[str, str], settings: DemoSettings) -> di
     """Held-out gaps of the three models to both teachers: sampled reverse KL in nats per token."""
     path = folder / "gaps.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     gaps: dict[str, Any] = {}
     with _progress() as progress:
         task = progress.add_task("measure", total=len(models), note="")
@@ -288,7 +288,7 @@ def _measure(folder: Path, models: dict[str, str], settings: DemoSettings) -> di
             }
             progress.advance(task)
     shutil.rmtree(folder / "measure-run", ignore_errors=True)
-    path.write_text(json.dumps(gaps, indent=2) + "\n")
+    path.write_text(json.dumps(gaps, indent=2) + "\n", encoding="utf-8")
     return gaps
 
 
@@ -296,7 +296,7 @@ def _answers(folder: Path, models: dict[str, str], tokenizer: Any, settings: Dem
     """Greedy answers of the three models to one held-out prompt of each branch."""
     path = folder / "answers.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     prompts = {branch: load_prompts(branch, "heldout")[0]["prompt"] for branch in BRANCHES}
     answers = [{"branch": branch, "prompt": prompt} for branch, prompt in prompts.items()]
     with _progress() as progress:
@@ -305,7 +305,7 @@ def _answers(folder: Path, models: dict[str, str], tokenizer: Any, settings: Dem
             progress.update(task, note=f"{name} model")
             _answer_with(name, model_path, answers, tokenizer, settings)
             progress.advance(task)
-    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return answers
 
 
@@ -488,12 +488,12 @@ def _remove_own(folder: Path) -> None:
 def _timed(folder: Path, seconds: dict[str, float], stage: str, run: Callable[[], Any]) -> Any:
     """Run a stage. A stage whose result was kept takes no time; its seconds are those of the run that made it."""
     path = folder / "seconds.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     console.print(f"[bold]{stage}[/]" + ("  (kept from an earlier run)" if stage in kept else ""))
     started = time.perf_counter()
     result = run()
     kept.setdefault(stage, time.perf_counter() - started)
-    path.write_text(json.dumps(kept))
+    path.write_text(json.dumps(kept), encoding="utf-8")
     seconds[stage] = kept[stage]
     return result
 

@@ -198,8 +198,8 @@ class MetricsFile(TrainerCallback):
                 number += 1
             path.rename(path.with_name(f"metrics-{number}.jsonl"))
             return
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= state.global_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= state.global_step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_update()
@@ -209,7 +209,7 @@ class MetricsFile(TrainerCallback):
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in record.items()
             }
-            with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+            with open(Path(args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite) + "\n")
 
 

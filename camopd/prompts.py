@@ -8,13 +8,14 @@ prompts that an undisturbed one would have seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
+from .messages import COLUMNS, read_row
 from .schedule import Schedule
 
 
@@ -43,7 +44,8 @@ class PromptStream:
         """The rows of the given draws, counted from the start of training. An IterableDataset skips forward to them."""
         if isinstance(self.dataset, Dataset):
             for draw in draws:
-                yield self._row(self.dataset[self._index(draw)])
+                index = self._index(draw)
+                yield self._row(self.dataset[index], index)
             return
         if self._rows is None or draws.start < self._next:
             self._rows, self._next = self._read(), 0
@@ -55,12 +57,12 @@ class PromptStream:
 
     def some(self, count: int) -> Iterator[dict[str, Any]]:
         """Evenly spaced rows of a `Dataset`, the first ones of an `IterableDataset`, at most `count`. Raises as `draw`."""
-        rows: Any = self.dataset.take(count)
         if isinstance(self.dataset, Dataset):
-            step = -(-len(self.dataset) // count)
-            rows = self.dataset.select(range(0, len(self.dataset), step))
+            for index in range(0, len(self.dataset), -(-len(self.dataset) // count)):
+                yield self._row(self.dataset[index], index)
+            return
         empty = True
-        for row in rows:
+        for row in self.dataset.take(count):
             empty = False
             yield self._row(row)
         if empty:
@@ -89,14 +91,13 @@ class PromptStream:
                 raise ValueError(_no_rows(self.branch))
             epoch += 1
 
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        if not _is_prompt(row.get("prompt")):
-            raise ValueError(
-                f"a row of branch {self.branch!r} with columns {sorted(row)} {_no_prompt(row.get('prompt'))}"
-            )
-        if row.get("image") is not None or row.get("images"):  # a stream may not know its columns beforehand
-            raise ValueError(f"a row of branch {self.branch!r} brings an image: {_NO_IMAGES}")
-        return {**row, "branch": self.branch}
+    def _row(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
+        name = row_name(self.branch, index, self.dataset)
+        if index is None:  # a stream may not know its columns beforehand
+            name += f" with columns {sorted(row)}"
+            if row.get("image") is not None or row.get("images"):
+                raise ValueError(f"{name} brings an image: {_NO_IMAGES}")
+        return {**named(read_row, {**row, "row": name}), "branch": self.branch}
 
 
 class PromptDealer(TorchDataset):
@@ -172,12 +173,42 @@ def check_prompts(dataset: Any, branch: str) -> None:
                 "the column that holds the prompt: dataset.rename_column(..., 'prompt')."
             )
         if isinstance(dataset, Dataset):
-            for index, prompt in enumerate(dataset["prompt"]):
-                if not _is_prompt(prompt):
-                    raise ValueError(f"row {index} of branch {branch!r} {_no_prompt(prompt)}")
+            for index, row in enumerate(what_the_model_sees(dataset)):
+                named(read_row, {**row, "row": row_name(branch, index, dataset)})
         for column in ("image", "images"):
             if column in dataset.column_names:
                 raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}: {_NO_IMAGES}")
+
+
+def what_the_model_sees(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The dataset with the columns alone that say what the model is to see."""
+    return dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+
+
+def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | IterableDataset:
+    """The dataset with columns for what the model sees, for the branch, and for what an error calls the row."""
+    if isinstance(dataset, IterableDataset):
+        name = row_name(branch, None, dataset)
+        return dataset.map(lambda row: {**row, "branch": branch, "row": name})
+    names = [row_name(branch, index, dataset) for index in range(len(dataset))]
+    seen = what_the_model_sees(dataset).add_column("branch", [branch] * len(dataset))
+    return seen.add_column("row", names)
+
+
+def row_name(branch: str, index: int | None, dataset: Any = None) -> str:
+    """What an error calls a row of prompts; a place in a shuffled stream would say nothing."""
+    path = str(
+        getattr(getattr(dataset, "info", None), "homepage", "") or ""
+    )  # where `camopd.run.load_prompts` notes it
+    return f"{'a row' if index is None else f'row {index}'} of branch {branch!r}{path and f' ({path})'}"
+
+
+def named(read: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
+    """What `read` makes of a row; its `ValueError`, which says what the row has, gets the name in the column `row`."""
+    try:
+        return read(row)
+    except ValueError as error:
+        raise ValueError(f"{row.get('row', 'a row')} {error}") from error.__cause__
 
 
 def fingerprint(dataset: Dataset | IterableDataset) -> str:
@@ -185,22 +216,9 @@ def fingerprint(dataset: Dataset | IterableDataset) -> str:
     if not isinstance(dataset, Dataset):
         return "streamed"
     ends = sorted({*range(min(32, len(dataset))), *range(max(0, len(dataset) - 32), len(dataset))})
-    text = "\x00".join(str(prompt) for prompt in dataset.select(ends)["prompt"])
+    rows = what_the_model_sees(dataset.select(ends))
+    text = "\x00".join(str(value) for row in rows for value in row.values())
     return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, list):
-        return bool(prompt) and all(
-            isinstance(message, dict) and message.get("role") and message.get("content") is not None
-            for message in prompt
-        )
-    return isinstance(prompt, str) and bool(prompt.strip())
-
-
-def _no_prompt(prompt: Any) -> str:
-    found = "no prompt" if prompt is None or prompt in ("", []) else f"the prompt {str(prompt)[:80]!r}"
-    return f"has {found}. Every row needs a non-empty 'prompt': a text, or messages with 'role' and 'content'."
 
 
 _NO_IMAGES = "images are not supported, because no teacher can score them yet. Remove them from the data."

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import CaMOPDError, TeacherError
+from .errors import CaMOPDError, DataError, TeacherError
 from .schedule import Schedule, by_step
+from .settings import list_of_settings
 from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
 
 
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
     from .config import CaMOPDConfig
 
+logger = logging.getLogger(__name__)
+
 # In output_dir: where `camopd serve` says which URLs it has started. transformers sends nothing to the Hub that begins so.
 SERVED_TEACHERS = "_teachers.json"
-_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -74,7 +77,7 @@ def peek(config: str, overrides: list[str]) -> dict[str, Any]:
     Raises `ValueError` for a file that is not there or not a mapping.
     """
     try:
-        settings = yaml.safe_load(Path(config).read_text())
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"the config {config!r} cannot be read: {error.strerror}. Give the path of a YAML file."
@@ -103,19 +106,44 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def config_and_overrides(prog: str | None, argv: list[str], config: str = "config") -> tuple[str, list[str]]:
+def config_first(argv: list[str]) -> list[str]:
+    """A command line with its YAML file in front, which `--config FILE` may name as well.
+
+    Raises `ValueError` when it names two.
+    """
+    for place, word in enumerate(argv):
+        name, equals, config = word.partition("=")
+        if word == "--":  # what follows is for vLLM
+            break
+        if name != "--config":
+            continue
+        rest = argv[:place] + argv[place + (1 if equals else 2) :]
+        config = config if equals else "".join(argv[place + 1 : place + 2])
+        if not config or config.startswith("--"):
+            raise ValueError("--config names no file. Write --config RUN.yaml.")
+        if rest and not rest[0].startswith("-"):
+            raise ValueError(f"the run is named twice, {rest[0]!r} and --config {config!r}. Leave one out.")
+        return [config, *rest]
+    return argv
+
+
+def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[str]]:
     """The file and the `--name value` words of a command line; those of `--method FILE` come first, and so give way."""
-    parser = argparse.ArgumentParser(prog=prog, epilog="Any setting may follow as --name value.", allow_abbrev=False)
-    if config.startswith("-"):
-        parser.add_argument(config, required=True, metavar="YAML", help="file of the run")
-    else:
-        parser.add_argument(config, help="YAML file of the run")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s RUN.yaml [--method FILE] [--name value ...]",
+        description="RUN.yaml may also be given as --config RUN.yaml. Any setting may follow as --name value.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog=list_of_settings() if {"-h", "--help"} & set(argv) else None,
+    )
+    parser.add_argument("config", metavar="RUN.yaml", help="YAML file of the run")
     parser.add_argument(
         "--method",
         metavar="YAML",
         help="settings that win over the run's, as those of configs/methods/vanilla_mopd.yaml",
     )
-    options, overrides = parser.parse_known_args(argv)
+    options, overrides = parser.parse_known_args(config_first(argv))
     if options.method is not None:
         overrides = as_words(peek(options.method, [])) + overrides
     return options.config, overrides
@@ -126,7 +154,7 @@ def parse_script(argv: list[str] | None = None) -> tuple[PromptArguments, ModelC
 
     Raises as [`parse`], and for a run without prompts.
     """
-    prompts, model, args = parse(*config_and_overrides(None, sys.argv[1:] if argv is None else argv, "--config"))
+    prompts, model, args = parse(*config_and_overrides(None, sys.argv[1:] if argv is None else argv))
     _need_prompts(prompts, args)
     return prompts, model, args
 
@@ -140,22 +168,84 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
 
     from .config import CaMOPDConfig
 
-    check_names(config, peek(config, overrides))  # says in words what is wrong with the file
+    given = peek(config, overrides)  # says in words what is wrong with the file
+    check_names(config, given)
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
+    # As `parse_args_and_config`, which reads the file in the encoding of the machine.
+    defaults = peek(config, [])
+    for name, value in _environment(defaults.pop("env", None)).items():
+        os.environ[name] = value
+    defaults.pop("config", None)
     try:
-        prompts, model, args = parser.parse_args_and_config(["--config", config, *overrides])
+        parser.set_defaults_with_config(**defaults)
+        prompts, model, args = parser.parse_args_into_dataclasses(args=overrides)
     except SystemExit:  # argparse has said why
         raise CaMOPDError(f"the settings above are not those of a run; see {config!r} and the overrides.") from None
     if not model.model_name_or_path:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
-    args.model_init_kwargs = {
-        **(args.model_init_kwargs or {}),
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
+    args.model_init_kwargs = settle_model(model, args.model_init_kwargs, given)
+    remote = args.model_init_kwargs.get("trust_remote_code", args.trust_remote_code)
+    if remote != args.trust_remote_code and "trust_remote_code" in given:
+        raise ValueError(
+            f"trust_remote_code is {args.trust_remote_code}, and model_init_kwargs has trust_remote_code={remote}. Leave "
+            "one of them out."
+        )
+    args.trust_remote_code = remote  # of the tokenizer, too
     return prompts, model, args
+
+
+def _environment(env: Any) -> dict[str, str]:
+    if env is not None and not isinstance(env, dict):
+        raise ValueError(f"env must map environment variables to their values, got {env!r}.")
+    return {str(name): str(value) for name, value in (env or {}).items()}
+
+
+def settle_model(model: ModelConfig, init_kwargs: Mapping[str, Any] | None, given: Collection[str]) -> dict[str, Any]:
+    """`model_init_kwargs` with what `ModelConfig` says of the same things, and `model` with what they say.
+
+    Of `dtype`, `attn_implementation` and the revision, a default of `ModelConfig` gives way to `model_init_kwargs`.
+
+    Args:
+        given: Names of the settings that the user has written.
+
+    Raises `ValueError` where both are written and differ, and for a setting that a run cannot have. Warns about settings
+    that have no effect.
+    """
+    kwargs = dict(init_kwargs or {})
+    if "torch_dtype" in kwargs:  # its name before
+        dtype = kwargs.pop("torch_dtype")
+        if kwargs.setdefault("dtype", dtype) != dtype:
+            raise ValueError(
+                f"model_init_kwargs has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}. Leave one out."
+            )
+    for key, name in (
+        ("revision", "model_revision"),
+        ("attn_implementation", "attn_implementation"),
+        ("dtype", "dtype"),
+    ):
+        value = getattr(model, name)
+        if key in kwargs and name not in given:
+            setattr(model, name, kwargs[key])  # the compute type of 4-bit weights follows it
+        elif key in kwargs and str(kwargs[key]).removeprefix("torch.") != str(value):
+            raise ValueError(
+                f"{name} is {value!r}, and model_init_kwargs has {key}={kwargs[key]!r}. Leave one of them out."
+            )
+        else:
+            kwargs[key] = value
+    if "quantization_config" in kwargs and (model.load_in_4bit or model.load_in_8bit):
+        name = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise ValueError(f"{name}=True and model_init_kwargs has a quantization_config. Leave one of them out.")
+    if model.lora_task_type != "CAUSAL_LM":
+        raise ValueError(
+            f"lora_task_type={model.lora_task_type!r} is not for a language model that generates. Leave it at 'CAUSAL_LM'."
+        )
+    lora = sorted(name for name in given if name.startswith("lora_") or name in ("use_rslora", "use_dora"))
+    four_bit = sorted(name for name in given if name.startswith("bnb_4bit_") or name == "use_bnb_nested_quant")
+    for names, needed in ((lora, "use_peft"), (four_bit, "load_in_4bit")):
+        if names and not getattr(model, needed):
+            logger.warning("%s: no effect without %s=True", ", ".join(names), needed)
+    return kwargs
 
 
 def served_teachers(output_dir: str) -> dict[str, list[str]]:
@@ -164,7 +254,7 @@ def served_teachers(output_dir: str) -> dict[str, list[str]]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError):
         raise ValueError(
             f"{str(path)!r}, in which `camopd serve` names its servers, cannot be read. Start it again, or delete the file."
@@ -274,10 +364,14 @@ def load_prompts(
 
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    import datasets
+    from datasets import Features, load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from pyarrow import ArrowException
 
+    from .files import FILE_TYPES, check_local, file_type, read_file, why_unreadable
     from .hub import hub_errors, why_not
+    from .messages import COLUMNS, before_answer
 
     spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
     unknown = set(spec) - {"path", "name", "split", "column", "limit"}
@@ -286,31 +380,36 @@ def load_prompts(
             f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, or a mapping with `path` "
             "and any of `name`, `split`, `column`, `limit`."
         )
-    path, split, limit = spec["path"], spec.get("split", "train"), spec.get("limit")
+    path, split, limit = os.path.expanduser(spec["path"]), spec.get("split", "train"), spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ValueError(
             f"limit of the prompts of branch {branch!r} must be a whole number of rows of at least 1, got {limit!r}."
         )
-    kind = _FILE_TYPES.get(Path(path).suffix)
+    name = f"the prompts of branch {branch!r}, {path!r} (split {split!r})"
+    kind = file_type(path)
     if kind is not None and not Path(path).is_file():
         raise ValueError(
-            f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file. Mend the "
+            f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file. Fix the "
             "path, or build prompts with `camopd data` (docs/data.md)."
         )
     try:
         if kind is not None:
-            dataset = load_dataset(kind, data_files=path, split=split)
+            dataset = read_file(path, split)
         else:
+            check_local(path)
             dataset = load_dataset(path, spec.get("name"), split=split)
-    except (*hub_errors(), ValueError, RuntimeError, DatasetGenerationError) as error:
+    except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
+        known = str(error) if isinstance(error, DataError) else why_unreadable(error)
+        if known is not None:
+            raise ValueError(f"{name}, cannot be loaded: {known}") from error
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # what is wrong with the row
         way = ""
         if kind is None and not Path(path).exists() and not isinstance(error, ValueError):  # not a split or a row
             reason = why_not(error, path)
             way = f" Where it can: hf download {path} --repo-type dataset --local-dir DIR; then {{path: DIR}}."
         raise ValueError(
-            f"the prompts of branch {branch!r}, {path!r} (split {split!r}), cannot be loaded: {reason}\nGive the path of a "
-            f"{', '.join(_FILE_TYPES)} file or the name of a dataset of the Hub that this machine can reach.{way}"
+            f"{name}, cannot be loaded: {reason}\nGive the path of a {', '.join(FILE_TYPES)} file or the name of a dataset "
+            f"of the Hub that this machine can reach.{way}"
         ) from error
     columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
     column = next((name for name in columns if name in dataset.column_names), None)
@@ -319,6 +418,11 @@ def load_prompts(
             f"the prompts of branch {branch!r}, {path!r}, have the columns {dataset.column_names}, none of them "
             f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
         )
+    if column == "prompt" and "column" not in spec and "messages" in dataset.column_names:
+        logger.warning(
+            "the prompts of branch %r, %s, have columns 'prompt' and 'messages': 'prompt' is taken. To take the other, "
+            "write {path: %s, column: messages}.", branch, path, path,
+        )  # fmt: skip
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     if column != "prompt":
@@ -329,30 +433,15 @@ def load_prompts(
             except ValueError as error:
                 raise ValueError(f"row {index} of {path!r}, prompts of branch {branch!r}: {error}") from None
 
-        dataset = dataset.map(convert, with_indices=True)
+        # As JSON, messages may differ in their keys. Not from the cache, which does not see what this function calls.
+        kind_of_prompt = datasets.Json() if hasattr(datasets, "Json") else None
+        features = kind_of_prompt and Features({**dataset.features, "prompt": kind_of_prompt})
+        dataset = dataset.map(convert, with_indices=True, features=features, load_from_cache_file=False)
     # A category has metrics of its own.
-    dataset = dataset.select_columns([name for name in ("prompt", "category") if name in dataset.column_names])
+    dataset = dataset.select_columns([name for name in (*COLUMNS, "category") if name in dataset.column_names])
     # Where the model card finds the data card.
     dataset.info.homepage = path if Path(path).exists() else f"https://huggingface.co/datasets/{path}"
     return dataset
-
-
-def before_answer(messages: Any) -> Any:
-    """A conversation without the assistant turn that it ends with: that is the answer, and the student writes its own.
-
-    Raises `ValueError` where nothing is left.
-    """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return messages  # of which the trainer says what is wrong
-    end = len(messages)
-    while end and messages[end - 1].get("role") == "assistant":
-        end -= 1
-    if not any(message.get("role") != "system" for message in messages[:end]):
-        raise ValueError(
-            f"the conversation {str(messages)[:200]} has nothing before its assistant turn that could be answered. Leave "
-            "it out, or put a user turn before."
-        )
-    return messages[:end]
 
 
 def load_all(

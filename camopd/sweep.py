@@ -36,7 +36,7 @@ import pandas as pd
 from .errors import CaMOPDError
 from .figures import draw_bars, png
 from .report import read_run
-from .run import as_words, peek
+from .run import as_words, config_first, peek
 
 
 MARK = "sweep.json"  # in the folder of a run that has ended well
@@ -100,10 +100,10 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="camopd sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("sweep", help="YAML file of the sweep")
+    parser.add_argument("sweep", help="YAML file of the sweep; also --config FILE")
     parser.add_argument("--print", action="store_true", help="print a command for each run that is to be done")
     parser.add_argument("--only", metavar="CONFIG/seed-SEED", help="do this run alone, and write no table")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(config_first(argv))
     sweep = read_sweep(options.sweep)
     runs = [run for run in sweep.runs if options.only in (None, run.key)]
     if not runs:
@@ -226,7 +226,7 @@ def is_done(sweep: Sweep, run: Run) -> bool:
     if not path.is_file():
         return False
     try:
-        then = json.loads(path.read_text())["made_by"]
+        then = json.loads(path.read_text(encoding="utf-8"))["made_by"]
     except (KeyError, TypeError, ValueError):
         raise CaMOPDError(f"{str(path)!r} cannot be read. Delete it, and the run is done again.") from None
     now = _made_by(sweep, run)
@@ -279,12 +279,14 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
                 raise SystemExit(130) from None
     seconds = time.monotonic() - started
     if status == 0:
-        (run.folder / MARK).write_text(json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n")
+        (run.folder / MARK).write_text(
+            json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n", encoding="utf-8"
+        )
         print(f"{label}: done in {seconds:.0f} s", flush=True)
         return True
     how = f"exit code {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
     print(f"{label}: FAILED with {how} after {seconds:.0f} s; the end of {log}:", flush=True)
-    for line in log.read_text(errors="replace").splitlines()[-LOG_LINES:]:
+    for line in log.read_text(errors="replace", encoding="utf-8").splitlines()[-LOG_LINES:]:
         print(f"    {line}", flush=True)
     return False
 
@@ -422,7 +424,7 @@ def _metrics_of(run: Run) -> pd.DataFrame:
 def _result_of(run: Run) -> dict[str, Any]:
     """The last held-out gaps, which the Trainer's state has, and what is in result.json, where a run writes one."""
     state, own = (
-        json.loads(path.read_text()) if path.is_file() else {}
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for path in (run.folder / "trainer_state.json", run.folder / "result.json")
     )
     held_out = {

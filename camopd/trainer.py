@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import DistillationTrainer
-from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
@@ -61,10 +60,11 @@ from .masters import (
     round_alike,
     rounds_stochastically,
 )
+from .messages import read_row, render, tokenize
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .optimizer import BranchAdamW, local, update_products
 from .precision import forward_dtype, keep_outputs_whole
-from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint
+from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint, mark, named
 from .rollouts import Rollouts
 from .schedule import Schedule
 from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
@@ -254,7 +254,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"max_completion_length is {args.max_prompt_length} + {args.max_completion_length} = {max_tokens}. Lower "
                 "max_completion_length."
             )
-        self._check_prompt_lengths(streams)
+        self._check_prompts(streams, eval_dataset)
         student = self.accelerator.unwrap_model(self.model)
         self._padding_free = padding_free_for(student, args.padding_free)
         self._packing_probed = not self._padding_free
@@ -312,6 +312,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._turns: list[tuple[list[int], list[int], list[float]]] = []  # of vLLM: prompt, completion, log-probs
         self._empty_rows: set[int] | None = None
         self._prompts_cut = 0
+        self._rows: list[dict[str, Any]] = []  # of the rollout
         self._step_metrics: dict[str, Any] = {}
         self._update_products: Tensor | None = None
         self._sketch: diagnostics.Sketch | None = None  # of the step's gradient, on this process
@@ -361,10 +362,7 @@ class CaMOPDTrainer(DistillationTrainer):
                     f"are {list(self.schedule.branches)}."
                 )
             check_prompts(dataset, branch)
-            if isinstance(dataset, Dataset):
-                marked[branch] = dataset.select_columns(["prompt"]).add_column("branch", [branch] * len(dataset))
-            else:
-                marked[branch] = dataset.map(lambda row, branch=branch: {**row, "branch": branch})
+            marked[branch] = mark(dataset, branch)
         return marked
 
     def _teachers_by_branch(
@@ -432,11 +430,20 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ---------------------------------------------------------------------------------------------------- rollout
 
-    def _check_prompt_lengths(self, streams: dict[str, PromptStream]) -> None:
-        """Raise `ValueError` when every prompt of a branch, as far as seen, would lose its beginning: a mistaken cap."""
+    def _check_prompts(self, streams: dict[str, PromptStream], held_out: Any) -> None:
+        """Raise `ValueError` for messages that the chat template cannot take, streams excepted, and when every prompt of a
+        branch, as far as seen, would lose its beginning: a mistaken cap."""
+        for dataset in [
+            *(mark(stream.dataset, stream.branch) for stream in streams.values()),
+            *(held_out or {}).values(),
+        ]:
+            for row in () if isinstance(dataset, IterableDataset) else dataset:
+                row = named(read_row, row)
+                if not isinstance(row["prompt"], str):
+                    named(partial(self._through_template, render), row)
         limit = self.args.max_prompt_length
         for branch, stream in streams.items():
-            rows = [row["prompt"] for row in stream.some(PROBED_PROMPTS)]
+            rows = list(stream.some(PROBED_PROMPTS))
             shortest = min(map(len, self._whole_prompts(rows)))
             if shortest > limit:
                 raise ValueError(
@@ -446,7 +453,8 @@ class CaMOPDTrainer(DistillationTrainer):
                 )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        prompt_ids = self._whole_prompts(prompts)
+        """As the parent, of the rows of `_roll_out`: what a row has beside its prompt does not come down to here."""
+        prompt_ids = self._whole_prompts(self._rows)
         limit = self.args.max_prompt_length
         self._prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
         self._turns = []
@@ -454,21 +462,12 @@ class CaMOPDTrainer(DistillationTrainer):
         # The last tokens: the generation prompt must survive.
         return [ids[-limit:] for ids in prompt_ids], None, {}
 
-    def _whole_prompts(self, prompts: list) -> list[list[int]]:
-        # The parent looks at the first prompt to tell text from messages; a mixed step can hold both.
-        prompt_ids: list[list[int]] = [[] for _ in prompts]
-        for conversational in (False, True):
-            rows = [i for i, prompt in enumerate(prompts) if is_conversational({"prompt": prompt}) == conversational]
-            if not rows:
-                continue
-            ids, images, _ = super()._tokenize_prompts([prompts[row] for row in rows])
-            if images is not None:
-                raise ValueError(
-                    "a prompt holds an image, which no teacher can score yet. Leave rows with images out of the prompts."
-                )
-            for row, row_ids in zip(rows, ids, strict=True):
-                prompt_ids[row] = list(row_ids)
-        return prompt_ids
+    def _whole_prompts(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        read = partial(self._through_template, tokenize)
+        return [named(read, row) for row in rows]
+
+    def _through_template(self, function: Callable[..., Any], row: dict[str, Any]) -> Any:
+        return function(row, self.processing_class, self.tools, self.chat_template, self.chat_template_kwargs)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         if self.use_vllm:  # every request names its sampling parameters, so that none is the server's default
@@ -534,7 +533,8 @@ class CaMOPDTrainer(DistillationTrainer):
     def _roll_out(self, rows: list[dict[str, Any]], max_tokens: int) -> Rollouts:
         """Generate one completion per row, by the parent."""
         self._limit_completions(max_tokens)
-        output = super()._generate_and_score_completions(rows)
+        self._rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
+        output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in self._rows])
         prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
         sampled_mask = completion_mask & output["tool_mask"].bool().cpu() if "tool_mask" in output else completion_mask
         completion_mask[list(self._empty_rows or ())] = False
@@ -1344,7 +1344,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"{str(checkpoint)!r} has no {RUN_RECORD}: it is no checkpoint of CaMOPDTrainer. To start from its "
                 "weights, pass it as `model`."
             )
-        then = json.loads(path.read_text())
+        then = json.loads(path.read_text(encoding="utf-8"))
         differences = [
             f"  {name}: {then.get(name)!r} then, {now!r} now"
             for name, now in self._record.items()
@@ -1362,7 +1362,7 @@ class CaMOPDTrainer(DistillationTrainer):
         folder = self._checkpoint_folder()
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RUN_RECORD).write_text(json.dumps(self._record, indent=2) + "\n")
+            (folder / RUN_RECORD).write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
             for stale in folder.glob("rollouts-*"):  # of a run that wrote here before
                 stale.unlink()
         super()._save_checkpoint(model, trial)

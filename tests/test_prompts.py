@@ -277,7 +277,8 @@ def test_conversational_prompts_and_other_columns_pass_through():
     messages = [{"role": "user", "content": "hello"}]
     dataset = Dataset.from_list([{"prompt": messages, "source": "nemotron"}])
     stream = PromptStream(dataset, "general", seed=0)
-    assert list(stream.draw(range(1))) == [{"prompt": messages, "source": "nemotron", "branch": "general"}]
+    named = {"branch": "general", "row": "row 0 of branch 'general'"}
+    assert list(stream.draw(range(1))) == [{"prompt": messages, "source": "nemotron", **named}]
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

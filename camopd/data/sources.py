@@ -13,10 +13,8 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..files import FILE_TYPES, file_type, only, why_unreadable
 from ..hub import hub_errors, why_not, without_tokens
-
-
-FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def open_source(source: Source, path: str | None) -> Opened:
             sizes = json.dumps([(file.name, file.stat().st_size) for file in files])
             opened = replace(opened, state=hashlib.sha256(sizes.encode()).hexdigest(), licence=licence_of(Path(path)))
             stream = load_dataset(
-                FILE_TYPES[files[0].suffix], data_files=[str(file) for file in files], split="train", streaming=True
+                _type(files[0]), data_files=[only(file) for file in files], split="train", streaming=True
             )
         else:
             state, licence = hub_facts(source.dataset)
@@ -121,7 +119,7 @@ def local_files(source: Source, path: Path) -> list[Path]:
     if path.is_file():
         files = [path]
     else:
-        found = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.suffix in FILE_TYPES}
+        found = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if _type(file)}
         found = {name: file for name, file in found.items() if not any(part[0] == "." for part in Path(name).parts)}
         files = _named(found, source.files or source.split)
         if not files and len(found) == 1 and source.split == "train":  # it need not say so
@@ -130,16 +128,23 @@ def local_files(source: Source, path: Path) -> list[Path]:
             files = _named({str(file.relative_to(path)): file for file in files}, source.config) or files
         if not files:
             raise ValueError(
-                f"--source {source.name}={str(path)!r} must be a file, or a folder with {', '.join(FILE_TYPES)} files of "
+                f"--source {source.name}={str(path)!r} must be a file, or a folder with {_TYPES} files of "
                 f"{source.dataset!r} that have {source.files or source.split!r} in their names, but there is "
                 f"{f'only {list(found)[:8]}' if found else 'none'}."
             )
-    if len({file.suffix for file in files}) > 1 or files[0].suffix not in FILE_TYPES:
+    if len({_type(file) for file in files}) > 1 or not _type(files[0]):
         raise ValueError(
             f"--source {source.name}={str(path)!r} has files of the types {sorted({file.suffix for file in files})}. Give "
-            f"one type of {', '.join(FILE_TYPES)}."
+            f"one type of {_TYPES}."
         )
     return files
+
+
+def _type(file: Path) -> str | None:
+    return "arrow" if file.suffix.lower() == ".arrow" else file_type(file)
+
+
+_TYPES = ", ".join((*FILE_TYPES, ".arrow"))
 
 
 def _named(files: dict[str, Path], word: str) -> list[Path]:
@@ -161,7 +166,7 @@ def explain(error: BaseException, opened: Opened, file: str = "") -> str:
     """Why a source cannot be had, which setting it hangs on, and what to download by hand."""
     dataset, name = opened.source.dataset, opened.source.name
     if opened.path is not None:
-        reason = without_tokens(error).rstrip(".")
+        reason = (why_unreadable(error, opened.path) or without_tokens(error)).rstrip(".")
         return f"{dataset!r} cannot be read from {opened.origin}: {reason}. Check --source {name}=PATH."
     return (
         f"{dataset!r} cannot be fetched: {why_not(error, dataset)}. Or download it by hand where that works, and pass it:\n"

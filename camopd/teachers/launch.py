@@ -30,8 +30,9 @@ from typing import Any
 import httpx
 
 from ..errors import CaMOPDError, TeacherError
-from ..run import SERVED_TEACHERS, check_names, peek
+from ..run import SERVED_TEACHERS, check_names, config_first, peek
 from ..schedule import Schedule, by_step
+from ..settings import list_of_settings
 from .address import ADAPTER_TEACHERS, is_loopback, is_server, key_variables, names_missing_folder
 
 
@@ -455,7 +456,7 @@ def _run(servers: list[Server], commands: list[list[str]], vllm: VLLM, served: P
             _start(server, command, vllm)
         if _wait_until_up(servers, signals):
             temporary = served.with_name(f"{served.name}.{os.getpid()}")
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, served)
             for branch, addresses in urls.items():
                 _say(f"{branch}: {' '.join(addresses)}")
@@ -465,7 +466,7 @@ def _run(servers: list[Server], commands: list[list[str]], vllm: VLLM, served: P
                 time.sleep(0.2)
     finally:
         with contextlib.suppress(OSError):
-            if served.read_text() == text:  # another `camopd serve` may have written its own
+            if served.read_text(encoding="utf-8") == text:  # another `camopd serve` may have written its own
                 served.unlink()
         _stop(servers, signals)
         for number, handler in before.items():
@@ -486,6 +487,7 @@ def _start(server: Server, command: list[str], vllm: VLLM) -> None:
         env=environment_of(server, vllm),
         # A group of its own: Ctrl-C reaches it through `_stop` alone, and `_stop` reaches its engine and workers too.
         start_new_session=True,
+        encoding="utf-8",
     )
     server.log = Thread(target=_forward, args=(server, key_of(server)), daemon=True)
     server.log.start()
@@ -577,7 +579,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
         prog="camopd serve",
         usage="camopd serve CONFIG [options] [--setting value ...] [-- vLLM flags]",
         description="Start the teachers of a YAML config as vLLM servers, and stop them with Ctrl-C.",
-        epilog="Any setting of the config may follow as --name value, and behind `--` any flag of vLLM.",
+        epilog="Any setting of the config may follow as --name value, and behind `--` any flag of vLLM. CONFIG may also\n"
+        f"be given as --config CONFIG.\n\n{list_of_settings() if {'-h', '--help'} & set(argv) else ''}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --max_completion_length and its like are settings
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
@@ -598,6 +602,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
         "--vllm-python", help="python that has vLLM (default: CAMOPD_VLLM_PYTHON, or where it is found)"
     )
     parser.add_argument("--print", action="store_true", help="show the command lines and start nothing")
+    argv = config_first(argv)
     place = argv.index("--") if "--" in argv else len(argv)
     vllm_flags = argv[place + 1 :]
     options, overrides = parser.parse_known_args(argv[:place])
@@ -625,7 +630,7 @@ def _is_every_address(host: str) -> bool:
 
 
 def _output_of(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False, encoding="utf-8").stdout
 
 
 def _split(gpus: str) -> list[str]:

@@ -1,0 +1,322 @@
+"""What a row of prompts says, as the model gets it: a text, or messages for the chat template; or an error in words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
+COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs")  # of a row, which the model sees
+
+Messages = list[dict[str, Any]]
+
+_FORM = "Every row needs a non-empty 'prompt': a text, or messages with 'role' and 'content'."
+# Arguments of apply_chat_template that are set here.
+_OURS = {
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "tools", "padding",
+    "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "messages",
+}  # fmt: skip
+_unread: set[str] = set()  # chat_template_kwargs that no template reads, warned about once
+
+
+def read_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its prompt in one form: a text, or messages whose contents are texts.
+
+    JSON text of messages becomes messages, ShareGPT's `from` and `value` become `role` and `content`, text parts are joined
+    and a column `system` becomes the first message. Keys without a value are left out, as Arrow fills them in where other
+    rows have one. `tools` is a list of JSON schemas and `chat_template_kwargs` a dict, if the row has any.
+
+    Raises `ValueError` with what the row "has" or "is", for the caller to say which row.
+    """
+    prompt = row.get("prompt")
+    messages = as_messages(prompt)
+    if messages is None and (not isinstance(prompt, str) or not prompt.strip()):
+        found = "no prompt" if prompt is None or prompt in ("", []) else f"the prompt {str(prompt)[:80]!r}"
+        raise ValueError(f"has {found}. {_FORM}")
+    more = {"tools": _tools(row.get("tools")), "chat_template_kwargs": _template_kwargs(row)}
+    system = row.get("system")
+    if messages is not None:
+        prompt = _with_system(messages, system)
+    else:
+        given = [name for name, value in more.items() if value]
+        given += ["system"] if isinstance(system, str) and system.strip() else []
+        if given:
+            raise ValueError(
+                f"has {' and '.join(map(repr, given))}, but its prompt is a text, to which no chat template is applied: "
+                f"they would have no effect. Write the prompt as messages, or leave the column{'s'[: len(given) > 1]} out."
+            )
+    kept = {name: value for name, value in row.items() if name not in COLUMNS}
+    return {**kept, "prompt": prompt, **{name: value for name, value in more.items() if value}}
+
+
+def as_messages(prompt: Any) -> Messages | None:
+    """The messages of a conversation, in whatever form it comes, or None for what is not one. Raises as [`read_row`]."""
+    if isinstance(prompt, str):
+        prompt = _from_json(prompt)
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    messages = [_message(message, place) for place, message in enumerate(prompt)]
+    if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
+        raise ValueError(f"has messages without any text. {_FORM}")
+    last = messages[-1]
+    if last["role"] == "assistant" and (last.get("tool_calls") or not last["content"].strip()):
+        what = "an assistant turn that calls a tool" if last.get("tool_calls") else "an empty assistant turn"
+        raise ValueError(
+            f"has a prompt that ends with {what}, which the student cannot go on writing. Leave that turn out; a "
+            "prompt that ends with some text of the assistant is gone on with."
+        )
+    return messages
+
+
+def before_answer(prompt: Any) -> Any:
+    """A conversation without the assistant turn that it ends with: that is the answer, and the student writes its own.
+
+    Raises `ValueError` where nothing is left. What is not a conversation comes back as it is.
+    """
+    if isinstance(prompt, str):
+        prompt = _from_json(prompt)
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        return prompt  # of which `read_row` says what is wrong
+    end = len(prompt)
+    while end and _speaker(prompt[end - 1]) == "assistant":
+        end -= 1
+    if all(_speaker(message) == "system" for message in prompt[:end]):
+        raise ValueError(
+            f"the conversation {str(prompt)[:200]} has nothing before its assistant turn that could be answered. Leave it "
+            "out, or put a user turn before."
+        )
+    return prompt[:end]
+
+
+def tokenize(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    tools: Sequence[Callable[..., Any]] = (),
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a row as [`read_row`] gives it, and as TRL makes them: of a text with the tokenizer's special tokens, of
+    messages those of [`render`]. Raises `ValueError` as [`render`], and where there are none."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        ids = tokenizer(text=prompt)["input_ids"]
+    else:
+        text = render(row, tokenizer, tools, chat_template, template_kwargs)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"has the prompt {str(prompt)[:80]!r}, of which the tokenizer makes no token. {_FORM}")
+    return list(ids)
+
+
+def render(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    tools: Sequence[Callable[..., Any]] = (),
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The messages of a row through the chat template: with a generation prompt, or, where they end with the assistant, up
+    to where that goes on.
+
+    Args:
+        tools: Functions that the trainer runs; a row may name tools of its own instead.
+        template_kwargs: Of the run; those of the row win.
+
+    Raises `ValueError`, as `read_row`, for what the template refuses or leaves out.
+    """
+    messages, own = row["prompt"], row.get("chat_template_kwargs") or {}
+    goes_on = messages[-1]["role"] == "assistant"
+    if tools and (goes_on or row.get("tools")):
+        what = "a prompt that ends with the assistant" if goes_on else "'tools' of its own"
+        raise ValueError(f"has {what}, which cannot be used together with the `tools` of the trainer. Leave one out.")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=row.get("tools") or list(tools) or None,  # a Llama template writes a preamble for an empty list
+            chat_template=chat_template,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            tokenize=False,
+            **{**(template_kwargs or {}), **own},
+        )
+    except Exception as error:  # whatever a template raises
+        raise ValueError(
+            f"has a prompt of which the chat template says: {type(error).__name__}: {str(error)[:300]}. Roles: "
+            f"{', '.join(message['role'] for message in messages)[:200]}. Change the row, or the template."
+        ) from error
+    if not text.strip():
+        raise ValueError(
+            "has messages of which the chat template makes an empty prompt. Change the row, or the template."
+        )
+    for message in messages:
+        if message["role"] != "assistant" and not _is_in(
+            message["content"], text
+        ):  # of those it may leave thoughts out
+            raise ValueError(
+                f"has a {message['role']} message that the chat template leaves out: {message['content'][:80]!r}. The "
+                "model would never see it. Change its role, or the template."
+            )
+    for tool in row.get("tools") or ():
+        name = str(tool.get("function", tool).get("name", ""))
+        if not _is_in(name, text):
+            raise ValueError(
+                f"has the tool {name!r} in 'tools', which the chat template leaves out. Write the tools into the system "
+                "message, or use a template that knows tools."
+            )
+    template = str(chat_template or tokenizer.chat_template)
+    for name in own:
+        if name not in template and name not in _unread:
+            _unread.add(name)
+            logger.warning("chat_template_kwargs[%r] of the prompts has no effect: the chat template reads none", name)
+    return str(text)
+
+
+def _speaker(message: Mapping[str, Any]) -> Any:
+    return message.get("role") or SHAREGPT_ROLES.get(str(message.get("from")))
+
+
+def _from_json(text: str) -> Any:
+    """Messages that are written as JSON, or the text as it is. Raises `ValueError` for messages that cannot be read."""
+    stripped = text.strip()
+    if stripped[:1] not in ("[", "{"):
+        return text
+    try:
+        found = json.loads(stripped)
+    except (ValueError, RecursionError):
+        if re.match(r"""\[\s*\{\s*['"](role|content|from|value)['"]\s*:""", stripped):
+            raise ValueError(
+                f"has the text {text[:80]!r}, which seems to be messages, but is not JSON (Python's own notation is not). "
+                "Write a JSONL file, or each conversation with json.dumps."
+            ) from None
+        return text
+    if isinstance(found, list) and any(isinstance(item, dict) and _is_message(item) for item in found):
+        return found
+    if isinstance(found, dict) and (_is_message(found) or isinstance(found.get("messages"), list)):
+        raise ValueError(
+            f"has the text {text[:80]!r}, an object in JSON. A conversation is a list of messages: "
+            '[{"role": "user", "content": ...}].'
+        )
+    return text
+
+
+def _is_message(item: Mapping[str, Any]) -> bool:
+    return ("role" in item and ("content" in item or "tool_calls" in item)) or ("from" in item and "value" in item)
+
+
+def _message(message: Any, place: int) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"has the prompt {str(message)[:80]!r} in place of message {place}. {_FORM}")
+    message = _without_none(message)
+    if "role" not in message and "from" in message:
+        sender = message.pop("from")
+        if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
+            raise ValueError(
+                f"has message {place} from {sender!r}; known are {', '.join(SHAREGPT_ROLES)}. Write it with 'role' and "
+                f"'content', the role one of {', '.join(ROLES)}."
+            )
+        message = {"role": SHAREGPT_ROLES[sender], "content": message.pop("value", None), **message}
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(
+            f"has {'no role' if role is None else f'the role {role!r}'} in message {place} of its prompt. Use one of "
+            f"{', '.join(ROLES)}: chat templates leave out messages of other roles, or write them as they are."
+        )
+    calls = message.get("tool_calls")
+    if isinstance(content, list) and content:
+        content = "".join(_text_of(part, place) for part in content)
+    elif content is None and role == "assistant" and calls:
+        content = ""  # many templates would write "None"
+    if not isinstance(content, str):
+        found = "no content" if content is None or content == [] else f"the content {str(content)[:80]!r}"
+        raise ValueError(f"has {found} in message {place} of its prompt, from {role!r}. {_FORM}")
+    return {**message, "content": content}
+
+
+def _text_of(part: Any, place: int) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise ValueError(
+        f"has a part of type {kind!r} in message {place} of its prompt. Only text can be read: images are not supported, "
+        "because no teacher can score them yet. Leave the part or the row out."
+    )
+
+
+def _with_system(messages: Messages, system: Any) -> Messages:
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(
+            f"has {str(system)[:80]!r} in the column 'system', which is not a text. Leave the column out."
+        )
+    said = [message["content"] for message in messages if message["role"] == "system"]
+    if not said:
+        return [{"role": "system", "content": system}, *messages]
+    if said != [system]:
+        raise ValueError(
+            f"has two system messages: {system[:80]!r} in the column 'system', and {said[0][:80]!r} in its messages. Leave "
+            "one out."
+        )
+    return messages
+
+
+def _tools(tools: Any) -> list[dict[str, Any]]:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise ValueError(f"has 'tools' that are not JSON: {tools[:80]!r}. {_TOOLS}") from None
+    if tools is None:
+        return []
+    if isinstance(tools, list):  # some datasets have each tool as a text
+        try:
+            tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+        except ValueError:
+            tools = str(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"has 'tools' that are not a list of JSON schemas: {str(tools)[:80]!r}. {_TOOLS}")
+    return [_without_none(tool) for tool in tools]
+
+
+_TOOLS = "Give the schemas that the chat template is to show, or leave the column out."
+
+
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str):
+        with contextlib.suppress(ValueError):
+            kwargs = json.loads(kwargs) if kwargs.strip() else None
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        raise ValueError(
+            f"has 'chat_template_kwargs' that are not a mapping: {str(kwargs)[:80]!r}. Leave the column out."
+        )
+    ours = sorted(_OURS & set(kwargs))
+    if ours:
+        raise ValueError(
+            f"has {', '.join(map(repr, ours))} in 'chat_template_kwargs', which the trainer sets itself. Leave it out."
+        )
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_in(content: str, text: str) -> bool:
+    """Whether a template has written a content, trimmed or with other quotes: all its words are there."""
+    return content.strip() in text or all(word in text for word in set(re.findall(r"\w+", content)))

@@ -1,0 +1,255 @@
+"""Files of prompts are read as they are, exactly the one that is named, or refused with the way out."""
+
+import ast
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import make_tokenizer
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from camopd.data.sources import Source, open_source
+from camopd.errors import DataError
+from camopd.files import file_type
+from camopd.messages import render
+from camopd.prompts import PromptStream, check_prompts
+from camopd.run import load_prompts
+
+
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the answer"}]
+ODD_NAMES = ["p[1].jsonl", "p*.jsonl", "p?.jsonl", "[ab]/x**y.jsonl", "p{a,b} é #1 %20.jsonl"]
+
+
+def save(path: Path, text: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def drawn(path, **more):
+    """What a step gets of a file, as the template writes it."""
+    stream = PromptStream(load_prompts({"path": path, **more}, "general"), "general", seed=0, shuffle=False)
+    return [row["prompt"] for row in stream.draw(range(len(stream.dataset)))]
+
+
+# --- which file --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_the_file_that_is_named_is_read_and_no_other(tmp_path, name):
+    path = save(tmp_path / name, '{"prompt": "right"}\n')
+    for other in ("p1.jsonl", "pa.jsonl", "p.jsonl", "a/x1y.jsonl", "pa é #1 %20.jsonl"):
+        save(tmp_path / other, '{"prompt": "wrong"}\n')
+    assert drawn(path) == ["right"]
+    source = Source("s", "nobody/s", ("prompt",))
+    assert [row["prompt"] for row in open_source(source, path).rows()] == ["right"]
+
+
+def test_a_folder_whose_path_would_be_taken_for_a_pattern_is_refused(tmp_path):
+    save(tmp_path / "f1" / "train.jsonl", '{"prompt": "wrong"}\n')
+    path = save(tmp_path / "f[1]" / "train.jsonl", '{"prompt": "right"}\n')
+    with pytest.raises(ValueError, match=r"f\[1\]' .*takes for a pattern.*Name the file in it, or rename the folder"):
+        load_prompts(str(Path(path).parent), "general")
+    assert drawn(path) == ["right"]
+
+
+def test_home_upper_case_and_packed_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "P.JSONL", '{"prompt": "right"}\n')
+    assert drawn("~/P.JSONL") == ["right"]
+    assert drawn(save(tmp_path / "p.jsonl.gz", gzip.compress(b'{"prompt": "right"}\n'))) == ["right"]
+    assert drawn(save(tmp_path / "P.CSV.GZ", gzip.compress(b"prompt\n007\n"))) == ["007"]
+    assert [file_type(name) for name in ("a.parquet", "a.txt", "a", "a.json.zst")] == ["parquet", None, None, "json"]
+
+
+def test_a_file_of_another_type_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"p\.txt' .*is a file, but of none of the types .jsonl, .json, .parquet, .csv"
+    ):
+        load_prompts(save(tmp_path / "p.txt", "hello\n"), "general")
+
+
+# --- what is in it -----------------------------------------------------------------------------------------------
+
+cell = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=10).filter(
+    str.strip
+)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        cell | st.sampled_from(["007", "NA", "null", "3.10", "2024-01-01", "True", '"b"']), min_size=1, max_size=4
+    )
+)
+def test_the_cells_of_a_csv_file_are_texts(tmp_path, cells):
+    quoted = "".join('"{}","x, y"\n'.format(text.replace('"', '""')) for text in cells)
+    path = save(tmp_path / f"{abs(hash(quoted))}.csv", "prompt,category\n" + quoted)
+    dataset = load_prompts(path, "general")
+    assert dataset["prompt"][:] == cells
+    assert set(dataset["category"][:]) == {"x, y"}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    mark = "\ufeff"
+    assert drawn(save(tmp_path / "p.jsonl", mark + '{"prompt": "é"}\n')) == ["é"]
+    assert drawn(save(tmp_path / "p.csv", mark + "prompt\né\n")) == ["é"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,prompt\na,b\n", r"more than one column 'prompt'"),
+        ("prompt,category\nhi, you,chat\n", r"row 0 has 3 cells, and the header 2: .*needs quotes"),
+        ("prompt,category\na,b\nhi\n", r"row 1 has 1 cells, and the header 2"),
+    ],
+)
+def test_a_csv_file_whose_rows_do_not_fit_its_header_is_refused(tmp_path, text, said):
+    with pytest.raises(ValueError, match=rf"'general', .*p\.csv' .*cannot be loaded: .*{said}"):
+        load_prompts(save(tmp_path / "p.csv", text), "general")
+
+
+@pytest.mark.parametrize("column", ["messages", "talk"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_messages_in_json_are_messages_without_the_answer(tmp_path, kind, column):
+    path = str(tmp_path / f"p.{kind}")
+    dataset = Dataset.from_list([{column: json.dumps(CHAT), "category": "c"}])
+    {"csv": dataset.to_csv, "jsonl": dataset.to_json, "parquet": dataset.to_parquet}[kind](path)
+    assert drawn(path, column=column) == [CHAT[:1]]
+
+
+def test_messages_in_pythons_notation_are_refused_with_the_row(tmp_path):
+    path = str(tmp_path / "p.csv")
+    Dataset.from_list([{"messages": CHAT}]).to_csv(path)
+    with pytest.raises(ValueError, match=r"row 0 of '.*p\.csv', prompts of branch 'domain': has the text .* not JSON"):
+        load_prompts(path, "domain")
+
+
+def test_rows_of_texts_and_messages_with_different_keys_come_out_as_they_went_in(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    rows = [
+        {"messages": "a text"},
+        {"messages": json.dumps(CHAT)},
+        {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]}]},
+    ]  # fmt: skip
+    path = save(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert drawn(path) == ["a text", CHAT[:1], [*CHAT[:1], said, {"role": "tool", "content": "2"}], CHAT[:1]]
+
+
+def test_system_tools_and_template_arguments_of_a_file_reach_the_template(tmp_path):
+    row = {
+        "messages": CHAT, "system": "be kind", "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "glad"},
+        "other": 1,
+    }  # fmt: skip
+    path = save(tmp_path / "p.jsonl", json.dumps(row) + "\n")
+    (found,) = PromptStream(load_prompts(path, "general"), "general", seed=0).draw(range(1))
+    template = "{{ mood }}{{ tools[0].name }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    assert render(found, make_tokenizer(), chat_template=template) == "gladfsystem:be kind;user:hello;"
+    assert found["row"] == f"row 0 of branch 'general' ({path})"
+
+
+def test_the_row_and_the_file_are_named_where_a_prompt_is_wrong(tmp_path):
+    path = save(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": [{"role": "bard", "content": "x"}]}\n')
+    with pytest.raises(ValueError, match=rf"row 1 of branch 'general' \({re.escape(path)}\) has the role 'bard'"):
+        check_prompts(load_prompts(path, "general"), "general")
+
+
+def test_of_prompt_and_messages_the_first_is_taken_and_that_is_said(tmp_path, caplog):
+    path = save(tmp_path / "p.jsonl", json.dumps({"prompt": "a", "messages": CHAT}) + "\n")
+    assert drawn(path) == ["a"]
+    assert "have columns 'prompt' and 'messages': 'prompt' is taken" in caplog.text
+    caplog.clear()
+    assert drawn(path, column="messages") == [CHAT[:1]]
+    assert drawn(path, column="prompt") == ["a"]
+    assert not caplog.text
+
+
+# --- what is wrong with it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.jsonl", b"", r"empty \(0 bytes\)"), ("p.json", b"", r"empty \(0 bytes\)"), ("p.csv", b"", r"empty \(0 bytes\)"),
+        ("p.parquet", b"", r"empty \(0 bytes\)"),
+        ("p.jsonl", b"\n\n", "no rows"), ("p.json", b"[]", "no rows"), ("p.csv", b"prompt\n", "no rows"),
+        ("p.csv", b"\n", "no rows"), ("p.jsonl.gz", gzip.compress(b""), "no rows"),
+        ("p.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"), r"not UTF-8 \(byte 0xe9\).*iconv -f LATIN1 -t UTF-8 "),
+        ("p.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), r"not UTF-8 \(byte 0xe9\).*iconv"),
+        ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "UTF-16, not UTF-8.*iconv -f UTF-16"),
+        ("p.csv", "prompt\na\n".encode("utf-16"), "UTF-16, not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_file_without_rows_or_of_another_encoding_is_refused_with_the_way_out(tmp_path, name, text, said):
+    with pytest.raises(
+        ValueError, match=rf"branch 'general', .*{name}' \(split 'train'\), cannot be loaded: .*{said}"
+    ):
+        load_prompts(save(tmp_path / name, text), "general")
+
+
+def test_a_source_in_latin_1_is_refused_with_the_way_out(tmp_path):
+    path = save(tmp_path / "p.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"'nobody/s' cannot be read from .*not UTF-8 .*iconv .*Check --source s=PATH"):
+        open_source(Source("s", "nobody/s", ("prompt",)), path)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_setting(tmp_path, monkeypatch):
+    path = save(tmp_path / "p.jsonl", '{"prompt": "a"}\n')
+    save(tmp_path / "no_folder", "")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "no_folder" / "cache")
+    with pytest.raises(ValueError, match=r"the cache '.*no_folder/cache' cannot be written: .*Set HF_DATASETS_CACHE"):
+        load_prompts(path, "general")
+
+
+def test_an_ascii_locale_changes_nothing(tmp_path):
+    config = save(
+        tmp_path / "run.yaml", "run_name: é\nprompts: {general: p.csv}\n"
+    )  # a path of ASCII: the system wants it
+    save(tmp_path / "p.csv", "prompt\né\n")
+    code = (
+        "import sys, locale; from camopd.run import load_prompts, peek; assert locale.getpreferredencoding() != 'UTF-8'\n"
+        f"path = {config!a}; settings = peek(path, [])\n"
+        "print(ascii([settings['run_name'], load_prompts(path[:-8] + settings['prompts']['general'], 'x')[0]['prompt']]))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert found.stdout == ascii(["é", "é"]) + "\n", found.stderr[-2000:]
+
+
+def without_encoding(tree: ast.AST):
+    """Calls that read or write text in whatever encoding the machine has."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or "encoding" in {word.arg for word in node.keywords}:
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        words = [ast.unparse(item) for item in (*node.args, *(word.value for word in node.keywords))]
+        binary = any(re.fullmatch("'[rwax+]*b[rwax+]*'", word) for word in words)
+        as_text = any(word.arg == "text" for word in node.keywords)
+        if (
+            name in ("read_text", "write_text")
+            or (name == "open" and not binary)
+            or (name in ("run", "Popen", "check_output") and as_text)
+        ):
+            yield ast.unparse(node)
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    root = Path(__file__).parents[1]
+    files = [file for folder in ("camopd", "examples", "benchmarks") for file in sorted((root / folder).rglob("*.py"))]
+    assert len(files) > 30
+    found = {file.name: list(without_encoding(ast.parse(file.read_text(encoding="utf-8")))) for file in files}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+    for call in ("open(x)", "x.open('w')", "x.read_text()", "run(x, text=True)"):
+        assert list(without_encoding(ast.parse(call)))
