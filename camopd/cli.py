@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     ):
         commands.add_parser(name, add_help=False, help=help)
     options, rest = parser.parse_known_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a machine without UTF-8 still prints names and texts
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if "--debug" in rest:  # after the command it means the same
         rest.remove("--debug")
         options.debug = True
@@ -80,9 +84,11 @@ def _serve(argv: list[str]) -> None:
 
 def _check(argv: list[str]) -> None:
     from .run import config_and_overrides
+
+    config, overrides = config_and_overrides("camopd check", argv)  # before torch: --help is quick
     from .teachers.check import main as check
 
-    check(*config_and_overrides("camopd check", argv))
+    check(config, overrides)
 
 
 def _report(argv: list[str]) -> None:

@@ -569,19 +569,24 @@ class CaMOPDConfig(DistillationConfig):
 
     def _check_generation_kwargs(self) -> None:
         given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]  # a dict since __post_init__
-        harmless = _HARMLESS_KWARGS if self.use_vllm else set(_TRANSFORMERS_KWARGS)
+        harmless = _VLLM_KWARGS if self.use_vllm else set(_TRANSFORMERS_KWARGS)
         engine = "vLLM" if self.use_vllm else "transformers"
-        of_the_other = sorted(set(given) & (_HARMLESS_KWARGS | set(_TRANSFORMERS_KWARGS)) - harmless)
-        clash = sorted(set(given) - harmless - set(of_the_other))
+        elsewhere = {*_VLLM_KWARGS, *_TRANSFORMERS_KWARGS, *_NOT_FOR_VLLM, "stop_strings", "cache_config"}
+        of_the_other = sorted(set(given) & elsewhere - harmless)
+        clash = sorted(set(given) - elsewhere)
         if clash:
             raise ValueError(
                 f"generation_kwargs sets {clash}, which CaMOPD cannot use: {_ON_POLICY}. What may be set is "
                 f"{sorted(harmless)}."
             )
         if of_the_other:
+            reasons = [
+                f"{name}: {_NOT_FOR_VLLM[name]}" for name in of_the_other if self.use_vllm and name in _NOT_FOR_VLLM
+            ]
             raise ValueError(
                 f"generation_kwargs sets {of_the_other}, which generation by {engine} (use_vllm={self.use_vllm}) would "
-                f"ignore or stop at. Leave it out; what may be set is {sorted(harmless)}."
+                f"ignore or stop at{' (' + '; '.join(reasons) + ')' if reasons else ''}. Leave it out; what may be set is "
+                f"{sorted(harmless)}."
             )
         for name, value in {"cache_implementation": self.cache_implementation, **given}.items():
             check = _TRANSFORMERS_KWARGS.get(name)
@@ -593,11 +598,13 @@ _ON_POLICY = (
     "rollouts must be drawn from the very distribution the gaps are measured on (temperature 1, nothing cut off), or "
     "the sampled gap is no reverse KL and the importance weights are wrong"
 )
-# What neither bends the sampled distribution nor the number of completions per prompt.
-_HARMLESS_KWARGS = {
-    "stop", "stop_strings", "stop_token_ids", "include_stop_str_in_output", "use_cache", "cache_implementation",
-    "cache_config", "prefill_chunk_size", "max_time", "seed",
-}  # fmt: skip
+# What neither bends the sampled distribution nor the number of completions per prompt, of vLLM's SamplingParams.
+_VLLM_KWARGS = {"stop_token_ids"}
+_NOT_FOR_VLLM = {
+    "seed": "with it equal prompts get one and the same completion",
+    "stop": "a completion that ends so counts as cut off, and would teach the student not to end. Use stop_token_ids",
+    "include_stop_str_in_output": "there is no `stop` for it",
+}
 # The same for generation by transformers: which values may be set, and why no others.
 _TRANSFORMERS_KWARGS: dict[str, tuple[Any, str]] = {
     "use_cache": (lambda value: isinstance(value, bool), "it is true or false"),

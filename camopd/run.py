@@ -71,17 +71,19 @@ class PromptArguments:
                 raise ValueError(_form(name, value))
 
 
-def peek(config: str, overrides: list[str]) -> dict[str, Any]:
-    """The mapping in a YAML file with `--name value` overrides over it, read without any of the heavy libraries.
+def peek(config: str | None, overrides: list[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, if any, with `--name value` overrides over it, read without any of the heavy libraries.
 
     Raises `ValueError` for a file that is not there or not a mapping.
     """
     try:
-        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        settings = {} if config is None else yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"the config {config!r} cannot be read: {error.strerror}. Give the path of a YAML file."
         ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the config {config!r} is not UTF-8: {error}. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
         raise ValueError(f"the config {config!r} is no valid YAML: {error}") from None
     if not isinstance(settings, dict):
@@ -125,6 +127,12 @@ def config_first(argv: list[str]) -> list[str]:
             raise ValueError(f"the run is named twice, {rest[0]!r} and --config {config!r}. Leave one out.")
         return [config, *rest]
     return argv
+
+
+def written(argv: list[str]) -> dict[str, Any]:
+    """What a command line says, with the file behind `--config` if there is one: the settings that the user has written."""
+    words = config_first(argv)
+    return peek(None, words) if words == argv else peek(words[0], words[1:])
 
 
 def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ import logging
 import math
 import textwrap
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -36,6 +37,7 @@ from trl.trainer.utils import get_config_model_id
 from . import diagnostics, metrics, token_rules
 from .best import check_metric
 from .card import write_model_card
+from .completions import log_completions
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, Trained, attention_cost, exchange, in_micro_steps, plan
@@ -158,6 +160,7 @@ class CaMOPDTrainer(DistillationTrainer):
     }
 
     args: CaMOPDConfig
+    log_completions: bool
 
     def __init__(
         self,
@@ -172,7 +175,14 @@ class CaMOPDTrainer(DistillationTrainer):
         quantization_config: Any = None,
         peft_config: Any = None,
         tools: list[Callable] | None = None,
+        **unknown: Any,
     ):
+        if unknown:
+            name = next(iter(unknown))
+            way = " Each branch has a teacher of its own: teachers={'general': ..., 'domain': ...}."
+            raise TypeError(
+                f"CaMOPDTrainer has no argument {name!r}.{way if name.startswith('teacher') else ''} See its docstring."
+            )
         if args is None:
             model_id = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CaMOPDConfig(f"{model_id.split('/')[-1]}-CaMOPD")
@@ -313,6 +323,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._empty_rows: set[int] | None = None
         self._prompts_cut = 0
         self._rows: list[dict[str, Any]] = []  # of the rollout
+        self._logs["branch"] = deque(maxlen=self._logs["prompt"].maxlen)
         self._step_metrics: dict[str, Any] = {}
         self._update_products: Tensor | None = None
         self._sketch: diagnostics.Sketch | None = None  # of the step's gradient, on this process
@@ -453,8 +464,10 @@ class CaMOPDTrainer(DistillationTrainer):
                 )
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        """As the parent, of the rows of `_roll_out`: what a row has beside its prompt does not come down to here."""
-        prompt_ids = self._whole_prompts(self._rows)
+        rows = self._rows  # of `_roll_out`: what a row has beside its prompt does not come down to here
+        if [row["prompt"] for row in rows] != prompts:
+            rows = [named(read_row, {"prompt": prompt}) for prompt in prompts]
+        prompt_ids = self._whole_prompts(rows)
         limit = self.args.max_prompt_length
         self._prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
         self._turns = []
@@ -535,6 +548,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._limit_completions(max_tokens)
         self._rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
         output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in self._rows])
+        if self.log_completions:
+            self._logs["branch"].extend(gather_object([row["branch"] for row in rows]))
         prompt_mask, completion_mask = output["prompt_mask"].bool().cpu(), output["completion_mask"].bool().cpu()
         sampled_mask = completion_mask & output["tool_mask"].bool().cpu() if "tool_mask" in output else completion_mask
         completion_mask[list(self._empty_rows or ())] = False
@@ -1278,6 +1293,20 @@ class CaMOPDTrainer(DistillationTrainer):
             self._eval_rows.append(dict(zip(columns, values, strict=True)))
         per_row = -sums[:, 1] / sums[:, 0].clamp(min=1)
         return per_row.mean(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the parent; the table of completions has a column `branch`."""
+        show, self.log_completions = self.log_completions, False
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = show
+        if show and self.is_world_process_zero():
+            log_completions(
+                self.args,
+                {name: self._logs[name] for name in ("branch", "prompt", "completion")},
+                self.state.global_step,
+            )
 
     # -------------------------------------------------------------------------------------- checkpoints and resume
 

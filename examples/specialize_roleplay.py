@@ -17,6 +17,8 @@ rate to 1e-4. Settings can also stand in a YAML file, `--config FILE`. It is TRL
 `SFTConfig`. The paper does not say how its role-play teacher was fine-tuned; these are common values.
 """
 
+import sys
+
 from datasets import load_dataset
 from trl import (
     ModelConfig,
@@ -28,6 +30,9 @@ from trl import (
     get_quantization_config,
 )
 
+from camopd.files import file_type, read_file
+from camopd.run import settle_model, written
+
 
 def main() -> None:
     script_args, training_args, model_args = TrlParser(
@@ -38,20 +43,15 @@ def main() -> None:
         raise ValueError(
             "--dataset_name is missing: the sft.jsonl that `camopd data roleplay` writes, or a dataset of the Hub."
         )
-    is_file = script_args.dataset_name.endswith(".jsonl")
+    is_file = file_type(script_args.dataset_name) is not None
     if is_file:
-        dataset = load_dataset("json", data_files=script_args.dataset_name, split="train")
+        dataset = read_file(script_args.dataset_name)
     else:
         dataset = load_dataset(
             script_args.dataset_name, script_args.dataset_config, split=script_args.dataset_train_split
         )
 
-    training_args.model_init_kwargs = {
-        **(training_args.model_init_kwargs or {}),
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
+    training_args.model_init_kwargs = settle_model(model_args, training_args.model_init_kwargs, written(sys.argv[1:]))
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -10,16 +10,17 @@ accelerate launch examples/train_custom.py \\
     --model_init_kwargs '{"dtype": "bfloat16"}'
 ```
 
-A prompt file is JSONL with a column `prompt`: a text, or messages. `--name value` also takes every field of `CaMOPDConfig`.
+A prompt file is JSONL, Parquet or CSV with a column `prompt` (a text, or messages) or `messages`. `--name value` also takes
+every field of `CaMOPDConfig`.
 """
 
 from dataclasses import dataclass, field
 
-from datasets import load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd.run import load_prompts
 
 
 @dataclass
@@ -36,9 +37,6 @@ class ScriptArguments:
 def main() -> None:
     script_args, training_args = TrlParser([ScriptArguments, CaMOPDConfig]).parse_args_and_config()
 
-    def prompts(path: str):
-        return load_dataset("json", data_files=path, split="train").select_columns(["prompt"])
-
     trainer = CaMOPDTrainer(
         model=script_args.student,
         teachers={
@@ -48,9 +46,9 @@ def main() -> None:
         },
         args=training_args,  # three branches: --schedule general:3,german:1,domain:1 --scale '{"general": 2, "german": 2}'
         train_dataset={
-            "general": prompts(script_args.general_prompts),
-            "domain": prompts(script_args.domain_prompts),
-            # "german": prompts(script_args.german_prompts),
+            "general": load_prompts(script_args.general_prompts, "general"),
+            "domain": load_prompts(script_args.domain_prompts, "domain"),
+            # "german": load_prompts(script_args.german_prompts, "german"),
         },
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
     )

@@ -295,7 +295,23 @@ def test_generation_kwargs_are_those_of_the_engine(make_config, refused):
     assert make_config(generation_kwargs=taken).generation_kwargs == taken
     with pytest.raises(ValueError, match=rf"\['{refused}'\].* transformers .*Leave it out; what may be set is \["):
         make_config(generation_kwargs={**taken, refused: 1})
-    assert make_config(use_vllm=True, generation_kwargs={"stop": ["."]}).generation_kwargs == {"stop": ["."]}
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        ("seed", "seed: with it equal prompts get one and the same completion"), ("stop", "Use stop_token_ids"),
+        ("include_stop_str_in_output", "there is no `stop`"), ("use_cache", "vLLM"), ("max_time", "vLLM"),
+        ("stop_strings", "vLLM"), ("cache_config", "vLLM"), ("cache_implementation", "vLLM"),
+        ("prefill_chunk_size", "vLLM"),
+    ],
+)  # fmt: skip
+def test_generation_kwargs_that_vllm_does_not_have_or_stumbles_over_are_refused(make_config, refused, reason):
+    taken = {"stop_token_ids": [7]}
+    assert make_config(use_vllm=True, generation_kwargs=taken).generation_kwargs == taken
+    with pytest.raises(ValueError, match=rf"\['{refused}'\].* vLLM .*may be set is \['stop_token_ids'\]") as error:
+        make_config(use_vllm=True, generation_kwargs={**taken, refused: 1})
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,21 @@ def test_a_conversation_that_is_none_is_in_neither_file_and_counted(make, conver
     assert reason in card.split("| prompts |")[1]
 
 
+def test_what_stands_in_system_beside_the_turns_is_the_first_message(make):
+    plain, known = talk(7), talk(9)
+    first = {**plain, "system": "You are Anna.", "conversations": plain["conversations"][1:]}
+    same = {**known, "system": known["conversations"][0]["value"]}
+    prompts, sft, card = make(
+        [first, same, {**talk(11), "system": "Another."}, {**talk(11), "tools": "[]"}, talk(5)], limit=2
+    )
+    found = {row["id"]: row["prompt"] for row in prompts}
+    assert found["coser-0"][0] == {"role": "system", "content": "You are Anna."}
+    assert [message["role"] for message in found["coser-1"][:2]] == ["system", "user"]
+    assert ids(prompts) | ids(sft) == {"coser-0", "coser-1", "coser-4"}
+    assert "a system message that is not the first: 1" in card
+    assert "tools, which the messages do not name: 1" in card
+
+
 def test_a_conversation_that_opens_with_its_only_assistant_turn_is_no_prompt(make):
     opening = {"conversations": [{"from": "system", "value": "s"}, {"from": "assistant", "value": "a"},
                                  *({"from": "human", "value": f"h{n}"} for n in range(9))]}  # fmt: skip

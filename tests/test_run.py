@@ -1,6 +1,7 @@
 """A YAML file is a run: what is read from it, its prompts, its errors in words, and `camopd train` with it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,22 @@ import yaml
 from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from camopd import CaMOPDConfig, cli
 from camopd.data.medical import to_prompt
 from camopd.errors import CaMOPDError
-from camopd.run import SERVED_TEACHERS, PromptArguments, load_prompts, parse, peek, teachers_of
+from camopd.run import (
+    SERVED_TEACHERS,
+    PromptArguments,
+    config_and_overrides,
+    config_first,
+    load_prompts,
+    parse,
+    peek,
+    teachers_of,
+    written,
+)
 
 
 SETTINGS = {
@@ -481,3 +492,154 @@ def test_a_row_that_cannot_be_put_into_a_template_is_an_error_with_its_row(tmp_p
         ValueError, match=r"row 1 of '.*raw\.jsonl', prompts of branch 'domain': a medical row has no text"
     ):
         load_prompts(str(path), "domain", to_prompt)
+
+
+# --- the student's own settings ----------------------------------------------------------------------------------
+
+MODEL_FIELDS = {  # of ModelConfig: what a run does with each
+    "model_name_or_path": "the student", "model_revision": "in model_init_kwargs", "dtype": "in model_init_kwargs",
+    "attn_implementation": "in model_init_kwargs", "use_peft": "peft_config", "lora_task_type": "refused but CAUSAL_LM",
+    **dict.fromkeys(
+        ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+         "use_rslora", "use_dora"], "peft_config"
+    ),
+    **dict.fromkeys(
+        ["load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"],
+        "quantization_config",
+    ),
+}  # fmt: skip
+
+
+def test_every_setting_of_the_model_is_known():
+    assert set(ModelConfig.__dataclass_fields__) == set(MODEL_FIELDS)
+
+
+INIT = {"dtype": "bfloat16", "attn_implementation": "eager", "revision": "mine"}
+DEFAULT = {"dtype": "float32", "attn_implementation": None, "revision": "main"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, DEFAULT),
+        ({"model_init_kwargs": INIT}, INIT),
+        ({"model_init_kwargs": {"torch_dtype": "bfloat16"}}, {**DEFAULT, "dtype": "bfloat16"}),
+        ({"dtype": "bfloat16", "model_init_kwargs": INIT}, INIT),
+        ({"dtype": "float16", "model_revision": "v1"}, {**DEFAULT, "dtype": "float16", "revision": "v1"}),
+        ({"attn_implementation": "sdpa"}, {**DEFAULT, "attn_implementation": "sdpa"}),
+        ({"model_init_kwargs": {"device_map": "cpu"}, "dtype": "auto"}, {**DEFAULT, "device_map": "cpu", "dtype": "auto"}),
+    ],
+)  # fmt: skip
+def test_what_the_user_wrote_of_the_model_wins_over_a_default(write, settings, given, expected):
+    del settings["dtype"]
+    _, model, args = parse(write({**settings, **given}), [])
+    assert args.model_init_kwargs == expected
+    assert model.dtype == expected["dtype"]  # which becomes the compute type of 4-bit weights
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dtype": "float32", "model_init_kwargs": INIT}, r"dtype is 'float32', and model_init_kwargs has dtype='bf"),
+        ({"model_revision": "main", "model_init_kwargs": INIT}, r"model_revision is 'main', .* has revision='mine'"),
+        ({"attn_implementation": "sdpa", "model_init_kwargs": INIT}, r"'sdpa', .*attn_implementation='eager'"),
+        ({"model_init_kwargs": {"dtype": "float16", "torch_dtype": "bfloat16"}}, r"dtype='float16' and torch_dtype='bf"),
+        ({"load_in_4bit": True, "model_init_kwargs": {"quantization_config": {}}}, "load_in_4bit=True and model_init_kw"),
+        ({"lora_task_type": "SEQ_CLS"}, "lora_task_type='SEQ_CLS' is not for"),
+        ({"trust_remote_code": False, "model_init_kwargs": {"trust_remote_code": True}}, "trust_remote_code is False, and"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_two_values_for_one_thing_are_refused_with_both(write, settings, given, said, place):
+    del settings["dtype"]
+    own = (
+        {name: value for name, value in given.items() if name != "model_init_kwargs"}
+        if place == "command line"
+        else {}
+    )
+    path = write({**settings, **{name: value for name, value in given.items() if name not in own}})
+    with pytest.raises(ValueError, match=said):
+        parse(path, [word for name, value in own.items() for word in (f"--{name}", str(value))])
+
+
+def test_settings_of_lora_and_4_bit_weights_reach_their_configs(write, settings):
+    lora = {
+        "lora_r": 3, "lora_alpha": 5, "lora_dropout": 0.25, "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_target_parameters": ["x.weight"], "lora_modules_to_save": ["lm_head"], "use_rslora": True, "use_dora": True,
+    }  # fmt: skip
+    bits = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bnb_4bit_quant_storage": "uint8",
+        "model_init_kwargs": {"dtype": "bfloat16"},
+    }  # fmt: skip
+    del settings["dtype"]
+    _, model, _ = parse(write({**settings, "use_peft": True, **lora, **bits}), [])
+    found = get_peft_config(model)
+    for name, value in lora.items():
+        attribute = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.get(
+            name, name.removeprefix("lora_")
+        )
+        value = set(value) if name == "lora_target_modules" else value
+        assert getattr(found, attribute) == value, name
+    quantization = get_quantization_config(model)
+    assert (quantization.load_in_4bit, quantization.bnb_4bit_quant_type) == (True, "fp4")
+    assert (quantization.bnb_4bit_use_double_quant, quantization.bnb_4bit_quant_storage) == (True, torch.uint8)
+    assert quantization.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_settings_of_the_model_without_effect_are_warned_about(write, settings, caplog):
+    parse(write({**settings, "lora_r": 4, "bnb_4bit_quant_type": "fp4"}), ["--use_dora", "true"])
+    said = [record.getMessage() for record in caplog.records if record.name == "camopd.run"]
+    assert said == [
+        "lora_r, use_dora: no effect without use_peft=True",
+        "bnb_4bit_quant_type: no effect without load_in_4bit=True",
+    ]
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["run.yaml", "--seed", "3"], ["--config", "run.yaml", "--seed", "3"], ["--seed", "3", "--config=run.yaml"]],
+)
+def test_the_file_may_be_named_with_config(words):
+    assert config_and_overrides("camopd train", words) == ("run.yaml", ["--seed", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config"], "names no file"),
+        (["--config", "--seed", "3"], "names no file"),
+        (["a.yaml", "--config", "b.yaml"], r"twice, 'a\.yaml' and --config 'b\.yaml'"),
+    ],
+)
+def test_config_without_a_file_or_with_two_is_refused(words, said):
+    with pytest.raises(ValueError, match=said):
+        config_first(words)
+
+
+def test_what_a_command_line_of_a_script_says(write):
+    assert written(["--dtype", "float32", "--use_peft"]) == {"dtype": "float32", "use_peft": True}
+    path = write({"dtype": "bfloat16", "lora_r": 4})
+    assert written(["--dtype", "auto", "--config", path]) == {"dtype": "auto", "lora_r": 4}
+
+
+def test_a_config_in_latin_1_is_an_error_in_words(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("run_name: caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"run\.yaml' is not UTF-8.*Save it as UTF-8"):
+        peek(str(path), [])
+
+
+def test_what_stands_behind_the_dashes_is_left_to_vllm():
+    assert config_first(["run.yaml", "--", "--config", "x"]) == ["run.yaml", "--", "--config", "x"]
+
+
+@pytest.mark.parametrize("text", ["run_name: é\n", "run_name: 'a: b'\nmax_steps: 3\n"])
+def test_env_of_the_file_is_set(write, settings, text, monkeypatch):
+    monkeypatch.setenv("SOME_VARIABLE", "before")
+    parse(write({**settings, **yaml.safe_load(text), "env": {"SOME_VARIABLE": 7}}), [])
+    assert os.environ["SOME_VARIABLE"] == "7"
+    with pytest.raises(ValueError, match=r"env must map environment variables .*got \['x'\]"):
+        parse(write({**settings, "env": ["x"]}), [])

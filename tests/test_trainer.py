@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
-from conftest import VOCAB, make_model, make_prompts
+from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -281,6 +282,43 @@ def test_text_and_messages_mix_in_one_step(tmp_path, tokenizer):
         assert ids == tokenizer(text)["input_ids"]
 
 
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].name }} {% endif %}{% for m in messages %}{{ m.role }} {{ m.content }}."
+    "{% endfor %}{% if add_generation_prompt %}a {{ mood }}{% endif %}"
+)
+ASK = {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]}
+SAY = {"role": "assistant", "content": [{"type": "text", "text": "well "}, {"type": "text", "text": "x"}]}
+WRITTEN = [  # a row, and what of it the model is to see
+    ({"prompt": [ASK], "system": "be kind", "chat_template_kwargs": {"mood": "glad"}}, "system be kind.user hi you.a glad"),
+    ({"prompt": [ASK], "tools": [{"name": "find"}], "chat_template_kwargs": {"mood": "sad"}}, "find user hi you.a sad"),
+    ({"prompt": [ASK, SAY]}, "user hi you.assistant well x"),
+]  # fmt: skip
+
+
+def test_the_model_sees_what_the_user_wrote_in_training_and_evaluation(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    prompts = Dataset.from_list([row for row, _ in WRITTEN])
+    trainer = make_trainer(
+        tmp_path, tokenizer, prompts_per_step=3, per_device_train_batch_size=1, max_steps=1, schedule="domain",
+        teachers={"domain": make_model(1)}, train_dataset={"domain": prompts}, eval_dataset={"domain": prompts},
+    )  # fmt: skip
+    expected = sorted(tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in WRITTEN)
+    for rows in (trainer.train_dataset.rows_of(0), list(trainer.eval_dataset["domain"])):
+        rollouts = trainer._roll_out(rows, 4)
+        assert sorted(ids[:end] for ids, end in zip(rollouts.token_ids, rollouts.prompt_len, strict=True)) == expected
+
+
+def test_messages_that_the_template_refuses_are_an_error_with_the_row_before_training(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{% if messages[0].role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
+    fine, wrong = ([{"role": role, "content": "hi"}] for role in ("user", "tool"))
+    datasets = {branch: Dataset.from_list([{"prompt": fine}] * 99) for branch in ("general", "domain")}
+    held_out = {"domain": Dataset.from_list([{"prompt": fine}] * 70 + [{"prompt": wrong}])}
+    with pytest.raises(ValueError, match=r"row 70 of branch 'domain' .* the chat template says: TemplateError: no"):
+        make_trainer(tmp_path, tokenizer, train_dataset=datasets, eval_dataset=held_out)
+
+
 def test_long_prompts_keep_their_last_tokens_and_are_counted(tmp_path, tokenizer):
     prompts = Dataset.from_list([{"prompt": "a" * 30 + "tail"}, {"prompt": "short"}])
     trainer = make_trainer(
@@ -305,6 +343,29 @@ def test_prompts_that_are_all_longer_than_the_cap_are_an_error_with_the_lengths(
         match=r"2 prompts of branch 'domain' that were looked at are all longer than max_prompt_length=4 tokens; .* 7",
     ):
         make_trainer(tmp_path, tokenizer, train_dataset=prompts, max_prompt_length=4)
+
+
+@pytest.mark.parametrize("name", ["teacher_model", "teacher"])
+def test_a_single_teacher_is_refused_with_the_argument_that_takes_one_for_each_branch(name):
+    with pytest.raises(TypeError, match=rf"no argument '{name}'\. Each branch has a teacher of its own: teachers=\{{"):
+        CaMOPDTrainer(model="student", **{name: "teacher"})
+    with pytest.raises(TypeError, match=r"no argument 'reward_funcs'\. See its docstring"):
+        CaMOPDTrainer(model="student", reward_funcs=[])
+
+
+def test_the_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, capsys):
+    trainer = make_trainer(
+        tmp_path, tokenizer, schedule="general:1+domain:1", max_steps=2, logging_steps=2, log_completions=True,
+        eval_dataset={"domain": make_prompts("domain", 3)},
+    )  # fmt: skip
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    assert list(table.columns) == ["step", "branch", "prompt", "completion"]
+    assert sorted(table["branch"]) == ["domain"] * 2 + ["general"] * 2  # of the latest step
+    for branch, prompt in zip(table["branch"], table["prompt"], strict=True):
+        assert prompt.replace(" ", "").startswith(branch)
+    assert "branch" in capsys.readouterr().out
+    assert trainer.log_completions
 
 
 # ------------------------------------------------------------------------------------------------- importance weights
@@ -745,11 +806,13 @@ def test_a_context_shorter_than_prompt_and_completion_is_refused(who, tmp_path, 
         )  # fmt: skip
 
 
-def test_an_image_inside_a_message_is_refused(tmp_path, tokenizer, monkeypatch):
-    trainer = make_trainer(tmp_path, tokenizer)
-    monkeypatch.setattr(DistillationTrainer, "_tokenize_prompts", lambda self, prompts: ([[5]], [["picture"]], {}))
-    with pytest.raises(ValueError, match="a prompt holds an image, which no teacher can score yet"):
-        trainer._tokenize_prompts(["x"])
+def test_an_image_inside_a_message_is_refused(tmp_path, tokenizer):
+    parts = [{"type": "text", "text": "what is this?"}, {"type": "image", "text": None}]
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}]}])
+    with pytest.raises(
+        ValueError, match=r"row 0 of branch 'domain' has a part of type 'image'.*images are not supported"
+    ):
+        make_trainer(tmp_path, tokenizer, train_dataset={"general": make_prompts("general"), "domain": prompts})
 
 
 def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..hub import hub_errors
+from ..messages import SHAREGPT_ROLES
 from .output import Part, building, write_card, write_jsonl
 from .sampling import LIMIT, Messages, enough, priority, progress, shorten
 from .sources import Opened, Source, explain, hub_facts, licence_of
@@ -23,7 +24,6 @@ from .sources import Opened, Source, explain, hub_facts, licence_of
 FILE = "train/sft_conversations_sharegpt.json"
 SOURCE = Source("coser", "Neph0s/CoSER", ("conversations",))
 SOURCES = (SOURCE.name,)
-ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
 CHUNK = 4 << 20  # characters read at once
 LONGEST = 64 << 20  # characters; a conversation has some thousands, so more than this is no JSON list of conversations
 
@@ -149,22 +149,29 @@ def _conversations(path: Path, part: Part, doing: str) -> Iterator[Conversation]
                     f"row {index} of {str(path)!r} has no column 'conversations', only "
                     f"{sorted(raw) if isinstance(raw, dict) else type(raw).__name__}. Give {FILE} of {SOURCE.dataset}."
                 )
-            found = _read(raw["conversations"])
+            found = _read(raw)
             if isinstance(found, str):
                 part.dropped[found] += 1
             else:
                 yield Conversation(index, _category(found), found)
 
 
-def _read(turns: Any) -> Messages | str:
-    """Messages of a ShareGPT conversation, or why it is dropped."""
+def _read(raw: dict[str, Any]) -> Messages | str:
+    """Messages of a ShareGPT conversation, with what stands in `system` beside it, or why it is dropped."""
+    turns, system = raw["conversations"], raw.get("system")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return "no list of turns"
-    if any(turn.get("from") not in ROLES for turn in turns):
-        return f"a role that is none of {', '.join(ROLES)}"
+    if any(turn.get("from") not in SHAREGPT_ROLES for turn in turns):
+        return f"a role that is none of {', '.join(SHAREGPT_ROLES)}"
     if any(not isinstance(turn.get("value"), str) or not turn["value"].strip() for turn in turns):
         return "a turn without text"
-    messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+    if raw.get("tools"):
+        return "tools, which the messages do not name"
+    messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+    if system is not None and not isinstance(system, str):
+        return "a key 'system' that is no text"
+    if system and system.strip() and messages[:1] != [{"role": "system", "content": system}]:
+        messages = [{"role": "system", "content": system}, *messages]
     if any(message["role"] == "system" for message in messages[1:]):
         return "a system message that is not the first"
     if all(message["role"] != "assistant" for message in messages):
