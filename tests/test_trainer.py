@@ -288,9 +288,10 @@ TEMPLATE = (
 )
 ASK = {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]}
 SAY = {"role": "assistant", "content": [{"type": "text", "text": "well "}, {"type": "text", "text": "x"}]}
-WRITTEN = [  # a row, and what of it the model is to see
-    ({"prompt": [ASK], "system": "be kind", "chat_template_kwargs": {"mood": "glad"}}, "system be kind.user hi you.a glad"),
-    ({"prompt": [ASK], "tools": [{"name": "find"}], "chat_template_kwargs": {"mood": "sad"}}, "find user hi you.a sad"),
+GLAD, SAD = {"mood": "glad"}, {"mood": "sad"}
+WRITTEN = [  # a row, and what of it the model is to see; `from_list` takes its columns from the first
+    ({"prompt": [ASK], "system": "be kind", "tools": None, "chat_template_kwargs": GLAD}, "system be kind.user hi you.a glad"),
+    ({"prompt": [ASK], "tools": [{"name": "find"}], "chat_template_kwargs": SAD}, "find user hi you.a sad"),
     ({"prompt": [ASK, SAY]}, "user hi you.assistant well x"),
 ]  # fmt: skip
 
