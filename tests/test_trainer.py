@@ -290,7 +290,8 @@ ASK = {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "te
 SAY = {"role": "assistant", "content": [{"type": "text", "text": "well "}, {"type": "text", "text": "x"}]}
 GLAD, SAD = {"mood": "glad"}, {"mood": "sad"}
 WRITTEN = [  # a row, and what of it the model is to see; `from_list` takes its columns from the first
-    ({"prompt": [ASK], "system": "be kind", "tools": None, "chat_template_kwargs": GLAD}, "system be kind.user hi you.a glad"),
+    ({"prompt": [ASK], "system": "be good", "tools": None, "chat_template_kwargs": GLAD},
+     "system be good.user hi you.a glad"),
     ({"prompt": [ASK], "tools": [{"name": "find"}], "chat_template_kwargs": SAD}, "find user hi you.a sad"),
     ({"prompt": [ASK, SAY]}, "user hi you.assistant well x"),
 ]  # fmt: skip
