@@ -6,7 +6,7 @@
 The formula counts, for a model of P weights with L layers, hidden size H, MLP size I, attention width A (query) and K (keys
 and values, both), vocabulary V, and a micro-batch of N tokens, M of them of completions, with gradient checkpointing:
 
-    weights + gradients + Adam     the bytes a weight of `recipe`, below
+    weights + gradients + Adam     the bytes a weight of `RECIPES` and `SHARDED`, below
     checkpoints                    L N H c             inputs of the layers
     one layer, forward again       N (7 H + 2 A + 2 K + 4 I) c, and as much again for half of it in backward
     head                           M H (4 + c) + 2 x 4 V H + k min(M, 4096) W 4
@@ -152,35 +152,59 @@ def measure(shape: Shape, prompt: int, completion: int) -> dict[str, float]:
     return {"peak": peak(torch.device("cpu")) - before, "weights": sum(p.numel() for p in student.parameters())}
 
 
+# Bytes of a weight: the weight, its gradient, its float32 master where there is one, Adam's two moments. torchao keeps a
+# float32 scale for every 256 numbers of a moment. Autocast keeps bfloat16 copies of float32 weights until a forward ends.
+ADAM_8BIT, ADAM_4BIT = 2 * (1 + 4 / 256), 2 * (0.5 + 4 / 256)
+RECIPES = (  # name, bytes of a weight, bytes of a number of the forward, whether the head has a gradient
+    ("full, float32 weights, bf16 autocast", 4 + 4 + 8 + 2, 4, True),
+    ("full, bf16 weights, stochastic rounding, 8-bit Adam", 2 + 2 + ADAM_8BIT, 2, True),
+    ("full, bf16 weights, stochastic rounding, 4-bit Adam", 2 + 2 + ADAM_4BIT, 2, True),
+    ("LoRA, bf16 weights", 2, 2, False),
+)
+SHARDED = (  # of N GPUs: bytes of a weight on each, with bf16: true
+    ("ZeRO-2", lambda n: 2 + (2 + 4 + 8) / n),
+    ("ZeRO-3, FSDP2", lambda n: (2 + 2 + 4 + 8) / n),
+)
+
+
 def table() -> list[str]:
-    """Largest micro-batch (tokens of a sample of prompt and completion) that one GPU holds, in-process vLLM aside."""
-    recipes = (
-        ("full, float32 weights, bf16 autocast", 16, 4, True),
-        ("full, bf16 weights", 8, 2, True),
-        ("LoRA, bf16 weights", 2, 2, False),
-    )
+    """Largest micro-batch (tokens of a sample of prompt and completion) that a GPU holds, in-process vLLM aside."""
     rows = [
-        "| student | training | weights, gradients, Adam (GiB) | tokens of a micro-batch on 80 GB | on 141 GB |",
+        "| student | training on one GPU | weights, gradients, Adam (GiB) | tokens of a micro-batch on 80 GB | on 141 GB |",
         "|---|---|---|---|---|",
     ]
-    for name, shape in (("Qwen3-4B", QWEN3_4B), ("Qwen3-8B", QWEN3_8B)):
-        for recipe, bytes_a_weight, number, trains_head in recipes:
+    students = (("Qwen3-4B", QWEN3_4B), ("Qwen3-8B", QWEN3_8B))
+    for name, shape in students:
+        for recipe, bytes_a_weight, number, trains_head in RECIPES:
             static = bytes_a_weight * shape.weights
-            cells = []
-            for memory in (80e9, 141e9):
-                room = 0.8 * memory - static  # the formula is up to 16 % low; CUDA takes some, too
-                largest = 0
-                for tokens in range(1024, 131072 + 1, 1024):
-                    needed = activations(shape, tokens, tokens, number, 32768, 2)
-                    if not trains_head:
-                        needed -= 8 * shape.vocabulary * shape.hidden  # no gradient of the head
-                    if needed > room:
-                        break
-                    largest = tokens
-                more = " or more" if largest == 131072 else ""  # where the search ends
-                cells.append(f"{largest:,}{more}" if largest else "does not fit")
+            cells = [largest(shape, static, memory, number, trains_head) for memory in (80e9, 141e9)]
             rows.append(f"| {name} | {recipe} | {static / 2**30:.0f} | {cells[0]} | {cells[1]} |")
+    rows += [
+        "",
+        "Full fine-tuning with float32 masters in shards, tokens of a micro-batch on each of N GPUs of 80 GB:",
+        "",
+        "| student | launched with | N = 1 | 2 | 4 | 8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, shape in students:
+        for launch, bytes_a_weight in SHARDED:
+            cells = [largest(shape, bytes_a_weight(n) * shape.weights, 80e9, 2, True) for n in (1, 2, 4, 8)]
+            rows.append(f"| {name} | {launch} | {' | '.join(cells)} |")
     return rows
+
+
+def largest(shape: Shape, static: float, memory: float, number: int, trains_head: bool) -> str:
+    room = 0.8 * memory - static  # the formula is up to 16 % low; CUDA takes some, too
+    found = 0
+    for tokens in range(1024, 131072 + 1, 1024):
+        needed = activations(shape, tokens, tokens, number, 32768, 2)
+        if not trains_head:
+            needed -= 8 * shape.vocabulary * shape.hidden  # no gradient of the head
+        if needed > room:
+            break
+        found = tokens
+    more = " or more" if found == 131072 else ""  # where the search ends
+    return f"{found:,}{more}" if found else "does not fit"
 
 
 if __name__ == "__main__":
