@@ -52,10 +52,10 @@ def of_branch(
     scores = np.array([row["score"] for row in valid])
     mass = scores.sum()
     per_token = {
-        f"gap/{branch}/mean": _token_mean(valid, "gap"),
-        f"gap/{branch}/abs_mean": _token_mean(valid, "gap_abs"),
-        f"gap/{branch}/positive_mean": _token_mean(valid, "gap_positive"),
-        f"rollout/{branch}/entropy": _token_mean(valid, "entropy"),
+        f"gap/{branch}/mean": token_mean(valid, "gap"),
+        f"gap/{branch}/abs_mean": token_mean(valid, "gap_abs"),
+        f"gap/{branch}/positive_mean": token_mean(valid, "gap_positive"),
+        f"rollout/{branch}/entropy": token_mean(valid, "entropy"),
     }
     samples = [abs(gap) for row in valid for gap in row["gap_samples"]]
     categories = sorted({str(row["category"]) for row in valid if row.get("category") is not None})
@@ -63,7 +63,7 @@ def of_branch(
     return {
         **per_token,
         f"gap/{branch}/abs_p99": float(np.quantile(samples, 0.99)) if samples else math.nan,
-        f"teacher/{branch}/perplexity": math.exp(-_token_mean(valid, "teacher_logp")),
+        f"teacher/{branch}/perplexity": math.exp(-token_mean(valid, "teacher_logp")),
         f"score/{branch}/p10": float(quantiles[0]),
         f"score/{branch}/p50": float(quantiles[1]),
         f"score/{branch}/p90": float(quantiles[2]),
@@ -139,6 +139,18 @@ def of_evaluation(rows: Sequence[dict[str, float]]) -> dict[str, float]:
             result["kl"] = 0.0 - result["gap"]  # and not -0.0
             result["kl_se"] = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return result
+
+
+def of_completions(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the parent says of an evaluation's completions, over prompts instead of batches of them; entropy per token."""
+    lengths = np.array([row["length"] for row in rows])
+    ended = np.array([row["length"] for row in rows if not row["truncated"]])
+    found = {"entropy": token_mean(rows, "entropy"), "completions/clipped_ratio": 1 - len(ended) / len(rows)}
+    for name, values in (("", lengths), ("terminated_", ended if len(ended) else np.zeros(1))):
+        found[f"completions/mean_{name}length"] = float(values.mean())
+        found[f"completions/min_{name}length"] = float(values.min())
+        found[f"completions/max_{name}length"] = float(values.max())
+    return found
 
 
 class ImportanceStats:
@@ -220,7 +232,8 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut short by a crash; its step will be written again
 
 
-def _token_mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+def token_mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Mean over the tokens of all rows, from their sums; NaN without any."""
     tokens = sum(row["num_tokens"] for row in rows)
     return sum(row[name] for row in rows) / tokens if tokens else math.nan
 

@@ -8,7 +8,8 @@ prompts that an undisturbed one would have seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -152,6 +153,65 @@ class PromptDealer(TorchDataset):
         return rows
 
 
+class HeldOut(dict[str, Dataset | list[dict[str, Any]]]):
+    """Held-out prompts by branch: a `Dataset`, or the rows of a stream. Each row has its branch and its position.
+
+    TRL's callbacks (`LogCompletionsCallback`, `WeaveCallback`) take an `eval_dataset` for a single table: `["prompt"]` has
+    the prompts of all branches in turns, and `select(range(8))` the first eight of them.
+    """
+
+    def __missing__(self, key: str) -> list[Any]:
+        if key != "prompt":
+            raise KeyError(key)
+        return list(self._prompts())
+
+    def select(self, indices: Iterable[int]) -> dict[str, list[Any]]:
+        """Some of the prompts of all branches, under the key `prompt`."""
+        wanted = list(indices)
+        prompts = list(itertools.islice(self._prompts(), max(wanted, default=-1) + 1))
+        return {"prompt": [prompts[index] for index in wanted]}
+
+    def _prompts(self) -> Iterator[Any]:
+        for rows in itertools.zip_longest(*self.values()):
+            yield from (row["prompt"] for row in rows if row is not None)
+
+
+def held_out(datasets: Any, schedule: Schedule, argument: str) -> HeldOut:
+    """Held-out prompts in any of the forms a user may pass, by branch. A stream is read to its end.
+
+    Args:
+        datasets: a mapping from branches to `Dataset` or `IterableDataset`, a `Dataset` with a column `branch`, or, where
+            the schedule has one branch, that branch's prompts.
+        argument: its name, for messages.
+
+    Raises `TypeError` or `ValueError` for prompts without a branch, of a branch that is not in the schedule, or that
+    `check_prompts` refuses.
+    """
+    if isinstance(datasets, Dataset) and "branch" in datasets.column_names:
+        places: dict[str, list[int]] = {}
+        for place, branch in enumerate(datasets["branch"]):
+            places.setdefault(branch, []).append(place)
+        datasets = {branch: datasets.select(rows) for branch, rows in places.items()}
+    elif isinstance(datasets, (Dataset, IterableDataset)) and len(schedule.branches) == 1:
+        datasets = {schedule.branches[0]: datasets}
+    if not isinstance(datasets, dict):
+        raise TypeError(
+            f"{argument} must map branches to held-out prompts, got {type(datasets).__name__}. The teacher that scores a "
+            f"prompt is that of its branch. Pass {{{schedule.branches[0]!r}: dataset}}, or a Dataset with a column "
+            "'branch'."
+        )
+    marked = HeldOut()
+    for branch, dataset in datasets.items():
+        if branch not in schedule.branches:
+            raise ValueError(
+                f"{argument} has branch {branch!r}, which is not in schedule {str(schedule)!r}; its branches are "
+                f"{list(schedule.branches)}."
+            )
+        check_prompts(dataset, branch)
+        marked[branch] = mark(dataset, branch)
+    return marked
+
+
 def check_prompts(dataset: Any, branch: str) -> None:
     """Raise `TypeError` or `ValueError` unless `dataset` can feed a branch. Reads nothing of an IterableDataset."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
@@ -166,6 +226,12 @@ def check_prompts(dataset: Any, branch: str) -> None:
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(_no_rows(branch))
+    split = getattr(dataset, "_distributed", None)
+    if split is not None and split.world_size > 1:
+        raise ValueError(
+            f"the prompts of branch {branch!r} are rank {split.rank}'s part of {split.world_size} (split_dataset_by_node). "
+            "Pass the whole stream on every rank: the trainer deals it out itself, and would leave rows out of a part."
+        )
     if dataset.column_names is not None:
         if "prompt" not in dataset.column_names:
             raise ValueError(
@@ -185,14 +251,27 @@ def what_the_model_sees(dataset: Dataset | IterableDataset) -> Dataset | Iterabl
     return dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
 
 
-def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | IterableDataset:
-    """The dataset with columns for what the model sees, for the branch, and for what an error calls the row."""
+def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | list[dict[str, Any]]:
+    """Held-out rows with what the model sees, their branch, what an error calls them, and their position among each other.
+
+    A stream is read to its end. Left to accelerate, each process would read shards of its own where there are enough: other
+    numbers of rows, so that one waits for the other, and no position that all agree on.
+    """
     if isinstance(dataset, IterableDataset):
-        name = row_name(branch, None, dataset)
-        return dataset.map(lambda row: {**row, "branch": branch, "row": name})
+        rows: list[dict[str, Any]] = []
+        for row in dataset:
+            name = row_name(branch, None, dataset)
+            if row.get("image") is not None or row.get("images"):
+                raise ValueError(f"{name} brings an image: {_NO_IMAGES}")
+            named(read_row, {**row, "row": name})
+            columns = {column: row[column] for column in COLUMNS if column in row}
+            rows.append({**columns, "branch": branch, "row": name, "position": len(rows)})
+        if not rows:
+            raise ValueError(_no_rows(branch))
+        return rows
     names = [row_name(branch, index, dataset) for index in range(len(dataset))]
     seen = what_the_model_sees(dataset).add_column("branch", [branch] * len(dataset))
-    return seen.add_column("row", names)
+    return seen.add_column("row", names).add_column("position", list(range(len(dataset))))
 
 
 def row_name(branch: str, index: int | None, dataset: Any = None) -> str:

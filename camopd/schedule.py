@@ -76,6 +76,10 @@ class Schedule:
         """Share of each branch in optimizer step `step`, counted from 0: `{"general": 1.0}` for a pure step."""
         return dict(self.steps[step % self.period])
 
+    def mixture(self, step: int) -> str:
+        """Branches of optimizer step `step` as one name, the same however a mixed step orders them."""
+        return "+".join(sorted(self.shares(step)))
+
     def rows(self, step: int, rows_per_step: int) -> dict[str, int]:
         """Rows of each branch in optimizer step `step`; they add up to `rows_per_step` (largest remainder).
 

@@ -10,13 +10,14 @@ The methods stand in that order. This is the only file that overrides TRL privat
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, get_last_checkpoint
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
@@ -66,7 +67,7 @@ from .messages import read_row, render, tokenize
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .optimizer import BranchAdamW, local, update_products
 from .precision import forward_dtype, keep_outputs_whole
-from .prompts import PromptDealer, PromptStream, check_prompts, fingerprint, mark, named
+from .prompts import PromptDealer, PromptStream, fingerprint, held_out, mark, named
 from .rollouts import Rollouts
 from .schedule import Schedule
 from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
@@ -138,8 +139,8 @@ class CaMOPDTrainer(DistillationTrainer):
             Configuration. Defaults to the paper's.
         train_dataset (`dict[str, Dataset | IterableDataset]`):
             Prompts of each branch, with a column `prompt`: a text or a list of messages.
-        eval_dataset (`dict[str, Dataset | IterableDataset]`, *optional*):
-            Held-out prompts of some or all branches.
+        eval_dataset (`dict[str, Dataset | IterableDataset]` or `Dataset`, *optional*):
+            Held-out prompts of some or all branches; a `Dataset` has them in a column `branch`. Streams are read whole.
         processing_class, callbacks, optimizers, quantization_config, peft_config, tools:
             As in [`~trl.DistillationTrainer`].
     """
@@ -168,7 +169,7 @@ class CaMOPDTrainer(DistillationTrainer):
         teachers: dict[str, Any] | None = None,
         args: CaMOPDConfig | None = None,
         train_dataset: dict[str, Dataset | IterableDataset] | None = None,
-        eval_dataset: dict[str, Dataset | IterableDataset] | None = None,
+        eval_dataset: dict[str, Dataset | IterableDataset] | Dataset | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -199,8 +200,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._score_batch_size = args.score_batch_size
         self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
         streams = self._make_streams(train_dataset, args)
-        eval_dataset = self._with_branch_column(eval_dataset)
-        check_metric(args, self.schedule.branches, eval_dataset or {}, callbacks or [])
+        held = None if eval_dataset is None else held_out(eval_dataset, self.schedule, "eval_dataset")
+        check_metric(args, self.schedule.branches, held or {}, callbacks or [])
         check_passed(args, *optimizers)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
         check_adapters(model, peft_config, teachers.values())
@@ -242,7 +243,7 @@ class CaMOPDTrainer(DistillationTrainer):
             model=model,
             args=args,
             train_dataset=dealer,
-            eval_dataset=eval_dataset,
+            eval_dataset=held,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -264,7 +265,10 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"max_completion_length is {args.max_prompt_length} + {args.max_completion_length} = {max_tokens}. Lower "
                 "max_completion_length."
             )
-        self._check_prompts(streams, eval_dataset)
+        known = {branch: stream.dataset for branch, stream in streams.items() if isinstance(stream.dataset, Dataset)}
+        self._check_messages([mark(dataset, branch) for branch, dataset in known.items()])
+        self._check_messages((held or {}).values())
+        self._check_prompt_lengths(streams)
         student = self.accelerator.unwrap_model(self.model)
         self._padding_free = padding_free_for(student, args.padding_free)
         self._packing_probed = not self._padding_free
@@ -338,7 +342,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._branch_optimizer: BranchAdamW | None = None
         self._changed: ChangedShare | None = None
         self._loss_sum = torch.zeros(())
-        self._eval_rows: list[dict[str, float]] = []
+        self._eval_rows: dict[int, dict[str, Any]] = {}  # by position
         self.add_callback(metrics.MetricsFile(self))
 
     # ------------------------------------------------------------------------------------------ data and teachers
@@ -356,25 +360,6 @@ class CaMOPDTrainer(DistillationTrainer):
         if any(isinstance(stream.dataset, IterableDataset) for stream in streams.values()):
             args.dataloader_num_workers = 0  # several workers would each see a part of the stream
         return streams
-
-    def _with_branch_column(self, datasets: Any) -> dict[str, Dataset | IterableDataset] | None:
-        if datasets is None:
-            return None
-        if not isinstance(datasets, dict):
-            raise TypeError(
-                f"eval_dataset must map branches to held-out prompts, got {type(datasets).__name__}. The teacher that "
-                "scores a prompt is that of its branch."
-            )
-        marked = {}
-        for branch, dataset in datasets.items():
-            if branch not in self.schedule.branches:
-                raise ValueError(
-                    f"eval_dataset has branch {branch!r}, which is not in schedule {str(self.schedule)!r}; its branches "
-                    f"are {list(self.schedule.branches)}."
-                )
-            check_prompts(dataset, branch)
-            marked[branch] = mark(dataset, branch)
-        return marked
 
     def _teachers_by_branch(
         self, teachers: dict[str, Any] | None, args: CaMOPDConfig, model: Any, peft_config: Any
@@ -441,17 +426,15 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ---------------------------------------------------------------------------------------------------- rollout
 
-    def _check_prompts(self, streams: dict[str, PromptStream], held_out: Any) -> None:
-        """Raise `ValueError` for messages that the chat template cannot take, streams excepted, and when every prompt of a
-        branch, as far as seen, would lose its beginning: a mistaken cap."""
-        for dataset in [
-            *(mark(stream.dataset, stream.branch) for stream in streams.values()),
-            *(held_out or {}).values(),
-        ]:
-            for row in () if isinstance(dataset, IterableDataset) else dataset:
-                row = named(read_row, row)
-                if not isinstance(row["prompt"], str):
-                    named(partial(self._through_template, render), row)
+    def _check_messages(self, datasets: Iterable[Any]) -> None:
+        """Raise `ValueError` for messages of marked prompts that the chat template cannot take."""
+        for row in itertools.chain.from_iterable(datasets):
+            row = named(read_row, row)
+            if not isinstance(row["prompt"], str):
+                named(partial(self._through_template, render), row)
+
+    def _check_prompt_lengths(self, streams: dict[str, PromptStream]) -> None:
+        """Raise `ValueError` when every prompt of a branch, as far as seen, would lose its beginning: a mistaken cap."""
         limit = self.args.max_prompt_length
         for branch, stream in streams.items():
             rows = list(stream.some(PROBED_PROMPTS))
@@ -819,6 +802,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 }
             )
         table = sorted(gather_object(table), key=lambda row: row["position"])
+        self._step_metrics["entropy"] = metrics.token_mean(table, "entropy")
         kept: dict[int, int] = {}
         for branch in dict.fromkeys(row["branch"] for row in table):
             rows = [row for row in table if row["branch"] == branch]
@@ -982,7 +966,7 @@ class CaMOPDTrainer(DistillationTrainer):
             self._changed.start()
         self._categories = {row["position"]: row.get("category") for row in rows}
         if self._branch_optimizer is not None:
-            self._branch_optimizer.branch = self._moment_of(self.state.global_step)
+            self._branch_optimizer.branch = self.schedule.mixture(self.state.global_step)
         self.model.train()  # the parent files its rollout metrics by mode
         if not self._teachers_checked:
             self._check_teachers()
@@ -1076,14 +1060,16 @@ class CaMOPDTrainer(DistillationTrainer):
             if name not in ("branch", "loss", "learning_rate", "time/diagnostics"):
                 self._metrics["train"][name].append(float(value))
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         """The parent's, or AdamW with a first moment per branch."""
         if args.optimizer_moments == "shared":
-            kind, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+            kind, kwargs = DistillationTrainer.get_optimizer_cls_and_kwargs(args, model)
             if "block_size" in kwargs:
                 kwargs["block_size"] = int(kwargs["block_size"])  # of `optim_args`, which transformers leaves a text
             return kind, kwargs
-        branches = dict.fromkeys(self._moment_of(step) for step in range(self.schedule.period))
+        schedule = Schedule.parse(args.schedule)
+        branches = dict.fromkeys(schedule.mixture(step) for step in range(schedule.period))
         return BranchAdamW, {
             "branches": tuple(branches),
             "lr": args.learning_rate,
@@ -1237,10 +1223,6 @@ class CaMOPDTrainer(DistillationTrainer):
         """Branches of an optimizer step as one name."""
         return "+".join(self.schedule.shares(step))
 
-    def _moment_of(self, step: int) -> str:
-        """The same, however a mixed step orders them."""
-        return "+".join(sorted(self.schedule.shares(step)))
-
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The parent's norm before clipping, noted for the step's line in metrics.jsonl."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -1250,7 +1232,52 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in the parent; `eval_dataset` names a branch of the trainer's own, or is prompts in any form `__init__` takes.
+
+        Prompts of several branches, and a mapping of one, are measured as `eval_<branch>_*`; others as `eval_*`.
+        """
+        if isinstance(eval_dataset, str) and eval_dataset not in (self.eval_dataset or {}):
+            raise ValueError(
+                f"eval_dataset={eval_dataset!r} names none of the held-out prompts of this trainer, "
+                f"{list(self.eval_dataset or {})}. Name one of them, or pass prompts."
+            )
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        found: dict[str, float] = {}
+        for prefix, prompts in self._by_prefix(eval_dataset, "eval_dataset", metric_key_prefix).items():
+            found.update(super().evaluate(prompts, ignore_keys, prefix))
+        return found
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The metrics of `evaluate` for other prompts, without logging them. There are no predictions to return."""
+        found: dict[str, float] = {}
+        for prefix, prompts in self._by_prefix(test_dataset, "test_dataset", metric_key_prefix).items():
+            found.update(super().predict(prompts, ignore_keys, prefix).metrics)
+        return PredictionOutput(predictions=None, label_ids=None, metrics=found)
+
+    def _by_prefix(self, datasets: Any, argument: str, prefix: str) -> dict[str, Any]:
+        by_branch = held_out(datasets, self.schedule, argument)
+        self._check_messages(by_branch.values())
+        if not isinstance(datasets, dict) and len(by_branch) == 1:
+            return {prefix: next(iter(by_branch.values()))}
+        return {f"{prefix}_{branch}": prompts for branch, prompts in by_branch.items()}
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The parent's, which with persistent workers would give the loader of the prompts passed before."""
+        if not isinstance(eval_dataset, str):
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """That of an evaluation."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Roll out the held-out prompts and measure their gaps.
 
         Adds, in nats per token, the mean over prompts of each completion's token mean, with the standard error over
@@ -1259,11 +1286,12 @@ class CaMOPDTrainer(DistillationTrainer):
         With transformers' generation every evaluation draws with the same random numbers, and leaves those of training
         as they were; vLLM has random numbers of its own.
         """
-        self._eval_rows = []
+        self._eval_rows = {}
+        self._metrics["eval"].clear()  # of a `predict`, which logs nothing
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed + self.args.process_index)
-                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         except TeacherError as error:
             if not self.is_in_train:
                 raise
@@ -1272,7 +1300,16 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"{error}\nNothing is lost: the weights after step {self.state.global_step} are in {str(folder)!r}. Mend "
                 f"the teacher and resume_from_checkpoint={str(folder)!r}."
             ) from None
-        found = metrics.of_evaluation(self._eval_rows)
+        rows = [self._eval_rows[position] for position in sorted(self._eval_rows)]
+        expected = len(dataloader.dataset)
+        if len(rows) != expected:
+            raise CaMOPDError(
+                f"{len(rows)} of {expected} held-out prompts were measured. The data loader leaves the others out: set "
+                "dataloader_drop_last=False."
+            )
+        self._metrics["eval"].update({name: [value] for name, value in metrics.of_completions(rows).items()})
+        output = output._replace(num_samples=len(rows))
+        found = metrics.of_evaluation(rows)
         output.metrics[f"{metric_key_prefix}_loss"] = found["kl"]  # without the empty completions the batches count
         for name, value in found.items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
@@ -1284,14 +1321,16 @@ class CaMOPDTrainer(DistillationTrainer):
             rollouts = self._roll_out(inputs, self.args.longest_completion)
             self._score(rollouts, [rollouts.branch[0]])  # an evaluation set is one branch
         rows = []
-        for row, mask in enumerate(rollouts.mask):
+        for row, (position, mask) in enumerate(zip(rollouts.position, rollouts.mask, strict=True)):
             gaps = token_gaps(rollouts.teacher_logps[row], rollouts.student_logps[row], mask)
-            rows.append(metrics.row_sums(gaps, rollouts.teacher_logps[row], rollouts.entropy[row], mask))
-        columns = ("num_tokens", "gap", "gap_abs", "gap_positive")
-        sums = torch.tensor([[row[name] for name in columns] for row in rows], device=self.args.device)
-        for values in self.accelerator.gather_for_metrics(sums).tolist():  # a map-style set's last batch unpadded
-            self._eval_rows.append(dict(zip(columns, values, strict=True)))
-        per_row = -sums[:, 1] / sums[:, 0].clamp(min=1)
+            sums = metrics.row_sums(gaps, rollouts.teacher_logps[row], rollouts.entropy[row], mask)
+            of_row = {"length": rollouts.length[row], "truncated": rollouts.truncated[row], **sums}
+            del of_row["gap_samples"]  # most of what there is to send
+            rows.append((position, of_row))
+        for position, of_row in gather_object(rows):
+            # Data loaders fill up the last batches of the ranks with rows that were there before.
+            self._eval_rows.setdefault(position, of_row)
+        per_row = torch.tensor([-row["gap"] / max(1, row["num_tokens"]) for _, row in rows], device=self.args.device)
         return per_row.mean(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

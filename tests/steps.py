@@ -6,6 +6,7 @@ Nothing of `camopd` computes the reference: loops over rows and tokens, plain lo
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import sys
@@ -103,10 +104,8 @@ class FakeSampler:
         return tokens, [value + shift for value, shift in zip(logps, noise, strict=True)]
 
 
-def trainer_step(
-    case: Case, output_dir: str, batch_size: int, general_teacher=None, resume=None, sampler=None, **settings
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
+def make_trainer(case: Case, output_dir: str, batch_size: int, general_teacher=None, sampler=None, **settings):
+    """A `CaMOPDTrainer` for one step of a case, with rollouts by `FakeSampler`."""
     values = {
         "output_dir": output_dir, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
         "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1,
@@ -127,9 +126,60 @@ def trainer_step(
         processing_class=make_tokenizer(),
     )
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, sampler or FakeSampler(), -1
+    return trainer
+
+
+def trainer_step(
+    case: Case, output_dir: str, batch_size: int, resume=None, **more
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Parameters after one optimizer step of `CaMOPDTrainer` on this process's share, and the step's metrics."""
+    trainer = make_trainer(case, output_dir, batch_size, **more)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer._step_metrics
+
+
+HELD_OUT = (1, 3, 5)  # prompts: fewer than processes, and numbers that their batches do not divide
+
+
+def held_out(branch: str, count: int, streamed: bool):
+    """So many prompts of a branch, as a `Dataset` or as a stream."""
+    prompts = make_prompts(branch, count)
+    return prompts.to_iterable_dataset(2 if count > 1 else 1) if streamed else prompts
+
+
+def evaluations(output_dir: str, batch_size: int) -> list[dict[str, float]]:
+    """What `evaluate` finds and logs for each of `HELD_OUT`, as a `Dataset` and as a stream, of both branches."""
+    trainer = make_trainer(CASES[0], output_dir, 2, per_device_eval_batch_size=batch_size)
+    results = []
+    for streamed in (False, True):
+        for count in HELD_OUT:
+            found = trainer.evaluate({branch: held_out(branch, count, streamed) for branch in ("general", "domain")})
+            logged = trainer.state.log_history[-2:]  # with TRL's metrics, which have no branch in their names
+            results.append({"count": count, "streamed": streamed, "found": found, "logged": logged})
+    return results
+
+
+def reference_evaluation(branch: str, count: int) -> dict[str, float]:
+    """The same of one branch by hand: KL, its standard error, prompts and completion lengths."""
+    teacher, student, tokenizer = make_model({"general": 2, "domain": 3}[branch]), make_model(1), make_tokenizer()
+    values, lengths = [], []
+    for row in make_prompts(branch, count):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion, _ = FakeSampler.complete(tuple(prompt))
+        lengths.append(len(completion))
+        if completion:
+            with torch.no_grad():
+                gaps = _logps(student, prompt, completion) - _logps(teacher, prompt, completion)
+            values.append(float(gaps.double().mean()))
+    mean = sum(values) / len(values) if values else math.nan
+    spread = (
+        math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else math.nan
+    )
+    return {
+        "kl": mean, "kl_se": spread / math.sqrt(len(values)) if values else math.nan, "prompts": len(values),
+        "lengths": lengths,
+    }  # fmt: skip
 
 
 def measured(metrics: dict) -> dict[str, torch.Tensor]:
@@ -267,6 +317,10 @@ if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/ste
             values = {**parameters, **measured(metrics), "loss": torch.tensor(metrics["loss"])}
             save_file(values, folder / f"{name}.safetensors")
         state.wait_for_everyone()
+
+    found = evaluations(str(folder / "evaluation"), batch_size=2)
+    if state.is_main_process:
+        (folder / "evaluations.json").write_text(json.dumps(found))
 
     # A rank whose teacher fails must not leave the other one waiting in the next collective. After resume the step that was
     # kept is the step by hand.

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from camopd.prompts import PromptDealer, PromptStream, check_prompts, fingerprint
+from camopd.prompts import PromptDealer, PromptStream, check_prompts, fingerprint, held_out
 from camopd.schedule import Schedule
 
 
@@ -397,3 +398,43 @@ def test_a_malformed_prompt_is_refused_with_its_row_and_the_form_it_should_have(
 def test_a_dataset_dict_is_refused_with_the_split_to_choose():
     with pytest.raises(TypeError, match=r"got DatasetDict. Choose one of its splits: dataset\['test'\]"):
         check_prompts(DatasetDict({"test": Dataset.from_list([{"prompt": "x"}])}), "general")
+
+
+# --- held-out prompts --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from("ab"), min_size=1, max_size=9), st.integers(1, 3))
+def test_every_held_out_row_has_its_branch_and_a_position_of_its_own(branches, shards):
+    rows = [{"prompt": f"{place}", "branch": branch, "other": 1} for place, branch in enumerate(branches)]
+    schedule = Schedule.parse("a,b")
+    found = held_out(Dataset.from_list(rows), schedule, "eval_dataset")
+    streams = {
+        name: Dataset.from_list([row for row in rows if row["branch"] == name]).to_iterable_dataset(
+            min(shards, branches.count(name))
+        )
+        for name in set(branches)
+    }
+    for by_branch in (found, held_out(streams, schedule, "eval_dataset")):
+        assert sorted(by_branch) == sorted(set(branches))
+        for name, prompts in by_branch.items():
+            assert [row["prompt"] for row in prompts] == [row["prompt"] for row in rows if row["branch"] == name]
+            assert [row["branch"] for row in prompts] == [name] * branches.count(name)
+            assert [row["position"] for row in prompts] == list(range(branches.count(name)))
+        assert sorted(by_branch["prompt"]) == [row["prompt"] for row in rows]
+        assert by_branch.select([0]) == {"prompt": by_branch["prompt"][:1]}
+
+
+def test_a_stream_of_held_out_prompts_is_checked_when_it_is_read():
+    schedule = Schedule.parse("a")
+    for rows, message in (([], "the prompts of branch 'a' are empty"), ([{"prompt": ""}], "a row of branch 'a'")):
+        stream = IterableDataset.from_generator(lambda rows=rows: iter(rows))
+        with pytest.raises(ValueError, match=message):
+            held_out(stream, schedule, "eval_dataset")
+
+
+def test_a_part_of_a_stream_is_refused():
+    part = split_dataset_by_node(KINDS["to_iterable_dataset"]("a", 6), rank=1, world_size=3)
+    with pytest.raises(ValueError, match=r"rank 1's part of 3 \(split_dataset_by_node\). Pass the whole stream"):
+        check_prompts(part, "a")
+    check_prompts(split_dataset_by_node(KINDS["to_iterable_dataset"]("a", 6), rank=0, world_size=1), "a")

@@ -20,9 +20,21 @@ from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from steps import BASELINES, CASES, RUNS, VARIANTS, Case, FakeSampler, measured, reference_step, trainer_step
+from steps import (
+    BASELINES,
+    CASES,
+    RUNS,
+    VARIANTS,
+    Case,
+    FakeSampler,
+    evaluations,
+    measured,
+    reference_evaluation,
+    reference_step,
+    trainer_step,
+)
 from transformers import LlamaForCausalLM
-from trl import DistillationTrainer
+from trl import DistillationTrainer, LogCompletionsCallback
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
 from camopd.errors import CaMOPDError, TeacherError
@@ -151,6 +163,31 @@ def test_several_processes_take_the_step_by_hand(processes, tmp_path):
     expected, _, _ = reference_step(CASES[0])
     for name, value in load_file(tmp_path / "resumed.safetensors").items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
+    check_evaluations(json.loads((tmp_path / "evaluations.json").read_text()))
+
+
+def check_evaluations(results):
+    """Every held-out prompt counts once, whatever the data loader has filled its batches up with."""
+    assert len(results) == 6
+    for result in results:
+        count, found = result["count"], result["found"]
+        for branch, logged in zip(("general", "domain"), result["logged"], strict=True):
+            expected = reference_evaluation(branch, count)
+            where = f"{count} prompts of {branch}, streamed: {result['streamed']}"
+            assert found[f"eval_{branch}_prompts"] == expected["prompts"], where
+            for name in ("kl", "kl_se"):
+                assert found[f"eval_{branch}_{name}"] == pytest.approx(expected[name], abs=1e-5, nan_ok=True), where
+            assert found[f"eval_{branch}_loss"] == pytest.approx(expected["kl"], abs=1e-5, nan_ok=True), where
+            rate, seconds = found[f"eval_{branch}_samples_per_second"], found[f"eval_{branch}_runtime"]
+            assert rate * seconds == pytest.approx(count, rel=0.2, abs=0.6), where  # both are rounded
+            lengths = expected["lengths"]
+            assert logged["eval_completions/mean_length"] == pytest.approx(sum(lengths) / count), where
+            assert logged["eval_completions/min_length"] == min(lengths), where
+            assert logged["eval_completions/max_length"] == max(lengths), where
+
+
+def test_one_process_counts_every_held_out_prompt_once(tmp_path):
+    check_evaluations(evaluations(str(tmp_path), 2))
 
 
 def test_the_cases_hold_what_they_are_meant_to_hold():
@@ -608,6 +645,84 @@ def test_evaluation_reports_exact_gaps_per_branch(tmp_path, tokenizer):
     assert found["eval_domain_gap_abs"] == 0  # the student is the domain teacher
 
 
+def test_other_prompts_than_those_of_the_trainer_are_evaluated_in_every_form(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"general": make_prompts("general", 4)})
+    general, domain = make_prompts("general", 3), make_prompts("domain", 2)
+    expected = trainer.evaluate({"general": general})
+    assert expected["eval_general_prompts"] == 3
+    assert expected["eval_general_gap_abs"] > 0
+    both = trainer.evaluate({"general": general.to_iterable_dataset(), "domain": domain})
+    assert both["eval_general_prompts"], both["eval_domain_prompts"] == (3, 2)
+    assert both["eval_domain_gap_abs"] == 0  # the student is the domain teacher
+
+    def marked(*parts):
+        rows = [{**row, "branch": branch} for branch, prompts in parts for row in prompts]
+        return Dataset.from_list(rows)
+
+    with_column = trainer.evaluate(marked(("domain", domain), ("general", general)))
+    plain = trainer.evaluate(marked(("general", general)))
+    predicted = trainer.predict({"general": general})
+    assert predicted.predictions is None
+    assert trainer.predict(marked(("general", general))).metrics["test_prompts"] == 3
+    for name in ("prompts", "kl", "kl_se", "gap_abs", "loss"):
+        value = expected[f"eval_general_{name}"]
+        assert with_column[f"eval_general_{name}"] == plain[f"eval_{name}"] == value
+        assert predicted.metrics[f"test_general_{name}"] == value
+    assert trainer.evaluate("general")["eval_prompts"] == trainer.evaluate()["eval_general_prompts"] == 4
+    assert trainer.evaluate(trainer.eval_dataset["general"])["eval_prompts"] == 4
+    for prompts in (general, general.to_iterable_dataset()):
+        with pytest.raises(
+            TypeError, match=r"eval_dataset must map branches.*\{'general': dataset\}.* column 'branch'"
+        ):
+            trainer.evaluate(prompts)
+        with pytest.raises(TypeError, match="test_dataset must map branches"):
+            trainer.predict(prompts)
+    with pytest.raises(ValueError, match=r"eval_dataset='genral' names none of .*\['general'\]"):
+        trainer.evaluate("genral")
+    trainer.args.dataloader_drop_last, trainer.args.per_device_eval_batch_size = True, 2
+    with pytest.raises(CaMOPDError, match=r"2 of 3 held-out prompts were measured.*dataloader_drop_last=False"):
+        trainer.evaluate({"general": general})
+
+
+def test_prompts_of_the_only_branch_need_no_name(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, schedule="general", teachers={"general": make_model(2)}, eval_dataset=make_prompts("g", 3),
+        train_dataset={"general": make_prompts("general")},
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_general_prompts"] == 3
+    assert trainer.evaluate(make_prompts("g", 2).to_iterable_dataset())["eval_prompts"] == 2
+
+
+@pytest.mark.parametrize("optimizer_moments", ["shared", "per_branch"])
+def test_the_optimizer_class_is_known_without_a_trainer_as_in_the_parent(optimizer_moments, tmp_path):
+    args = make_args(
+        tmp_path, optimizer_moments=optimizer_moments, schedule="general+domain,domain+general,general", adam_beta1=0.5
+    )
+    cls, kwargs = CaMOPDTrainer.get_optimizer_cls_and_kwargs(args, None)
+    if optimizer_moments == "shared":
+        assert (cls, kwargs) == DistillationTrainer.get_optimizer_cls_and_kwargs(args, None)
+    else:
+        assert (cls.__name__, kwargs["branches"], kwargs["betas"][0]) == (
+            "BranchAdamW",
+            ("domain+general", "general"),
+            0.5,
+        )
+
+
+def test_the_callback_of_trl_logs_completions_of_held_out_prompts(tmp_path, tokenizer):
+    heldout = {"general": make_prompts("general", 4), "domain": make_prompts("domain", 1).to_iterable_dataset()}
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=heldout, max_steps=1)
+    callbacks = [LogCompletionsCallback(trainer, num_prompts=number, freq=1) for number in (None, 3)]
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    first, *others = heldout["general"]["prompt"]
+    expected = [first, make_prompts("domain", 1)[0]["prompt"], *others]
+    assert [[prompt for _, prompt, _ in callback.table] for callback in callbacks] == [expected, expected[:3]]
+    with pytest.raises(KeyError, match="completion"):
+        trainer.eval_dataset["completion"]
+
+
 def test_evaluation_changes_nothing_about_training(tmp_path, tokenizer):
     heldout = {branch: make_prompts(branch, 5) for branch in ("general", "domain")}
     losses = []
@@ -840,7 +955,12 @@ def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer
         ({"train_dataset": {"general": make_prompts("g")}}, ValueError, r"branch 'domain' .* has no prompts"),
         ({"train_dataset": make_prompts("g")}, TypeError, r"train_dataset must map each branch"),
         ({"train_dataset": None}, TypeError, r"train_dataset must map each branch"),
-        ({"eval_dataset": make_prompts("g")}, TypeError, r"eval_dataset must map branches"),
+        ({"eval_dataset": make_prompts("g")}, TypeError, r"eval_dataset must map branches.*\{'general': dataset\}"),
+        (
+            {"eval_dataset": make_prompts("g").add_column("branch", ["code"] * 11)},
+            ValueError,
+            r"eval_dataset has branch 'code', which is not in",
+        ),
         ({"eval_dataset": {"code": make_prompts("g")}}, ValueError, r"eval_dataset has branch 'code', which is not in"),
         ({"schedule": "general:3,domain:1,code:1"}, ValueError, r"has no value for branch 'code'"),
     ],
