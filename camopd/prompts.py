@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils.data import Dataset as TorchDataset
 from .messages import COLUMNS, read_row
 from .schedule import Schedule
 
+
+logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1000  # rows an IterableDataset is shuffled within
 
@@ -234,13 +237,23 @@ def check_prompts(dataset: Any, branch: str) -> None:
         )
     if dataset.column_names is not None:
         if "prompt" not in dataset.column_names:
+            way = "Rename the column that holds the prompt: dataset.rename_column(..., 'prompt')."
+            if "messages" in dataset.column_names:  # renamed, the answers would be gone on with
+                way = "Make it of the messages, without the answers: camopd.messages.before_answer(row['messages'])."
             raise ValueError(
-                f"the prompts of branch {branch!r} have no column 'prompt', only {sorted(dataset.column_names)}. Rename "
-                "the column that holds the prompt: dataset.rename_column(..., 'prompt')."
+                f"the prompts of branch {branch!r} have no column 'prompt', only {sorted(dataset.column_names)}. {way}"
             )
         if isinstance(dataset, Dataset):
+            goes_on = 0
             for index, row in enumerate(what_the_model_sees(dataset)):
-                named(read_row, {**row, "row": row_name(branch, index, dataset)})
+                prompt = named(read_row, {**row, "row": row_name(branch, index, dataset)})["prompt"]
+                goes_on += not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+            if goes_on:
+                logger.warning(
+                    "%d of %d prompts of branch %r end with the assistant, and the student goes on with that turn. If it "
+                    "is the answer, take it out of the prompts (camopd.messages.before_answer).",
+                    goes_on, len(dataset), branch,
+                )  # fmt: skip
         for column in ("image", "images"):
             if column in dataset.column_names:
                 raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}: {_NO_IMAGES}")

@@ -579,3 +579,9 @@ def test_a_teachers_file_of_another_is_left_alone(write, stand_in, serve, tmp_pa
     run.process.send_signal(signal.SIGTERM)
     assert run.end()[0] == 0
     assert served.read_text() == '{"general": ["http://elsewhere:1"]}'
+
+
+def test_the_config_may_be_named_with_config():
+    for words in (["run.yaml", "--seed", "3", "--port", "1"], ["--port", "1", "--config", "run.yaml", "--seed", "3"]):
+        options, overrides, flags = launch._parse([*words, "--", "--config", "x"])
+        assert (options.config, options.port, overrides, flags) == ("run.yaml", 1, ["--seed", "3"], ["--config", "x"])

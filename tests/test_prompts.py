@@ -316,6 +316,23 @@ def test_prompts_without_the_column_prompt_are_refused_with_the_columns_there_ar
             check_prompts(prompts, "domain")
 
 
+def test_messages_in_place_of_prompts_are_refused_with_a_way_that_leaves_the_answers_out():
+    dataset = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]
+    )
+    with pytest.raises(ValueError, match=r"only \['messages'\].*without the answers: camopd\.messages\.before_answer"):
+        check_prompts(dataset, "domain")
+
+
+def test_prompts_that_end_with_the_assistant_are_counted_in_a_warning(caplog):
+    user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    check_prompts(Dataset.from_list([{"prompt": [user]}, {"prompt": [user, assistant]}]), "domain")
+    assert "1 of 2 prompts of branch 'domain' end with the assistant" in caplog.text
+    caplog.clear()
+    check_prompts(Dataset.from_list([{"prompt": [user]}]), "domain")
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_image_columns_are_refused(column):
     dataset = Dataset.from_list([{"prompt": "x", column: "cat.png"}])

@@ -363,3 +363,10 @@ def test_results_are_json_numbers_only(write):
     frame = pd.read_csv("out/results.csv")
     assert frame["text mean"].isna().all() and frame["inner mean"].isna().all()
     assert json.loads(Path("out/one/seed-0", MARK).read_text())["seconds"] >= 0
+
+
+def test_the_sweep_may_be_named_with_config(tmp_path, capsys):
+    for words in (["no.yaml"], ["--config", "no.yaml"], ["--print", "--config=no.yaml"]):
+        with pytest.raises(SystemExit):
+            cli.main(["sweep", *words])
+        assert "'no.yaml' cannot be read" in capsys.readouterr().err
