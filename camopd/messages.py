@@ -228,7 +228,7 @@ def _message(message: Any, place: int) -> dict[str, Any]:
     if role not in ROLES:
         raise ValueError(
             f"has {'no role' if role is None else f'the role {role!r}'} in message {place} of its prompt. Use one of "
-            f"{', '.join(ROLES)}: chat templates leave out messages of other roles, or write them as they are."
+            f"{', '.join(ROLES)}; chat templates leave out other roles, or write them as they are. {_FORM}"
         )
     calls = message.get("tool_calls")
     if isinstance(content, list) and content:

@@ -98,9 +98,9 @@ class PromptStream:
     def _row(self, row: dict[str, Any], index: int | None = None) -> dict[str, Any]:
         name = row_name(self.branch, index, self.dataset)
         if index is None:  # a stream may not know its columns beforehand
-            name += f" with columns {sorted(row)}"
             if row.get("image") is not None or row.get("images"):
                 raise ValueError(f"{name} brings an image: {_NO_IMAGES}")
+            name += f" with columns {sorted(row)}"
         return {**named(read_row, {**row, "row": name}), "branch": self.branch}
 
 

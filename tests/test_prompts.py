@@ -406,9 +406,7 @@ def test_fingerprint_works_for_one_row_and_for_conversations_and_says_when_it_ca
 @pytest.mark.parametrize("prompt", ["   ", [{"role": "user", "text": "x"}], [{"role": "user", "content": None}], 5])
 def test_a_malformed_prompt_is_refused_with_its_row_and_the_form_it_should_have(prompt):
     dataset = Dataset.from_list([{"prompt": prompt}])
-    with pytest.raises(
-        ValueError, match=r"row 0 of branch 'general' has the prompt .* messages with 'role' and 'content'"
-    ):
+    with pytest.raises(ValueError, match=r"row 0 of branch 'general' has .* messages with 'role' and 'content'"):
         check_prompts(dataset, "general")
 
 

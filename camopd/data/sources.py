@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
-from ..files import FILE_TYPES, file_type, only, why_unreadable
+from ..files import file_type, only, why_unreadable
 from ..hub import hub_errors, why_not, without_tokens
 
 
@@ -144,7 +144,7 @@ def _type(file: Path) -> str | None:
     return "arrow" if file.suffix.lower() == ".arrow" else file_type(file)
 
 
-_TYPES = ", ".join((*FILE_TYPES, ".arrow"))
+_TYPES = ".parquet, .jsonl, .json, .csv, .arrow"
 
 
 def _named(files: dict[str, Path], word: str) -> list[Path]:
