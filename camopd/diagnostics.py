@@ -14,6 +14,7 @@ Suffixes:  n samples of a branch   R subsets   L tokens of a row, padded
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 
+
+logger = logging.getLogger(__name__)
 
 # Numbers that are kept of a step's gradient and of a sample's. Odd, see `Sketch`.
 STEP_WIDTH = 2**20 - 1
@@ -90,6 +93,15 @@ def last_block(model: Any) -> tuple[nn.Module | None, list[nn.Linear]]:
     return None, []
 
 
+def warn_of_no_layers(model: Any) -> None:
+    """Say once that coherence is not measured."""
+    logger.warning(
+        "coherence/* is left out: no transformer block of %s with trainable torch.nn.Linear layers, each called with all "
+        "tokens of a sample, can be found",
+        type(model).__name__,
+    )
+
+
 def sample_sketches(
     before: nn.Module | None, layers: Sequence[nn.Module], loss: Callable[[], Tensor], lengths: Sequence[int]
 ) -> list[Tensor]:
@@ -101,11 +113,14 @@ def sample_sketches(
         layers: linear layers, each called once in the forward, with (B, L, inputs) or, packed, (1, tokens, inputs).
         loss: runs the forward and returns a sum over its samples in which no sample depends on another.
         lengths: tokens of each sample, prompt included, in the order of the batch.
+
+    An empty list where none of the layers is called so: LoRA on bare parameters (`target_parameters`) uses its matrices
+    without calling them, and experts see tokens of all rows in an order of their own.
     """
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if inputs[0].dim() == 3:  # experts see tokens of all rows in an order of their own
+        if inputs[0].dim() == 3:
             seen.append((inputs[0].detach(), output))
 
     def start(*_: Any) -> None:
@@ -120,7 +135,10 @@ def sample_sketches(
     finally:
         for hook in hooks:
             hook.remove()
-    found = list(zip(seen, torch.autograd.grad(total, [output for _, output in seen]), strict=True))
+    if not seen:
+        return []
+    gradients = torch.autograd.grad(total, [output for _, output in seen], allow_unused=True)
+    found = [(pair, gradient) for pair, gradient in zip(seen, gradients, strict=True) if gradient is not None]
     sketches = []
     for row in range(len(lengths)):
         sketch = Sketch(SAMPLE_WIDTH, total.device)

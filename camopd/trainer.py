@@ -29,7 +29,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, get_last_checkpoint
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
@@ -77,6 +77,7 @@ from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_k
 from .teachers.local import context_length
 from .teachers.resolve import resolve_teachers
 from .teachers.server import ServerTeacher, connect_servers
+from .tokens import check_known, embedding_size, head_size, need_end, unended_turn
 
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,8 @@ class CaMOPDTrainer(DistillationTrainer):
         check_passed(args, *optimizers)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
         check_adapters(model, peft_config, teachers.values())
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            need_end(processing_class)
         max_tokens = args.max_prompt_length + args.longest_completion
         student_name = model if isinstance(model, str) else ""
         teachers = connect_servers(teachers, max_tokens, args.teacher_patience)
@@ -251,6 +254,7 @@ class CaMOPDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        need_end(self._tokenizer)
         restore_adapters(self.model, adapters, self.accelerator)
         check_masters(self.model, args, self.accelerator, optimizers[0])
         keep_outputs_whole(self.accelerator)
@@ -265,11 +269,15 @@ class CaMOPDTrainer(DistillationTrainer):
                 f"max_completion_length is {args.max_prompt_length} + {args.max_completion_length} = {max_tokens}. Lower "
                 "max_completion_length."
             )
+        student = self.accelerator.unwrap_model(self.model)
+        self._head_size, self._known_tokens = head_size(student), embedding_size(student)
         known = {branch: stream.dataset for branch, stream in streams.items() if isinstance(stream.dataset, Dataset)}
         self._check_messages([mark(dataset, branch) for branch, dataset in known.items()])
         self._check_messages((held or {}).values())
         self._check_prompt_lengths(streams)
-        student = self.accelerator.unwrap_model(self.model)
+        unended = unended_turn(self._tokenizer, self.eos_token_ids)
+        if unended:
+            logger.warning(unended)
         self._padding_free = padding_free_for(student, args.padding_free)
         self._packing_probed = not self._padding_free
         if self._padding_free and not saves_padding(student):
@@ -334,10 +342,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._branch_sketches: dict[str, tuple[Tensor, float]] = {}  # and its norm, latest step of a branch last
         self._watched = diagnostics.last_block(student)
         if args.diagnostics_steps and not self._watched[1]:
-            logger.warning(
-                "coherence/* is left out: no transformer block of %s with trainable torch.nn.Linear layers can be found",
-                type(student).__name__,
-            )
+            diagnostics.warn_of_no_layers(student)
         self._best: tuple[int | None, int] = (None, 0)  # step of the checkpoint loaded at the end, log entries then
         self._branch_optimizer: BranchAdamW | None = None
         self._changed: ChangedShare | None = None
@@ -459,7 +464,11 @@ class CaMOPDTrainer(DistillationTrainer):
         return [ids[-limit:] for ids in prompt_ids], None, {}
 
     def _whole_prompts(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        read = partial(self._through_template, tokenize)
+        def read(row: dict[str, Any]) -> list[int]:
+            ids = self._through_template(tokenize, row)
+            check_known(ids, self._tokenizer, self._known_tokens)
+            return ids
+
         return [named(read, row) for row in rows]
 
     def _through_template(self, function: Callable[..., Any], row: dict[str, Any]) -> Any:
@@ -708,7 +717,8 @@ class CaMOPDTrainer(DistillationTrainer):
         if not servers:
             return
         self._probe_packing()
-        probe = Probe.of(self._tokenizer, self.args.max_prompt_length + self.args.longest_completion)
+        max_tokens = self.args.max_prompt_length + self.args.longest_completion
+        probe = Probe.of(self._tokenizer, max_tokens, self.eos_token_ids)
         training = self.model.training
         self.model.eval()
         own = in_length_sorted_batches(
@@ -721,7 +731,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 branch,
                 teacher,
                 self._tokenizer,
-                vocab_size=self.model.config.get_text_config().vocab_size,
+                vocab_size=self._head_size,
                 probe=probe,
                 student_logps=[row[0] for row in own],
                 same_weights=self.state.global_step == 0 and is_student_start(teacher, self._student_start),
@@ -1166,10 +1176,17 @@ class CaMOPDTrainer(DistillationTrainer):
                 partial(self.compute_loss, self.model, inputs),
                 [len(ids) for ids in inputs["token_ids"]],
             )
+            if not sketches:
+                diagnostics.warn_of_no_layers(self.model)
+                self._watched = (None, [])
+                break
             for row, sketch in zip(batch, sketches[: len(batch)], strict=True):  # a stand-in's falls away
                 table[rollouts.position[row]] = sketch / args.world_size  # `compute_loss` multiplies by it
         self.model.train()
         self._importance, self._trained = counted
+        if not self._watched[1]:
+            self._step_metrics["time/diagnostics"] += time.perf_counter() - started
+            return
         table = self.accelerator.reduce(table, "sum").cpu().double()
         positions: dict[str, list[int]] = {}
         for branch, position in sorted(

@@ -122,6 +122,10 @@ class FakeVLLM:
             return 404, json.dumps({"detail": "Not Found"})
         if path not in ("/v1/completions", "/inference/v1/generate"):
             return 404, json.dumps({"detail": "Not Found"})
+        prompts = body.get("prompt", body.get("token_ids"))
+        largest = max(token for ids in (prompts if isinstance(prompts[0], list) else [prompts]) for token in ids)
+        if largest >= self.model.config.vocab_size:
+            return 400, json.dumps({"error": {"message": f"Token id {largest} is out of vocabulary"}})
         if path == "/v1/completions" or "request_id" in body:
             self.before()
             with suppress(IndexError):
@@ -183,7 +187,7 @@ class FakeVLLM:
                     entry[str(candidate)] = {
                         "logprob": float(logps[candidate]),
                         "rank": place + 1,
-                        "decoded_token": VOCAB[candidate],
+                        "decoded_token": VOCAB[candidate] if candidate < len(VOCAB) else "",
                     }
                 entries.append(entry)
             entries = self.edit(entries, ids)

@@ -411,9 +411,61 @@ def test_a_teacher_that_does_not_end_its_answers_is_a_warning(start_server, conn
 def test_half_of_the_answers_ended_is_enough(tokenizer, ended, level):
     ends, goes_on = torch.tensor([[7, 8], [9, 2]]), torch.tensor([[7, 2], [9, 8]])  # only the last position counts
     tops = [TokenScores(torch.zeros(2), ends if row < ended else goes_on, torch.zeros(2, 2)) for row in range(4)]
-    found = _check_end("general", tokenizer, tops)
+    found = _check_end("general", tokenizer, [2], tops)
     assert found.level == level
     assert f"after {ended} of 4" in found.text
+
+
+def chat_tokenizer(turn_end="<end_of_turn>"):
+    """As Gemma's and Phi's: a turn ends with one token, a sequence with another."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn_end]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("'.' }}{% endfor %}", f"'{turn_end}\\n' }}}}{{% endfor %}}")
+    return tokenizer
+
+
+def test_a_turn_may_end_with_another_token_than_a_sequence(start_server, connect):
+    """The teacher ends its turns as its template does: no warning that it teaches the student not to end."""
+    tokenizer = chat_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end == len(VOCAB)
+    probe = Probe.of(tokenizer, 512, [2, 5])
+    assert probe.ends == [end, 2, 5]
+    assert {ids[-1] for ids in probe.token_ids} == {end}
+    model = make_model(0, vocab_size=end + 1)
+    model.lm_head = torch.nn.Linear(32, end + 1)
+    model.lm_head.bias.data[end] = 30.0
+    teacher = connect(start_server(model=model, tokenizer=tokenizer))
+    own = [torch.zeros(len(ids) - start) for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True)]
+    found = {row.subject: row for row in check_scores("g", teacher, tokenizer, end + 1, probe, own, False)}
+    assert found["end of sequence"].level == "ok"
+    assert found["end of sequence"].text.startswith("'<end_of_turn>' or '</s>' or 'b' is among its five")
+    model.lm_head.bias.data[end] = -30.0
+    model.lm_head.bias.data[[2, 5]] = -30.0
+    found = {row.subject: row for row in check_scores("g", teacher, tokenizer, end + 1, probe, own, False)}
+    assert found["end of sequence"].level == "warning"
+
+
+def test_a_server_with_fewer_tokens_than_the_students_head_is_an_error_with_the_way_out(
+    start_server, connect, tokenizer, teacher_model
+):
+    """The student's head is padded; the first padding row that it draws could not be scored."""
+    probe = Probe.of(tokenizer, 128)
+    own = [torch.zeros(len(ids) - start) for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True)]
+
+    def found(student_size, compact, teacher_size=43):
+        teacher = connect(start_server(compact=compact, model=make_model(1, vocab_size=teacher_size)))
+        findings = list(check_scores("general", teacher, tokenizer, student_size, probe, own, same_weights=False))
+        return [finding for finding in findings if finding.subject == "vocabulary"]
+
+    for compact in (True, False):
+        assert (
+            found(len(VOCAB), compact) == found(len(VOCAB), compact, teacher_size=64) == found(64, compact, 64) == []
+        )
+        (error,) = found(64, compact)
+        assert error.level == "error"
+        assert "does not score id 63" in error.text and "Token id 63 is out of vocabulary" in error.text
+        assert "the student can write 64 tokens" in error.text and "model.resize_token_embeddings" in error.text
 
 
 def test_a_teacher_in_the_process_is_not_asked_for_its_likeliest_tokens(teacher_model, score_findings):
@@ -554,6 +606,30 @@ def test_a_local_teacher_of_the_same_family_is_ok(student, tokenizer):
     assert found == Finding(
         "domain", "in the process", "ok", f"{student}, not on a server: the same tokens as the student, context fits"
     )
+
+
+def test_a_local_teacher_with_fewer_tokens_than_the_student_can_write_is_an_error(student, tokenizer):
+    found = _check_local("domain", str(student), tokenizer, 512, use_peft=False, source={}, student_size=len(VOCAB))
+    assert found.level == "ok"
+    found = _check_local("domain", str(student), tokenizer, 512, use_peft=False, source={}, student_size=64)
+    assert found.level == "error"
+    assert "the student can write 64 tokens, the rows of its head, and the teacher knows 43" in found.text
+    assert "model.resize_token_embeddings(43)" in found.text
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE.replace("'a '", "'a? '"), None])
+def test_a_local_teacher_with_another_chat_template_is_a_warning(tokenizer, tmp_path, template):
+    make_model(1).save_pretrained(tmp_path)
+    theirs = make_tokenizer()
+    theirs.chat_template = template
+    theirs.save_pretrained(tmp_path)
+    found = _check_local("domain", str(tmp_path), tokenizer, 128, use_peft=False, source={})
+    assert (found.subject, found.level) == ("chat template", "warning")
+    assert str(tmp_path) in found.text and "chat_template.jinja" in found.text
+    assert ("writes a conversation as" in found.text) is (template is not None)
+    plain = make_tokenizer()
+    plain.chat_template = None
+    assert _check_local("domain", str(tmp_path), plain, 128, use_peft=False, source={}).level == "ok"
 
 
 def test_a_local_teacher_with_a_short_context_is_an_error_with_both_numbers(student, tokenizer):
@@ -844,7 +920,8 @@ def test_a_server_that_fails_on_the_students_own_tokens_is_an_error(start_server
     probe = Probe.of(tokenizer, 128)
 
     def fail_on_others(logps, body):
-        return logps if body["token_ids"] in probe.token_ids or "request_id" not in body else logps * math.nan
+        known = body["token_ids"] in probe.token_ids or len(body["token_ids"]) == 2  # the last token of the vocabulary
+        return logps if known or "request_id" not in body else logps * math.nan
 
     general.edit_logps = fail_on_others
     code, table = check(teachers={"general": general.url, "domain": start_domain().url})

@@ -154,7 +154,7 @@ def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(
         student = copy.deepcopy(trainer.model)
         expected.update(by_hand(trainer, rollouts, kept, getattr(student, "base_model", student).model
                                 if settings.get("peft_config") else student))  # fmt: skip
-        expected["kept"] = kept
+        expected["kept"] = set(kept)
         measure(rollouts, kept, num_kept)
 
     monkeypatch.setattr(trainer, "_measure_samples", measuring)
@@ -379,3 +379,19 @@ def test_kept_share_by_category(tmp_path, tokenizer):
     shares = [line[f"selection/general/category/{kind}"] for kind in "ab"]
     assert min(shares) <= line["selection/general/kept_fraction"] <= max(shares)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["selection/general/kept"] < 8
+
+
+def test_lora_on_bare_parameters_leaves_coherence_out_with_a_warning(tmp_path, tokenizer, caplog):
+    """Its matrices are linear layers that are never called: there is nothing to hang on to, and training goes on."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=2, diagnostics_steps=1, schedule="general:1,domain:1",
+        teachers={"general": make_model(2), "domain": "adapter_off"},
+        peft_config=LoraConfig(r=3, target_modules=[], target_parameters=["q_proj.weight"]),
+    )  # fmt: skip
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    assert sum("coherence/* is left out" in record.getMessage() for record in caplog.records) == 1
+    assert any(not torch.equal(before[name], weight) for name, weight in trainer.model.named_parameters())
+    written = lines(tmp_path)
+    assert not any(name.startswith("coherence/") for line in written for name in line)
+    assert "conflict/cosine" in written[1]  # of the optimizer's gradients, which are there

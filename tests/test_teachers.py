@@ -348,9 +348,34 @@ def test_a_teacher_with_a_smaller_vocabulary_is_refused(resolve, model_factory, 
     tokenizer.save_pretrained(tmp_path / "small")
     for spec in (str(tmp_path / "small"), small):
         with pytest.raises(
-            ValueError, match="teacher of branch 'domain' knows 42 tokens and the student's tokenizer has 43"
+            ValueError,
+            match=r"teacher of branch 'domain' .*can write 43 tokens, .*knows 42: .*resize_token_embeddings\(42\)",
         ):
             resolve({"domain": spec})
+
+
+def test_a_student_with_a_padded_vocabulary_needs_a_teacher_that_knows_it(resolve, model_factory, teacher_model):
+    """It can draw the rows that no tokenizer uses, and a teacher without them would end in an IndexError."""
+    padded = model_factory(0, vocab_size=64)
+    with pytest.raises(ValueError, match=r"can write 64 tokens, the rows of its head, and the teacher knows 43"):
+        resolve({"domain": teacher_model}, student=padded)
+    teacher = resolve({"domain": model_factory(1, vocab_size=64)}, student=padded)["domain"]
+    (score,) = teacher.score([[5, 63, 62, 6]], [1])
+    torch.testing.assert_close(score.logps, reference_logps(teacher.model, [5, 63, 62, 6])[0], rtol=0, atol=1e-5)
+    padded.resize_token_embeddings(len(VOCAB))  # the way out that the error names
+    assert resolve({"domain": teacher_model}, student=padded)
+
+
+def test_another_chat_template_of_a_loaded_teacher_is_a_warning(resolve, teacher_model, tokenizer, tmp_path, caplog):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = tokenizer.chat_template.replace("'a '", "'b '")
+    for name, theirs in (("same", tokenizer), ("other", other)):
+        teacher_model.save_pretrained(tmp_path / name)
+        theirs.save_pretrained(tmp_path / name)
+        resolve({"domain": str(tmp_path / name)})
+        found = [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()]
+        assert len(found) == (name == "other")
+    assert "writes a conversation as" in found[0] and "teacher 'domain', chat template: " in found[0]
 
 
 def test_a_teacher_with_a_padded_vocabulary_is_taken(resolve, model_factory):

@@ -842,6 +842,31 @@ def test_an_adapter_that_changes_its_base_is_refused_before_the_model_is_loaded(
         )  # fmt: skip
 
 
+def test_a_tokenizer_without_an_end_is_refused_before_the_model_is_loaded(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no end of sequence"):
+        make_trainer(tmp_path, tokenizer, model=str(tmp_path / "nowhere"))
+    make_model(1).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match="has no end of sequence"):  # the parent loads the tokenizer
+        make_trainer(tmp_path, None, model=str(tmp_path / "student"))
+
+
+def test_tokens_that_the_student_cannot_read_or_that_end_nothing_are_found_at_the_start(tmp_path, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})  # the model has no row for it
+    prompts = [*make_prompts("general").to_list(), {"prompt": "what is <end>"}]
+    with pytest.raises(ValueError, match=r"token '<end>' \(id 43\), and the student knows 43 tokens"):
+        make_trainer(
+            tmp_path, tokenizer,
+            train_dataset={"general": Dataset.from_list(prompts), "domain": make_prompts("domain")},
+        )  # fmt: skip
+    tokenizer.chat_template = tokenizer.chat_template.replace("'.' }}{% endfor %}", "'<end>' }}{% endfor %}")
+    make_trainer(tmp_path, tokenizer)
+    assert "the chat template ends a turn with '<end>' (id 43), which ends no completion" in caplog.text
+
+
 def test_lora_student_with_adapter_off_as_domain_teacher(tmp_path, tokenizer):
     from peft import LoraConfig
 

@@ -6,7 +6,7 @@ A teacher that is wrong in silence (another template, lost weights, other tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CaMOPDError, TeacherError
 from ..schedule import Schedule
+from ..tokens import ends_of, head_size, need_end
 from .address import ADAPTER_TEACHERS, has_adapter, is_loopback, is_server, same_model, urls_and_model
 from .base import Teacher, TokenScores
 from .server import ServerTeacher
@@ -52,31 +53,40 @@ class Finding:
 
 @dataclass(frozen=True)
 class Probe:
-    """Conversations in the student's own tokens: `token_ids` = prompt + answer + end of sequence."""
+    """Conversations in the student's own tokens: `token_ids` = prompt + answer + end, `ends` all tokens that may end it."""
 
     token_ids: list[list[int]]
     prompt_lens: list[int]
+    ends: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Probe:
-        """Those of `PROBE_CONVERSATIONS` that fit into `max_tokens`; the first one cut, if none does."""
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, max_tokens: int, eos_token_ids: int | Iterable[int] | None = None
+    ) -> Probe:
+        """Those of `PROBE_CONVERSATIONS` that fit into `max_tokens`; the first one cut, if none does.
+
+        `eos_token_ids` are those of the student's generation config.
+        """
         token_ids, prompt_lens = [], []
+        ends = ends_of(tokenizer, eos_token_ids)
         for question, answer in PROBE_CONVERSATIONS:
             if tokenizer.chat_template:
                 messages = [{"role": "user", "content": question}]
-                prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-                    "input_ids"
-                ]
+                prompt = _rendered(tokenizer, messages)
             else:
                 prompt = tokenizer(question + "\n")["input_ids"]
-            ids = [*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"], int(tokenizer.eos_token_id)]
+            ids = [*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"], ends[0]]
             token_ids.append(list(ids))
             prompt_lens.append(len(prompt))
         fitting = [row for row, ids in enumerate(token_ids) if len(ids) <= max_tokens]
         if not fitting:
             cut = len(token_ids[0]) - max_tokens
-            return cls([token_ids[0][cut:]], [max(1, prompt_lens[0] - cut)])
-        return cls([token_ids[row] for row in fitting], [prompt_lens[row] for row in fitting])
+            return cls([token_ids[0][cut:]], [max(1, prompt_lens[0] - cut)], ends)
+        return cls([token_ids[row] for row in fitting], [prompt_lens[row] for row in fitting], ends)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def check_server(
@@ -151,7 +161,6 @@ def _tokens(answer: Any) -> list[int]:
 
 def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase) -> Finding:
     messages = [{"role": "user", "content": PROBE_CONVERSATIONS[0][0]}]
-    ours = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
     try:
         answers = teacher.ask("/tokenize", {"messages": messages, "add_generation_prompt": True})
     except TeacherError as error:
@@ -159,13 +168,44 @@ def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTo
             branch, "chat template", "warning",
             f"the server renders none ({error}); start it with --chat-template set to the student's to compare",
         )  # fmt: skip
-    for url, answer in answers.items():
-        if _tokens(answer) != ours:
+    rendered = {url: _tokens(answer) for url, answer in answers.items()}
+    return _compare_rendered(branch, rendered, tokenizer, messages, "--chat-template")
+
+
+def compare_templates(
+    branch: str, name: str, tokenizer: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase
+) -> Finding | None:
+    """Whether a teacher in the process, called `name`, writes a conversation as the student does; `None` where the student
+    has no template. The tokenizers have the same tokens."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": PROBE_CONVERSATIONS[0][0]}]
+    way_out = "chat_template.jinja in the teacher's folder"
+    if not theirs.chat_template:
+        return Finding(
+            branch, "chat template", "warning",
+            f"{name} has none, so it may be a base model that knows no conversations; if it has learned the student's, put "
+            f"{way_out}",
+        )  # fmt: skip
+    return _compare_rendered(branch, {name: _rendered(theirs, messages)}, tokenizer, messages, way_out)
+
+
+def _compare_rendered(
+    branch: str,
+    rendered: dict[str, list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    way_out: str,
+) -> Finding:
+    """`rendered` has what each URL or model makes of the messages."""
+    ours = _rendered(tokenizer, messages)
+    for name, theirs in rendered.items():
+        if theirs != ours:
             return Finding(
                 branch, "chat template", "warning",
-                f"{url} writes a conversation as {tokenizer.decode(_tokens(answer))!r}, the student as "
+                f"{name} writes a conversation as {tokenizer.decode(theirs)!r}, the student as "
                 f"{tokenizer.decode(ours)!r}. The teacher will see prompts in a form it may not know; if that is not "
-                "meant, give student and teacher the same template (--chat-template)",
+                f"meant, give student and teacher the same template ({way_out})",
             )  # fmt: skip
     return Finding(branch, "chat template", "ok", "the same prompt for a conversation")
 
@@ -182,6 +222,7 @@ def check_scores(
     """What a teacher answers: finite, normalised and not uniform; near the student where it has the student's weights.
 
     Args:
+        vocab_size: tokens that the student can write, the rows of its head.
         probe: what to score.
         student_logps: the student's own log-probs of it, (T_i,) each.
         same_weights: whether the teacher is the very model the student starts from.
@@ -213,7 +254,9 @@ def check_scores(
         else:
             yield Finding(branch, "self-gap", "ok", fate)
     if tops[0].top_ids is not None:
-        yield _check_end(branch, tokenizer, tops)
+        yield _check_end(branch, tokenizer, probe.ends, tops)
+    if is_server:
+        yield from _check_last_token(branch, teacher, probe.token_ids[0][0], vocab_size)
 
 
 def _check_distribution(
@@ -244,12 +287,41 @@ def has_lost_its_weights(logps: Tensor) -> bool:
     return len(logps) > 1 and bool(logps.max() - logps.min() < 1e-3) and bool(logps.mean() < -3)
 
 
-def _check_end(branch: str, tokenizer: PreTrainedTokenizerBase, tops: list[TokenScores]) -> Finding:
-    ends = int(tokenizer.eos_token_id)
-    expected = sum(ends in row.top_ids[-1].tolist() for row in tops if row.top_ids is not None)
-    text = (
-        f"{tokenizer.eos_token!r} is among its five likeliest tokens after {expected} of {len(tops)} complete answers"
+def _check_last_token(branch: str, teacher: Teacher, first: int, vocab_size: int) -> Iterable[Finding]:
+    """An error where a server cannot score the last token that the student can write: its head may be narrower."""
+    try:
+        teacher.score([[first, vocab_size - 1]], [1])
+    except CaMOPDError as error:
+        yield Finding(
+            branch, "vocabulary", "error",
+            f"it does not score id {vocab_size - 1} ({str(error).strip().rstrip('.')}). If it has no such token: "
+            f"{narrower_head(vocab_size)}",
+        )  # fmt: skip
+
+
+def narrower_head(student: int, teacher: int | None = None) -> str:
+    """Why a teacher with fewer tokens than the student is refused, and the way out.
+
+    Heads are padded to round numbers, so models of one family have different ones. The student can draw any row of its own,
+    if hardly ever one that no tokenizer uses. The teacher's log-prob of it is -inf, which is no gap, and it could not read
+    what stands behind it either; a floor in its place would be a number of ours and not the teacher's, and to forbid the
+    token would draw from another distribution than the one that is trained. Rows that nobody uses can be cut instead.
+    """
+    knows = "does not know them all" if teacher is None else f"knows {teacher}"
+    rows = "the teacher's number of tokens" if teacher is None else str(teacher)
+    return (
+        f"the student can write {student} tokens, the rows of its head, and the teacher {knows}: a token it does not have "
+        "cannot be scored. Where the student's tokenizer uses no more, cut its head with "
+        f"model.resize_token_embeddings({rows}) and save it; otherwise use a teacher of the same family"
     )
+
+
+def _check_end(branch: str, tokenizer: PreTrainedTokenizerBase, ends: list[int], tops: list[TokenScores]) -> Finding:
+    """`ends`: any of them is an end, as a turn of Gemma's or Phi's ends with another token than a sequence."""
+    last = [row.top_ids[-1].tolist() for row in tops if row.top_ids is not None]
+    expected = sum(not set(ends).isdisjoint(likeliest) for likeliest in last)
+    names = " or ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ends))
+    text = f"{names} is among its five likeliest tokens after {expected} of {len(tops)} complete answers"
     if expected * 2 >= len(tops):
         return Finding(branch, "end of sequence", "ok", text)
     return Finding(
@@ -311,6 +383,9 @@ def main(config: str, overrides: list[str]) -> None:
     _stop_on_errors(findings)
 
     from transformers import AutoTokenizer
+    from trl import get_peft_config
+
+    from .adapters import check_adapters
 
     prompts, model_args, args = parse(config, overrides)
     if prompts.prompts is not None:
@@ -321,6 +396,8 @@ def main(config: str, overrides: list[str]) -> None:
         tokenizer = AutoTokenizer.from_pretrained(student, **source)
     except (OSError, ValueError) as error:
         raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
+    need_end(tokenizer)
+    check_adapters(student, get_peft_config(model_args), specs.values())
     max_tokens = args.max_prompt_length + args.longest_completion
     findings += _check_branches(specs, Schedule.parse(args.schedule))
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
@@ -331,13 +408,29 @@ def main(config: str, overrides: list[str]) -> None:
         elif spec is not None:
             findings.append(
                 _check_local(
-                    branch, spec, tokenizer, max_tokens, model_args.use_peft, teacher_source, has_adapter(student)
+                    branch,
+                    spec,
+                    tokenizer,
+                    max_tokens,
+                    model_args.use_peft,
+                    teacher_source,
+                    has_adapter(student),
+                    _config_of(student, source).get_text_config().vocab_size,
                 )
             )
     _stop_on_errors(findings)
     findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
     _stop_on_errors(findings)
     _show(findings)
+
+
+def _config_of(student: str, source: dict[str, Any]) -> Any:
+    from peft import PeftConfig
+    from transformers import AutoConfig
+
+    if has_adapter(student):
+        return AutoConfig.from_pretrained(PeftConfig.from_pretrained(student).base_model_name_or_path)
+    return AutoConfig.from_pretrained(student, **source)
 
 
 def _check_branches(specs: dict[str, Any], schedule: Schedule) -> Iterable[Finding]:
@@ -364,8 +457,9 @@ def _check_local(
     use_peft: bool,
     source: dict[str, Any],
     is_adapter: bool = False,
+    student_size: int = 0,
 ) -> Finding:
-    """A teacher in the trainer's process, without loading its weights."""
+    """A teacher in the trainer's process, without loading its weights. `student_size`: tokens the student can write."""
     from transformers import AutoConfig, AutoTokenizer
 
     from .local import check_same_tokens, context_length, guess_meaning
@@ -401,12 +495,18 @@ def _check_local(
         check_same_tokens(tokenizer, theirs, branch)
     except ValueError as error:
         return Finding(branch, "in the process", "error", str(error))
+    known = config.get_text_config().vocab_size
+    if student_size > known:
+        return Finding(branch, "in the process", "error", f"{spec}: {narrower_head(student_size, known)}")
     if context_length(config) < max_tokens:
         return Finding(
             branch, "in the process", "error",
             f"{spec} takes sequences of {context_length(config):.0f} tokens, {max_tokens} needed. Lower "
             "max_completion_length",
         )  # fmt: skip
+    template = compare_templates(branch, spec, tokenizer, theirs)
+    if template is not None and template.level == "warning":
+        return template
     return Finding(
         branch, "in the process", "ok", f"{spec}, not on a server: the same tokens as the student, context fits"
     )
@@ -439,7 +539,7 @@ def _check_with_student(
         lengths = [len(ids) - start for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True)]
         return [row[:length].float().cpu() for row, length in zip(logps, lengths, strict=True)]
 
-    probe = Probe.of(tokenizer, max_tokens)
+    probe = Probe.of(tokenizer, max_tokens, model.generation_config.eos_token_id)
     written = Probe([], [])
     torch.manual_seed(0)
     for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True):
@@ -453,7 +553,7 @@ def _check_with_student(
         written.token_ids.append(output[0].tolist())
         written.prompt_lens.append(start)
     findings: list[Finding] = []
-    vocab_size = model.config.get_text_config().vocab_size
+    vocab_size = head_size(model)
     probe_logps, written_logps = own_logps(probe), own_logps(written)
     for branch, teacher in servers.items():
         same = is_student_start(teacher, student)

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from ..tokens import embedding_size, head_size
 from .adapters import AdapterTeacher
 from .address import ADAPTER_TEACHERS
 from .base import Teacher
-from .check import check_server, raise_errors
+from .check import check_server, compare_templates, narrower_head, raise_errors
 from .local import (
     Forward,
     LocalTeacher,
@@ -61,7 +62,7 @@ def resolve_teachers(
             teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast, padding_free)
         elif isinstance(spec, str):
             model = load_teacher_model(spec, {"dtype": student_dtype, **init_kwargs}, branch)
-            _check_fits(model, tokenizer, max_tokens, branch)
+            _check_fits(model, student, max_tokens, branch)
             source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
             try:
                 theirs = AutoTokenizer.from_pretrained(spec, **source)
@@ -71,9 +72,11 @@ def resolve_teachers(
                     "\nCopy the tokenizer files it was trained with into its folder."
                 ) from error
             check_same_tokens(tokenizer, theirs, branch)
+            template = compare_templates(branch, spec, tokenizer, theirs)
+            raise_errors([template] if template else [], logger.warning)
             teacher = LocalTeacher(model, spec, device, batch_size, autocast, padding_free)
         elif isinstance(spec, PreTrainedModel):
-            _check_fits(spec, tokenizer, max_tokens, branch)
+            _check_fits(spec, student, max_tokens, branch)
             teacher = LocalTeacher(
                 spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast, padding_free
             )
@@ -106,13 +109,10 @@ def _compare_dtypes(teacher: PreTrainedModel, student_dtype: torch.dtype, branch
         )
 
 
-def _check_fits(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int, branch: str) -> None:
-    known, needed = teacher.config.get_text_config().vocab_size, len(tokenizer)
+def _check_fits(teacher: PreTrainedModel, student: Any, max_tokens: int, branch: str) -> None:
+    known, needed = min(head_size(teacher), embedding_size(teacher)), head_size(student)
     if needed > known:
-        raise ValueError(
-            f"the teacher of branch {branch!r} knows {known} tokens and the student's tokenizer has {needed}: it cannot "
-            "score every token the student may write. Use a teacher of the same family."
-        )
+        raise ValueError(f"the teacher of branch {branch!r} does not fit: {narrower_head(needed, known)}.")
     if max_tokens > context_length(teacher.config):
         raise ValueError(
             f"the teacher of branch {branch!r} takes sequences of {context_length(teacher.config):.0f} tokens, but "
