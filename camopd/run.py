@@ -504,4 +504,4 @@ def train(config: str, overrides: list[str]) -> None:
     trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.end_training()  # or threads of the process group may abort the process as it ends
+    trainer.accelerator.end_training()

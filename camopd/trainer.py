@@ -10,6 +10,7 @@ The methods stand in that order. This is the only file that overrides TRL privat
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import logging
@@ -67,6 +68,7 @@ from .messages import read_row, render, tokenize
 from .objective import distillation_loss, gap_scores, importance_weights, select_by_mass, token_gaps
 from .optimizer import BranchAdamW, local, update_products
 from .precision import forward_dtype, keep_outputs_whole
+from .processes import let_threads_rest
 from .prompts import PromptDealer, PromptStream, fingerprint, held_out, mark, named
 from .rollouts import Rollouts
 from .schedule import Schedule
@@ -81,6 +83,7 @@ from .tokens import check_known, embedding_size, head_size, need_end, unended_tu
 
 
 logger = logging.getLogger(__name__)
+atexit.register(let_threads_rest)  # or a run that is done may end with SIGABRT
 
 PROBED_PROMPTS = 64  # of a branch, whose lengths are looked at before training
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
