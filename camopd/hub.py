@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+
+logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"hf_\w+")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -73,3 +78,76 @@ def hub_errors() -> tuple[type[Exception], ...]:
 def without_tokens(error: BaseException) -> str:
     """The text of an error, with no token of the Hub in it."""
     return _TOKEN.sub("hf_...", str(error))[:500]
+
+
+class CheckpointPushes:
+    """Sends a trainer's checkpoints to the Hub so that its last one gets there.
+
+    transformers sends in the background, skips a checkpoint while another is on its way, may delete one that is, and says
+    nothing when one fails. Here the last checkpoint of a run is never skipped, nor is any with
+    hub_strategy="all_checkpoints"; none is deleted on its way; and a failure is a warning.
+
+    `push(folder)` and `wait()` are the trainer's `_push_from_checkpoint` and `_finish_current_push` as it inherits them.
+    """
+
+    def __init__(self, trainer: Any, push: Callable[[str], None], wait: Callable[[], None]) -> None:
+        self._trainer, self._push, self._wait = trainer, push, wait
+        self._missing: str | None = None  # the latest checkpoint, as long as it is not known to be on its way
+        self._sent: str | None = None  # the latest one that was
+        self._saves_since = 0  # checkpoints written since the oldest one that is on its way
+
+    def add(self, folder: str, last: bool = False) -> None:
+        """Send a checkpoint that has just been written, or leave it out where a later one will be sent.
+
+        The `last` one is there when this returns; so is that of the step with which training stops.
+        """
+        trainer, args = self._trainer, self._trainer.args
+        if not args.push_to_hub or args.hub_strategy == "end" or not trainer.is_world_process_zero():
+            return
+        last = last or trainer.control.should_training_stop
+        progress = self._progress()
+        under_way = progress is not None and not progress.is_done()
+        self._saves_since = self._saves_since + 1 if under_way else 0
+        if under_way and args.save_total_limit is not None and self._saves_since >= args.save_total_limit:
+            self._wait()  # the trainer is about to delete what is being sent
+        self._see_failures("It is tried again at the next save.")
+        self._missing = folder
+        self._start(skip=not last and args.hub_strategy != "all_checkpoints")
+        if last:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is on its way, and send the latest checkpoint if it is not on the Hub."""
+        self._wait()
+        self._see_failures("It is tried again now.")
+        if self._missing is not None and Path(self._missing).is_dir():
+            self._start()
+            self._wait()
+            self._see_failures(f"By hand: hf upload {self._trainer.hub_model_id} {self._trainer.args.output_dir}")
+
+    def _start(self, skip: bool = False) -> None:
+        """Send the latest checkpoint after what is on its way, or `skip` it where there is such."""
+        args, before = self._trainer.args, self._progress()
+        count = None if before is None else len(before.jobs)
+        always, args.hub_always_push = args.hub_always_push, args.hub_always_push or not skip
+        try:
+            self._push(str(self._missing))
+        finally:
+            args.hub_always_push = always
+        after = self._progress()
+        if after is not before or (after is not None and len(after.jobs) != count):
+            self._sent, self._missing = self._missing, None
+
+    def _progress(self) -> Any:
+        return getattr(self._trainer, "push_in_progress", None)
+
+    def _see_failures(self, then: str) -> None:
+        progress = self._progress()
+        done = [] if progress is None else [job for job in progress.jobs if job.done()]
+        errors = [error for job in done if (error := job.exception()) is not None]
+        for job in done:
+            progress.jobs.remove(job)
+        if errors:
+            self._missing = self._missing or self._sent
+            repo = self._trainer.hub_model_id
+            logger.warning("%s is not on the Hub: %s. %s", self._sent, why_not(errors[0], repo, "model"), then)

@@ -44,7 +44,7 @@ from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .exchange import Kept, Trained, attention_cost, exchange, in_micro_steps, plan
 from .generation import neutral_generation
-from .hub import hub_errors, is_hub_id, public_name, why_not
+from .hub import CheckpointPushes, hub_errors, is_hub_id, public_name, why_not
 from .learning_rate import check_passed
 from .logprobs import (
     SampledLogps,
@@ -331,6 +331,7 @@ class CaMOPDTrainer(DistillationTrainer):
         # The weights a server may claim to have. A model object may differ from the name in its config.
         self._student_start = student_name
         self._checkpoint: Path | None = None  # the last one written or resumed from
+        self._pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self._resumed_from: Path | None = None  # the one whose rollouts may be used
         self._last_loaded_step = -1  # step whose weights vLLM has, as in the parent
         self._micro_batches: list[dict[str, Any] | None] = []
@@ -1389,7 +1390,9 @@ class CaMOPDTrainer(DistillationTrainer):
         if checkpoint:
             self._check_record(Path(str(checkpoint)))
             self._checkpoint = self._resumed_from = Path(str(checkpoint))
-        return super().train(checkpoint, *args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
+        self._pushes.finish()
+        return output
 
     def _fetch_checkpoint(self, repo: str) -> str:
         """Folder of the last checkpoint that a run with `hub_strategy="checkpoint"` has sent to a model of the Hub.
@@ -1456,6 +1459,9 @@ class CaMOPDTrainer(DistillationTrainer):
         super()._save_checkpoint(model, trial)
         self._checkpoint = folder
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._pushes.add(checkpoint_folder)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._best = (self.state.best_global_step, len(self.state.log_history))
@@ -1482,15 +1488,18 @@ class CaMOPDTrainer(DistillationTrainer):
         """Write a checkpoint of where training stands, with the rollouts that could not be scored. Called by all ranks."""
         folder = self._checkpoint_folder()
         only_model, self.args.save_only_model = self.args.save_only_model, False  # this one is there to go on from
+        push, self.args.push_to_hub = self.args.push_to_hub, False  # not before it is whole
         if only_model or self._checkpoint is None or self._checkpoint.resolve() != folder.resolve():
             self._save_checkpoint(self.model, trial=None)
         elif rollouts is not None:
             self._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
-        self.args.save_only_model = only_model
+        self.args.save_only_model, self.args.push_to_hub = only_model, push
         self.accelerator.wait_for_everyone()
         if rollouts is not None:
             rollouts.prompts_cut = self._prompts_cut
             rollouts.save(self._rollouts_file(folder))
+        self.accelerator.wait_for_everyone()
+        self._pushes.add(str(folder), last=True)
         self.accelerator.wait_for_everyone()
         return folder
 

@@ -1,5 +1,6 @@
 """Small real models and prompts. Nothing here reaches a network."""
 
+import math
 import os
 
 
@@ -32,6 +33,26 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+# Sums on the way to a log-prob of `make_model`: in each of two layers 2 norms of 32, projections of 3 x 32 and 64, heads of
+# 8 and some 60 tokens of attention; then a norm, a head of 32 and a softmax of 42. And back again, over some 70 tokens.
+FORWARD, GRADIENT = 750, 2 * 750 + 70
+
+
+def rounding(magnitude: float = 1.0, sums: int = GRADIENT) -> float:
+    """How far apart two float32 computations of a number may lie that differ in the order of their sums.
+
+    That order depends on the processor, its vector width, the number of threads, and what else is in the batch. Each of the
+    `sums` rounds a number of `magnitude` to half of 2**-23; independent errors add up to sqrt(sums) of these
+    (Higham and Mary, 2019, https://doi.org/10.1137/18M1226312). Four times as much covers all of thousands of numbers, and
+    each of the two computations has its own.
+    """
+    return 2 * 4 * 2.0**-24 * math.sqrt(sums) * magnitude
+
+
+LOGP = rounding(10, FORWARD)  # log-probs, and gaps, of `make_model`: nats, down to -10 or so
+LOSS = rounding(4)  # of Eq. 9, relative: its terms cancel to no less than a quarter or so
 
 
 @pytest.fixture(scope="session")

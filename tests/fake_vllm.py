@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import torch
-from conftest import VOCAB
+from conftest import LOGP, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ TOKEN_IDS = [[5, 9, 12, 30, 7, 8], [6, 6, 20, 21, 22, 23, 24, 25, 2], [11, 4, 33
 PROMPT_LENS = [2, 4, 1, 2, 1]
 
 
-def assert_same_scores(ours, expected, atol=1e-5):
+def assert_same_scores(ours, expected, atol=LOGP):
     assert len(ours) == len(expected)
     for score, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(score.logps, other.logps, rtol=0, atol=atol)

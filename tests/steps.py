@@ -13,10 +13,11 @@ import sys
 import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
-from conftest import VOCAB, make_model, make_prompts, make_tokenizer
+from conftest import VOCAB, make_model, make_prompts, make_tokenizer, rounding
 from safetensors.torch import save_file
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
@@ -27,6 +28,9 @@ from camopd.teachers.local import LocalTeacher
 
 
 ROWS = 8
+LEARNING_RATE, MAX_GRAD_NORM = 0.1, 0.5
+# Of a parameter after the step: its gradient's, which is no longer than the norm it is clipped to, and its own.
+PARAMETER = LEARNING_RATE * rounding(MAX_GRAD_NORM) + rounding(1, sums=1)
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,14 @@ class FakeSampler:
         completions, logprobs = zip(*(self.complete(tuple(ids)) for ids in prompts), strict=True)
         return prompts, list(completions), [[[value] for value in row] for row in logprobs], None
 
+    @classmethod
+    def complete(cls, prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
+        tokens, logprobs = cls._complete(prompt)
+        return list(tokens), list(logprobs)
+
     @staticmethod
-    def complete(prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
+    @cache
+    def _complete(prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
         digest = zlib.crc32(bytes(prompt))
         generator = torch.Generator().manual_seed(digest)
         length = digest % 6
@@ -108,8 +118,8 @@ def make_trainer(case: Case, output_dir: str, batch_size: int, general_teacher=N
     """A `CaMOPDTrainer` for one step of a case, with rollouts by `FakeSampler`."""
     values = {
         "output_dir": output_dir, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
-        "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": 0.1,
-        "max_grad_norm": 0.5, "max_steps": 1, "prompts_per_step": ROWS, "per_device_train_batch_size": batch_size,
+        "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": LEARNING_RATE,
+        "max_grad_norm": MAX_GRAD_NORM, "max_steps": 1, "prompts_per_step": ROWS, "per_device_train_batch_size": batch_size,
         "max_completion_length": 9, "max_prompt_length": 64, "schedule": case.schedule,
         "mass_target": case.mass_target, "selection": case.selection, "score_batch_size": 3,
         "importance_sampling_mode": "mask" if case.with_rollout_logps else "none",
@@ -191,6 +201,7 @@ def measured(metrics: dict) -> dict[str, torch.Tensor]:
     }
 
 
+@cache
 def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]]:
     """Parameters, loss and kept positions of the same step, by hand."""
     student = make_model(1)
@@ -268,8 +279,8 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
         over = num_tokens if case.loss_normalization == "token" else len(completion) * len(kept)
         loss = loss - sum(per_token) / over
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
-    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
+    torch.optim.SGD(student.parameters(), lr=LEARNING_RATE).step()
     parameters = {name: value.detach() for name, value in student.named_parameters()}
     return parameters, loss.item(), {sample[0]["position"] for sample in kept}
 

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import LOGP, VOCAB
 from fake_vllm import PROMPT_LENS, TOKEN_IDS
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -275,7 +275,7 @@ def test_trained_tokens_are_scored_and_trained_as_the_model_itself_has_them(indi
         ids = torch.tensor(TOKEN_IDS[:1])
         plain = student(ids).logits[0, PROMPT_LENS[0] - 1 : -1].log_softmax(-1)
         plain = plain.gather(1, ids[0, PROMPT_LENS[0] :, None])[:, 0]
-        torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, plain, rtol=0, atol=LOGP)
         if active:
             weights = [weight for weight in student.parameters() if weight.requires_grad]
             ours, theirs = torch.autograd.grad(found.sum(), weights), torch.autograd.grad(plain.sum(), weights)

@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import CHAT_TEMPLATE, VOCAB, make_model, make_tokenizer
+from conftest import CHAT_TEMPLATE, LOGP, VOCAB, make_model, make_tokenizer
 from fake_vllm import other_tokenizer, reference_logps
 from test_run import SETTINGS
 from tokenizers import Tokenizer
@@ -371,7 +371,7 @@ def test_the_students_own_weights_are_ok_with_the_gap_between_the_engines(start_
     assert found.level == "ok"
     gap = float(found.text.split()[-4])
     assert found.text == f"it has the student's weights and differs from the trainer by {gap:.2g} nats per token"
-    assert gap < 1e-5
+    assert gap < LOGP
 
 
 def test_weights_a_little_off_are_a_warning_with_the_flag(start_server, connect, score_findings):

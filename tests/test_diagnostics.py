@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, make_prompts
+from conftest import make_model, make_prompts, rounding
 from peft import LoraConfig
 from steps import FakeSampler
 from test_trainer import lines, make_trainer
@@ -58,14 +58,18 @@ def test_dot_products_of_sketches_are_within_the_stated_error(kind):
 def test_sketches_are_linear_and_do_not_depend_on_how_the_vector_comes():
     u, v = torch.randn(2, 1000)
     whole = sketch_of([u], 101, 3)
-    torch.testing.assert_close(sketch_of(u.split([1, 500, 499]), 101, 3), whole)
-    torch.testing.assert_close(sketch_of([u + 2 * v], 101, 3), whole + 2 * sketch_of([v], 101, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sketch_of(u.split([1, 500, 499]), 101, 3), whole, atol=rounding(10, sums=10), rtol=0)
+    torch.testing.assert_close(
+        sketch_of([u + 2 * v], 101, 3), whole + 2 * sketch_of([v], 101, 3), atol=rounding(30, sums=10), rtol=0
+    )
     assert not torch.equal(sketch_of([u], 101, 4), whole)
 
 
 def test_a_vector_that_fits_is_kept_exactly():
     u, v = torch.randn(2, 90, dtype=torch.float64)
-    assert sketch_of([u], 101, 0) @ sketch_of([v], 101, 0) == pytest.approx((u @ v).item(), abs=1e-5)
+    assert sketch_of([u], 101, 0) @ sketch_of([v], 101, 0) == pytest.approx(
+        (u @ v).item(), abs=rounding((u.norm() * v.norm()).item(), sums=90)
+    )
 
 
 # --- coherence ---------------------------------------------------------------------------------------------------
@@ -169,8 +173,8 @@ def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(
             return (sum(chosen).norm() / sum(gradient.norm() for gradient in chosen)).item()
 
         full, selected = coh(gradients), coh(kept & set(gradients))
-        assert line[f"coherence/{branch}/coh_full"] == pytest.approx(full, rel=1e-4)
-        assert line[f"coherence/{branch}/coh_selected"] == pytest.approx(selected, rel=1e-4)
+        assert line[f"coherence/{branch}/coh_full"] == pytest.approx(full, rel=rounding(4))
+        assert line[f"coherence/{branch}/coh_selected"] == pytest.approx(selected, rel=rounding(4))
         if settings.get("selection") is False:
             assert line[f"coherence/{branch}/gcg"] is None
             continue
@@ -191,10 +195,11 @@ def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(
     if "+" in line["branch"]:
         one, other = (sum(g for p, g in gradients.items() if p in kept) / len(kept) for gradients in expected.values())
         assert line["conflict/stale"] == 0
-        assert line["conflict/dot"] == pytest.approx((one @ other).item(), rel=1e-3)
-        assert line["conflict/cosine"] == pytest.approx((one @ other / one.norm() / other.norm()).item(), rel=1e-3)
+        largest = (one.norm() * other.norm()).item()
+        assert line["conflict/dot"] == pytest.approx((one @ other).item(), abs=rounding(4 * largest))
+        assert line["conflict/cosine"] == pytest.approx((one @ other).item() / largest, abs=rounding(4))
         for branch, gradient in zip(expected, (one, other), strict=True):
-            assert line[f"conflict/{branch}_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+            assert line[f"conflict/{branch}_norm"] == pytest.approx(gradient.norm().item(), rel=rounding(4))
     else:
         assert "conflict/cosine" not in line  # no other branch has had a step
 
@@ -232,8 +237,9 @@ def test_stale_conflict_is_that_of_the_gradients_that_autograd_gave(
         line, u, v = written[step], gradients.found[step], gradients.found[other]
         cosine = (u @ v / u.norm() / v.norm()).item()
         assert line["conflict/stale"] == 1
-        assert line["conflict/cosine"] == pytest.approx(cosine, abs=1e-5)
-        assert line["conflict/dot"] == pytest.approx(cosine * norms[step] * norms[other], rel=1e-3)  # before clipping
+        assert line["conflict/cosine"] == pytest.approx(cosine, abs=rounding(4))
+        largest = norms[step] * norms[other]  # before clipping
+        assert line["conflict/dot"] == pytest.approx(cosine * largest, abs=rounding(4 * largest))
         assert line[f"conflict/{line['branch']}_norm"] == norms[step]
         assert line[f"conflict/{written[other]['branch']}_norm"] == norms[other]
 

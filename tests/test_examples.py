@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_prompts, make_tokenizer
-from steps import ROWS, Case, FakeSampler, trainer_step
+from conftest import LOSS, make_model, make_prompts, make_tokenizer
+from steps import LEARNING_RATE, MAX_GRAD_NORM, PARAMETER, ROWS, Case, FakeSampler, trainer_step
 from test_data_roleplay import talk
 from transformers import AutoModelForCausalLM
 
@@ -50,13 +50,13 @@ def test_minimal_loop_has_the_loss_and_gradient_of_the_trainer(branch, tmp_path)
         logps.append(torch.tensor(rollout))
     rollout_logps = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
     loss, _ = loop.step_loss(student, teacher, branch, sequences, prompt_lens, rollout_logps)
-    assert loss.item() == pytest.approx(metrics["loss"], rel=1e-6)
+    assert loss.item() == pytest.approx(metrics["loss"], rel=LOSS)
 
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
-    torch.optim.SGD(student.parameters(), lr=0.1).step()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
+    torch.optim.SGD(student.parameters(), lr=LEARNING_RATE).step()
     for name, value in student.named_parameters():
-        torch.testing.assert_close(value.detach(), parameters[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(value.detach(), parameters[name], atol=PARAMETER, rtol=0)
 
 
 def test_minimal_loop_runs_as_a_script(tmp_path):

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import VOCAB, make_model
+from conftest import LOGP, VOCAB, make_model
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores, other_tokenizer, reference_logps
 from peft import IA3Config, LoraConfig, get_peft_model
 from trl.trainer.utils import use_adapter
@@ -36,10 +36,10 @@ def test_local_scores_equal_a_plain_log_softmax(teacher_model):
     scores = LocalTeacher(teacher_model, "local", "cpu", batch_size=8).score(TOKEN_IDS, PROMPT_LENS, top_k=3)
     for score, ids, prompt_len in zip(scores, TOKEN_IDS, PROMPT_LENS, strict=True):
         sampled, everything = (logps[prompt_len - 1 :] for logps in reference_logps(teacher_model, ids))
-        torch.testing.assert_close(score.logps, sampled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(score.logps, sampled, rtol=0, atol=LOGP)
         top = everything.topk(3, dim=-1)
         torch.testing.assert_close(score.top_ids, top.indices)
-        torch.testing.assert_close(score.top_logps, top.values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(score.top_logps, top.values, rtol=0, atol=LOGP)
         assert score.logps.dtype == torch.float32
 
 
@@ -113,7 +113,7 @@ def test_adapter_off_scores_equal_those_of_the_base_model(lora_student, model_fa
     base = LocalTeacher(model_factory(0), "base", "cpu", batch_size=2)
     expected = base.score(TOKEN_IDS, PROMPT_LENS, top_k=3)
     lora_student.train()  # dropout must not disturb the scores
-    assert_same_scores(adapter_off(lora_student).score(TOKEN_IDS, PROMPT_LENS, top_k=3), expected, atol=1e-6)
+    assert_same_scores(adapter_off(lora_student).score(TOKEN_IDS, PROMPT_LENS, top_k=3), expected)
     lora_student.eval()
     with torch.no_grad():
         with_adapter, _ = student_forward(lora_student)(TOKEN_IDS[:1], PROMPT_LENS[:1])
@@ -154,7 +154,7 @@ def test_adapter_start_is_the_adapter_before_training(lora_student):
     assert not torch.allclose(before, after)
     teacher = adapter_off(lora_student, "adapter_start")
     for row, score in enumerate(teacher.score(TOKEN_IDS, PROMPT_LENS)):
-        torch.testing.assert_close(score.logps, before[row, : len(score.logps)], rtol=0, atol=1e-6)
+        torch.testing.assert_close(score.logps, before[row, : len(score.logps)], rtol=0, atol=LOGP)
     with torch.no_grad():
         torch.testing.assert_close(student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)[0], after, rtol=0, atol=0)
     assert trainable == {name for name, parameter in lora_student.named_parameters() if parameter.requires_grad}
@@ -180,7 +180,7 @@ def test_adapter_start_is_a_copy_of_every_kind_of_adapter(config):
         before = student(torch.tensor([[5, 6, 7, 8]])).logits
         keep_start_adapter(student)
         with use_adapter(student, "start"):
-            torch.testing.assert_close(student(torch.tensor([[5, 6, 7, 8]])).logits, before, rtol=0, atol=1e-6)
+            torch.testing.assert_close(student(torch.tensor([[5, 6, 7, 8]])).logits, before, rtol=0, atol=LOGP)
 
 
 def test_a_start_adapter_of_another_trainer_is_not_taken(lora_student):

@@ -182,7 +182,7 @@ def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_mod
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f.top_logps, e.top_logps, atol=1e-3, rtol=0)
     for f, e in zip(teacher.score(*conversations), found, strict=True):  # without the top k
-        torch.testing.assert_close(f.logps, e.logps, atol=1e-4, rtol=0)
+        torch.testing.assert_close(f.logps, e.logps, atol=1e-3, rtol=0)
 
 
 def test_the_compact_request_is_one_that_vllm_takes_where_its_runner_can(general, conversations):
@@ -326,7 +326,7 @@ def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
     found = teacher.score(*conversations)
     assert replicas[0].process.poll() is not None
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.logps, other.logps, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.logps, other.logps, atol=1e-3, rtol=0)
 
 
 def test_camopd_serve_stops_everything_on_ctrl_c(servers, config):

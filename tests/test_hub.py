@@ -1,0 +1,145 @@
+"""What of a run's checkpoints gets to the Hub when uploads are slow, fail, or are overtaken."""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+import transformers.trainer
+from conftest import make_model, make_prompts, make_tokenizer
+from transformers.utils import PushInProgress
+
+from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd.errors import TeacherError
+from camopd.teachers.local import LocalTeacher
+
+
+class SlowHub:
+    """Stands in for `HfApi`: no upload ends before somebody waits for it, and its folder must not go away; some fail."""
+
+    def __init__(self, monkeypatch, fail=()):
+        self.pool, self.gate, self.fail = ThreadPoolExecutor(1), Event(), fail
+        self.received: list[tuple[str, int]] = []  # checkpoints: place in the repository, and the step it is of
+        self.model = b""  # of the run itself
+        self.count = 0
+        wait = PushInProgress.wait_until_done
+
+        def wait_until_done(progress):
+            self.gate.set()
+            wait(progress)
+            self.gate.clear()
+
+        monkeypatch.setattr(PushInProgress, "wait_until_done", wait_until_done)
+        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: self)
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, folder_path, run_as_future, path_in_repo="", **_):
+        assert run_as_future
+        return self.pool.submit(self._upload, Path(folder_path), path_in_repo)
+
+    def _upload(self, folder, place):
+        step = json.loads((folder / "trainer_state.json").read_text())["global_step"] if place else 0
+        assert self.gate.wait(60)
+        self.count += bool(place)
+        if place and self.count in self.fail:
+            raise OSError("no space for hf_secret")
+        model = (folder / "model.safetensors").read_bytes()
+        if place:
+            self.received.append((place, step))
+        else:
+            self.model = model
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return SlowHub(monkeypatch)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """A run of four steps with a checkpoint after each."""
+
+    def train(teacher=None, **settings):
+        values = {
+            "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 4,
+            "disable_tqdm": True, "save_steps": 1, "prompts_per_step": 2, "per_device_train_batch_size": 2,
+            "max_completion_length": 3, "max_prompt_length": 64, "gradient_checkpointing": False,
+            "diagnostics_steps": 0, "push_to_hub": True, "hub_model_id": "me/tiny",
+        }  # fmt: skip
+        args = CaMOPDConfig(**{**values, **settings})
+        trainer = CaMOPDTrainer(
+            model=make_model(1),
+            teachers={"general": teacher or make_model(2), "domain": make_model(3)},
+            args=args,
+            train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
+            processing_class=make_tokenizer(),
+        )
+        trainer.train()
+
+    return train
+
+
+ALL = [(f"checkpoint-{step}", step) for step in (1, 2, 3, 4)]
+LAST = [("last-checkpoint", step) for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "limit", "always", "received"),
+    [
+        ("every_save", None, False, []),
+        ("checkpoint", None, False, [LAST[0], LAST[3]]),  # two are skipped, as the first is on its way
+        ("checkpoint", 1, False, LAST),  # each would be deleted on its way
+        ("checkpoint", 2, True, LAST),
+        ("all_checkpoints", None, False, ALL),
+        ("all_checkpoints", 1, False, ALL),
+    ],
+)
+def test_the_last_checkpoint_gets_there_and_none_is_deleted_on_its_way(
+    train, hub, tmp_path, caplog, strategy, limit, always, received
+):
+    train(hub_strategy=strategy, save_total_limit=limit, hub_always_push=always)
+    assert hub.received == received
+    assert hub.count == len(received)  # none was lost on its way
+    assert hub.model == (tmp_path / "run" / "checkpoint-4" / "model.safetensors").read_bytes()
+    assert "not on the Hub" not in caplog.text
+
+
+def test_an_upload_that_fails_is_tried_again_and_said(train, hub, caplog):
+    hub.fail = {2}
+    with caplog.at_level(logging.WARNING, logger="camopd"):
+        train(hub_strategy="checkpoint")
+    assert hub.received == [LAST[0], LAST[3]]
+    assert "checkpoint-4 is not on the Hub: " in caplog.text and "tried again now" in caplog.text
+    hub.fail = {hub.count + 1, hub.count + 2, hub.count + 3}
+    with caplog.at_level(logging.WARNING, logger="camopd"):
+        train(hub_strategy="checkpoint", max_steps=1)
+    assert "By hand: hf upload me/tiny" in caplog.text
+    assert "hf_secret" not in caplog.text
+
+
+def test_the_checkpoint_of_a_teacher_that_failed_gets_there_with_its_rollouts(train, hub, tmp_path, monkeypatch):
+    class Fails(LocalTeacher):
+        calls = 0
+
+        def score(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == 2:  # the one of step 3
+                raise TeacherError("gone")
+            return super().score(*args, **kwargs)
+
+    kept = []
+    upload = SlowHub._upload
+    monkeypatch.setattr(SlowHub, "_upload", lambda *args: (kept.append(rollouts_in(tmp_path)), upload(*args)))
+    with pytest.raises(TeacherError, match="Nothing is lost"):
+        train(Fails(make_model(2), "fails", "cpu", 2), hub_strategy="checkpoint", schedule="general:1,domain:1")
+    assert hub.received[-1] == LAST[1]
+    assert kept[-1] == ["rollouts-0-of-1.safetensors"]
+
+
+def rollouts_in(tmp_path):
+    return [path.name for path in (tmp_path / "run" / "checkpoint-2").glob("rollouts-*")]
