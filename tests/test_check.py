@@ -1066,7 +1066,7 @@ def test_a_narrow_terminal_cuts_nothing_out_of_a_url(start_server, check, config
 
 def run(path):
     return subprocess.run(
-        [sys.executable, "-m", "camopd.cli", "check", path], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "camopd.cli", "check", path], capture_output=True, text=True, timeout=300, check=False
     )
 
 

@@ -12,7 +12,7 @@ from camopd import cli
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "camopd.cli", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "camopd.cli", *arguments], capture_output=True, text=True, timeout=300, check=False
     )
 
 

@@ -29,10 +29,10 @@ import json, os, signal, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 value = lambda name: sys.argv[sys.argv.index(name) + 1]
 model = value("--model")
-end = threading.Timer(60, os._exit, [0])  # nothing stays for long when a test fails
+end = threading.Timer(300, os._exit, [0])  # nothing stays for long when a test fails
 end.daemon = True
 end.start()
-engine = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"])
+engine = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
 note = {"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid(), "engine": engine.pid}
 with open(os.path.join(os.environ["NOTES"], value("--port")), "w") as file:
     json.dump(note, file)
@@ -134,7 +134,7 @@ class Serve:
         )
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
 
 
@@ -154,7 +154,7 @@ def serve():
             run.end()
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

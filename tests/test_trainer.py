@@ -1044,7 +1044,7 @@ def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_p
         asked = len(general.scored), len(domain.scored)
 
         def forward_when_both_are_asked(*args, **kwargs):
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while len(general.scored) == asked[0] or len(domain.scored) == asked[1]:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
