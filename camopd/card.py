@@ -25,8 +25,10 @@ DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompt
 _HUB_DATASET = "https://huggingface.co/datasets/"
 
 
-def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) -> Path:
+def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str], dataset_name: str | None = None) -> Path:
     """Write `README.md` of `output_dir`, and the data cards it points to. Returns its path.
+
+    `dataset_name` is a dataset beside those of the Hub that the prompts are known to come from.
 
     Raises `OSError` where the folder cannot be written.
     """
@@ -37,6 +39,8 @@ def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) ->
     out = Path(trainer.args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     sources = {branch: _source(dataset, branch, out) for branch, dataset in trainer._prompts.items()}
+    datasets = {source for source, _ in sources.values() if is_hub_id(source)}
+    datasets |= {dataset_name} if dataset_name else set()
     base = get_config_model_id(trainer.model.config) or ""
     student = trainer._student_start or base
     is_peft = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
@@ -44,7 +48,7 @@ def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str]) ->
         library_name="peft" if is_peft else "transformers",
         model_name=model_name,
         base_model=base if is_hub_id(base) else None,
-        datasets=sorted({source for source, _ in sources.values() if is_hub_id(source)}) or None,
+        datasets=sorted(datasets) or None,
         tags=sorted({"generated_from_trainer", *tags}),
     )
     body = [

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl import DistillationConfig
 
+from . import setting_rules
 from .best import settle_metric
 from .learning_rate import settle_schedule
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
@@ -346,6 +347,7 @@ class CaMOPDConfig(DistillationConfig):
             self.vllm_max_model_length = self.max_prompt_length + longest
         self._check_method(schedule)
         self._check_refused()
+        setting_rules.warn(setting_rules.without_effect(self), self)
 
     def _read_completion_length(self) -> int:
         """Leave the largest length where the parent looks for a number, and the schedule in `completion_lengths`."""
@@ -539,7 +541,10 @@ class CaMOPDConfig(DistillationConfig):
 
     def _check_refused(self) -> None:
         """Refuse what the parent offers and the method cannot use, instead of ignoring it."""
-        if self.hub_token is not None:
+        token: Any = self.hub_token
+        if token == "<HUB_TOKEN>":  # as `to_dict` writes every token, set or not
+            self.hub_token: Any = None
+        elif token is not None:
             raise ValueError(
                 "hub_token would be stored in training_args.bin, which lies beside the model and is sent to the Hub. Leave "
                 "it out, and set HF_TOKEN or run `hf auth login`."
@@ -547,24 +552,7 @@ class CaMOPDConfig(DistillationConfig):
         for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):  # two ways to say it
             if getattr(self, name) == also_off:
                 setattr(self, name, off)
-        for name, only, reason in (
-            ("num_iterations", 1, "Algorithm 1 makes one update per rollout and defines no ratio clip for more"),
-            ("temperature", 1.0, _ON_POLICY),
-            ("top_p", 1.0, _ON_POLICY),
-            ("top_k", 0, _ON_POLICY),
-            ("min_p", None, _ON_POLICY),
-            ("repetition_penalty", 1.0, _ON_POLICY),
-            ("vllm_structured_outputs_regex", None, _ON_POLICY),
-            ("beta", 1.0, "the loss is Eq. 9, not the generalised Jensen-Shannon divergence that beta bends"),
-            ("teacher_model_name_or_path", None, "each branch has its own teacher; name them in `teachers`"),
-            ("teacher_model_revision", None, "put the revision into teacher_model_init_kwargs"),
-            ("auto_find_batch_size", False, "it would change prompts_per_step in the middle of a run"),
-            ("remove_unused_columns", False, "the branch of a row is a column of it"),
-            ("ignore_data_skip", False, "a resumed run would get the prompts and branches of step 0 again"),
-        ):
-            value = getattr(self, name)
-            if value != only:
-                raise ValueError(f"{name}={value!r} cannot be used with CaMOPD: {reason}. Leave it at {only!r}.")
+        setting_rules.refuse(self)
         self._check_generation_kwargs()
 
     def _check_generation_kwargs(self) -> None:
@@ -576,7 +564,7 @@ class CaMOPDConfig(DistillationConfig):
         clash = sorted(set(given) - elsewhere)
         if clash:
             raise ValueError(
-                f"generation_kwargs sets {clash}, which CaMOPD cannot use: {_ON_POLICY}. What may be set is "
+                f"generation_kwargs sets {clash}, which CaMOPD cannot use: {setting_rules.ON_POLICY}. What may be set is "
                 f"{sorted(harmless)}."
             )
         if of_the_other:
@@ -594,10 +582,6 @@ class CaMOPDConfig(DistillationConfig):
                 raise ValueError(f"{name} is {value!r}, which CaMOPD cannot use: {check[1]}.")
 
 
-_ON_POLICY = (
-    "rollouts must be drawn from the very distribution the gaps are measured on (temperature 1, nothing cut off), or "
-    "the sampled gap is no reverse KL and the importance weights are wrong"
-)
 # What neither bends the sampled distribution nor the number of completions per prompt, of vLLM's SamplingParams.
 _VLLM_KWARGS = {"stop_token_ids"}
 _NOT_FOR_VLLM = {

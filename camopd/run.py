@@ -193,6 +193,8 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     if not model.model_name_or_path:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
     args.model_init_kwargs = settle_model(model, args.model_init_kwargs, given)
+    if args.disable_dropout and "lora_dropout" not in given:
+        model.lora_dropout = 0.0  # of TRL's default, which disable_dropout would switch off with a warning
     remote = args.model_init_kwargs.get("trust_remote_code", args.trust_remote_code)
     if remote != args.trust_remote_code and "trust_remote_code" in given:
         raise ValueError(

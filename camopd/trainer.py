@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput, get_last_checkpoint
+from transformers.utils.logging import get_log_levels_dict
 from trl import DistillationTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
-from . import diagnostics, metrics, token_rules
+from . import diagnostics, metrics, setting_rules, token_rules
 from .best import check_metric
 from .card import write_model_card
 from .completions import log_completions
@@ -89,7 +90,7 @@ PROBED_PROMPTS = 64  # of a branch, whose lengths are looked at before training
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 RUN_RECORD = "camopd.json"  # in every checkpoint: what the run must still be when it goes on
 _RECORDED = (
-    "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate",
+    "prompts_per_step", "seed", "data_seed", "max_prompt_length", "max_completion_length", "learning_rate",
     "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high", "loss_prefix_tokens",
     "optimizer_moments", "gap_student", "token_rule", "relaxed_mixture", "relaxed_entropy_share",
     "relaxed_exploration_steps", "selectkd_reject_weight", "loss_normalization", "branch_weights",
@@ -193,7 +194,7 @@ class CaMOPDTrainer(DistillationTrainer):
             args = CaMOPDConfig(f"{model_id.split('/')[-1]}-CaMOPD")
         assert args.gradient_accumulation_steps is not None
         assert args.score_batch_size is not None  # set by the config
-        _show_log(is_main_process=args.process_index == 0)
+        _show_log(args)
         if args.optimizer_moments == "per_branch" and optimizers[0] is not None:
             raise ValueError(
                 f"optimizer_moments='per_branch' is an AdamW of its own, but a {type(optimizers[0]).__name__} was passed. "
@@ -205,12 +206,17 @@ class CaMOPDTrainer(DistillationTrainer):
         self._settings = {name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")}
         streams = self._make_streams(train_dataset, args)
         held = None if eval_dataset is None else held_out(eval_dataset, self.schedule, "eval_dataset")
+        setting_rules.read_streams_in_this_process(args, [stream.dataset for stream in streams.values()])
         check_metric(args, self.schedule.branches, held or {}, callbacks or [])
         check_passed(args, *optimizers)
         teachers = self._teachers_by_branch(teachers, args, model, peft_config)
         check_adapters(model, peft_config, teachers.values())
         if isinstance(processing_class, PreTrainedTokenizerBase):
             need_end(processing_class)
+        setting_rules.refuse_arguments(model, quantization_config)
+        setting_rules.warn(
+            setting_rules.arguments_without_effect(args, teachers, optimizers[0], peft_config, tools), args
+        )
         max_tokens = args.max_prompt_length + args.longest_completion
         student_name = model if isinstance(model, str) else ""
         teachers = connect_servers(teachers, max_tokens, args.teacher_patience)
@@ -261,6 +267,11 @@ class CaMOPDTrainer(DistillationTrainer):
         restore_adapters(self.model, adapters, self.accelerator)
         check_masters(self.model, args, self.accelerator, optimizers[0])
         keep_outputs_whole(self.accelerator)
+        setting_rules.refuse_of_accelerator(self.accelerator, self.get_tp_size())
+        if optimizers[0] is not None:
+            setting_rules.refuse_optimizer(optimizers[0], self.model)
+        if args.disable_dropout:
+            setting_rules.disable_functional_dropout(self.model)
         if self._is_vlm:
             raise ValueError(
                 f"{get_config_model_id(self.model.config)!r} takes images, which no teacher can score yet. Pass its "
@@ -350,6 +361,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._best: tuple[int | None, int] = (None, 0)  # step of the checkpoint loaded at the end, log entries then
         self._branch_optimizer: BranchAdamW | None = None
         self._changed: ChangedShare | None = None
+        self._observed_optimizer: Any = None
         self._loss_sum = torch.zeros(())
         self._eval_rows: dict[int, dict[str, Any]] = {}  # by position
         self.add_callback(metrics.MetricsFile(self))
@@ -365,9 +377,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self._check_branches(datasets, "train_dataset", "prompts")
         streams = {}
         for branch in self.schedule.branches:
-            streams[branch] = PromptStream(datasets[branch], branch, args.seed, shuffle=bool(args.shuffle_dataset))
-        if any(isinstance(stream.dataset, IterableDataset) for stream in streams.values()):
-            args.dataloader_num_workers = 0  # several workers would each see a part of the stream
+            seed = args.seed if args.data_seed is None else args.data_seed
+            streams[branch] = PromptStream(datasets[branch], branch, seed, shuffle=bool(args.shuffle_dataset))
         return streams
 
     def _teachers_by_branch(
@@ -425,6 +436,9 @@ class CaMOPDTrainer(DistillationTrainer):
             sampler=SequentialSampler(self.train_dataset),
             collate_fn=_only_item,
             num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -982,6 +996,8 @@ class CaMOPDTrainer(DistillationTrainer):
         if self._branch_optimizer is not None:
             self._branch_optimizer.branch = self.schedule.mixture(self.state.global_step)
         self.model.train()  # the parent files its rollout metrics by mode
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free: evaluation has set its weights aside
+            self.optimizer.train()
         if not self._teachers_checked:
             self._check_teachers()
             self._teachers_checked = True
@@ -1093,18 +1109,20 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The parent's optimizer, which tells after each step what it has done to the weights."""
-        optimizer = super().create_optimizer(model)
-        if self._changed is None and isinstance(optimizer, torch.optim.Optimizer):  # one that was passed, too
+        given = super().create_optimizer(model)
+        optimizer = getattr(given, "optimizer", given)  # under what accelerate wrapped around it in an earlier `train`
+        if optimizer is not self._observed_optimizer and isinstance(optimizer, torch.optim.Optimizer):
+            self._observed_optimizer = optimizer
             weights = self.accelerator.unwrap_model(self.model).parameters()
             total = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights if weight.requires_grad)
             self._changed = ChangedShare(optimizer, total)
             if rounds_stochastically(self.args, optimizer):
                 round_alike(optimizer, self.args.device, self._rounding_seed)
             if isinstance(optimizer, BranchAdamW):
-                self._branch_optimizer = optimizer  # under whatever wraps it
+                self._branch_optimizer = optimizer
             # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
             optimizer.register_step_post_hook(lambda *_: self._look_at_update(optimizer))
-        return optimizer
+        return given
 
     def _rounding_seed(self) -> int:
         """Of the step, and where the weights are in shards, of the rank."""
@@ -1471,11 +1489,13 @@ class CaMOPDTrainer(DistillationTrainer):
     ) -> None:
         """Write the model card, `README.md` in `output_dir`: teachers, schedule, prompts, and the gaps before and after.
 
-        As in the parent, checkpoints and pushes call it; `dataset_name` is known from the prompts themselves.
+        As in the parent, checkpoints and pushes call it. `dataset_name` is named beside the datasets of the Hub that the
+        prompts come from.
         """
         if self.is_world_process_zero():
             name = model_name or Path(self.hub_model_id or self.args.output_dir).name
-            write_model_card(self, name, {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])})
+            all_tags = {*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])}
+            write_model_card(self, name, all_tags, dataset_name)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -1551,14 +1571,18 @@ def check_gathered_weights(model: Any, memory: int) -> None:
         )
 
 
-def _show_log(is_main_process: bool) -> None:
-    """Show what camopd says, once, unless the program has its own logging."""
+def _show_log(args: CaMOPDConfig) -> None:
+    """Show what camopd says, once, unless the program has its own logging; `log_level` and `log_level_replica` decide."""
     log = logging.getLogger("camopd")
-    if not is_main_process:
+    if not args.should_log and args.log_level_replica == "warning":  # the default; the others would say the same
         log.setLevel(logging.ERROR)
-    elif not log.hasHandlers():
+        return
+    level = get_log_levels_dict().get(args.log_level if args.should_log else args.log_level_replica)
+    if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+        level = logging.INFO if level is None else level
+    if level is not None:  # "passive" leaves it to the program
+        log.setLevel(level)
 
 
 def _top_ids(answer: TokenScores, top_k: int, name: str) -> Tensor:
