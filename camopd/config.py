@@ -139,7 +139,8 @@ class CaMOPDConfig(DistillationConfig):
     > These parameters have default values different from [`~trl.DistillationConfig`], after the paper's Appendix A.7:
     > `max_steps=120`, `learning_rate=2e-6`, `lr_scheduler_type="constant"`, `max_completion_length=32768`; and ours where
     > it says nothing: `per_device_train_batch_size=1`, `disable_dropout=True`, `logging_steps=1`.
-    > `gradient_accumulation_steps` is derived.
+    > `gradient_accumulation_steps` is derived. With `warmup_steps`, `constant` is `constant_with_warmup`, whose first step
+    > has a learning rate of 0.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the parent declares it
@@ -457,6 +458,11 @@ class CaMOPDConfig(DistillationConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         optim = str(getattr(self.optim, "value", self.optim))
+        if optim in ("lomo", "adalomo"):
+            raise ValueError(
+                f"optim={optim!r} changes the weights in the backward of every micro-batch, but a rollout is for one "
+                "update of them all (Eq. 9). Leave optim out, or take adamw_torch_8bit to save memory (docs/scale.md)."
+            )
         plain = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
         if self.optim_args and (optim in (*plain, "adafactor") or self.optimizer_moments == "per_branch"):
             raise ValueError(
