@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 from conftest import LOGP, make_model, rounding
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -562,3 +564,26 @@ def test_recorded_logps_are_those_of_the_tokens_that_generate_draws(seed):
         full = reference(model, [prompt + completion], [len(prompt)])
         (expected,) = gather(full, [torch.tensor(completion)])
         torch.testing.assert_close(torch.tensor(logps[: len(completion)]), expected.detach(), rtol=0, atol=LOGP)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=40), st.integers(1, 50), st.booleans())
+def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batch_size, padding_free):
+    token_ids = [list(range(100 * row, 100 * row + sum(lengths))) for row, lengths in enumerate(rows)]
+    seen = []
+
+    def forward(ids, prompt_lens):
+        seen.extend(row[0] for row in ids)
+        width = max(map(len, ids))
+        padded = [
+            [*row[start:], *[-1] * (width - len(row) + start)] for row, start in zip(ids, prompt_lens, strict=True)
+        ]
+        return torch.tensor(padded), None
+
+    found = logprobs.in_length_sorted_batches(
+        forward, token_ids, [prompt_len for prompt_len, _ in rows], batch_size, padding_free
+    )
+    assert sorted(seen) == [ids[0] for ids in token_ids]
+    assert [values.tolist() for values, _ in found] == [
+        ids[start:] for ids, (start, _) in zip(token_ids, rows, strict=True)
+    ]

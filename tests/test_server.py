@@ -11,16 +11,19 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from camopd.errors import CaMOPDError, TeacherError
 from camopd.teachers.base import RemoteTeacher, Teacher
 from camopd.teachers.local import LocalTeacher
-from camopd.teachers.server import ServerTeacher
+from camopd.teachers.server import TOKENS_PER_REQUEST, ServerTeacher, _Row
 
 
 ASKED = [TOKEN_IDS[row] for row in (0, 1, 2, 4)]  # row 3 has no completion
@@ -850,3 +853,21 @@ def test_the_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch
         assert "sk-sec" not in str(error)
         error = error.__cause__ or error.__context__
     assert "sk-sec" not in caplog.text
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(1, 60), st.integers(1, 3 * TOKENS_PER_REQUEST)), max_size=60),
+    st.lists(st.booleans(), min_size=1, max_size=4),
+    st.sampled_from([0, 5]),
+)
+def test_every_row_is_in_one_request(lengths, compact, top_k):
+    teacher = SimpleNamespace(_replicas=[SimpleNamespace(compact=value) for value in compact])
+    rows = [_Row(index, range(length), 1) for index, length in enumerate(lengths)]
+    requests = ServerTeacher._to_requests(teacher, rows, top_k)
+    assert sorted(row.index for request in requests for row in request) == list(range(len(lengths)))
+    assert all(requests)
+    if any(compact) and not top_k:
+        assert all(len(request) == 1 for request in requests)
+    for request in requests:
+        assert len(request) == 1 or sum(len(row.token_ids) for row in request) <= TOKENS_PER_REQUEST
