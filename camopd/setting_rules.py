@@ -132,9 +132,6 @@ REFUSED_PARTS = (
     ("debug", ("tpu_metrics_debug",), "it needs a TPU, on which this trainer has never run"),
 )  # fmt: skip
 
-# Optimizers that step while the gradient of each micro-batch is computed, instead of once with that of Eq. 9.
-_FUSED_BACKWARD = ("lomo", "adalomo")
-
 WITHOUT_EFFECT = (
     Rule("average_tokens_across_devices", (True,), "Eq. 9 is over the samples of all ranks anyway"),
     Rule("use_cache", (False,), "scoring and the loss read no cache, and rollouts have one anyway"),
@@ -247,11 +244,6 @@ def refuse(args: CaMOPDConfig) -> None:
         for part in parts:
             if part in (_value(args, name, absent=None) or ()):
                 raise ValueError(f"{name} with {part!r} cannot be used with CaMOPD: {reason}. Leave it out.")
-    if _optim(args) in _FUSED_BACKWARD:
-        raise ValueError(
-            f"optim={_optim(args)!r} cannot be used with CaMOPD: it steps in every backward, and Eq. 9 is one step on the "
-            "gradient of all micro-batches. Leave it out for AdamW, or take one of lower memory, as 'adamw_torch_8bit'."
-        )
     parallel = args.parallelism_config
     if parallel is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
         parallel = ParallelismConfig()  # of accelerate's launcher

@@ -799,6 +799,8 @@ def test_the_hub_is_told_as_asked(many, monkeypatch):
     monkeypatch.setattr(trainer, "args", args)
     monkeypatch.setattr(trainer, "callback_handler", types.SimpleNamespace(on_push_begin=lambda *_: None))
     args.hub_private_repo, args.hub_revision, args.hub_model_id = True, "branch-of-mine", "me/many"
+    args.push_to_hub = True
+    monkeypatch.setattr(trainer.control, "should_training_stop", False)  # or the push would be the last one
     monkeypatch.setattr(trainer, "hub_model_id", None)
     trainer.init_hf_repo()
     ((_, created),) = told.of("create")
