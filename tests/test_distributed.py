@@ -47,7 +47,7 @@ def launch(config: str, folder: Path, *settings: str, bf16: bool = False) -> lis
         make_model(1).save_pretrained(student)
         make_tokenizer().save_pretrained(student)
     command = [
-        *ACCELERATE, "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2",
+        *ACCELERATE, "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0",
         "--mixed_precision", "bf16" if bf16 else "no", str(TESTS / "train_tiny.py"), "--output_dir", str(folder / "run"),
         "--use_cpu", "true", "--bf16", str(bf16).lower(),
         "--report_to", "none", "--max_steps", "3", "--schedule", "general:1,domain:1", "--prompts_per_step", "8",
