@@ -138,7 +138,8 @@ class CaMOPDConfig(DistillationConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`], after the paper's Appendix A.7:
     > `max_steps=120`, `learning_rate=2e-6`, `lr_scheduler_type="constant"`, `max_completion_length=32768`; and ours where
-    > it says nothing: `per_device_train_batch_size=1`, `disable_dropout=True`, `logging_steps=1`.
+    > it says nothing: `per_device_train_batch_size=1`, `disable_dropout=True`, `logging_steps=1`, no
+    > `num_train_epochs`.
     > `gradient_accumulation_steps` is derived. With `warmup_steps`, `constant` is `constant_with_warmup`, whose first step
     > has a learning rate of 0.
     """
@@ -151,6 +152,9 @@ class CaMOPDConfig(DistillationConfig):
     # Parameters whose default values are overridden
     max_steps: int = field(
         default=120, metadata={"help": "Number of optimizer steps. The paper trains for 120 steps (Appendix A.7)."}
+    )
+    num_train_epochs: float = field(  # of the parent 3, which a user may write as well, in vain
+        default=-1.0, metadata={"help": "Refused: with a stream per branch there is no epoch to count. Set max_steps."}
     )
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate scheduler to use."})

@@ -87,6 +87,8 @@ def why_unreadable(error: BaseException, path: str = "") -> str | None:
                 f"its text is not UTF-8 (byte 0x{link.object[link.start]:02x}). Convert it, from Latin-1 for example: "
                 f"iconv -f LATIN1 -t UTF-8 {path or 'FILE'} > NEW"
             )
+        if "Invalid UTF8" in text:  # of Arrow, which names no file
+            return "its text is not UTF-8. Convert it, from Latin-1 for example: iconv -f LATIN1 -t UTF-8 FILE > NEW"
         if isinstance(link, StopIteration) or "corresponds to no data" in text or "No columns to parse" in text:
             return "it has no rows. Check what has written it."
         if "Couldn't cast array" in text:

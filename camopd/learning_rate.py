@@ -12,13 +12,18 @@ from transformers import SchedulerType, get_scheduler
 logger = logging.getLogger(__name__)
 
 FOLLOWS_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+WARM_UP_THEMSELVES = (
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+)  # optimizers that get warmup_steps, as a number of steps
 
 
 def settle_schedule(args: Any) -> None:
     """Make `warmup_steps`, `lr_scheduler_type` and `lr_scheduler_kwargs` of a config one schedule.
 
     transformers' `constant`, the paper's schedule and our default, ignores warm-up and keywords and does not say so: with
-    `warmup_steps` it becomes `constant_with_warmup`. Those that follow a metric get its direction.
+    `warmup_steps` it becomes `constant_with_warmup`, unless the optimizer (schedule-free) or DeepSpeed's own
+    schedule does so. Those that follow a metric get its direction.
 
     Raises `ValueError` for what would be ignored otherwise, and for keywords that the schedule does not have.
     """
@@ -33,7 +38,15 @@ def settle_schedule(args: Any) -> None:
             f"warmup_steps={steps} is {warmup} of max_steps={args.max_steps} steps, so that learning_rate="
             f"{args.learning_rate:g} is never reached. Lower warmup_steps; below 1 it is a share of the steps."
         )
-    if kind == SchedulerType.CONSTANT and warmup:
+    optim = str(getattr(args.optim, "value", args.optim))
+    if warmup and optim in WARM_UP_THEMSELVES:
+        if kind != SchedulerType.CONSTANT:
+            raise ValueError(
+                f"optim={optim!r} warms up by warmup_steps={steps} itself, and lr_scheduler_type={kind.value!r} "
+                "would do so a second time. Leave lr_scheduler_type at 'constant', or warmup_steps out."
+            )
+        args.warmup_steps = warmup  # it knows no share
+    elif kind == SchedulerType.CONSTANT and warmup and not of_deepspeed(args, "scheduler"):
         kind = args.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
     elif kind == SchedulerType.CONSTANT_WITH_WARMUP and not warmup:
         logger.warning(
@@ -66,6 +79,12 @@ def settle_schedule(args: Any) -> None:
             f"lr_scheduler_type={kind.value!r} cannot be made with warmup_steps={steps}, max_steps={args.max_steps} and "
             f"lr_scheduler_kwargs={given!r}: {error}"
         ) from None
+
+
+def of_deepspeed(args: Any, section: str) -> Any:
+    """A section of the run's DeepSpeed config, or `None`. Its "optimizer" and "scheduler" are taken instead of ours."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return None if plugin is None else (plugin.deepspeed_config or {}).get(section)
 
 
 def check_passed(args: Any, optimizer: Any, scheduler: Any) -> None:

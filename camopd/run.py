@@ -93,10 +93,13 @@ def peek(config: str | None, overrides: list[str]) -> dict[str, Any]:
         if name.startswith("--"):
             following = overrides[place + 1] if place + 1 < len(overrides) else "--"
             text = value if equals else "true" if following.startswith("--") else following
+            name = name[2:].replace("-", "_")
+            if name.startswith("no_"):  # as transformers' parser has it for what is on by default
+                name, text = name[3:], "false"
             try:
-                settings[name[2:].replace("-", "_")] = yaml.safe_load(text)
+                settings[name] = yaml.safe_load(text)
             except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
-                settings[name[2:].replace("-", "_")] = text
+                settings[name] = text
     return settings
 
 
@@ -408,6 +411,7 @@ def load_prompts(
         else:
             check_local(path)
             dataset = load_dataset(path, spec.get("name"), split=split)
+            dataset.data.validate(full=True)  # else a text that is not UTF-8 is found where its row is read
     except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
         known = str(error) if isinstance(error, DataError) else why_unreadable(error)
         if known is not None:

@@ -15,6 +15,7 @@ from accelerate import ParallelismConfig
 from datasets import IterableDataset
 from torch import nn
 
+from .learning_rate import of_deepspeed
 from .teachers.address import ADAPTER_TEACHERS, is_server
 
 
@@ -66,7 +67,7 @@ REFUSED = (
     Rule("remove_unused_columns", (False,), "the branch of a row is a column of it"),
     Rule("ignore_data_skip", (False,), "a resumed run would get the prompts and branches of step 0 again"),
     # How long, and when
-    Rule("num_train_epochs", (3.0,), "with a stream per branch there is no epoch to count; set max_steps"),
+    Rule("num_train_epochs", (-1.0,), "with a stream per branch there is no epoch to count; set max_steps"),
     Rule("save_strategy", ("steps", "no", "best"), _NO_EPOCH + " (save_steps)"),
     Rule("eval_strategy", ("no", "steps"), _NO_EPOCH + " (eval_strategy: steps, eval_steps)"),
     Rule("logging_strategy", ("steps", "no"), _NO_EPOCH + " (logging_steps)"),
@@ -159,10 +160,24 @@ class Need(NamedTuple):
     why: str
 
 
-_READS_OPTIM_ARGS = (
-    "sgd", "adagrad", "rmsprop", "ademamix", "galore", "apollo", "grokadamw", "adamw_torch_4bit", "adamw_torch_8bit",
-    "schedule_free", "stable_adamw", "adamw_anyprecision",
-)  # fmt: skip
+# What transformers reads of `optim_args`, by a part of the optimizer's name; the first that fits counts. `None`: all of it
+# reaches the optimizer, which has its own errors. A `weight_decay` in it is written over by that of the parameter groups.
+_LOW_RANK = "rank update_proj_gap scale proj_type"
+_READS_OPTIM_ARGS = {
+    "rmsprop_bnb": None,
+    "schedule_free": "weight_lr_power r",  # before the "sgd" of its name
+    "sgd": "momentum dampening nesterov",
+    "adagrad": "lr_decay eps",
+    "rmsprop": "momentum alpha eps centered",
+    "ademamix": "beta1 beta2 beta3 alpha eps t_alpha t_beta3",
+    "galore": _LOW_RANK,
+    "apollo": _LOW_RANK + " proj scale_type",
+    "grokadamw": "alpha_init lamb gamma grokking_signal_decay_rate gradient_clipping",
+    "adamw_torch_4bit": "block_size bf16_stochastic_round",
+    "adamw_torch_8bit": "block_size bf16_stochastic_round",
+    "stable_adamw": "decouple_lr max_lr kahan_sum",
+    "adamw_anyprecision": "use_kahan_summation momentum_dtype variance_dtype compensation_buffer_dtype",
+}
 _VLLM_SERVER = "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
 _VLLM_INSIDE = "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode vllm_model_impl"
 
@@ -186,13 +201,21 @@ NEEDS = (
         "activation_checkpointing is False",
     ),
     Need(
-        "adam_beta1 adam_beta2", lambda a: any(word in _optim(a) for word in ("adam", "ademamix", "lion")),
-        "optim has no such moments",
+        "adam_beta1 adam_beta2", lambda a: "lion" in _optim(a) or _is_adam(a),
+        "optim has no such moments, or transformers passes it none",
     ),
-    Need("adam_epsilon", lambda a: any(word in _optim(a) for word in ("adam", "ademamix")), "optim has no such epsilon"),
+    Need("adam_epsilon", lambda a: _is_adam(a), "optim has no such epsilon, or transformers passes it none"),
     Need(
         "optim_args", lambda a: a.optimizer_moments == "shared" and any(word in _optim(a) for word in _READS_OPTIM_ARGS),
         "transformers passes none to this optim",
+    ),
+    Need(
+        "optim optim_args optim_target_modules", lambda a: of_deepspeed(a, "optimizer") is None,
+        "the DeepSpeed config has an optimizer of its own. Take it out of there",
+    ),
+    Need(
+        "lr_scheduler_type lr_scheduler_kwargs", lambda a: of_deepspeed(a, "scheduler") is None,
+        "the DeepSpeed config has a scheduler of its own. Take it out of there",
     ),
     Need("weight_decay", lambda a: not any(w in _optim(a) for w in ("galore", "apollo")), "a low-rank optim gets none"),
     Need("optim_target_modules", lambda a: any(w in _optim(a) for w in ("galore", "apollo")), "optim is not low-rank"),
@@ -244,10 +267,31 @@ def refuse(args: CaMOPDConfig) -> None:
         for part in parts:
             if part in (_value(args, name, absent=None) or ()):
                 raise ValueError(f"{name} with {part!r} cannot be used with CaMOPD: {reason}. Leave it out.")
+    _refuse_optim_args(args)
+    if args.optimizer_moments == "per_branch" and of_deepspeed(args, "optimizer") is not None:
+        raise ValueError(
+            "optimizer_moments='per_branch' is an AdamW of its own, and the DeepSpeed config has another optimizer, which "
+            "would be taken. Take 'optimizer' out of that config."
+        )
     parallel = args.parallelism_config
     if parallel is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
         parallel = ParallelismConfig()  # of accelerate's launcher
     _refuse_split_replicas(parallel)
+
+
+def _refuse_optim_args(args: CaMOPDConfig) -> None:
+    """Raise `ValueError` for a part of `optim_args` that transformers would not hand on, as a misspelt one."""
+    word = next((word for word in _READS_OPTIM_ARGS if word in _optim(args)), None)
+    read = None if word is None else _READS_OPTIM_ARGS[word]
+    for part in (args.optim_args or "").replace(" ", "").split(",") if args.optim_args else ():
+        name, equals, value = part.partition("=")
+        if not equals or "=" in value:
+            raise ValueError(f"optim_args={args.optim_args!r} has {part!r}. Write it as name=value,name=value.")
+        if read is not None and name not in read.split():
+            way = "Set weight_decay itself" if name == "weight_decay" else f"There are {read.split()}"
+            raise ValueError(
+                f"optim_args={args.optim_args!r} sets {name!r}, which would not reach optim={_optim(args)!r}. {way}."
+            )
 
 
 def refuse_arguments(model: Any, quantization_config: Any) -> None:
@@ -392,6 +436,12 @@ def _value(args: Any, name: str, absent: Any = _ABSENT) -> Any:
 
 def _optim(args: Any) -> str:
     return str(getattr(args.optim, "value", args.optim))
+
+
+def _is_adam(args: Any) -> bool:
+    """Whether transformers hands the optimizer `adam_beta1`, `adam_beta2` and `adam_epsilon`."""
+    name = _optim(args)
+    return ("adam" in name or "ademamix" in name) and not any(word in name for word in ("galore", "grokadamw"))
 
 
 def _shown(value: Any) -> str:

@@ -197,6 +197,16 @@ def test_a_file_without_rows_or_of_another_encoding_is_refused_with_the_way_out(
         load_prompts(save(tmp_path / name, text), "general")
 
 
+def test_a_folder_with_a_file_in_latin_1_is_refused_with_the_way_out(tmp_path):
+    """`datasets` reads it without a word; the text would fail where its row is read."""
+    (tmp_path / "folder").mkdir()
+    save(tmp_path / "folder" / "train.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"branch 'general', .*folder' .*cannot be loaded: .*not UTF-8.*iconv -f LATIN1"
+    ):
+        load_prompts(str(tmp_path / "folder"), "general")
+
+
 def test_a_source_in_latin_1_is_refused_with_the_way_out(tmp_path):
     path = save(tmp_path / "p.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match=r"'nobody/s' cannot be read from .*not UTF-8 .*iconv .*Check --source s=PATH"):

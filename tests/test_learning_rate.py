@@ -49,6 +49,18 @@ def test_what_would_be_ignored_is_refused(settings, message, tmp_path):
         make_args(tmp_path, **settings)
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(2, 2), (0.5, 2)])
+def test_an_optimizer_that_warms_up_itself_is_left_to_it(warmup, steps, tmp_path):
+    """transformers hands `warmup_steps` to schedule-free AdamW; a second warm-up would multiply with the first."""
+    args = make_args(tmp_path, optim="schedule_free_adamw", warmup_steps=warmup)
+    assert (args.lr_scheduler_type, args.warmup_steps) == (SchedulerType.CONSTANT, steps)
+    assert make_args(tmp_path, optim="schedule_free_radam", warmup_steps=2).lr_scheduler_type == "constant_with_warmup"
+    with pytest.raises(
+        ValueError, match=r"'schedule_free_adamw' warms up .*'cosine' would do so a second time\. Leave"
+    ):
+        make_args(tmp_path, optim="schedule_free_adamw", warmup_steps=warmup, lr_scheduler_type="cosine")
+
+
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
 def test_every_schedule_of_transformers_can_be_had(kind, tmp_path, caplog):
     settings = {"lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 1}

@@ -49,6 +49,14 @@ def test_weights_of_16_bits_without_masters_are_refused_with_the_ways_out(dtype,
         assert part in text
 
 
+def test_modules_beside_an_adapter_are_refused_with_the_ways_out_of_an_adapter(tmp_path):
+    """peft makes LoRA weights of a bfloat16 model float32, and leaves `modules_to_save` as they are."""
+    student = get_peft_model(half(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"(?s)lm_head\.modules_to_save.*leave .*modules_to_save out") as error:
+        check_masters(student, make_args(tmp_path), launcher())
+    assert "train a LoRA adapter" not in str(error.value)
+
+
 def test_a_dtype_in_model_init_kwargs_is_refused_too(tmp_path, tokenizer):
     make_model(1).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")

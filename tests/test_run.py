@@ -82,6 +82,8 @@ def test_a_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, show
         (["--teachers", '{"general": "x", "domain": ["http://y"]}'], {"teachers": {"general": "x", "domain": ["http://y"]}}),
         (["--learning_rate", "-1"], {"learning_rate": -1}),
         (["--use_peft"], {"use_peft": True}),
+        (["--no_exchange"], {"exchange": False}),
+        (["--no-exchange", "--use_peft"], {"exchange": False, "use_peft": True}),
         (["--use_peft", "--output_dir", "there"], {"use_peft": True, "output_dir": "there"}),
         (["--run_name", "step: one: two"], {"run_name": "step: one: two"}),  # no YAML, but a name all the same
     ],
@@ -103,7 +105,7 @@ def settings(tmp_path):
 
 
 def test_parse_reads_prompts_model_and_settings(write, settings):
-    prompts, model, args = parse(write(settings), ["--max_steps", "7", "--lora_r=4"])
+    prompts, model, args = parse(write(settings), ["--max_steps", "7", "--lora_r=4", "--no_shuffle_dataset"])
     assert isinstance(prompts, PromptArguments)
     assert isinstance(model, ModelConfig)
     assert isinstance(args, CaMOPDConfig)
@@ -111,6 +113,7 @@ def test_parse_reads_prompts_model_and_settings(write, settings):
     assert prompts.eval_prompts is None
     assert (model.model_name_or_path, model.dtype, model.lora_r) == ("student", "float32", 4)
     assert (args.max_steps, args.teachers, args.max_completion_length) == (7, settings["teachers"], 64)
+    assert args.shuffle_dataset is False
 
 
 @pytest.mark.parametrize("place", ["file", "command line"])

@@ -42,7 +42,7 @@ REFUSED = {
     "num_iterations": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
     "vllm_structured_outputs_regex": "a*", "beta": 0.5, "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
     "teacher_model_name_or_path": "a/b", "teacher_model_revision": "main", "auto_find_batch_size": True,
-    "remove_unused_columns": True, "ignore_data_skip": True, "num_train_epochs": 2.0, "save_strategy": "epoch",
+    "remove_unused_columns": True, "ignore_data_skip": True, "num_train_epochs": 3.0, "save_strategy": "epoch",
     "eval_strategy": "epoch", "logging_strategy": "epoch", "train_sampling_strategy": "group_by_length",
     "dataloader_in_order": False, "dataloader_drop_last": True, "fp16": True, "bf16_full_eval": True,
     "fp16_full_eval": True, "torch_compile": True, "torch_compile_mode": "default", "torch_compile_backend": "eager",
@@ -70,6 +70,19 @@ NO_EFFECT = {
     "length_column_name": "n", "do_train": True, "do_eval": True, "do_predict": True, "local_rank": 0,
     "dataloader_pin_memory": False,
 }  # fmt: skip
+# DeepSpeed configs with sections that are taken instead of settings.
+OWN_OPTIMIZER, OWN_SCHEDULER = (
+    {
+        "deepspeed": {
+            "zero_optimization": {"stage": 2}, section: {"type": kind, "params": dict.fromkeys(names.split(), "auto")},
+            **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+        }
+    }
+    for section, kind, names in (
+        ("optimizer", "AdamW", "lr betas eps weight_decay"),
+        ("scheduler", "WarmupLR", "warmup_min_lr warmup_max_lr warmup_num_steps"),
+    )
+)  # fmt: skip
 # Settings that another one must allow: its value, and the setting without which it has no effect.
 NEEDS = {
     "eval_steps": (5, {}), "eval_delay": (2, {}), "save_steps": (7, {"save_strategy": "no"}),
@@ -81,7 +94,10 @@ NEEDS = {
     "gradient_checkpointing_kwargs": ({"use_reentrant": True}, {"gradient_checkpointing": False}),
     "adam_beta1": (0.8, {"optim": "sgd"}), "adam_beta2": (0.8, {"optim": "adafactor"}),
     "adam_epsilon": (1e-6, {"optim": "lion_8bit"}), "optim_args": ("momentum=0.9", {"optim": "lion_8bit"}),
-    "optim_target_modules": ("all-linear", {}), "weight_decay": (0.1, {"optim": "galore_adamw"}),
+    "optim_target_modules": ("all-linear", {}), "optim": ("sgd", OWN_OPTIMIZER),
+    "lr_scheduler_type": ("cosine", OWN_SCHEDULER),
+    "lr_scheduler_kwargs": ({"num_cycles": 0.4}, {"lr_scheduler_type": "cosine", **OWN_SCHEDULER}),
+    "weight_decay": (0.1, {"optim": "galore_adamw"}),
     "fsdp_config": ({"version": 2}, {}),
     "vllm_mode": ("server", {}), "vllm_model_impl": ("transformers", {}), "vllm_enable_sleep_mode": (True, {}),
     "vllm_gpu_memory_utilization": (0.5, {"use_vllm": True, "vllm_mode": "server"}), "vllm_max_model_length": (512, {}),
@@ -205,6 +221,49 @@ def test_a_setting_that_another_one_must_allow_is_warned_of_without_it(name, tmp
     assert new <= {name} | (both if name in both else set())
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw", "grokadamw"])
+def test_adam_settings_that_transformers_passes_on_to_none_are_warned_of(optim, tmp_path, caplog):
+    make_config(tmp_path, optim=optim, adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-6)
+    assert warned(caplog) == ["adam_beta1", "adam_beta2", "adam_epsilon"]
+
+
+def test_deepspeeds_own_scheduler_and_optimizer_are_not_spoken_for(tmp_path, caplog):
+    assert make_config(tmp_path, warmup_steps=3, **OWN_SCHEDULER).lr_scheduler_type == "constant"  # it warms up itself
+    assert warned(caplog) == []
+    with pytest.raises(ValueError, match=r"optimizer_moments='per_branch' .*Take 'optimizer' out"):
+        make_config(tmp_path, optimizer_moments="per_branch", **OWN_OPTIMIZER)
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "said"),
+    [
+        ("sgd", "momentun=0.9", "'momentun', which would not reach optim='sgd'. There are ['momentum'"),
+        ("sgd", "momentum=0.9, weight_decay=0.1", "'weight_decay', which .* Set weight_decay itself"),
+        ("adamw_torch_8bit", "bf16_stochastic_rounding=True", "There are ['block_size', 'bf16_stochastic_round']"),
+        ("apollo_adamw", "rank=3,update_gap=2", "'update_gap'"),
+        ("schedule_free_sgd", "momentum=0.9", "There are ['weight_lr_power', 'r']"),
+        ("rmsprop", "alpha", "has 'alpha'. Write it as name=value"),
+    ],
+)
+def test_a_part_of_optim_args_that_reaches_no_optimizer_is_refused(optim, optim_args, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(said).replace(r"\.\*", ".*")):
+        make_config(tmp_path, optim=optim, optim_args=optim_args)
+
+
+def test_the_parts_of_optim_args_are_those_that_transformers_reads(tmp_path):
+    """Of its source, for every optimizer that reads any."""
+    import transformers.trainer_optimizer as source
+
+    for name, handler in source._OPTIMIZER_HANDLERS.items():
+        pattern = r"""(?:get|pop)\("(\w+)|"(\w+)" in ctx\.optim_args|for key in \(([^)]*)\)"""
+        read = re.findall(pattern, inspect.getsource(handler))
+        names = {word for found in read for word in re.findall(r"\w+", "".join(found))} - {"weight_decay"}
+        allowed = next((keys for word, keys in rules._READS_OPTIM_ARGS.items() if word in name.value), "")
+        if allowed is not None:
+            optional = names if "bitsandbytes" in handler.__name__ and not allowed else set()
+            assert names - optional == set(allowed.split()), name
+
+
 def test_parts_of_the_accelerator_config_without_effect_are_warned_of(tmp_path, caplog):
     make_config(tmp_path, accelerator_config={"non_blocking": True, "use_seedable_sampler": False})
     assert warned(caplog) == ["accelerator_config.non_blocking", "accelerator_config.use_seedable_sampler"]
@@ -232,7 +291,7 @@ def test_defaults_given_by_hand_are_not_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize("way", ["replace", "to_dict", "yaml"])
 def test_a_copy_of_a_config_is_not_refused_and_not_warned_of(way, tmp_path, caplog):
     config = make_config(
-        tmp_path, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4, num_train_epochs=3,
+        tmp_path, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
         max_completion_length={0: 8, 4: 16}, max_steps=8, prompts_per_step=8, report_to="none", seed=7,
         accelerator_config={"dispatch_batches": False}, gradient_checkpointing_kwargs={"use_reentrant": False},
         teachers={"general": "http://host:1", "domain": "adapter_off"},
