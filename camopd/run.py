@@ -353,6 +353,15 @@ def _need_prompts(prompts: PromptArguments, args: CaMOPDConfig) -> None:
     check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
 
 
+def _warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
+    """`camopd train` evaluates by these settings alone; a script may do so by hand."""
+    if prompts.eval_prompts and args.eval_strategy == "no" and not args.eval_on_start:
+        logger.warning(
+            "eval_prompts have no effect: nothing says when they are measured. Set eval_strategy: steps and eval_steps, or "
+            "eval_on_start"
+        )
+
+
 def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     """For the error about a server that is named in no config: who named it, where that is the trouble."""
     if is_server(settings["teachers"][branch]) or not any(
@@ -411,7 +420,6 @@ def load_prompts(
         else:
             check_local(path)
             dataset = load_dataset(path, spec.get("name"), split=split)
-            dataset.data.validate(full=True)  # else a text that is not UTF-8 is found where its row is read
     except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
         known = str(error) if isinstance(error, DataError) else why_unreadable(error)
         if known is not None:
@@ -439,6 +447,14 @@ def load_prompts(
         )  # fmt: skip
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
+    if kind is None:  # a text that is not UTF-8 would be found where its row is read, without a name
+        read = (
+            dataset.column_names if column is None else [*{column, *COLUMNS, "category"} & set(dataset.column_names)]
+        )
+        try:
+            dataset.select_columns(read).data.validate(full=True)
+        except ArrowException as error:
+            raise ValueError(f"{name}, cannot be loaded: {why_unreadable(error) or error}") from error
     if column != "prompt":
 
         def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -488,6 +504,7 @@ def train(config: str, overrides: list[str]) -> None:
 
     prompts, model, args = parse(config, overrides)
     _need_prompts(prompts, args)
+    _warn_of_unused(prompts, args)
     for branch, teacher in teachers.items():
         if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
             print(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from camopd import CaMOPDConfig, cli
+from camopd import run as run_module
 from camopd.data.medical import to_prompt
 from camopd.errors import CaMOPDError
 from camopd.run import (
@@ -354,6 +355,16 @@ def test_a_hub_dataset_out_of_reach_is_an_error_in_words():  # HF_HUB_OFFLINE=1
     ) as error:
         load_prompts("nobody/nothing", "general")
     assert ".jsonl, .json, .parquet, .csv file or the name of a dataset of the Hub" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [({}, True), ({"eval_on_start": True}, False), ({"eval_strategy": "steps", "eval_steps": 2}, False)],
+)
+def test_held_out_prompts_that_nobody_measures_are_warned_of(write, settings, given, warned, caplog):
+    prompts, _, args = parse(write({**settings, "eval_prompts": {"general": "g.jsonl"}, **given}), [])
+    run_module._warn_of_unused(prompts, args)
+    assert ("eval_prompts have no effect" in caplog.text) == warned
 
 
 # --- camopd train ------------------------------------------------------------------------------------------------
