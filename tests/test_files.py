@@ -183,7 +183,7 @@ def test_of_prompt_and_messages_the_first_is_taken_and_that_is_said(tmp_path, ca
         ("p.jsonl", b"", r"empty \(0 bytes\)"), ("p.json", b"", r"empty \(0 bytes\)"), ("p.csv", b"", r"empty \(0 bytes\)"),
         ("p.parquet", b"", r"empty \(0 bytes\)"),
         ("p.jsonl", b"\n\n", "no rows"), ("p.json", b"[]", "no rows"), ("p.csv", b"prompt\n", "no rows"),
-        ("p.csv", b"\n", "no rows"), ("p.jsonl.gz", gzip.compress(b""), "no rows"),
+        ("p.csv", b"\n", "no rows"), ("p.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"),
         ("p.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"), r"not UTF-8 \(byte 0xe9\).*iconv -f LATIN1 -t UTF-8 "),
         ("p.csv", "prompt\ncaf\u00e9\n".encode("latin-1"), r"not UTF-8 \(byte 0xe9\).*iconv"),
         ("p.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "UTF-16, not UTF-8.*iconv -f UTF-16"),
