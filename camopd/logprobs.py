@@ -15,6 +15,7 @@ Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -152,7 +153,7 @@ def _completion_hidden_states(
     padding_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Hidden states that predict the completion tokens (M, H), those tokens (M,), their mask (B, T), and the model."""
-    causal_lm = model.base_model.model if is_peft_model(model) else model
+    causal_lm = _causal_lm(model)
     lengths = torch.tensor([len(ids) for ids in token_ids])
     starts = torch.tensor(list(prompt_lens))
     if int(starts.min()) < 1:
@@ -162,26 +163,155 @@ def _completion_hidden_states(
     real_BL = columns_L < lengths[:, None]
     predicted_BL = (columns_L >= starts[:, None]) & real_BL
     device = causal_lm.get_input_embeddings().weight.device
-    # `base_model` is the backbone without the lm_head. The hidden state at position t predicts token t + 1.
+    # The hidden state at position t predicts token t + 1.
     if padding_free:
         input_ids_N, predicted_N = torch.cat(rows), predicted_BL[real_BL]
         targets_M = input_ids_N[predicted_N]
-        hidden_NH = causal_lm.base_model(
+        hidden_NH = _head_input(
+            causal_lm,
             input_ids=input_ids_N[None].to(device),
             position_ids=columns_L.expand_as(real_BL)[real_BL][None].to(device),
-            use_cache=False,
-        ).last_hidden_state[0]
+        )[0]
         hidden_MH = hidden_NH[:-1][predicted_N[1:].to(hidden_NH.device)]
     else:
         input_ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
         targets_M = input_ids_BL[predicted_BL]
-        hidden_BLH = causal_lm.base_model(
-            input_ids=input_ids_BL.to(device), attention_mask=real_BL.long().to(device), use_cache=False
-        ).last_hidden_state
+        hidden_BLH = _head_input(
+            causal_lm, input_ids=input_ids_BL.to(device), attention_mask=real_BL.long().to(device)
+        )
         hidden_MH = hidden_BLH[:, :-1][predicted_BL[:, 1:].to(hidden_BLH.device)]
     num_tokens = lengths - starts
     mask_BT = torch.arange(max(1, int(num_tokens.max()))) < num_tokens[:, None]
     return hidden_MH, targets_M, mask_BT, causal_lm
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+class _HeadReachedError(Exception):
+    """Ends a model's forward where its head would begin."""
+
+
+def _head_input(causal_lm: Any, **inputs: Tensor) -> Tensor:
+    """What the model's own forward hands to its head (the output embeddings), (B, L, H): all but the last projection.
+
+    Not the output of `base_model`: some heads begin with a layer and a norm (ModernBertDecoder, BERT), some models scale
+    what they hand over (MiniCPM3), and some have no `base_model` (Llama4). The forward is stopped there, so that neither
+    (B, L, V) logits nor the head's own gather of sharded weights comes about.
+    """
+    found: list[Tensor] = []
+
+    def stop(_: Any, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0])
+        raise _HeadReachedError
+
+    head = causal_lm.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(causal_lm).__name__} has no output embeddings, whose logits could be computed.")
+    hook = head.register_forward_pre_hook(stop, prepend=True)  # before those that gather sharded weights
+    try:
+        # Not `causal_lm(...)`: where it is what DDP, FSDP or DeepSpeed wraps, its hooks are at work already.
+        causal_lm.forward(**inputs, use_cache=False)
+    except _HeadReachedError:
+        pass
+    finally:
+        hook.remove()
+    if not found or found[0].shape[:2] != inputs["input_ids"].shape:
+        raise ValueError(
+            f"the log-probs of {type(causal_lm).__name__} cannot be computed: its forward does not hand the hidden states "
+            "of all tokens to the module that it calls its output embeddings."
+        )
+    return found[0]
+
+
+def architecture(model: Any) -> str:
+    """Name of the class of a model, or of that inside a PEFT wrapper."""
+    return type(_causal_lm(model)).__name__
+
+
+def check_logps(
+    whose: str,
+    logps: Callable[[list[list[int]], list[int]], Tensor],
+    forward: Callable[..., Any],
+    model: Any,
+) -> float:
+    """Compare the log-probs of `completion_logps` with those of the model's own logits, on two short padded rows.
+
+    Not every model's logits are its head's input times the head's weights: some scale or cap them, or adapt the head, in
+    a way that is not known here, and wrappers may do anything. The second row is the beginning of the first, so that a
+    model that attends to later tokens, or to padding, is found out as well.
+
+    Args:
+        whose: the model, as errors call it.
+        logps: `(token_ids, prompt_lens) -> (B, T)`.
+        forward: the model's own, in its DDP/FSDP/DeepSpeed wrapper, called with input_ids and attention_mask.
+        model: unwrapped, for its sizes and dtype.
+
+    Returns:
+        The largest difference of a token, in nats. Raises `ValueError` where the mean is more than rounding.
+    """
+    first = [1 + (3 * place) % 11 for place in range(9)]
+    rows = [first, first[:5]]
+    input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    real = torch.arange(len(first)) < torch.tensor([[len(row)] for row in rows])
+    with torch.no_grad():
+        try:
+            device = model.get_input_embeddings().weight.device
+            ours = logps(rows, [1, 1]).float().cpu()
+        except (AttributeError, TypeError, IndexError, NotImplementedError) as error:
+            raise ValueError(
+                f"the log-probs of {whose} cannot be computed by CaMOPD ({type(error).__name__}: {error}). Use a model of "
+                "another architecture; a teacher can be served by vLLM instead."
+            ) from error
+        output = forward(
+            input_ids=input_ids.to(device), attention_mask=real.long().to(device), use_cache=False, return_dict=True
+        )
+    logits = output.logits.float().cpu()
+    if logits.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"{whose} has logits of shape {tuple(logits.shape)} for {tuple(input_ids.shape)} tokens: it puts tokens of its "
+            "own before them, as prompt tuning does, or leaves some out. Its log-probs cannot be compared with another's."
+        )
+    own = logits[:, :-1].log_softmax(dim=-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    real = real[:, 1:]
+    tolerance = logps_tolerance(model, logits[:, :-1][real], input_ids[:, 1:][real])
+    differences = (ours - own).abs()[real]
+    difference = differences.mean().item()
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the log-probs of {whose} that CaMOPD computes from the input of its head differ from those of its own logits "
+            f"by {difference:.3g} nats per token, where {tolerance:.2g} is rounding: it does something to its logits that "
+            "is not known here, and a run would be trained on numbers that are not its own. Use a model of another "
+            "architecture; a teacher can be served by vLLM instead."
+        )
+    sees_ahead = (ours[0] - ours[1]).abs()[real[1]].mean().item()
+    if not sees_ahead <= tolerance:
+        raise ValueError(
+            f"the log-probs of {whose} change by {sees_ahead:.3g} nats per token when other tokens follow: it attends to "
+            "both sides and is not a causal language model. Models made from BERT need is_decoder: true in their config, "
+            "and training with it; others cannot be used."
+        )
+    return differences.max().item()
+
+
+def logps_tolerance(model: Any, logits_MV: Tensor, targets_M: Tensor) -> float:
+    """How far two computations of one model's log-probs may lie apart on average, in nats.
+
+    A log-prob is a logit minus the log-sum-exp of all, which follows the largest ones. Either carries the rounding of the
+    head's product to the dtype computed in, of at most u times its magnitude, and that of the product's H terms and of the
+    sum's V, which are added up in float32.
+    """
+    weight = _causal_lm(model).get_output_embeddings().weight
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    unit, unit_float32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps / 2
+    if torch.get_float32_matmul_precision() != "highest" and device == "cuda":
+        unit = max(unit, 2**-11)  # TF32
+    logits = logits_MV.gather(-1, targets_M[:, None]).abs().max(), logits_MV.max(dim=-1).values.abs().max()
+    largest, size = float(max(logits)), logits_MV.size(-1)
+    num_terms = getattr(weight, "ds_shape", weight.shape)[-1]  # ZeRO-3 keeps a parameter's shape elsewhere
+    return 2 * (unit * largest + num_terms * unit_float32 * (largest + math.log(size)))
 
 
 class SampledLogps(LogitsProcessor):
@@ -264,7 +394,7 @@ def takes_packed_rows(model: Any) -> bool:
     Layers that carry a state along (linear attention, convolution, Mamba) carry it from one row into the next, and chunked
     attention counts its chunks from the very first token. See also `keeps_rows_apart`.
     """
-    causal_lm = model.base_model.model if is_peft_model(model) else model
+    causal_lm = _causal_lm(model)
     layers = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
     return (
         causal_lm._supports_attention_backend
@@ -276,20 +406,29 @@ def takes_packed_rows(model: Any) -> bool:
 def saves_padding(model: Any) -> bool:
     """Whether the model's attention implementation skips what lies between packed rows (flash, flex) instead of masking
     an (N, N) matrix (sdpa, eager)."""
-    causal_lm = model.base_model.model if is_peft_model(model) else model
+    causal_lm = _causal_lm(model)
     name = causal_lm.config.get_text_config()._attn_implementation or ""
     return "flash" in name or name == "flex_attention"
 
 
 def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Factor on the logits and their tanh soft cap, which models apply after the lm_head (Cohere, Granite, Gemma)."""
-    softcap = getattr(config, "final_logit_softcapping", None)
+    """Factor on the logits and their tanh soft cap, which models apply after the lm_head (Cohere, Granite, Gemma).
+
+    What they do before it is done already, see `_head_input`. `check_logps` finds those that are not known here.
+    """
+    softcap = None
+    for name in (
+        "final_logit_softcapping",
+        "logits_soft_cap",
+        "output_logit_soft_cap",
+    ):  # Gemma, RecurrentGemma, xLSTM
+        softcap = softcap or getattr(config, name, None)
     # One meaning, four names: https://github.com/huggingface/trl/blob/v1.16.0/trl/trainer/distillation_trainer.py
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         factor = getattr(config, name, None)
         if factor is not None:
             return float(factor), softcap
     divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
+    if divisor is None or config.model_type == "minicpm3":  # which divides what goes into the lm_head
         return 1.0, softcap
     return (float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)), softcap

@@ -49,6 +49,8 @@ from .hub import CheckpointPushes, hub_errors, is_hub_id, public_name, why_not
 from .learning_rate import check_passed
 from .logprobs import (
     SampledLogps,
+    architecture,
+    check_logps,
     completion_logps,
     completion_top_k,
     in_length_sorted_batches,
@@ -77,7 +79,7 @@ from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_
 from .teachers.address import ADAPTER_TEACHERS, has_adapter
 from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
-from .teachers.local import context_length
+from .teachers.local import LocalTeacher, context_length
 from .teachers.resolve import resolve_teachers
 from .teachers.server import ServerTeacher, connect_servers
 from .tokens import check_known, embedding_size, head_size, need_end, unended_turn
@@ -293,7 +295,7 @@ class CaMOPDTrainer(DistillationTrainer):
         if unended:
             logger.warning(unended)
         self._padding_free = padding_free_for(student, args.padding_free)
-        self._packing_probed = not self._padding_free
+        self._probed = False
         if self._padding_free and not saves_padding(student):
             logger.warning(
                 "padding_free=True with attn_implementation=%r masks a square of all tokens of a micro-batch, which costs "
@@ -555,6 +557,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def _roll_out(self, rows: list[dict[str, Any]], max_tokens: int) -> Rollouts:
         """Generate one completion per row, by the parent."""
+        self._probe_models()
         self._limit_completions(max_tokens)
         self._rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
         output = super()._generate_and_score_completions([{"prompt": row["prompt"]} for row in self._rows])
@@ -601,21 +604,29 @@ class CaMOPDTrainer(DistillationTrainer):
                 self._tokenizer.pad_token_id, with_entropy, self._padding_free,
             )  # fmt: skip
 
-    def _probe_packing(self) -> None:
-        """See once, on the wrapped student, that rows without padding do not see each other."""
-        if self._packing_probed:
+    def _probe_models(self) -> None:
+        """See once, before the first rollout, that the log-probs of the student and of teachers in the process are those of
+        their own logits, and that rows without padding do not see each other."""
+        if self._probed:
             return
-        self._packing_probed = True
+        self._probed = True
 
-        def forward(token_ids: list[list[int]], prompt_lens: list[int], padding_free: bool) -> Tensor:
+        def forward(token_ids: list[list[int]], prompt_lens: list[int], padding_free: bool = False) -> Tensor:
             self._padding_free = padding_free
             return self._student_forward(token_ids, prompt_lens)[0]
 
+        packed, student = self._padding_free, self.accelerator.unwrap_model(self.model_wrapped)
         training = self.model.training
         self.model.eval()
-        keeps_apart = keeps_rows_apart(forward)
+        with self.accelerator.autocast():
+            check_logps(f"the student ({architecture(student)})", forward, self.model_wrapped, student)
+        if packed:
+            packed = settle_padding_free(keeps_rows_apart(forward), self.args.padding_free, "the student")
+        self._padding_free = packed
         self.model.train(training)
-        self._padding_free = settle_padding_free(keeps_apart, self.args.padding_free, "the student")
+        for teacher in self.teachers.values():
+            if isinstance(teacher, LocalTeacher):
+                teacher.probe()
 
     def _student_top_k(self, token_ids: list[list[int]], prompt_lens: list[int]) -> tuple[Tensor, Tensor]:
         """`completion_top_k` of the student, inside the DDP/FSDP/DeepSpeed wrapper's forward."""
@@ -639,7 +650,7 @@ class CaMOPDTrainer(DistillationTrainer):
         Raises `CaMOPDError` when a log-prob is missing or not finite, and `TeacherError`, on every rank, when a teacher
         outside has failed one of them.
         """
-        self._probe_packing()
+        self._probe_models()
         size = len(rollouts)
         rollouts.teacher_logps, rollouts.student_logps = ([torch.zeros(0)] * size for _ in range(2))
         rollouts.entropy = [torch.full(mask.shape, math.nan) for mask in rollouts.mask]
@@ -734,7 +745,7 @@ class CaMOPDTrainer(DistillationTrainer):
         servers = {b: teacher for b, teacher in self.teachers.items() if isinstance(teacher, ServerTeacher)}
         if not servers:
             return
-        self._probe_packing()
+        self._probe_models()
         max_tokens = self.args.max_prompt_length + self.args.longest_completion
         probe = Probe.of(self._tokenizer, max_tokens, self.eos_token_ids)
         training = self.model.training

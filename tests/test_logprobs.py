@@ -8,7 +8,7 @@ import torch
 from conftest import LOGP, make_model, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -34,10 +34,13 @@ from camopd import logprobs
 from camopd.exchange import score_batches
 from camopd.logprobs import (
     SampledLogps,
+    _head_input,
+    check_logps,
     completion_logps,
     completion_top_k,
     in_length_sorted_batches,
     keeps_rows_apart,
+    logps_tolerance,
     padding_free_for,
     settle_padding_free,
     takes_packed_rows,
@@ -587,3 +590,103 @@ def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batc
     assert [values.tolist() for values, _ in found] == [
         ids[start:] for ids, (start, _) in zip(token_ids, rows, strict=True)
     ]
+
+
+# --- are they those of the model's own logits? ---
+
+ROWS, STARTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]], [2, 1]
+
+
+def check(model, forward=None):
+    return check_logps("it", lambda ids, lens: completion_logps(model, ids, lens, 0)[0], forward or model, model)
+
+
+@pytest.mark.parametrize(
+    "bend",
+    [lambda logits: 1.1 * logits, lambda logits: 3 * torch.tanh(logits / 3), lambda logits: logits.roll(1, dims=-1)],
+    ids=["scaled", "capped", "shifted"],
+)
+def test_a_model_that_does_something_unknown_to_its_logits_is_refused(bend):
+    model = make_model(0)
+
+    def own(**inputs):
+        output = model(**inputs)
+        output.logits = bend(output.logits)
+        return output
+
+    largest = check(model)
+    assert largest < 1e-5
+    with pytest.raises(ValueError, match=r"of it that CaMOPD computes .* differ .* by \d.* served by vLLM"):
+        check(model, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_tolerance_follows_the_dtype_and_a_difference_above_it_is_refused(dtype):
+    model = make_model(0).to(dtype)
+    seen = []
+
+    def own(shift):
+        def forward(**inputs):
+            output = model(**inputs)
+            seen.append(logps_tolerance(model, output.logits[0].float(), inputs["input_ids"][0]))
+            output.logits = output.logits.float() + shift * (torch.arange(output.logits.size(-1)) % 2)
+            return output
+
+        return forward
+
+    check(model, own(0.0))
+    unit = 2**-24 if dtype == torch.float32 else 2**-9 * 2  # bfloat16 keeps eight bits
+    assert seen[-1] / unit < 32 * 2 * 20
+    check(model, own(seen[-1] / 10))
+    with pytest.raises(ValueError, match="differ"):
+        check(model, own(seen[-1] * 10))
+
+
+def test_a_config_that_asks_for_hidden_states_changes_nothing_and_one_for_tuples_is_refused():
+    model = make_model(0)
+    plain = completion_logps(model, ROWS, STARTS, 0)[0]
+    model.config.output_hidden_states = True
+    assert torch.equal(completion_logps(model, ROWS, STARTS, 0)[0], plain)
+    check(model)
+    model.config.return_dict = False  # transformers' own forward of Llama stops at it
+    with pytest.raises(ValueError, match=r"cannot be computed by CaMOPD .*'tuple' object"):
+        check(model)
+
+
+def test_a_head_of_the_adapters_own_is_that_of_the_adapter_or_of_the_base():
+    model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn(weight.shape)
+    check(model)
+    with model.disable_adapter():
+        check(model)
+        off = completion_logps(model, ROWS, STARTS, 0)[0]
+    torch.testing.assert_close(off, completion_logps(make_model(0), ROWS, STARTS, 0)[0], rtol=0, atol=1e-5)
+
+
+def test_lora_on_the_head_and_prompt_tuning_are_refused():
+    """The student's are refused by TRL; a teacher may come with them."""
+    model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="differ from those of its own logits by"):
+        check(model)
+    model = get_peft_model(make_model(0), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="tokens of its own before them"):
+        check(model)
+
+
+def test_the_forward_ends_where_the_head_begins():
+    model = make_model(0)
+    model.lm_head.forward = None  # would be called
+    ids = torch.tensor([ROWS[0]])
+    found = _head_input(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+    torch.testing.assert_close(found, model.model(ids).last_hidden_state)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_head_that_is_not_called_is_said():
+    model = make_model(0)
+    model.forward = lambda **inputs: model.model(inputs["input_ids"])
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be computed: its forward does not hand"):
+        completion_logps(model, ROWS, STARTS, 0)

@@ -1127,3 +1127,22 @@ def test_a_far_teacher_is_warned_of_once_and_a_near_one_not(tmp_path, tokenizer,
     (text,) = warned  # five steps visit "general" four times; the domain's teacher is the student itself
     assert text.startswith("teacher 'general', initial KL: ")
     assert "above 0.1" in text
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_model_whose_logits_are_not_what_is_computed_is_refused_before_the_first_rollout(tmp_path, tokenizer, whose):
+    bent = make_model(2)
+    forward = bent.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+    bent.forward = scaled
+    changes = {"model": bent} if whose == "student" else {"teachers": {"general": bent, "domain": make_model(1)}}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, **changes)
+    trainer._generate_single_turn = lambda *args: pytest.fail("generated")
+    with pytest.raises(ValueError, match=rf"{whose} .*\(LlamaForCausalLM\) that CaMOPD computes .* by \d.* nats"):
+        trainer.train()
+    assert not (tmp_path / "metrics.jsonl").exists()

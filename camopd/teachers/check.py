@@ -519,7 +519,7 @@ def _check_with_student(
     from transformers import AutoModelForCausalLM
 
     from ..generation import neutral_generation
-    from ..logprobs import completion_logps
+    from ..logprobs import architecture, check_logps, completion_logps
 
     if not servers:
         return []
@@ -532,6 +532,16 @@ def _check_with_student(
             "CUDA_VISIBLE_DEVICES to a free GPU, or to nothing for the CPU."
         ) from None
     pad = int(tokenizer.eos_token_id)
+
+    try:
+        check_logps(
+            f"the student ({architecture(model)})",
+            lambda ids, lens: completion_logps(model, ids, lens, pad)[0],
+            model,
+            model,
+        )
+    except ValueError as error:
+        return [Finding("student", "log-probs", "error", str(error))]
 
     def own_logps(probe: Probe) -> list[Tensor]:
         with torch.no_grad():

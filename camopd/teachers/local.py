@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from ..logprobs import (
+    architecture,
+    check_logps,
     completion_logps,
     completion_top_k,
     in_length_sorted_batches,
@@ -53,7 +55,7 @@ class LocalTeacher:
         """
         self.wanted = padding_free
         self.padding_free = padding_free_for(model, padding_free)
-        self.probed = not self.padding_free
+        self.probed = False
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.device = torch.device(device)
@@ -65,10 +67,8 @@ class LocalTeacher:
 
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
         """See [`Teacher.score`]."""
-        if self.rests_on_cpu:
-            self.model.to(self.device)
-        try:
-            self._probe_packing()
+        self.probe()
+        with self._on_device():
             return score_with(
                 lambda ids, lens: completion_logps(
                     self.model, ids, lens, pad_token_id=0, padding_free=self.padding_free
@@ -81,22 +81,32 @@ class LocalTeacher:
                 self.padding_free,
                 self.autocast,
             )
-        finally:
-            if self.rests_on_cpu:
-                self.model.to("cpu")
 
-    def _probe_packing(self) -> None:
-        """See once, where the teacher scores, that rows without padding do not see each other."""
+    def probe(self) -> None:
+        """See once, where the teacher scores, that its log-probs are those of its own logits, and that rows without padding
+        do not see each other. Raises `ValueError` otherwise."""
         if self.probed:
             return
         self.probed = True
-        with self.autocast():
-            keeps_apart = keeps_rows_apart(
-                lambda ids, lens, padding_free: completion_logps(self.model, ids, lens, 0, padding_free=padding_free)[
-                    0
-                ]
-            )
-        self.padding_free = settle_padding_free(keeps_apart, self.wanted, f"teacher {self.name}")
+
+        def forward(ids: list[list[int]], lens: list[int], padding_free: bool = False) -> Tensor:
+            return completion_logps(self.model, ids, lens, 0, padding_free=padding_free)[0]
+
+        with self._on_device(), self.autocast():
+            check_logps(f"teacher {self.name} ({architecture(self.model)})", forward, self.model, self.model)
+            if self.padding_free:
+                keeps_apart = keeps_rows_apart(forward)
+                self.padding_free = settle_padding_free(keeps_apart, self.wanted, f"teacher {self.name}")
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if self.rests_on_cpu:
+            self.model.to(self.device)
+        try:
+            yield
+        finally:
+            if self.rests_on_cpu:
+                self.model.to("cpu")
 
 
 def score_with(

@@ -1,0 +1,52 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import architectures  # noqa: E402
+
+
+# Each with the reason that its refusal gives.
+REFUSED = {
+    "CpmAntForCausalLM": "attends to both sides",
+    "MusicgenForCausalLM": "cannot be computed",  # four heads for the codes of sound
+    "MusicgenMelodyForCausalLM": "cannot be computed",
+    "ProphetNetForCausalLM": "does not hand the hidden states of all tokens",  # it predicts several tokens at once
+    "XLMWithLMHeadModel": "attends to both sides",
+    "XLNetLMHeadModel": "attends to both sides",
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    return list(architectures.sweep())
+
+
+def test_every_causal_architecture_is_right_or_refused(verdicts):
+    """All of the installed transformers; one that a new version brings is tried, too."""
+    odd = {name: (word, reason) for name, word, _, reason in verdicts if word not in ("right", "refused", "not tried")}
+    assert not odd, "mend the log-probs, or say in benchmarks/architectures.py how a tiny one is built"
+    refused = {name: reason for name, word, _, reason in verdicts if word == "refused"}
+    assert set(refused) == set(REFUSED)
+    for name, reason in REFUSED.items():
+        assert reason in refused[name]
+    assert len(verdicts) >= 181
+
+
+def test_the_documentation_says_what_the_sweep_finds(verdicts):
+    rows = {}
+    for line in (ROOT / "docs" / "architectures.md").read_text().splitlines():
+        name, word, *_ = (cell.strip() for cell in [*line.strip("|").split("|"), ""])
+        if word in ("right", "refused", "not tried"):
+            rows[name] = word
+    assert rows == {verdict.architecture: verdict.word for verdict in verdicts}
+
+
+def test_a_model_made_from_bert_is_refused_where_it_attends_to_both_sides():
+    verdict = architectures.judge(architectures.tiny_model("BertLMHeadModel", {"is_decoder": False}))
+    assert verdict.word == "refused"
+    assert "is_decoder: true" in verdict.reason
