@@ -64,7 +64,8 @@ def check_masters(student: Any, args: Any, accelerator: Any, optimizer: Optimize
         f"{numbers / 1e6:.3g} million trainable weights of the student ({next(iter(low))!r} is the first) are "
         f"{' and '.join(dtypes)}"
     )
-    if optimizer is not None and type(optimizer).__module__.split(".")[0] not in ROUNDS_TO_NEAREST:
+    # Of a class derived from one of theirs, whose `step` is inherited or its own.
+    if optimizer is not None and str(type(optimizer).step.__module__).split(".")[0] not in ROUNDS_TO_NEAREST:
         logger.warning(
             "%s. If %s keeps no float32 copy of them and rounds to the nearest, they do not learn at learning rates like "
             "%g: look at update/changed_share in metrics.jsonl, which is near 1 in a float32 run.",

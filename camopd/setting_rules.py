@@ -258,7 +258,7 @@ def refuse(args: CaMOPDConfig) -> None:
             value = _value(args, name)
             if value not in allowed and value is not _ABSENT:
                 raise ValueError(
-                    f"{name}={_shown(value)} cannot be used with CaMOPD: {reason}. Leave it at {allowed[0]!r}."
+                    f"{name}={_shown(value)} cannot be used with CaMOPD: {reason}. Leave it out, or at {allowed[0]!r}."
                 )
     written = _value(args, "accelerator_config.gradient_accumulation_kwargs", absent=None) or {}
     if written.get("num_steps") == 1:  # by the trainer of a config that is copied

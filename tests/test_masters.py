@@ -162,8 +162,15 @@ def test_an_optimizer_that_was_passed_is_judged_by_what_it_steps(tmp_path, caplo
     check_masters(student, args, launcher(), _AdamW(student.parameters(), bf16_stochastic_round=True))
     assert not caplog.records
 
-    class Unknown(torch.optim.SGD):
+    class Renamed(torch.optim.SGD):
         pass
+
+    with pytest.raises(ValueError, match="and Renamed would step them"):
+        check_masters(student, args, launcher(), Renamed(student.parameters(), lr=1.0))
+
+    class Unknown(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
 
     check_masters(student, args, launcher(), Unknown(student.parameters(), lr=1.0))
     assert "If Unknown keeps no float32 copy" in caplog.text and "update/changed_share" in caplog.text
