@@ -124,8 +124,8 @@ class Trained:
             )
             raise CaMOPDError(
                 f"of {len(self.kept)} kept samples with {sum(self.kept.values())} tokens, {len(rows)} samples with "
-                f"{sum(tokens for _, tokens in rows)} tokens have gone through the loss: {wrong}. The weights of this step "
-                f"are not updated. {_REPORT}"
+                f"{sum(tokens for _, tokens in rows)} tokens have gone through the loss: {wrong}. The run ends here; its "
+                f"last checkpoint is from before that. {_REPORT}"
             )
 
 

@@ -245,8 +245,8 @@ def check_prompts(dataset: Any, branch: str) -> None:
             )
         if isinstance(dataset, Dataset):
             goes_on = 0
-            for index, row in enumerate(what_the_model_sees(dataset)):
-                prompt = named(read_row, {**row, "row": row_name(branch, index, dataset)})["prompt"]
+            for row in rows_to_check(branch, dataset):
+                prompt = named(read_row, row)["prompt"]
                 goes_on += not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
             if goes_on:
                 logger.warning(
@@ -262,6 +262,13 @@ def check_prompts(dataset: Any, branch: str) -> None:
 def what_the_model_sees(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The dataset with the columns alone that say what the model is to see."""
     return dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+
+
+def rows_to_check(branch: str, dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """What the model sees of each row, and what an error calls the row. New columns (`mark`) would copy a dataset that was
+    shuffled or selected."""
+    for index, row in enumerate(what_the_model_sees(dataset)):
+        yield {**row, "row": row_name(branch, index, dataset)}
 
 
 def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | list[dict[str, Any]]:

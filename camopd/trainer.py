@@ -72,14 +72,14 @@ from .objective import distillation_loss, gap_scores, importance_weights, select
 from .optimizer import BranchAdamW, local, update_products
 from .precision import forward_dtype, keep_outputs_whole
 from .processes import let_threads_rest
-from .prompts import PromptDealer, PromptStream, fingerprint, held_out, mark, named
+from .prompts import PromptDealer, PromptStream, fingerprint, held_out, named, rows_to_check
 from .rollouts import Rollouts
 from .schedule import Schedule
 from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
 from .teachers.address import ADAPTER_TEACHERS, has_adapter
 from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
-from .teachers.local import LocalTeacher, context_length
+from .teachers.local import LocalTeacher, context_length, shares_weights
 from .teachers.resolve import resolve_teachers
 from .teachers.server import ServerTeacher, connect_servers
 from .tokens import check_known, embedding_size, head_size, need_end, unended_turn
@@ -288,7 +288,7 @@ class CaMOPDTrainer(DistillationTrainer):
         student = self.accelerator.unwrap_model(self.model)
         self._head_size, self._known_tokens = head_size(student), embedding_size(student)
         known = {branch: stream.dataset for branch, stream in streams.items() if isinstance(stream.dataset, Dataset)}
-        self._check_messages([mark(dataset, branch) for branch, dataset in known.items()])
+        self._check_messages(itertools.starmap(rows_to_check, known.items()))
         self._check_messages((held or {}).values())
         self._check_prompt_lengths(streams)
         unended = unended_turn(self._tokenizer, self.eos_token_ids)
@@ -394,10 +394,11 @@ class CaMOPDTrainer(DistillationTrainer):
             )
         self._check_branches(given, "teachers", "teacher")
         for branch, teacher in given.items():
-            if teacher is model and not isinstance(model, str):
+            if shares_weights(teacher, model):
                 raise ValueError(
-                    f"the teacher of branch {branch!r} is the student object itself and would change as it trains. Pass "
-                    "the path it was loaded from, a copy.deepcopy of it, or 'adapter_off' if it has an adapter."
+                    f"the teacher of branch {branch!r} is the student object itself, or has weights of it, and would "
+                    "change as it trains. Pass the path it was loaded from, a copy.deepcopy of it, or 'adapter_off' if it "
+                    "has an adapter: PEFT puts that into the very model that it is given."
                 )
             if not (isinstance(teacher, str) and teacher in ADAPTER_TEACHERS):
                 continue
@@ -452,7 +453,7 @@ class CaMOPDTrainer(DistillationTrainer):
     # ---------------------------------------------------------------------------------------------------- rollout
 
     def _check_messages(self, datasets: Iterable[Any]) -> None:
-        """Raise `ValueError` for messages of marked prompts that the chat template cannot take."""
+        """Raise `ValueError` for messages of prompts, with their names, that the chat template cannot take."""
         for row in itertools.chain.from_iterable(datasets):
             row = named(read_row, row)
             if not isinstance(row["prompt"], str):
@@ -1081,7 +1082,8 @@ class CaMOPDTrainer(DistillationTrainer):
     def _end_step(self) -> None:
         """Close the step's metrics: the loss is the mean over ranks, as the parent logs it.
 
-        Raises `CaMOPDError`, before the weights are updated, unless the kept samples are what was trained.
+        Raises `CaMOPDError` unless the kept samples are what was trained; the weights are updated after it, or, by
+        DeepSpeed, have just been.
         """
         record = self._step_metrics
         busy = {branch: record.get(f"time/teacher_{branch}", 0.0) for branch in self.teachers}
@@ -1414,7 +1416,8 @@ class CaMOPDTrainer(DistillationTrainer):
                     f"there is no checkpoint in {self.args.output_dir!r} to go on from. Start without "
                     "resume_from_checkpoint, or give the checkpoint's own folder."
                 )
-        elif isinstance(checkpoint, str) and is_hub_id(checkpoint):
+        elif isinstance(checkpoint, str) and all(gather_object([is_hub_id(checkpoint)])):
+            # Of all machines: where one has such a folder and another lacks it, the other would wait in the fetch.
             checkpoint = self._fetch_checkpoint(checkpoint)
         if checkpoint:
             self._check_record(Path(str(checkpoint)))

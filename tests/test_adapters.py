@@ -220,6 +220,20 @@ def test_adapter_start_of_replicated_layers(tmp_path):
     torch.testing.assert_close(teacher_logps(student, "adapter_start"), start, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cast", ["base", "whole"])
+def test_adapter_start_of_a_student_in_bfloat16(cast, tmp_path):
+    """DeepSpeed and FSDP2 take one that was cast whole, adapter and all: they keep masters."""
+    get_peft_model(make_base(), lora(init_lora_weights=False)).save_pretrained(tmp_path)
+    base = make_base().to(torch.bfloat16) if cast == "base" else make_base()
+    student = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    if cast == "whole":
+        student.to(torch.bfloat16)
+    keep_start_adapter(student)
+    dtypes = {name.replace(".start.", ".default."): weight.dtype for name, weight in student.named_parameters()}
+    assert dtypes == {name: weight.dtype for name, weight in student.named_parameters() if ".start." not in name}
+    torch.testing.assert_close(teacher_logps(student, "adapter_start"), logps(student), rtol=0, atol=0)
+
+
 def test_a_copy_that_is_not_exact_is_refused():
     student = get_peft_model(make_base(), lora(kasa_config=KasaConfig()))
     train(student)

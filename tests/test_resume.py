@@ -115,6 +115,16 @@ def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(undisturbed, tmp_path
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_that_another_machine_has_is_not_sought_on_the_hub(tmp_path, tokenizer, monkeypatch):
+    """That machine would not come to the fetch, where this one waits for all."""
+    asked = []
+    monkeypatch.setattr("camopd.trainer.gather_object", lambda mine: asked.append(mine) or [*mine, False])
+    monkeypatch.setattr("camopd.trainer.snapshot_download", None)
+    with pytest.raises(ResumeError, match=r"'run/checkpoint-3' has no camopd.json"):
+        make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint="run/checkpoint-3")
+    assert asked == [[True]]
+
+
 def test_resume_without_any_checkpoint_says_so(tmp_path, tokenizer):
     with pytest.raises(ResumeError, match=r"there is no checkpoint in .* Start without"):
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)

@@ -293,6 +293,18 @@ def test_the_order_of_the_branches_is_kept(resolve, server):
     assert list(resolve({"own": CountingTeacher(), "general": server.url})) == ["own", "general"]
 
 
+def test_a_loaded_model_with_an_adapter_is_a_teacher(resolve, model_factory):
+    def with_adapter():
+        torch.manual_seed(0)
+        return get_peft_model(model_factory(2), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+    found = resolve({"general": with_adapter()})["general"].score(TOKEN_IDS, PROMPT_LENS)
+    merged = LocalTeacher(with_adapter().merge_and_unload(), "merged", "cpu", batch_size=2)
+    plain = LocalTeacher(model_factory(2), "plain", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
+    assert_same_scores(found, merged.score(TOKEN_IDS, PROMPT_LENS))
+    assert (found[0].logps - plain[0].logps).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("spec", [None, 7, [], ["http://host:1", "model"], object(), {"url": "http://host:1"}])
 def test_anything_else_is_refused_with_the_forms_there_are(resolve, spec):
     with pytest.raises(

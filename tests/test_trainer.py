@@ -221,7 +221,7 @@ def test_a_sample_that_would_not_be_trained_stops_the_run_before_the_update(tmp_
             r"2 micro-batches do not fit into the 1 micro-steps",
         ),
         (lambda lengths, *_: [[[0, 1, 2]]], lost),
-        (lambda lengths, *_: [[[0, 1, 2, 3, 3]]], r"1 trained more than once .*not updated"),
+        (lambda lengths, *_: [[[0, 1, 2, 3, 3]]], r"1 trained more than once .*last checkpoint is from before"),
     ):
         monkeypatch.setattr("camopd.trainer.plan", plan)
         with pytest.raises(CaMOPDError, match=message):
@@ -989,10 +989,23 @@ def test_bad_input_is_refused_before_any_model_is_loaded(kwargs, error, message,
         make_trainer(tmp_path, tokenizer, **kwargs)
 
 
-def test_the_student_object_cannot_be_its_own_teacher(tmp_path, tokenizer):
+@pytest.mark.parametrize("how", ["the object", "shallow copy", "under its adapter"])
+def test_a_teacher_with_weights_of_the_student_is_refused(how, tmp_path, tokenizer):
     model = make_model(1)
-    with pytest.raises(ValueError, match=r"teacher of branch 'domain' is the student object itself"):
-        make_trainer(tmp_path, tokenizer, model=model, teachers={"general": make_model(2), "domain": model})
+    teacher = copy.copy(model) if how == "shallow copy" else model
+    student = model
+    if how == "under its adapter":  # PEFT puts the adapter into the very object
+        student = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    message = r"teacher of branch 'domain' is the student object itself, or has weights of it.*'adapter_off'"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, model=student, teachers={"general": make_model(2), "domain": teacher})
+
+
+def test_prompts_that_were_shuffled_or_selected_are_not_copied(tmp_path, tokenizer, monkeypatch):
+    """On every process, and into a cache that may not be writable."""
+    data = {branch: make_prompts(branch).shuffle(seed=1).select(range(4)) for branch in ("general", "domain")}
+    monkeypatch.setattr("datasets.Dataset.flatten_indices", None)
+    make_trainer(tmp_path, tokenizer, train_dataset=data)
 
 
 def test_a_prompt_with_an_image_is_refused(tmp_path, tokenizer):

@@ -167,9 +167,6 @@ def trained_base_weights(model: Any) -> list[str]:
     return list(of_base(model.get_base_model(), ""))
 
 
-START = "start"  # name of the frozen copy of the student's adapter
-
-
 class AdapterTeacher:
     """The student with another adapter, or none: its weights are there already.
 
@@ -269,7 +266,9 @@ def keep_start_adapter(student: Any) -> None:
     for name, value in _WITHOUT_SURGERY.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    student.add_adapter(START, config)
+    # PEFT makes the weights of adapters float32 unless told otherwise; those of a model that was cast whole are not.
+    is_float32 = any(weight.requires_grad and weight.dtype == torch.float32 for weight in student.parameters())
+    student.add_adapter(START, config, **({} if is_float32 else {"autocast_adapter_dtype": False}))
     weights = get_peft_model_state_dict(student, adapter_name="default")
     set_peft_model_state_dict(student, weights, adapter_name=START)
     if not probes:

@@ -149,6 +149,14 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
             hf_deepspeed.set_hf_deepspeed_config(zero_config)
 
 
+def shares_weights(teacher: Any, student: Any) -> bool:
+    """Whether a loaded teacher is the student object, or holds any of its weights."""
+    if not isinstance(teacher, torch.nn.Module) or not isinstance(student, torch.nn.Module):
+        return False
+    own = {id(parameter) for parameter in student.parameters()}
+    return any(id(parameter) in own for parameter in teacher.parameters())
+
+
 def guess_meaning(model_id: str) -> str:
     """What a mistyped teacher may have been meant to be."""
     if model_id.replace("-", "_").lower() == "adapter_off":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
@@ -75,7 +76,7 @@ def resolve_teachers(
             template = compare_templates(branch, spec, tokenizer, theirs)
             raise_errors([template] if template else [], logger.warning)
             teacher = LocalTeacher(model, spec, device, batch_size, autocast, padding_free)
-        elif isinstance(spec, PreTrainedModel):
+        elif isinstance(spec, PreTrainedModel) or (isinstance(spec, torch.nn.Module) and is_peft_model(spec)):
             _check_fits(spec, student, max_tokens, branch)
             teacher = LocalTeacher(
                 spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast, padding_free
@@ -84,8 +85,8 @@ def resolve_teachers(
             teacher = spec
         else:
             raise TypeError(
-                f"the teacher of branch {branch!r} is {spec!r} ({type(spec).__name__}). It must be the URL of a vLLM "
-                "server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', 'adapter_start', or an "
+                f"the teacher of branch {branch!r} is {repr(spec)[:200]} ({type(spec).__name__}). It must be the URL of a "
+                "vLLM server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', 'adapter_start', or an "
                 "object with a `name` and a `score` method (camopd.Teacher)."
             )
         if isinstance(teacher, LocalTeacher):
