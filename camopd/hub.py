@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"hf_\w+")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def is_hub_id(name: str) -> bool:
@@ -22,9 +23,16 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """What others may see of a model's name: all of an id of the Hub, the last part of a path."""
+    """What others may see of a model's name: all of an id of the Hub, the last part of a path.
+
+    With the name of its run where that is a checkpoint: those of two runs are two models.
+    """
     which, colon, of = name.rpartition(":")
-    return f"{which}{colon}{of if is_hub_id(of) else Path(of).name}"
+    if is_hub_id(of):
+        return name
+    path = Path(of)
+    run = path.parent.name if _CHECKPOINT.fullmatch(path.name) else ""
+    return f"{which}{colon}{path.name}{run and f' ({run})'}"
 
 
 def why_not(error: BaseException, repo: str, kind: str = "dataset") -> str:

@@ -14,6 +14,7 @@ from transformers.utils import PushInProgress
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import TeacherError
+from camopd.hub import public_name
 from camopd.teachers.local import LocalTeacher
 
 
@@ -143,3 +144,19 @@ def test_the_checkpoint_of_a_teacher_that_failed_gets_there_with_its_rollouts(tr
 
 def rollouts_in(tmp_path):
     return [path.name for path in (tmp_path / "run" / "checkpoint-2").glob("rollouts-*")]
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("owner/model", "owner/model"),
+        ("/home/me/model", "model"),
+        ("/home/me/runs/general/checkpoint-120", "checkpoint-120 (general)"),
+        ("/home/me/runs/medical/checkpoint-120/", "checkpoint-120 (medical)"),
+        ("adapter_off:/home/me/runs/medical/checkpoint-9", "adapter_off:checkpoint-9 (medical)"),
+        ("checkpoint-9", "checkpoint-9"),
+    ],
+)
+def test_checkpoints_of_two_runs_have_two_names(name, public):
+    """A run that goes on with the other one as its teacher would do so in silence."""
+    assert public_name(name) == public
