@@ -92,9 +92,7 @@ def update_products(optimizer: Optimizer) -> Tensor | None:
                 continue
             if not (first.is_floating_point() and second.is_floating_point()) or "betas" not in group:
                 return None
-            if (
-                not type(local(first)) is type(local(second)) is Tensor
-            ):  # torchao's 8 bits, which say they are bfloat16
+            if {type(local(first)), type(local(second))} != {Tensor}:  # 8-bit ones of torchao say they are bfloat16
                 return None
             if first.shape != param.grad.shape or second.shape != param.grad.shape:  # low-rank moments
                 return None
