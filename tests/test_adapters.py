@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from camopd.logprobs import completion_logps
+from camopd.logprobs import completion_logps, in_length_sorted_batches
 from camopd.teachers import adapters
 from camopd.teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, trained_base_weights
 
@@ -41,14 +41,20 @@ def lora(**settings) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": TARGETS, **settings})
 
 
+BATCH_SIZE = 8
+
+
 def logps(model) -> torch.Tensor:
+    """In the batches of a teacher: a row beside others, or padded to another length, may round otherwise."""
     model.eval()
-    with torch.no_grad():
-        return completion_logps(model, TOKEN_IDS, PROMPT_LENS, pad_token_id=0)[0]
+    rows = in_length_sorted_batches(
+        lambda ids, lens: completion_logps(model, ids, lens, pad_token_id=0)[:1], TOKEN_IDS, PROMPT_LENS, BATCH_SIZE
+    )
+    return torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
 
 
 def teacher_logps(student, which) -> torch.Tensor:
-    teacher = AdapterTeacher(student, which, lambda ids, lens: completion_logps(student, ids, lens, 0), batch_size=8)
+    teacher = AdapterTeacher(student, which, lambda ids, lens: completion_logps(student, ids, lens, 0), BATCH_SIZE)
     rows = [score.logps for score in teacher.score(TOKEN_IDS, PROMPT_LENS)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
