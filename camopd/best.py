@@ -83,6 +83,7 @@ def check_metric(
                 "itself)."
             )
         return
+    _check_saves(args)
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
     if not any(name == f"eval_{branch}_{kind}" for branch in held_out for kind in GREATER_IS_BETTER):
         raise ValueError(
@@ -99,6 +100,20 @@ def check_metric(
         logger.warning(
             "metric_for_best_model=%r is never looked at: eval_strategy is 'no'. Set eval_strategy: steps and eval_steps",
             metric,
+        )
+
+
+def _check_saves(args: Any) -> None:
+    """Raise `ValueError` where the best of the evaluated models need not be among the saved ones.
+
+    transformers then loads an older one, or none, and does not say so.
+    """
+    evaluated, saved = (getattr(kind, "value", kind) for kind in (args.eval_strategy, args.save_strategy))
+    if args.load_best_model_at_end and evaluated == saved == "steps" and args.eval_steps != args.save_steps:
+        raise ValueError(
+            f"load_best_model_at_end=True with eval_steps={args.eval_steps:g} and save_steps={args.save_steps:g}: the model "
+            "of an evaluation that is not saved cannot be loaded at the end, were it the best one. Set save_steps to "
+            f"{args.eval_steps:g}, or save_strategy to 'best'."
         )
 
 

@@ -101,8 +101,8 @@ def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]
             lines += ["", "The run did not measure before its first step; `eval_on_start: true` does."]
         return [*lines, ""]
     lines += [
-        "Mean of student's minus teacher's log-prob over the tokens of a training step, in nats; the run had no held-out "
-        "prompts (`eval_prompts`), so the two steps have different ones.",
+        "Mean of student's minus teacher's log-prob over the tokens of a training step, in nats; no held-out prompts "
+        "(`eval_prompts`) were measured, so the two steps have different ones.",
         "",
         "| branch | first step | last step |",
         "|---|---|---|",

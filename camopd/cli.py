@@ -38,9 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     # transformers imports torchao where it is installed, which then speaks of kernels that no run here uses.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if "--debug" in rest:  # after the command it means the same
-        rest.remove("--debug")
-        options.debug = True
+    for place, word in enumerate(
+        rest
+    ):  # after the command it means the same; with a value it is transformers' setting
+        if word == "--debug" and (place + 1 == len(rest) or rest[place + 1].startswith("--")):
+            del rest[place]
+            options.debug = True
+            break
     try:
         {
             "demo": _demo,

@@ -100,6 +100,21 @@ def test_a_metric_must_be_measured(tmp_path, caplog):
     assert args.greater_is_better is True
 
 
+def test_the_best_model_must_have_been_saved(tmp_path):
+    """Evaluated at 1, 2, 3 and saved at 3 alone, a run whose best step is 2 ended with the weights of step 3."""
+    best = {"metric_for_best_model": "eval_general_kl", "eval_strategy": "steps", "load_best_model_at_end": True}
+    branches = ("general", "domain")
+    rare = make_args(tmp_path, **best, eval_steps=1, save_strategy="steps", save_steps=500)
+    with pytest.raises(
+        ValueError, match=r"eval_steps=1 and save_steps=500: .*Set save_steps to 1, or save_strategy to 'best'"
+    ):
+        check_metric(rare, branches, branches, [])
+    for saves in ({"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "best"}):
+        check_metric(make_args(tmp_path, **best, eval_steps=1, **saves), branches, branches, [])
+    rare.load_best_model_at_end = False
+    check_metric(rare, branches, branches, [])
+
+
 def test_the_checkpoint_nearest_to_the_teacher_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer, monkeypatch):
     """The run of the report: 2.708, then 1.490, then worse. It stops, keeps the second checkpoint and ends with it."""
     values = itertools.cycle([2.708, 1.490, 1.6, 1.7])

@@ -43,6 +43,14 @@ def test_an_error_of_the_user_is_its_message_alone_and_exit_2(monkeypatch, capsy
             cli.main(arguments)
 
 
+def test_debug_with_a_value_is_the_setting_of_that_name(monkeypatch):
+    taken = []
+    monkeypatch.setattr(cli, "_train", taken.append)
+    cli.main(["train", "run.yaml", "--debug", "underflow_overflow"])
+    cli.main(["train", "run.yaml", "--debug", "--seed", "1"])
+    assert taken == [["run.yaml", "--debug", "underflow_overflow"], ["run.yaml", "--seed", "1"]]
+
+
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     def fail(argv):
         raise AssertionError("ours")
