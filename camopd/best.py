@@ -111,8 +111,8 @@ def _check_saves(args: Any) -> None:
     evaluated, saved = (getattr(kind, "value", kind) for kind in (args.eval_strategy, args.save_strategy))
     if args.load_best_model_at_end and evaluated == saved == "steps" and args.eval_steps != args.save_steps:
         raise ValueError(
-            f"load_best_model_at_end=True with eval_steps={args.eval_steps:g} and save_steps={args.save_steps:g}: the model "
-            "of an evaluation that is not saved cannot be loaded at the end, were it the best one. Set save_steps to "
+            f"load_best_model_at_end=True with eval_steps={args.eval_steps:g} and save_steps={args.save_steps:g}: the "
+            "model of an evaluation that is not saved cannot be loaded at the end, were it the best one. Set save_steps to "
             f"{args.eval_steps:g}, or save_strategy to 'best'."
         )
 
