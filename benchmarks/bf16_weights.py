@@ -67,11 +67,11 @@ def once(job: dict[str, Any], path: Path) -> Any:
     """What a fresh process finds for a job, kept in a file."""
     if not path.exists():
         command = [sys.executable, __file__, "--run", json.dumps(job)]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
         if process.returncode:
             sys.exit(process.stderr[-3000:])
-        path.write_text(process.stdout.splitlines()[-1])
-    return json.loads(path.read_text())
+        path.write_text(process.stdout.splitlines()[-1], encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def make_models(folder: Path) -> Path:
@@ -167,7 +167,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         loaded = reset_peak(device)
         trainer.train()
         grown = peak(device) - loaded
-        steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         trainer.model.save_pretrained(job["out"])
     return {
         "changed": [step["update/changed_share"] for step in steps],
@@ -258,7 +260,7 @@ def report(found: dict[str, Any], steps: int) -> None:
             f"| {arm} | {' | '.join(cells)} | {whole / 2**20:.0f} | {whole / numbers:.2f} | {row['peak']:.0f} |"
         )
     lines += ["", f"Again: `python benchmarks/bf16_weights.py --steps {steps}`", ""]
-    RESULT.write_text("\n".join(lines))
+    RESULT.write_text("\n".join(lines), encoding="utf-8")
 
 
 def cell(gap: list[float]) -> str:

@@ -39,7 +39,7 @@ def _threads_of_torch() -> dict[str, tuple[str, str]]:
     found = {}
     for folder in _THREADS.glob("*") if _THREADS.is_dir() else ():
         try:
-            lines = (folder / "status").read_text().splitlines()
+            lines = (folder / "status").read_text(encoding="utf-8").splitlines()
         except OSError:  # it has just ended
             continue
         status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
