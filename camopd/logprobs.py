@@ -154,6 +154,7 @@ def _completion_hidden_states(
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Hidden states that predict the completion tokens (M, H), those tokens (M,), their mask (B, T), and the model."""
     causal_lm = _causal_lm(model)
+    _head_of(causal_lm)  # where it is not one module, the input embeddings below are not either
     lengths = torch.tensor([len(ids) for ids in token_ids])
     starts = torch.tensor(list(prompt_lens))
     if int(starts.min()) < 1:
@@ -193,6 +194,23 @@ class _HeadReachedError(Exception):
     """Ends a model's forward where its head would begin."""
 
 
+def _head_of(causal_lm: Any) -> Any:
+    """The output embeddings of a model, or `ValueError` where its log-probs cannot be computed from them."""
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor):  # none, or several (Musicgen)
+        raise ValueError(
+            f"the log-probs of {type(causal_lm).__name__} cannot be computed: its output embeddings are not one module "
+            f"with a weight, but {type(head).__name__}. Use a model of another architecture; a teacher can be served by vLLM "
+            "instead."
+        )
+    if not causal_lm.config.return_dict:
+        raise ValueError(
+            f"the config of {type(causal_lm).__name__} has return_dict=False, with which its parts hand on tuples that "
+            "transformers itself cannot read. Set return_dict to true in its config.json."
+        )
+    return head
+
+
 def _head_input(causal_lm: Any, **inputs: Tensor) -> Tensor:
     """What the model's own forward hands to its head (the output embeddings), (B, L, H): all but the last projection.
 
@@ -206,9 +224,7 @@ def _head_input(causal_lm: Any, **inputs: Tensor) -> Tensor:
         found.append(arguments[0])
         raise _HeadReachedError
 
-    head = causal_lm.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(causal_lm).__name__} has no output embeddings, whose logits could be computed.")
+    head = _head_of(causal_lm)
     hook = head.register_forward_pre_hook(stop, prepend=True)  # before those that gather sharded weights
     try:
         # Not `causal_lm(...)`: where it is what DDP, FSDP or DeepSpeed wraps, its hooks are at work already.
@@ -220,7 +236,8 @@ def _head_input(causal_lm: Any, **inputs: Tensor) -> Tensor:
     if not found or found[0].shape[:2] != inputs["input_ids"].shape:
         raise ValueError(
             f"the log-probs of {type(causal_lm).__name__} cannot be computed: its forward does not hand the hidden states "
-            "of all tokens to the module that it calls its output embeddings."
+            "of all tokens to the module that it calls its output embeddings. Use a model of another architecture; a "
+            "teacher can be served by vLLM instead."
         )
     return found[0]
 
@@ -256,14 +273,8 @@ def check_logps(
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     real = torch.arange(len(first)) < torch.tensor([[len(row)] for row in rows])
     with torch.no_grad():
-        try:
-            device = model.get_input_embeddings().weight.device
-            ours = logps(rows, [1, 1]).float().cpu()
-        except (AttributeError, TypeError, IndexError, NotImplementedError) as error:
-            raise ValueError(
-                f"the log-probs of {whose} cannot be computed by CaMOPD ({type(error).__name__}: {error}). Use a model of "
-                "another architecture; a teacher can be served by vLLM instead."
-            ) from error
+        ours = logps(rows, [1, 1]).float().cpu()
+        device = model.get_input_embeddings().weight.device
         output = forward(
             input_ids=input_ids.to(device), attention_mask=real.long().to(device), use_cache=False, return_dict=True
         )
