@@ -200,8 +200,8 @@ def _head_of(causal_lm: Any) -> Any:
     if not isinstance(getattr(head, "weight", None), Tensor):  # none, or several (Musicgen)
         raise ValueError(
             f"the log-probs of {type(causal_lm).__name__} cannot be computed: its output embeddings are not one module "
-            f"with a weight, but {type(head).__name__}. Use a model of another architecture; a teacher can be served by vLLM "
-            "instead."
+            f"with a weight, but {type(head).__name__}. Use a model of another architecture; a teacher can be served by "
+            "vLLM instead."
         )
     if not causal_lm.config.return_dict:
         raise ValueError(
