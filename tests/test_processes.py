@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from camopd import processes
+
 
 # As the script ends, a thread of gloo still lets go of tensors of Python, and has half a second's work with the last.
 SCRIPT = """
@@ -30,7 +32,33 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux whether the threads sleep")
+def test_it_waits_until_no_thread_of_torch_runs_or_has_woken(monkeypatch, tmp_path):
+    """Each state of one thread is seen once: running, asleep, asleep again after a wake-up, and still asleep then."""
+    states = iter([("R", 1), ("S", 1), ("S", 2), ("S", 2)])
+    pauses = []
+    for number, name in ((1, "python"), (2, "pt_gloo_runloop")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "status").write_text(f"Name:\t{name}\n", encoding="utf-8")
+
+    def look(pause=0.0):
+        pauses.append(pause)
+        state, switches = next(states)
+        text = f"Name:\tpt_gloo_runloop\nState:\t{state} (...)\nvoluntary_ctxt_switches:\t{switches}\n"
+        (tmp_path / "2" / "status").write_text(text, encoding="utf-8")
+
+    look()
+    monkeypatch.setattr(processes, "_THREADS", tmp_path)
+    monkeypatch.setattr(processes.time, "sleep", look)
+    processes.let_threads_rest()
+    assert len(pauses) == 4 and next(states, None) is None
+
+
+def test_where_threads_cannot_be_looked_at_nothing_waits(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "_THREADS", tmp_path / "none")
+    monkeypatch.setattr(processes.time, "sleep", lambda _: pytest.fail("waits"))
+    processes.let_threads_rest()
+
+
 def test_a_process_waits_for_the_threads_of_gloo_and_ends_with_0():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
