@@ -1,13 +1,15 @@
-"""Files of rows, read as they are: exactly the one that is named, and texts as they stand there. What is wrong with one is
-said with the way out."""
+"""Prompts from files and datasets of the Hub: exactly the one that is named, and texts as they stand there. What is wrong
+with one is said with the way out."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import glob
+import logging
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,148 @@ from .errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
+ToPrompt = Callable[[dict[str, Any]], Any]  # the prompt of a row
+
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # by their first bytes `datasets` unpacks them
+
+
+def load_all(sources: Any, to_prompt: Mapping[str, ToPrompt] | None = None) -> dict[str, Dataset]:
+    """The prompts of all branches, each as [`load_prompts`] has them; `to_prompt` may name a function for a branch."""
+    return {branch: load_prompts(source, branch, (to_prompt or {}).get(branch)) for branch, source in sources.items()}
+
+
+def load_prompts(source: Any, branch: str, to_prompt: ToPrompt | None = None) -> Dataset:
+    """The prompts of one branch, with a column `prompt`, and `category` where there is one.
+
+    Args:
+        source: As in [`~camopd.run.PromptArguments`]. Of a conversation in another column than `prompt`, an assistant turn
+            at its end is left out.
+        to_prompt: Makes the prompt of a row, where the dataset has no column of prompts.
+
+    Raises `ValueError` when there is no such dataset, or it has no column of prompts.
+    """
+    from .messages import COLUMNS
+
+    spec = _specification(source, branch)
+    path = spec["path"]
+    dataset = _read(spec, branch)
+    column = _column_of_prompts(dataset, spec, branch, to_prompt is not None)
+    if spec.get("limit") is not None:
+        dataset = dataset.select(range(min(spec["limit"], len(dataset))))
+    if file_type(path) is None:
+        columns = [name for name in dataset.column_names if column is None or name in (column, *COLUMNS, "category")]
+        _check_texts(dataset.select_columns(columns), spec, branch)
+    if column != "prompt":
+        dataset = _with_prompts(dataset, column, to_prompt, f"{path!r}, prompts of branch {branch!r}")
+    # A category has metrics of its own.
+    dataset = dataset.select_columns([name for name in (*COLUMNS, "category") if name in dataset.column_names])
+    # Where the model card finds the data card.
+    dataset.info.homepage = path if Path(path).exists() else f"https://huggingface.co/datasets/{path}"
+    return dataset
+
+
+def _specification(source: Any, branch: str) -> dict[str, Any]:
+    spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
+    unknown = set(spec) - {"path", "name", "split", "column", "limit"}
+    if unknown or not isinstance(spec.get("path"), str):
+        raise ValueError(
+            f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, or a mapping with `path` "
+            "and any of `name`, `split`, `column`, `limit`."
+        )
+    limit = spec.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(
+            f"limit of the prompts of branch {branch!r} must be a whole number of rows of at least 1, got {limit!r}."
+        )
+    path = os.path.expanduser(spec["path"])
+    if file_type(path) is not None and not Path(path).is_file():
+        raise ValueError(
+            f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file. Fix the "
+            "path, or build prompts with `camopd data` (docs/data.md)."
+        )
+    return {**spec, "path": path, "split": spec.get("split", "train")}
+
+
+def _named(spec: Mapping[str, Any], branch: str) -> str:
+    return f"the prompts of branch {branch!r}, {spec['path']!r} (split {spec['split']!r})"
+
+
+def _read(spec: Mapping[str, Any], branch: str) -> Dataset:
+    """The rows of the file, the folder or the dataset of the Hub. Raises `ValueError` where they cannot be had."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from pyarrow import ArrowException
+
+    from .hub import hub_errors, why_not
+
+    path, is_file = spec["path"], file_type(spec["path"]) is not None
+    try:
+        if is_file:
+            return read_file(path, spec["split"])
+        check_local(path)
+        return load_dataset(path, spec.get("name"), split=spec["split"])
+    except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
+        known = str(error) if isinstance(error, DataError) else why_unreadable(error)
+        if known is not None:
+            raise ValueError(f"{_named(spec, branch)}, cannot be loaded: {known}") from error
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # what is wrong with the row
+        way = ""
+        if not is_file and not Path(path).exists() and not isinstance(error, ValueError):  # not a split or a row
+            reason = why_not(error, path)
+            way = f" Where it can: hf download {path} --repo-type dataset --local-dir DIR; then {{path: DIR}}."
+        raise ValueError(
+            f"{_named(spec, branch)}, cannot be loaded: {reason}\nGive the path of a {', '.join(FILE_TYPES)} file or the "
+            f"name of a dataset of the Hub that this machine can reach.{way}"
+        ) from error
+
+
+def _column_of_prompts(dataset: Dataset, spec: Mapping[str, Any], branch: str, may_lack: bool) -> str | None:
+    """The column that is asked for, `prompt` or `messages`; `None` where there is none and none is needed."""
+    path, known = spec["path"], dataset.column_names
+    columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
+    column = next((name for name in columns if name in known), None)
+    if column is None and ("column" in spec or not may_lack):
+        raise ValueError(
+            f"the prompts of branch {branch!r}, {path!r}, have the columns {known}, none of them "
+            f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
+        )
+    if column == "prompt" and "column" not in spec and "messages" in known:
+        logger.warning(
+            "the prompts of branch %r, %s, have columns 'prompt' and 'messages': 'prompt' is taken. To take the other, "
+            "write {path: %s, column: messages}.", branch, path, path,
+        )  # fmt: skip
+    return column
+
+
+def _check_texts(dataset: Dataset, spec: Mapping[str, Any], branch: str) -> None:
+    """Raise `ValueError` for a text that is not UTF-8, which would be found where its row is read, without a name."""
+    from pyarrow import ArrowException
+
+    try:
+        dataset.data.validate(full=True)
+    except ArrowException as error:
+        raise ValueError(f"{_named(spec, branch)}, cannot be loaded: {why_unreadable(error) or error}") from error
+
+
+def _with_prompts(dataset: Dataset, column: str | None, to_prompt: ToPrompt | None, where: str) -> Dataset:
+    """A column `prompt`: what stands before the answer in another column, or, without one, what `to_prompt` makes."""
+    import datasets
+
+    from .messages import before_answer
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return {"prompt": before_answer(row[column]) if column else to_prompt(row)}  # type: ignore[misc]
+        except ValueError as error:
+            raise ValueError(f"row {index} of {where}: {error}") from None
+
+    # As JSON, messages may differ in their keys. Not from the cache, which does not see what this function calls.
+    kind = datasets.Json() if hasattr(datasets, "Json") else None
+    features = kind and datasets.Features({**dataset.features, "prompt": kind})
+    return dataset.map(convert, with_indices=True, features=features, load_from_cache_file=False)
 
 
 def file_type(path: str | Path) -> str | None:

@@ -298,7 +298,7 @@ def row_name(branch: str, index: int | None, dataset: Any = None) -> str:
     """What an error calls a row of prompts; a place in a shuffled stream would say nothing."""
     path = str(
         getattr(getattr(dataset, "info", None), "homepage", "") or ""
-    )  # where `camopd.run.load_prompts` notes it
+    )  # where `camopd.files.load_prompts` notes it
     return f"{'a row' if index is None else f'row {index}'} of branch {branch!r}{path and f' ({path})'}"
 
 

@@ -8,21 +8,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import CaMOPDError, DataError, TeacherError
+from .errors import CaMOPDError, TeacherError
 from .schedule import Schedule, by_step
 from .settings import list_of_settings
 from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
     from trl import ModelConfig
 
     from .config import CaMOPDConfig
@@ -374,113 +373,6 @@ def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     return f" The URL is from {str(path)!r}, which `camopd serve` has written; start it again, or delete the file."
 
 
-def load_prompts(
-    source: Any, branch: str, to_prompt: Callable[[dict[str, Any]], Any] | None = None
-) -> Dataset | IterableDataset:
-    """The prompts of one branch, with a column `prompt`, and `category` where there is one.
-
-    Args:
-        source: As in [`PromptArguments`]. Of a conversation in another column than `prompt`, an assistant turn at its
-            end is left out.
-        to_prompt: Makes the prompt of a row, where the dataset has no column of prompts.
-
-    Raises `ValueError` when there is no such dataset, or it has no column of prompts.
-    """
-    import datasets
-    from datasets import Features, load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
-    from pyarrow import ArrowException
-
-    from .files import FILE_TYPES, check_local, file_type, read_file, why_unreadable
-    from .hub import hub_errors, why_not
-    from .messages import COLUMNS, before_answer
-
-    spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
-    unknown = set(spec) - {"path", "name", "split", "column", "limit"}
-    if unknown or not isinstance(spec.get("path"), str):
-        raise ValueError(
-            f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, or a mapping with `path` "
-            "and any of `name`, `split`, `column`, `limit`."
-        )
-    path, split, limit = os.path.expanduser(spec["path"]), spec.get("split", "train"), spec.get("limit")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise ValueError(
-            f"limit of the prompts of branch {branch!r} must be a whole number of rows of at least 1, got {limit!r}."
-        )
-    name = f"the prompts of branch {branch!r}, {path!r} (split {split!r})"
-    kind = file_type(path)
-    if kind is not None and not Path(path).is_file():
-        raise ValueError(
-            f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file. Fix the "
-            "path, or build prompts with `camopd data` (docs/data.md)."
-        )
-    try:
-        if kind is not None:
-            dataset = read_file(path, split)
-        else:
-            check_local(path)
-            dataset = load_dataset(path, spec.get("name"), split=split)
-    except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
-        known = str(error) if isinstance(error, DataError) else why_unreadable(error)
-        if known is not None:
-            raise ValueError(f"{name}, cannot be loaded: {known}") from error
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # what is wrong with the row
-        way = ""
-        if kind is None and not Path(path).exists() and not isinstance(error, ValueError):  # not a split or a row
-            reason = why_not(error, path)
-            way = f" Where it can: hf download {path} --repo-type dataset --local-dir DIR; then {{path: DIR}}."
-        raise ValueError(
-            f"{name}, cannot be loaded: {reason}\nGive the path of a {', '.join(FILE_TYPES)} file or the name of a dataset "
-            f"of the Hub that this machine can reach.{way}"
-        ) from error
-    columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
-    column = next((name for name in columns if name in dataset.column_names), None)
-    if column is None and (to_prompt is None or "column" in spec):
-        raise ValueError(
-            f"the prompts of branch {branch!r}, {path!r}, have the columns {dataset.column_names}, none of them "
-            f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
-        )
-    if column == "prompt" and "column" not in spec and "messages" in dataset.column_names:
-        logger.warning(
-            "the prompts of branch %r, %s, have columns 'prompt' and 'messages': 'prompt' is taken. To take the other, "
-            "write {path: %s, column: messages}.", branch, path, path,
-        )  # fmt: skip
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    if kind is None:  # a text that is not UTF-8 would be found where its row is read, without a name
-        read = (
-            dataset.column_names if column is None else [*{column, *COLUMNS, "category"} & set(dataset.column_names)]
-        )
-        try:
-            dataset.select_columns(read).data.validate(full=True)
-        except ArrowException as error:
-            raise ValueError(f"{name}, cannot be loaded: {why_unreadable(error) or error}") from error
-    if column != "prompt":
-
-        def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
-            try:
-                return {"prompt": before_answer(row[column]) if column else to_prompt(row)}  # type: ignore[misc]
-            except ValueError as error:
-                raise ValueError(f"row {index} of {path!r}, prompts of branch {branch!r}: {error}") from None
-
-        # As JSON, messages may differ in their keys. Not from the cache, which does not see what this function calls.
-        kind_of_prompt = datasets.Json() if hasattr(datasets, "Json") else None
-        features = kind_of_prompt and Features({**dataset.features, "prompt": kind_of_prompt})
-        dataset = dataset.map(convert, with_indices=True, features=features, load_from_cache_file=False)
-    # A category has metrics of its own.
-    dataset = dataset.select_columns([name for name in (*COLUMNS, "category") if name in dataset.column_names])
-    # Where the model card finds the data card.
-    dataset.info.homepage = path if Path(path).exists() else f"https://huggingface.co/datasets/{path}"
-    return dataset
-
-
-def load_all(
-    sources: Any, to_prompt: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None
-) -> dict[str, Dataset | IterableDataset]:
-    """The prompts of all branches, each as [`load_prompts`] has them; `to_prompt` may name a function for a branch."""
-    return {branch: load_prompts(source, branch, (to_prompt or {}).get(branch)) for branch, source in sources.items()}
-
-
 def train(config: str, overrides: list[str]) -> None:
     """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
     from .teachers.server import connect_servers
@@ -500,6 +392,7 @@ def train(config: str, overrides: list[str]) -> None:
 
     from trl import get_peft_config, get_quantization_config
 
+    from .files import load_all
     from .trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
-from camopd.run import load_prompts
+from camopd.files import load_prompts
 
 
 @dataclass

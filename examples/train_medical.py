@@ -27,7 +27,8 @@ from trl import get_peft_config, get_quantization_config
 
 from camopd import CaMOPDTrainer
 from camopd.data.medical import to_prompt
-from camopd.run import find_teachers, load_all, parse_script
+from camopd.files import load_all
+from camopd.run import find_teachers, parse_script
 
 
 def main() -> None:

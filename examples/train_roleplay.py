@@ -19,7 +19,8 @@ Every setting can follow as `--name value`, `--push_to_hub true --hub_model_id I
 from trl import get_peft_config, get_quantization_config
 
 from camopd import CaMOPDTrainer
-from camopd.run import find_teachers, load_all, parse_script
+from camopd.files import load_all
+from camopd.run import find_teachers, parse_script
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, cli
-from camopd.run import SERVED_TEACHERS, load_all
+from camopd.files import load_all
+from camopd.run import SERVED_TEACHERS
 
 
 DATA_CARD = "---\npretty_name: Medical prompts\ntags:\n- camopd\n- on-policy-distillation\n---\n\n# Medical prompts\n"

@@ -123,7 +123,7 @@ def test_rows_are_prompts_with_category_source_and_id(make):
 
 
 def test_what_is_built_loads_as_a_prompt_dataset(make, tmp_path):
-    from camopd.run import load_prompts
+    from camopd.files import load_prompts
 
     make(limit=100)
     loaded = load_prompts(str(tmp_path / "out" / "prompts.jsonl"), "general")

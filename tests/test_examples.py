@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from camopd import cli
 from camopd.data.medical import to_prompt
+from camopd.files import load_all
 from camopd.prompts import PromptDealer, PromptStream
-from camopd.run import load_all
 from camopd.schedule import Schedule
 
 

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 from camopd.data.sources import Source, open_source
 from camopd.errors import DataError
-from camopd.files import file_type
+from camopd.files import file_type, load_prompts
 from camopd.messages import render
 from camopd.prompts import PromptStream, check_prompts
-from camopd.run import load_prompts
 
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the answer"}]
@@ -227,7 +226,8 @@ def test_an_ascii_locale_changes_nothing(tmp_path):
     )  # a path of ASCII: the system wants it
     save(tmp_path / "p.csv", "prompt\né\n")
     code = (
-        "import sys, locale; from camopd.run import load_prompts, peek; assert locale.getpreferredencoding() != 'UTF-8'\n"
+        "import sys, locale; from camopd.files import load_prompts; from camopd.run import peek\n"
+        "assert locale.getpreferredencoding() != 'UTF-8'\n"
         f"path = {config!a}; settings = peek(path, [])\n"
         "print(ascii([settings['run_name'], load_prompts(path[:-8] + settings['prompts']['general'], 'x')[0]['prompt']]))"
     )

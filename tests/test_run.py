@@ -16,12 +16,12 @@ from camopd import CaMOPDConfig, cli
 from camopd import run as run_module
 from camopd.data.medical import to_prompt
 from camopd.errors import CaMOPDError
+from camopd.files import load_prompts
 from camopd.run import (
     SERVED_TEACHERS,
     PromptArguments,
     config_and_overrides,
     config_first,
-    load_prompts,
     parse,
     peek,
     teachers_of,
