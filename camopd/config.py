@@ -7,19 +7,14 @@ from typing import Any
 
 from trl import DistillationConfig
 
-from . import setting_rules
+from . import method_rules, setting_rules
 from .best import settle_metric
+from .generation import check_generation_kwargs
 from .learning_rate import settle_schedule
-from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, by_step, value_at
-from .token_rules import TOKEN_RULES
 
 
 SCORE_TOKENS = 65536  # padded tokens of a no-gradient forward, which keeps nothing but its last hidden states
-GAP_STUDENTS = ("trainer", "engine")
-OPTIMIZER_MOMENTS = ("shared", "per_branch")
-LOSS_NORMALIZATIONS = ("sample", "token")
-BRANCH_WEIGHTS = ("none", "sigma")
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
 PAPER_SCALE = {"general": 2.0, "domain": 1.0}
 PAPER_SCORE = {"general": "absolute", "domain": "positive"}
@@ -298,36 +293,8 @@ class CaMOPDConfig(DistillationConfig):
         longest = self._read_completion_length()
         if self.score_batch_size is None and isinstance(self.max_prompt_length, int) and self.max_prompt_length > 0:
             self.score_batch_size = max(1, SCORE_TOKENS // (self.max_prompt_length + longest))
+        method_rules.check_forms(self)
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
-        for name in (
-            "prompts_per_step",
-            "per_device_train_batch_size",
-            "max_prompt_length",
-            "score_batch_size",
-            "max_steps",
-            "max_tokens_per_micro_batch",
-            "loss_prefix_tokens",
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("max_tokens_per_micro_batch", "loss_prefix_tokens"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.{_WHY.get(name, '')}")
-        every: Any = self.diagnostics_steps
-        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-            raise ValueError(
-                f"diagnostics_steps must be a whole number of at least 1, or 0 to measure nothing, got {every!r}."
-            )
-        for name in ("mass_target", "scale", "score", "selection", "teachers"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value.lstrip().startswith("{"):
-                try:
-                    json.loads(value)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{name} is no valid JSON: {value} ({error}). Names and texts need double quotes: "
-                        f'--{name} \'{{"general": ..., "domain": ...}}\'.'
-                    ) from None
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._derive_accumulation(world_size)
         settle_metric(self, Schedule.parse(self.schedule).branches)  # before the parent, which has another direction
@@ -337,21 +304,15 @@ class CaMOPDConfig(DistillationConfig):
             self.gradient_accumulation_steps = None
             self._derive_accumulation(self.world_size)
 
-        schedule = Schedule.parse(self.schedule)
-        for step in range(schedule.period):
-            for branch, rows in schedule.rows(step, self.prompts_per_step).items():
-                if rows == 0:
-                    raise ValueError(
-                        f"schedule {self.schedule!r} gives branch {branch!r} none of the {self.prompts_per_step} prompts "
-                        f"of step {step}. Raise prompts_per_step or the branch's share."
-                    )
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
             self.resume_from_checkpoint: Any = str(self.resume_from_checkpoint).lower() == "true"
         if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_max_model_length is None:
             # Else vLLM wants room for the longest sequence that the model can take.
             self.vllm_max_model_length = self.max_prompt_length + longest
-        self._check_method(schedule)
-        self._check_refused()
+        method_rules.check_method(self, Schedule.parse(self.schedule))
+        self._settle_spellings()
+        setting_rules.refuse(self)
+        check_generation_kwargs(self)
         setting_rules.warn(setting_rules.without_effect(self), self)
 
     def _read_completion_length(self) -> int:
@@ -432,125 +393,8 @@ class CaMOPDConfig(DistillationConfig):
             )
         self.gradient_accumulation_steps = derived
 
-    def _check_method(self, schedule: Schedule) -> None:
-        for name, parse, allowed in (
-            ("mass_target", float, lambda value: 0 < value <= 1),
-            ("scale", float, lambda value: 0 < value < float("inf")),
-            ("score", str, lambda value: value in SCORE_KINDS),
-            ("selection", _to_bool, lambda value: True),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, dict):
-                parsed: Any = {branch: _parse(f"{name}[{branch!r}]", item, parse) for branch, item in value.items()}
-            else:
-                parsed = _parse(name, value, parse)
-            setattr(self, name, parsed)
-            for branch, item in self.per_branch(name).items():
-                if not allowed(item):
-                    raise ValueError(f"{name} of branch {branch!r} is {item!r}; {_WHY[name]}")
-        if self.importance_sampling_mode not in IMPORTANCE_MODES:
-            raise ValueError(
-                f"importance_sampling_mode must be one of {IMPORTANCE_MODES}, got {self.importance_sampling_mode!r}."
-            )
-        for name, choices in (
-            ("gap_student", GAP_STUDENTS),
-            ("optimizer_moments", OPTIMIZER_MOMENTS),
-            ("token_rule", TOKEN_RULES),
-            ("loss_normalization", LOSS_NORMALIZATIONS),
-            ("branch_weights", BRANCH_WEIGHTS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        optim = str(getattr(self.optim, "value", self.optim))
-        if optim in ("lomo", "adalomo"):
-            raise ValueError(
-                f"optim={optim!r} changes the weights in the backward of every micro-batch, but a rollout is for one "
-                "update of them all (Eq. 9). Leave optim out, or take adamw_torch_8bit to save memory (docs/scale.md)."
-            )
-        plain = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
-        if self.optim_args and (optim in (*plain, "adafactor") or self.optimizer_moments == "per_branch"):
-            raise ValueError(
-                f"optim_args={self.optim_args!r} would be ignored: optim={optim!r} takes none. Leave it out."
-            )
-        if self.optimizer_moments == "per_branch" and optim not in plain:
-            raise ValueError(
-                f"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim={optim!r}. Leave optim out."
-            )
-        self._check_baselines(schedule)
-        self._check_budget()
-        if not 0 <= self.importance_sampling_low <= 1 <= self.importance_sampling_high:
-            raise ValueError(
-                f"importance_sampling_low={self.importance_sampling_low} and "
-                f"importance_sampling_high={self.importance_sampling_high} must enclose 1, the ratio of two engines that "
-                "agree: 0 <= low <= 1 <= high. The default band is 0.5 to 2.0."
-            )
-        if not self.teacher_patience > 0:
-            raise ValueError(f"teacher_patience must be a positive number of seconds, got {self.teacher_patience!r}.")
-        slowest = (
-            self.teacher_patience + 2 * 300
-        )  # the two time-outs of teachers/server.py that may lie around the wait
-        if self.world_size > 1 and slowest > self.ddp_timeout:
-            raise ValueError(
-                f"teacher_patience={self.teacher_patience:g} and two time-outs of 300 seconds come to {slowest:g}, more "
-                f"than ddp_timeout={self.ddp_timeout}: a rank that waits for its teacher would be taken for dead. "
-                "Raise ddp_timeout or lower teacher_patience."
-            )
-        if self.teachers is not None and not isinstance(self.teachers, dict):
-            raise ValueError(
-                f"teachers must map each branch to its teacher, got {self.teachers!r}. Write "
-                f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
-            )
-
-    def _check_baselines(self, schedule: Schedule) -> None:
-        for name, allowed, reason in (
-            (
-                "relaxed_mixture",
-                0 < self.relaxed_mixture < 1,
-                "lambda of Relaxed OPD lies between 0 and 1, without them",
-            ),
-            (
-                "relaxed_entropy_share",
-                0 < self.relaxed_entropy_share <= 1,
-                "it is a share of the tokens and lies in (0, 1]. 1 leaves the choice by entropy out",
-            ),
-            (
-                "selectkd_reject_weight",
-                0 <= self.selectkd_reject_weight < 1,
-                "a rejected token weighs less than an accepted one, so it lies in [0, 1). For a weight of 1 on every "
-                "token, set token_rule to 'none'",
-            ),
-        ):
-            if not allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; {reason}.")
-        steps = self.relaxed_exploration_steps
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise ValueError(f"relaxed_exploration_steps must be a whole number of at least 0, got {steps!r}.")
-        if self.branch_weights == "sigma" and all(len(shares) == 1 for shares in schedule.steps):
-            raise ValueError(
-                f"branch_weights='sigma' compares the branches inside a step, but no step of schedule {self.schedule!r} "
-                "mixes any: every weight would be 1. Mix them ('general:1+domain:1'), or leave branch_weights out and set "
-                "scale."
-            )
-
-    def _check_budget(self) -> None:
-        budget = self.max_tokens_per_micro_batch
-        if budget is None:
-            return
-        longest = self.max_prompt_length + self.longest_completion
-        if budget < longest:
-            raise ValueError(
-                f"max_tokens_per_micro_batch={budget} is smaller than one sample: max_prompt_length + "
-                f"max_completion_length = {self.max_prompt_length} + {self.longest_completion} = {longest}. Raise it to "
-                f"{longest} or lower the lengths."
-            )
-        if self.per_device_train_batch_size != 1:
-            raise ValueError(
-                f"max_tokens_per_micro_batch={budget} decides how many samples share a micro-batch, and so would "
-                f"per_device_train_batch_size={self.per_device_train_batch_size}. Leave the second at 1."
-            )
-
-    def _check_refused(self) -> None:
-        """Refuse what the parent offers and the method cannot use, instead of ignoring it."""
+    def _settle_spellings(self) -> None:
+        """Two ways to say "off" become one, and what `to_dict` writes for a token is none."""
         token: Any = self.hub_token
         if token == "<HUB_TOKEN>":  # as `to_dict` writes every token, set or not
             self.hub_token: Any = None
@@ -559,81 +403,6 @@ class CaMOPDConfig(DistillationConfig):
                 "hub_token would be stored in training_args.bin, which lies beside the model and is sent to the Hub. Leave "
                 "it out, and set HF_TOKEN or run `hf auth login`."
             )
-        for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):  # two ways to say it
+        for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):
             if getattr(self, name) == also_off:
                 setattr(self, name, off)
-        setting_rules.refuse(self)
-        self._check_generation_kwargs()
-
-    def _check_generation_kwargs(self) -> None:
-        given: dict[str, Any] = dict(self.generation_kwargs or {})  # type: ignore[arg-type]  # a dict since __post_init__
-        harmless = _VLLM_KWARGS if self.use_vllm else set(_TRANSFORMERS_KWARGS)
-        engine = "vLLM" if self.use_vllm else "transformers"
-        elsewhere = {*_VLLM_KWARGS, *_TRANSFORMERS_KWARGS, *_NOT_FOR_VLLM, "stop_strings", "cache_config"}
-        of_the_other = sorted(set(given) & elsewhere - harmless)
-        clash = sorted(set(given) - elsewhere)
-        if clash:
-            raise ValueError(
-                f"generation_kwargs sets {clash}, which CaMOPD cannot use: {setting_rules.ON_POLICY}. What may be set is "
-                f"{sorted(harmless)}."
-            )
-        if of_the_other:
-            reasons = [
-                f"{name}: {_NOT_FOR_VLLM[name]}" for name in of_the_other if self.use_vllm and name in _NOT_FOR_VLLM
-            ]
-            raise ValueError(
-                f"generation_kwargs sets {of_the_other}, which generation by {engine} (use_vllm={self.use_vllm}) would "
-                f"ignore or stop at{' (' + '; '.join(reasons) + ')' if reasons else ''}. Leave it out; what may be set is "
-                f"{sorted(harmless)}."
-            )
-        for name, value in {"cache_implementation": self.cache_implementation, **given}.items():
-            check = _TRANSFORMERS_KWARGS.get(name)
-            if check is not None and not self.use_vllm and value is not None and not check[0](value):
-                raise ValueError(f"{name} is {value!r}, which CaMOPD cannot use: {check[1]}.")
-
-
-# What neither bends the sampled distribution nor the number of completions per prompt, of vLLM's SamplingParams.
-_VLLM_KWARGS = {"stop_token_ids"}
-_NOT_FOR_VLLM = {
-    "seed": "with it equal prompts get one and the same completion",
-    "stop": "a completion that ends so counts as cut off, and would teach the student not to end. Use stop_token_ids",
-    "include_stop_str_in_output": "there is no `stop` for it",
-}
-# The same for generation by transformers: which values may be set, and why no others.
-_TRANSFORMERS_KWARGS: dict[str, tuple[Any, str]] = {
-    "use_cache": (lambda value: isinstance(value, bool), "it is true or false"),
-    "cache_implementation": (
-        lambda value: value not in ("quantized", "paged"),
-        "a quantized cache draws from another distribution than that of the model, and a paged one is not used here. "
-        "Leave it out, or take 'dynamic', 'offloaded', 'static' or 'offloaded_static'",
-    ),
-    "prefill_chunk_size": (lambda value: isinstance(value, int) and value >= 1, "it is a number of tokens"),
-    "max_time": (lambda value: isinstance(value, int | float) and value > 0, "it is a number of seconds"),
-}
-_WHY = {
-    "max_steps": " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
-    "mass_target": "it is a share of the total score (Eq. 8) and lies in (0, 1]. To train on every sample, set "
-    "selection to False.",
-    "scale": "r_b of Eq. 9 must be a positive number. To leave a branch out, take it out of the schedule.",
-    "score": f"it must be one of {SCORE_KINDS}: Eq. 6 or Eq. 7.",
-}
-
-
-def _parse(name: str, value: Any, parse: Any) -> Any:
-    try:
-        if parse is float and isinstance(value, bool):
-            raise ValueError
-        return parse(value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must be {'a number' if parse is float else 'true or false'} or a mapping from branch to that, "
-            f"got {value!r}."
-        ) from None
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ValueError(value)

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from transformers import GenerationConfig
 
+from .setting_rules import ON_POLICY
 
+
+if TYPE_CHECKING:
+    from .config import CaMOPDConfig
+
+# What neither bends the sampled distribution nor the number of completions per prompt, of vLLM's SamplingParams.
+_VLLM_KWARGS = {"stop_token_ids"}
+_NOT_FOR_VLLM = {
+    "seed": "with it equal prompts get one and the same completion",
+    "stop": "a completion that ends so counts as cut off, and would teach the student not to end. Use stop_token_ids",
+    "include_stop_str_in_output": "there is no `stop` for it",
+}
+# The same for generation by transformers: which values may be set, and why no others.
+_TRANSFORMERS_KWARGS: dict[str, tuple[Any, str]] = {
+    "use_cache": (lambda value: isinstance(value, bool), "it is true or false"),
+    "cache_implementation": (
+        lambda value: value not in ("quantized", "paged"),
+        "a quantized cache draws from another distribution than that of the model, and a paged one is not used here. "
+        "Leave it out, or take 'dynamic', 'offloaded', 'static' or 'offloaded_static'",
+    ),
+    "prefill_chunk_size": (lambda value: isinstance(value, int) and value >= 1, "it is a number of tokens"),
+    "max_time": (lambda value: isinstance(value, int | float) and value > 0, "it is a number of seconds"),
+}
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
@@ -36,3 +59,31 @@ def neutral_generation(model: Any) -> Iterator[None]:
     finally:
         for module, config in own:
             module.generation_config = config
+
+
+def check_generation_kwargs(args: CaMOPDConfig) -> None:
+    """Raise `ValueError` for `generation_kwargs` that change the distribution, and for those that the engine ignores."""
+    given: dict[str, Any] = dict(args.generation_kwargs or {})  # type: ignore[arg-type]  # a dict since __post_init__
+    harmless = _VLLM_KWARGS if args.use_vllm else set(_TRANSFORMERS_KWARGS)
+    engine = "vLLM" if args.use_vllm else "transformers"
+    elsewhere = {*_VLLM_KWARGS, *_TRANSFORMERS_KWARGS, *_NOT_FOR_VLLM, "stop_strings", "cache_config"}
+    of_the_other = sorted(set(given) & elsewhere - harmless)
+    clash = sorted(set(given) - elsewhere)
+    if clash:
+        raise ValueError(
+            f"generation_kwargs sets {clash}, which CaMOPD cannot use: {ON_POLICY}. What may be set is "
+            f"{sorted(harmless)}."
+        )
+    if of_the_other:
+        reasons = [
+            f"{name}: {_NOT_FOR_VLLM[name]}" for name in of_the_other if args.use_vllm and name in _NOT_FOR_VLLM
+        ]
+        raise ValueError(
+            f"generation_kwargs sets {of_the_other}, which generation by {engine} (use_vllm={args.use_vllm}) would "
+            f"ignore or stop at{' (' + '; '.join(reasons) + ')' if reasons else ''}. Leave it out; what may be set is "
+            f"{sorted(harmless)}."
+        )
+    for name, value in {"cache_implementation": args.cache_implementation, **given}.items():
+        check = _TRANSFORMERS_KWARGS.get(name)
+        if check is not None and not args.use_vllm and value is not None and not check[0](value):
+            raise ValueError(f"{name} is {value!r}, which CaMOPD cannot use: {check[1]}.")
