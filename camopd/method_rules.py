@@ -60,7 +60,9 @@ def check_forms(args: CaMOPDConfig) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             at_least = "1, or 0 to measure nothing" if name == "diagnostics_steps" else least
-            raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}.{_WHY.get(name, '')}")
+            raise ValueError(
+                f"{name} must be a whole number of at least {at_least}, got {value!r}.{_WHY.get(name, '')}"
+            )
     for name in (*PER_BRANCH, "teachers"):
         value = getattr(args, name)
         if isinstance(value, str) and value.lstrip().startswith("{"):
