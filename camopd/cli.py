@@ -79,7 +79,8 @@ def _demo(argv: list[str]) -> None:
 
 
 def _train(argv: list[str]) -> None:
-    from .run import config_and_overrides, train
+    from .commands.train import train
+    from .run import config_and_overrides
 
     train(*config_and_overrides("camopd train", argv))
 
@@ -94,7 +95,7 @@ def _check(argv: list[str]) -> None:
     from .run import config_and_overrides
 
     config, overrides = config_and_overrides("camopd check", argv)  # before torch: --help is quick
-    from .teachers.check import main as check
+    from .commands.check import check
 
     check(config, overrides)
 

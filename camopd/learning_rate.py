@@ -52,11 +52,24 @@ def settle_schedule(args: Any) -> None:
         logger.warning(
             "lr_scheduler_type='constant_with_warmup' has no warm-up, as warmup_steps is 0: it is 'constant'"
         )
+    _settle_keywords(args, kind, given, warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(kind, optimizer, warmup, args.max_steps, given or None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={kind.value!r} cannot be made with warmup_steps={steps}, max_steps={args.max_steps} and "
+            f"lr_scheduler_kwargs={given!r}: {error}"
+        ) from None
+
+
+def _settle_keywords(args: Any, kind: SchedulerType, given: dict[str, Any], warmup: int) -> None:
+    """Give a schedule that follows a metric its direction; raise `ValueError` for what a schedule would ignore."""
     if kind in FOLLOWS_METRIC:
         if warmup:
             raise ValueError(
-                f"lr_scheduler_type={kind.value!r} has no warm-up in transformers and would ignore warmup_steps={steps}. "
-                "Leave one of them out."
+                f"lr_scheduler_type={kind.value!r} has no warm-up in transformers and would ignore "
+                f"warmup_steps={args.warmup_steps}. Leave one of them out."
             )
         mode = "max" if args.greater_is_better else "min"
         if given.setdefault("mode", mode) != mode:
@@ -71,14 +84,6 @@ def settle_schedule(args: Any) -> None:
             f"lr_scheduler_kwargs={given!r} would be ignored: lr_scheduler_type={kind.value!r} takes none. Leave it out, "
             "or name a schedule that has them, as 'cosine_with_min_lr'."
         )
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    try:
-        get_scheduler(kind, optimizer, warmup, args.max_steps, given or None)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_type={kind.value!r} cannot be made with warmup_steps={steps}, max_steps={args.max_steps} and "
-            f"lr_scheduler_kwargs={given!r}: {error}"
-        ) from None
 
 
 def of_deepspeed(args: Any, section: str) -> Any:

@@ -73,16 +73,21 @@ def check_masters(student: Any, args: Any, accelerator: Any, optimizer: Optimize
         )  # fmt: skip
         return
     name = type(optimizer).__name__ if optimizer is not None else _name_of_optimizer(args)
+    raise ValueError(
+        f"{what}, and {name} would step them without float32 copies (masters): an update that is smaller than about 1/512 "
+        f"of the weight is rounded away. At learning_rate={args.learning_rate:g} hardly any weight would change, and the "
+        f"run would end with the student it began with (docs/scale.md). Do one of these:\n{_ways_out(student)}"
+    )
+
+
+def _ways_out(student: Any) -> str:
     lora = "train a LoRA adapter (peft_config, or use_peft: true), which peft keeps in float32"
     if is_peft_model(student):
         lora = (
             "of the adapter, leave autocast_adapter_dtype at True, which keeps LoRA weights in float32, and "
             "modules_to_save out, which it leaves in 16 bits (trainable_token_indices are float32)"
         )
-    raise ValueError(
-        f"{what}, and {name} would step them without float32 copies (masters): an update that is smaller than about 1/512 "
-        f"of the weight is rounded away. At learning_rate={args.learning_rate:g} hardly any weight would change, and the "
-        "run would end with the student it began with (docs/scale.md). Do one of these:\n"
+    return (
         "  - load the student in float32 (dtype: float32); with bf16: true its forward is bfloat16 all the same\n"
         f"  - {lora}\n"
         "  - on several GPUs, launch with ZeRO-2, ZeRO-3 or FSDP2 and bf16: true, which keep float32 weights in shards\n"

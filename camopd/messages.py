@@ -157,7 +157,14 @@ def render(
         raise ValueError(
             "has messages of which the chat template makes an empty prompt. Change the row, or the template."
         )
-    for message in messages:
+    _check_nothing_left_out(row, text, str(chat_template or tokenizer.chat_template))
+    return str(text)
+
+
+def _check_nothing_left_out(row: Mapping[str, Any], text: str, template: str) -> None:
+    """Raise `ValueError` for a message or a tool of a row that its rendered `text` does not have; warn, once for each name,
+    of keywords that the template does not read."""
+    for message in row["prompt"]:
         if message["role"] != "assistant" and not _is_in(
             message["content"], text
         ):  # of those it may leave thoughts out
@@ -172,12 +179,10 @@ def render(
                 f"has the tool {name!r} in 'tools', which the chat template leaves out. Write the tools into the system "
                 "message, or use a template that knows tools."
             )
-    template = str(chat_template or tokenizer.chat_template)
-    for name in own:
+    for name in row.get("chat_template_kwargs") or {}:
         if name not in template and name not in _unread:
             _unread.add(name)
             logger.warning("chat_template_kwargs[%r] of the prompts has no effect: the chat template reads none", name)
-    return str(text)
 
 
 def _speaker(message: Mapping[str, Any]) -> Any:

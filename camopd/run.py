@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import CaMOPDError, TeacherError
-from .schedule import Schedule, by_step
+from .errors import CaMOPDError
+from .schedule import Schedule
 from .settings import list_of_settings
 from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
 
@@ -165,7 +165,7 @@ def parse_script(argv: list[str] | None = None) -> tuple[PromptArguments, ModelC
     Raises as [`parse`], and for a run without prompts.
     """
     prompts, model, args = parse(*config_and_overrides(None, sys.argv[1:] if argv is None else argv))
-    _need_prompts(prompts, args)
+    need_prompts(prompts, args)
     return prompts, model, args
 
 
@@ -346,13 +346,13 @@ def _form(name: str, value: Any) -> str:
     )
 
 
-def _need_prompts(prompts: PromptArguments, args: CaMOPDConfig) -> None:
+def need_prompts(prompts: PromptArguments, args: CaMOPDConfig) -> None:
     if prompts.prompts is None:
         raise ValueError(_form("prompts", None))
     check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
 
 
-def _warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
+def warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
     """`camopd train` evaluates by these settings alone; a script may do so by hand."""
     if prompts.eval_prompts and args.eval_strategy == "no" and not args.eval_on_start:
         logger.warning(
@@ -371,53 +371,3 @@ def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     if not path.is_file():
         return ""
     return f" The URL is from {str(path)!r}, which `camopd serve` has written; start it again, or delete the file."
-
-
-def train(config: str, overrides: list[str]) -> None:
-    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
-    from .teachers.server import connect_servers
-
-    # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
-    settings = peek(config, overrides)
-    names = ("max_prompt_length", "max_completion_length")
-    max_tokens = sum(max(by_step(name, settings[name]).values()) for name in names if name in settings)
-    patience = settings.get("teacher_patience", 900.0)
-    try:
-        teachers = connect_servers(
-            teachers_of(settings), max_tokens, patience if type(patience) in (int, float) else 900.0
-        )
-    except TeacherError as error:
-        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
-        raise TeacherError(f"{error}{''.join(notes)}") from None
-
-    from trl import get_peft_config, get_quantization_config
-
-    from .files import load_all
-    from .trainer import CaMOPDTrainer
-
-    prompts, model, args = parse(config, overrides)
-    _need_prompts(prompts, args)
-    _warn_of_unused(prompts, args)
-    for branch, teacher in teachers.items():
-        if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
-            print(
-                f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
-                f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
-                flush=True,
-            )
-    trainer = CaMOPDTrainer(
-        model=model.model_name_or_path,
-        teachers=teachers,
-        args=args,
-        train_dataset=load_all(prompts.prompts),
-        eval_dataset=load_all(prompts.eval_prompts) if prompts.eval_prompts else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()  # with the held-out gaps, for `camopd sweep`
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()

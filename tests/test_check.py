@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from camopd import cli
+from camopd.commands.check import _check_local
 from camopd.errors import TeacherError
 from camopd.run import SERVED_TEACHERS
 from camopd.teachers.base import TokenScores
@@ -31,7 +32,6 @@ from camopd.teachers.check import (
     Finding,
     Probe,
     _check_end,
-    _check_local,
     _sends_key_in_the_open,
     check_scores,
     check_server,

@@ -363,7 +363,7 @@ def test_a_hub_dataset_out_of_reach_is_an_error_in_words():  # HF_HUB_OFFLINE=1
 )
 def test_held_out_prompts_that_nobody_measures_are_warned_of(write, settings, given, warned, caplog):
     prompts, _, args = parse(write({**settings, "eval_prompts": {"general": "g.jsonl"}, **given}), [])
-    run_module._warn_of_unused(prompts, args)
+    run_module.warn_of_unused(prompts, args)
     assert ("eval_prompts have no effect" in caplog.text) == warned
 
 

@@ -1,0 +1,281 @@
+"""`camopd check`: can the teachers of a run teach its student?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CaMOPDError, TeacherError
+from ..run import check_branches, parse, peek, teachers_of, where_from
+from ..schedule import Schedule
+from ..teachers.address import ADAPTER_TEACHERS, has_adapter, is_server, urls_and_model
+from ..teachers.check import (
+    Finding,
+    Probe,
+    check_scores,
+    check_server,
+    compare_templates,
+    initial_kl,
+    is_student_start,
+    narrower_head,
+    reachable,
+)
+from ..teachers.server import ServerTeacher
+from ..tokens import head_size, need_end
+
+
+def check(config: str, overrides: list[str]) -> None:
+    """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
+    findings: list[Finding] = []
+    servers: dict[str, ServerTeacher] = {}
+    settings = peek(config, overrides)
+    specs = teachers_of(settings)
+    for branch, spec in specs.items():
+        if is_server(spec):
+            try:
+                urls, expected = urls_and_model(spec)
+                servers[branch] = ServerTeacher(urls, branch, model=expected)
+            except (TeacherError, ValueError) as error:
+                text = f"{error}{where_from(settings, branch, error)}"
+                findings.append(Finding(branch, "reachable", "error", text))
+    if findings:
+        findings += [reachable(branch, teacher) for branch, teacher in servers.items()]
+    _stop_on_errors(findings)
+
+    from transformers import AutoTokenizer
+    from trl import get_peft_config
+
+    from ..teachers.adapters import check_adapters
+
+    prompts, model_args, args = parse(config, overrides)
+    if prompts.prompts is not None:
+        check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
+    source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    student = str(model_args.model_name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(student, **source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
+    need_end(tokenizer)
+    check_adapters(student, get_peft_config(model_args), specs.values())
+    max_tokens = args.max_prompt_length + args.longest_completion
+    findings += _check_branches(specs, Schedule.parse(args.schedule))
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
+    teacher_source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
+    for branch, spec in specs.items():
+        if branch in servers:
+            findings += check_server(branch, servers[branch], tokenizer, max_tokens)
+        elif spec is not None:
+            findings.append(
+                _check_local(
+                    branch,
+                    spec,
+                    tokenizer,
+                    max_tokens,
+                    model_args.use_peft,
+                    teacher_source,
+                    has_adapter(student),
+                    _config_of(student, source).get_text_config().vocab_size,
+                )
+            )
+    _stop_on_errors(findings)
+    findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
+    _stop_on_errors(findings)
+    _show(findings)
+
+
+def _config_of(student: str, source: dict[str, Any]) -> Any:
+    from peft import PeftConfig
+    from transformers import AutoConfig
+
+    if has_adapter(student):
+        return AutoConfig.from_pretrained(PeftConfig.from_pretrained(student).base_model_name_or_path)
+    return AutoConfig.from_pretrained(student, **source)
+
+
+def _check_branches(specs: dict[str, Any], schedule: Schedule) -> Iterable[Finding]:
+    for branch in schedule.branches:
+        if specs.get(branch) is None:
+            yield Finding(
+                branch, "teacher", "error",
+                f"schedule {str(schedule)!r} visits this branch, but it has no teacher. Add teachers[{branch!r}] or take "
+                "the branch out of the schedule",
+            )  # fmt: skip
+    for branch in specs:
+        if branch not in schedule.branches:
+            yield Finding(
+                branch, "teacher", "error",
+                f"schedule {str(schedule)!r} never visits this branch. Add it to the schedule or leave its teacher out",
+            )  # fmt: skip
+
+
+def _check_adapter(branch: str, spec: str, use_peft: bool, is_adapter: bool) -> Finding:
+    if spec == "adapter_off":
+        if use_peft or is_adapter:
+            return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
+        return Finding(branch, "adapter_off", "error", "the student has no adapter. Set use_peft, or name a model")
+    if is_adapter and not use_peft:
+        return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
+    return Finding(
+        branch, "adapter_start", "error",
+        "the student must be a saved adapter, without use_peft. With use_peft, the specialised model is 'adapter_off'",
+    )  # fmt: skip
+
+
+def _check_local(
+    branch: str,
+    spec: Any,
+    tokenizer: Any,
+    max_tokens: int,
+    use_peft: bool,
+    source: dict[str, Any],
+    is_adapter: bool = False,
+    student_size: int = 0,
+) -> Finding:
+    """A teacher in the trainer's process, without loading its weights. `student_size`: tokens the student can write."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from ..teachers.local import check_same_tokens, context_length, guess_meaning
+
+    if spec in ("adapter_off", "adapter_start"):
+        return _check_adapter(branch, spec, use_peft, is_adapter)
+    way_out = (
+        "a folder with a model, a model id of the Hub, the URL of a vLLM server (http://host:port), or 'adapter_off'"
+    )
+    if not isinstance(spec, str):
+        return Finding(
+            branch, "in the process", "error",
+            f"the teacher is {spec!r} ({type(spec).__name__}). Give {way_out}; several URLs are a list",
+        )  # fmt: skip
+    try:
+        config = AutoConfig.from_pretrained(spec, **source)
+        theirs = AutoTokenizer.from_pretrained(spec, **source)
+    except (OSError, ValueError) as error:
+        return Finding(
+            branch, "in the process", "error",
+            f"{spec!r} cannot be loaded{guess_meaning(spec)}: {str(error).strip()}\nGive {way_out}",
+        )  # fmt: skip
+    try:
+        check_same_tokens(tokenizer, theirs, branch)
+    except ValueError as error:
+        return Finding(branch, "in the process", "error", str(error))
+    known = config.get_text_config().vocab_size
+    if student_size > known:
+        return Finding(branch, "in the process", "error", f"{spec}: {narrower_head(student_size, known)}")
+    if context_length(config) < max_tokens:
+        return Finding(
+            branch, "in the process", "error",
+            f"{spec} takes sequences of {context_length(config):.0f} tokens, {max_tokens} needed. Lower "
+            "max_completion_length",
+        )  # fmt: skip
+    template = compare_templates(branch, spec, tokenizer, theirs)
+    if template is not None and template.level == "warning":
+        return template
+    return Finding(
+        branch, "in the process", "ok", f"{spec}, not on a server: the same tokens as the student, context fits"
+    )
+
+
+def _check_with_student(
+    student: str, servers: dict[str, ServerTeacher], tokenizer: Any, max_tokens: int, source: dict[str, Any]
+) -> list[Finding]:
+    """Load the student, compare log-probs, and let it write a little for the initial KL."""
+    from ..logprobs import architecture, check_logps, completion_logps
+
+    if not servers:
+        return []
+    model = _load(student, source)
+    pad = int(tokenizer.eos_token_id)
+
+    try:
+        check_logps(
+            f"the student ({architecture(model)})",
+            lambda ids, lens: completion_logps(model, ids, lens, pad)[0],
+            model,
+            model,
+        )
+    except ValueError as error:
+        return [Finding("student", "log-probs", "error", str(error))]
+
+    def own_logps(probe: Probe) -> list[Tensor]:
+        with torch.no_grad():
+            logps, _ = completion_logps(model, probe.token_ids, probe.prompt_lens, pad)
+        lengths = [len(ids) - start for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True)]
+        return [row[:length].float().cpu() for row, length in zip(logps, lengths, strict=True)]
+
+    probe = Probe.of(tokenizer, max_tokens, model.generation_config.eos_token_id)
+    written = _write(model, probe, max_tokens, pad)
+    findings: list[Finding] = []
+    vocab_size = head_size(model)
+    probe_logps, written_logps = own_logps(probe), own_logps(written)
+    for branch, teacher in servers.items():
+        same = is_student_start(teacher, student)
+        found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same))
+        findings += found
+        if any(finding.level == "error" for finding in found):
+            continue
+        try:
+            theirs = torch.cat([row.logps for row in teacher.score(written.token_ids, written.prompt_lens)])
+        except CaMOPDError as error:
+            findings.append(Finding(branch, "initial KL", "error", str(error)))
+            continue
+        kl = (torch.cat(written_logps) - theirs).mean().item()
+        findings.append(initial_kl(branch, kl, len(theirs)))
+    return findings
+
+
+def _load(student: str, source: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return AutoModelForCausalLM.from_pretrained(student, **source).to(device).eval()
+    except torch.OutOfMemoryError:
+        raise CaMOPDError(
+            f"the student {student!r} does not fit onto the GPU beside what runs there (the teachers, perhaps). Set "
+            "CUDA_VISIBLE_DEVICES to a free GPU, or to nothing for the CPU."
+        ) from None
+
+
+def _write(model: Any, probe: Probe, max_tokens: int, pad: int) -> Probe:
+    """The student's own short answers to the prompts of a probe."""
+    from ..generation import neutral_generation
+
+    written = Probe([], [])
+    torch.manual_seed(0)
+    for ids, start in zip(probe.token_ids, probe.prompt_lens, strict=True):
+        room = min(48, max_tokens - start)
+        prompt = torch.tensor([ids[:start]], device=model.device)
+        with neutral_generation(model):
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, max_new_tokens=room,
+                pad_token_id=pad,
+            )  # fmt: skip
+        written.token_ids.append(output[0].tolist())
+        written.prompt_lens.append(start)
+    return written
+
+
+def _stop_on_errors(findings: list[Finding]) -> None:
+    if any(finding.level == "error" for finding in findings):
+        _show(findings)
+        raise SystemExit(2)
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("teacher", "what", "", "found"):
+        table.add_column(column, no_wrap=column != "found", overflow="fold")  # long URLs and paths stay whole
+    style = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    branches = list(dict.fromkeys(finding.branch for finding in findings))
+    for finding in sorted(findings, key=lambda finding: branches.index(finding.branch)):
+        level = Text(finding.level, style[finding.level])
+        table.add_row(Text(str(finding.branch)), finding.subject, level, Text(finding.text))
+    Console().print(table)

@@ -1,0 +1,58 @@
+"""`camopd train`: a run as its YAML file says."""
+
+from __future__ import annotations
+
+from ..errors import TeacherError
+from ..run import SERVED_TEACHERS, need_prompts, parse, peek, teachers_of, warn_of_unused, where_from
+from ..schedule import by_step
+from ..teachers.address import ADAPTER_TEACHERS
+
+
+def train(config: str, overrides: list[str]) -> None:
+    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
+    from ..teachers.server import connect_servers
+
+    # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
+    settings = peek(config, overrides)
+    names = ("max_prompt_length", "max_completion_length")
+    max_tokens = sum(max(by_step(name, settings[name]).values()) for name in names if name in settings)
+    patience = settings.get("teacher_patience", 900.0)
+    try:
+        teachers = connect_servers(
+            teachers_of(settings), max_tokens, patience if type(patience) in (int, float) else 900.0
+        )
+    except TeacherError as error:
+        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
+        raise TeacherError(f"{error}{''.join(notes)}") from None
+
+    from trl import get_peft_config, get_quantization_config
+
+    from ..files import load_all
+    from ..trainer import CaMOPDTrainer
+
+    prompts, model, args = parse(config, overrides)
+    need_prompts(prompts, args)
+    warn_of_unused(prompts, args)
+    for branch, teacher in teachers.items():
+        if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
+            print(
+                f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
+                f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
+                flush=True,
+            )
+    trainer = CaMOPDTrainer(
+        model=model.model_name_or_path,
+        teachers=teachers,
+        args=args,
+        train_dataset=load_all(prompts.prompts),
+        eval_dataset=load_all(prompts.eval_prompts) if prompts.eval_prompts else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()  # with the held-out gaps, for `camopd sweep`
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
