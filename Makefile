@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm check style benchmarks clean
+.PHONY: help install demo test test-slow test-vllm check style benchmarks clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -30,8 +30,11 @@ install: .venv/installed  ## Make .venv with camopd, its dependencies at tested 
 demo: install  ## Specialise a small real model and bring its general abilities back (minutes, 2 CPU cores)
 	$(BIN)/camopd demo $(ARGS)
 
-test: install  ## Run the tests
+test: install  ## Run the tests, but for those of the next two
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: install  ## Run the tests that start several processes or whole runs
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 .venv-vllm/installed: constraints-vllm.txt
 	@echo "==> Making .venv-vllm with the CPU build of vLLM (a few minutes the first time)"

@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from measuring import (
+    RESULTS,
+    demo_folder,
+    demo_trainer,
+    in_fresh_process,
+    metrics_of,
+    peak,
+    reset_peak,
+    run,
+    write_report,
+)
 
-RESULT = Path(__file__).parent / "results" / "bf16_weights.md"
+
 BRANCHES = ("general", "domain")
 RATES = (2e-6, 4e-5)  # the paper's and the demo's
 ARMS = {  # dtype of the weights, optim, optim_args
@@ -33,24 +41,23 @@ ARMS = {  # dtype of the weights, optim, optim_args
 HELDOUT, PROMPTS, TOKENS = 24, 8, 24
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--demo", type=Path, help="output folder of camopd demo")
     parser.add_argument("--keep", type=Path, help="folder for weights and numbers; what is there is not run again")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.run is not None:
-        print(json.dumps(in_this_process(json.loads(options.run))))
-        return
+    parser.add_argument("--report", type=Path, default=RESULTS / "bf16_weights.md")
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         work = options.keep or Path(folder)
         work.mkdir(exist_ok=True)
-        demo_folder = options.demo or make_models(work / "demo")
-        general, start = demo_folder / "general", work / "start"
-        as_bfloat16(demo_folder / "seed-0" / "specialised", start)
-        common = {"general": str(general), "start": str(start), "steps": options.steps}
+        finetune = {"finetune_steps": 6, "finetune_batch": 4, "finetune_learning_rate": 3e-4}
+        demo = demo_folder(options.demo, work / "demo", **finetune)
+        general, start = demo / "general", work / "start"
+        as_bfloat16(demo / "seed-0" / "specialised", start)
+        common = {
+            "general": str(general), "start": str(start), "prompts": str(demo / "prompts"), "steps": options.steps,
+        }  # fmt: skip
         found: dict[str, Any] = {"before": once({**common, "evaluate": str(start)}, work / "before.json")}
         for rate in RATES:
             for number, arm in enumerate(ARMS):
@@ -60,27 +67,14 @@ def main() -> None:
                 ends = {"evaluate": str(work / name), "reference": str(work / f"0-{rate:g}")}
                 found[name] = {**trained, **once({**common, **ends}, work / f"{name}-end.json")}
                 print(arm, rate, found[name], flush=True)
-        report(found, options.steps)
+    write_report(report(found, options.steps), options.report)
 
 
 def once(job: dict[str, Any], path: Path) -> Any:
     """What a fresh process finds for a job, kept in a file."""
     if not path.exists():
-        command = [sys.executable, __file__, "--run", json.dumps(job)]
-        process = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-        if process.returncode:
-            sys.exit(process.stderr[-3000:])
-        path.write_text(process.stdout.splitlines()[-1], encoding="utf-8")
+        path.write_text(json.dumps(in_fresh_process(__file__, job)), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def make_models(folder: Path) -> Path:
-    from camopd import demo
-
-    settings = demo.DemoSettings(finetune_steps=6, finetune_batch=4, finetune_learning_rate=3e-4)
-    (folder / "seed-0").mkdir(parents=True, exist_ok=True)
-    demo._specialise(folder / "seed-0", demo.unpack_base_model(folder / "general"), settings)
-    return folder
 
 
 def as_bfloat16(source: Path, target: Path) -> None:
@@ -93,45 +87,28 @@ def as_bfloat16(source: Path, target: Path) -> None:
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
-def in_this_process(job: dict[str, Any]) -> dict[str, Any]:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     return evaluate(job) if "evaluate" in job else train(job)
 
 
 def make_trainer(job: dict[str, Any], model: Any, output_dir: str, optimizer: Any = None, **settings: Any) -> Any:
-    from datasets import Dataset
-    from transformers import AutoTokenizer, PrinterCallback
-
-    from camopd import CaMOPDConfig, CaMOPDTrainer, demo
-
-    def prompts(branch: str, split: str, limit: int | None = None) -> Dataset:
-        rows = demo.load_prompts(branch, split)[:limit]
-        return Dataset.from_list([{"prompt": demo._messages(branch, row["prompt"])} for row in rows])
-
-    trainer = CaMOPDTrainer(
-        model=model,
-        teachers={"general": job["general"], "domain": job["start"]},
-        args=CaMOPDConfig(
-            output_dir=output_dir, max_steps=job["steps"], prompts_per_step=PROMPTS, per_device_train_batch_size=4,
-            per_device_eval_batch_size=HELDOUT, score_batch_size=PROMPTS, max_prompt_length=256,
-            max_completion_length=TOKENS, use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no",
-            disable_tqdm=True, diagnostics_steps=0, **settings,
-        ),
-        train_dataset={branch: prompts(branch, "train") for branch in BRANCHES},
-        eval_dataset={branch: prompts(branch, "heldout", HELDOUT) for branch in BRANCHES},
-        processing_class=AutoTokenizer.from_pretrained(job["start"]),
-        optimizers=(optimizer, None),
+    return demo_trainer(
+        model, {"general": job["general"], "domain": job["start"]}, Path(job["prompts"]), HELDOUT, optimizer,
+        output_dir=output_dir, max_steps=job["steps"], prompts_per_step=PROMPTS, max_completion_length=TOKENS,
+        diagnostics_steps=0, **settings,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """Share of changed weights per step, bytes, and peak memory of one run, whose weights are saved."""
     import torch
-    from memory import peak, reset_peak
     from transformers import AutoModelForCausalLM
 
-    import camopd.trainer
+    class RoundsToNearest(torch.optim.AdamW):
+        """torch's, which the trainer refuses for bfloat16 weights; of a class that it does not know it only warns."""
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
 
     dtype, optim, optim_args = ARMS[job["arm"]]
     model = AutoModelForCausalLM.from_pretrained(job["start"], dtype=getattr(torch, dtype))
@@ -144,7 +121,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             "adamw_torch",
         )
     if job["arm"] == "bfloat16, rounded to nearest":
-        camopd.trainer.check_masters = lambda *_: None  # which refuses it
+        optimizer = RoundsToNearest(model.parameters(), lr=job["rate"], weight_decay=0.0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             job, model, folder, optimizer, learning_rate=job["rate"], bf16=True, optim=optim, optim_args=optim_args
@@ -163,13 +140,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             )
 
         trainer.create_optimizer().register_step_post_hook(count)
-        device = torch.device("cpu")
-        loaded = reset_peak(device)
+        loaded = reset_peak()
         trainer.train()
-        grown = peak(device) - loaded
-        steps = [
-            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        grown = peak() - loaded
+        steps = metrics_of(folder)
         trainer.model.save_pretrained(job["out"])
     return {
         "changed": [step["update/changed_share"] for step in steps],
@@ -213,7 +187,7 @@ def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     return {**result, "gaps": gaps}
 
 
-def report(found: dict[str, Any], steps: int) -> None:
+def report(found: dict[str, Any], steps: int) -> list[str]:
     before = found["before"]["gaps"]
     lines = [
         "# bfloat16 weights against float32 ones",
@@ -259,8 +233,7 @@ def report(found: dict[str, Any], steps: int) -> None:
         lines.append(
             f"| {arm} | {' | '.join(cells)} | {whole / 2**20:.0f} | {whole / numbers:.2f} | {row['peak']:.0f} |"
         )
-    lines += ["", f"Again: `python benchmarks/bf16_weights.py --steps {steps}`", ""]
-    RESULT.write_text("\n".join(lines), encoding="utf-8")
+    return [*lines, "", f"Again: `python benchmarks/bf16_weights.py --steps {steps}`"]
 
 
 def cell(gap: list[float]) -> str:
@@ -268,4 +241,4 @@ def cell(gap: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, measure)

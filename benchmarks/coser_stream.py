@@ -26,12 +26,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)  # kB on Linux
 """
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--limit", type=int, default=10_000, help="conversations reserved as prompts")
     parser.add_argument("--folder", help="where the temporary folder goes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, out = Path(folder) / "sft_conversations_sharegpt.json", Path(folder) / "out"
         conversations = write(path, int(options.gigabytes * 1e9))
@@ -68,4 +68,4 @@ def write(path: Path, size: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,71 +11,60 @@ benchmarks/results/diagnostics.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from measuring import (
+    RESULTS,
+    demo_folder,
+    demo_trainer,
+    in_fresh_process,
+    metrics_of,
+    run,
+    temporary_folder,
+    write_report,
+)
 
 
-RESULT = Path(__file__).parent / "results" / "diagnostics.md"
 INTERVAL = 10
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="of a run; four have all that is quoted")
+    parser.add_argument("--prompts", type=int, default=12, help="of a step")
+    parser.add_argument("--tokens", type=int, default=40, help="of a completion, at most")
     parser.add_argument("--demo", type=Path, help="output folder of camopd demo")
-    parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.every is not None:
-        print(json.dumps(run(options.demo, options.steps, options.every)))
-        return
+    parser.add_argument("--report", type=Path, default=RESULTS / "diagnostics.md")
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        if options.demo is None:
-            from camopd import demo
-
-            options.demo = Path(folder)
-            (options.demo / "seed-0").mkdir()
-            demo._specialise(
-                options.demo / "seed-0", demo.unpack_base_model(options.demo / "general"), demo.DemoSettings()
-            )
-        found: dict[int, list[list[dict[str, float]]]] = {0: [], INTERVAL: []}
+        demo = demo_folder(options.demo, Path(folder))
+        found: dict[int, list[list[dict[str, Any]]]] = {0: [], INTERVAL: []}
         for number in range(options.rounds):
             for every in found:
-                found[every].append(in_a_process(options, every))
+                sizes = {"steps": options.steps, "prompts": options.prompts, "tokens": options.tokens}
+                job = {"demo": str(demo), "every": every, **sizes}
+                found[every].append(in_fresh_process(__file__, job))
                 print(f"round {number + 1}, diagnostics_steps={every}: {summary(found[every][-1])}", flush=True)
-    report(found, options.rounds)
+    write_report(report(found, options), options.report)
 
 
-def in_a_process(options: argparse.Namespace, every: int) -> list[dict[str, float]]:
-    command = [sys.executable, __file__, "--every", str(every), "--steps", str(options.steps)]
-    command += ["--demo", str(options.demo)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
-    if process.returncode:
-        sys.exit(process.stderr[-3000:])
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-def run(models: Path, steps: int, every: int) -> list[dict[str, float]]:
-    """The metrics of each step."""
-    from camopd import demo
-
-    with tempfile.TemporaryDirectory() as folder:
-        general, specialised = str(models / "general"), str(models / "seed-0" / "specialised")
-        settings = demo.DemoSettings(steps=steps)
-        trainer = demo._trainer(specialised, general, specialised, Path(folder) / "run", settings)
-        trainer.args.diagnostics_steps = every
-        trainer.train()
-        return [
-            json.loads(line)
-            for line in (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of each step of the demo's recovery."""
+    demo = Path(job["demo"])
+    specialised = str(demo / "seed-0" / "specialised")
+    trainer = demo_trainer(
+        specialised, {"general": str(demo / "general"), "domain": specialised}, demo / "prompts", heldout=4,
+        output_dir=temporary_folder(), bf16=False, max_steps=job["steps"], diagnostics_steps=job["every"], seed=0,
+        prompts_per_step=job["prompts"], max_completion_length=job["tokens"], learning_rate=4e-5,
+    )  # fmt: skip
+    trainer.train()
+    return metrics_of(trainer.args.output_dir)
 
 
 def measured(line: dict[str, float]) -> bool:
@@ -94,19 +83,19 @@ def summary(lines: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in result.items()}
 
 
-def report(found: dict[int, list[list[dict[str, float]]]], rounds: int) -> None:
+def report(found: dict[int, list[list[dict[str, Any]]]], options: argparse.Namespace) -> list[str]:
     def median(every: int, name: str) -> float:
         return statistics.median(summary(lines)[name] for lines in found[every])
 
     step, coherence, conflict = median(INTERVAL, "step"), median(INTERVAL, "coherence"), median(INTERVAL, "conflict")
     # general:3,domain:1 is measured twice in ten steps
     share = (2 * coherence + 8 * conflict) / (10 * step)
-    text = [
+    return [
         "# What the diagnostics cost",
         "",
-        f"`python benchmarks/diagnostics.py`, {platform.machine()}, {os.cpu_count()} cores, medians of {rounds} runs of "
-        f"{len(found[0][0])} steps, in turns. SmolLM2-135M-Instruct with the demo's settings: 12 prompts a step, up to 40 "
-        "tokens, float32 on CPU.",
+        f"`python benchmarks/diagnostics.py`, {platform.machine()}, {os.cpu_count()} cores, medians of {options.rounds} "
+        f"runs of {options.steps} steps, in turns. SmolLM2-135M-Instruct as in the demo: {options.prompts} prompts a step, "
+        f"up to {options.tokens} tokens, float32 on CPU.",
         "",
         "| | seconds |",
         "|---|---|",
@@ -117,11 +106,8 @@ def report(found: dict[int, list[list[dict[str, float]]]], rounds: int) -> None:
         "",
         f"With `diagnostics_steps: {INTERVAL}`, two steps in ten measure coherence: **{100 * share:.1f} %** of the time of "
         "the steps.",
-        "",
     ]
-    RESULT.write_text("\n".join(text), encoding="utf-8")
-    print("\n".join(text))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, measure)

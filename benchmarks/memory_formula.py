@@ -20,15 +20,14 @@ are those of small models with random weights, in float32, on a CPU, second upda
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import memory
+from measuring import RESULTS, in_fresh_process, make_tokenizer, reset_peak, run, write_report
 
 
-RESULT = Path(__file__).parent / "results" / "memory_formula.md"
 TOKEN_TILE = 4096  # rows of a tile, in trl.kernels.chunked_logprob
 CPU_COPIES = 12  # of a tile, in the torch code that stands in for the Triton kernel
 
@@ -73,28 +72,16 @@ QWEN3_4B = Shape(36, 2560, 9728, 32, 8, 128, 151936, True)
 QWEN3_8B = Shape(36, 4096, 12288, 32, 8, 128, 151936, False)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.measure is not None:
-        print(json.dumps(measure(*SMALL[options.measure])))
-        return
+    parser.add_argument("--report", type=Path, default=RESULTS / "memory_formula.md")
+    options = parser.parse_args(argv)
     if options.table:
         print("\n".join(table()))
         return
-    lines = [
-        "# A formula for memory, and measured peaks",
-        "",
-        *compare(),
-        "",
-        *table(),
-        "",
-        "Again: `python benchmarks/memory_formula.py`",
-    ]
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = ["# A formula for memory, and measured peaks", "", *compare(), "", *table(), ""]
+    write_report([*lines, "Again: `python benchmarks/memory_formula.py`"], options.report)
 
 
 def compare() -> list[str]:
@@ -102,13 +89,8 @@ def compare() -> list[str]:
         "| weights (M) | tokens | predicted (MiB) | measured (MiB) | predicted / measured |",
         "|---|---|---|---|---|",
     ]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    for number, (shape, prompt, completion) in enumerate(SMALL):
-        command = [sys.executable, __file__, "--measure", str(number)]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8")
-        if run.returncode:
-            sys.exit(run.stderr[-3000:])
-        found = json.loads(run.stdout.splitlines()[-1])
+    for shape, prompt, completion in SMALL:
+        found = in_fresh_process(__file__, {"shape": asdict(shape), "prompt": prompt, "completion": completion})
         assert found["weights"] == shape.weights + shape.hidden, (found, shape.weights)  # the last norm
         # weights 4, gradients 4, Adam 8 bytes a weight, and the teacher's weights, which stay where they are on a CPU
         predicted = 20 * shape.weights + activations(shape, prompt + completion, completion, 4, 4096, CPU_COPIES)
@@ -121,35 +103,29 @@ def compare() -> list[str]:
     return rows
 
 
-def measure(shape: Shape, prompt: int, completion: int) -> dict[str, float]:
+def measure(job: dict[str, Any]) -> dict[str, float]:
     """Peak MiB above the process before any model was made, in the second of two updates."""
     import torch
-    from memory import camopd_step, peak, reset_peak
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from conftest import make_tokenizer
 
     import camopd.trainer  # noqa: F401 - its libraries take memory, too
 
+    tokenizer = make_tokenizer()
     torch.manual_seed(0)
-    before = reset_peak(torch.device("cpu"))
+    before = reset_peak()
+    shape = Shape(**job["shape"])
     config = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=shape.tied, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config).eval().requires_grad_(False)
-    rows = [torch.randint(4, 40, (length,)).tolist() for length in (prompt, completion)]
-    step = camopd_step(student, teacher, make_tokenizer(), [rows[0]], [rows[1]])
-    optimizer = torch.optim.AdamW(student.parameters(), foreach=False)
-    for update in range(2):
-        if update:
-            reset_peak(torch.device("cpu"))
-        step().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"peak": peak(torch.device("cpu")) - before, "weights": sum(p.numel() for p in student.parameters())}
+    lengths = {"prompt": job["prompt"], "tokens": job["completion"], "rows": 1, "steps": 2}
+    trainer = memory.camopd_trainer(student, teacher, tokenizer, lengths)
+    return {
+        "peak": memory.peaks(trainer)[1]["whole"] - before,
+        "weights": sum(p.numel() for p in student.parameters()),
+    }
 
 
 # Bytes of a weight: the weight, its gradient, its float32 master where there is one, Adam's two moments. torchao keeps a
@@ -208,4 +184,4 @@ def largest(shape: Shape, static: float, memory: float, number: int, trains_head
 
 
 if __name__ == "__main__":
-    main()
+    run(main, measure)

@@ -10,17 +10,30 @@ benchmarks/results/scaling.md.
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
+from typing import Any
+
+from measuring import (
+    RESULTS,
+    Scripted,
+    in_fresh_process,
+    log_normal_lengths,
+    make_tokenizer,
+    metrics_of,
+    run,
+    same_prompts,
+    temporary_folder,
+    write_report,
+)
 
 
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "scaling.md"
+MODEL = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 SETUPS = [
     *({"prompts": prompts, "median": 64, "processes": 1} for prompts in (16, 32, 64)),
     *({"prompts": 32, "median": median, "processes": 1} for median in (32, 128)),
@@ -29,11 +42,11 @@ SETUPS = [
 PROMPT, CAP = 16, 1024
 
 
-def main() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if "--measure" in sys.argv:
-        measure(json.loads(sys.argv[-1]))
-        return
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--report", type=Path, default=RESULTS / "scaling.md")
+    options = parser.parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = "1"
     lines = [
         "# How the cost of a step grows",
         "",
@@ -45,7 +58,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for setup in SETUPS:
-        found = run(setup)
+        found = in_fresh_process(__file__, {**setup, "model": MODEL, "cap": CAP}, processes=setup["processes"])
         per_token = 1e6 * found["time/train"] * setup["processes"] / found["train/tokens"]
         lines.append(
             f"| {setup['prompts']} | {setup['median']} | {setup['processes']} | {found['time/score']:.2f} | "
@@ -53,68 +66,43 @@ def main() -> None:
             f"{found['train/imbalance']:.3f} |"
         )
         print(lines[-1], flush=True)
-    lines += ["", *price()]
-    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_report([*lines, "", *price()], options.report)
 
 
-def run(setup: dict) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable]
-        if setup["processes"] > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup["processes"])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [*launch, __file__, "--measure", json.dumps({**setup, "folder": folder})]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8")
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
-        steps = [
-            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ][1:]
+def measure(job: dict[str, Any]) -> dict[str, float]:
+    """Medians over three steps, after one, of what metrics.jsonl has."""
+    import torch
+    from accelerate.utils import broadcast_object_list
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from camopd import CaMOPDConfig, CaMOPDTrainer
+
+    def model(seed: int) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**job["model"]))
+
+    args = CaMOPDConfig(
+        output_dir=temporary_folder(), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        max_steps=4, prompts_per_step=job["prompts"], per_device_train_batch_size=4, schedule="general:1",
+        max_prompt_length=PROMPT, max_completion_length=job["cap"], logging_steps=1000, importance_sampling_mode="none",
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    trainer = CaMOPDTrainer(
+        model=model(1), teachers={"general": model(2)}, args=args, processing_class=tokenizer,
+        train_dataset={"general": same_prompts(job["prompts"], PROMPT, tokenizer)},
+    )  # fmt: skip
+    lengths = log_normal_lengths(job["prompts"], job["median"], job["cap"])
+    share = job["prompts"] // args.world_size
+    mine = lengths[args.process_index * share :][:share]
+    Scripted(mine, job["model"]["vocab_size"], seed=args.process_index).hand_out(trainer)
+    trainer.train()
+    (folder,) = broadcast_object_list([args.output_dir])  # whose file all processes read: that of the first
+    steps = metrics_of(folder)[1:]
     return {
         name: statistics.median(step[name] for step in steps)
         for name in steps[0]
         if name.startswith(("time", "train"))
     }
-
-
-def measure(setup: dict) -> None:
-    import torch
-    from datasets import Dataset
-    from step import log_normal_lengths
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from trl import DistillationTrainer
-
-    from camopd import CaMOPDConfig, CaMOPDTrainer
-
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    from conftest import make_tokenizer
-
-    def model(seed: int) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-                num_key_value_heads=4, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            )
-        )  # fmt: skip
-
-    args = CaMOPDConfig(
-        output_dir=setup["folder"], use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        max_steps=4, prompts_per_step=setup["prompts"], per_device_train_batch_size=4, schedule="general:1",
-        max_prompt_length=PROMPT, max_completion_length=CAP, logging_steps=1000,
-    )  # fmt: skip
-    lengths = log_normal_lengths(setup["prompts"], setup["median"], CAP)
-    share = setup["prompts"] // args.world_size
-    mine = lengths[args.process_index * share :][:share]
-    generator = torch.Generator().manual_seed(args.process_index)
-    DistillationTrainer._generate_single_turn = lambda self, prompt_ids, *rest: [
-        torch.randint(100, 4096, (length,), generator=generator).tolist() for length in mine
-    ]
-    CaMOPDTrainer(
-        model=model(1), teachers={"general": model(2)}, args=args, processing_class=make_tokenizer(),
-        train_dataset={"general": Dataset.from_list([{"prompt": "a" * PROMPT}] * setup["prompts"])},
-    ).train()  # fmt: skip
 
 
 def price() -> list[str]:
@@ -171,4 +159,4 @@ def price() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, measure)

@@ -20,28 +20,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from measuring import (
+    KEEP_PAGES,
+    RESULTS,
+    Scripted,
+    base_model,
+    in_fresh_process,
+    log_normal_lengths,
+    metrics_of,
+    peak,
+    reset_peak,
+    run,
+    same_prompts,
+    temporary_folder,
+    versions,
+    write_report,
+)
 
 
-RESULT = Path(__file__).parent / "results" / "step.md"
 ON_CPU = {
     "prompts": 24, "batch": 8, "median": 16, "cap": 256, "equal": 16, "generation_prompts": 24, "new_tokens": 24,
 }  # fmt: skip
 ON_GPU = {
     "prompts": 128, "batch": 4, "median": 1024, "cap": 8192, "equal": 2048, "generation_prompts": 64, "new_tokens": 1024,
 }  # fmt: skip
-# As in the Makefile: glibc gives freed pages back and faults them in again.
-KEEP_PAGES = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "1000000000",
-}
 PROMPT = 8  # tokens of a scripted prompt
 # workload -> contender -> settings of CaMOPDConfig, or the name of TRL's trainer
 CONTENDERS: dict[str, dict[str, dict | str]] = {
@@ -65,71 +73,56 @@ CONTENDERS: dict[str, dict[str, dict | str]] = {
 ON_SERVER: dict[str, dict | str] = {"camopd, server": {"server": True}, "TRL, server": "server"}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="measured steps of each process")
     parser.add_argument("--model", help="folder of a causal language model")
     parser.add_argument("--server", help="URL of a vLLM server with the same model")
     parser.add_argument("--only", choices=CONTENDERS, help="one workload")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if options.measure:
-        workload, contender = options.measure.split("/")
-        print(json.dumps(measure(workload, contender, options)))
-        return
-    if options.server:
-        CONTENDERS["lengths"].update(ON_SERVER)
+    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON in place of some of ON_CPU or ON_GPU")
+    parser.add_argument("--report", type=Path, default=RESULTS / "step.md")
+    options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        if options.model is None:
-            from camopd.demo import unpack_base_model
-
-            options.model = unpack_base_model(Path(folder) / "model")
+        common = {
+            "model": base_model(options.model, folder), "steps": options.steps, "server": options.server,
+            "sizes": options.sizes,
+        }  # fmt: skip
         found: dict[str, dict[str, list[dict]]] = {}
         for workload in [options.only] if options.only else CONTENDERS:
-            found[workload] = {name: [] for name in CONTENDERS[workload]}
+            contenders = CONTENDERS[workload] | (ON_SERVER if options.server and workload == "lengths" else {})
+            found[workload] = {name: [] for name in contenders}
             for number in range(options.rounds):
                 for name, rows in found[workload].items():
-                    rows.append(in_process(f"{workload}/{name}", options, KEEP_PAGES))
+                    job = {**common, "workload": workload, "settings": contenders[name]}
+                    rows.append(in_fresh_process(__file__, job, KEEP_PAGES))
                     print(f"round {number + 1} {workload}/{name}: {json.dumps(rows[-1])}", flush=True)
-        for workload, contenders in found.items():  # last, because other work on the machine does not change it
-            for name, rows in contenders.items():
-                of_memory = in_process(f"{workload}/{name}", options, {})  # kept pages would count as memory in use
+        for workload, of_workload in found.items():  # last, because other work on the machine does not change it
+            for name, rows in of_workload.items():
+                job = {**common, "workload": workload, "settings": (CONTENDERS[workload] | ON_SERVER)[name]}
+                of_memory = in_fresh_process(__file__, job)
                 for row in rows:
                     row |= {key: of_memory[key] for key in ("peak MiB", "peak above start MiB")}
                 print(f"memory {workload}/{name}: {of_memory['peak MiB']:.0f} MiB", flush=True)
-        report(found, options)
-
-
-def in_process(name: str, options: argparse.Namespace, malloc: dict[str, str]) -> dict:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | malloc
-    command = [sys.executable, __file__, "--measure", name, "--model", options.model, "--steps", str(options.steps)]
-    command += ["--server", options.server] if options.server else []
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, encoding="utf-8")
-    if run.returncode:
-        sys.exit(f"{name} failed:\n{run.stderr[-3000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+    write_report(report(found, options), options.report)
 
 
 # ------------------------------------------------------------------------------------------------------ one process
 
 
-def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds, tokens and memory of a step: medians of the measured steps."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DistillationTrainer
 
     on_gpu = torch.cuda.is_available()
-    size = ON_GPU if on_gpu else ON_CPU
+    size = (ON_GPU if on_gpu else ON_CPU) | job["sizes"]
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    settings = (CONTENDERS["lengths"] | ON_SERVER | CONTENDERS[workload])[contender]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    workload, settings = job["workload"], job["settings"]
     server = settings == "server" or (isinstance(settings, dict) and "server" in settings)
-    student = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    teacher = None if server else AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    student = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    teacher = None if server else AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
     torch.manual_seed(0)
     with torch.no_grad():  # another model than the teacher
         for parameter in student.parameters():
@@ -139,18 +132,21 @@ def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
     num_prompts = size["generation_prompts"] if workload == "generation" else size["prompts"]
     cap = {"equal": size["equal"], "lengths": size["cap"], "generation": size["new_tokens"]}[workload]
     common = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": size["batch"], "max_completion_length": cap,
-        "learning_rate": 1e-6, "lr_scheduler_type": "constant", "max_steps": 1 + options.steps, "save_strategy": "no",
+        "output_dir": temporary_folder(), "per_device_train_batch_size": size["batch"], "max_completion_length": cap,
+        "learning_rate": 1e-6, "lr_scheduler_type": "constant", "max_steps": 1 + job["steps"], "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "bf16": on_gpu, "use_cpu": not on_gpu, "shuffle_dataset": False,
         "logging_steps": 1000,
     }  # fmt: skip
+    texts = prompts_of(workload, num_prompts * (1 + job["steps"]), tokenizer)
+    make = trl_trainer if isinstance(settings, str) else camopd_trainer
+    trainer = make(settings, student, teacher, tokenizer, texts, common, num_prompts, job["server"])
     clock = Clock(student, teacher)
-    if workload != "generation":
-        lengths = [cap] * num_prompts if workload == "equal" else log_normal_lengths(num_prompts, size["median"], cap)
-        script(DistillationTrainer, lengths, student.config.vocab_size, clock)
+    if workload == "generation":
+        clock.time_generation(student, tokenizer.eos_token_id)
     else:
-        time_generation(DistillationTrainer, clock)
-    texts = prompts_of(workload, num_prompts * (1 + options.steps), tokenizer)
+        lengths = [cap] * num_prompts if workload == "equal" else log_normal_lengths(num_prompts, size["median"], cap)
+        clock.sampler = Scripted(lengths, student.config.vocab_size)
+        clock.sampler.hand_out(trainer)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -159,19 +155,12 @@ def measure(workload: str, contender: str, options: argparse.Namespace) -> dict:
         def on_step_end(self, *args, **kwargs):
             clock.end()
 
-    if isinstance(settings, str):
-        trainer = trl_trainer(settings, student, teacher, tokenizer, texts, common, num_prompts, options)
-    else:
-        trainer = camopd_trainer(dict(settings), student, teacher, tokenizer, texts, common, num_prompts, options)
     trainer.add_callback(Watch())
     trainer.train()
     steps = clock.steps[1:]
     summary = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     if not isinstance(settings, str):
-        lines = [
-            json.loads(line)
-            for line in (Path(common["output_dir"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ][1:]
+        lines = metrics_of(common["output_dir"])[1:]
         for name in ("time/rollout", "time/score", "time/train", "selection/general/kept_fraction", "train/padding"):
             summary[name] = statistics.median(line[name] for line in lines)
     summary["device"] = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -184,7 +173,9 @@ class Clock:
 
     def __init__(self, student, teacher):
         self.steps: list[dict] = []
+        self.sampler: Scripted | None = None  # None: the student writes itself
         self.generation = 0.0
+        self.generated = 0
         self.generating = False
         self.counts: dict[str, float] = {}
         for model, name in ((student, "student"), (teacher, "teacher")):
@@ -204,6 +195,27 @@ class Clock:
 
         return hook
 
+    def time_generation(self, student, end: int) -> None:
+        """Time the student's own `generate`, and count the tokens that it draws up to the end of each row."""
+        generate = student.generate
+
+        def timed(*args, **kwargs):
+            started, self.generating = time.perf_counter(), True
+            sequences = generate(*args, **kwargs)
+            self.generating = False
+            self.generation += time.perf_counter() - started
+            ended = sequences[:, kwargs["input_ids"].shape[1] :] == end
+            self.generated += int(
+                (ended.cumsum(dim=1) - ended.long() == 0).sum()
+            )  # an end is drawn, what follows is not
+            return sequences
+
+        student.generate = timed
+
+    @property
+    def drawn(self) -> int:
+        return self.generated if self.sampler is None else self.sampler.drawn
+
     def begin(self):
         self.start_memory = reset_peak()
         self.generation = 0.0
@@ -211,7 +223,7 @@ class Clock:
         self.counts = dict.fromkeys(
             ("tokens forward and backward", "tokens forward only, student", "tokens forward only, teacher"), 0
         )
-        self.sampled = 0
+        self.drawn_before = self.drawn
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
     def end(self):
@@ -222,7 +234,7 @@ class Clock:
                 "rollout": self.generation,
                 "training part": seconds - self.generation,
                 "CPU": cpu,
-                "completion tokens": self.sampled,
+                "completion tokens": self.drawn - self.drawn_before,
                 "peak MiB": peak(),
                 "peak above start MiB": peak() - self.start_memory,
                 **self.counts,
@@ -230,82 +242,40 @@ class Clock:
         )
 
 
-def script(trainer_class, lengths, vocab_size, clock) -> None:
-    """Make the class hand out completions of these lengths instead of generating."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-
-    def scripted(self, prompt_ids, *args, **kwargs):
-        rows = [torch.randint(100, vocab_size, (n,), generator=generator).tolist() for n in lengths[: len(prompt_ids)]]
-        clock.sampled += sum(map(len, rows))
-        if getattr(self.args, "gap_student", "trainer") == "engine":
-            self._turns += [(list(ids), row, [-8.0] * len(row)) for ids, row in zip(prompt_ids, rows, strict=True)]
-        return rows
-
-    from camopd import CaMOPDTrainer
-
-    trainer_class._generate_single_turn = scripted
-    CaMOPDTrainer._generate_and_record = scripted
-
-
-def time_generation(trainer_class, clock) -> None:
-    generate = trainer_class._generate_single_turn
-
-    def timed(self, *args, **kwargs):
-        started, clock.generating = time.perf_counter(), True
-        rows = generate(self, *args, **kwargs)
-        clock.generating = False
-        clock.generation += time.perf_counter() - started
-        clock.sampled += sum(map(len, rows))
-        return rows
-
-    trainer_class._generate_single_turn = timed
-
-
-def log_normal_lengths(count: int, median: int, cap: int) -> list[int]:
-    import numpy as np
-
-    lengths = np.random.default_rng(0).lognormal(np.log(median), 1, count)
-    return np.clip(lengths.round(), 1, cap).astype(int).tolist()
-
-
-def prompts_of(workload: str, count: int, tokenizer) -> list:
+def prompts_of(workload: str, count: int, tokenizer) -> Any:
+    """A dataset: one text again and again, or the demo's."""
     if workload != "generation":
-        word = tokenizer.decode(tokenizer(" the")["input_ids"][:1])
-        return [word * PROMPT] * count
-    from importlib.resources import files
-
-    rows = (files("camopd.demo_data") / "general.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = [json.loads(row)["prompt"] for row in rows]
-    return [prompts[index % len(prompts)] for index in range(count)]
-
-
-def camopd_trainer(settings, student, teacher, tokenizer, texts, common, num_prompts, options):
+        return same_prompts(count, PROMPT, tokenizer)
     from datasets import Dataset
 
+    from camopd.demo import load_prompts
+
+    rows = load_prompts("general", "train") + load_prompts("general", "heldout")
+    return Dataset.from_list([{"prompt": rows[index % len(rows)]["prompt"]} for index in range(count)])
+
+
+def camopd_trainer(settings, student, teacher, tokenizer, texts, common, num_prompts, server):
     from camopd import CaMOPDConfig, CaMOPDTrainer
 
-    server = settings.pop("server", False)
+    settings = {name: value for name, value in settings.items() if name != "server"}
     return CaMOPDTrainer(
         model=student,
-        teachers={"general": options.server if server else teacher},
+        teachers={"general": server if teacher is None else teacher},
         args=CaMOPDConfig(
             **common, prompts_per_step=num_prompts, schedule="general:1", max_prompt_length=128,
             importance_sampling_mode="none", **settings,
         ),
-        train_dataset={"general": Dataset.from_list([{"prompt": text} for text in texts])},
+        train_dataset={"general": texts},
         processing_class=tokenizer,
     )  # fmt: skip
 
 
-def trl_trainer(kind, student, teacher, tokenizer, texts, common, num_prompts, options):
-    from datasets import Dataset
+def trl_trainer(kind, student, teacher, tokenizer, texts, common, num_prompts, server):
     from trl import DistillationConfig, DistillationTrainer
 
     arguments = {
         "model": student,
-        "train_dataset": Dataset.from_list([{"prompt": text} for text in texts]),
+        "train_dataset": texts,
         "processing_class": tokenizer,
     }
     common = {**common, "gradient_accumulation_steps": num_prompts // common["per_device_train_batch_size"]}
@@ -318,41 +288,14 @@ def trl_trainer(kind, student, teacher, tokenizer, texts, common, num_prompts, o
     vllm_client.is_vllm_available = lambda: True  # the server has it; the client only says that it should be installed
 
     return ServerDistillationTrainer(
-        **arguments, args=ServerDistillationConfig(**common, beta=1.0, teacher_model_server_url=options.server)
+        **arguments, args=ServerDistillationConfig(**common, beta=1.0, teacher_model_server_url=server)
     )
-
-
-def reset_peak() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # the kernel's high-water mark of resident memory starts over
-    return peak()
-
-
-def peak() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    (line,) = [
-        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
-    ]
-    return int(line.split()[1]) / 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- report
 
 
-def report(found: dict[str, dict[str, list[dict]]], options: argparse.Namespace) -> None:
-    import torch
-    import transformers
-    import trl
-
+def report(found: dict[str, dict[str, list[dict]]], options: argparse.Namespace) -> list[str]:
     lines = ["# One optimizer step", ""]
     for workload, contenders in found.items():
         lines += table(workload, contenders)
@@ -360,13 +303,9 @@ def report(found: dict[str, dict[str, list[dict]]], options: argparse.Namespace)
     first = next(iter(next(iter(found.values())).values()))[0]
     lines += [
         f"Medians of {options.rounds} alternating rounds of {options.steps} steps, each process fresh, after a step to "
-        f"warm up. {first['device']}, {len(os.sched_getaffinity(0))} CPU cores, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, trl {trl.__version__}, Python {platform.python_version()}.",
-        "",
+        f"warm up. {first['device']}, {len(os.sched_getaffinity(0))} CPU cores, {versions()}.",
     ]
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    return lines
 
 
 def table(workload: str, contenders: dict[str, list[dict]]) -> list[str]:
@@ -433,4 +372,4 @@ def ratios(found: dict[str, dict[str, list[dict]]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, measure)

