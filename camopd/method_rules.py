@@ -6,10 +6,13 @@ What transformers and TRL bring is in setting_rules.py.
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule
+from .teachers.address import ADAPTER_TEACHERS
+from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
 
 
@@ -37,7 +40,6 @@ LEAST = {
     "relaxed_exploration_steps": 0,
 }
 PER_BRANCH = ("mass_target", "scale", "score", "selection")
-REQUEST_TIMEOUTS = 2 * 300  # seconds: the two of teachers/server.py that may lie around a wait for a teacher
 # optim that transformers builds from the learning rate and `adam_*` alone
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 _WHY = {
@@ -189,17 +191,30 @@ def _check_budget(args: CaMOPDConfig) -> None:
 def _check_teachers(args: CaMOPDConfig, schedule: Schedule) -> None:
     if not args.teacher_patience > 0:
         raise ValueError(f"teacher_patience must be a positive number of seconds, got {args.teacher_patience!r}.")
-    slowest = args.teacher_patience + REQUEST_TIMEOUTS
-    if args.world_size > 1 and slowest > args.ddp_timeout:
-        raise ValueError(
-            f"teacher_patience={args.teacher_patience:g} and two time-outs of {REQUEST_TIMEOUTS // 2} seconds come to "
-            f"{slowest:g}, more than ddp_timeout={args.ddp_timeout}: a rank that waits for its teacher would be taken for "
-            "dead. Raise ddp_timeout or lower teacher_patience."
-        )
     if args.teachers is not None and not isinstance(args.teachers, dict):
         raise ValueError(
             f"teachers must map each branch to its teacher, got {args.teachers!r}. Write "
             f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
+        )
+    in_process = args.teachers and all(teacher in tuple(ADAPTER_TEACHERS) for teacher in args.teachers.values())
+    if args.world_size > 1 and not in_process:
+        _check_ddp_timeout(args)
+
+
+def _check_ddp_timeout(args: CaMOPDConfig) -> None:
+    """A rank may wait for one request that times out, then for a server to come back, then for another such request."""
+    rows = args.prompts_per_step // args.world_size
+    if args.eval_strategy != "no" or args.eval_on_start:
+        rows = max(rows, args.per_device_eval_batch_size)
+    tokens = most_tokens_in_flight(rows, args.max_prompt_length + args.longest_completion)
+    request = request_seconds(tokens)
+    slowest = math.ceil(args.teacher_patience + 2 * request)
+    if slowest > args.ddp_timeout:
+        raise ValueError(
+            f"a request to a teacher's server may take {request:.0f} seconds, with {tokens} tokens of this rank in flight. "
+            f"Two of them and teacher_patience={args.teacher_patience:g} come to {slowest}, more than "
+            f"ddp_timeout={args.ddp_timeout}: a rank that waits for its teacher would be taken for dead. Set it to "
+            f"{slowest}, or lower teacher_patience or max_completion_length."
         )
 
 

@@ -81,7 +81,7 @@ from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
 from .teachers.check import Probe, check_scores, has_lost_its_weights, initial_kl, is_student_start, raise_errors
 from .teachers.local import LocalTeacher, context_length, shares_weights
 from .teachers.resolve import resolve_teachers
-from .teachers.server import ServerTeacher, connect_servers
+from .teachers.vllm.teacher import ServerTeacher, connect_servers
 from .tokens import check_known, embedding_size, head_size, need_end, unended_turn
 
 

@@ -101,8 +101,8 @@ def start_server(teacher_model, tokenizer, monkeypatch):
     from fake_vllm import FakeVLLM
 
     monkeypatch.delenv("CAMOPD_TEACHER_API_KEY", raising=False)
-    monkeypatch.setattr("camopd.teachers.server.wait_exponential_jitter", lambda *_: lambda _: 0.0)
-    monkeypatch.setattr("camopd.teachers.server.HEALTH_SECONDS", 0.05)
+    for name, seconds in (("QUESTION_PAUSE", 0.0), ("SCORE_PAUSE", 0.0), ("HEALTH_SECONDS", 0.05)):
+        monkeypatch.setattr(f"camopd.teachers.limits.{name}", seconds)
     servers = []
 
     def start(**changes):

@@ -48,6 +48,11 @@ def reference_logps(model, ids):
     return logps.gather(1, torch.tensor(ids[1:])[:, None])[:, 0], logps
 
 
+def is_probe(body):
+    """Whether a request only asks which transport the server speaks."""
+    return body.get("token_ids") == [0, 1]
+
+
 class FakeVLLM:
     """What it is asked lies in `requests`; the other attributes make it misbehave.
 
@@ -95,7 +100,7 @@ class FakeVLLM:
         return [
             body
             for path, _, body in self.requests
-            if path == "/v1/completions" or (path == "/inference/v1/generate" and "request_id" in body)
+            if path in ("/v1/completions", "/inference/v1/generate") and not is_probe(body)
         ]
 
     @property
@@ -126,7 +131,7 @@ class FakeVLLM:
         largest = max(token for ids in (prompts if isinstance(prompts[0], list) else [prompts]) for token in ids)
         if largest >= self.model.config.vocab_size:
             return 400, json.dumps({"error": {"message": f"Token id {largest} is out of vocabulary"}})
-        if path == "/v1/completions" or "request_id" in body:
+        if not is_probe(body):
             self.before()
             with suppress(IndexError):
                 answer = self.answers.popleft()
@@ -161,7 +166,7 @@ class FakeVLLM:
             np.save(buffer, self.edit_logps(logps, body), allow_pickle=False)
             text = base64.b64encode(buffer.getvalue()).decode()
         return {
-            "request_id": f"generate-tokens-{body.get('request_id', '0')}",
+            "request_id": f"generate-tokens-{body['request_id']}",
             "model": self.name,
             "created": 1,
             "usage": {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1},

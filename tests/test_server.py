@@ -11,19 +11,16 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from camopd.errors import CaMOPDError, TeacherError
 from camopd.teachers.base import RemoteTeacher, Teacher
 from camopd.teachers.local import LocalTeacher
-from camopd.teachers.server import TOKENS_PER_REQUEST, ServerTeacher, _Row
+from camopd.teachers.vllm.teacher import ServerTeacher
 
 
 ASKED = [TOKEN_IDS[row] for row in (0, 1, 2, 4)]  # row 3 has no completion
@@ -154,8 +151,8 @@ def test_the_transport_of_each_server_is_logged(start_server, connect, caplog):
     with caplog.at_level(logging.INFO, logger="camopd"):
         teacher = connect(compact, plain)
     assert teacher.transports == {compact.url: "compact", plain.url: "JSON"}
-    assert f"{compact.url} serves 'tiny-teacher', transport compact (/inference/v1/generate)" in caplog.text
-    assert f"{plain.url} serves 'tiny-teacher', transport JSON (/v1/completions)" in caplog.text
+    assert f"{compact.url} serves 'tiny-teacher', transport compact" in caplog.text
+    assert f"{plain.url} serves 'tiny-teacher', transport JSON" in caplog.text
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 500])
@@ -180,15 +177,15 @@ def test_a_url_may_end_in_a_slash_or_v1(server, connect, local_scores):
 
 
 def test_short_sequences_share_a_request_up_to_the_token_budget(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.REQUESTS_PER_REPLICA", 1)
-    monkeypatch.setattr("camopd.teachers.server.TOKENS_PER_REQUEST", 9)
+    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)
+    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 9)
     assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
     # Longest first: 9 tokens fill a request; 6 + 3 another; 3 are left.
     assert [body["prompt"] for body in server.scored] == [[TOKEN_IDS[1]], [TOKEN_IDS[0], TOKEN_IDS[2]], [TOKEN_IDS[4]]]
 
 
 def test_a_sequence_longer_than_the_budget_goes_alone(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.TOKENS_PER_REQUEST", 2)
+    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 2)
     assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
     assert sorted(body["prompt"] for body in server.scored) == sorted([ids] for ids in ASKED)
 
@@ -209,8 +206,8 @@ def test_replicas_share_the_tokens_and_answers_keep_their_order(start_server, co
 
 
 def test_requests_are_asked_at_the_same_time_but_no_more_than_allowed(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.REQUESTS_PER_REPLICA", 2)
-    monkeypatch.setattr("camopd.teachers.server.TOKENS_PER_REQUEST", 1)
+    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 2)
+    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 1)
     inside, most, lock = 0, 0, threading.Lock()
     two = threading.Barrier(2, timeout=60)  # a client that asks one by one never passes
 
@@ -346,8 +343,8 @@ def test_a_fault_is_tried_on_another_replica_first(start_server, connect, local_
 def test_one_replica_that_always_fails_quickly_does_not_stop_another_that_works_slowly(
     start_server, connect, local_scores, monkeypatch, status
 ):
-    monkeypatch.setattr("camopd.teachers.server.REQUESTS_PER_REPLICA", 1)
-    monkeypatch.setattr("camopd.teachers.server.TOKENS_PER_REQUEST", 1)
+    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)
+    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 1)
     bad, good = start_server(), start_server()
     teacher = connect(bad, good)
     bad.answers.extend([(status, "oops")] * 1000)
@@ -356,7 +353,7 @@ def test_one_replica_that_always_fails_quickly_does_not_stop_another_that_works_
 
 
 def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.wait_exponential_jitter", lambda *_: lambda _: 0.02)
+    monkeypatch.setattr("camopd.teachers.limits.SCORE_PAUSE", 0.02)
     teacher = connect(server, patience=3.0)
     server.answers.extend([(429, "slow down")] * 60)
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
@@ -369,7 +366,7 @@ def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, 
 
 @both_transports
 def test_a_time_out_is_tried_again(start_server, connect, local_scores, monkeypatch, compact):
-    monkeypatch.setattr("camopd.teachers.server.SCORE_SECONDS", 0.5)
+    monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.5)
     server = start_server(compact=compact)
     teacher = connect(server)
     server.answers.append("hang")
@@ -378,9 +375,9 @@ def test_a_time_out_is_tried_again(start_server, connect, local_scores, monkeypa
 
 
 def test_time_outs_grow_with_the_tokens_in_flight(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.SCORE_SECONDS", 0.0)
-    monkeypatch.setattr("camopd.teachers.server.SECONDS_PER_TOKEN", 0.02)
-    monkeypatch.setattr("camopd.teachers.server.ATTEMPTS", 1)
+    monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.0)
+    monkeypatch.setattr("camopd.teachers.limits.SECONDS_PER_TOKEN", 0.02)
+    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 1)
     teacher = connect(server)
     server.before = lambda: time.sleep(0.3)
     with pytest.raises(TeacherError, match=r"did not answer /v1/completions in 0 seconds"):
@@ -392,7 +389,7 @@ def test_time_outs_grow_with_the_tokens_in_flight(server, connect, monkeypatch):
 
 
 def test_a_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.ATTEMPTS", 3)
+    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 3)
     teacher = connect(server)
     server.answers.extend([(500, "CUDA out of memory")] * 3)
     with pytest.raises(
@@ -405,8 +402,8 @@ def test_a_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server
 
 
 def test_a_server_that_hangs_for_good_is_an_error_in_bounded_time(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.SCORE_SECONDS", 0.2)
-    monkeypatch.setattr("camopd.teachers.server.ATTEMPTS", 3)
+    monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.2)
+    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 3)
     teacher = connect(server)
     server.answers.extend(["hang"] * 100)
     started = time.monotonic()
@@ -490,7 +487,7 @@ def test_an_answer_in_json_that_is_no_list_of_models_is_refused(server, connect)
 
 
 def test_an_answer_without_end_is_cut_off(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.BYTES_PER_LOGPROB", 1)
+    monkeypatch.setattr("camopd.teachers.vllm.transports.BYTES_PER_LOGPROB", 1)
     teacher = connect(server)
     server.answers.append((200, " " * 1_000_000))
     with pytest.raises(
@@ -596,7 +593,7 @@ def test_a_server_that_ignores_prompt_logprobs_is_refused(server, connect):
 
 
 def test_answers_in_another_order_are_put_right_or_refused(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.server.REQUESTS_PER_REPLICA", 1)  # all rows in one request
+    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)  # all rows in one request
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "choices": answer["choices"][::-1]}  # with their numbers
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
@@ -853,21 +850,3 @@ def test_the_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch
         assert "sk-sec" not in str(error)
         error = error.__cause__ or error.__context__
     assert "sk-sec" not in caplog.text
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.one_of(st.integers(1, 60), st.integers(1, 3 * TOKENS_PER_REQUEST)), max_size=60),
-    st.lists(st.booleans(), min_size=1, max_size=4),
-    st.sampled_from([0, 5]),
-)
-def test_every_row_is_in_one_request(lengths, compact, top_k):
-    teacher = SimpleNamespace(_replicas=[SimpleNamespace(compact=value) for value in compact])
-    rows = [_Row(index, range(length), 1) for index, length in enumerate(lengths)]
-    requests = ServerTeacher._to_requests(teacher, rows, top_k)
-    assert sorted(row.index for request in requests for row in request) == list(range(len(lengths)))
-    assert all(requests)
-    if any(compact) and not top_k:
-        assert all(len(request) == 1 for request in requests)
-    for request in requests:
-        assert len(request) == 1 or sum(len(row.token_ids) for row in request) <= TOKENS_PER_REQUEST

@@ -16,7 +16,7 @@ from camopd.teachers.adapters import AdapterTeacher, keep_start_adapter
 from camopd.teachers.base import Teacher, TokenScores
 from camopd.teachers.local import LocalTeacher
 from camopd.teachers.resolve import resolve_teachers
-from camopd.teachers.server import ServerTeacher, connect_servers
+from camopd.teachers.vllm.teacher import ServerTeacher, connect_servers
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from camopd.demo import load_prompts, unpack_base_model
 from camopd.errors import TeacherError
 from camopd.teachers.check import check_server
 from camopd.teachers.local import LocalTeacher
-from camopd.teachers.server import ServerTeacher
+from camopd.teachers.vllm.teacher import ServerTeacher
 
 
 pytestmark = pytest.mark.vllm

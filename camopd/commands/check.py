@@ -23,7 +23,7 @@ from ..teachers.check import (
     narrower_head,
     reachable,
 )
-from ..teachers.server import ServerTeacher
+from ..teachers.vllm.teacher import ServerTeacher
 from ..tokens import head_size, need_end
 
 

@@ -10,7 +10,7 @@ from ..teachers.address import ADAPTER_TEACHERS
 
 def train(config: str, overrides: list[str]) -> None:
     """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
-    from ..teachers.server import connect_servers
+    from ..teachers.vllm.teacher import connect_servers
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
     settings = peek(config, overrides)

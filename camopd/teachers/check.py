@@ -17,7 +17,7 @@ from ..errors import CaMOPDError, TeacherError
 from ..tokens import ends_of
 from .address import is_loopback, same_model
 from .base import Teacher, TokenScores
-from .server import ServerTeacher
+from .vllm.teacher import ServerTeacher
 
 
 if TYPE_CHECKING:  # its import takes seconds, and a server that is not there needs none of it

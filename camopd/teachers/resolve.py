@@ -23,7 +23,7 @@ from .local import (
     context_length,
     load_teacher_model,
 )
-from .server import ServerTeacher
+from .vllm.teacher import ServerTeacher
 
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""A teacher on vLLM servers. Nothing is imported here: `camopd serve` needs no torch."""

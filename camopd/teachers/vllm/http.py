@@ -1,0 +1,215 @@
+"""Requests to the servers of a branch: the key, retries, and answers that are not those of a vLLM server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import httpx
+import orjson
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
+
+from ...errors import TeacherError
+from .. import limits
+from ..address import key_variables
+
+
+T = TypeVar("T")
+
+
+class Fault(Exception):
+    """What may pass: a broken connection, a time-out, 429, 5xx, a cut answer. The text is for the user."""
+
+    def __init__(self, message: str, takes_out: bool = True):
+        super().__init__(message)
+        self.takes_out = takes_out  # whether the replica must show that it is well before it gets another request
+
+
+def retrying(stop: Callable[[RetryCallState], bool], longest_pause: float) -> AsyncRetrying:
+    """Tries again after a `Fault` until `stop` says so, then raises it."""
+    wait = wait_exponential_jitter(0.2, longest_pause)
+    return AsyncRetrying(retry=retry_if_exception_type(Fault), stop=stop, wait=wait, reraise=True)
+
+
+class ServedModel(NamedTuple):
+    """What a server says of its model: the name requests use, where it was loaded from, and its context in tokens."""
+
+    name: str
+    path: str
+    max_model_len: int | None
+
+
+class Client:
+    """HTTP to the servers of one branch, with the key of that branch, which no message shows."""
+
+    def __init__(self, branch: str):
+        self.branch = branch
+        self.key = _api_key(branch)
+        self._http = httpx.AsyncClient(
+            headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})},
+            timeout=httpx.Timeout(None, connect=limits.CONNECT_SECONDS),  # `request` watches the whole of a request
+            # Leases count the connections. vLLM drops idle ones after 5 seconds; before that, they are not used again.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
+        )
+        self.close = self._http.aclose
+
+    def without_key(self, text: str) -> str:
+        """A text of a server, or about one, that may be shown."""
+        return text.replace(self.key, "***") if self.key else text
+
+    async def served_model(self, url: str, attempts: int = 3) -> ServedModel:
+        """Raises `TeacherError` when that is not to be had."""
+        answer = await self.ask(url, "/v1/models", attempts=attempts)
+        try:
+            model = answer["data"][0]
+            name = str(model["id"])
+            return ServedModel(name, str(model.get("root") or name), model.get("max_model_len"))
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise TeacherError(
+                f"teacher {self.branch!r} at {url} does not say which model it serves: "
+                f"{self.without_key(str(answer))[:200]}. Is the URL that of a vLLM server, without a path?"
+            ) from None
+
+    async def ask(self, url: str, path: str, body: dict[str, Any] | None = None, attempts: int = 3) -> Any:
+        """A small question, which is asked again after a fault. Raises `TeacherError`."""
+        stop = stop_after_attempt(attempts) | stop_after_delay(3.0)
+        try:
+            return await retrying(stop, limits.QUESTION_PAUSE)(self.request, url, path, body, limits.ANSWER_SECONDS)
+        except Fault as fault:
+            raise TeacherError(
+                f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, reachable from this "
+                f"machine, and does it speak {url.partition(':')[0]}?{_proxy_hint()}"
+            ) from None
+
+    async def request(
+        self,
+        url: str,
+        path: str,
+        body: dict[str, Any] | None,
+        seconds: float,
+        max_bytes: int = 4 << 20,
+        parse: bool = True,
+    ) -> Any:
+        """GET, or POST where there is a body: the JSON of the answer.
+
+        Raises `Fault` for what may pass and `TeacherError` for what is final.
+        """
+        content = bytearray()
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._http.stream(
+                    "GET" if body is None else "POST",
+                    url + path,
+                    content=None if body is None else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY),
+                    headers={} if body is None else {"Content-Type": "application/json"},
+                ) as response,
+            ):
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > max_bytes:
+                        raise TeacherError(
+                            f"teacher {self.branch!r} at {url} answered more than {max_bytes} bytes, which no answer to "
+                            f"{path} needs. Is the URL that of a vLLM server?"
+                        )
+        except TimeoutError:
+            raise Fault(f"{url} did not answer {path} in {seconds:.0f} seconds") from None
+        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
+            raise Fault(f"{url} does not answer ({type(error).__name__}: {self.without_key(str(error))})") from None
+        text = self.without_key(bytes(content[:5000]).decode(errors="replace"))[:500]
+        status = response.status_code
+        if status == 429 or status >= 500:
+            raise Fault(f"{url} answered {status}: {text}", takes_out=status != 429)
+        if status != 200:
+            hint = self._hint(status, url, text)
+            raise TeacherError(f"teacher {self.branch!r} at {url} answered {status}: {text}{hint}")
+        try:
+            with no_garbage_collection():
+                return orjson.loads(content) if parse else None
+        except orjson.JSONDecodeError:
+            raise Fault(
+                f"{url} did not answer {path} in JSON: {text[:200]!r}. Is the URL that of a vLLM server, without a path?",
+            ) from None
+
+    def _hint(self, status: int, url: str, text: str) -> str:
+        if status in (401, 403):
+            names = " or ".join(key_variables(self.branch))
+            return f" Set {names} to the server's --api-key{' (the one that is set is not it)' if self.key else ''}."
+        if status == 400 and url.startswith("http://") and "https" in text.lower():
+            return f" Write https://{url.removeprefix('http://')}."
+        if 300 <= status < 400:
+            return " Give the URL it redirects to."
+        if status == 404:
+            return " Is the URL that of a vLLM server, without a path?"
+        return ""
+
+
+def base_url(url: str, branch: str) -> str:
+    """A URL that the user wrote, without `/v1`. Raises `TeacherError` unless it is that of a server, without a password."""
+    url = url.strip().rstrip("/").removesuffix("/v1")
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is not a number
+        known = False
+    if not known:
+        raise TeacherError(f"teacher {branch!r} at {url!r}: that is no URL of a server. Write http://host:port.")
+    if parts.username or parts.password:
+        raise TeacherError(
+            f"teacher {branch!r} at {parts.hostname}: a URL shows its user and password to every log. Set "
+            f"{' or '.join(key_variables(branch))} instead."
+        )
+    return url
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; the first that fails ends the others."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Parsing makes hundreds of thousands of small objects; collections among them would double its cost."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _api_key(branch: str) -> str:
+    """The key of a branch's servers, from the environment."""
+    for variable in key_variables(branch):
+        key = os.environ.get(variable, "").strip()  # env files and mounted secrets end in a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{variable} holds characters that no HTTP header can carry. See where it is set.")
+        if key:
+            return key
+    return ""
+
+
+def _proxy_hint() -> str:
+    names = "/".join(sorted(getproxies()))
+    return f" Requests go through the proxy of {names}_proxy unless no_proxy names the host." if names else ""
