@@ -232,11 +232,11 @@ def test_a_list_is_read_in_chunks_of_any_size(tmp_path, monkeypatch, chunk):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "it ends early at character 0"), ("[", "it ends early at character 1"),
-        ('[{"a": 1}', "it ends early at character 9"), ('[{"a": 1}, ', "it ends early"),
-        ('{"a": 1}', r"it begins with '\{\"a\": 1\}'"), ('[{"a": 1} {}]', "'{' in place of a comma"),
-        ('[{"a": 1', r"an object with .* at character 1"), ('[{"a" 1}]', "an object with .*':' delimiter"),
-        ("[1, 2]", "'1, 2]' is no object"),
+        ("", "it begins with ''"), ("[", "parse error: premature EOF, after element 0"),
+        ('[{"a": 1}', "parse error: premature EOF, after element 1"), ('[{"a": 1}, ', "parse error: premature EOF"),
+        ('{"a": 1}', r"it begins with '\{\"a\": 1\}'"), ('[{"a": 1} {}]', "parse error: after array element.*element 1"),
+        ('[{"a": 1', "parse error: premature EOF, after element 0"), ('[{"a" 1}]', "parse error: .*separated by a colon"),
+        ('[{"a": NaN}]', "lexical error: invalid char in json text, after element 0"),
         ("version https://git-lfs.github.com/spec/v1", "it begins with 'version https://git-'"),
     ],
 )  # fmt: skip
@@ -247,18 +247,11 @@ def test_a_file_that_is_no_list_is_an_error_with_the_place(tmp_path, text, why):
         list(stream_list(path))
 
 
-def test_a_broken_object_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(coser, "CHUNK", 1000)
-    monkeypatch.setattr(coser, "LONGEST", 10_000)
-    path = tmp_path / "list.json"
-    path.write_text('[{"a": "' + "x" * 10_000_000)
-    with pytest.raises(DataError, match=r"is no JSON list: an object with 'Unterminated string"):
-        list(stream_list(path))
-
-
 def test_bytes_that_are_no_utf_8_are_an_error(tmp_path):
     (tmp_path / "list.json").write_bytes(b'[{"a": "\xff\xfe"}]')
-    with pytest.raises(DataError, match=r"list\.json' is no UTF-8: invalid start byte"):
+    with pytest.raises(
+        DataError, match=r"list\.json' is no JSON list: .*invalid bytes in UTF8 string, after element 0"
+    ):
         list(stream_list(tmp_path / "list.json"))
 
 

@@ -7,25 +7,26 @@ to write. Nothing is kept of an interrupted build: the two readings take minutes
 from __future__ import annotations
 
 import heapq
-import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 from ..errors import DataError
 from ..hub import hub_errors
 from ..messages import SHAREGPT_ROLES
 from .output import Part, building, write_card, write_jsonl
-from .sampling import LIMIT, Messages, enough, priority, progress, shorten
+from .sampling import LIMIT, Messages, enough, progress, shorten, shuffled
 from .sources import Opened, Source, explain, hub_facts, licence_of
 
 
 FILE = "train/sft_conversations_sharegpt.json"
 SOURCE = Source("coser", "Neph0s/CoSER", ("conversations",))
 SOURCES = (SOURCE.name,)
-CHUNK = 4 << 20  # characters read at once
-LONGEST = 64 << 20  # characters; a conversation has some thousands, so more than this is no JSON list of conversations
+CHUNK = 1 << 20  # bytes read at once
 
 
 @dataclass
@@ -63,46 +64,16 @@ def build_roleplay(
 
     Raises `ValueError` for an `out` or a path that will not do, `DataError` for data that does not fit.
     """
-    sources = sources or {}
     with building(out) as build:
-        path, opened = _find(sources.get(SOURCE.name))
+        path, opened = _find((sources or {}).get(SOURCE.name))
         prompts, tuning = Part("prompts"), Part("sft")
-        longest: list[
-            tuple[int, int]
-        ] = []  # (turns, -index), a heap with the shortest first; ties go to the first in the file
-        for conversation in _conversations(path, prompts, "lengths"):
-            if (why := _no_prompt(conversation, next_speaker)) is not None:
-                prompts.dropped[why] += 1
-            elif len(longest) < limit:
-                heapq.heappush(longest, (conversation.turns, -conversation.index))
-            else:
-                heapq.heappushpop(longest, (conversation.turns, -conversation.index))
+        longest = _longest(path, prompts, limit, next_speaker)
         enough(prompts, limit, len(longest))
-        reserved = {-index for _, index in longest}
         rows: list[dict[str, Any]] = []
-
-        def others() -> Iterator[dict[str, Any]]:
-            for conversation in _conversations(path, tuning, "writing"):
-                row = {
-                    "category": conversation.category,
-                    "source": SOURCE.dataset,
-                    "id": f"coser-{conversation.index}",
-                }
-                if conversation.index not in reserved:
-                    yield {"messages": conversation.messages, **row}
-                    continue
-                whole = conversation.prompt()
-                shorter = shorten(whole) if whole else None
-                if whole is None or shorter is None:  # it was neither in the first reading
-                    raise DataError(f"{str(path)!r} has changed while it was read. Build again.")
-                prompts.changed["oldest turns left out, for length"] += len(shorter) < len(whole)
-                rows.append({"prompt": shorter, **row})
-
-        tuning.kept = write_jsonl(build.data / "sft.jsonl", others())
+        others = _others(path, tuning, set(longest), prompts, rows)
+        tuning.kept = write_jsonl(build.data / "sft.jsonl", others)
         tuning.dropped["reserved as prompts"] = prompts.kept = len(rows)
-        rows.sort(key=lambda row: priority(row["id"], seed))
-        write_jsonl(build.data / "prompts.jsonl", rows)
-        turns = sorted(turns for turns, _ in longest)
+        write_jsonl(build.data / "prompts.jsonl", shuffled(rows, seed))
         write_card(
             build.data / "README.md",
             "CoSER conversations: prompts and fine-tuning",
@@ -114,9 +85,9 @@ def build_roleplay(
                 "sft.jsonl": f"{tuning.kept:,} conversations: `messages`, `category`, `source`, `id`",
             },
             [
-                f"The prompts are of the longest conversations, with {turns[0]} to {turns[-1]} messages but the system's; "
-                "of equally long ones the first in the file. None of them is among those for fine-tuning. The number in an "
-                "id is the place in the file.",
+                f"The prompts are of the longest conversations, with {min(longest.values())} to {max(longest.values())} "
+                "messages but the system's; of equally long ones the first in the file. None of them is among those for "
+                "fine-tuning. The number in an id is the place in the file.",
                 "A prompt ends with the last human turn before the last assistant turn.",
                 "`category` is who speaks as the assistant: a character, the environment, or a predictor of who speaks next"
                 + ("." if next_speaker else ", which is for fine-tuning only."),
@@ -125,6 +96,36 @@ def build_roleplay(
                 "side, among the conversations for fine-tuning.",
             ],
         )
+
+
+def _longest(path: Path, part: Part, limit: int, next_speaker: bool) -> dict[int, int]:
+    """Index and turns of the `limit` longest conversations that can be prompts; ties go to the first in the file."""
+    heap: list[tuple[int, int]] = []  # (turns, -index), the shortest first
+    for conversation in _conversations(path, part, "lengths"):
+        if (why := _no_prompt(conversation, next_speaker)) is not None:
+            part.dropped[why] += 1
+            continue
+        heapq.heappush(heap, (conversation.turns, -conversation.index))
+        if len(heap) > limit:
+            heapq.heappop(heap)
+    return {-index: turns for turns, index in heap}
+
+
+def _others(
+    path: Path, part: Part, reserved: set[int], prompts: Part, rows: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows for fine-tuning. Those of the reserved conversations are put into `rows`, as prompts."""
+    for conversation in _conversations(path, part, "writing"):
+        row = {"category": conversation.category, "source": SOURCE.dataset, "id": f"coser-{conversation.index}"}
+        if conversation.index not in reserved:
+            yield {"messages": conversation.messages, **row}
+            continue
+        whole = conversation.prompt()
+        shorter = shorten(whole) if whole else None
+        if whole is None or shorter is None:  # it was neither in the first reading
+            raise DataError(f"{str(path)!r} has changed while it was read. Build again.")
+        prompts.changed["oldest turns left out, for length"] += len(shorter) < len(whole)
+        rows.append({"prompt": shorter, **row})
 
 
 def _no_prompt(conversation: Conversation, next_speaker: bool) -> str | None:
@@ -211,57 +212,24 @@ def stream_list(path: Path) -> Iterator[Any]:
 
     Raises `DataError` where the file is no such list.
     """
-    decoder = json.JSONDecoder()
-    buffer, begin, consumed = (
-        "",
-        0,
-        0,
-    )  # what is read and not yet used begins at `begin`; `consumed` characters went before
-
-    def fail(why: str) -> DataError:
-        return DataError(
-            f"{str(path)!r} is no JSON list: {why} at character {consumed + begin:,}. Check the download."
-        )
-
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-
-            def more() -> bool:
-                nonlocal buffer, begin, consumed
-                chunk = file.read(CHUNK)
-                buffer, consumed, begin = buffer[begin:] + chunk, consumed + begin, 0
-                return bool(chunk)
-
-            def peek() -> str:
-                nonlocal begin
-                while True:
-                    while begin < len(buffer) and buffer[begin] in " \t\r\n":
-                        begin += 1
-                    if begin < len(buffer):
-                        return buffer[begin]
-                    if not more():
-                        raise fail("it ends early")
-
-            if peek() != "[":
-                raise fail(f"it begins with {buffer[:20]!r}")
-            begin += 1
-            if peek() == "]":
-                return
-            while True:
-                if peek() not in '{["':  # so that the end of an element can be seen; numbers have none
-                    raise fail(f"{buffer[begin : begin + 20]!r} is no object")
-                while True:
-                    try:
-                        element, begin = decoder.raw_decode(buffer, begin)
-                        break
-                    except json.JSONDecodeError as error:  # cut off by the end of the chunk, or broken
-                        if len(buffer) - begin > LONGEST or not more():
-                            raise fail(f"an object with {error.msg!r}") from None
+    count = 0
+    with path.open("rb") as file:
+        begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        file.seek(begin)
+        head = file.read(100).lstrip()
+        if not head.startswith(b"["):
+            raise DataError(
+                f"{str(path)!r} is no JSON list: it begins with {head[:20].decode(errors='replace')!r}. Check the download."
+            )
+        file.seek(begin)
+        try:
+            for element in ijson.items(file, "item", use_float=True, buf_size=CHUNK):
                 yield element
-                if (mark := peek()) == "]":
-                    return
-                if mark != ",":
-                    raise fail(f"{mark!r} in place of a comma")
-                begin += 1
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is no UTF-8: {error.reason}. Check the download.") from None
+                count += 1
+        except (
+            ijson.JSONError
+        ) as error:  # a text, or the repr of its bytes; the lines below the first point at the place
+            why = str(error).removeprefix("b'").replace("\\n", "\n").partition("\n")[0].rstrip(".")
+            raise DataError(
+                f"{str(path)!r} is no JSON list: {why}, after element {count:,}. Check the download."
+            ) from None

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .output import Part, building, write_card, write_jsonl
+from .output import Build, Part, building, write_card, write_jsonl
 from .sampling import LIMIT, Messages, enough, largest_remainder, priority, sample, shorten, shuffled, user_text
 from .sources import Opened, Source, open_source
 
@@ -52,34 +52,17 @@ def build_general(
     with building(out) as build:
         # All of them first: what cannot be had shows before hours of reading.
         opened = {split: open_source(SPLITS[split], sources.get("nemotron")) for split in shares}
-        questions: dict[str, Opened] = {}
-        for name, source in QUESTIONS.items() if "code" in shares else ():
-            path = sources.get(source.name, "none" if name in BY_HAND else None)
-            if path != "none":
-                questions[name] = open_source(source, path)
-
+        questions = _open_questions(sources) if "code" in shares else {}
         rows: dict[int, dict[str, Any]] = {}
         parts = []
         for split, share in shares.items():
-
-            def convert(raw: dict[str, Any], index: int, split: str = split) -> tuple[str, Any] | str:
-                return _convert(raw, split, questions)
-
-            size = share * CANDIDATES if split == "code" else share
-            part, drawn = sample(build, opened[split], split, size, seed, convert, rows, sorted(questions))
-            if split == "code":
-                drawn = _look_up(drawn, share, seed, questions, sources, part, set(rows))
-            enough(part, share, len(drawn))
-            part.changed["oldest turns left out, for length"] = sum(row.pop("shortened", False) for _, row in drawn)
-            part.kept = len(drawn)
+            part, drawn = _draw(build, opened[split], share, seed, questions, sources, set(rows))
             parts.append(part)
             rows.update(drawn)
         ordered = shuffled(rows.values(), seed)
         # datasets infers the columns from the first 10 MB of a file: a message with tool calls has to be among them.
         with_calls = next((row for row in ordered if any("tool_calls" in message for message in row["prompt"])), None)
-        if with_calls is not None:
-            ordered.remove(with_calls)
-            ordered.insert(0, with_calls)
+        ordered.sort(key=lambda row: row is not with_calls)
         write_jsonl(build.data / "prompts.jsonl", ordered)
         write_card(
             build.data / "README.md",
@@ -102,6 +85,32 @@ def build_general(
                 "Long conversations lose their oldest turns; a prompt that is too long without them is dropped.",
             ],
         )
+
+
+def _open_questions(sources: dict[str, str]) -> dict[str, Opened]:
+    """The datasets of `QUESTIONS` that can be had, by the name that code rows give them."""
+    paths = {name: sources.get(source.name, "none" if name in BY_HAND else None) for name, source in QUESTIONS.items()}
+    return {name: open_source(QUESTIONS[name], path) for name, path in paths.items() if path != "none"}
+
+
+def _draw(
+    build: Build, opened: Opened, share: int, seed: int, questions: dict[str, Opened], sources: dict[str, str],
+    taken: set[int],
+) -> tuple[Part, list[tuple[int, dict[str, Any]]]]:  # fmt: skip
+    """The part of the card for a split, and `share` rows of it with their priorities."""
+    split = opened.source.split
+
+    def convert(raw: dict[str, Any], _: int) -> tuple[str, Any] | str:
+        return _convert(raw, split, questions)
+
+    size = share * CANDIDATES if split == "code" else share
+    part, drawn = sample(build, opened, split, size, seed, convert, taken, sorted(questions))
+    if split == "code":
+        drawn = _look_up(drawn, share, seed, questions, sources, part, taken)
+    enough(part, share, len(drawn))
+    part.changed["oldest turns left out, for length"] = sum(row.pop("shortened", False) for _, row in drawn)
+    part.kept = len(drawn)
+    return part, drawn
 
 
 def _convert(raw: dict[str, Any], split: str, questions: dict[str, Opened]) -> tuple[str, Any] | str:

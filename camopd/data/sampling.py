@@ -109,24 +109,22 @@ def sample(
         taken: Priorities of texts that other parts have.
         settings: What else the result hangs on. An interrupted build goes on from what it kept if all this is the same.
     """
-    part, taken = Part(name), set(taken)
-    rows: dict[int, dict[str, Any]] = {}
-    digest = hashlib.sha256(repr(sorted(taken)).encode()).hexdigest()
+    part, rows = Part(name), _Smallest(size, set(taken))
+    digest = hashlib.sha256(repr(sorted(rows.taken)).encode()).hexdigest()
     key = [__version__, opened.source.dataset, opened.path, opened.state, size, seed, digest, settings]
     saved = build.load(name)
     if saved is not None and saved["key"] != key:
         saved = None
     if saved is not None:
         part.read, part.dropped = saved["read"], Counter(saved["dropped"])
-        rows = {int(number, 16): row for number, row in saved["rows"]}
+        for number, row in saved["rows"]:
+            rows.add(int(number, 16), row)
         opened.stream.load_state_dict(saved["stream"])
-    largest = [-number for number in rows]  # a heap of the kept priorities, the largest first
-    heapq.heapify(largest)
 
     def save(done: bool) -> None:
         build.save(name, {
             "done": done, "key": key, "read": part.read, "dropped": part.dropped,
-            "rows": [[f"{number:x}", row] for number, row in rows.items()], "stream": opened.stream.state_dict(),
+            "rows": [[f"{number:x}", row] for number, row in rows.kept.items()], "stream": opened.stream.state_dict(),
         })  # fmt: skip
 
     if saved is None or not saved["done"]:
@@ -138,20 +136,33 @@ def sample(
                 line.update(task, completed=part.read)
                 if isinstance(found, str):
                     part.dropped[found] += 1
-                else:
-                    number = priority(found[0], seed)
-                    if number in rows or number in taken:
-                        part.dropped["duplicate of a row that is kept"] += 1
-                    elif len(rows) < size or number < -largest[0]:
-                        heapq.heappush(largest, -number)
-                        rows[number] = found[1]
-                        if len(rows) > size:
-                            del rows[-heapq.heappop(largest)]
+                elif not rows.add(priority(found[0], seed), found[1]):
+                    part.dropped["duplicate of a row that is kept"] += 1
                 if part.read % SAVE_EVERY == 0:
                     save(False)
         if part.read >= SAVE_EVERY:
             save(True)
-    return part, sorted(rows.items(), key=lambda item: item[0])
+    return part, sorted(rows.kept.items(), key=lambda item: item[0])
+
+
+class _Smallest:
+    """The rows with the `size` smallest numbers of all that were added, but for those with a number in `taken`."""
+
+    def __init__(self, size: int, taken: set[int]):
+        self.size, self.taken = size, taken
+        self.kept: dict[int, dict[str, Any]] = {}
+        self._largest: list[int] = []  # a heap of the negative numbers
+
+    def add(self, number: int, row: dict[str, Any]) -> bool:
+        """Take a row in if its number is small enough. False for a number that is there or taken."""
+        if number in self.kept or number in self.taken:
+            return False
+        if len(self.kept) < self.size or number < -self._largest[0]:
+            heapq.heappush(self._largest, -number)
+            self.kept[number] = row
+            if len(self.kept) > self.size:
+                del self.kept[-heapq.heappop(self._largest)]
+        return True
 
 
 def enough(part: Part, wanted: int, found: int) -> None:
