@@ -86,7 +86,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _serve(argv: list[str]) -> None:
-    from .teachers.launch import main as serve
+    from .commands.serve import serve
 
     serve(argv)
 

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
-from .schedule import Schedule
+from .schedule import Schedule, mapping_form
 from .teachers.address import ADAPTER_TEACHERS
 from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
@@ -89,7 +89,7 @@ def check_method(args: CaMOPDConfig, schedule: Schedule) -> None:
     _check_optimizer(args)
     _check_baselines(args, schedule)
     _check_budget(args)
-    _check_teachers(args, schedule)
+    _check_teachers(args)
     if not 0 <= args.importance_sampling_low <= 1 <= args.importance_sampling_high:
         raise ValueError(
             f"importance_sampling_low={args.importance_sampling_low} and "
@@ -188,14 +188,11 @@ def _check_budget(args: CaMOPDConfig) -> None:
         )
 
 
-def _check_teachers(args: CaMOPDConfig, schedule: Schedule) -> None:
+def _check_teachers(args: CaMOPDConfig) -> None:
     if not args.teacher_patience > 0:
         raise ValueError(f"teacher_patience must be a positive number of seconds, got {args.teacher_patience!r}.")
     if args.teachers is not None and not isinstance(args.teachers, dict):
-        raise ValueError(
-            f"teachers must map each branch to its teacher, got {args.teachers!r}. Write "
-            f"{json.dumps(dict.fromkeys(schedule.branches, '...'))}."
-        )
+        raise ValueError(mapping_form("teachers", args.teachers))
     in_process = args.teachers and all(teacher in tuple(ADAPTER_TEACHERS) for teacher in args.teachers.values())
     if args.world_size > 1 and not in_process:
         _check_ddp_timeout(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .errors import CaMOPDError
-from .schedule import Schedule
+from .schedule import Schedule, by_step, mapping_form
 from .settings import list_of_settings
 from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
 
@@ -58,16 +59,11 @@ class PromptArguments:
         for name in ("prompts", "eval_prompts"):
             value = getattr(self, name)
             if isinstance(value, str):  # on the command line
-                try:
+                with contextlib.suppress(json.JSONDecodeError):
                     value = json.loads(value)
-                except json.JSONDecodeError:
-                    raise ValueError(
-                        f"{name} must map each branch to its prompts, got {value!r}. In YAML write a mapping, on the "
-                        f'command line a JSON object: --{name} \'{{"general": "general.jsonl", ...}}\'.'
-                    ) from None
                 setattr(self, name, value)
             if value is not None and not isinstance(value, dict):
-                raise ValueError(_form(name, value))
+                raise ValueError(mapping_form(name, value))
 
 
 def peek(config: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -273,14 +269,11 @@ def served_teachers(output_dir: str) -> dict[str, list[str]]:
         ) from None
 
 
-def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Teachers of a run: as its config says, and where `camopd serve` has started them, their URLs."""
+def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Teachers of a run as its config says. Raises `ValueError` for what no teacher can be."""
     teachers = settings.get("teachers")
     if not isinstance(teachers, dict) or not teachers:
-        raise ValueError(
-            f"teachers must map each branch to its teacher, got {teachers!r}. In YAML:\nteachers:\n  general: "
-            "Qwen/Qwen3-8B\n  domain: http://localhost:8002"
-        )
+        raise ValueError(mapping_form("teachers", teachers))
     for branch, teacher in teachers.items():
         if isinstance(teacher, dict) and not is_server(teacher):
             raise ValueError(
@@ -290,15 +283,20 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(teacher, str) and names_missing_folder(teacher):
             raise ValueError(
                 f"the teacher of branch {branch!r} is to be in {teacher!r}, but there is no such path on this machine. "
-                "Mend the path, or give a model id of the Hub."
+                "Fix the path, or give a model id of the Hub."
             )
+    return teachers
+
+
+def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Teachers of a run: as its config says, and where `camopd serve` has started them, their URLs."""
     served = served_teachers(str(settings.get("output_dir") or "trainer_output"))
     return {
         # With the model: another `camopd serve` may listen on these ports by now.
         branch: {"urls": served[branch], "model": os.path.expanduser(teacher)}
         if branch in served and isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and not is_server(teacher)
         else teacher
-        for branch, teacher in teachers.items()
+        for branch, teacher in named_teachers(settings).items()
     }
 
 
@@ -323,33 +321,22 @@ def check_names(config: str, settings: dict[str, Any]) -> None:
             raise ValueError(f"{name!r} in {config!r} or on the command line is no setting of a run.{meant}")
 
 
-def check_branches(settings: dict[str, Any], schedule: Schedule, name: str) -> None:
-    """Raise `ValueError` unless `settings[name]` has exactly the branches of the schedule."""
-    mapping = settings[name]
-    for branch in schedule.branches:
-        if mapping.get(branch) is None:
-            raise ValueError(
-                f"schedule {str(schedule)!r} visits branch {branch!r}, but {name} has only {sorted(mapping)}. Add "
-                f"{name}.{branch} or take the branch out of the schedule."
-            )
-    unused = sorted(set(mapping) - set(schedule.branches))
-    if unused:
+def longest_sequence(settings: dict[str, Any]) -> int:
+    """Tokens of the longest prompt and the longest completion together; a length that the settings do not have counts 0."""
+    names = ("max_prompt_length", "max_completion_length")
+    if isinstance(settings.get("max_prompt_length"), dict):
         raise ValueError(
-            f"{name} has {unused}, which schedule {str(schedule)!r} never visits. Add it to the schedule or leave it out."
+            f"max_prompt_length must be a whole number of at least 1, got {settings['max_prompt_length']!r}."
         )
-
-
-def _form(name: str, value: Any) -> str:
-    return (
-        f"{name} must map each branch to its prompts, got {value!r}. In YAML:\n{name}:\n  general: general.jsonl\n"
-        "  domain: domain.jsonl"
-    )
+    return sum(max(by_step(name, settings[name]).values()) for name in names if name in settings)
 
 
 def need_prompts(prompts: PromptArguments, args: CaMOPDConfig) -> None:
-    if prompts.prompts is None:
-        raise ValueError(_form("prompts", None))
-    check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
+    """Raise `ValueError` unless there are prompts for exactly the branches of the schedule."""
+    if not isinstance(prompts.prompts, dict):
+        raise ValueError(mapping_form("prompts", prompts.prompts))
+    for _, text in Schedule.parse(args.schedule).mismatches("prompts", prompts.prompts):
+        raise ValueError(text)
 
 
 def warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:

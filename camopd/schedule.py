@@ -12,6 +12,7 @@ optimizer step, counted from 0, so there is no state to lose: after a resume, st
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,22 @@ class Schedule:
         """Every branch, in order of appearance."""
         return tuple(dict.fromkeys(name for shares in self.steps for name in shares))
 
+    def mismatches(self, name: str, mapping: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Branches that are visited and not in the setting `name`, or the other way round, each with the way out."""
+        for branch in self.branches:
+            if mapping.get(branch) is None:
+                text = (
+                    f"schedule {self.text!r} visits branch {branch!r}, but {name} has only {sorted(mapping)}. Add "
+                    f"{name}.{branch} or take the branch out of the schedule."
+                )
+                yield branch, text
+        for branch in mapping:
+            if branch not in self.branches:
+                text = (
+                    f"{name} has {branch!r}, which schedule {self.text!r} never visits. Add it there or leave it out."
+                )
+                yield branch, text
+
     @property
     def period(self) -> int:
         """Optimizer steps until the schedule repeats."""
@@ -101,6 +118,19 @@ class Schedule:
             for name, count in self.rows(offset, rows_per_step).items():
                 drawn[name] += count * (periods + (offset < rest))
         return drawn
+
+
+def mapping_form(name: str, value: Any) -> str:
+    """The message for a setting that has something for each branch, and is `value` where a mapping is needed."""
+    noun, general, domain = (
+        ("teacher", "Qwen/Qwen3-8B", "http://localhost:8002")
+        if name == "teachers"
+        else ("prompts", "general.jsonl", "domain.jsonl")
+    )
+    return (
+        f"{name} must map each branch to its {noun}, got {value!r}. In YAML:\n{name}:\n  general: {general}\n  domain: "
+        f'{domain}\nOn the command line it is a JSON object: --{name} \'{{"general": "{general}", ...}}\'.'
+    )
 
 
 def by_step(name: str, value: Any) -> dict[int, int]:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from camopd import cli
-from camopd.commands.check import _check_local
+from camopd.commands.check import check_adapter, check_unloaded
 from camopd.errors import TeacherError
 from camopd.run import SERVED_TEACHERS
 from camopd.teachers.base import TokenScores
@@ -602,16 +602,16 @@ def student_model(student):
 
 
 def test_a_local_teacher_of_the_same_family_is_ok(student, tokenizer):
-    found = _check_local("domain", str(student), tokenizer, 512, use_peft=False, source={})
+    found = check_unloaded("domain", str(student), tokenizer, 512, {}, 0)
     assert found == Finding(
         "domain", "in the process", "ok", f"{student}, not on a server: the same tokens as the student, context fits"
     )
 
 
 def test_a_local_teacher_with_fewer_tokens_than_the_student_can_write_is_an_error(student, tokenizer):
-    found = _check_local("domain", str(student), tokenizer, 512, use_peft=False, source={}, student_size=len(VOCAB))
+    found = check_unloaded("domain", str(student), tokenizer, 512, {}, len(VOCAB))
     assert found.level == "ok"
-    found = _check_local("domain", str(student), tokenizer, 512, use_peft=False, source={}, student_size=64)
+    found = check_unloaded("domain", str(student), tokenizer, 512, {}, 64)
     assert found.level == "error"
     assert "the student can write 64 tokens, the rows of its head, and the teacher knows 43" in found.text
     assert "model.resize_token_embeddings(43)" in found.text
@@ -623,25 +623,29 @@ def test_a_local_teacher_with_another_chat_template_is_a_warning(tokenizer, tmp_
     theirs = make_tokenizer()
     theirs.chat_template = template
     theirs.save_pretrained(tmp_path)
-    found = _check_local("domain", str(tmp_path), tokenizer, 128, use_peft=False, source={})
+    found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
     assert (found.subject, found.level) == ("chat template", "warning")
     assert str(tmp_path) in found.text and "chat_template.jinja" in found.text
     assert ("writes a conversation as" in found.text) is (template is not None)
     plain = make_tokenizer()
     plain.chat_template = None
-    assert _check_local("domain", str(tmp_path), plain, 128, use_peft=False, source={}).level == "ok"
+    assert check_unloaded("domain", str(tmp_path), plain, 128, {}, 0).level == "ok"
 
 
 def test_a_local_teacher_with_a_short_context_is_an_error_with_both_numbers(student, tokenizer):
-    found = _check_local("domain", str(student), tokenizer, 513, use_peft=False, source={})
+    found = check_unloaded("domain", str(student), tokenizer, 513, {}, 0)
     assert found.level == "error"
-    assert found.text == f"{student} takes sequences of 512 tokens, 513 needed. Lower max_completion_length"
+    assert (
+        "branch 'domain' takes sequences of 512 tokens, but max_prompt_length + max_completion_length is 513"
+        in found.text
+    )
+    assert "Lower max_completion_length" in found.text
 
 
 def test_a_local_teacher_with_other_tokens_is_an_error_with_an_example(student, tokenizer, tmp_path):
     make_model(1).save_pretrained(tmp_path)
     other_tokenizer().save_pretrained(tmp_path)
-    found = _check_local("domain", str(tmp_path), tokenizer, 128, use_peft=False, source={})
+    found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
     assert found.level == "error"
     assert (
         "the teacher of branch 'domain' has another tokenizer than the student: 26 of 43 tokens differ" in found.text
@@ -657,7 +661,7 @@ def test_a_local_teacher_with_other_tokens_is_an_error_with_an_example(student, 
     ],
 )
 def test_a_local_teacher_that_is_not_there_is_an_error_with_what_was_meant(tokenizer, spec, guess):
-    found = _check_local("domain", spec, tokenizer, 128, use_peft=False, source={})
+    found = check_unloaded("domain", spec, tokenizer, 128, {}, 0)
     assert found.level == "error"
     assert f"{spec!r} cannot be loaded {guess}: " in found.text
     assert "Give a folder with a model, a model id of the Hub, the URL of a vLLM server" in found.text
@@ -665,31 +669,31 @@ def test_a_local_teacher_that_is_not_there_is_an_error_with_what_was_meant(token
 
 def test_a_local_teacher_without_a_tokenizer_is_an_error(tokenizer, tmp_path):
     make_model(1).save_pretrained(tmp_path)
-    found = _check_local("domain", str(tmp_path), tokenizer, 128, use_peft=False, source={})
+    found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
     assert found.level == "error"
     assert f"{str(tmp_path)!r} cannot be loaded" in found.text
 
 
 @pytest.mark.parametrize("spec", [5, ["http://localhost:8001", "a/model"], {"path": "a/model"}], ids=repr)
 def test_a_teacher_of_no_known_form_is_an_error_that_shows_it(tokenizer, spec):
-    found = _check_local("domain", spec, tokenizer, 128, use_peft=False, source={})
+    found = check_unloaded("domain", spec, tokenizer, 128, {}, 0)
     assert found.level == "error"
     assert f"the teacher is {spec!r} ({type(spec).__name__})" in found.text
     assert "or 'adapter_off'; several URLs are a list" in found.text
 
 
-def test_adapter_start_needs_a_saved_adapter(tokenizer):
-    found = _check_local("domain", "adapter_start", tokenizer, 128, use_peft=False, source={}, is_adapter=True)
+def test_adapter_start_needs_a_saved_adapter():
+    found = check_adapter("domain", "adapter_start", use_peft=False, is_adapter=True)
     assert (found.level, found.text) == ("ok", "the student with its adapter as it was before training")
-    found = _check_local("domain", "adapter_start", tokenizer, 128, use_peft=True, source={})
+    found = check_adapter("domain", "adapter_start", use_peft=True, is_adapter=True)
     assert found.level == "error"
     assert "the student must be a saved adapter, without use_peft" in found.text
 
 
-def test_adapter_off_needs_an_adapter(tokenizer):
-    found = _check_local("domain", "adapter_off", tokenizer, 128, use_peft=True, source={})
+def test_adapter_off_needs_an_adapter():
+    found = check_adapter("domain", "adapter_off", use_peft=True, is_adapter=False)
     assert (found.level, found.text) == ("ok", "the student without its adapter")
-    found = _check_local("domain", "adapter_off", tokenizer, 128, use_peft=False, source={})
+    found = check_adapter("domain", "adapter_off", use_peft=False, is_adapter=False)
     assert (found.level, found.text) == ("error", "the student has no adapter. Set use_peft, or name a model")
 
 
@@ -987,15 +991,15 @@ def test_a_branch_without_a_teacher_is_an_error(check, student):
         assert code == 2
         level, text = table["domain", "teacher"]
         assert level == "error"
-        assert "schedule 'general:3,domain:1' visits this branch" in text
-        assert "Add teachers['domain'] or take the branch out of the schedule" in text
+        assert "schedule 'general:3,domain:1' visits branch 'domain', but teachers has only" in text
+        assert "Add teachers.domain or take the branch out of the schedule" in text
 
 
 def test_a_teacher_of_a_branch_that_is_never_visited_is_an_error(check, student):
     code, table = check("--schedule", "domain:1", teachers={"general": str(student), "domain": str(student)})
     assert code == 2
     assert table["general", "teacher"][0] == "error"
-    assert "schedule 'domain:1' never visits this branch" in table["general", "teacher"][1]
+    assert "teachers has 'general', which schedule 'domain:1' never visits" in table["general", "teacher"][1]
 
 
 def test_the_students_revision_is_not_asked_of_the_teachers(check, student, tmp_path, monkeypatch):

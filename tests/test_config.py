@@ -455,9 +455,7 @@ def test_max_steps_left_to_the_epochs_is_refused_with_the_reason(make_config):
 
 
 def test_teachers_as_one_text_are_refused_with_the_form_to_write(make_config):
-    with pytest.raises(
-        ValueError, match=r"""got 'http://host:8000'\. Write \{"general": "\.\.\.", "domain": "\.\.\."\}"""
-    ):
+    with pytest.raises(ValueError, match=r"got 'http://host:8000'\. In YAML:\nteachers:\n  general: "):
         make_config(teachers="http://host:8000")
 
 

