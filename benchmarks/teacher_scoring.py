@@ -195,7 +195,7 @@ def measure_on_server(url: str, sequences: list[list[int]], prompt_lens: list[in
 
 def offered(url: str) -> tuple[str, ...]:
     """The clients that this server can serve."""
-    from camopd.teachers.server import ServerTeacher
+    from camopd.teachers.vllm.teacher import ServerTeacher
 
     teacher = ServerTeacher([url], "general")
     teacher.close()
@@ -262,7 +262,7 @@ def make_client(name: str, url: str) -> tuple[Callable[..., Any], Callable[[Any]
 
         return score, lambda answer: [np.array(row, dtype=np.float32)[:, 0] for row in answer["actual_logprobs"]]
 
-    from camopd.teachers.server import ServerTeacher
+    from camopd.teachers.vllm.teacher import ServerTeacher
 
     teacher = ServerTeacher([url], "general")
     if name == JSON:  # as on a server that does not offer the other transport
