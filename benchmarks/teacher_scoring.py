@@ -266,7 +266,7 @@ def make_client(name: str, url: str) -> tuple[Callable[..., Any], Callable[[Any]
 
     teacher = ServerTeacher([url], "general")
     if name == JSON:  # as on a server that does not offer the other transport
-        for replica in teacher._replicas:
+        for replica in teacher._replicas.all:
             replica.compact = False
     if teacher.transports[url] != name.removeprefix("camopd "):
         sys.exit(f"{url} does not offer the transport of {name!r}")

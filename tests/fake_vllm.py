@@ -166,7 +166,7 @@ class FakeVLLM:
             np.save(buffer, self.edit_logps(logps, body), allow_pickle=False)
             text = base64.b64encode(buffer.getvalue()).decode()
         return {
-            "request_id": f"generate-tokens-{body['request_id']}",
+            "request_id": f"generate-tokens-{body.get('request_id', '0')}",
             "model": self.name,
             "created": 1,
             "usage": {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1},
