@@ -78,6 +78,7 @@ class FakeVLLM:
         self.released = threading.Event()  # ends what hangs
         self.connections = set()
         self.closed = False
+        self.port_is_free = threading.Event()
         handler = type("Handler", (_Handler,), {"fake": self})
         self.httpd = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self.port = self.httpd.server_port
@@ -90,6 +91,7 @@ class FakeVLLM:
         self.released.set()
         self.httpd.shutdown()
         self.httpd.server_close()
+        self.port_is_free.set()
         for connection in list(self.connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

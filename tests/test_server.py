@@ -305,7 +305,8 @@ def test_a_replica_that_comes_back_without_the_compact_request_gets_json(start_s
     teacher = connect(server)
     server.before = server.close
     future = teacher.submit(TOKEN_IDS, PROMPT_LENS)
-    time.sleep(0.2)
+    assert server.port_is_free.wait(60)
+    time.sleep(0.5)  # requests on their way to the old server fail; no vLLM is up again before that
     start_server(port=server.port)
     assert_same_scores(future.result(timeout=60), local_scores())
     assert teacher.transports == {server.url: "JSON"}

@@ -8,6 +8,7 @@ TOKENS_PER_REQUEST = 8192  # short sequences share a JSON request up to this; a 
 ATTEMPTS = 6  # for one request, over all replicas
 CONNECT_SECONDS = 4.0
 ANSWER_SECONDS = 5.0  # for the small questions: which model, is it well, tokenize this
+QUESTION_SECONDS = 3.0  # after which a small question is not asked again
 SCORE_SECONDS = 300.0
 SECONDS_PER_TOKEN = 1 / 500  # allows for thirty-two processes that ask one server of 16000 tokens/s
 HEALTH_SECONDS = 1.0  # between two looks at a replica that is out

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+import random
+import time
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -13,14 +16,6 @@ from urllib.request import getproxies
 
 import httpx
 import orjson
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_after_delay,
-    wait_exponential_jitter,
-)
 
 from ...errors import TeacherError
 from .. import limits
@@ -28,6 +23,7 @@ from ..address import key_variables
 
 
 T = TypeVar("T")
+dice = random.SystemRandom()  # not the generator whose state a run keeps, and another on every rank
 
 
 class Fault(Exception):
@@ -38,10 +34,9 @@ class Fault(Exception):
         self.takes_out = takes_out  # whether the replica must show that it is well before it gets another request
 
 
-def retrying(stop: Callable[[RetryCallState], bool], longest_pause: float) -> AsyncRetrying:
-    """Tries again after a `Fault` until `stop` says so, then raises it."""
-    wait = wait_exponential_jitter(0.2, longest_pause)
-    return AsyncRetrying(retry=retry_if_exception_type(Fault), stop=stop, wait=wait, reraise=True)
+async def pause(attempt: int, longest: float) -> None:
+    """Before another attempt: longer each time, and not as long as everybody else."""
+    await asyncio.sleep(min(longest, 0.2 * 2 ** min(attempt, 10) + dice.random()))
 
 
 class ServedModel(NamedTuple):
@@ -85,14 +80,17 @@ class Client:
 
     async def ask(self, url: str, path: str, body: dict[str, Any] | None = None, attempts: int = 3) -> Any:
         """A small question, which is asked again after a fault. Raises `TeacherError`."""
-        stop = stop_after_attempt(attempts) | stop_after_delay(3.0)
-        try:
-            return await retrying(stop, limits.QUESTION_PAUSE)(self.request, url, path, body, limits.ANSWER_SECONDS)
-        except Fault as fault:
-            raise TeacherError(
-                f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, reachable from this "
-                f"machine, and does it speak {url.partition(':')[0]}?{_proxy_hint()}"
-            ) from None
+        started = time.monotonic()
+        for attempt in itertools.count(1):
+            try:
+                return await self.request(url, path, body, limits.ANSWER_SECONDS)
+            except Fault as fault:
+                if attempt == attempts or time.monotonic() - started > limits.QUESTION_SECONDS:
+                    raise TeacherError(
+                        f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, reachable from "
+                        f"this machine, and does it speak {url.partition(':')[0]}?{_proxy_hint()}"
+                    ) from None
+            await pause(attempt, limits.QUESTION_PAUSE)
 
     async def request(
         self,

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from ...errors import TeacherError
 from .. import limits
 from ..address import same_model
-from .http import Client, Fault, together
+from .http import Client, Fault, dice, together
 from .transports import Row, UnusableAnswer, compact_request
 
 
@@ -31,6 +29,9 @@ class Replica:
     alive: bool = True
     requests_in_flight: int = 0
     tokens_in_flight: int = 0
+    recovery: asyncio.Task[None] | None = (
+        None  # waits until it is well again; the loop itself holds only a weak reference
+    )
 
     @property
     def transport(self) -> str:
@@ -45,10 +46,7 @@ class Replicas:
         self.where = ", ".join(urls)
         self._client = client
         self._patience = patience
-        # Where replicas are equally busy any of them will do; ranks that all took the first would flood it.
-        self._dice = random.Random()
         self._changed = asyncio.Condition()  # a place has become free, a replica has come or gone
-        self._tasks: set[asyncio.Task[None]] = set()
         self._outage: asyncio.Task[None] | None = None  # counts the time without any replica
         self._outage_over = ""  # why nobody waits any longer
         self._last_fault = ""
@@ -114,7 +112,8 @@ class Replicas:
                 others = [replica for replica in alive if replica is not avoid] or alive
                 free = [replica for replica in others if replica.requests_in_flight < limits.REQUESTS_PER_REPLICA]
                 if free:
-                    replica = min(free, key=lambda replica: (replica.tokens_in_flight, self._dice.random()))
+                    # Where they are equally busy any of them will do; ranks that all took the first would flood it.
+                    replica = min(free, key=lambda replica: (replica.tokens_in_flight, dice.random()))
                     replica.requests_in_flight += 1
                     replica.tokens_in_flight += tokens
                     return replica
@@ -128,13 +127,13 @@ class Replicas:
             return
         logger.warning("teacher %r: replica %s is out: %s", self._client.branch, replica.url, why)
         replica.alive = False
-        self._spawn(self._let_in_when_well(replica))
+        replica.recovery = asyncio.create_task(self._let_in_when_well(replica))
         if not any(replica.alive for replica in self.all):
             self._begin_outage()
 
     def _begin_outage(self) -> None:
         self._outage_over = ""
-        self._outage = self._spawn(self._wait_for_any())
+        self._outage = asyncio.create_task(self._wait_for_any())
 
     async def _let_in_when_well(self, replica: Replica) -> None:
         """Let a replica in again when it is healthy and still serves this teacher's model."""
@@ -186,9 +185,3 @@ class Replicas:
             replica.compact = True
         except (Fault, TeacherError, UnusableAnswer, AttributeError):
             replica.compact = False  # 403 without the flag, 404 in old versions, 400 on runner V1
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)  # the loop itself holds only a weak reference
-        task.add_done_callback(self._tasks.discard)
-        return task

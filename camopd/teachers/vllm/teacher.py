@@ -7,6 +7,7 @@ returns at once and the trainer goes on with the student while the servers score
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import threading
 import time
@@ -14,13 +15,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from tenacity import RetryCallState
-
 from ...errors import TeacherError
 from .. import limits
 from ..address import is_server, urls_and_model
 from ..base import TokenScores
-from .http import Client, Fault, base_url, retrying, together
+from .http import Client, Fault, base_url, pause, together
 from .replicas import Replica, Replicas
 from .transports import Row, UnusableAnswer, compact_request, count_missing, group_rows, json_request, no_scores
 
@@ -142,28 +141,29 @@ class ServerTeacher:
         """Score the rows of a request, on another replica after each fault."""
         tokens = sum(len(row.token_ids) for row in rows)
         tried: Replica | None = None
-
-        async def attempt() -> list[TokenScores]:
-            nonlocal tried
-            async with self._replicas.lease(tokens, avoid=tried) as tried:
-                return await self._ask_replica(tried, rows, top_k)
-
-        attempts = retrying(_after_faults(self.patience), limits.SCORE_PAUSE)
-        try:
-            return await attempts(attempt)
-        except Fault as fault:
-            raise TeacherError(
-                f"teacher {self.branch!r} could not score {len(rows)} sequences of {tokens} tokens in "
-                f"{attempts.statistics['attempt_number']} attempts; the last: {fault}. Look at that server's log."
-            ) from None
-        except (TeacherError, asyncio.CancelledError):
-            raise
-        except Exception as error:  # whatever a stranger may answer must reach the trainer as one kind of error
-            where, what = tried.url if tried else self._replicas.where, f"{type(error).__name__}: {error}"[:500]
-            raise TeacherError(
-                f"teacher {self.branch!r} at {where} answered what cannot be read ({self._client.without_key(what)}). "
-                "Is this a vLLM server?"
-            ) from None
+        first_fault, faults = math.inf, 0
+        for attempt in itertools.count(1):
+            try:
+                async with self._replicas.lease(tokens, avoid=tried) as tried:
+                    return await self._ask_replica(tried, rows, top_k)
+            except Fault as fault:
+                first_fault = min(first_fault, time.monotonic())
+                faults += fault.takes_out  # one that is busy (429) is only waited for
+                if faults >= limits.ATTEMPTS or time.monotonic() - first_fault > self.patience:
+                    raise TeacherError(
+                        f"teacher {self.branch!r} could not score {len(rows)} sequences of {tokens} tokens in {attempt} "
+                        f"attempts; the last: {fault}. Look at that server's log."
+                    ) from None
+            except (TeacherError, asyncio.CancelledError):
+                raise
+            except Exception as error:  # whatever a stranger may answer must reach the trainer as one kind of error
+                where, what = tried.url if tried else self._replicas.where, f"{type(error).__name__}: {error}"[:500]
+                raise TeacherError(
+                    f"teacher {self.branch!r} at {where} answered what cannot be read "
+                    f"({self._client.without_key(what)}). Is this a vLLM server?"
+                ) from None
+            await pause(attempt, limits.SCORE_PAUSE)
+        raise AssertionError("unreachable")
 
     async def _ask_replica(self, replica: Replica, rows: list[Row], top_k: int) -> list[TokenScores]:
         if replica.compact and not top_k and len(rows) == 1:
@@ -180,21 +180,6 @@ class ServerTeacher:
         except UnusableAnswer as error:
             text = f"teacher {self.branch!r} at {replica.url} {error}."
             raise TeacherError(self._client.without_key(text)) from None
-
-
-def _after_faults(patience: float) -> Callable[[RetryCallState], bool]:
-    """Stop after `limits.ATTEMPTS` faults, or when they have lasted for `patience`. A busy server (429) is waited for."""
-    first, faults = math.inf, 0
-
-    def stop(state: RetryCallState) -> bool:
-        nonlocal first, faults
-        fault = state.outcome.exception() if state.outcome else None
-        assert isinstance(fault, Fault)
-        first = min(first, time.monotonic())
-        faults += fault.takes_out
-        return faults >= limits.ATTEMPTS or time.monotonic() - first > patience
-
-    return stop
 
 
 def connect_servers(
