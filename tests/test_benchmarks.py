@@ -37,12 +37,12 @@ def tiny(tmp_path):
 @pytest.fixture
 def demo_folder(tmp_path):
     """What `camopd demo` leaves behind, of tiny models."""
-    from camopd.demo import _write_prompts
+    from camopd.demo_data import write_prompts
 
     for seed, name in enumerate(("general", "seed-0/specialised")):
         make_model(seed).save_pretrained(tmp_path / "demo" / name)
         make_tokenizer().save_pretrained(tmp_path / "demo" / name)
-    _write_prompts(tmp_path / "demo" / "prompts")
+    write_prompts(tmp_path / "demo" / "prompts")
     return tmp_path / "demo"
 
 

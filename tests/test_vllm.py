@@ -23,7 +23,8 @@ from fake_vllm import other_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
-from camopd.demo import load_prompts, unpack_base_model
+from camopd.commands.demo_stages import unpack_base_model
+from camopd.demo_data import load_prompts
 from camopd.errors import TeacherError
 from camopd.teachers.check import check_server
 from camopd.teachers.local import LocalTeacher

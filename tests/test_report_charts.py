@@ -1,0 +1,82 @@
+"""The figures (camopd/report/charts.py)."""
+
+import dataclasses
+from pathlib import Path
+
+from runs import ALWAYS, GAP, MEASURED, by_branch, make_run
+
+from camopd import CaMOPDConfig
+from camopd.report.charts import CHARTS, draw, draw_bars, draw_times
+from camopd.report.read import read_run
+from camopd.report.signs import DIAGNOSTICS
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_draw_overlays_several_runs_in_every_panel(tmp_path):
+    names = ["one", "two", "three"]
+    runs = {
+        name: read_run(make_run(tmp_path / name, 12 + number, **{**ALWAYS, "gap/{branch}/abs_mean": float(number)}))[0]
+        for number, name in enumerate(names)
+    }
+    for chart in CHARTS:
+        figure = draw(chart, runs)
+        if figure is None:
+            continue
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+        for axes in figure.axes:
+            if axes.get_visible():
+                labels = [line.get_label() for line in axes.lines if not line.get_label().startswith("_")]
+                assert labels == names, chart.name
+    axes = draw(CHARTS[0], runs).axes[1]  # mean |gap| of the domain
+    assert axes.get_title(loc="left") == "domain: mean |gap|"
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0] * 3, [1] * 3, [2] * 3]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[4, 8, 12]] * 3
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 3
+    times = draw_times(runs)
+    assert [axes.get_title(loc="left") for axes in times.axes] == [
+        "general steps", "domain steps", "teacher of general", "teacher of domain"
+    ]  # fmt: skip
+    assert [tick.get_text() for tick in times.axes[0].get_yticklabels()] == names
+
+
+def test_draw_puts_the_branches_of_one_run_in_one_panel(tmp_path):
+    frame = read_run(make_run(tmp_path, 12, **ALWAYS))[0]
+    figure = draw(CHARTS[0], {"run": frame})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["nats per token"] * 2
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert labels == ["general", "domain"]
+
+
+def test_draw_gives_stale_cosines_a_line_of_their_own(tmp_path):
+    metrics = {**MEASURED, "conflict/stale": by_branch(1.0, 0.0)}
+    chart = next(chart for chart in CHARTS if chart.name == "conflict")
+    figure = draw(chart, {"run": read_run(make_run(tmp_path, 12, **GAP, **metrics))[0]})
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert lines["same parameters"] == [4, 8, 12]
+    assert lines["stale"] == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+
+
+def test_charts_draw_documented_metrics_only():
+    """Names are stable; a chart of a metric that nobody writes would be left out without a word."""
+    documented = (DOCS / "metrics.md").read_text()
+    made_here = {"selection/<branch>/length_ratio", "selection/<branch>/jaccard_chance"}
+    for chart in CHARTS:
+        for name in [q.metric for q in chart.quantities] + [q.beside for q in chart.quantities if q.beside]:
+            shown = name.replace("{branch}", "<branch>")
+            assert shown in made_here or f"`{shown}`" in documented, name
+    assert DIAGNOSTICS in {field.name for field in dataclasses.fields(CaMOPDConfig)}
+
+
+def test_draw_bars_has_a_bar_for_each_config_in_each_panel():
+    nan = float("nan")
+    figure = draw_bars({
+        "gap/general/abs_mean@5": {"one": (1.0, 0.5), "two": (2.0, nan)}, "share": {"one": (0.25, nan), "two": (nan, nan)},
+    })  # fmt: skip
+    left, right = figure.axes
+    assert [bar.get_width() for bar in left.patches] == [1.0, 2.0]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["one", "two"]
+    assert [text.get_text().strip() for text in left.texts] == ["1", "2"]
+    assert [text.get_text().strip() for text in right.texts] == ["0.25"]
+    assert (left.get_xlabel(), right.get_xlabel()) == ("nats per token", "")

@@ -1,0 +1,56 @@
+"""The page of a report (camopd/report/page.py)."""
+
+import re
+
+from runs import ALWAYS, GAP, MEASURED, make_run
+
+from camopd.report.charts import CHARTS
+from camopd.report.page import quote, table, to_html, write_report
+from camopd.report.signs import DIAGNOSTICS
+
+
+def test_page_holds_its_figures_and_nothing_of_the_network(tmp_path):
+    path = make_run(tmp_path / "run", 20, **ALWAYS, **MEASURED)
+    said = write_report({"run": path}, tmp_path / "out")
+    page, text = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    names = [*(chart.name for chart in CHARTS), "time"]
+    assert page.count('src="data:image/png;base64,') == len(names)
+    assert re.findall(r"https?://|<script|<link|@import|src=\"(?!data:)", page) == []
+    for name in names:
+        assert f"]({name}.png)" in text
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "Not measured" not in text.split("## Gaps")[1]
+    assert page.index("Which of my branches is hurting?") < page.index("<img")
+    assert len(said) == 1 and "*" not in said[0]
+
+
+def test_page_leaves_out_figures_without_data_and_says_what_turns_them_on(tmp_path):
+    write_report({"run": make_run(tmp_path / "run", 20, **ALWAYS)}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out" / "conflict.png").exists()
+    assert not (tmp_path / "out" / "coherence.png").exists()
+    left_out = text.split("## Not measured")[1].split("##")[0]
+    assert f"the paper's Figure 1): set `{DIAGNOSTICS}: 10` in the config." in left_out
+    assert "Gradient coherence gain" in left_out
+    assert left_out.count("\n- ") == 2
+
+
+def test_page_of_several_runs_has_a_line_for_each(tmp_path):
+    paths = {name: make_run(tmp_path / name, 20, **GAP) for name in ("one", "two")}
+    said = write_report(paths, tmp_path / "out")
+    assert [line.split(":")[0] for line in said] == ["one", "two"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    top, _, end = text.partition("## The runs one by one")
+    for name in paths:
+        assert f"- `{name}`: " in top
+        assert f"### `{name}`" in end
+
+
+def test_page_shows_the_texts_of_others_as_texts():
+    blocks = ["**b** `a<b` <i>x</i>", quote("<script>**x**\n\ny"), table([["h"], ["a|b & c"]])]
+    page = to_html("t<", blocks, {})
+    assert "<title>t&lt;</title>" in page
+    assert "<strong>b</strong> <code>a&lt;b</code> &lt;i&gt;x&lt;/i&gt;" in page
+    assert "&lt;script&gt;**x**\n\ny</blockquote>" in page
+    assert "<td>a|b &amp; c</td>" in page
+    assert blocks[1:] == ["> <script>**x**\n> \n> y", "| h |\n| --- |\n| a\\|b & c |"]
