@@ -1,7 +1,10 @@
 """The page of a report (camopd/report/page.py)."""
 
+import html
 import re
 
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import ALWAYS, GAP, MEASURED, make_run
 
 from camopd.report.charts import CHARTS
@@ -54,3 +57,16 @@ def test_page_shows_the_texts_of_others_as_texts():
     assert "&lt;script&gt;**x**\n\ny</blockquote>" in page
     assert "<td>a|b &amp; c</td>" in page
     assert blocks[1:] == ["> <script>**x**\n> \n> y", "| h |\n| --- |\n| a\\|b & c |"]
+
+
+@given(st.lists(st.lists(st.text("ab|1 ", min_size=1).map(str.strip), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_page_table_has_the_cells_that_it_is_made_of(rows):
+    cells = [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", to_html("", [table(rows)], {}))]
+    assert cells == [cell for row in rows for cell in row]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n"), min_size=1))
+def test_page_quote_is_the_text_itself(text):
+    page = to_html("", [quote(text)], {})
+    found = html.unescape(page.split("<blockquote>")[1].split("</blockquote>")[0])
+    assert found == "\n".join(text.splitlines())

@@ -1,7 +1,11 @@
 """What is read of a run (camopd/report/read.py)."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import ALWAYS, GAP, MEASURED, make_run
 
 from camopd.report.page import write_report
@@ -87,3 +91,12 @@ def test_names_are_what_differs(tmp_path):
     assert names_of([paths[0], paths[0]]) == ["recovered (1)", "recovered (2)"]
     long = [tmp_path / f"{'a' * 50}{middle}{'b' * 50}" / "metrics.jsonl" for middle in "xy"]
     assert names_of(long) == [f"{'a' * 19}…{'b' * 19} (1)", f"{'a' * 19}…{'b' * 19} (2)"]
+
+
+@given(st.sets(st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=4).map(tuple), min_size=1))
+def test_names_of_different_runs_are_different_and_parts_of_their_folders(folders):
+    paths = [Path("/", *folder, "metrics.jsonl") for folder in sorted(folders)]
+    names = names_of(paths)
+    assert len(set(names)) == len(names)
+    for name, path in zip(names, paths, strict=True):
+        assert f"/{name.split(' ')[0]}/" in str(path)

@@ -4,6 +4,8 @@ import json
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from runs import ALWAYS, GAP, MEASURED, by_branch, make_run
 
 from camopd.report.read import read_run
@@ -44,6 +46,15 @@ def test_trend_of_twelve_steps_is_not_told():
     trend = trend_of(series(range(12)))
     assert (trend.verdict, trend.first, trend.last) == ("too few steps", 1.5, 9.5)
     assert trend_of(series(range(13))).verdict == "rises"
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=13, max_size=60))
+def test_trend_of_mirrored_values_is_mirrored(values):
+    mirrored = {"rises": "falls", "falls": "rises", "is flat": "is flat"}
+    there, back = trend_of(series(values)), trend_of(-series(values))
+    assert back.verdict == mirrored[there.verdict]
+    assert (back.first, back.last) == (-there.first, -there.last)
+    assert not (there.higher and back.higher)
 
 
 def test_answer_names_the_branch_that_gets_worse(tmp_path):

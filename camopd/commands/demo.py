@@ -180,8 +180,8 @@ def _print_result(results: list[dict[str, Any]]) -> None:
 
 def _as_table(title: str, rows: list[list[str]]) -> Table:
     table = Table(title=title)
-    for place, column in enumerate(rows[0]):
-        table.add_column(column, justify="right" if place else "left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -238,13 +238,13 @@ def draw_times(runs: Mapping[str, pd.DataFrame]) -> Figure | None:
         axes.set_title(title)
         for place, parts in enumerate(bars.values()):
             left = 0.0
-            for part, seconds in parts.items():
+            for part, width in parts.items():
                 colour, hatch = PARTS[part]
-                if seconds:  # and else no entry in the legend
+                if width:  # and else no entry in the legend
                     axes.barh(
-                        place, seconds, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.7, label=part
+                        place, width, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.7, label=part
                     )
-                left += seconds
+                left += width
         _name_bars(axes, list(bars))
     widest = max(sum(parts.values()) for bars in panels.values() for parts in bars.values())
     grid[-1].set_xlim(0, 1.02 * widest or 1)

@@ -98,7 +98,9 @@ def _in_common(folders: Sequence[Sequence[str]]) -> int:
 
 def branches_of(frames: Iterable[pd.DataFrame]) -> list[str]:
     """Branches of all runs, in order of appearance."""
-    return list(dict.fromkeys(name for frame in frames for value in frame["branch"] for name in value.split("+")))
+    return list(
+        dict.fromkeys(name for frame in frames for value in frame["branch"].unique() for name in value.split("+"))
+    )
 
 
 def step_kinds(frames: Sequence[pd.DataFrame]) -> list[str]:
