@@ -70,7 +70,7 @@ def _demo(argv: list[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        from .commands.demo import main as demo
+        from .commands.demo import demo
     except ModuleNotFoundError as error:
         raise ImportError(
             f"the demo needs {error.name!r}: pip install -e '.[demo]' in a clone of camopd, or `make demo`."
@@ -101,13 +101,13 @@ def _check(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    from .commands.report import main as report
+    from .commands.report import report
 
     report(argv)
 
 
 def _sweep(argv: list[str]) -> None:
-    from .commands.sweep import main as sweep
+    from .commands.sweep import sweep
 
     sweep(argv)
 

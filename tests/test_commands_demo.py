@@ -81,7 +81,7 @@ def test_demo_of_several_seeds_runs_them_apart_and_shows_the_spread(settings, tm
 def test_demo_counts_seeds_from_the_first(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(demo, "run_demo", lambda output_dir, runs, fresh: found.extend(run.seed for run in runs))
-    demo.main(["--output-dir", str(tmp_path), "--seed", "3", "--seeds", "2"])
+    demo.demo(["--output-dir", str(tmp_path), "--seed", "3", "--seeds", "2"])
     assert found == [3, 4]
 
 

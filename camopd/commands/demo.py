@@ -35,7 +35,7 @@ from . import demo_stages as stages
 from .demo_stages import MODELS, DemoSettings, console
 
 
-def main(argv: list[str] | None = None) -> None:
+def demo(argv: list[str]) -> None:
     """The command line of the demo. Raises `CaMOPDError` when the weights are not installed."""
     parser = argparse.ArgumentParser(
         prog="camopd demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter

@@ -9,7 +9,7 @@ from ..report.page import write_report
 from ..report.read import metrics_file, names_of
 
 
-def main(argv: list[str]) -> None:
+def report(argv: list[str]) -> None:
     """The command line. Raises what `metrics_file` and `write_report` raise."""
     parser = argparse.ArgumentParser(
         prog="camopd report", description="Figures of one run or several, and which of its branches is hurting."

@@ -88,7 +88,7 @@ class Sweep:
         return words
 
 
-def main(argv: list[str]) -> None:
+def sweep(argv: list[str]) -> None:
     """The command line. Exits with 1 when a run has failed and with 130 after Ctrl-C.
 
     Raises what `read_sweep` raises, and `CaMOPDError` for a folder that another command has made.
@@ -100,14 +100,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--print", action="store_true", help="print a command for each run that is to be done")
     parser.add_argument("--only", metavar="CONFIG/seed-SEED", help="do this run alone, and write no table")
     options = parser.parse_args(config_first(argv))
-    sweep = read_sweep(options.sweep)
-    runs = [run for run in sweep.runs if options.only in (None, run.key)]
+    what = read_sweep(options.sweep)
+    runs = [run for run in what.runs if options.only in (None, run.key)]
     if not runs:
         raise ValueError(
-            f"--only {options.only!r} is no run of {options.sweep!r}; there are {[run.key for run in sweep.runs]}."
+            f"--only {options.only!r} is no run of {options.sweep!r}; there are {[run.key for run in what.runs]}."
         )
     # All of them first: a clash of settings shows before hours of work.
-    done = {run: is_done(sweep, run) for run in runs}
+    done = {run: is_done(what, run) for run in runs}
     if options.print:
         for run in runs:
             if not done[run]:
@@ -119,10 +119,10 @@ def main(argv: list[str]) -> None:
         label = f"[{number}/{len(runs)}] {run.key}"
         if done[run]:
             print(f"{label}: done before", flush=True)
-        elif not _do(sweep, run, label):
+        elif not _do(what, run, label):
             failed.append(run)
     if options.only is None:
-        _write_results(sweep)
+        _write_results(what)
     if failed:
         print(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.key for run in failed)}. Their logs are above; the "
