@@ -293,7 +293,7 @@ class CaMOPDConfig(DistillationConfig):
         longest = self._read_completion_length()
         if self.score_batch_size is None and isinstance(self.max_prompt_length, int) and self.max_prompt_length > 0:
             self.score_batch_size = max(1, SCORE_TOKENS // (self.max_prompt_length + longest))
-        method_rules.check_forms(self)
+        method_rules.check_values(self)
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._derive_accumulation(world_size)

@@ -1,4 +1,4 @@
-"""What the settings of the method and its baselines may be: per-branch values, choices, and what has to fit together.
+"""What the settings of the method and its baselines may be, and what has to fit together.
 
 What transformers and TRL bring is in setting_rules.py.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, mapping_form
@@ -19,53 +20,81 @@ from .token_rules import TOKEN_RULES
 if TYPE_CHECKING:
     from .config import CaMOPDConfig
 
-CHOICES = {
-    "importance_sampling_mode": IMPORTANCE_MODES,
-    "gap_student": ("trainer", "engine"),
-    "optimizer_moments": ("shared", "per_branch"),
-    "token_rule": TOKEN_RULES,
-    "loss_normalization": ("sample", "token"),
-    "branch_weights": ("none", "sigma"),
-}
-# Whole numbers, and the least that each may be. `None`, where it is the default, stands for "not set".
-LEAST = {
-    "prompts_per_step": 1,
-    "per_device_train_batch_size": 1,
-    "max_prompt_length": 1,
-    "score_batch_size": 1,
-    "max_steps": 1,
-    "max_tokens_per_micro_batch": 1,
-    "loss_prefix_tokens": 1,
-    "diagnostics_steps": 0,
-    "relaxed_exploration_steps": 0,
-}
-PER_BRANCH = ("mass_target", "scale", "score", "selection")
+
+class Range(NamedTuple):
+    """Settings, the test that each of their values has to pass, and how an error says so."""
+
+    names: str
+    test: Callable[[Any], bool]
+    must_be: str
+    why: str = ""
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _choice(name: str, *choices: str) -> Range:
+    return Range(name, choices.__contains__, f"one of {choices}")
+
+
+COUNT = "a whole number of at least 1"
+# A value of None, where it is the default, stands for "not set" and is always allowed.
+RANGES = (
+    Range(
+        "prompts_per_step per_device_train_batch_size max_prompt_length score_batch_size max_tokens_per_micro_batch "
+        "loss_prefix_tokens", _whole(1), COUNT,
+    ),
+    Range(
+        "max_steps", _whole(1), COUNT,
+        " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
+    ),
+    Range("diagnostics_steps", _whole(0), f"{COUNT}, or 0 to measure nothing"),
+    Range("relaxed_exploration_steps", _whole(0), "a whole number of at least 0"),
+    _choice("importance_sampling_mode", *IMPORTANCE_MODES),
+    _choice("gap_student", "trainer", "engine"),
+    _choice("optimizer_moments", "shared", "per_branch"),
+    _choice("token_rule", *TOKEN_RULES),
+    _choice("loss_normalization", "sample", "token"),
+    _choice("branch_weights", "none", "sigma"),
+    Range("relaxed_mixture", lambda value: 0 < value < 1, "in (0, 1)", " It is lambda of Relaxed OPD."),
+    Range(
+        "relaxed_entropy_share", lambda value: 0 < value <= 1, "in (0, 1]",
+        " It is a share of the tokens; 1 leaves the choice by entropy out.",
+    ),
+    Range(
+        "selectkd_reject_weight", lambda value: 0 <= value < 1, "in [0, 1)",
+        " A rejected token weighs less than an accepted one. For a weight of 1 on every token, set token_rule to 'none'.",
+    ),
+    Range("teacher_patience", lambda value: value > 0, "a positive number of seconds"),
+)  # fmt: skip
+PER_BRANCH = (
+    Range(
+        "mass_target", lambda value: 0 < value <= 1, "in (0, 1]",
+        " It is a share of the total score (Eq. 8). To train on every sample, set selection to False.",
+    ),
+    Range(
+        "scale", lambda value: 0 < value < math.inf, "a positive number",
+        " It is r_b of Eq. 9. To leave a branch out, take it out of the schedule.",
+    ),
+    Range("score", SCORE_KINDS.__contains__, f"one of {SCORE_KINDS}", " They are Eq. 6 and Eq. 7."),
+    Range("selection", lambda value: True, "true or false"),
+)  # fmt: skip
 # optim that transformers builds from the learning rate and `adam_*` alone
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
-_WHY = {
-    "max_steps": " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
-    "mass_target": "it is a share of the total score (Eq. 8) and lies in (0, 1]. To train on every sample, set "
-    "selection to False.",
-    "scale": "r_b of Eq. 9 must be a positive number. To leave a branch out, take it out of the schedule.",
-    "score": f"it must be one of {SCORE_KINDS}: Eq. 6 or Eq. 7.",
-}
 
 
-def check_forms(args: CaMOPDConfig) -> None:
-    """Raise `ValueError` for what is not a whole number where one is due, and for JSON that cannot be read.
+def check_values(args: CaMOPDConfig) -> None:
+    """Raise `ValueError` for a value that is out of its range, and for JSON that cannot be read.
 
     For the beginning: what follows reads these settings.
     """
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is None and args.__dataclass_fields__[name].default is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            at_least = "1, or 0 to measure nothing" if name == "diagnostics_steps" else least
-            raise ValueError(
-                f"{name} must be a whole number of at least {at_least}, got {value!r}.{_WHY.get(name, '')}"
-            )
-    for name in (*PER_BRANCH, "teachers"):
+    for rule in RANGES:
+        for name in rule.names.split():
+            value = getattr(args, name)
+            if value is not None or args.__dataclass_fields__[name].default is not None:
+                _check(rule, name, value)
+    for name in (*(rule.names for rule in PER_BRANCH), "teachers"):
         value = getattr(args, name)
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:
@@ -77,19 +106,37 @@ def check_forms(args: CaMOPDConfig) -> None:
                 ) from None
 
 
+def _check(rule: Range, name: str, value: Any) -> None:
+    try:
+        allowed = rule.test(value)
+    except TypeError:  # a text in place of a number
+        allowed = False
+    if not allowed:
+        raise ValueError(f"{name} must be {rule.must_be}, got {value!r}.{rule.why}")
+
+
 def check_method(args: CaMOPDConfig, schedule: Schedule) -> None:
-    """Raise `ValueError` for a setting of the method that is out of range or does not fit another one; per-branch values
-    become numbers and truth values."""
+    """Raise `ValueError` for a setting of the method that does not fit another one; per-branch values become numbers and
+    truth values, and are checked."""
     _check_schedule(args, schedule)
-    for name in PER_BRANCH:
-        _settle_per_branch(args, name)
-    for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise ValueError(f"{name} must be one of {choices}, got {getattr(args, name)!r}.")
+    for rule in PER_BRANCH:
+        name, value = rule.names, getattr(args, rule.names)
+        if isinstance(value, dict):
+            value = {branch: _parse(f"{name}[{branch!r}]", name, item) for branch, item in value.items()}
+        else:
+            value = _parse(name, name, value)
+        setattr(args, name, value)
+        for branch, item in args.per_branch(name).items():
+            _check(rule, f"{name} of branch {branch!r}", item)
     _check_optimizer(args)
-    _check_baselines(args, schedule)
     _check_budget(args)
     _check_teachers(args)
+    if args.branch_weights == "sigma" and all(len(shares) == 1 for shares in schedule.steps):
+        raise ValueError(
+            f"branch_weights='sigma' compares the branches inside a step, but no step of schedule {args.schedule!r} "
+            "mixes any: every weight would be 1. Mix them ('general:1+domain:1'), or leave branch_weights out and set "
+            "scale."
+        )
     if not 0 <= args.importance_sampling_low <= 1 <= args.importance_sampling_high:
         raise ValueError(
             f"importance_sampling_low={args.importance_sampling_low} and "
@@ -108,24 +155,6 @@ def _check_schedule(args: CaMOPDConfig, schedule: Schedule) -> None:
                 )
 
 
-def _settle_per_branch(args: CaMOPDConfig, name: str) -> None:
-    parse, allowed = {
-        "mass_target": (float, lambda value: 0 < value <= 1),
-        "scale": (float, lambda value: 0 < value < float("inf")),
-        "score": (str, lambda value: value in SCORE_KINDS),
-        "selection": (_to_bool, lambda value: True),
-    }[name]
-    value = getattr(args, name)
-    if isinstance(value, dict):
-        parsed: Any = {branch: _parse(f"{name}[{branch!r}]", item, parse) for branch, item in value.items()}
-    else:
-        parsed = _parse(name, value, parse)
-    setattr(args, name, parsed)
-    for branch, item in args.per_branch(name).items():
-        if not allowed(item):
-            raise ValueError(f"{name} of branch {branch!r} is {item!r}; {_WHY[name]}")
-
-
 def _check_optimizer(args: CaMOPDConfig) -> None:
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in ("lomo", "adalomo"):
@@ -138,35 +167,6 @@ def _check_optimizer(args: CaMOPDConfig) -> None:
     if args.optimizer_moments == "per_branch" and optim not in PLAIN_ADAMW:
         raise ValueError(
             f"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim={optim!r}. Leave optim out."
-        )
-
-
-def _check_baselines(args: CaMOPDConfig, schedule: Schedule) -> None:
-    for name, allowed, reason in (
-        (
-            "relaxed_mixture",
-            0 < args.relaxed_mixture < 1,
-            "lambda of Relaxed OPD lies between 0 and 1, without them",
-        ),
-        (
-            "relaxed_entropy_share",
-            0 < args.relaxed_entropy_share <= 1,
-            "it is a share of the tokens and lies in (0, 1]. 1 leaves the choice by entropy out",
-        ),
-        (
-            "selectkd_reject_weight",
-            0 <= args.selectkd_reject_weight < 1,
-            "a rejected token weighs less than an accepted one, so it lies in [0, 1). For a weight of 1 on every "
-            "token, set token_rule to 'none'",
-        ),
-    ):
-        if not allowed:
-            raise ValueError(f"{name} is {getattr(args, name)!r}; {reason}.")
-    if args.branch_weights == "sigma" and all(len(shares) == 1 for shares in schedule.steps):
-        raise ValueError(
-            f"branch_weights='sigma' compares the branches inside a step, but no step of schedule {args.schedule!r} "
-            "mixes any: every weight would be 1. Mix them ('general:1+domain:1'), or leave branch_weights out and set "
-            "scale."
         )
 
 
@@ -189,8 +189,6 @@ def _check_budget(args: CaMOPDConfig) -> None:
 
 
 def _check_teachers(args: CaMOPDConfig) -> None:
-    if not args.teacher_patience > 0:
-        raise ValueError(f"teacher_patience must be a positive number of seconds, got {args.teacher_patience!r}.")
     if args.teachers is not None and not isinstance(args.teachers, dict):
         raise ValueError(mapping_form("teachers", args.teachers))
     in_process = args.teachers and all(teacher in tuple(ADAPTER_TEACHERS) for teacher in args.teachers.values())
@@ -215,21 +213,16 @@ def _check_ddp_timeout(args: CaMOPDConfig) -> None:
         )
 
 
-def _parse(name: str, value: Any, parse: Any) -> Any:
+def _parse(shown: str, name: str, value: Any) -> Any:
+    """A per-branch value as the number, text or truth value that the setting has."""
     try:
-        if parse is float and isinstance(value, bool):
+        if name == "score":
+            return str(value)
+        if name == "selection":
+            return {"true": True, "false": False}[str(value).lower()]
+        if isinstance(value, bool):
             raise ValueError
-        return parse(value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must be {'a number' if parse is float else 'true or false'} or a mapping from branch to that, "
-            f"got {value!r}."
-        ) from None
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise ValueError(value)
+        return float(value)
+    except (KeyError, TypeError, ValueError):
+        kind = "true or false" if name == "selection" else "a number"
+        raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {value!r}.") from None

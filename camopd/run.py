@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +71,12 @@ def peek(config: str | None, overrides: list[str]) -> dict[str, Any]:
 
     Raises `ValueError` for a file that is not there or not a mapping.
     """
+    return ({} if config is None else _read(config)) | _read_words(overrides)
+
+
+def _read(config: str) -> dict[str, Any]:
     try:
-        settings = {} if config is None else yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"the config {config!r} cannot be read: {error.strerror}. Give the path of a YAML file."
@@ -83,18 +87,25 @@ def peek(config: str | None, overrides: list[str]) -> dict[str, Any]:
         raise ValueError(f"the config {config!r} is no valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"the config {config!r} must be a mapping from settings to values, got {settings!r}.")
-    for place, word in enumerate(overrides):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            following = overrides[place + 1] if place + 1 < len(overrides) else "--"
-            text = value if equals else "true" if following.startswith("--") else following
-            name = name[2:].replace("-", "_")
-            if name.startswith("no_"):  # as transformers' parser has it for what is on by default
-                name, text = name[3:], "false"
-            try:
-                settings[name] = yaml.safe_load(text)
-            except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
-                settings[name] = text
+    return settings
+
+
+def _read_words(overrides: list[str]) -> dict[str, Any]:
+    """What `--name value` words say, as YAML would read the values. TRL's parser, which has the last word, takes seconds to
+    import, and wants every setting of a run to be there."""
+    settings: dict[str, Any] = {}
+    for word, following in itertools.pairwise([*overrides, "--"]):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        text = value if equals else "true" if following.startswith("--") else following
+        if name.startswith("no_"):  # as transformers' parser has it for what is on by default
+            name, text = name[3:], "false"
+        try:
+            settings[name] = yaml.safe_load(text)
+        except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
+            settings[name] = text
     return settings
 
 
@@ -155,16 +166,6 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     return options.config, overrides
 
 
-def parse_script(argv: list[str] | None = None) -> tuple[PromptArguments, ModelConfig, CaMOPDConfig]:
-    """What `python SCRIPT --config RUN.yaml [--method FILE] [--name value ...]` says.
-
-    Raises as [`parse`], and for a run without prompts.
-    """
-    prompts, model, args = parse(*config_and_overrides(None, sys.argv[1:] if argv is None else argv))
-    need_prompts(prompts, args)
-    return prompts, model, args
-
-
 def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConfig, CaMOPDConfig]:
     """Read a run with TRL's parser: a YAML file, and `--name value` over it.
 
@@ -174,12 +175,11 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
 
     from .config import CaMOPDConfig
 
-    given = peek(config, overrides)  # says in words what is wrong with the file
+    defaults = _read(config)  # TRL's `parse_args_and_config` would do so in the encoding of the machine
+    given = defaults | _read_words(overrides)
     check_names(config, given)
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
-    # As `parse_args_and_config`, which reads the file in the encoding of the machine.
-    defaults = peek(config, [])
     for name, value in _environment(defaults.pop("env", None)).items():
         os.environ[name] = value
     defaults.pop("config", None)
@@ -298,11 +298,6 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
         else teacher
         for branch, teacher in named_teachers(settings).items()
     }
-
-
-def find_teachers(args: CaMOPDConfig) -> dict[str, Any]:
-    """The teachers of a config, with the URLs of those that `camopd serve` has started for its `output_dir`."""
-    return teachers_of({"teachers": args.teachers, "output_dir": args.output_dir})
 
 
 def check_names(config: str, settings: dict[str, Any]) -> None:
