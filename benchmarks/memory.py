@@ -92,8 +92,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(device) for _ in range(2)
     )
     with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.mul_(1.01)
+        for model, factor in ((student, 1.0), (teacher, 1.01)):  # the student's, too, so that they are read from the file
+            for parameter in model.parameters():
+                parameter.mul_(factor)
     teacher.eval().requires_grad_(False)
     if job["contender"] == "plain logits":
         peak_mib = plain_peak(student, teacher, tokenizer, job)

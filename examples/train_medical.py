@@ -14,7 +14,7 @@ accelerate launch --config_file configs/accelerate/single_gpu.yaml \\
 ```
 
 Domain prompts may also be rows with `question` and `options`, as the raw datasets have them: the script puts them into the
-paper's template. Every setting can follow as `--name value`:
+paper's template, which is all that `camopd train RUN.yaml` does not do. Every setting can follow as `--name value`:
 
 ```bash
 accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 --mixed_precision no \\
@@ -23,34 +23,15 @@ accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 --
 ```
 """
 
-from trl import get_peft_config, get_quantization_config
+import sys
 
-from camopd import CaMOPDTrainer
+from camopd.commands.train import train
 from camopd.data.medical import to_prompt
-from camopd.files import load_all
-from camopd.run import find_teachers, parse_script
+from camopd.run import config_and_overrides
 
 
 def main() -> None:
-    prompts, model_args, training_args = parse_script()
-
-    trainer = CaMOPDTrainer(
-        model=model_args.model_name_or_path,
-        teachers=find_teachers(training_args),
-        args=training_args,
-        train_dataset=load_all(prompts.prompts, {"domain": to_prompt}),
-        eval_dataset=load_all(prompts.eval_prompts, {"domain": to_prompt}) if prompts.eval_prompts else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card()
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
+    train(*config_and_overrides(None, sys.argv[1:]), to_prompt={"domain": to_prompt})
 
 
 if __name__ == "__main__":

@@ -13,36 +13,18 @@ accelerate launch --config_file configs/accelerate/single_gpu.yaml \\
     examples/train_roleplay.py --config configs/roleplay_1gpu.yaml
 ```
 
-Every setting can follow as `--name value`, `--push_to_hub true --hub_model_id ID` among them.
+Every setting can follow as `--name value`, `--push_to_hub true --hub_model_id ID` among them. `camopd train RUN.yaml` does
+the same; train_custom.py shows the trainer itself.
 """
 
-from trl import get_peft_config, get_quantization_config
+import sys
 
-from camopd import CaMOPDTrainer
-from camopd.files import load_all
-from camopd.run import find_teachers, parse_script
+from camopd.commands.train import train
+from camopd.run import config_and_overrides
 
 
 def main() -> None:
-    prompts, model_args, training_args = parse_script()
-
-    trainer = CaMOPDTrainer(
-        model=model_args.model_name_or_path,
-        teachers=find_teachers(training_args),
-        args=training_args,
-        train_dataset=load_all(prompts.prompts),
-        eval_dataset=load_all(prompts.eval_prompts) if prompts.eval_prompts else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card()
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
+    train(*config_and_overrides(None, sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def train(run, hub, tmp_path):
     return train
 
 
+@pytest.mark.slow
 def test_a_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path):
     push = ["--push_to_hub", "true", "--hub_model_id", "me/tiny", "--hub_strategy", "checkpoint"]
     (tmp_path / "tiny").mkdir()
@@ -211,6 +212,7 @@ def test_a_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_pa
     assert all((resumed[name] == value).all() for name, value in at_once.items())
 
 
+@pytest.mark.slow
 def test_what_camopd_serve_has_written_is_not_sent(run, train, hub, tmp_path):
     """`_teachers.json` names hosts of a cluster."""
     (tmp_path / "tiny").mkdir()
@@ -229,6 +231,7 @@ def test_what_camopd_serve_has_written_is_not_sent(run, train, hub, tmp_path):
         ({"config.json": b"{}"}, {"HF_HUB_OFFLINE": "1"}, "cannot be fetched: HF_HUB_OFFLINE is set; unset it where there"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_fetched_is_an_error_with_the_way_out(train, hub, files, environment, said):
     if files is not None:
         hub.models["me/tiny"] = files
@@ -242,12 +245,12 @@ def test_a_checkpoint_that_cannot_be_fetched_is_an_error_with_the_way_out(train,
 
 def test_a_pickled_checkpoint_is_not_fetched(run, tmp_path, monkeypatch):
     from camopd.errors import ResumeError
-    from camopd.run import find_teachers, parse
+    from camopd.run import parse, teachers_of
 
     prompts, model, args = parse(str(run), [])
     trainer = CaMOPDTrainer(
         model=model.model_name_or_path,
-        teachers=find_teachers(args),
+        teachers=teachers_of({"teachers": args.teachers, "output_dir": args.output_dir}),
         args=args,
         train_dataset=load_all(prompts.prompts),
     )

@@ -100,6 +100,7 @@ def data_parallel(tmp_path_factory):
     ],
     ids=["zero2", "zero3", "fsdp2", "zero3-lora", "fsdp2-lora"],
 )
+@pytest.mark.slow
 def test_sharded_runs_are_the_data_parallel_run(config, method, checkpointing, data_parallel, tmp_path):
     lines = launch(config, tmp_path, *method, "--gradient_checkpointing", checkpointing)
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
@@ -139,6 +140,7 @@ def test_sharded_runs_are_the_data_parallel_run(config, method, checkpointing, d
 
 
 @pytest.mark.parametrize("config", ["zero2", "fsdp2"])
+@pytest.mark.slow
 def test_a_teacher_with_the_students_weights_has_gaps_of_exactly_0_in_bfloat16(config, tmp_path):
     """Both launchers cast the float32 weights that were loaded, each in its way, and the teacher's must be cast alike."""
     (line,) = launch(

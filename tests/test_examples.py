@@ -59,6 +59,7 @@ def test_minimal_loop_has_the_loss_and_gradient_of_the_trainer(branch, tmp_path)
         torch.testing.assert_close(value.detach(), parameters[name], atol=PARAMETER, rtol=0)
 
 
+@pytest.mark.slow
 def test_minimal_loop_runs_as_a_script(tmp_path):
     tokenizer = make_tokenizer()
     for name, seed in (("student", 1), ("teacher", 2)):
@@ -129,6 +130,7 @@ def jsonl(path: Path, rows) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_a_card(models, tmp_path):
     rows = [
         {"id": n, "question": f"which of {n}?", "options": {"A": "one", "B": "two"}, "answer": "B"} for n in range(8)
@@ -160,12 +162,14 @@ def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_
     assert steps_of(out) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_script_without_prompts_of_a_branch_says_which(models, tmp_path):
     run = script("train_medical", "--config", "configs/smoke.yaml", "--prompts", '{"general": "general.jsonl"}')
     assert run.returncode != 0
     assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in run.stderr
 
 
+@pytest.mark.slow
 def test_specialize_roleplay_makes_the_model_that_train_roleplay_recovers(models, tmp_path):
     """From CoSER's own form, by the builder, to a recovered model."""
     raw = tmp_path / "coser.json"
@@ -193,6 +197,7 @@ def test_specialize_roleplay_makes_the_model_that_train_roleplay_recovers(models
     AutoModelForCausalLM.from_pretrained(out)
 
 
+@pytest.mark.slow
 def test_train_custom_needs_no_config(models, tmp_path):
     prompts = {
         name: jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}"} for n in range(8)]) for name in ("a", "b")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from ..errors import TeacherError
 from ..run import SERVED_TEACHERS, longest_sequence, need_prompts, parse, peek, teachers_of, warn_of_unused, where_from
 from ..teachers.address import ADAPTER_TEACHERS
 
 
-def train(config: str, overrides: list[str]) -> None:
-    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`."""
+if TYPE_CHECKING:
+    from ..files import ToPrompt
+
+
+def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] | None = None) -> None:
+    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`.
+
+    `to_prompt` makes a prompt of a row of a branch, as in [`camopd.files.load_prompts`]. Raises `ValueError` for settings
+    that cannot be, `TeacherError` for a server that does not answer.
+    """
     from ..teachers.vllm.teacher import connect_servers
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
@@ -41,8 +52,8 @@ def train(config: str, overrides: list[str]) -> None:
         model=model.model_name_or_path,
         teachers=teachers,
         args=args,
-        train_dataset=load_all(prompts.prompts),
-        eval_dataset=load_all(prompts.eval_prompts) if prompts.eval_prompts else None,
+        train_dataset=load_all(prompts.prompts, to_prompt),
+        eval_dataset=load_all(prompts.eval_prompts, to_prompt) if prompts.eval_prompts else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
