@@ -92,7 +92,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(device) for _ in range(2)
     )
     with torch.no_grad():
-        for model, factor in ((student, 1.0), (teacher, 1.01)):  # the student's, too, so that they are read from the file
+        # The student's, too, so that its pages are read from the file by now.
+        for model, factor in ((student, 1.0), (teacher, 1.01)):
             for parameter in model.parameters():
                 parameter.mul_(factor)
     teacher.eval().requires_grad_(False)
