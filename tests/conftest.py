@@ -117,3 +117,33 @@ def start_server(teacher_model, tokenizer, monkeypatch):
 @pytest.fixture
 def server(start_server):
     return start_server()
+
+
+@pytest.fixture
+def connect():
+    """Make teachers on servers and close them in the end."""
+    from camopd.teachers.vllm.teacher import ServerTeacher
+
+    teachers = []
+
+    def connect(*servers, patience=20.0, branch="general"):
+        urls = [server if isinstance(server, str) else server.url for server in servers]
+        teachers.append(ServerTeacher(urls, branch, patience))
+        return teachers[-1]
+
+    yield connect
+    for teacher in teachers:
+        teacher.close()
+
+
+@pytest.fixture
+def local_scores(teacher_model):
+    """What a server with the same model must answer."""
+    from fake_vllm import PROMPT_LENS, TOKEN_IDS
+
+    from camopd.teachers.local import LocalTeacher
+
+    def scores(top_k=0):
+        return LocalTeacher(teacher_model, "local", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS, top_k)
+
+    return scores

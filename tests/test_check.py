@@ -40,22 +40,6 @@ from camopd.teachers.check import (
     raise_errors,
 )
 from camopd.teachers.local import LocalTeacher
-from camopd.teachers.vllm.teacher import ServerTeacher
-
-
-@pytest.fixture
-def connect():
-    """Make teachers of branch "general" and close them in the end."""
-    teachers = []
-
-    def connect(*servers):
-        urls = [server if isinstance(server, str) else server.url for server in servers]
-        teachers.append(ServerTeacher(urls, "general"))
-        return teachers[-1]
-
-    yield connect
-    for teacher in teachers:
-        teacher.close()
 
 
 def with_eos_bias(model, bias):

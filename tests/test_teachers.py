@@ -1,4 +1,4 @@
-"""Teachers in the process, and how what the user wrote becomes teachers. Those on servers are in test_server.py."""
+"""Teachers in the process, and how what the user wrote becomes teachers. Those on servers are in test_vllm_teacher.py."""
 
 import copy
 from contextlib import nullcontext
@@ -17,16 +17,6 @@ from camopd.teachers.base import Teacher, TokenScores
 from camopd.teachers.local import LocalTeacher
 from camopd.teachers.resolve import resolve_teachers
 from camopd.teachers.vllm.teacher import ServerTeacher, connect_servers
-
-
-@pytest.fixture
-def local_scores(teacher_model):
-    """What a server with the same model must answer."""
-
-    def scores(top_k=0):
-        return LocalTeacher(teacher_model, "local", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS, top_k)
-
-    return scores
 
 
 # --- LocalTeacher ------------------------------------------------------------------------------------------------

@@ -3,15 +3,19 @@
 import base64
 import io
 import json
+import logging
 import math
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from camopd.errors import TeacherError
 from camopd.teachers import limits
 from camopd.teachers.base import TokenScores
 from camopd.teachers.vllm.transports import (
@@ -188,3 +192,288 @@ def test_missing_log_probs_are_counted_in_both_parts(value):
     ids = torch.zeros(2, 1, dtype=torch.long)
     assert count_missing(TokenScores(torch.tensor([value, -1.0]))) == 1
     assert count_missing(TokenScores(torch.tensor([-1.0, value]), ids, torch.tensor([[value], [-1.0]]))) == 2
+
+
+# --- with a server of fake_vllm.py --------------------------------------------------------------------------------------
+
+
+both_transports = pytest.mark.parametrize("compact", [True, False], ids=["compact", "JSON"])
+
+
+def test_an_answer_recorded_from_vllms_own_classes_is_read_to_the_last_bit(start_server, connect):
+    recorded = json.loads((Path(__file__).parent / "recorded_generate.json").read_text())
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**recorded["answer"], "request_id": answer["request_id"]}
+    (score,) = teacher.score([recorded["request"]["token_ids"]], [3])
+    assert torch.equal(score.logps, -torch.arange(1, 4, dtype=torch.float32) / 7)
+    (asked,) = server.scored  # tests/test_vllm.py has vLLM's own classes validate the recorded request
+    assert {**asked, "request_id": None} == {**recorded["request"], "request_id": None}
+
+
+def test_the_json_request_asks_for_no_more_than_the_score_needs(server, connect):
+    connect(server).score([TOKEN_IDS[0]], [2])
+    (body,) = server.scored
+    assert body == {
+        "model": "tiny-teacher", "prompt": [TOKEN_IDS[0]], "prompt_logprobs": 0, "max_tokens": 1, "temperature": 1.0,
+        "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+    }  # fmt: skip
+
+
+def test_the_compact_request_scores_the_completion_only(start_server, connect):
+    server = start_server(compact=True)
+    connect(server).score([TOKEN_IDS[0]], [2])
+    (body,) = server.scored
+    assert body["token_ids"] == TOKEN_IDS[0]
+    assert body["sampling_params"]["prompt_logprob_token_ids"] == [[12], [30], [7], [8]]
+    assert body["sampling_params"]["prompt_logprob_start"] == 1
+    assert body["sampling_params"]["temperature"] == 1.0
+    assert "prompt_logprobs" not in body["sampling_params"]
+
+
+def test_the_transport_of_each_server_is_logged(start_server, connect, caplog):
+    compact, plain = start_server(compact=True), start_server()
+    with caplog.at_level(logging.INFO, logger="camopd"):
+        teacher = connect(compact, plain)
+    assert teacher.transports == {compact.url: "compact", plain.url: "JSON"}
+    assert f"{compact.url} serves 'tiny-teacher', transport compact" in caplog.text
+    assert f"{plain.url} serves 'tiny-teacher', transport JSON" in caplog.text
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 500])
+def test_whoever_refuses_the_compact_request_gets_json(start_server, connect, local_scores, status):
+    server = start_server(compact=True)
+    plain = server.answer
+    server.answer = lambda path, body: (status, "no") if path == "/inference/v1/generate" else plain(path, body)
+    teacher = connect(server)
+    assert teacher.transports == {server.url: "JSON"}
+    assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+
+
+def test_a_server_that_ignores_the_compact_fields_gets_json(start_server, connect):
+    server = start_server(compact=True)
+    server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": None}
+    assert connect(server).transports == {server.url: "JSON"}
+
+
+def test_short_sequences_share_a_request_up_to_the_token_budget(server, connect, local_scores, monkeypatch):
+    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)
+    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 9)
+    assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
+    # Longest first: 9 tokens fill a request; 6 + 3 another; 3 are left.
+    assert [body["prompt"] for body in server.scored] == [[TOKEN_IDS[1]], [TOKEN_IDS[0], TOKEN_IDS[2]], [TOKEN_IDS[4]]]
+
+
+def test_a_sequence_longer_than_the_budget_goes_alone(server, connect, local_scores, monkeypatch):
+    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 2)
+    assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
+    asked = [TOKEN_IDS[row] for row in (0, 1, 2, 4)]  # row 3 has no completion
+    assert sorted(body["prompt"] for body in server.scored) == sorted([ids] for ids in asked)
+
+
+def test_one_log_prob_too_few_is_refused_with_both_counts(server, connect):
+    teacher = connect(server)
+    server.edit = lambda entries, ids: entries[:-1]
+    with pytest.raises(TeacherError, match=rf"'general' at {server.url} scored 5 of 6 tokens. Is this a vLLM server"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def test_one_compact_log_prob_too_few_is_refused_with_both_counts(start_server, connect):
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_logps = lambda logps, body: logps[:-1]
+    with pytest.raises(TeacherError, match=rf"'general' at {server.url} scored 4 completion tokens with 3 log-probs"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def npy(array, **kwargs):
+    with io.BytesIO() as buffer:
+        np.save(buffer, array, **kwargs)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def zipped():
+    with io.BytesIO() as buffer:
+        np.savez(buffer, np.zeros((4, 1), np.float32))
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def promising_much():
+    """A header for 10^15 numbers, and four of them."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 1), }"
+    data = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + header + b"\n" + bytes(16)
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, "not base64!", "AAAA", 7, zipped(), promising_much()),
+        *(npy(np.array([["a"]] * 4)), npy(np.zeros((4, 1))), npy(np.zeros(4, np.float32))),
+    ],
+    ids=["nothing", "no base64", "short", "number", "zip", "too much", "text", "float64", "no second axis"],
+)
+def test_a_compact_answer_without_the_array_asked_for_is_refused(start_server, connect, text):
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
+    with pytest.raises(TeacherError, match="scored 4 completion tokens with no array of them"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@pytest.mark.parametrize("text", [zipped(), promising_much()])
+def test_a_strange_answer_to_the_probe_gets_json(start_server, connect, text):
+    server = start_server(compact=True)
+    server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
+    assert connect(server).transports == {server.url: "JSON"}
+
+
+@pytest.mark.parametrize("value", ["abc", [1], {"a": 1}])
+def test_log_probs_that_are_no_numbers_are_a_teacher_error(server, connect, value):
+    teacher = connect(server)
+
+    def edit(entries, ids):
+        entries[3][str(ids[3])]["logprob"] = value
+        return entries
+
+    server.edit = edit
+    with pytest.raises(TeacherError, match=rf"'general' at {server.url} "):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@pytest.mark.parametrize(
+    "answer", [[], 7, {"choices": 7}, {"choices": [7]}, {"choices": [{"index": 0, "prompt_logprobs": 7}]}]
+)
+def test_json_of_another_shape_is_a_teacher_error(server, connect, answer):
+    teacher = connect(server)
+    server.answers.append((200, json.dumps(answer)))
+    with pytest.raises(TeacherError, match=rf"'general' at {server.url} "):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def test_nothing_in_an_answer_is_unpickled(start_server, connect):
+    pickled = npy(np.array([[print]], dtype=object), allow_pickle=True)
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": pickled}
+    with pytest.raises(TeacherError, match="with no array"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def test_a_server_that_ignores_prompt_logprobs_is_refused(server, connect):
+    teacher = connect(server)
+    server.edit = lambda entries, ids: None
+    with pytest.raises(TeacherError, match=r"scored 0 of 6 tokens.*Others ignore prompt_logprobs"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def test_answers_in_another_order_are_put_right_or_refused(server, connect, local_scores, monkeypatch):
+    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)  # all rows in one request
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**answer, "choices": answer["choices"][::-1]}  # with their numbers
+    assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+
+    def renumber(answer):
+        choices = answer["choices"][::-1]
+        return {**answer, "choices": [{**choice, "index": index} for index, choice in enumerate(choices)]}
+
+    server.edit_answer = renumber
+    with pytest.raises(TeacherError, match=r"scored 3 of 9 tokens|gave no log-prob for a token it was asked to score"):
+        teacher.score(TOKEN_IDS, PROMPT_LENS)
+
+
+def test_answers_for_other_tokens_are_refused(server, connect):
+    teacher = connect(server)
+    server.edit = lambda entries, ids: [*entries[:4], entries[5], entries[4]] if ids == TOKEN_IDS[0] else entries
+    with pytest.raises(TeacherError, match=r"gave no log-prob for a token it was asked to score \(KeyError: '7'\)"):
+        teacher.score([TOKEN_IDS[0]], [2])
+
+
+def test_a_compact_answer_to_another_request_is_refused(start_server, connect):
+    server = start_server(compact=True)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**answer, "request_id": "generate-tokens-another"}
+    with pytest.raises(TeacherError, match=r"answered request 'generate-tokens-another' when asked '[0-9a-f]{32}'"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@both_transports
+def test_an_answer_of_another_model_is_refused(start_server, connect, compact):
+    server = start_server(compact=compact)
+    teacher = connect(server)
+    server.edit_answer = lambda answer: {**answer, "model": "another-model"}
+    with pytest.raises(TeacherError, match=rf"at {server.url} answered as 'another-model' and not as 'tiny-teacher'"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def lose_token(entries, ids):
+    """The third token of the prompt + completion has no entry of its own."""
+    del entries[2][str(ids[2])]
+
+
+def make_null(entries, ids):
+    """NaN, which JSON cannot say."""
+    entries[2][str(ids[2])]["logprob"] = None
+
+
+def make_minus_infinite(entries, ids):
+    """As vLLM writes it."""
+    entries[2][str(ids[2])]["logprob"] = -9999.0
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("damage", [make_null, make_minus_infinite])
+def test_null_and_infinite_log_probs_are_refused_with_rows_and_count(server, connect, damage, top_k):
+    teacher = connect(server)
+
+    def edit(entries, ids):
+        if ids in (TOKEN_IDS[2], TOKEN_IDS[4]):
+            damage(entries, ids)
+        return entries
+
+    server.edit = edit
+    with pytest.raises(
+        TeacherError,
+        match=r"'general' \(tiny-teacher\) answered [0-9] missing or non-finite log-probs in rows \[2, 4\] of 5",
+    ):
+        teacher.score(TOKEN_IDS, PROMPT_LENS, top_k)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_compact_nan_and_infinity_are_refused_with_rows_and_count(start_server, connect, value):
+    server = start_server(compact=True)
+    teacher = connect(server)
+
+    def edit(logps, body):
+        if body["token_ids"] in (TOKEN_IDS[2], TOKEN_IDS[4]):
+            logps[1, 0] = value
+        return logps
+
+    server.edit_logps = edit
+    with pytest.raises(TeacherError, match=r"answered 2 missing or non-finite log-probs in rows \[2, 4\] of 5"):
+        teacher.score(TOKEN_IDS, PROMPT_LENS)
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_token_without_an_entry_is_refused(server, connect, top_k):
+    teacher = connect(server)
+
+    def edit(entries, ids):
+        lose_token(entries, ids)
+        return entries
+
+    server.edit = edit
+    with pytest.raises(TeacherError, match=r"gave no log-prob for a token it was asked to score \(KeyError"):
+        teacher.score([TOKEN_IDS[2]], [1], top_k)
+
+
+def test_a_null_log_prob_in_the_prompt_does_not_matter(server, connect, local_scores):
+    teacher = connect(server)
+
+    def edit(entries, ids):
+        if ids == TOKEN_IDS[1]:  # 4 prompt tokens
+            make_null(entries, ids)
+        return entries
+
+    server.edit = edit
+    assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())

@@ -1,0 +1,162 @@
+"""Requests to a server: keys, and whatever may answer (camopd/teachers/vllm/http.py)."""
+
+import logging
+import time
+
+import pytest
+from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
+
+from camopd.errors import TeacherError
+
+
+both_transports = pytest.mark.parametrize("compact", [True, False], ids=["compact", "JSON"])
+
+
+def test_a_url_may_end_in_a_slash_or_v1(server, connect, local_scores):
+    for end in ("/", "/v1", "/v1/"):
+        assert_same_scores(connect(server.url + end).score(TOKEN_IDS, PROMPT_LENS), local_scores())
+
+
+@both_transports
+def test_a_400_fails_at_once_with_the_servers_own_words(start_server, connect, compact):
+    server = start_server(compact=compact)
+    teacher = connect(server)
+    server.answers.append((400, '{"error": {"message": "prompt_logprobs is disabled here"}}'))
+    with pytest.raises(
+        TeacherError, match=rf"'general' at {server.url}.* answered 400: .*prompt_logprobs is disabled"
+    ):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+    assert len(server.scored) == 1
+
+
+def test_nothing_listening_is_a_teacher_error_that_names_the_url(server, connect):
+    server.close()  # now the port is free
+    started = time.monotonic()
+    with pytest.raises(
+        TeacherError, match=rf"teacher 'domain' at {server.url} does not answer \(ConnectError.*vllm serve"
+    ):
+        connect(server, branch="domain")
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_accepts_and_never_answers_is_an_error_in_under_ten_seconds(server, connect):
+    server.always = "hang"
+    started = time.monotonic()
+    with pytest.raises(TeacherError, match=rf"{server.url} did not answer /v1/models in 5 seconds"):
+        connect(server)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http://host:port", "http://host:99999", "http://host:-1", "ftp://host", "http://[::1", "host:80"],
+)
+def test_a_url_that_is_none_is_refused(connect, url):
+    with pytest.raises(TeacherError, match=r"that is no URL of a server\. Write http://host:port"):
+        connect(url)
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown(connect):
+    with pytest.raises(TeacherError, match=r"a URL shows its user and password .* Set CAMOPD_TEACHER_API") as e:
+        connect("http://user:sk-secret@localhost:1")
+    assert "sk-secret" not in str(e.value)
+
+
+def test_https_where_only_http_is_spoken_is_an_error(server, connect):
+    with pytest.raises(TeacherError, match="does not answer"):
+        connect(server.url.replace("http:", "https:"))
+
+
+def test_http_where_https_is_wanted_gets_the_hint(server, connect):
+    server.always = (400, "The plain HTTP request was sent to HTTPS port")
+    with pytest.raises(TeacherError, match=rf"answered 400: .*Write https://127.0.0.1:{server.port}\."):
+        connect(server)
+
+
+def test_an_answer_that_is_not_json_is_refused_with_its_beginning(server, connect, monkeypatch):
+    teacher = connect(server)
+    server.answers.extend([(200, "<html>Welcome to nginx</html>")] * 10)
+    with pytest.raises(
+        TeacherError,
+        match=r"did not answer /v1/completions in JSON: '<html>Welcome to nginx.*Is the URL that of a vLLM",
+    ):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def test_an_answer_in_json_that_is_no_list_of_models_is_refused(server, connect):
+    server.always = (200, '{"status": "ok"}')
+    with pytest.raises(TeacherError, match=f"teacher 'general' at {server.url} does not say which model it serves"):
+        connect(server)
+
+
+def test_an_answer_without_end_is_cut_off(server, connect, monkeypatch):
+    monkeypatch.setattr("camopd.teachers.vllm.transports.BYTES_PER_LOGPROB", 1)
+    teacher = connect(server)
+    server.answers.append((200, " " * 1_000_000))
+    with pytest.raises(
+        TeacherError, match=r"answered more than 65542 bytes, which no answer to /v1/completions needs"
+    ):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_gets_the_hint_where_to_set_it(server, connect, status):
+    server.always = (status, '{"error": "Unauthorized"}')
+    with pytest.raises(
+        TeacherError,
+        match=rf"answered {status}: .*Unauthorized.* Set CAMOPD_TEACHER_API_KEY_GENERAL or CAMOPD_TEACHER_API_KEY to",
+    ):
+        connect(server)
+    assert len(server.requests) == 1
+
+
+def test_other_refusals_get_no_hint_about_the_key(server, connect):
+    server.always = (404, "Not Found")
+    with pytest.raises(TeacherError, match="answered 404: Not Found") as raised:
+        connect(server)
+    assert "API_KEY" not in str(raised.value)
+
+
+@both_transports
+def test_the_key_is_sent_as_a_bearer_token_with_every_request(start_server, connect, monkeypatch, compact):
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-secret\n")
+    server = start_server(compact=compact)
+    teacher = connect(server)
+    teacher.ask("/tokenize", {"prompt": "a"})
+    teacher.score(TOKEN_IDS, PROMPT_LENS)
+    assert {path for path, _, _ in server.requests} >= {"/v1/models", "/tokenize", "/inference/v1/generate"}
+    assert {headers.get("Authorization") for _, headers, _ in server.requests} == {"Bearer sk-secret"}
+
+
+def test_a_branch_may_have_a_key_of_its_own(server, connect, monkeypatch):
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-common")
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_ROLE_PLAY", "sk-own")
+    connect(server, branch="role-play")
+    assert {headers["Authorization"] for _, headers, _ in server.requests} == {"Bearer sk-own"}
+    server.requests.clear()
+    connect(server)
+    assert {headers["Authorization"] for _, headers, _ in server.requests} == {"Bearer sk-common"}
+
+
+def test_without_a_key_no_authorization_is_sent(server, connect):
+    connect(server)
+    assert "Authorization" not in server.requests[0][1]
+
+
+@pytest.mark.parametrize(
+    "fault", ["401", "500", "not JSON", "echo", "half", "nothing listening", "line break in the key"]
+)
+def test_the_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch, caplog, fault):
+    monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-sec\nret" if fault.startswith("line") else "sk-secret")
+    if fault == "nothing listening":
+        server.close()
+    answers = {"echo": (200, '{"headers": "Bearer sk-secret"}'), "half": (400, "x" * 495 + "sk-secret")}
+    refused = (int(fault), "refused sk-secret") if fault.isdigit() else (200, "<html> sk-secret")
+    server.always = answers.get(fault, refused)
+    with caplog.at_level(logging.DEBUG), pytest.raises((TeacherError, ValueError)) as raised:
+        connect(server)
+    error = raised.value
+    while error is not None:  # a traceback prints the causes too
+        assert "sk-sec" not in str(error)
+        error = error.__cause__ or error.__context__
+    assert "sk-sec" not in caplog.text
