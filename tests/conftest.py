@@ -96,6 +96,17 @@ def teacher_model(model_factory):
 
 
 @pytest.fixture
+def make_config(tmp_path):
+    """A `CaMOPDConfig` on a CPU, of the defaults and the given values."""
+    from camopd import CaMOPDConfig
+
+    def make(**values):
+        return CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **values)
+
+    return make
+
+
+@pytest.fixture
 def start_server(teacher_model, tokenizer, monkeypatch):
     """Start servers of fake_vllm.py; the client waits less between its attempts than it would outside."""
     from fake_vllm import FakeVLLM

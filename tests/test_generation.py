@@ -212,3 +212,58 @@ def test_rollouts_evaluation_and_saved_files_of_a_student_with_defaults_of_its_o
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert {name: saved.get(name) for name in defaults} == defaults
     assert len(VOCAB) > max(max(row) for row in plain[0][0])
+
+
+# --- generation_kwargs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_p", "top_k", "do_sample", "num_beams", "presence_penalty"])
+def test_generation_kwargs_that_change_the_distribution_are_refused(make_config, key):
+    with pytest.raises(
+        ValueError, match=rf"generation_kwargs sets \['{key}'\], which CaMOPD cannot use: rollouts must be drawn"
+    ):
+        make_config(generation_kwargs={key: 0.9, "use_cache": True})
+
+
+@pytest.mark.parametrize("refused", ["stop", "seed", "stop_token_ids", "stop_strings", "cache_config"])
+def test_generation_kwargs_are_those_of_the_engine(make_config, refused):
+    """`stop_strings` asks for a tokenizer at the first rollout, the others are never read."""
+    taken = {"prefill_chunk_size": 2, "cache_implementation": "static", "max_time": 60, "use_cache": True}
+    assert make_config(generation_kwargs=taken).generation_kwargs == taken
+    with pytest.raises(ValueError, match=rf"\['{refused}'\].* transformers .*Leave it out; what may be set is \["):
+        make_config(generation_kwargs={**taken, refused: 1})
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        ("seed", "seed: with it equal prompts get one and the same completion"), ("stop", "Use stop_token_ids"),
+        ("include_stop_str_in_output", "there is no `stop`"), ("use_cache", "vLLM"), ("max_time", "vLLM"),
+        ("stop_strings", "vLLM"), ("cache_config", "vLLM"), ("cache_implementation", "vLLM"),
+        ("prefill_chunk_size", "vLLM"),
+    ],
+)  # fmt: skip
+def test_generation_kwargs_that_vllm_does_not_have_or_stumbles_over_are_refused(make_config, refused, reason):
+    taken = {"stop_token_ids": [7]}
+    assert make_config(use_vllm=True, generation_kwargs=taken).generation_kwargs == taken
+    with pytest.raises(ValueError, match=rf"\['{refused}'\].* vLLM .*may be set is \['stop_token_ids'\]") as error:
+        make_config(use_vllm=True, generation_kwargs={**taken, refused: 1})
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("cache_implementation", "quantized", "Leave it out, or take 'dynamic'"),
+        ("cache_implementation", "paged", "Leave it out, or take 'dynamic'"),
+        ("prefill_chunk_size", 0, "number of tokens"),
+        ("max_time", "soon", "number of seconds"),
+        ("use_cache", "no", "true or false"),
+    ],
+)
+def test_generation_value_that_bends_the_distribution_is_refused(make_config, name, value, way_out):
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}, which CaMOPD cannot use: .*{way_out}"):
+        make_config(generation_kwargs={name: value})
+    if name == "cache_implementation":  # which has a field of its own
+        with pytest.raises(ValueError, match=way_out):
+            make_config(cache_implementation=value)
