@@ -119,6 +119,7 @@ def test_one_step_equals_the_step_by_hand(case, variant, batch_size, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_take_the_step_by_hand(processes, tmp_path):
     """In the case `one_sample_kept` all ranks but one have nothing to train: none of them may wait for ever."""
