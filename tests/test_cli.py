@@ -30,10 +30,10 @@ def test_help_and_version_import_nothing_heavy():
 
 
 def test_an_error_of_the_user_is_its_message_alone_and_exit_2(monkeypatch, capsys):
-    def fail(argv):
+    def fail(command, argv):
         raise ValueError("the value, the reason and the way out")
 
-    monkeypatch.setattr(cli, "_demo", fail)
+    monkeypatch.setattr(cli, "run", fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["demo"])
     assert stopped.value.code == 2
@@ -45,17 +45,17 @@ def test_an_error_of_the_user_is_its_message_alone_and_exit_2(monkeypatch, capsy
 
 def test_debug_with_a_value_is_the_setting_of_that_name(monkeypatch):
     taken = []
-    monkeypatch.setattr(cli, "_train", taken.append)
+    monkeypatch.setattr(cli, "run", lambda command, argv: taken.append([command, *argv]))
     cli.main(["train", "run.yaml", "--debug", "underflow_overflow"])
     cli.main(["train", "run.yaml", "--debug", "--seed", "1"])
-    assert taken == [["run.yaml", "--debug", "underflow_overflow"], ["run.yaml", "--seed", "1"]]
+    assert taken == [["train", "run.yaml", "--debug", "underflow_overflow"], ["train", "run.yaml", "--seed", "1"]]
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-    def fail(argv):
+    def fail(command, argv):
         raise AssertionError("ours")
 
-    monkeypatch.setattr(cli, "_demo", fail)
+    monkeypatch.setattr(cli, "run", fail)
     with pytest.raises(AssertionError, match="ours"):
         cli.main(["demo"])
 
@@ -70,3 +70,11 @@ def test_a_count_of_seeds_below_one_is_refused():
     found = run("demo", "--seeds", "0")
     assert found.returncode == 2
     assert "--seeds must be at least 1, got 0" in found.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_commands_say_what_they_take(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: camopd {command} " in capsys.readouterr().out

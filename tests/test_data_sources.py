@@ -176,7 +176,7 @@ def test_an_output_that_is_there_is_never_overwritten(tmp_path, capsys, coser_fi
 
 
 def test_the_help_of_camopd_names_data_and_imports_no_datasets():
-    code = "import sys, camopd.data.command; print({'datasets', 'huggingface_hub', 'torch'} & set(sys.modules))"
+    code = "import sys, camopd.commands.data; print({'datasets', 'huggingface_hub', 'torch'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found == "set()\n"
     found = subprocess.run(
@@ -278,10 +278,11 @@ def test_what_was_kept_for_other_settings_is_not_used(general, tmp_path, monkeyp
 
 SLOW = """
 import sys, time
-from camopd.data import command, nemotron, sampling
+from camopd.commands.data import data
+from camopd.data import nemotron, sampling
 sampling.SAVE_EVERY, convert = 20, nemotron._convert
 nemotron._convert = lambda *arguments: (time.sleep(0.01), convert(*arguments))[1]
-command.main(sys.argv[1:])
+data(sys.argv[1:])
 """
 
 

@@ -8,9 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from . import coser, medical, nemotron
-from .output import check_push, push
-from .sampling import LIMIT
+from ..data import coser, medical, nemotron
+from ..data.output import check_push, push
+from ..data.sampling import LIMIT
 
 
 BUILDERS = {
@@ -20,7 +20,7 @@ BUILDERS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def data(argv: list[str]) -> None:
     """Build a dataset. Raises `ValueError` and `DataError` with what is wrong, before or during the build."""
     parser = argparse.ArgumentParser(
         prog="camopd data",
