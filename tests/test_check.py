@@ -112,7 +112,7 @@ def test_a_key_is_in_the_open_over_http_to_another_machine(url, is_open):
 
 def test_a_key_that_travels_in_the_open_is_a_warning_with_the_urls(server, connect, tokenizer, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "secret")
-    url = server.url.replace("127.0.0.1", "0.0.0.0")  # reaches this machine, and is no loopback address
+    url = server.url.replace("127.0.0.1", "0.0.0.0")  # reaches this machine, and is not a loopback address
     found = server_findings(connect(server, url), tokenizer)["key"]
     assert found.level == "warning"
     assert found.text == (f"the API key travels unencrypted to {url}; use https unless that network is yours alone")
@@ -861,7 +861,7 @@ def test_another_tokenizer_is_an_error(start_server, start_domain, check):
     assert code == 2
     level, text = table["general", "tokenizer"]
     assert level == "error"
-    assert "there and [3, 11, 8, 40] here" in text  # brackets are no markup
+    assert "there and [3, 11, 8, 40] here" in text  # brackets are not markup
 
 
 def test_a_missing_key_is_an_error_with_its_variable(start_server, start_domain, check):

@@ -252,3 +252,21 @@ def test_importing_the_objective_needs_torch_alone():
     modules = modules_after("import camopd.objective")
     assert "torch" in modules
     assert not modules & {"transformers", "trl", "datasets", "accelerate", "httpx"}
+
+
+@given(
+    st.sampled_from(SCHEDULES),
+    st.dictionaries(st.sampled_from(["general", "domain", "math", "a", "z"]), st.none() | st.just("x")),
+)
+def test_mismatches_are_the_branches_that_only_one_side_has(text, mapping):
+    schedule = Schedule.parse(text)
+    found = dict(schedule.mismatches("teachers", mapping))
+    assert found.keys() == {
+        branch
+        for branch in {*schedule.branches, *mapping}
+        if branch not in schedule.branches or mapping.get(branch) is None
+    }
+    for branch, said in found.items():
+        visited = branch in schedule.branches
+        assert repr(branch) in said and repr(text) in said
+        assert (f"Add teachers.{branch} or take" if visited else "Add it there or leave it out") in said

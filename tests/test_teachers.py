@@ -107,7 +107,7 @@ def test_adapter_off_scores_equal_those_of_the_base_model(lora_student, model_fa
     lora_student.eval()
     with torch.no_grad():
         with_adapter, _ = student_forward(lora_student)(TOKEN_IDS[:1], PROMPT_LENS[:1])
-    assert (with_adapter[0] - expected[0].logps).abs().min() > 1e-3  # the adapter is no zero
+    assert (with_adapter[0] - expected[0].logps).abs().min() > 1e-3  # the adapter is not zero
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -51,8 +51,8 @@ def test_a_server_that_accepts_and_never_answers_is_an_error_in_under_ten_second
     "url",
     ["http://", "http://host:port", "http://host:99999", "http://host:-1", "ftp://host", "http://[::1", "host:80"],
 )
-def test_a_url_that_is_none_is_refused(connect, url):
-    with pytest.raises(TeacherError, match=r"that is no URL of a server\. Write http://host:port"):
+def test_a_url_of_no_server_is_refused(connect, url):
+    with pytest.raises(TeacherError, match=r"that is not the URL of a server\. Write http://host:port"):
         connect(url)
 
 

@@ -31,7 +31,10 @@ from camopd.teachers.vllm.transports import (
 
 
 floats = st.floats(-100, 0, width=32)
-lengths_of_rows = st.lists(st.one_of(st.integers(1, 60), st.integers(1, 3 * limits.TOKENS_PER_REQUEST)), max_size=60)
+# Few long rows, and many short ones that share requests.
+lengths_of_rows = st.tuples(st.integers(0, 80), st.sampled_from([60, 3 * limits.TOKENS_PER_REQUEST])).flatmap(
+    lambda case: st.lists(st.integers(1, case[1]), min_size=case[0], max_size=case[0])
+)
 
 
 def rows_of(lengths):
@@ -87,6 +90,15 @@ def test_from_base64_npy_reads_what_numpy_writes_to_the_last_bit(values):
 @given(st.one_of(st.text(), st.binary().map(lambda data: base64.b64encode(data).decode()), st.integers(), st.none()))
 def test_from_base64_npy_takes_nothing_else_for_an_array(text):
     assert from_base64_npy(text) is None
+
+
+def with_header(text):
+    return base64.b64encode(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()).decode()
+
+
+@pytest.mark.parametrize("header", ["{", "{'descr': '<f4', (", "(" * 9000 + ")" * 9000, "1L" * 20, "'\\N{x}'", "\0"])
+def test_from_base64_npy_takes_no_strange_header_for_that_of_an_array(header):
+    assert from_base64_npy(with_header(header)) is None
 
 
 @settings(deadline=None)

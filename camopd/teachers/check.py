@@ -274,7 +274,7 @@ def _check_distribution(
         return Finding(
             branch, "log-probs", "error",
             f"{teacher.name!r} answers {logps.min():.2f} to {logps.max():.2f} as log-probs and {least:.2g} to {most:.2g} "
-            "as the probability of the five likeliest tokens: these are no normalised log-probs. Start the server with "
+            "as the probability of the five likeliest tokens: these are not normalised log-probs. Start the server with "
             "--logprobs-mode raw_logprobs",
         )  # fmt: skip
     # At temperature 1, which is what was asked for, raw and processed log-probs are the same.
@@ -347,7 +347,7 @@ def narrower_head(student: int, teacher: int | None = None) -> str:
     """Why a teacher with fewer tokens than the student is refused, and the way out.
 
     Heads are padded to round numbers, so models of one family have different ones. The student can draw any row of its own,
-    if hardly ever one that no tokenizer uses. The teacher's log-prob of it is -inf, which is no gap, and it could not read
+    if hardly ever one that no tokenizer uses. The teacher's log-prob of it is -inf, not a gap, and it could not read
     what stands behind it either; a floor in its place would be a number of ours and not the teacher's, and to forbid the
     token would draw from another distribution than the one that is trained. Rows that nobody uses can be cut instead.
     """

@@ -164,7 +164,7 @@ def base_url(url: str, branch: str) -> str:
     except ValueError:  # a port that is not a number
         known = False
     if not known:
-        raise TeacherError(f"teacher {branch!r} at {url!r}: that is no URL of a server. Write http://host:port.")
+        raise TeacherError(f"teacher {branch!r} at {url!r}: that is not the URL of a server. Write http://host:port.")
     if parts.username or parts.password:
         raise TeacherError(
             f"teacher {branch!r} at {parts.hostname}: a URL shows its user and password to every log. Set "

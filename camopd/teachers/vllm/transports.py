@@ -138,7 +138,7 @@ def _read_choice(choice: dict[str, Any], row: Row, top_k: int) -> TokenScores:
     except (KeyError, TypeError, AttributeError) as error:
         raise UnusableAnswer(
             f"gave no log-prob for a token it was asked to score ({type(error).__name__}: {error}). Something between "
-            "here and there mixes answers up, or it is no vLLM server"
+            "here and there mixes answers up, or it is not a vLLM server"
         ) from None
 
 
@@ -154,7 +154,7 @@ def from_base64_npy(text: Any) -> np.ndarray | None:
         shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
         # Copied: the text's own bytes cannot be written.
         values = np.frombuffer(data, dtype="<f4", offset=stream.tell()).copy()
-    except (ValueError, TypeError, SyntaxError, EOFError):
+    except Exception:  # numpy hands the header to Python's parser, which has many ways to refuse it
         return None
     return values if dtype == np.dtype("<f4") and shape == (len(values), 1) else None
 
