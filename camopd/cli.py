@@ -26,7 +26,7 @@ COMMANDS = {  # each a function of its name in a module of its name
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a subcommand. Errors a user can mend are printed as their message alone and exit with 2; `--debug` shows the
+    """Run a subcommand. Errors a user can fix are printed as their message alone and exit with 2; `--debug` shows the
     traceback."""
     parser = argparse.ArgumentParser(
         prog="camopd",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 
@@ -65,6 +66,18 @@ def test_demo_that_runs_again_trains_nothing_and_gives_the_same_numbers(settings
     monkeypatch.setattr(demo_stages, "SFTTrainer", None)  # calling either would fail
     monkeypatch.setattr(demo_stages, "CaMOPDTrainer", None)
     assert run_demo(tmp_path / "out", [settings]) == first
+
+
+def test_demo_makes_a_model_again_that_is_gone(settings, tmp_path, capsys):
+    first = run_demo(tmp_path / "out", [settings])
+    shutil.rmtree(tmp_path / "out" / "seed-0" / "recovered")
+    capsys.readouterr()
+    second = run_demo(tmp_path / "out", [settings])
+    said = capsys.readouterr().out
+    assert "recover 4/4" in said and "specialise  (kept from an earlier run)" in said
+    assert [second[name] for name in MODELS] == [first[name] for name in MODELS]
+    lines = (tmp_path / "out" / "seed-0" / "recovered" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == settings.steps
 
 
 def test_demo_of_several_seeds_runs_them_apart_and_shows_the_spread(settings, tmp_path, capsys):

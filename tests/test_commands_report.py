@@ -27,7 +27,7 @@ def test_report_into_a_file_is_refused(tmp_path, capsys):
         cli.main(["report", str(path), "--out", str(path)])
     assert stopped.value.code == 2
     assert re.search(
-        r"where the report is to go, is a file and no folder\. Give another --out", capsys.readouterr().err
+        r"where the report is to go, is a file, not a folder\. Give another --out", capsys.readouterr().err
     )
 
 

@@ -28,7 +28,7 @@ config, seed, out, rest = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3
 settings = yaml.safe_load(open(config))
 with open("order", "a") as file:
     print(pathlib.Path(config).stem, seed, *rest, file=file)
-if settings.get("fail") == seed and not pathlib.Path("mended").exists():
+if settings.get("fail") == seed and not pathlib.Path("fixed").exists():
     print("Traceback\\nValueError: the reason")
     sys.exit(3)
 if settings.get("hang") and not rest:
@@ -124,7 +124,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_run_again(write, capsys):
     assert "    ValueError: the reason\n" in said.out
     assert "| one | 1 of 2 |" in said.out  # the table is made from the others
     assert re.search(r"1 of 4 runs failed: one/seed-0\. .* the same command runs them again", said.err)
-    Path("mended").touch()
+    Path("fixed").touch()
     assert exit_code("sweep.yaml") == 0
     assert order()[4:] == ["one 0"]
     assert "ValueError: the reason" in Path("out/one/seed-0/sweep.log").read_text()  # the log goes on
@@ -209,7 +209,7 @@ def test_a_mark_that_cannot_be_read_is_an_error_with_the_way_out(write):
 def test_print_gives_a_command_for_each_run_that_is_to_be_done(write, capsys, monkeypatch):
     write({"one": ONE, "two": {**TWO, "fail": 1}})
     exit_code("sweep.yaml")
-    Path("mended").touch()
+    Path("fixed").touch()
     capsys.readouterr()
     assert exit_code("sweep.yaml", "--print") == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -224,7 +224,7 @@ def test_print_gives_a_command_for_each_run_that_is_to_be_done(write, capsys, mo
 def test_only_names_a_run_of_the_sweep(write):
     write({"one": ONE})
     with pytest.raises(
-        ValueError, match=r"--only 'one/seed-7' is no run of 'sweep\.yaml'; there are \['one/seed-0', 'one/s"
+        ValueError, match=r"--only 'one/seed-7' is not a run of 'sweep\.yaml'; there are \['one/seed-0', 'one/s"
     ):
         cli.main(["--debug", "sweep", "sweep.yaml", "--only", "one/seed-7"])
 
@@ -245,7 +245,7 @@ def test_the_default_command_trains_with_the_common_settings(write):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"config": ["a.yaml"]}, r"'config' in 'sweep\.yaml' is no setting of a sweep\. Did you mean 'configs'\?"),
+        ({"config": ["a.yaml"]}, r"'config' in 'sweep\.yaml' is not a setting of a sweep\. Did you mean 'configs'\?"),
         ({"max_steps": 3}, r"'max_steps' in .* There are configs, seeds, .*; settings of runs go to `set`"),
         ({"configs": "one.yaml"}, r"configs in 'sweep\.yaml' must be a list of YAML files, got 'one\.yaml'"),
         ({"configs": []}, r"configs in 'sweep\.yaml' must be a list of YAML files, got \[\]"),
@@ -259,7 +259,7 @@ def test_the_default_command_trains_with_the_common_settings(write):
         ({"columns": ["loss@0"]}, r"columns in .* must be a list of metrics such as gap/.*got \['loss@0'\]"),
         ({"columns": "loss"}, r"columns in .* must be a list of metrics .* got 'loss'"),
         ({"command": ["a"]}, r"command in 'sweep\.yaml' must be one line of text, got \['a'\]"),
-        ({"command": "a 'b"}, r"command in .* cannot be split into words: No closing quotation\. Mend its quotes"),
+        ({"command": "a 'b"}, r"command in .* cannot be split into words: No closing quotation\. Fix its quotes"),
         ({"command": "a {seed}"}, r"command in .* has no \{output_dir\}, but the table is made from what a run"),
         ({"command": "a {output_dir}"}, r"command in .* has no \{seed\}, but there are 2 seeds\. Put it in: 'a \{out"),
         ({"configs": ["a", "b"], "command": "a {output_dir} {seed}"}, r"has no \{config\}, but there are 2 configs"),

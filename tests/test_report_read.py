@@ -47,7 +47,7 @@ def test_read_run_names_the_number_of_any_other_broken_line(tmp_path):
     lines = path.read_text().splitlines()
     lines[2] = lines[2][:30]
     path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl' is no JSON: .* Delete the line"):
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl' is not JSON: .* Delete the line"):
         read_run(path)
 
 
@@ -62,7 +62,7 @@ def test_read_run_without_steps_says_when_there_will_be_one(tmp_path, text):
 def test_read_run_of_something_else_is_an_error_that_shows_it(tmp_path, line):
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(
-        ValueError, match=r"line 1 of .*x\.jsonl' is no step of a run: it needs `step` and `branch`, got"
+        ValueError, match=r"line 1 of .*x\.jsonl' is not a step of a run: it needs `step` and `branch`, got"
     ) as e:
         read_run(tmp_path / "x.jsonl")
     assert line in str(e.value)
@@ -75,7 +75,7 @@ def test_metrics_file_that_is_not_there_is_an_error_with_its_path():
 
 def test_metrics_file_of_a_folder_without_a_run_names_the_runs_below_it(tmp_path):
     with pytest.raises(
-        ValueError, match=r"is no folder of a run: it has no metrics\.jsonl, which training writes .*dir\.$"
+        ValueError, match=r"is not the folder of a run: it has no metrics\.jsonl, which training writes .*dir\.$"
     ):
         metrics_file(str(tmp_path))
     path = make_run(tmp_path / "seed-0" / "recovered", 8, **GAP)

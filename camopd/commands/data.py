@@ -76,6 +76,6 @@ def _sources(words: list[str], builder: str, names: tuple[str, ...]) -> dict[str
         if name in sources:
             raise ValueError(f"--source names {name!r} twice: {sources[name]!r} and {path!r}. Give one of them.")
         if path != "none" and not Path(path).expanduser().exists():
-            raise ValueError(f"--source {name}: there is no {path!r} on this machine. Mend the path.")
+            raise ValueError(f"--source {name}: there is no {path!r} on this machine. Fix the path.")
         sources[name] = path if path == "none" else str(Path(path).expanduser().absolute())
     return sources

@@ -104,7 +104,7 @@ def sweep(argv: list[str]) -> None:
     runs = [run for run in what.runs if options.only in (None, run.key)]
     if not runs:
         raise ValueError(
-            f"--only {options.only!r} is no run of {options.sweep!r}; there are {[run.key for run in what.runs]}."
+            f"--only {options.only!r} is not a run of {options.sweep!r}; there are {[run.key for run in what.runs]}."
         )
     # All of them first: a clash of settings shows before hours of work.
     done = {run: is_done(what, run) for run in runs}
@@ -161,7 +161,7 @@ def read_sweep(path: str) -> Sweep:
     for name in given:
         if name not in _SETTINGS:
             there = f" There are {', '.join(_SETTINGS)}; settings of runs go to `set`."
-            raise ValueError(f"{name!r} in {path!r} is no setting of a sweep.{_meant(name, _SETTINGS) or there}")
+            raise ValueError(f"{name!r} in {path!r} is not a setting of a sweep.{_meant(name, _SETTINGS) or there}")
     settings = {name: given.get(name, default) for name, (default, _, _) in _SETTINGS.items()}
     for name, (_, is_right, form) in _SETTINGS.items():
         if not is_right(settings[name]):
@@ -193,7 +193,7 @@ def _check_command(path: str, settings: Mapping[str, Any]) -> None:
         words = shlex.split(command)
     except ValueError as error:
         raise ValueError(
-            f"command in {path!r} cannot be split into words: {error}. Mend its quotes: {command!r}."
+            f"command in {path!r} cannot be split into words: {error}. Fix its quotes: {command!r}."
         ) from None
     for needed, place, why in (
         (True, "{output_dir}", "the table is made from what a run writes there"),

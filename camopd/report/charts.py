@@ -123,7 +123,7 @@ CHARTS = (
     ),
     Chart(
         "length", "Gap versus length",
-        "Whether selection follows length. metrics.jsonl holds means of steps and no single samples, so this is not the "
+        "Whether selection follows length. metrics.jsonl holds means of steps, not single samples, so this is not the "
         "cloud of samples but what each step says about it: the rank correlation of score and completion length, the mean "
         "length of kept samples over that of dropped ones, and the overlap with a selection of as many samples by length "
         "(Jaccard index; dotted is what chance gives).",
@@ -300,7 +300,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _panels(count: int, columns: int, height: float, more: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, each so many inches high, and `more` for what stands below all."""
+    """A figure of `count` panels, each `height` inches high, with `more` inches below them."""
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, rows * height + more))
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()

@@ -20,7 +20,7 @@ from .signs import Sign, signs_of
 
 
 CAUSES = (
-    "A sign that is seen beside a gap that rises is a candidate for its cause, and no proof. The paper blames "
+    "A sign that is seen beside a gap that rises is a candidate for its cause, not a proof. The paper blames "
     "counteraction and weak samples; others find that branches of unequal weight are enough. Runs with another schedule "
     "or without selection tell them apart: `camopd sweep`."
 )
@@ -61,7 +61,7 @@ def write_report(
     Returns the answer in short, as lines of text. Raises `CaMOPDError` when `out` is a file, and what `read_run` raises.
     """
     if out.exists() and not out.is_dir():
-        raise CaMOPDError(f"{str(out)!r}, where the report is to go, is a file and no folder. Give another --out.")
+        raise CaMOPDError(f"{str(out)!r}, where the report is to go, is a file, not a folder. Give another --out.")
     read = {name: read_run(path) for name, path in paths.items()}
     runs = {name: frame for name, (frame, _) in read.items()}
     signs = {name: signs_of(frame) for name, frame in runs.items()}

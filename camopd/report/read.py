@@ -28,7 +28,7 @@ def metrics_file(run: str) -> Path:
     )
     there = f" Below it there are runs: {', '.join(below[:8])}." if below else ""
     raise ValueError(
-        f"{run!r} is no folder of a run: it has no metrics.jsonl, which training writes into its output_dir.{there}"
+        f"{run!r} is not the folder of a run: it has no metrics.jsonl, which training writes into its output_dir.{there}"
     )
 
 
@@ -53,11 +53,11 @@ def read_run(path: Path) -> tuple[pd.DataFrame, str]:
                 )
                 break
             raise ValueError(
-                f"line {number} of {str(path)!r} is no JSON: {line[:60]!r}. Delete the line, or give another file."
+                f"line {number} of {str(path)!r} is not JSON: {line[:60]!r}. Delete the line, or give another file."
             ) from None
         if not isinstance(record, dict) or not {"step", "branch"} <= set(record):
             raise ValueError(
-                f"line {number} of {str(path)!r} is no step of a run: it needs `step` and `branch`, got {line[:60]!r}. "
+                f"line {number} of {str(path)!r} is not a step of a run: it needs `step` and `branch`, got {line[:60]!r}. "
                 "Give the metrics.jsonl that camopd has written."
             )
         records.append(record)

@@ -37,7 +37,7 @@ class Number:
     """A number of a sign: the mean of a metric in a line of it, in words, and whether the sign is seen in it."""
 
     metric: str  # with {branch} where there is one for each branch
-    words: str  # {0} is the mean, {1} that of `beside`, {2} the mean as text, {3} the number of steps
+    words: str  # with {mean}, {short} for the mean in three digits, {beside} for the mean of `beside`, {steps}
     seen: Callable[[pd.Series], bool] | None = None  # None: no sign, only shown
     beside: str = ""
 
@@ -64,9 +64,9 @@ DETECTORS = (
         "Weak samples",
         f"`{DIAGNOSTICS}: 10` measures the coherence of the gradients.",
         (
-            Number("coherence/{branch}/gcg", "GCG {0:+.1f}%"),
-            Number("coherence/{branch}/gcg_control", "random control {0:+.1f}%"),
-            Number("coherence/{branch}/gcg_excess", "difference {0:+.1f} points ({3} measured steps)",
+            Number("coherence/{branch}/gcg", "GCG {mean:+.1f}%"),
+            Number("coherence/{branch}/gcg_control", "random control {mean:+.1f}%"),
+            Number("coherence/{branch}/gcg_excess", "difference {mean:+.1f} points ({steps} measured steps)",
                    lambda excess: excess.mean() > CLEAR * excess.sem()),
         ),
         lead=("kept samples agree more than chance gives: ", "kept samples agree no more than chance gives: "),
@@ -75,9 +75,9 @@ DETECTORS = (
         "Selection follows length",
         "no step has scores of samples of different lengths.",
         (
-            Number("score/{branch}/length_spearman", "rank correlation of score and length {0:+.2f}", _related),
-            Number("selection/{branch}/length_ratio", "kept samples {2} times as long as dropped ones"),
-            Number("selection/{branch}/jaccard_length", "overlap with selecting by length {0:.2f} (chance {1:.2f})",
+            Number("score/{branch}/length_spearman", "rank correlation of score and length {mean:+.2f}", _related),
+            Number("selection/{branch}/length_ratio", "kept samples {short} times as long as dropped ones"),
+            Number("selection/{branch}/jaccard_length", "overlap with selecting by length {mean:.2f} (chance {beside:.2f})",
                    beside="selection/{branch}/jaccard_chance"),
         ),
         of_selection=True,
@@ -87,17 +87,17 @@ DETECTORS = (
         "Selection follows outliers",
         "no step says which tokens carry the score.",
         (
-            Number("selection/{branch}/top1_share", "{0:.0%} of the score on the top 1% of tokens",
+            Number("selection/{branch}/top1_share", "{mean:.0%} of the score on the top 1% of tokens",
                    lambda share: share.mean() >= 0.5),
             Number("selection/{branch}/score_perplexity_spearman",
-                   "rank correlation of score and teacher perplexity {0:+.2f}", _related),
+                   "rank correlation of score and teacher perplexity {mean:+.2f}", _related),
         ),
         of_selection=True,
     ),
     Detector(
         "Steps mostly momentum",
         "the optimizer keeps no Adam moments that can be read.",
-        (Number("update/cosine", "{0:+.2f} in {3} measured steps", lambda cosine: cosine.mean() < 0.1),),
+        (Number("update/cosine", "{mean:+.2f} in {steps} measured steps", lambda cosine: cosine.mean() < 0.1),),
         "step",
         ("mean cosine of Adam's update with the step's own gradient: ",) * 2,
     ),
@@ -233,8 +233,9 @@ def _detect(detector: Detector, frame: pd.DataFrame) -> Sign:
         verdicts += [shown.seen(values) for shown, values in here if shown.seen]
         words = []
         for shown, values in here:
+            mean = values.mean()
             beside = frame[shown.beside.format(branch=line)].mean() if shown.beside else math.nan
-            words.append(shown.words.format(values.mean(), beside, number(values.mean()), len(values)))
+            words.append(shown.words.format(mean=mean, short=number(mean), beside=beside, steps=len(values)))
         texts.append(f"**{line}** {', '.join(words)}")
     texts[0] = detector.lead[0 if any(verdicts) else 1] + texts[0]
     return _sign(detector.name, "seen" if any(verdicts) else "not seen", texts, counted)
