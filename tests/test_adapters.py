@@ -106,8 +106,19 @@ ALLOWED = [
 ALLOWED += [(name, of_type(name)) for name in sorted(adapters._TYPES - {"LORA"})]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("config", [config for _, config in ALLOWED], ids=[name for name, _ in ALLOWED])
+# A tied head can only matter to what adapts embeddings or head, which of these LoRA alone does.
+CASES = [
+    (name, config, tied)
+    for tied in (False, True)
+    for name, config in ALLOWED
+    if not tied or config.peft_type == PeftType.LORA
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [pytest.param(config, tied, id=f"{name}-{'tied' if tied else 'untied'}") for name, config, tied in CASES],
+)
 def test_adapter_teachers_keep_their_scores_to_the_bit_while_the_student_learns(config, tied):
     base = make_base(tied)
     specialised = logps(base)
@@ -120,7 +131,7 @@ def test_adapter_teachers_keep_their_scores_to_the_bit_while_the_student_learns(
     assert (start - specialised).abs().max() > 1e-5
     if config.peft_type != PeftType.ADALORA:  # has room for one trained adapter and says so
         keep_start_adapter(student)
-    train(student)
+    train(student, steps=2)
     assert (logps(student) - start).abs().max() > 1e-5
     torch.testing.assert_close(teacher_logps(student, "adapter_off"), specialised, rtol=0, atol=0)
     if config.peft_type != PeftType.ADALORA:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import LOSS, make_model, make_prompts, make_tokenizer
 from steps import LEARNING_RATE, MAX_GRAD_NORM, PARAMETER, ROWS, Case, FakeSampler, trainer_step
-from test_data_roleplay import talk
+from test_data_coser import talk
 from transformers import AutoModelForCausalLM
 
 from camopd import cli

@@ -469,6 +469,7 @@ def test_padding_free_rows_equal_rows_on_their_own(make, implementation):
     assert_same_gradients(gradients(model, weighted_sum(logps)), gradients(model, weighted_sum(plain)))
 
 
+@pytest.mark.slow  # torch compiles its kernel
 def test_padding_free_flex_attention_equals_rows_on_their_own():
     model = make_model(0)
     model.set_attn_implementation("flex_attention")

@@ -1,0 +1,144 @@
+"""Outputs are whole or not there, and an interrupted build goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from datasets import Dataset
+from test_data_coser import talk
+from test_data_nemotron import FEATURES, raw, tool
+
+from camopd.data import nemotron, sampling
+from camopd.data.coser import build_roleplay
+from camopd.data.nemotron import ROWS, build_general
+from camopd.data.output import building, write_jsonl
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_build_that_fails_while_it_writes_leaves_nothing(tmp_path, error):
+    def rows():
+        yield {"id": "1"}
+        raise error
+
+    with pytest.raises(error), building(tmp_path / "deep" / "out") as build:
+        write_jsonl(build.data / "prompts.jsonl", rows())
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_an_error_after_the_writing_of_one_file_leaves_nothing(tmp_path, monkeypatch):
+    coser_file = tmp_path / "coser.json"
+    coser_file.write_text(json.dumps([talk(5), talk(7), talk(3)]))
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("camopd.data.coser.write_card", fail)
+    with pytest.raises(OSError, match="No space left"):
+        build_roleplay(tmp_path / "out", 1, 0, {"coser": str(coser_file)})
+    assert [path.name for path in tmp_path.iterdir()] == ["coser.json"]
+
+
+@pytest.fixture
+def general(tmp_path):
+    """A copy of Nemotron, and a build from it."""
+    for split in ROWS:
+        rows = [tool(n) if split == "tool_calling" else raw(split, n) for n in range(100)]
+        for shard in range(2):
+            path = tmp_path / "nemotron" / f"{split.removesuffix('_calling')}-{shard}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            Dataset.from_list(rows[50 * shard : 50 * shard + 50], features=FEATURES).to_parquet(path)
+    sources = {"nemotron": str(tmp_path / "nemotron"), "code_contests": "none", "codeforces": "none"}
+    return lambda out, **options: build_general(tmp_path / out, 60, sources=sources, **options)
+
+
+@pytest.mark.parametrize("stop_at", [1, 130, 260, 261, 399])
+def test_an_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monkeypatch, capfd, stop_at):
+    monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
+    general("whole")
+    convert, calls = nemotron._convert, []
+
+    def count(*arguments):
+        calls.append(arguments)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return convert(*arguments)
+
+    monkeypatch.setattr(nemotron, "_convert", count)
+    with pytest.raises(KeyboardInterrupt):
+        general("out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists() == (stop_at > 20)
+    assert ("the same command goes on from there" in capfd.readouterr().err) == (stop_at > 20)
+    assert not (tmp_path / "out.partial" / "data").exists()
+    monkeypatch.setattr(nemotron, "_convert", convert)
+    general("out")
+    for name in ("prompts.jsonl", "README.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_was_read_is_not_read_again(general, monkeypatch):
+    monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
+    convert, calls = nemotron._convert, []
+
+    def count(*arguments):
+        calls.append(arguments)
+        if len(calls) == 330:
+            raise KeyboardInterrupt
+        return convert(*arguments)
+
+    monkeypatch.setattr(nemotron, "_convert", count)
+    with pytest.raises(KeyboardInterrupt):
+        general("out")
+    general("out")
+    assert len(calls) == 330 + 500 - 320  # from the last multiple of 20
+
+
+def test_what_was_kept_for_other_settings_is_not_used(general, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
+    general("whole", seed=1)
+    monkeypatch.setattr(nemotron, "_look_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        general("out", seed=0)
+    monkeypatch.undo()
+    general("out", seed=1)
+    assert (tmp_path / "out" / "prompts.jsonl").read_bytes() == (tmp_path / "whole" / "prompts.jsonl").read_bytes()
+
+
+SLOW = """
+import sys, time
+from camopd.commands.data import data
+from camopd.data import nemotron, sampling
+sampling.SAVE_EVERY, convert = 20, nemotron._convert
+nemotron._convert = lambda *arguments: (time.sleep(0.01), convert(*arguments))[1]
+data(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_build_leaves_no_output_and_goes_on(general, tmp_path, sign):
+    general("whole")
+    words = [
+        "general",
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "60",
+        "--source",
+        f"nemotron={tmp_path / 'nemotron'}",
+    ]
+    words += ["--source", "code_contests=none", "--source", "codeforces=none"]
+    build = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "out.partial" / "kept" / "code.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    build.send_signal(sign)
+    assert build.wait(30) == (-9 if sign == signal.SIGKILL else 143)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / "data").exists() == (sign == signal.SIGKILL)
+    general("out")
+    assert (tmp_path / "out" / "prompts.jsonl").read_bytes() == (tmp_path / "whole" / "prompts.jsonl").read_bytes()
+    assert not (tmp_path / "out.partial").exists()
