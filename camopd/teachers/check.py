@@ -38,6 +38,7 @@ PROBE_CONVERSATIONS = (
     ("Which planet is known as the red planet?", "Mars is known as the red planet."),
     ("Name three primary colours.", "Three primary colours are red, yellow and blue."),
 )
+PROBE_MESSAGES = [{"role": "user", "content": PROBE_CONVERSATIONS[0][0]}]
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,15 @@ def _tokens(answer: Any) -> list[int]:
 
 
 def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase) -> Finding:
-    messages = [{"role": "user", "content": PROBE_CONVERSATIONS[0][0]}]
     try:
-        answers = teacher.ask("/tokenize", {"messages": messages, "add_generation_prompt": True})
+        answers = teacher.ask("/tokenize", {"messages": PROBE_MESSAGES, "add_generation_prompt": True})
     except TeacherError as error:
         return Finding(
             branch, "chat template", "warning",
             f"the server renders none ({error}); start it with --chat-template set to the student's to compare",
         )  # fmt: skip
     rendered = {url: _tokens(answer) for url, answer in answers.items()}
-    return _compare_rendered(branch, rendered, tokenizer, messages, "--chat-template")
+    return _compare_rendered(branch, rendered, tokenizer, "--chat-template")
 
 
 def compare_templates(
@@ -178,7 +178,6 @@ def compare_templates(
     has no template. The tokenizers have the same tokens."""
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": PROBE_CONVERSATIONS[0][0]}]
     way_out = "chat_template.jinja in the teacher's folder"
     if not theirs.chat_template:
         return Finding(
@@ -186,18 +185,14 @@ def compare_templates(
             f"{name} has none, so it may be a base model that knows no conversations; if it has learned the student's, put "
             f"{way_out}",
         )  # fmt: skip
-    return _compare_rendered(branch, {name: _rendered(theirs, messages)}, tokenizer, messages, way_out)
+    return _compare_rendered(branch, {name: _rendered(theirs, PROBE_MESSAGES)}, tokenizer, way_out)
 
 
 def _compare_rendered(
-    branch: str,
-    rendered: dict[str, list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    way_out: str,
+    branch: str, rendered: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase, way_out: str
 ) -> Finding:
-    """`rendered` has what each URL or model makes of the messages."""
-    ours = _rendered(tokenizer, messages)
+    """`rendered` has what each URL or model makes of `PROBE_MESSAGES`."""
+    ours = _rendered(tokenizer, PROBE_MESSAGES)
     for name, theirs in rendered.items():
         if theirs != ours:
             return Finding(
