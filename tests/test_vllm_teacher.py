@@ -13,7 +13,7 @@ from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
 
 from camopd.errors import CaMOPDError, TeacherError
 from camopd.teachers.base import RemoteTeacher, Teacher
-from camopd.teachers.vllm.teacher import ServerTeacher
+from camopd.teachers.vllm.teacher import ServerTeacher, connect_servers
 
 
 both_transports = pytest.mark.parametrize("compact", [True, False], ids=["compact", "JSON"])
@@ -205,3 +205,19 @@ def test_closing_ends_the_thread(server):
     teacher.close()
     teacher.close()
     assert "teacher-closing" not in names()
+
+
+def test_connect_servers_shares_a_teacher_but_not_what_it_is_wanted_to_serve(server):
+    right, wrong = ({"urls": server.url, "model": model} for model in ("tiny-teacher", "Qwen/Qwen3-8B"))
+    connected = connect_servers({"general": right, "code": {**right, "urls": [server.url]}, "own": "adapter_off"})
+    assert connected["general"] is connected["code"] and connected["own"] == "adapter_off"
+    with pytest.raises(TeacherError, match=r"teacher 'domain' .* and the config wants 'Qwen/Qwen3-8B'"):
+        connect_servers({"general": right, "domain": wrong})
+
+
+def test_connect_servers_hands_over_what_fails_and_goes_on(server, start_server):
+    gone, failed = start_server(), {}
+    gone.close()
+    connected = connect_servers({"general": gone.url, "domain": server.url}, failed=failed.__setitem__)
+    assert connected["general"] == gone.url and connected["domain"].name == "tiny-teacher"
+    assert list(failed) == ["general"] and isinstance(failed["general"], TeacherError)

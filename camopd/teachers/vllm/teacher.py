@@ -189,7 +189,7 @@ def connect_servers(
     failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Any]:
     """The same teachers, with a `ServerTeacher` in place of each URL: what is wrong with a server shows before any model
-    or dataset is loaded. Branches that name the same server share one.
+    or dataset is loaded. Branches that name the same server and model share one.
 
     Raises `TeacherError` for a server that cannot be used or whose context is shorter than `max_tokens`; or hands branch
     and error to `failed`, and goes on.
@@ -201,9 +201,9 @@ def connect_servers(
             continue
         urls, model = urls_and_model(spec)
         try:
-            teacher = made.get(repr(urls)) or ServerTeacher(urls, branch, patience, model)
+            teacher = made.get(repr((urls, model))) or ServerTeacher(urls, branch, patience, model)
             teacher.check_context(max_tokens)
-            made[repr(urls)] = connected[branch] = teacher
+            made[repr((urls, model))] = connected[branch] = teacher
         except (TeacherError, ValueError) as error:
             if failed is None:
                 raise
