@@ -115,7 +115,7 @@ def price() -> list[str]:
         ("prompts a step", prompts, "the paper"),
         ("tokens of a prompt, of a completion", f"{prompt}, {completion}", "assumed; the paper caps at 4096 and 32768"),
         ("kept share of the tokens", kept, "assumed; 0.6 to 0.8 at mass target 0.8 in the runs of this repository"),
-        ("padding, imbalance", f"{padding}, {imbalance}", "0 without padding; imbalance measured, tests/test_exchange.py"),
+        ("padding, imbalance", f"{padding}, {imbalance}", "0 without padding; imbalance measured, tests/test_balance.py"),
         ("operations a token: forward; forward, backward and recomputation", "2 x, 8 x weights", "counted"),
         ("peak of an H100, share of it in training, scoring", f"989 TFLOP/s, {train_share}, {score_share}", "assumed"),
         ("tokens a second and GPU that vLLM decodes", decode, "assumed"),

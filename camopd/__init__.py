@@ -6,8 +6,9 @@ Paper: https://arxiv.org/abs/2605.27115. Names are imported when first used, so 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
+
 __all__ = ["CaMOPDConfig", "CaMOPDTrainer", "Schedule", "Teacher", "TokenScores"]
 
 if TYPE_CHECKING:

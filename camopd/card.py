@@ -6,63 +6,106 @@ paths are shortened to their names, because the card is for others.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from . import __version__
 from .best import history_of_model
 from .hub import is_hub_id, public_name
+from .schedule import Schedule
 from .teachers.address import ADAPTER_TEACHERS
+from .version import __version__
 
 
-if TYPE_CHECKING:
-    from .trainer import CaMOPDTrainer
-
+PAPER = {
+    "title": "Counteraction-Aware Multi-Teacher On-Policy Distillation for General Capability Recovery with Domain "
+    "Preservation",
+    "id": "2605.27115",
+    "citation": textwrap.dedent("""\
+        @article{chen2026camopd,
+            title   = {{Counteraction-Aware Multi-Teacher On-Policy Distillation for General Capability Recovery with Domain Preservation}},
+            author  = {Tianlei Chen and Jiao Ou and Ziyuan Liu and Ruiming Tang and Jian Liang and Han Li},
+            year    = 2026,
+            eprint  = {arXiv:2605.27115},
+        }"""),  # noqa: E501
+}
 DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompts, a file per branch
 _HUB_DATASET = "https://huggingface.co/datasets/"
 
 
-def write_model_card(trainer: CaMOPDTrainer, model_name: str, tags: set[str], dataset_name: str | None = None) -> Path:
+@dataclass
+class RunFacts:
+    """What the card says of a run."""
+
+    args: Any
+    schedule: Schedule
+    prompts: dict[str, Any]  # datasets by branch
+    teachers: dict[str, str]  # names by branch
+    student: str  # id or path of the model at the start
+    base: str  # that of the model under an adapter, or the same
+    is_peft: bool
+    step: int
+    history: list[dict[str, Any]]  # log entries that are of the model in hand
+    hub_model_id: str | None
+
+    @classmethod
+    def of(cls, trainer: Any, best: tuple[int | None, int]) -> RunFacts:
+        """Those of a trainer; `best` is the step of a checkpoint that was loaded at the end, and the log's length then."""
+        from accelerate.utils import is_peft_model
+        from trl.trainer.utils import get_config_model_id
+
+        base = get_config_model_id(trainer.model.config) or ""
+        return cls(
+            args=trainer.args,
+            schedule=trainer.schedule,
+            prompts=trainer.run.prompts,
+            teachers={branch: teacher.name for branch, teacher in trainer.teachers.items()},
+            student=trainer.run.student_name or base,
+            base=base,
+            is_peft=is_peft_model(trainer.accelerator.unwrap_model(trainer.model)),
+            step=trainer.state.global_step,
+            history=history_of_model(trainer.state.log_history, *best),
+            hub_model_id=trainer.hub_model_id,
+        )
+
+
+def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_name: str | None = None) -> Path:
     """Write `README.md` of `output_dir`, and the data cards it points to. Returns its path.
 
     `dataset_name` is a dataset beside those of the Hub that the prompts are known to come from.
 
     Raises `OSError` where the folder cannot be written.
     """
-    from accelerate.utils import is_peft_model
     from huggingface_hub import ModelCard, ModelCardData
-    from trl.trainer.utils import get_config_model_id
 
-    out = Path(trainer.args.output_dir)
+    out = Path(facts.args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    sources = {branch: _source(dataset, branch, out) for branch, dataset in trainer._prompts.items()}
+    sources = {branch: _source(dataset, branch, out) for branch, dataset in facts.prompts.items()}
     datasets = {source for source, _ in sources.values() if is_hub_id(source)}
     datasets |= {dataset_name} if dataset_name else set()
-    base = get_config_model_id(trainer.model.config) or ""
-    student = trainer._student_start or base
-    is_peft = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
     data = ModelCardData(
-        library_name="peft" if is_peft else "transformers",
+        library_name="peft" if facts.is_peft else "transformers",
         model_name=model_name,
-        base_model=base if is_hub_id(base) else None,
+        base_model=facts.base if is_hub_id(facts.base) else None,
         datasets=sorted(datasets) or None,
         tags=sorted({"generated_from_trainer", *tags}),
     )
     body = [
         f"# {model_name}",
         "",
-        f"The specialised model {_model(student)}, trained with [CaMOPD](https://arxiv.org/abs/{trainer._paper['id']}) to "
+        f"The specialised model {_model(facts.student)}, trained with [CaMOPD](https://arxiv.org/abs/{PAPER['id']}) to "
         "bring its general abilities back and keep its domain: it wrote its own answers, and moved toward the teacher of "
         "each branch in turn, on the samples with the largest teacher-student gaps.",
         "",
-        *_gaps(history_of_model(trainer.state.log_history, *trainer._best), trainer.schedule.branches),
-        *_training(trainer, student, base, is_peft, sources),
-        *_use(trainer.hub_model_id or model_name, is_peft),
+        *_gaps(facts.history, facts.schedule.branches),
+        *_training(facts, sources),
+        *_use(facts.hub_model_id or model_name, facts.is_peft),
         *_versions(),
-        *_citations(trainer._paper["citation"]),
+        *_citations(PAPER["citation"]),
     ]
     path = out / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)).save(path)
@@ -114,18 +157,16 @@ def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]
     return [*lines, ""]
 
 
-def _training(
-    trainer: CaMOPDTrainer, student: str, base: str, is_peft: bool, sources: Mapping[str, tuple[str, str]]
-) -> list[str]:
-    args, settings = trainer.args, trainer._settings
+def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[str]:
+    args = facts.args
     rows = {
-        "specialised model (the student at the start)": _model(student),
-        **{f"{branch} teacher": _model(teacher.name) for branch, teacher in trainer.teachers.items()},
-        "schedule": f"`{trainer.schedule}`",
-        "steps": f"{trainer.state.global_step} of {args.max_steps}, one answer to each of {args.prompts_per_step} prompts",
+        "specialised model (the student at the start)": _model(facts.student),
+        **{f"{branch} teacher": _model(name) for branch, name in facts.teachers.items()},
+        "schedule": f"`{facts.schedule}`",
+        "steps": f"{facts.step} of {args.max_steps}, one answer to each of {args.prompts_per_step} prompts",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "tokens": f"prompts up to {args.max_prompt_length}, answers up to {args.max_completion_length}, T = 1",
-        "trained": f"LoRA on {_model(base)}" if is_peft else "all weights",
+        "trained": f"LoRA on {_model(facts.base)}" if facts.is_peft else "all weights",
         "processes": str(args.world_size),
     }
     lines = [
@@ -137,7 +178,8 @@ def _training(
         "",
     ]
     lines += ["| branch | mass target | score | scale | selection | prompts |", "|---|---|---|---|---|---|"]
-    for branch in trainer.schedule.branches:
+    settings = {name: args.per_branch(name) for name in ("mass_target", "score", "scale", "selection")}
+    for branch in facts.schedule.branches:
         values = [settings[name][branch] for name in ("mass_target", "score", "scale")]
         selection = "on" if settings["selection"][branch] else "off"
         lines.append(f"| {branch} | {' | '.join(map(str, values))} | {selection} | {_prompts(*sources[branch])} |")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__
+from .version import __version__
 
 
 COMMANDS = {  # each a function of its name in a module of its name

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl import DistillationConfig
+from trl.trainer.utils import get_config_model_id
 
 from . import method_rules, setting_rules
 from .best import settle_metric
@@ -314,6 +315,12 @@ class CaMOPDConfig(DistillationConfig):
         setting_rules.refuse(self)
         check_generation_kwargs(self)
         setting_rules.warn(setting_rules.without_effect(self), self)
+
+    @classmethod
+    def for_model(cls, model: Any) -> "CaMOPDConfig":
+        """The paper's settings, with an `output_dir` named after the model, an id, path or object."""
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        return cls(f"{name.split('/')[-1]}-CaMOPD")
 
     def _read_completion_length(self) -> int:
         """Leave the largest length where the parent looks for a number, and the schedule in `completion_lengths`."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from transformers import GenerationConfig
 
 from .setting_rules import ON_POLICY
 
-
-if TYPE_CHECKING:
-    from .config import CaMOPDConfig
 
 # What neither bends the sampled distribution nor the number of completions per prompt, of vLLM's SamplingParams.
 _VLLM_KWARGS = {"stop_token_ids"}
@@ -61,7 +58,7 @@ def neutral_generation(model: Any) -> Iterator[None]:
             module.generation_config = config
 
 
-def check_generation_kwargs(args: CaMOPDConfig) -> None:
+def check_generation_kwargs(args: Any) -> None:
     """Raise `ValueError` for `generation_kwargs` that change the distribution, and for those that the engine ignores."""
     given: dict[str, Any] = dict(args.generation_kwargs or {})  # type: ignore[arg-type]  # a dict since __post_init__
     harmless = _VLLM_KWARGS if args.use_vllm else set(_TRANSFORMERS_KWARGS)

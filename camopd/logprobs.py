@@ -14,7 +14,6 @@ Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,10 +26,6 @@ from transformers import LogitsProcessor, PretrainedConfig
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .exchange import score_batches
-
-
-logger = logging.getLogger(__name__)
 
 VOCAB_CHUNK = 32768  # width of the (tokens, vocabulary) tiles the lm_head is applied in, as in TRL's fused head
 # Without Triton each tile has some eight temporary copies; narrow ones cost no time on a CPU.
@@ -55,7 +50,7 @@ def completion_logps(
         token_ids: prompt + completion of each row, without padding.
         prompt_lens: prompt tokens of each row, at least 1: the first completion token needs a predecessor.
         pad_token_id: fills the padding; its value never matters.
-        padding_free: forward all rows as one, without padding. The same numbers, for models that `takes_packed_rows`.
+        padding_free: forward all rows as one, without padding. The same numbers, for models that `supports_packing`.
 
     Returns:
         logps (B, T) float32, right-padded with 0, with gradient; entropy (B, T) in nats, detached, or `None`.
@@ -119,32 +114,6 @@ def completion_top_k(
     return ids, logps
 
 
-def in_length_sorted_batches(
-    forward: Callable[[list[list[int]], list[int]], tuple[Any, ...]],
-    token_ids: Sequence[list[int]],
-    prompt_lens: Sequence[int],
-    batch_size: int,
-    padding_free: bool = False,
-) -> list[tuple[Any, ...]]:
-    """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
-
-    `forward(token_ids, prompt_lens)` returns tensors of shape (B, T, ...), or `None` where it has nothing; each row comes
-    back on the CPU, cut to its own T_i completion tokens. Longest first, so that running out of memory happens in the
-    first batch and not the last. Every rank with the same number of rows makes the same number of forward calls, which
-    sharded models need.
-    """
-    lengths = [len(ids) for ids in token_ids]
-    rows: list[tuple[Any, ...]] = [()] * len(lengths)
-    for batch in score_batches(lengths, batch_size, padding_free):
-        with torch.no_grad():
-            outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
-        outputs = tuple(None if output is None else output.cpu() for output in outputs)
-        for place, row in enumerate(batch):
-            num_tokens = lengths[row] - prompt_lens[row]
-            rows[row] = tuple(None if output is None else output[place, :num_tokens].clone() for output in outputs)
-    return rows
-
-
 def _completion_hidden_states(
     model: Any,
     token_ids: Sequence[Sequence[int]],
@@ -153,7 +122,7 @@ def _completion_hidden_states(
     padding_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """Hidden states that predict the completion tokens (M, H), those tokens (M,), their mask (B, T), and the model."""
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     _head_of(causal_lm)  # where it is not one module, the input embeddings below are not either
     lengths = torch.tensor([len(ids) for ids in token_ids])
     starts = torch.tensor(list(prompt_lens))
@@ -186,7 +155,7 @@ def _completion_hidden_states(
     return hidden_MH, targets_M, mask_BT, causal_lm
 
 
-def _causal_lm(model: Any) -> Any:
+def causal_lm_of(model: Any) -> Any:
     return model.get_base_model() if is_peft_model(model) else model
 
 
@@ -244,7 +213,7 @@ def _head_input(causal_lm: Any, **inputs: Tensor) -> Tensor:
 
 def architecture(model: Any) -> str:
     """Name of the class of a model, or of that inside a PEFT wrapper."""
-    return type(_causal_lm(model)).__name__
+    return type(causal_lm_of(model)).__name__
 
 
 def check_logps(
@@ -313,7 +282,7 @@ def logps_tolerance(model: Any, logits_MV: Tensor, targets_M: Tensor) -> float:
     head's product to the dtype computed in, of at most u times its magnitude, and that of the product's H terms and of the
     sum's V, which are added up in float32.
     """
-    weight = _causal_lm(model).get_output_embeddings().weight
+    weight = causal_lm_of(model).get_output_embeddings().weight
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     unit, unit_float32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps / 2
@@ -356,70 +325,6 @@ class SampledLogps(LogitsProcessor):
             scores = self._scores.float()
             drawn = scores.gather(1, token_ids[:, None]).squeeze(1)
             self._columns.append((drawn - scores.logsumexp(dim=-1)).cpu())
-
-
-def padding_free_for(model: Any, wanted: bool | None) -> bool:
-    """Whether a model's rows are to be forwarded without padding: as `wanted`, or where its attention gains from it.
-
-    Raises `ValueError` where it is wanted of a model that cannot.
-    """
-    if wanted and not takes_packed_rows(model):
-        raise ValueError(
-            f"padding_free=True, but {type(model).__name__} has layers in which rows of one long sequence would see each "
-            "other (linear attention, convolution or a state). Leave padding_free out."
-        )
-    return takes_packed_rows(model) and saves_padding(model) if wanted is None else wanted
-
-
-def keeps_rows_apart(forward: Callable[[list[list[int]], list[int], bool], Tensor]) -> bool:
-    """Whether rows without padding have the numbers they have with it, and another row changes none of them.
-
-    Not every architecture hands its position ids to the mask (OPT and gpt-oss do not, in transformers 5.23), so this is
-    tried and not looked up. `forward(token_ids, prompt_lens, padding_free)` returns the log-probs (B, T); it is called
-    three times with two short rows.
-    """
-    first, other, second = ([1 + (factor * place) % 11 for place in range(9)] for factor in (3, 5, 7))
-    with torch.no_grad():
-        padded = forward([first, second], [1, 1], False)
-        packed = forward([first, second], [1, 1], True)
-        beside_another = forward([other, second], [1, 1], True)
-    # In bfloat16 two kernels differ by some hundredths; one kernel does not differ from itself.
-    return bool((padded - packed).abs().mean() < 0.05 and (packed[1] - beside_another[1]).abs().max() < 1e-4)
-
-
-def settle_padding_free(keeps_apart: bool, wanted: bool | None, whose: str) -> bool:
-    """Whether to go without padding after `keeps_rows_apart`. Raises `ValueError` where it is wanted and cannot be."""
-    if not keeps_apart and wanted:
-        raise ValueError(
-            f"padding_free=True, but in {whose} rows of one long sequence see each other: its architecture does not make "
-            "masks from position ids. Leave padding_free out."
-        )
-    if not keeps_apart:
-        logger.warning("%s is forwarded with padding: without, its rows would see each other", whose)
-    return keeps_apart
-
-
-def takes_packed_rows(model: Any) -> bool:
-    """Whether the layers of the model can keep rows of one long sequence apart: full and sliding-window attention.
-
-    Layers that carry a state along (linear attention, convolution, Mamba) carry it from one row into the next, and chunked
-    attention counts its chunks from the very first token. See also `keeps_rows_apart`.
-    """
-    causal_lm = _causal_lm(model)
-    layers = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
-    return (
-        causal_lm._supports_attention_backend
-        and not causal_lm._is_stateful
-        and layers <= {"full_attention", "sliding_attention"}
-    )
-
-
-def saves_padding(model: Any) -> bool:
-    """Whether the model's attention implementation skips what lies between packed rows (flash, flex) instead of masking
-    an (N, N) matrix (sdpa, eager)."""
-    causal_lm = _causal_lm(model)
-    name = causal_lm.config.get_text_config()._attn_implementation or ""
-    return "flash" in name or name == "flex_attention"
 
 
 def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:

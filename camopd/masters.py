@@ -190,6 +190,13 @@ class ChangedShare:
         self._before = []
 
 
+def round_by_step(args: Any, optimizer: Optimizer, step: Callable[[], int], sharded: bool) -> None:
+    """Let stochastic rounding follow from the seed and the `step`, and where weights are `sharded`, from the rank."""
+    if rounds_stochastically(args, optimizer):
+        rank = args.process_index if sharded else 0
+        round_alike(optimizer, args.device, lambda: (args.seed << 40) + (rank << 24) + step())
+
+
 def round_alike(optimizer: Optimizer, device: torch.device, seed: Callable[[], int]) -> None:
     """Let the optimizer's random numbers, those of stochastic rounding, follow from `seed()` alone at each step.
 

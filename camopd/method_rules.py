@@ -8,17 +8,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, mapping_form
 from .teachers.address import ADAPTER_TEACHERS
 from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
-
-
-if TYPE_CHECKING:
-    from .config import CaMOPDConfig
 
 
 class Range(NamedTuple):
@@ -84,7 +80,7 @@ PER_BRANCH = (
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 
 
-def check_values(args: CaMOPDConfig) -> None:
+def check_values(args: Any) -> None:
     """Raise `ValueError` for a value that is out of its range, and for JSON that cannot be read.
 
     For the beginning: what follows reads these settings.
@@ -115,7 +111,7 @@ def _check(rule: Range, name: str, value: Any) -> None:
         raise ValueError(f"{name} must be {rule.must_be}, got {value!r}.{rule.why}")
 
 
-def check_method(args: CaMOPDConfig, schedule: Schedule) -> None:
+def check_method(args: Any, schedule: Schedule) -> None:
     """Raise `ValueError` for a setting of the method that does not fit another one; per-branch values become numbers and
     truth values, and are checked."""
     _check_schedule(args, schedule)
@@ -145,7 +141,7 @@ def check_method(args: CaMOPDConfig, schedule: Schedule) -> None:
         )
 
 
-def _check_schedule(args: CaMOPDConfig, schedule: Schedule) -> None:
+def _check_schedule(args: Any, schedule: Schedule) -> None:
     for step in range(schedule.period):
         for branch, rows in schedule.rows(step, args.prompts_per_step).items():
             if rows == 0:
@@ -155,7 +151,7 @@ def _check_schedule(args: CaMOPDConfig, schedule: Schedule) -> None:
                 )
 
 
-def _check_optimizer(args: CaMOPDConfig) -> None:
+def _check_optimizer(args: Any) -> None:
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in ("lomo", "adalomo"):
         raise ValueError(
@@ -170,7 +166,7 @@ def _check_optimizer(args: CaMOPDConfig) -> None:
         )
 
 
-def _check_budget(args: CaMOPDConfig) -> None:
+def _check_budget(args: Any) -> None:
     budget = args.max_tokens_per_micro_batch
     if budget is None:
         return
@@ -188,7 +184,7 @@ def _check_budget(args: CaMOPDConfig) -> None:
         )
 
 
-def _check_teachers(args: CaMOPDConfig) -> None:
+def _check_teachers(args: Any) -> None:
     if args.teachers is not None and not isinstance(args.teachers, dict):
         raise ValueError(mapping_form("teachers", args.teachers))
     in_process = args.teachers and all(teacher in tuple(ADAPTER_TEACHERS) for teacher in args.teachers.values())
@@ -196,7 +192,7 @@ def _check_teachers(args: CaMOPDConfig) -> None:
         _check_ddp_timeout(args)
 
 
-def _check_ddp_timeout(args: CaMOPDConfig) -> None:
+def _check_ddp_timeout(args: Any) -> None:
     """A rank may wait for one request that times out, then for a server to come back, then for another such request."""
     rows = args.prompts_per_step // args.world_size
     if args.eval_strategy != "no" or args.eval_on_start:

@@ -5,7 +5,7 @@ here knows about TRL, vLLM, files or processes. What is *not* here, because the 
 function, a KL penalty, a ratio clip. Each rollout serves exactly one update.
 
 Shape suffixes:  B rows   N rows of the whole optimizer step   T completion tokens, right-padded
-`mask_BT` is True on the tokens the student sampled. Positions outside it may hold anything, including -inf and NaN.
+`mask_BT` is True on the tokens the student sampled. Log-probs outside it may be anything, including -inf and NaN.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def gap_scores(gaps_BT: Tensor, mask_BT: Tensor, kind: str) -> Tensor:
 
 
 def select_by_mass(scores_N: Tensor, mass_target: float, valid_N: Tensor | None = None) -> Selection:
-    """Eq. 8: the shortest run of highest-scoring samples that holds `mass_target` of the total score.
+    """Eq. 8: the smallest number of highest-scoring samples that hold `mass_target` of the total score.
 
     `scores_N` are the non-negative scores of the whole step's batch, over all ranks, in the batch's own order; rows
     where `valid_N` is False (empty completions) never enter. Ties go to the earlier row. Zero total mass (0/0 in Eq. 8)
@@ -120,11 +120,12 @@ def distillation_loss(
 
     The rows given are kept samples; `num_kept` counts the kept samples of the whole optimizer step, over ranks and
     micro-batches, so the losses of all micro-batches *add up* to Eq. 9 and their gradients to its gradient. `scale` is
-    r_b, or a (B,) tensor of them where a step mixes branches. `gaps_BT` and `weights_BT` carry no gradient and are 0
-    outside the mask. Every token of the completion counts in 1/T_i, also those with weight 0.
+    r_b, or a (B,) tensor of them where a step mixes branches. `gaps_BT` and `weights_BT`, w_t times a token rule's weights
+    if any, carry no gradient and are 0 outside the mask. Every token of the completion counts in 1/T_i, also those with
+    weight 0.
 
-    With `num_tokens`, which counts tokens of the whole optimizer step, the loss is not Eq. 9: in place of the two means
-    the sum over all tokens is divided by it, so that long completions weigh more.
+    With `num_tokens`, which counts tokens of the kept samples of the whole optimizer step, the loss is not Eq. 9: in place
+    of the two means the sum over all tokens is divided by it, `num_kept` is not read, and long completions weigh more.
     """
     logps_BT = logps_BT.masked_fill(~mask_BT, 0.0)  # masking the product instead would give 0 * inf = NaN gradients
     per_token_BT = weights_BT * gaps_BT * logps_BT

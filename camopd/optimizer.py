@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .schedule import Schedule
 
 
 CHUNK = 2**24  # numbers of a parameter looked at together, so that a large embedding needs no copy of its size
@@ -71,6 +73,23 @@ class BranchAdamW(Optimizer):
                 param.addcdiv_(
                     first, (second.sqrt() / second_weight**0.5).add_(group["eps"]), value=-group["lr"] / first_weight
                 )
+
+
+def kind_and_settings(args: Any, of_parent: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Class and keywords of a run's optimizer: what `of_parent` gives, or AdamW with a first moment per branch."""
+    if args.optimizer_moments == "shared":
+        kind, kwargs = of_parent()
+        if "block_size" in kwargs:
+            kwargs["block_size"] = int(kwargs["block_size"])  # of `optim_args`, which transformers leaves a text
+        return kind, kwargs
+    schedule = Schedule.parse(args.schedule)
+    branches = dict.fromkeys(schedule.mixture(step) for step in range(schedule.period))
+    return BranchAdamW, {
+        "branches": tuple(branches),
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
 
 
 def update_products(optimizer: Optimizer) -> Tensor | None:

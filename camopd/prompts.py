@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 
-from .messages import COLUMNS, read_row
+from .messages import COLUMNS, read_row, render, tokenize
 from .schedule import Schedule
+from .tokens import check_known
 
 
 logger = logging.getLogger(__name__)
@@ -154,6 +156,24 @@ class PromptDealer(TorchDataset):
                 rows.append({**row, "position": position + first + place * self.world_size})
             position += count
         return rows
+
+
+def one_item_per_micro_step(dealer: PromptDealer, args: Any) -> DataLoader:
+    """A loader whose items are this rank's own already: nothing in them is left for accelerate to shard or move."""
+    return DataLoader(
+        dealer,
+        batch_size=1,
+        sampler=SequentialSampler(dealer),
+        collate_fn=_only_item,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
+
+
+def _only_item(items: list[Any]) -> Any:
+    return items[0]
 
 
 class HeldOut(dict[str, Dataset | list[dict[str, Any]]]):
@@ -308,6 +328,43 @@ def named(read: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
         return read(row)
     except ValueError as error:
         raise ValueError(f"{row.get('row', 'a row')} {error}") from error.__cause__
+
+
+class PromptReader:
+    """The prompts of rows as the model sees them."""
+
+    def __init__(
+        self,
+        processing_class: Any,
+        tokenizer: Any,
+        known_tokens: int,
+        tools: Any,
+        chat_template: Any,
+        template_kwargs: Any,
+    ):
+        """`known_tokens`: rows of the model's embedding. The rest is as the trainer has it."""
+        self._tokenizer, self._known_tokens = tokenizer, known_tokens
+        self._how = (processing_class, tools, chat_template, template_kwargs)
+
+    def ids(self, rows: Iterable[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of rows that were read, not cut. Raises `ValueError` for one that cannot be used, with its name."""
+
+        def read(row: dict[str, Any]) -> list[int]:
+            ids = tokenize(row, *self._how)
+            check_known(ids, self._tokenizer, self._known_tokens)
+            return ids
+
+        return [named(read, row) for row in rows]
+
+    def check(self, datasets: Iterable[Any]) -> None:
+        """Raise `ValueError` for messages of prompts, with their names, that the chat template cannot take."""
+        for row in itertools.chain.from_iterable(datasets):
+            row = named(read_row, row)
+            if not isinstance(row["prompt"], str):
+                named(self._render, row)
+
+    def _render(self, row: dict[str, Any]) -> str:
+        return render(row, *self._how)
 
 
 def fingerprint(dataset: Dataset | IterableDataset) -> str:

@@ -1,99 +1,220 @@
-"""The rollouts of one optimizer step, and how they are kept on disk when no teacher is there to score them."""
+"""Rollouts: what the engines drew, with the log-probs they drew it with, and how it is kept on disk.
+
+TRL's engines give a list of tokens per prompt and throw the log-probs away; w_t of Eq. 2 is the ratio to them.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from trl.extras.profiling import profiling_context
+
+from .logprobs import SampledLogps
+from .samples import Sample
 
 
-@dataclass
-class Rollouts:
-    """This rank's rollouts of one optimizer step (or one evaluation batch), row by row; lists all have one item a row.
+class Turn(NamedTuple):
+    """One request to an engine: token ids of its prompt and completion, and a log-prob per token of the latter."""
 
-    `T_i` counts the tokens of a completion. `mask` is False on tokens that the student did not sample (tool results).
-    """
+    prompt: list[int]
+    completion: list[int]
+    logps: list[float]
 
-    branch: list[str]
-    position: list[int]  # place in the step's global batch
-    token_ids: list[list[int]]  # prompt + completion
-    prompt_len: list[int]
-    mask: list[Tensor]  # (T_i,) bool
-    length: list[int]  # sampled tokens, those behind `cut` included
-    truncated: list[bool]  # cut at max_completion_length, no end of sequence
-    rollout_logps: list[Tensor] | None  # (T_i,) float32, log mu of the rollout engine
-    prompts_cut: int = 0  # prompts of this rank that were longer than allowed
-    teacher_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32
-    student_logps: list[Tensor] = field(default_factory=list)  # (T_i,) float32, at rollout time
-    entropy: list[Tensor] = field(default_factory=list)  # (T_i,) nats
-    teacher_top_ids: list[Tensor] = field(default_factory=list)  # (T_i, K), where a token rule asks for them
-    proposals: list[Tensor] = field(default_factory=list)  # (T_i,) the student's likeliest token, likewise
-    token_weights: list[Tensor] | None = None  # (T_i,) float32, of a token rule
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
+class SamplerRecord:
+    """What the engine has drawn since the prompts were tokenized."""
 
-    @property
-    def num_tokens(self) -> list[int]:
-        """T_i that Eq. 6-9 divide by: sampled tokens."""
-        return [int(mask.sum()) for mask in self.mask]
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []  # whose prompts are to be tokenized, with what they have beside these
+        self.start(0)
 
-    def cut(self, num_tokens: int) -> None:
-        """Leave the first `num_tokens` tokens of each completion to score and train."""
-        self.token_ids = [
-            ids[: start + num_tokens] for ids, start in zip(self.token_ids, self.prompt_len, strict=True)
+    def start(self, prompts_cut: int) -> None:
+        """Forget what was; `prompts_cut` of the prompts to come are longer than allowed."""
+        self.prompts_cut = prompts_cut
+        self._turns: list[Turn] = []
+        self._empty: set[int] | None = None  # rows without a token; `None` before the first turn
+
+    def add(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], logps: Sequence[list[float]]
+    ) -> None:
+        """Take in one batch of requests; without `logps`, an engine whose log-probs are not asked for."""
+        if not logps:
+            return
+        self._turns += [
+            Turn(list(prompt), list(completion), row[: len(completion)])
+            for prompt, completion, row in zip(prompts, completions, logps, strict=True)
         ]
-        self.mask = [mask[:num_tokens] for mask in self.mask]
-        if self.rollout_logps is not None:
-            self.rollout_logps = [logps[:num_tokens] for logps in self.rollout_logps]
 
-    def save(self, path: Path) -> None:
-        """Write what generation made, without scores, as safetensors."""
-        tensors = {
-            "token_ids": torch.tensor([token for ids in self.token_ids for token in ids], dtype=torch.int32),
-            "lengths": torch.tensor([len(ids) for ids in self.token_ids]),
-            "prompt_len": torch.tensor(self.prompt_len),
-            "position": torch.tensor(self.position),
-            "truncated": torch.tensor(self.truncated),
-            "sampled": torch.tensor(self.length),
-            "mask": torch.cat(self.mask) if self.mask else torch.zeros(0, dtype=torch.bool),
-        }
-        if self.rollout_logps is not None:
-            tensors["rollout_logps"] = torch.cat(self.rollout_logps)
-        save_file(tensors, path, metadata={"branch": json.dumps(self.branch), "prompts_cut": str(self.prompts_cut)})
+    def without_empty(self, completions: list[list[int]], end: int) -> list[list[int]]:
+        """Completions with an `end` token in place of none, until `samples` takes it out again: the parent reads the last
+        token of each. Only the first turn of a conversation can be a row's whole completion."""
+        if self._empty is not None:
+            return completions
+        self._empty = {row for row, ids in enumerate(completions) if not ids}
+        return [ids or [end] for ids in completions]
 
-    @classmethod
-    def load(cls, path: Path, rows: list[dict[str, Any]]) -> Rollouts | None:
-        """The rollouts of exactly these rows (branch and position); `None` where the file is not there or not theirs."""
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                branch = json.loads(file.metadata()["branch"])
-                prompts_cut = int(file.metadata()["prompts_cut"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, KeyError, TypeError, ValueError):  # cut short on a full disk: roll out again
-            return None
-        position = tensors["position"].tolist()
-        if [(row["branch"], row["position"]) for row in rows] != list(zip(branch, position, strict=True)):
-            return None
-        lengths, prompt_len = tensors["lengths"].tolist(), tensors["prompt_len"].tolist()
-        completions = [length - prompt for length, prompt in zip(lengths, prompt_len, strict=True)]
-        logps = tensors.get("rollout_logps")
-        return cls(
-            branch=branch,
-            position=position,
-            token_ids=[ids.tolist() for ids in tensors["token_ids"].split(lengths)],
-            prompt_len=prompt_len,
-            mask=list(tensors["mask"].split(completions)),
-            length=tensors["sampled"].tolist(),
-            truncated=tensors["truncated"].tolist(),
-            rollout_logps=None if logps is None else list(logps.split(completions)),
-            prompts_cut=prompts_cut,
+    def samples(
+        self,
+        rows: Sequence[dict[str, Any]],
+        prompts: Sequence[list[int]],
+        completions: Sequence[list[int]],
+        tool_masks: Sequence[list[int]] | None,
+        ends: Collection[int],
+    ) -> list[Sample]:
+        """A sample of each row.
+
+        Args:
+            rows: with `branch`, and where they have them `position` and `category`.
+            prompts, completions: token ids of each.
+            tool_masks: 0 on tokens of a completion that a tool wrote, for each row; `None` without tools.
+            ends: tokens that end a completion.
+        """
+        found = []
+        for place, row in enumerate(rows):
+            completion = [] if place in (self._empty or ()) else list(completions[place])
+            mask = torch.ones(len(completion), dtype=torch.bool)
+            if tool_masks is not None:
+                mask = torch.tensor(tool_masks[place][: len(completion)], dtype=torch.bool)
+            prompt = list(prompts[place])
+            logps = logps_of_turns(self._turns, place, len(rows), prompt, completion) if self._turns else None
+            found.append(
+                Sample(
+                    branch=row["branch"],
+                    position=row.get("position", place),
+                    token_ids=prompt + completion,
+                    prompt_len=len(prompt),
+                    mask=mask,
+                    length=int(mask.sum()),
+                    truncated=bool(completion) and completion[-1] not in ends,
+                    category=row.get("category"),
+                    rollout_logps=logps,
+                )
+            )
+        return found
+
+
+def logps_of_turns(turns: Sequence[Turn], row: int, num_rows: int, prompt: list[int], completion: list[int]) -> Tensor:
+    """The sampler's log-prob of each completion token of a row, NaN on tokens it did not sample (tool results).
+
+    The first turn has the rows in order. Later turns of a tool conversation hold some of the rows, whose prompt is then
+    the conversation so far: a turn belongs to the row that its prompt and completion are a piece of.
+    """
+    logps = torch.full((len(completion),), math.nan)
+    sequence = prompt + completion
+    for index, turn in enumerate(turns):
+        if index < num_rows and index != row:
+            continue
+        start = len(turn.prompt)
+        end = min(start + len(turn.completion), len(sequence))  # the parent cuts the last turn at the length limit
+        if sequence[:start] == turn.prompt and sequence[start:end] == turn.completion[: end - start]:
+            logps[start - len(prompt) : end - len(prompt)] = torch.tensor(turn.logps[: end - start])
+    return logps
+
+
+def generate_with_vllm(trainer: Any, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """The parent trainer's vLLM branch, keeping the sampler's log-probs, which it throws away.
+
+    Returns the completions and the sampled token's log-prob at each of their positions. vLLM's NaN arrives as `None`, and
+    is NaN again: no weight for this token.
+    """
+    if trainer.state.global_step != trainer._last_loaded_step:
+        with profiling_context(trainer, "sync_weights"):
+            trainer.vllm_generation.sync_weights()
+        trainer._last_loaded_step = trainer.state.global_step
+    _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(
+        prompts=prompt_ids, images=None, num_generations=1, profiler=profiling_context(trainer, "vLLM.generate")
+    )
+    return completion_ids, [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
+
+
+@contextmanager
+def recorded(model: Any, wanted: bool) -> Iterator[Callable[[], list[list[float]]]]:
+    """A call of `model.generate` inside keeps the log-prob of each token as it is drawn, where that is `wanted`.
+
+    Yields a function that gives a row of them per completion, or none. The parent of the trainer passes no logits
+    processors on.
+    """
+    recorder = SampledLogps()
+    if not wanted:
+        yield recorder.rows
+        return
+    generate = model.generate
+    own = vars(model).get("generate")  # transformers wraps it under FSDP2
+
+    def generate_and_record(*args: Any, **kwargs: Any) -> Any:
+        sequences = generate(*args, logits_processor=[recorder], **kwargs)
+        recorder.finish(sequences)
+        return sequences
+
+    model.generate = generate_and_record
+    try:
+        yield recorder.rows
+    finally:
+        del model.generate  # of the object; that of its class is there again
+        if own is not None:
+            model.generate = own
+
+
+def save_rollouts(samples: Sequence[Sample], prompts_cut: int, path: Path) -> None:
+    """Write what generation made, without scores, as safetensors."""
+    tensors = {
+        "token_ids": torch.tensor([token for sample in samples for token in sample.token_ids], dtype=torch.int32),
+        "lengths": torch.tensor([len(sample.token_ids) for sample in samples]),
+        "prompt_len": torch.tensor([sample.prompt_len for sample in samples]),
+        "position": torch.tensor([sample.position for sample in samples]),
+        "truncated": torch.tensor([sample.truncated for sample in samples]),
+        "sampled": torch.tensor([sample.length for sample in samples]),
+        "mask": torch.cat([torch.zeros(0, dtype=torch.bool), *(sample.mask for sample in samples)]),
+    }
+    logps = [sample.rollout_logps for sample in samples if sample.rollout_logps is not None]
+    if logps:
+        tensors["rollout_logps"] = torch.cat(logps)
+    branch = json.dumps([sample.branch for sample in samples])
+    save_file(tensors, path, metadata={"branch": branch, "prompts_cut": str(prompts_cut)})
+
+
+def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Sample], int] | None:
+    """The samples of exactly these rows (branch and position), and how many prompts were cut; `None` where the file is not
+    there or not theirs."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            branch = json.loads(file.metadata()["branch"])
+            prompts_cut = int(file.metadata()["prompts_cut"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, KeyError, TypeError, ValueError):  # cut short on a full disk: roll out again
+        return None
+    position = tensors["position"].tolist()
+    if [(row["branch"], row["position"]) for row in rows] != list(zip(branch, position, strict=True)):
+        return None
+    lengths, prompt_len = tensors["lengths"].tolist(), tensors["prompt_len"].tolist()
+    sizes = [length - prompt for length, prompt in zip(lengths, prompt_len, strict=True)]
+    token_ids, masks = tensors["token_ids"].split(lengths), tensors["mask"].split(sizes)
+    logps: Sequence[Tensor | None] = [None] * len(rows)
+    if "rollout_logps" in tensors:
+        logps = tensors["rollout_logps"].split(sizes)
+    samples = [
+        Sample(
+            branch=row["branch"],
+            position=row["position"],
+            token_ids=token_ids[place].tolist(),
+            prompt_len=prompt_len[place],
+            mask=masks[place],
+            length=int(tensors["sampled"][place]),
+            truncated=bool(tensors["truncated"][place]),
+            category=row.get("category"),
+            rollout_logps=logps[place],
         )
+        for place, row in enumerate(rows)
+    ]
+    return samples, prompts_cut

@@ -22,7 +22,6 @@ from .teachers.address import ADAPTER_TEACHERS, is_server
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from .config import CaMOPDConfig
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +250,7 @@ NEEDS = (
 OF_OPTIMIZER = "weight_decay optim optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon"
 
 
-def refuse(args: CaMOPDConfig) -> None:
+def refuse(args: Any) -> None:
     """Raise `ValueError` for a setting that transformers or TRL offer and the method cannot use, instead of ignoring it."""
     for names, allowed, reason in REFUSED:
         for name in names.split():
@@ -279,7 +278,7 @@ def refuse(args: CaMOPDConfig) -> None:
     _refuse_split_replicas(parallel)
 
 
-def _refuse_optim_args(args: CaMOPDConfig) -> None:
+def _refuse_optim_args(args: Any) -> None:
     """Raise `ValueError` for a part of `optim_args` that transformers would not hand on, as a misspelt one."""
     word = next((word for word in _READS_OPTIM_ARGS if word in _optim(args)), None)
     read = None if word is None else _READS_OPTIM_ARGS[word]
@@ -336,7 +335,7 @@ def _refuse_split_replicas(config: ParallelismConfig | None) -> None:
             )
 
 
-def without_effect(args: CaMOPDConfig) -> list[tuple[str, Any, str]]:
+def without_effect(args: Any) -> list[tuple[str, Any, str]]:
     """Settings with another value than the default that nothing reads here: name, value and reason, each once."""
     found: dict[str, str] = {}
     for names, allowed, reason in WITHOUT_EFFECT:
@@ -355,7 +354,7 @@ def without_effect(args: CaMOPDConfig) -> list[tuple[str, Any, str]]:
 
 
 def arguments_without_effect(
-    args: CaMOPDConfig, teachers: Mapping[str, Any], optimizer: Any, peft_config: Any, tools: Any
+    args: Any, teachers: Mapping[str, Any], optimizer: Any, peft_config: Any, tools: Any
 ) -> list[tuple[str, Any, str]]:
     """As `without_effect`, where it depends on what is passed to the trainer."""
     names: list[tuple[str, str]] = []
@@ -376,14 +375,14 @@ def arguments_without_effect(
     return found
 
 
-def warn(found: Iterable[tuple[str, Any, str]], args: CaMOPDConfig) -> None:
+def warn(found: Iterable[tuple[str, Any, str]], args: Any) -> None:
     """One line for each setting without effect, on the first process."""
     if args.process_index == 0:
         for name, value, reason in found:
             logger.warning("%s=%s has no effect: %s", name, _shown(value), reason)
 
 
-def is_set(args: CaMOPDConfig, name: str) -> bool:
+def is_set(args: Any, name: str) -> bool:
     """Whether a setting has another value than its default."""
     default = args.__dataclass_fields__[name]
     usual = default.default_factory() if callable(default.default_factory) else default.default
@@ -391,7 +390,7 @@ def is_set(args: CaMOPDConfig, name: str) -> bool:
     return getattr(value, "value", value) != usual
 
 
-def read_streams_in_this_process(args: CaMOPDConfig, datasets: Iterable[Any]) -> None:
+def read_streams_in_this_process(args: Any, datasets: Iterable[Any]) -> None:
     """Give up worker processes where prompts are streamed: several would each see a part of the stream."""
     if args.dataloader_num_workers and any(isinstance(dataset, IterableDataset) for dataset in datasets):
         warn(

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import nullcontext
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
@@ -16,6 +17,9 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from camopd.forward import Forward
+from camopd.samples import SampleSummary
 
 
 collect_ignore = ["schema_of_vllm.py"]  # a script for the environment that has vLLM
@@ -75,9 +79,33 @@ def make_model(seed: int, vocab_size: int = len(VOCAB)) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def make_forward(model, batch_size: int = 2, padding_free: bool | None = None) -> Forward:
+    """The `Forward` of a model that nothing is wrapped around."""
+    return Forward(
+        model,
+        lambda function, *args: function(model, *args),
+        model,
+        nullcontext,
+        batch_size,
+        0,
+        padding_free,
+        "the model",
+    )
+
+
 @pytest.fixture
 def model_factory():
     return make_model
+
+
+def make_summary(**values) -> SampleSummary:
+    """A `SampleSummary` with zeros where nothing is given."""
+    zeros = {
+        "position": 0, "branch": "b", "owner": 0, "prompt_len": 1, "num_ids": 1, "num_tokens": 0, "length": 0,
+        "truncated": False, "category": None, "score": 0.0, "gap": 0.0, "gap_abs": 0.0, "gap_positive": 0.0,
+        "gap_square": 0.0, "teacher_logp": 0.0, "entropy": 0.0,
+    }  # fmt: skip
+    return SampleSummary(**{**zeros, **values})
 
 
 def make_prompts(branch: str, count: int = 11) -> Dataset:

@@ -82,6 +82,11 @@ VARIANTS = {
 RUNS = [*itertools.product(VARIANTS, CASES), *itertools.product(("exchange",), BASELINES)]
 
 
+def use_sampler(trainer, sampler):
+    """Let a trainer roll out with `sampler`, as if it were TRL's `VLLMGeneration`."""
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, sampler, -1
+
+
 class FakeSampler:
     """Stands in for TRL's `VLLMGeneration`: completions and log-probs that depend on the prompt alone.
 
@@ -137,7 +142,7 @@ def make_trainer(case: Case, output_dir: str, batch_size: int, general_teacher=N
         train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
         processing_class=make_tokenizer(),
     )
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, sampler or FakeSampler(), -1
+    use_sampler(trainer, sampler or FakeSampler())
     return trainer
 
 
@@ -148,7 +153,7 @@ def trainer_step(
     trainer = make_trainer(case, output_dir, batch_size, **more)
     trainer.train(resume_from_checkpoint=resume)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer._step_metrics
+    return {name: value.detach().clone() for name, value in model.named_parameters()}, trainer.step.metrics
 
 
 HELD_OUT = (1, 3, 5)  # prompts: fewer than processes, and numbers that their batches do not divide

@@ -8,14 +8,15 @@ import typing
 
 import pytest
 import torch
-from conftest import LOGP, VOCAB, rounding
+from conftest import LOGP, VOCAB, make_forward, rounding
 from fake_vllm import PROMPT_LENS, TOKEN_IDS
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from camopd.logprobs import completion_logps, in_length_sorted_batches
+from camopd.forward import in_length_sorted_batches
+from camopd.logprobs import completion_logps
 from camopd.teachers import adapters
 from camopd.teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, trained_base_weights
 
@@ -54,7 +55,7 @@ def logps(model) -> torch.Tensor:
 
 
 def teacher_logps(student, which) -> torch.Tensor:
-    teacher = AdapterTeacher(student, which, lambda ids, lens: completion_logps(student, ids, lens, 0), BATCH_SIZE)
+    teacher = AdapterTeacher(student, which, make_forward(student, BATCH_SIZE))
     rows = [score.logps for score in teacher.score(TOKEN_IDS, PROMPT_LENS)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from conftest import make_model, make_prompts
+from conftest import make_model, make_prompts, make_summary
 from safetensors.torch import load_file
 from test_trainer import make_args, make_trainer
 from transformers import EarlyStoppingCallback
@@ -16,7 +16,7 @@ EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"
 
 
 def test_every_metric_of_evaluation_has_a_direction_or_says_nothing():
-    found = metrics.of_evaluation([{"num_tokens": 2, "gap": -1.0, "gap_abs": 1.0, "gap_positive": 0.0}])
+    found = metrics.of_evaluation([make_summary(num_tokens=2, gap=-1.0, gap_abs=1.0)])
     assert set(found) | {"loss"} == set(GREATER_IS_BETTER) | {"prompts", "kl_se"}
     assert {"prompts", "kl_se"} <= set(NO_MEASURE)
 
@@ -28,7 +28,7 @@ def test_a_model_nearer_to_its_teacher_is_the_better_one(name, greater, prefix, 
     args = make_args(tmp_path, metric_for_best_model=f"{prefix}general_{name}")
     assert args.greater_is_better is greater
     far, near = (
-        metrics.of_evaluation([{"num_tokens": 3, "gap": -3 * nats, "gap_abs": 3 * nats, "gap_positive": 3 * nats}] * 2)
+        metrics.of_evaluation([make_summary(num_tokens=3, gap=-3 * nats, gap_abs=3 * nats, gap_positive=3 * nats)] * 2)
         for nats in (1.0, 0.1)
     )
     key = "kl" if name == "loss" else name

@@ -194,8 +194,9 @@ def test_rollouts_evaluation_and_saved_files_of_a_student_with_defaults_of_its_o
         for gap_student in ("trainer", "engine"):
             trainer.args.gap_student = gap_student
             torch.manual_seed(0)
-            rollouts = trainer._roll_out(rows, 8)
-            seen.append((rollouts.token_ids, [row.tolist() for row in rollouts.rollout_logps or ()]))
+            samples, _ = trainer.roll_out(rows, 8)
+            logps = [None if sample.rollout_logps is None else sample.rollout_logps.tolist() for sample in samples]
+            seen.append(([sample.token_ids for sample in samples], logps))
         torch.manual_seed(0)
         seen.append(trainer.prediction_step(student, rows, prediction_loss_only=True)[0].item())
         return seen

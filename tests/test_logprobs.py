@@ -31,20 +31,17 @@ from transformers import (
 )
 
 from camopd import logprobs
-from camopd.exchange import score_batches
+from camopd.balance import score_batches
+from camopd.forward import in_length_sorted_batches
 from camopd.logprobs import (
     SampledLogps,
     _head_input,
     check_logps,
     completion_logps,
     completion_top_k,
-    in_length_sorted_batches,
-    keeps_rows_apart,
     logps_tolerance,
-    padding_free_for,
-    settle_padding_free,
-    takes_packed_rows,
 )
+from camopd.packing import packing_is_exact, settle_packing, supports_packing, wants_packing
 
 
 # (prompt, completion) lengths: a one-token prompt, an empty completion, a one-token completion, the longest row twice
@@ -480,7 +477,7 @@ def test_padding_free_flex_attention_equals_rows_on_their_own():
         assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
 
 
-def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
+def test_wants_packingwards_as_many_tokens_as_there_are(monkeypatch):
     model = make_model(0)
     shapes = []
     model.model.register_forward_pre_hook(
@@ -496,33 +493,33 @@ def test_padding_free_is_the_default_where_attention_gains_from_it():
     model = make_model(0)
     for implementation, gains in (("sdpa", False), ("eager", False), ("flex_attention", True)):
         model.set_attn_implementation(implementation)
-        assert padding_free_for(model, None) is gains
-        assert padding_free_for(model, True) is True
-        assert padding_free_for(model, False) is False
+        assert wants_packing(model, None) is gains
+        assert wants_packing(model, True) is True
+        assert wants_packing(model, False) is False
     model.config._attn_implementation = "flash_attention_2"  # whose kernels are not on this machine
-    assert padding_free_for(model, None) is True
-    assert padding_free_for(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
+    assert wants_packing(model, None) is True
+    assert wants_packing(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
 
 
 def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
     def forward(model):
         return lambda ids, lens, packed: completion_logps(model, ids, lens, pad_token_id=0, padding_free=packed)[0]
 
-    assert keeps_rows_apart(forward(make_model(0)))
-    assert keeps_rows_apart(forward(make_sliding().eval()))
+    assert packing_is_exact(forward(make_model(0)))
+    assert packing_is_exact(forward(make_sliding().eval()))
     torch.manual_seed(0)
     opt = OPTForCausalLM(
         OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
     )
-    assert takes_packed_rows(opt)  # and yet
-    assert not keeps_rows_apart(forward(opt.eval()))
+    assert supports_packing(opt)  # and yet
+    assert not packing_is_exact(forward(opt.eval()))
     with pytest.raises(
         ValueError, match="padding_free=True, but in the student rows of one long sequence see each other"
     ):
-        settle_padding_free(False, True, "the student")
-    assert settle_padding_free(False, None, "the student") is False
+        settle_packing(False, True, "the student")
+    assert settle_packing(False, None, "the student") is False
     assert "the student is forwarded with padding" in caplog.text
-    assert settle_padding_free(True, None, "the student") is True
+    assert settle_packing(True, None, "the student") is True
 
 
 def test_padding_free_is_refused_where_a_state_runs_through_the_rows():
@@ -531,11 +528,11 @@ def test_padding_free_is_refused_where_a_state_runs_through_the_rows():
         Lfm2Config(**{**SIZES, "num_hidden_layers": 2}, layer_types=["conv", "full_attention"], block_ff_dim=32)
     )
     for model in (mamba, hybrid):
-        assert padding_free_for(model, None) is False
+        assert wants_packing(model, None) is False
         with pytest.raises(
             ValueError, match=rf"padding_free=True, but {type(model).__name__} has layers in which rows"
         ):
-            padding_free_for(model, True)
+            wants_packing(model, True)
 
 
 # --- as they are drawn ---
@@ -584,7 +581,7 @@ def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batc
         ]
         return torch.tensor(padded), None
 
-    found = logprobs.in_length_sorted_batches(
+    found = in_length_sorted_batches(
         forward, token_ids, [prompt_len for prompt_len, _ in rows], batch_size, padding_free
     )
     assert sorted(seen) == [ids[0] for ids in token_ids]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import lines, make_args, make_trainer
 from transformers.training_args import OptimizerNames
 
-import camopd.trainer
+import camopd.setup
 from camopd import masters
 from camopd.masters import ChangedShare, check_masters, quantised_adapters, restore_adapters, round_alike
 
@@ -234,7 +234,7 @@ def test_float32_weights_move_and_bfloat16_ones_do_not(tmp_path, tokenizer, monk
     """Three kinds of weights, the same learning rate. `make_model`'s weights have a standard deviation of 0.3."""
     in_float32 = changed_shares(tmp_path / "float32", tokenizer, make_model(1))
     rounded = changed_shares(tmp_path / "rounded", tokenizer, half(), **ROUNDED)
-    monkeypatch.setattr(camopd.trainer, "check_masters", lambda *_: None)
+    monkeypatch.setattr(camopd.setup, "check_masters", lambda *_: None)
     nearest = changed_shares(tmp_path / "nearest", tokenizer, half())
     assert min(in_float32[:3]) > 0.9  # the embeddings of characters that do not occur do not move
     assert max(nearest) < 0.02

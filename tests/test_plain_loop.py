@@ -19,10 +19,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import VOCAB, make_prompts, make_tokenizer
+from steps import use_sampler
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.prompts import PromptStream
+from camopd.step import StepCallback
 
 
 STEPS, ROWS = 50, 12
@@ -184,10 +186,9 @@ def trained(schedule: str, optimizer: str, folder, batch_size: int, **settings) 
     """The same by `CaMOPDTrainer`."""
     kept = []
 
-    class Watched(CaMOPDTrainer):
-        def _to_micro_batches(self, rollouts, positions, terms):
-            kept.append(sorted(positions))
-            return super()._to_micro_batches(rollouts, positions, terms)
+    class Watch(StepCallback):
+        def on_step_ready(self, step):
+            kept.append(sorted(step.kept))
 
     args = CaMOPDConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
@@ -197,13 +198,13 @@ def trained(schedule: str, optimizer: str, folder, batch_size: int, **settings) 
         learning_rate=OPTIMIZERS[optimizer], adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=EPSILON, weight_decay=0.0,
         lr_scheduler_type="constant", diagnostics_steps=0, **settings,
     )  # fmt: skip
-    trainer = Watched(
+    trainer = CaMOPDTrainer(
         model=model.__wrapped__("student"), teachers={branch: model(branch) for branch in ("general", "domain")},
         args=args, train_dataset={branch: make_prompts(branch, PROMPTS) for branch in ("general", "domain")},
-        processing_class=make_tokenizer(),
+        processing_class=make_tokenizer(), callbacks=[Watch()],
     )  # fmt: skip
     assert args.gradient_accumulation_steps == ROWS // batch_size
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Engine(), -1
+    use_sampler(trainer, Engine())
     trainer.train()
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return Run(losses, kept, {name: value.detach() for name, value in trainer.model.named_parameters()})

@@ -1,6 +1,7 @@
 """A run that is stopped and resumed is the run that was not stopped."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,7 +11,8 @@ from test_trainer import lines, make_trainer
 
 from camopd.errors import ResumeError, TeacherError
 from camopd.prompts import PromptDealer
-from camopd.rollouts import Rollouts
+from camopd.rollouts import load_rollouts, save_rollouts
+from camopd.samples import Sample
 
 
 STEPS = 6
@@ -27,8 +29,8 @@ def undisturbed(tmp_path_factory, tokenizer):
 def train(folder, tokenizer, resume=None, **kwargs):
     trainer = make_trainer(folder, tokenizer, max_steps=STEPS, save_strategy="steps", save_steps=1, **kwargs)
     prompts = []
-    begin = trainer._begin_step
-    trainer._begin_step = lambda rows: prompts.append([(row["branch"], row["prompt"]) for row in rows]) or begin(rows)
+    begin = trainer.begin_step
+    trainer.begin_step = lambda rows: prompts.append([(row["branch"], row["prompt"]) for row in rows]) or begin(rows)
     trainer.train(resume_from_checkpoint=resume)
     return prompts, [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
@@ -111,15 +113,15 @@ def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(undisturbed, tmp_path
     folder, _, _ = undisturbed
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "camopd.json").unlink()
-    with pytest.raises(ResumeError, match=r"has no camopd.json: it is no checkpoint of CaMOPDTrainer"):
+    with pytest.raises(ResumeError, match=r"has no camopd.json: it is not a checkpoint of CaMOPDTrainer"):
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_another_machine_has_is_not_sought_on_the_hub(tmp_path, tokenizer, monkeypatch):
     """That machine would not come to the fetch, where this one waits for all."""
     asked = []
-    monkeypatch.setattr("camopd.trainer.gather_object", lambda mine: asked.append(mine) or [*mine, False])
-    monkeypatch.setattr("camopd.trainer.snapshot_download", None)
+    monkeypatch.setattr("camopd.checkpoints.gather_object", lambda mine: asked.append(mine) or [*mine, False])
+    monkeypatch.setattr("camopd.checkpoints.snapshot_download", None)
     with pytest.raises(ResumeError, match=r"'run/checkpoint-3' has no camopd.json"):
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint="run/checkpoint-3")
     assert asked == [[True]]
@@ -153,15 +155,15 @@ def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
     teachers = {"general": server.url, "domain": [server.url]}
     trainer = make_trainer(folder, tokenizer, teachers=teachers, teacher_patience=0.3, max_steps=4, **kwargs)
     generated = []
-    roll_out = trainer._roll_out
+    roll_out = trainer.roll_out
 
-    def roll_out_and_note(rows, max_tokens):
+    def roll_out_and_note(rows, *limits):
         generated.append(trainer.state.global_step)
         if generated[-1] == dies_at:
             server.before = server.close
-        return roll_out(rows, max_tokens)
+        return roll_out(rows, *limits)
 
-    trainer._roll_out = roll_out_and_note
+    trainer.roll_out = roll_out_and_note
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
@@ -189,7 +191,7 @@ def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resum
     with pytest.raises(
         TeacherError,
         match=rf"(?s)has no replica left.*Nothing is lost: the weights before step {fails_at + 1} and its rollouts are in "
-        rf"'.*checkpoint-{fails_at}'. Mend the teacher and resume_from_checkpoint=",
+        rf"'.*checkpoint-{fails_at}'. Fix the teacher and resume_from_checkpoint=",
     ):
         train_with(server, tmp_path / "two", tokenizer, dies_at=fails_at, **kwargs)
 
@@ -230,10 +232,8 @@ def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_ser
         tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(1)}, teacher_patience=0.3, max_steps=4,
         eval_dataset={"general": make_prompts("general", 4)}, eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
-    roll_out = trainer._roll_out
-    trainer._roll_out = lambda rows, max_tokens: (
-        (None if trainer.model.training else server.close()) or roll_out(rows, max_tokens)
-    )
+    roll_out = trainer.roll_out
+    trainer.roll_out = lambda *args: (None if trainer.model.training else server.close()) or roll_out(*args)
     with pytest.raises(
         TeacherError,
         match=r"(?s)has no replica left.*Nothing is lost: the weights after step 2 are in '.*checkpoint-2'",
@@ -244,23 +244,25 @@ def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_ser
 
 
 def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
-    rollouts = Rollouts(
-        branch=["general", "domain"], position=[3, 5], token_ids=[[4, 5, 6], [7, 8]], prompt_len=[1, 2],
-        mask=[torch.tensor([True, False]), torch.zeros(0, dtype=torch.bool)], length=[1, 0], truncated=[True, False],
-        rollout_logps=[torch.tensor([-1.0, float("nan")]), torch.zeros(0)],
-    )  # fmt: skip
+    samples = [
+        Sample(
+            "general", 3, [4, 5, 6], 1, torch.tensor([True, False]), 1, True, "maths", torch.tensor([-1.0, math.nan])
+        ),
+        Sample("domain", 5, [7, 8], 2, torch.zeros(0, dtype=torch.bool), 0, False, None, torch.zeros(0)),
+    ]
     path = tmp_path / "rollouts.safetensors"
-    rows = [{"branch": "general", "position": 3}, {"branch": "domain", "position": 5}]
-    assert Rollouts.load(path, rows) is None
-    rollouts.save(path)
-    found = Rollouts.load(path, rows)
-    assert (found.branch, found.position, found.token_ids) == (rollouts.branch, rollouts.position, rollouts.token_ids)
-    assert (found.prompt_len, found.truncated) == (rollouts.prompt_len, rollouts.truncated)
-    assert found.length == rollouts.length
-    for one, other in ((found.mask, rollouts.mask), (found.rollout_logps, rollouts.rollout_logps)):
-        for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True)
-    assert Rollouts.load(path, rows[::-1]) is None
-    assert Rollouts.load(path, rows[:1]) is None
+    rows = [{"branch": "general", "position": 3, "category": "maths"}, {"branch": "domain", "position": 5}]
+    assert load_rollouts(path, rows) is None
+    save_rollouts(samples, 1, path)
+    found, prompts_cut = load_rollouts(path, rows)
+    assert prompts_cut == 1
+    for one, other in zip(found, samples, strict=True):
+        for name, value in vars(other).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(getattr(one, name), value, equal_nan=True)
+            else:
+                assert getattr(one, name) == value, name
+    assert load_rollouts(path, rows[::-1]) is None
+    assert load_rollouts(path, rows[:1]) is None
     path.write_bytes(path.read_bytes()[:-9])
-    assert Rollouts.load(path, rows) is None
+    assert load_rollouts(path, rows) is None

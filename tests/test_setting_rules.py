@@ -418,7 +418,7 @@ def many(tmp_path_factory):
         patch.setattr("transformers.modeling_utils.checkpoint", spy)
         patch.setattr("transformers.trainer.clear_device_cache", lambda: seen.emptied.append(True))
         patch.setattr(
-            "camopd.completions.print_prompt_completions_sample",
+            "camopd.callbacks.completions.print_prompt_completions_sample",
             lambda *args, **kwargs: seen.printed.append(args),
         )
         measure = CaMOPDTrainer.prediction_step
@@ -657,7 +657,7 @@ def test_an_optimizer_that_is_passed_is_observed_as_one_of_the_trainer(tmp_path)
         found = [json.loads(line) for line in lines]
         assert all(0 < step["update/cosine"] <= 1 for step in found)
         assert "conflict/general/domain/cosine" in found[1] or any(name.startswith("conflict/") for name in found[1])
-    assert trainer._step_metrics["update/cosine"] == pytest.approx(expected._step_metrics["update/cosine"], abs=1e-5)
+    assert trainer.step.metrics["update/cosine"] == pytest.approx(expected.step.metrics["update/cosine"], abs=1e-5)
     own = expected.model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in trainer.model.state_dict().items())
 
@@ -701,7 +701,7 @@ def test_dropout_is_off_or_on_in_the_loss(disable, tmp_path, caplog):
     )  # fmt: skip
     assert ("lora_dropout" in warned(caplog)) == disable
     trainer.model.train()
-    first, second = (trainer._student_forward([[1, 5, 6, 7, 8, 9]], [2])[0] for _ in range(2))
+    first, second = (trainer.student.logps([[1, 5, 6, 7, 8, 9]], [2])[0] for _ in range(2))
     assert torch.equal(first, second) == disable
     assert trainer.model.config.attention_dropout == 0.5  # as it will be saved
 
@@ -940,7 +940,7 @@ def test_deepspeed_of_a_config_leaves_accumulation_to_the_trainer(tmp_path):
     ],
 )
 def test_the_log_of_camopd_has_the_level_asked_for(settings, first, others, tmp_path, monkeypatch):
-    from camopd.trainer import _show_log
+    from camopd.setup import show_log
 
     log = logging.getLogger("camopd")
     monkeypatch.setattr(log, "handlers", [])
@@ -952,7 +952,7 @@ def test_the_log_of_camopd_has_the_level_asked_for(settings, first, others, tmp_
             log.setLevel(logging.NOTSET)
             log.handlers.clear()
             monkeypatch.setattr(type(config), "local_process_index", property(lambda _, index=index: index))
-            _show_log(config)
+            show_log(config)
             assert log.level == expected
     finally:
         log.setLevel(level)

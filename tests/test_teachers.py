@@ -5,13 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import LOGP, VOCAB, make_model
+from conftest import LOGP, VOCAB, make_forward, make_model
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores, other_tokenizer, reference_logps
 from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 from trl.trainer.utils import use_adapter
 
 from camopd.errors import TeacherError
-from camopd.logprobs import completion_logps
+from camopd.forward import Forward
 from camopd.teachers.adapters import AdapterTeacher, keep_start_adapter
 from camopd.teachers.base import Teacher, TokenScores
 from camopd.teachers.local import LocalTeacher
@@ -92,11 +93,11 @@ def lora_student(model_factory):
 
 
 def student_forward(student):
-    return lambda ids, lens: completion_logps(student, ids, lens, pad_token_id=0)
+    return lambda ids, lens: make_forward(student).logps(ids, lens)
 
 
 def adapter_off(student, which="adapter_off"):
-    return AdapterTeacher(student, which, student_forward(student), batch_size=2)
+    return AdapterTeacher(student, which, make_forward(student))
 
 
 def test_adapter_off_scores_equal_those_of_the_base_model(lora_student, model_factory):
@@ -186,12 +187,14 @@ def test_adapter_start_needs_a_single_adapter(lora_student):
 
 
 def test_adapter_off_puts_everything_back_when_the_forward_fails(lora_student):
-    def fails(ids, lens):
+    def fails(ids, lens, with_entropy):
         raise torch.OutOfMemoryError("too long")
 
     lora_student.train()
     with pytest.raises(torch.OutOfMemoryError):
-        AdapterTeacher(lora_student, "adapter_off", fails, batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
+        forward = make_forward(lora_student)
+        forward.logps = fails
+        AdapterTeacher(lora_student, "adapter_off", forward).score(TOKEN_IDS, PROMPT_LENS)
     assert lora_student.training
     lora_student.eval()
     with torch.no_grad():
@@ -423,3 +426,37 @@ def test_a_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch)
 def test_a_mistyped_teacher_is_refused_with_a_guess_of_what_was_meant(resolve, spec, guess):
     with pytest.raises(ValueError, match=rf"teacher of branch 'domain', '{spec}', cannot be loaded \({guess}\)"):
         resolve({"domain": spec})
+
+
+def test_an_adapter_teacher_is_batched_as_the_student_whatever_its_probe_has_found(monkeypatch):
+    """Equal weights give gaps of exactly 0, also where rows without padding would see each other (OPT)."""
+    monkeypatch.setattr("camopd.packing.packing_pays", lambda model: True)
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, init_std=0.3,
+    )  # fmt: skip
+    student = get_peft_model(
+        OPTForCausalLM(config), LoraConfig(target_modules=["q_proj"])
+    ).eval()  # starts as its base
+    forward = make_forward(student)
+    teacher = AdapterTeacher(student, "adapter_off", forward)
+    assert forward.packed
+    forward.probe()
+    assert not forward.packed
+    own = forward.rows(TOKEN_IDS, PROMPT_LENS)
+    for scores, (logps, _) in zip(teacher.score(TOKEN_IDS, PROMPT_LENS), own, strict=True):
+        assert torch.equal(scores.logps, logps)
+
+
+def test_an_adapter_teachers_top_k_goes_through_the_students_wrapper(lora_student):
+    """There sharded weights are whole."""
+    ran = []
+
+    def run(function, *args):
+        ran.append(function.__name__)
+        return function(lora_student, *args)
+
+    forward = Forward(lora_student, run, lora_student, nullcontext, 2, 0, None, "the student")
+    AdapterTeacher(lora_student, "adapter_off", forward).score(TOKEN_IDS, PROMPT_LENS, top_k=3)
+    assert set(ran) == {"completion_logps", "completion_top_k"}

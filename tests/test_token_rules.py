@@ -5,16 +5,9 @@ import math
 import pytest
 import torch
 
-from camopd.token_rules import (
-    above_floor,
-    acceptance_weights,
-    accepted,
-    entropy_threshold,
-    proposals,
-    relaxed_rewards,
-    reward_floor,
-    sigma_weights,
-)
+from camopd.token_rules.relaxed_opd import above_floor, entropy_threshold, relaxed_rewards, reward_floor
+from camopd.token_rules.selectkd import acceptance_weights, accepted, proposals
+from camopd.token_rules.sigma import sigma_weights
 
 
 # log(0.3 / 0.7), computed with another library in float64, and gaps around it

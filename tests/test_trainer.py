@@ -33,13 +33,17 @@ from steps import (
     reference_evaluation,
     reference_step,
     trainer_step,
+    use_sampler,
 )
 from transformers import LlamaForCausalLM
 from trl import DistillationTrainer, LogCompletionsCallback
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
 from camopd.errors import CaMOPDError, TeacherError
-from camopd.trainer import check_gathered_weights
+from camopd.forward import Forward
+from camopd.rollouts import Turn, logps_of_turns
+from camopd.setup import check_gathered_weights
+from camopd.step import StepCallback
 
 
 TESTS = Path(__file__).parent
@@ -197,14 +201,14 @@ def test_the_cases_hold_what_they_are_meant_to_hold():
 def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkeypatch):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=1, mass_target=0.01, prompts_per_step=8, diagnostics_steps=0)
     seen = []
-    forward = trainer._student_forward
+    forward = trainer.student.logps
 
-    def counting(token_ids, prompt_lens, **kwargs):
+    def counting(token_ids, prompt_lens, *args, **kwargs):
         if torch.is_grad_enabled():
             seen.append(len(token_ids))
-        return forward(token_ids, prompt_lens, **kwargs)
+        return forward(token_ids, prompt_lens, *args, **kwargs)
 
-    monkeypatch.setattr(trainer, "_student_forward", counting)
+    monkeypatch.setattr(trainer.student, "logps", counting)
     trainer.train()
     assert seen == [1]  # one sample holds 1 % of the mass; three of the four micro-steps do nothing
 
@@ -224,7 +228,7 @@ def test_a_sample_that_would_not_be_trained_stops_the_run_before_the_update(tmp_
         (lambda lengths, *_: [[[0, 1, 2]]], lost),
         (lambda lengths, *_: [[[0, 1, 2, 3, 3]]], r"1 trained more than once .*last checkpoint is from before"),
     ):
-        monkeypatch.setattr("camopd.trainer.plan", plan)
+        monkeypatch.setattr("camopd.batching.balance_micro_batches", plan)
         with pytest.raises(CaMOPDError, match=message):
             trainer.train()
         assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
@@ -296,7 +300,7 @@ def test_three_branches_work(tmp_path, tokenizer):
 def test_rows_of_the_wrong_branch_are_refused(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     with pytest.raises(CaMOPDError, match=r"step 0 got prompts of \['domain'\].*wants \['general'\]"):
-        trainer._begin_step([{"prompt": "x", "branch": "domain", "position": 0}])
+        trainer.begin_step([{"prompt": "x", "branch": "domain", "position": 0}])
 
 
 def test_text_and_messages_mix_in_one_step(tmp_path, tokenizer):
@@ -339,8 +343,8 @@ def test_the_model_sees_what_the_user_wrote_in_training_and_evaluation(tmp_path)
     )  # fmt: skip
     expected = sorted(tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in WRITTEN)
     for rows in (trainer.train_dataset.rows_of(0), list(trainer.eval_dataset["domain"])):
-        rollouts = trainer._roll_out(rows, 4)
-        assert sorted(ids[:end] for ids, end in zip(rollouts.token_ids, rollouts.prompt_len, strict=True)) == expected
+        samples, _ = trainer.roll_out(rows, 4)
+        assert sorted(sample.token_ids[: sample.prompt_len] for sample in samples) == expected
 
 
 def test_messages_that_the_template_refuses_are_an_error_with_the_row_before_training(tmp_path):
@@ -399,7 +403,6 @@ def test_the_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, ca
     for branch, prompt in zip(table["branch"], table["prompt"], strict=True):
         assert prompt.replace(" ", "").startswith(branch)
     assert "branch" in capsys.readouterr().out
-    assert trainer.log_completions
 
 
 # ------------------------------------------------------------------------------------------------- importance weights
@@ -422,11 +425,9 @@ def test_without_rollout_logps_the_weights_are_one_and_it_is_said(tmp_path, toke
 
 def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, tokenizer, monkeypatch):
     seen = []
-    forward = CaMOPDTrainer._student_forward
+    logps = Forward.logps
     monkeypatch.setattr(
-        CaMOPDTrainer,
-        "_student_forward",
-        lambda self, *args, **kwargs: seen.append(1) or forward(self, *args, **kwargs),
+        Forward, "logps", lambda self, *args, **kwargs: seen.append(self) or logps(self, *args, **kwargs)
     )
 
     def run(gap_student):
@@ -436,7 +437,7 @@ def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, t
         trainer = make_trainer(tmp_path / gap_student, tokenizer, **settings)
         trainer.train()
         assert "generate" not in vars(trainer.model)
-        return lines(tmp_path / gap_student), len(seen)
+        return lines(tmp_path / gap_student), seen.count(trainer.student)
 
     of_engine, forwards = run("engine")
     of_trainer, more_forwards = run("trainer")
@@ -470,14 +471,14 @@ def test_the_completion_length_follows_its_schedule(tmp_path, tokenizer):
         tmp_path, tokenizer, max_completion_length=steps, max_steps=4, eval_strategy="steps", eval_steps=1,
         eval_dataset={"general": make_prompts("general", count=2)},
     )  # fmt: skip
-    lengths, roll_out = [], trainer._roll_out
+    lengths, roll_out = [], trainer.roll_out
 
-    def watch(rows, max_tokens):
-        rollouts = roll_out(rows, max_tokens)
-        lengths.append((max_tokens, max(rollouts.length)))
-        return rollouts
+    def watch(rows, max_tokens, *prefix):
+        samples, cut = roll_out(rows, max_tokens, *prefix)
+        lengths.append((max_tokens, max(sample.length for sample in samples)))
+        return samples, cut
 
-    trainer._roll_out = watch
+    trainer.roll_out = watch
     trainer.train()
     assert [line["rollout/max_length"] for line in lines(tmp_path)] == [2, 5, 5, 3]
     assert [limit for limit, _ in lengths[::2]] == [2, 5, 5, 3]
@@ -495,13 +496,13 @@ def test_the_completion_length_of_vllm_follows_its_schedule(tmp_path, tokenizer)
             return super().generate(prompts, images, num_generations, profiler)
 
     trainer = make_trainer(tmp_path, tokenizer, max_completion_length={0: 6, 2: 9}, max_steps=3)
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, Watched(), -1
+    use_sampler(trainer, Watched())
     trainer.train()
     assert limits == [6, 6, 9]
 
 
 def test_rows_that_see_each_other_are_padded_from_the_first_step(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("camopd.trainer.keeps_rows_apart", lambda forward: False)
+    monkeypatch.setattr("camopd.forward.packing_is_exact", lambda forward: False)
     with pytest.raises(ValueError, match="padding_free=True, but in the student rows"):
         make_trainer(tmp_path, tokenizer, padding_free=True, max_steps=1).train()
 
@@ -572,14 +573,12 @@ def test_zero3_in_shards_and_vllm_exclude_each_other(tmp_path, tokenizer):
 
 
 def test_logps_of_a_tool_conversation_are_put_back_where_they_were_sampled():
-    from camopd.trainer import _logps_of_turns
-
     # Row 1 calls a tool: prompt [1], samples [2, 3], reads the tool result [9, 9], samples [4, 5] of which 5 is cut off.
-    turns = [([1], [7], [-0.7]), ([1], [2, 3], [-0.2, -0.3]), ([1, 2, 3, 9, 9], [4, 5], [-0.4, -0.5])]
-    logps = _logps_of_turns(turns, row=1, num_rows=2, prompt=[1], completion=[2, 3, 9, 9, 4])
+    turns = [Turn([1], [7], [-0.7]), Turn([1], [2, 3], [-0.2, -0.3]), Turn([1, 2, 3, 9, 9], [4, 5], [-0.4, -0.5])]
+    logps = logps_of_turns(turns, row=1, num_rows=2, prompt=[1], completion=[2, 3, 9, 9, 4])
     assert logps.isnan().tolist() == [False, False, True, True, False]
     torch.testing.assert_close(logps[[0, 1, 4]], torch.tensor([-0.2, -0.3, -0.4]))
-    assert _logps_of_turns(turns, row=0, num_rows=2, prompt=[1], completion=[7]).tolist() == pytest.approx([-0.7])
+    assert logps_of_turns(turns, row=0, num_rows=2, prompt=[1], completion=[7]).tolist() == pytest.approx([-0.7])
 
 
 def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer, monkeypatch):
@@ -618,7 +617,7 @@ def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer, monkeypa
 def test_evaluation_reports_exact_gaps_per_branch(tmp_path, tokenizer):
     heldout = {branch: make_prompts(branch, 5) for branch in ("general", "domain")}
     trainer = make_trainer(tmp_path, tokenizer, eval_dataset=heldout, per_device_eval_batch_size=2)
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    use_sampler(trainer, FakeSampler())
     found = trainer.evaluate()
     student, teacher = make_model(1), make_model(2)
     means = []
@@ -732,7 +731,7 @@ def test_every_documented_metric_is_written_and_every_written_one_documented(tmp
     datasets = {branch: make_prompts(branch) for branch in ("general", "domain")}
     datasets["general"] = datasets["general"].add_column("category", ["maths"] * len(datasets["general"]))
     trainer = make_trainer(tmp_path, tokenizer, max_steps=4, train_dataset=datasets)
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    use_sampler(trainer, FakeSampler())
     trainer.train()
     written = {
         re.sub(r"(?<=[/_])(general|domain)(?=[/_]|$)", "<branch>", name).replace("/maths", "/<category>")
@@ -774,7 +773,7 @@ def test_selection_metrics_describe_kept_and_dropped_samples(tmp_path, tokenizer
 @pytest.mark.parametrize(
     "name",
     [
-        "_tokenize_prompts", "_generate_single_turn", "_generate_and_score_completions", "_prepare_inputs", "compute_loss",
+        "_tokenize_prompts", "_generate_single_turn", "_generate", "_prepare_inputs", "compute_loss",
         "training_step", "prediction_step", "evaluation_loop", "_save_checkpoint", "_get_grad_norm", "get_train_dataloader",
         "num_examples", "get_batch_samples",
     ],
@@ -962,9 +961,9 @@ def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"teachers": {"general": None, "domain": "x"}}, ValueError, r"branch 'general' .* has no teacher: teachers has"),
-        ({"teachers": {"general": "x"}}, ValueError, r"branch 'domain' of schedule .* has no teacher"),
-        ({"teachers": {"general": "x", "domain": "x", "code": "x"}}, ValueError, r"teachers has \['code'\].*never visits"),
+        ({"teachers": {"general": None, "domain": "x"}}, ValueError, r"visits branch 'general', but teachers has"),
+        ({"teachers": {"general": "x"}}, ValueError, r"visits branch 'domain', but teachers has"),
+        ({"teachers": {"general": "x", "domain": "x", "code": "x"}}, ValueError, r"teachers has 'code', .* never visits"),
         ({"teachers": "http://localhost:1"}, TypeError, r"teachers must map each branch"),
         ({"teachers": None}, TypeError, r"teachers must map each branch"),
         (
@@ -973,7 +972,7 @@ def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer
             r"'adapter_start'.*but the student comes without one, or gets a new one by peft_config",
         ),
         ({"teachers": {"general": "x", "domain": "adapter_off"}}, ValueError, r"'adapter_off'.*but the student has none"),
-        ({"train_dataset": {"general": make_prompts("g")}}, ValueError, r"branch 'domain' .* has no prompts"),
+        ({"train_dataset": {"general": make_prompts("g")}}, ValueError, r"visits branch 'domain', but train_d"),
         ({"train_dataset": make_prompts("g")}, TypeError, r"train_dataset must map each branch"),
         ({"train_dataset": None}, TypeError, r"train_dataset must map each branch"),
         ({"eval_dataset": make_prompts("g")}, TypeError, r"eval_dataset must map branches.*\{'general': dataset\}"),
@@ -1022,7 +1021,7 @@ def test_a_prompt_with_an_image_is_refused(tmp_path, tokenizer):
 def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_server):
     server = start_server()
     trainer = make_trainer(tmp_path, tokenizer, max_steps=1, teachers={"general": server.url, "domain": make_model(1)})
-    score, forward = trainer._score, trainer._student_forward
+    score, forward = trainer.scorer.score, trainer.student.logps
     server.before = lambda: time.sleep(1.0)  # four requests at once
     slow = []
 
@@ -1031,8 +1030,13 @@ def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_serve
             time.sleep(0.2)  # in each of four
         return forward(*args, **kwargs)
 
-    trainer._student_forward = slow_forward
-    trainer._score = lambda *args: slow.append(1) or score(*args) or slow.clear()
+    def score_slowly(*args):
+        slow.append(1)
+        clocks = score(*args)
+        slow.clear()
+        return clocks
+
+    trainer.student.logps, trainer.scorer.score = slow_forward, score_slowly
     trainer.train()
     (line,) = lines(tmp_path)
     assert line["time/teacher_general"] >= 1.0
@@ -1051,7 +1055,7 @@ def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_p
         teachers={"general": general.url, "domain": domain.url},
     )  # fmt: skip
     student_scores = threading.Event()
-    score, forward = trainer._score, trainer._student_forward
+    score, forward = trainer.scorer.score, trainer.student.logps
 
     def begin(
         *args,
@@ -1066,11 +1070,11 @@ def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_p
             student_scores.set()
             return forward(*args, **kwargs)
 
-        trainer._student_forward = forward_when_both_are_asked
+        trainer.student.logps = forward_when_both_are_asked
         general.before = domain.before = lambda: student_scores.wait(10)
         return score(*args)
 
-    trainer._score = begin
+    trainer.scorer.score = begin
     trainer.train()
     (line,) = lines(tmp_path)
     assert line["time/teacher_general_hidden"] > 0
@@ -1102,7 +1106,7 @@ def test_a_server_that_says_it_is_the_student_and_is_not_is_refused_before_the_f
     if not other_weights:
         trainer.train()
         return
-    trainer._roll_out = None
+    trainer.roll_out = None
     with pytest.raises(TeacherError, match=r"'domain'.*differs from the trainer by .* other weights stand behind"):
         trainer.train()
 
@@ -1131,7 +1135,7 @@ def test_a_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=1, teachers={"general": start_server(model=lost).url, "domain": make_model(1)}
     )
-    trainer._roll_out = None
+    trainer.roll_out = None
     with pytest.raises(TeacherError, match=r"'general'.*as -ln\(vocabulary size\): it has lost its weights"):
         trainer.train()
 
@@ -1161,3 +1165,31 @@ def test_a_model_whose_logits_are_not_what_is_computed_is_refused_before_the_fir
     with pytest.raises(ValueError, match=rf"{whose} .*\(LlamaForCausalLM\) that CaMOPD computes .* by \d.* nats"):
         trainer.train()
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_what_an_evaluation_measures_is_no_part_of_a_step(tmp_path, tokenizer):
+    """FSDP2 takes a step of zeros on resume, before any step of the run: with nothing to add to, also after `evaluate`."""
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"general": make_prompts("general", 2)}, max_steps=2)
+    trainer.evaluate()
+    optimizer = trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert trainer.step is None
+    trainer.train()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_the_check_of_teachers_is_no_part_of_the_first_rollouts_time(tmp_path, tokenizer, start_server):
+    server = start_server()
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, teachers={"general": server.url, "domain": make_model(1)})
+    checking = []
+
+    class Before(StepCallback):
+        def on_step_started(self, step):
+            checking.append(len(server.scored))
+
+    trainer.add_callback(Before())
+    trainer.train()
+    assert checking[0] > 0  # it was asked before the step, whose clock starts with it

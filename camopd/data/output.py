@@ -15,9 +15,9 @@ from typing import Any
 import orjson
 import yaml
 
-from .. import __version__
 from ..errors import DataError
 from ..hub import hub_errors, why_not
+from ..version import __version__
 from .sources import Opened
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import __version__
 from ..errors import DataError
+from ..version import __version__
 from .output import Build, Part
 from .sources import Opened
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +17,9 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from ..logprobs import completion_top_k, padding_free_for
+from ..forward import Forward, evaluating
 from .address import has_adapter
 from .base import TokenScores
-from .local import Forward, score_with
 
 
 if TYPE_CHECKING:
@@ -175,20 +173,12 @@ class AdapterTeacher:
     model is itself a base with LoRA, that is the domain teacher, and `"adapter_off"` the general one.
     """
 
-    def __init__(
-        self,
-        student: Any,
-        which: str,
-        forward: Forward,
-        batch_size: int,
-        autocast: Callable[[], Any] = nullcontext,
-        padding_free: bool | None = None,
-    ):
+    def __init__(self, student: Any, which: str, forward: Forward):
         """
         Args:
             student: the `peft.PeftModel` that is trained; for `"adapter_start"` after `keep_start_adapter`.
             which: `"adapter_off"` or `"adapter_start"`.
-            forward: `(token_ids, prompt_lens) -> (logps_BT, None)` through the trainer's wrapped student.
+            forward: the student's own, so that equal weights are batched alike.
 
         Raises `ValueError` where weights are trained that both models share.
         """
@@ -202,29 +192,13 @@ class AdapterTeacher:
         self.student = student
         self.adapter = START if which == "adapter_start" else None
         self.name = f"{which}:{get_config_model_id(student.config)}"
-        self.padding_free = padding_free_for(student, padding_free)
         self.forward = forward
-        self.batch_size = batch_size
-        self.autocast = autocast
 
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
         """See [`Teacher.score`]."""
-        training = self.student.training
-        self.student.eval()  # dropout off; `disable_adapter` does not do that
-        try:
-            with use_adapter(self.student, self.adapter):
-                return score_with(
-                    self.forward,
-                    lambda ids, lens: completion_top_k(self.student, ids, lens, pad_token_id=0, k=top_k),
-                    token_ids,
-                    prompt_lens,
-                    top_k,
-                    self.batch_size,
-                    self.padding_free,
-                    self.autocast,
-                )
-        finally:
-            self.student.train(training)
+        # `disable_adapter` leaves dropout on
+        with evaluating(self.student), use_adapter(self.student, self.adapter):
+            return self.forward.token_scores(token_ids, prompt_lens, top_k)
 
 
 def load_adapter_student(path: str, init_kwargs: dict[str, Any]) -> Any:

@@ -8,25 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path
 
-from ..logprobs import (
-    architecture,
-    check_logps,
-    completion_logps,
-    completion_top_k,
-    in_length_sorted_batches,
-    keeps_rows_apart,
-    padding_free_for,
-    settle_padding_free,
-)
+from ..forward import Forward
 from .base import TokenScores
-
-
-Forward = Callable[[list[list[int]], list[int]], tuple[Tensor, Tensor | None]]
 
 
 class LocalTeacher:
@@ -53,50 +40,34 @@ class LocalTeacher:
             autocast: the trainer's autocast, so that teacher and student round alike.
             padding_free: as the config has it.
         """
-        self.wanted = padding_free
-        self.padding_free = padding_free_for(model, padding_free)
-        self.probed = False
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.device = torch.device(device)
-        self.batch_size = batch_size
-        self.autocast = autocast
+        self.forward = Forward(
+            model,
+            run=lambda function, *args: function(model, *args),
+            whole=model,
+            autocast=autocast,
+            batch_size=batch_size,
+            pad_token_id=0,
+            padding_free=padding_free,
+            whose=f"teacher {name}",
+        )
         self.rests_on_cpu = self.device.type != "cpu" and getattr(model, "hf_device_map", None) is None
         if self.rests_on_cpu:
             self.model.to("cpu")
 
     def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
         """See [`Teacher.score`]."""
-        self.probe()
         with self._on_device():
-            return score_with(
-                lambda ids, lens: completion_logps(
-                    self.model, ids, lens, pad_token_id=0, padding_free=self.padding_free
-                ),
-                lambda ids, lens: completion_top_k(self.model, ids, lens, pad_token_id=0, k=top_k),
-                token_ids,
-                prompt_lens,
-                top_k,
-                self.batch_size,
-                self.padding_free,
-                self.autocast,
-            )
+            self.forward.probe()
+            return self.forward.token_scores(token_ids, prompt_lens, top_k)
 
     def probe(self) -> None:
         """See once, where the teacher scores, that its log-probs are those of its own logits, and that rows without padding
         do not see each other. Raises `ValueError` otherwise."""
-        if self.probed:
-            return
-        self.probed = True
-
-        def forward(ids: list[list[int]], lens: list[int], padding_free: bool = False) -> Tensor:
-            return completion_logps(self.model, ids, lens, 0, padding_free=padding_free)[0]
-
-        with self._on_device(), self.autocast():
-            check_logps(f"teacher {self.name} ({architecture(self.model)})", forward, self.model, self.model)
-            if self.padding_free:
-                keeps_apart = keeps_rows_apart(forward)
-                self.padding_free = settle_padding_free(keeps_apart, self.wanted, f"teacher {self.name}")
+        with self._on_device():
+            self.forward.probe()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -107,28 +78,6 @@ class LocalTeacher:
         finally:
             if self.rests_on_cpu:
                 self.model.to("cpu")
-
-
-def score_with(
-    logps_forward: Forward,
-    top_k_forward: Forward,
-    token_ids: list[list[int]],
-    prompt_lens: list[int],
-    top_k: int,
-    batch_size: int,
-    padding_free: bool,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> list[TokenScores]:
-    """Score rows with a model's forward, in length-sorted batches (`exchange.score_batches`)."""
-    with autocast():
-        rows = in_length_sorted_batches(logps_forward, token_ids, prompt_lens, batch_size, padding_free)
-        if not top_k:
-            return [TokenScores(logps=row[0].float()) for row in rows]
-        tops = in_length_sorted_batches(top_k_forward, token_ids, prompt_lens, batch_size)
-    return [
-        TokenScores(logps=row[0].float(), top_ids=top[0], top_logps=top[1])
-        for row, top in zip(rows, tops, strict=True)
-    ]
 
 
 def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) -> PreTrainedModel:

@@ -11,12 +11,13 @@ from accelerate.utils import is_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from ..forward import Forward
 from ..tokens import embedding_size, head_size
 from .adapters import AdapterTeacher
 from .address import ADAPTER_TEACHERS
 from .base import Teacher
 from .check import check_local, check_server, raise_errors
-from .local import Forward, LocalTeacher, context_length, load_teacher_model
+from .local import LocalTeacher, context_length, load_teacher_model
 from .vllm.teacher import ServerTeacher
 
 
@@ -53,7 +54,7 @@ def resolve_teachers(
             raise_errors(check_server(branch, spec, tokenizer, max_tokens), logger.warning)
             teacher = spec
         elif isinstance(spec, str) and spec in ADAPTER_TEACHERS:
-            teacher = AdapterTeacher(student, spec, student_forward, batch_size, autocast, padding_free)
+            teacher = AdapterTeacher(student, spec, student_forward)
         elif isinstance(spec, str) or _is_model(spec):
             model, name, theirs = _local_model(spec, branch, student_dtype, init_kwargs)
             known, context = min(head_size(model), embedding_size(model)), context_length(model.config)

@@ -1,159 +1,14 @@
-"""After selection: spread the kept samples over ranks and micro-batches, so that all have the same work and little padding.
+"""Which samples share a micro-batch, and which rank trains them: pure planning over their lengths.
 
-Selection keeps other samples on every rank, and completions differ in length by orders of magnitude. Without an exchange
-every rank runs as many micro-batches as the fullest one, and pads each to its longest sample.
+Selection keeps other samples on every rank, and completions differ in length by orders of magnitude. Without a plan every
+rank runs as many micro-batches as the fullest one, and pads each to its longest sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
-
-import torch
-import torch.distributed as dist
-
-from .errors import CaMOPDError
-from .rollouts import Rollouts
-
-
-T = TypeVar("T")
-
-
-class Kept(NamedTuple):
-    """One kept sample, as every rank knows it."""
-
-    position: int  # in the step's global batch
-    branch: str
-    prompt_len: int
-    length: int  # prompt + completion
-    owner: int  # the rank that rolled it out
-
-
-def exchange(rollouts: Rollouts, kept: Sequence[Kept], to: Sequence[int], rank: int, device: torch.device) -> Rollouts:
-    """Send each kept sample to the rank it is to be trained on; only token ids, the mask, log-probs
-    and the weights of a token rule travel.
-
-    Args:
-        rollouts: this rank's, scored.
-        kept: the kept samples of all ranks, in the same order on every rank.
-        to: rank of each of them.
-        rank: this one.
-        device: where the process group's tensors live.
-
-    Returns the samples that have come to this rank, without entropy.
-    """
-    row_of = {position: row for row, position in enumerate(rollouts.position)}
-    leaving = [(sample, target) for sample, target in zip(kept, to, strict=True) if sample.owner == rank]
-    arriving = [sample for sample, target in zip(kept, to, strict=True) if target == rank]
-    columns = [rollouts.teacher_logps, rollouts.student_logps]
-    columns += [column for column in (rollouts.rollout_logps, rollouts.token_weights) if column is not None]
-    world = dist.get_world_size()
-
-    tokens: list[list[torch.Tensor]] = [[] for _ in range(world)]
-    numbers: list[list[torch.Tensor]] = [[] for _ in range(world)]
-    for sample, target in leaving:
-        row = row_of[sample.position]
-        tokens[target] += [torch.tensor(rollouts.token_ids[row], dtype=torch.int32), rollouts.mask[row].int()]
-        numbers[target] += [column[row] for column in columns]
-    from_rank = [[sample for sample in arriving if sample.owner == source] for source in range(world)]
-    token_sizes = [sum(2 * sample.length - sample.prompt_len for sample in samples) for samples in from_rank]
-    number_sizes = [
-        len(columns) * sum(sample.length - sample.prompt_len for sample in samples) for samples in from_rank
-    ]
-    all_tokens = iter(_all_to_all(tokens, token_sizes, torch.int32, device))
-    all_numbers = iter(_all_to_all(numbers, number_sizes, torch.float32, device))
-
-    found: dict[int, tuple[torch.Tensor, ...]] = {}
-    for samples, from_tokens, from_numbers in zip(from_rank, all_tokens, all_numbers, strict=True):
-        lengths = [size for sample in samples for size in (sample.length, sample.length - sample.prompt_len)]
-        pieces = from_tokens.split(lengths)
-        parts = from_numbers.split([sample.length - sample.prompt_len for sample in samples for _ in columns])
-        for place, sample in enumerate(samples):
-            own = parts[place * len(columns) : (place + 1) * len(columns)]
-            found[sample.position] = (*pieces[2 * place : 2 * place + 2], *own)
-    rows = [found[sample.position] for sample in arriving]
-    return Rollouts(
-        branch=[sample.branch for sample in arriving],
-        position=[sample.position for sample in arriving],
-        token_ids=[row[0].tolist() for row in rows],
-        prompt_len=[sample.prompt_len for sample in arriving],
-        mask=[row[1].bool() for row in rows],
-        length=[sample.length - sample.prompt_len for sample in arriving],
-        truncated=[False] * len(arriving),  # selection has counted them where they were rolled out
-        teacher_logps=[row[2] for row in rows],
-        student_logps=[row[3] for row in rows],
-        rollout_logps=None if rollouts.rollout_logps is None else [row[4] for row in rows],
-        token_weights=None if rollouts.token_weights is None else [row[-1] for row in rows],
-    )
-
-
-class Trained:
-    """What has gone through an optimizer step's loss on this rank, to be held against what was kept of the step.
-
-    Every rank adds the rows of each loss; at the end of the step the rows of all ranks are checked together.
-    """
-
-    def __init__(self, kept: Mapping[int, int]):
-        """`kept` has the sampled tokens of each kept sample of all ranks, by its position in the step's global batch."""
-        self.kept = kept
-        self.rows: list[tuple[int, int]] = []  # position and tokens inside the loss's mask
-
-    def add(self, positions: Sequence[int], mask: torch.Tensor) -> None:
-        """Take in the rows of one loss. Rows of `mask` (B, T) behind those with a position are stand-ins."""
-        tokens = mask.sum(dim=1).tolist()
-        if any(tokens[len(positions) :]):
-            raise CaMOPDError(f"a stand-in has {sum(tokens[len(positions) :])} tokens in the loss. {_REPORT}")
-        self.rows += zip(positions, tokens[: len(positions)], strict=True)
-
-    def check(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Raise `CaMOPDError` unless the rows of all ranks are the kept samples, each once and with all its tokens."""
-        times = Counter(position for position, _ in rows)
-        found = {
-            "not trained": [position for position in self.kept if not times[position]],
-            "trained more than once": [position for position, count in times.items() if count > 1],
-            "trained but not kept": [position for position in times if position not in self.kept],
-            "trained with other tokens": [
-                position for position, tokens in rows if self.kept.get(position, tokens) != tokens
-            ],
-        }
-        if any(found.values()):
-            wrong = "; ".join(
-                f"{len(places)} {what} (positions {sorted(places)[:8]})" for what, places in found.items() if places
-            )
-            raise CaMOPDError(
-                f"of {len(self.kept)} kept samples with {sum(self.kept.values())} tokens, {len(rows)} samples with "
-                f"{sum(tokens for _, tokens in rows)} tokens have gone through the loss: {wrong}. The run ends here; its "
-                f"last checkpoint is from before that. {_REPORT}"
-            )
-
-
-_REPORT = (
-    "Unless you have replaced a method of the trainer, this is a fault of camopd: please report it with the settings."
-)
-
-
-def in_micro_steps(batches: Sequence[T], micro_steps: int) -> list[T | None]:
-    """Micro-batches as the last of the micro-steps, `None` before them. Raises `CaMOPDError` where they do not fit."""
-    if len(batches) > micro_steps:
-        raise CaMOPDError(
-            f"{len(batches)} micro-batches do not fit into the {micro_steps} micro-steps of an optimizer step "
-            f"(gradient_accumulation_steps): some kept samples would not be trained. {_REPORT}"
-        )
-    return [*[None] * (micro_steps - len(batches)), *batches]
-
-
-def _all_to_all(
-    outgoing: list[list[torch.Tensor]], sizes: list[int], dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
-    """What the other ranks have for this one, a flat tensor per rank, of `sizes` items."""
-    mine = [torch.cat(parts).to(dtype) if parts else torch.zeros(0, dtype=dtype) for parts in outgoing]
-    received = torch.empty(sum(sizes), dtype=dtype, device=device)
-    dist.all_to_all_single(
-        received, torch.cat(mine).to(device), output_split_sizes=sizes, input_split_sizes=[len(part) for part in mine]
-    )
-    return list(received.cpu().split(sizes))
+from collections.abc import Sequence
+from typing import Any
 
 
 def attention_cost(model: Any) -> float:
@@ -172,7 +27,7 @@ def attention_cost(model: Any) -> float:
     return kinds.count("full_attention") * width / weights
 
 
-def plan(
+def balance_micro_batches(
     lengths: Sequence[int],
     num_ranks: int,
     batch_size: int | None,

@@ -1,18 +1,13 @@
 """The plan of who trains what. That the gradient is the same with it and without is in test_trainer.py."""
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from camopd.errors import CaMOPDError
-from camopd.exchange import Kept, Trained, exchange, in_micro_steps, plan, score_batches
-from camopd.rollouts import Rollouts
+from camopd.balance import balance_micro_batches, score_batches
 
 
 def log_normal_lengths(count=512, seed=0):
@@ -38,7 +33,9 @@ def padding(ranks, lengths):
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 def test_every_sample_has_one_place_and_every_rank_as_many_micro_batches(count, num_ranks, batch_size, padding_free):
     lengths = log_normal_lengths(count)
-    ranks = plan(lengths, num_ranks, batch_size, max_tokens=(batch_size or 1) * 10_000, padding_free=padding_free)
+    ranks = balance_micro_batches(
+        lengths, num_ranks, batch_size, max_tokens=(batch_size or 1) * 10_000, padding_free=padding_free
+    )
     assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(count))
     assert len(ranks) == num_ranks
     (per_rank,) = {len(batches) for batches in ranks}
@@ -49,7 +46,7 @@ def test_every_sample_has_one_place_and_every_rank_as_many_micro_batches(count, 
 @pytest.mark.parametrize("seed", range(5))
 def test_log_normal_lengths_are_hardly_padded(micro_batches, allowed, random, seed):
     lengths = log_normal_lengths(seed=seed)
-    ranks = plan(lengths, 1, 512 // micro_batches, max_tokens=10**9)
+    ranks = balance_micro_batches(lengths, 1, 512 // micro_batches, max_tokens=10**9)
     assert len(ranks[0]) == micro_batches
     assert padding(ranks, lengths) <= allowed
     order = np.random.default_rng(seed).permutation(512).reshape(micro_batches, -1).tolist()
@@ -60,7 +57,7 @@ def test_log_normal_lengths_are_hardly_padded(micro_batches, allowed, random, se
 @pytest.mark.parametrize("seed", range(5))
 def test_ranks_have_the_same_work_to_3_percent(num_ranks, seed):
     lengths = log_normal_lengths(seed=seed)
-    ranks = plan(lengths, num_ranks, batch_size=512 // (num_ranks * 16), max_tokens=10**9)
+    ranks = balance_micro_batches(lengths, num_ranks, batch_size=512 // (num_ranks * 16), max_tokens=10**9)
     work = [sum(padded(batch, lengths) for batch in batches) for batches in ranks]
     tokens = [sum(lengths[index] for batch in batches for index in batch) for batches in ranks]
     assert max(work) <= 1.03 * sum(work) / num_ranks
@@ -74,7 +71,7 @@ def test_no_micro_batch_holds_more_than_it_may(batch_size, attention_cost, sprea
     lengths = log_normal_lengths() if spread == "log-normal" else [100 - index % 7 for index in range(61)] + [3, 2, 1]
     budget = max(2, batch_size or 2) * max(lengths)
     for tokens_of, padding_free in ((padded, False), (real, True)):
-        ranks = plan(lengths, 4, batch_size, budget, padding_free, attention_cost)
+        ranks = balance_micro_batches(lengths, 4, batch_size, budget, padding_free, attention_cost)
         assert max(tokens_of(batch, lengths) for batches in ranks for batch in batches) <= budget
         assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(len(lengths)))
 
@@ -83,7 +80,7 @@ def test_no_micro_batch_holds_more_than_it_may(batch_size, attention_cost, sprea
 def test_a_token_budget_fills_its_micro_batches(padding_free):
     lengths = log_normal_lengths()
     budget = 4 * max(lengths)
-    ranks = plan(lengths, 4, None, budget, padding_free)
+    ranks = balance_micro_batches(lengths, 4, None, budget, padding_free)
     fewest = math.ceil(sum(lengths) / budget / 4)  # the best there can be
     assert len(ranks[0]) <= fewest + (0 if padding_free else 2)
 
@@ -91,7 +88,7 @@ def test_a_token_budget_fills_its_micro_batches(padding_free):
 @pytest.mark.parametrize("seed", range(5))
 def test_without_padding_micro_batches_and_ranks_have_the_same_tokens(seed):
     lengths = log_normal_lengths(seed=seed)
-    ranks = plan(lengths, 8, batch_size=4, max_tokens=10**9, padding_free=True)
+    ranks = balance_micro_batches(lengths, 8, batch_size=4, max_tokens=10**9, padding_free=True)
     per_rank = [sum(real(batch, lengths) for batch in batches) for batches in ranks]
     assert max(per_rank) <= 1.03 * sum(per_rank) / 8
     for turn in range(len(ranks[0])):  # sharded models wait for the slowest rank in every turn
@@ -107,31 +104,36 @@ def test_where_attention_dominates_ranks_are_balanced_by_squared_lengths():
         (False, lambda batch: len(batch) * max(lengths[i] + cost * lengths[i] ** 2 for i in batch)),
     ):
         with_cost, without = (
-            [sum(map(work_of, batches)) for batches in plan(lengths, 4, 2, 10**9, padding_free, attention_cost)]
+            [
+                sum(map(work_of, batches))
+                for batches in balance_micro_batches(lengths, 4, 2, 10**9, padding_free, attention_cost)
+            ]
             for attention_cost in (cost, 0.0)
         )
         assert max(with_cost) <= 1.03 * sum(with_cost) / 4
         assert max(with_cost) < max(without)
-    long_and_short = plan([1000, 500, 500, 500, 500, 500, 500], 2, 4, 10**9, True, 1.0)  # squares: 4 to 6 times 1
+    long_and_short = balance_micro_batches(
+        [1000, 500, 500, 500, 500, 500, 500], 2, 4, 10**9, True, 1.0
+    )  # squares: 4 to 6 times 1
     samples = [[lengths_ for batch in batches for lengths_ in batch] for batches in long_and_short]
     assert sorted(len(mine) for mine in samples) == [2, 5]
 
 
 def test_micro_batches_of_all_ranks_are_as_heavy_in_turn():
     lengths = log_normal_lengths()
-    for batches in plan(lengths, 4, batch_size=8, max_tokens=10**9):
+    for batches in balance_micro_batches(lengths, 4, batch_size=8, max_tokens=10**9):
         work = [padded(batch, lengths) for batch in batches]
         assert work == sorted(work, reverse=True)
 
 
 def test_equal_lengths_make_equal_batches():
-    ranks = plan([100] * 24, 2, batch_size=4, max_tokens=400)
+    ranks = balance_micro_batches([100] * 24, 2, batch_size=4, max_tokens=400)
     assert [[len(batch) for batch in batches] for batches in ranks] == [[4, 4, 4], [4, 4, 4]]
 
 
 def test_a_sample_that_fits_nowhere_is_an_error():
     with pytest.raises(ValueError, match="a sample of 9 tokens does not fit into a micro-batch of 8"):
-        plan([3, 9], 1, 1, max_tokens=8)
+        balance_micro_batches([3, 9], 1, 1, max_tokens=8)
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 64, 300])
@@ -181,7 +183,7 @@ def test_plans_lose_no_sample_and_fit_into_the_micro_steps(lengths, num_ranks, b
         batch_size = max(1, math.ceil(len(lengths) / num_ranks))
     # As the trainer has it: room for `batch_size` of the longest, or a budget of one sample or more.
     max_tokens = int(room * (batch_size or 1) * max(lengths, default=1))
-    ranks = plan(lengths, num_ranks, batch_size, max_tokens, padding_free, cost)
+    ranks = balance_micro_batches(lengths, num_ranks, batch_size, max_tokens, padding_free, cost)
     assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(len(lengths)))
     assert len(ranks) == num_ranks
     (per_rank,) = {len(batches) for batches in ranks}
@@ -195,7 +197,11 @@ def test_samples_of_one_length_that_fit_into_one_micro_batch_are_in_one(padding_
     for length in range(1, 1500, 7):
         for count in (1, 3, 8):
             for cost in (1 / 56_000, 1e-7, 0.1):
-                assert len(plan([length] * count, 1, count, 10**9, padding_free, cost)[0]) == 1, (length, count, cost)
+                assert len(balance_micro_batches([length] * count, 1, count, 10**9, padding_free, cost)[0]) == 1, (
+                    length,
+                    count,
+                    cost,
+                )
 
 
 @settings(max_examples=100, deadline=None)
@@ -206,103 +212,3 @@ def test_forwards_without_gradient_lose_no_row_whatever_their_lengths(lengths, b
     assert all(batches)
     assert len(batches) == len(score_batches([9] * len(lengths), batch_size, padding_free))  # as on every other rank
     assert all(padded(batch, lengths) <= batch_size * max(lengths) for batch in batches)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 4), st.booleans(), st.booleans(), st.data())
-def test_the_exchange_hands_every_sample_over_whole(world, with_rollout_logps, with_token_weights, data):
-    sample = st.tuples(st.integers(1, 5), st.integers(0, 6), st.integers(0, world - 1))
-    drawn = data.draw(st.lists(sample, max_size=12))
-    targets = data.draw(st.lists(st.integers(0, world - 1), min_size=len(drawn), max_size=len(drawn)))
-    kept = [
-        Kept(3 * place, "general", prompt_len, prompt_len + length, owner)
-        for place, (prompt_len, length, owner) in enumerate(drawn)
-    ]
-    generator = torch.Generator().manual_seed(len(drawn))
-    ids = [torch.randint(0, 2**31 - 1, (sample.length,), generator=generator).tolist() for sample in kept]
-    numbers = torch.randn(4, 12, 6, generator=generator)
-    masks = torch.rand(12, 6, generator=generator) < 0.5
-
-    def rollouts_of(rank):
-        rows = [place for place, sample in enumerate(kept) if sample.owner == rank]
-        rows.reverse()  # in no particular order
-
-        def column(which):
-            return [numbers[which, row, : drawn[row][1]] for row in rows]
-
-        return Rollouts(
-            branch=["general"] * len(rows),
-            position=[kept[row].position for row in rows],
-            token_ids=[ids[row] for row in rows],
-            prompt_len=[kept[row].prompt_len for row in rows],
-            mask=[masks[row, : drawn[row][1]] for row in rows],
-            length=[drawn[row][1] for row in rows],
-            truncated=[False] * len(rows),
-            teacher_logps=column(0),
-            student_logps=column(1),
-            rollout_logps=column(2) if with_rollout_logps else None,
-            token_weights=column(3) if with_token_weights else None,
-        )
-
-    meeting, posted, here = threading.Barrier(world), {}, threading.local()
-
-    def all_to_all(outgoing, sizes, dtype, device):  # between threads
-        posted[here.rank] = outgoing
-        meeting.wait()
-        parts = [torch.cat([torch.zeros(0, dtype=dtype), *posted[source][here.rank]]) for source in range(world)]
-        meeting.wait()
-        assert [len(part) for part in parts] == sizes
-        return parts
-
-    def on_rank(rank):
-        here.rank = rank
-        return exchange(rollouts_of(rank), kept, targets, rank, torch.device("cpu"))
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world) as pool:
-        patch.setattr("camopd.exchange.dist.get_world_size", lambda: world)
-        patch.setattr("camopd.exchange._all_to_all", all_to_all)
-        received = list(pool.map(on_rank, range(world)))
-    for rank, rollouts in enumerate(received):
-        expected = [place for place, target in enumerate(targets) if target == rank]
-        assert rollouts.position == [kept[place].position for place in expected]
-        for row, place in enumerate(expected):
-            assert rollouts.token_ids[row] == ids[place]
-            assert rollouts.prompt_len[row] == kept[place].prompt_len
-            length = drawn[place][1]
-            assert rollouts.mask[row].tolist() == masks[place, :length].tolist()
-            for which, column in enumerate(
-                (rollouts.teacher_logps, rollouts.student_logps, rollouts.rollout_logps, rollouts.token_weights)
-            ):
-                if column is not None:
-                    assert torch.equal(column[row], numbers[which, place, :length])
-        assert (rollouts.rollout_logps is not None) == with_rollout_logps
-        assert (rollouts.token_weights is not None) == with_token_weights
-
-
-def test_micro_batches_that_do_not_fit_into_the_micro_steps_are_an_error():
-    assert in_micro_steps(["a", "b"], 3) == [None, "a", "b"]
-    assert in_micro_steps(["a", "b"], 2) == ["a", "b"]
-    with pytest.raises(CaMOPDError, match=r"2 micro-batches do not fit into the 1 micro-steps.*would not be trained"):
-        in_micro_steps(["a", "b"], 1)
-
-
-def test_what_was_trained_is_held_against_what_was_kept():
-    kept = {0: 3, 5: 1, 9: 2}
-    one, other = Trained(kept), Trained(kept)
-    one.add([9, 0], torch.tensor([[True, True, False], [True, True, True]]))
-    other.add([5], torch.tensor([[False, True]]))
-    other.add([], torch.zeros(1, 1).bool())  # a stand-in
-    one.check(one.rows + other.rows)
-    Trained({}).check([])
-    for rows, message in (
-        (one.rows, r"of 3 kept samples with 6 tokens, 2 samples with 5 tokens .* 1 not trained \(positions \[5\]\)"),
-        (one.rows + 2 * other.rows, r"1 trained more than once \(positions \[5\]\)"),
-        ([*one.rows, *other.rows, (7, 1)], r"1 trained but not kept \(positions \[7\]\)"),
-        ([*one.rows, (5, 4)], r"1 trained with other tokens \(positions \[5\]\)"),
-    ):
-        with pytest.raises(CaMOPDError, match=message):
-            one.check(rows)
-    with pytest.raises(CaMOPDError, match="a stand-in has 2 tokens in the loss"):
-        one.add([], torch.ones(1, 2).bool())
-    with pytest.raises(ValueError, match="zip"):
-        one.add([1, 2], torch.ones(1, 2).bool())

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import make_model, make_prompts, rounding
 from peft import LoraConfig
-from steps import FakeSampler
+from steps import FakeSampler, use_sampler
 from test_trainer import lines, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from camopd import diagnostics, metrics
-from camopd.diagnostics import Sketch, coherence, last_block, of_coherence, random_subsets
+from camopd import metrics
+from camopd.gradients import CONTROL_DRAWS, Sketch, coherence, last_block, of_coherence, random_subsets
+from camopd.samples import Sample, SampleSummary
+from camopd.step import StepCallback
 
 
 COHERENCE = ("coh_full", "coh_selected", "gcg", "gcg_control", "gcg_excess")
@@ -111,24 +113,25 @@ def test_gains_of_nothing_are_no_numbers():
     assert all(math.isnan(no_gradient[f"coherence/general/{name}"]) for name in COHERENCE)
 
 
-def by_hand(trainer, rollouts, kept, model) -> dict[str, dict[int, torch.Tensor]]:
+def by_hand(trainer, samples, model) -> dict[str, dict[int, torch.Tensor]]:
     """Gradient of each sample's own term of Eq. 9 (without 1/|S|), branch -> position -> vector, one backward each."""
     layers = [m for m in model.model.layers[-1].modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
     gradients: dict[str, dict[int, torch.Tensor]] = {}
-    for row, (ids, start) in enumerate(zip(rollouts.token_ids, rollouts.prompt_len, strict=True)):
-        branch, length = rollouts.branch[row], len(ids) - start
+    for sample in samples:
+        ids, start, branch = sample.token_ids, sample.prompt_len, sample.branch
+        length = len(ids) - start
         if not length:
             continue
         logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
         logps = logits.log_softmax(dim=-1)[range(length), ids[start:]]
         loss = 0
         for t in range(length):
-            weight = math.exp(logps[t].item() - rollouts.rollout_logps[row][t].item())
+            weight = math.exp(logps[t].item() - sample.rollout_logps[t].item())
             weight = weight if 0.5 <= weight <= 2 else 0.0
-            gap = rollouts.teacher_logps[row][t] - rollouts.student_logps[row][t]
-            loss = loss - weight * trainer._settings["scale"][branch] * gap * logps[t] / length
+            gap = sample.teacher_logps[t] - sample.student_logps[t]
+            loss = loss - weight * trainer.branches[branch].scale * gap * logps[t] / length
         found = torch.autograd.grad(loss, [layer.weight for layer in layers])
-        gradients.setdefault(branch, {})[rollouts.position[row]] = torch.cat([g.flatten() for g in found]).double()
+        gradients.setdefault(branch, {})[sample.position] = torch.cat([g.flatten() for g in found]).double()
     return gradients
 
 
@@ -143,25 +146,22 @@ def by_hand(trainer, rollouts, kept, model) -> dict[str, dict[int, torch.Tensor]
     ],
     ids=["alternating", "padding_free", "mixed", "without_selection", "lora"],
 )
-def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(
-    settings, tmp_path, tokenizer, monkeypatch
-):
+def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(settings, tmp_path, tokenizer):
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=1, prompts_per_step=12, max_completion_length=9, mass_target=0.6, optim="sgd",
         teachers={"general": make_model(2), "domain": make_model(3)}, **settings,
     )  # fmt: skip
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeSampler(), -1
+    use_sampler(trainer, FakeSampler())
     expected = {}
-    measure = trainer._measure_samples
 
-    def measuring(rollouts, kept, num_kept):
-        student = copy.deepcopy(trainer.model)
-        expected.update(by_hand(trainer, rollouts, kept, getattr(student, "base_model", student).model
-                                if settings.get("peft_config") else student))  # fmt: skip
-        expected["kept"] = set(kept)
-        measure(rollouts, kept, num_kept)
+    class Beside(StepCallback):
+        def on_step_ready(self, step):
+            student = copy.deepcopy(trainer.model)
+            expected.update(by_hand(trainer, step.samples, getattr(student, "base_model", student).model
+                                    if settings.get("peft_config") else student))  # fmt: skip
+            expected["kept"] = set(step.kept)
 
-    monkeypatch.setattr(trainer, "_measure_samples", measuring)
+    trainer.add_callback(Beside())
     trainer.train()
     (line,) = lines(tmp_path)
     kept = expected.pop("kept")
@@ -189,7 +189,7 @@ def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(
             random.append(100 * (coh([places[place] for place in order]) / full - 1))
         random = torch.tensor(random)
         random = random[~random.isnan()]  # a sample whose weights all lie outside the band has no gradient
-        spread = random.std().item() / math.sqrt(diagnostics.CONTROL_DRAWS)
+        spread = random.std().item() / math.sqrt(CONTROL_DRAWS)
         control = random.mean().item()
         assert line[f"coherence/{branch}/gcg_control"] == pytest.approx(control, abs=4 * spread + 0.1)
     if "+" in line["branch"]:
@@ -328,12 +328,13 @@ def test_the_layers_that_are_watched():
 # --- selection ---------------------------------------------------------------------------------------------------
 
 
-def row(position: int, length: int, gaps: list[float], teacher_logp: float = -1.0, **columns) -> dict:
-    mask = torch.ones(len(gaps), dtype=torch.bool)
-    logps = torch.full((len(gaps),), teacher_logp)
-    sums = metrics.row_sums(torch.tensor(gaps), logps, torch.zeros(len(gaps)), mask)
-    score = sum(map(abs, gaps)) / len(gaps)
-    return {"position": position, "length": length, "score": score, "truncated": False, **sums, **columns}
+def row(position: int, length: int, gaps: list[float], teacher_logp: float = -1.0, **columns) -> SampleSummary:
+    mask, zeros = torch.ones(len(gaps), dtype=torch.bool), torch.zeros(len(gaps))
+    sample = Sample(
+        "b", position, [0] * (1 + len(gaps)), 1, mask, length, False, teacher_logps=zeros + teacher_logp, entropy=zeros,
+        gaps=torch.tensor(gaps), **columns,
+    )  # fmt: skip
+    return metrics.summary(sample, score=sum(map(abs, gaps)) / len(gaps), rank=0)
 
 
 def of_rows(rows, kept, score="absolute"):

@@ -1,0 +1,64 @@
+"""The table of completions (`log_completions=True`), with the branch of each: TRL's has none."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from trl.trainer.utils import print_prompt_completions_sample
+
+from ..samples import Sample
+from ..step import StepCallback
+
+
+class CompletionsTable(StepCallback):
+    """Prints some of the latest completions, writes all to `completions/completions_*.parquet`, and sends them where
+    metrics go, as TRL does; on the first process, whenever the trainer logs."""
+
+    def __init__(self, args: Any, processing_class: Any, gather: Callable[[list[Any]], list[Any]]):
+        """
+        Args:
+            args: of the run; as many completions are kept as an optimizer step has.
+            processing_class: that decodes them.
+            gather: of a list over all ranks.
+        """
+        self._decode, self._gather = processing_class.decode, gather
+        self._rows: deque[tuple[str, str, str]] = deque(maxlen=args.prompts_per_step)
+
+    def on_rolled_out(self, samples: list[Sample]) -> None:
+        """Take in the samples of all ranks."""
+        rows = [
+            (
+                sample.branch,
+                self._text(sample.token_ids[: sample.prompt_len]),
+                self._text(sample.token_ids[sample.prompt_len :]),
+            )
+            for sample in samples
+        ]
+        self._rows.extend(self._gather(rows))
+
+    def _text(self, ids: list[int]) -> str:
+        return self._decode(ids, skip_special_tokens=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the table."""
+        if not state.is_world_process_zero:
+            return
+        table = pd.DataFrame(self._rows, columns=["branch", "prompt", "completion"])
+        table.insert(0, "step", state.global_step)
+        print_prompt_completions_sample(
+            table["prompt"].tolist(), table["completion"].tolist(), {}, None, state.global_step,
+            args.num_completions_to_print, extra={"branch": table["branch"].tolist()},
+        )  # fmt: skip
+        folder = Path(args.output_dir) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"completions_{state.global_step:05d}.parquet")
+        shown = table.drop_duplicates(subset=["branch", "prompt"]) if args.log_unique_prompts else table
+        for name in ("wandb", "trackio"):
+            if name in (args.report_to or ()):
+                backend = __import__(name)
+                if name == "trackio" or backend.run is not None:
+                    backend.log({"completions": backend.Table(dataframe=shown)})

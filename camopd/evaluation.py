@@ -1,0 +1,65 @@
+"""Held-out prompts: what an evaluation has measured of them, each counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+
+from . import metrics
+from .errors import CaMOPDError
+from .prompts import held_out
+from .samples import Sample, SampleSummary
+
+
+class HeldOutResults:
+    """Summaries of one evaluation's samples over all ranks, by position."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, SampleSummary] = {}
+
+    def add(self, samples: Sequence[Sample], rank: int, gather: Callable[[list[Any]], list[Any]]) -> torch.Tensor:
+        """Take in one scored batch of every rank. Returns this rank's sampled reverse KL, the mean over its rows, nats."""
+        mine = [metrics.summary(sample, score=0.0, rank=rank, gap_samples=False) for sample in samples]
+        for summary in gather(mine):
+            # Data loaders fill up the last batches of the ranks with rows that were there before.
+            self._found.setdefault(summary.position, summary)
+        return torch.tensor([-summary.gap / max(1, summary.num_tokens) for summary in mine]).mean()
+
+    def fill(self, output: Any, prefix: str, expected: int, logged: dict[str, list[float]]) -> Any:
+        """The parent's `output` with the gaps of all prompts as `<prefix>_*`; those that TRL logs go to `logged`.
+
+        Raises `CaMOPDError` unless as many prompts were measured as `expected`.
+        """
+        if len(self._found) != expected:
+            raise CaMOPDError(
+                f"{len(self._found)} of {expected} held-out prompts were measured. The data loader leaves the others out: "
+                "set dataloader_drop_last=False."
+            )
+        rows = [self._found[position] for position in sorted(self._found)]
+        logged.update({name: [value] for name, value in metrics.of_completions(rows).items()})
+        found = metrics.of_evaluation(rows)
+        output = output._replace(num_samples=len(rows))
+        output.metrics[f"{prefix}_loss"] = found["kl"]  # without the empty completions the batches count
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        return output
+
+
+def check_name(name: str | None, known: Collection[str]) -> None:
+    """Raise `ValueError` where `evaluate` is given the name of held-out prompts that there are none of."""
+    if name is not None and name not in known:
+        raise ValueError(
+            f"eval_dataset={name!r} names none of the held-out prompts of this trainer, {list(known)}. Name one of them, "
+            "or pass prompts."
+        )
+
+
+def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[str, Any]:
+    """Held-out prompts that a user passes, by the prefix of their metrics: `<prefix>_<branch>`, or `prefix` where they are
+    of one branch and not in a mapping."""
+    by_branch = held_out(datasets, trainer.schedule, argument)
+    trainer.reader.check(by_branch.values())
+    if not isinstance(datasets, dict) and len(by_branch) == 1:
+        return {prefix: next(iter(by_branch.values()))}
+    return {f"{prefix}_{branch}": prompts for branch, prompts in by_branch.items()}

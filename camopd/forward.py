@@ -1,0 +1,149 @@
+"""The one way a model's log-probs are computed: those of the student, of teachers in the process, and of adapters.
+
+Equal weights in the same batches give gaps of exactly 0, not of rounding noise, which Adam would turn into full-sized
+updates. So whoever shares the student's weights shares its `Forward`, and all batch rows alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .balance import score_batches
+from .logprobs import architecture, check_logps, completion_logps, completion_top_k
+from .packing import packing_is_exact, settle_packing, wants_packing
+from .teachers.base import TokenScores
+
+
+class Forward:
+    """Log-probs of a causal language model, with or without padding as suits it.
+
+    Attributes:
+        packed: whether rows stand one after the other without padding; settled by `probe`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        run: Callable[..., Any],
+        whole: Callable[..., Any],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        batch_size: int,
+        pad_token_id: int,
+        padding_free: bool | None,
+        whose: str,
+    ):
+        """
+        Args:
+            model: causal language model or its PEFT wrapper, outside any wrapper of DDP, FSDP or DeepSpeed.
+            run: `run(function, *args)` calls `function(model, *args)` where the model's weights are at hand.
+            whole: the model's own forward in its wrapper, called with `input_ids` and `attention_mask`.
+            autocast: the trainer's, so that student and teachers round alike.
+            batch_size: times the longest row, tokens of a forward without gradient.
+            pad_token_id: fills the padding; its value never matters.
+            padding_free: as the config has it; `None` decides by the model.
+            whose: the model, as errors call it.
+        """
+        self.model, self.batch_size = model, batch_size
+        self.packed = wants_packing(model, padding_free)
+        self._in_wrapper, self._whole, self._autocast = run, whole, autocast
+        self._pad_token_id, self._wanted, self._whose = pad_token_id, padding_free, whose
+        self._probed = False
+
+    def logps(
+        self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False, **run: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (B, T) of the completion tokens of one batch, with gradient, and entropies (B, T) or `None`."""
+        return self._run(
+            completion_logps, token_ids, prompt_lens, self._pad_token_id, with_entropy, self.packed, **run
+        )
+
+    def rows(
+        self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Log-probs (T_i,) and entropies of each row, without gradient, on the CPU."""
+        return in_length_sorted_batches(
+            lambda ids, lens: self.logps(ids, lens, with_entropy), token_ids, prompt_lens, self.batch_size, self.packed
+        )
+
+    def top_k(self, token_ids: list[list[int]], prompt_lens: list[int], k: int) -> list[tuple[Tensor, Tensor]]:
+        """The `k` likeliest tokens at each completion position of each row and their log-probs, both (T_i, k)."""
+        return in_length_sorted_batches(
+            lambda ids, lens: self._run(completion_top_k, ids, lens, self._pad_token_id, k),
+            token_ids,
+            prompt_lens,
+            self.batch_size,
+        )
+
+    def token_scores(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
+        """The same in the form of a teacher, see [`Teacher.score`]."""
+        rows = [logps.float() for logps, _ in self.rows(token_ids, prompt_lens)]
+        if not top_k:
+            return [TokenScores(logps) for logps in rows]
+        return [
+            TokenScores(logps, *top)
+            for logps, top in zip(rows, self.top_k(token_ids, prompt_lens, top_k), strict=True)
+        ]
+
+    def probe(self) -> None:
+        """See once that these log-probs are those of the model's own logits, and that rows without padding do not see each
+        other. Raises `ValueError` otherwise."""
+        if self._probed:
+            return
+        self._probed = True
+
+        def forward(token_ids: list[list[int]], prompt_lens: list[int], packed: bool = False) -> Tensor:
+            self.packed = packed
+            return self.logps(token_ids, prompt_lens)[0]
+
+        packed = self.packed
+        with evaluating(self.model), self._autocast():
+            check_logps(f"{self._whose} ({architecture(self.model)})", forward, self._whole, self.model)
+            if packed:
+                packed = settle_packing(packing_is_exact(forward), self._wanted, self._whose)
+        self.packed = packed
+
+    def _run(self, function: Callable[..., Any], *args: Any, **run: Any) -> Any:
+        with self._autocast():
+            return self._in_wrapper(function, *args, **run)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode, and then in the one it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def in_length_sorted_batches(
+    forward: Callable[[list[list[int]], list[int]], tuple[Any, ...]],
+    token_ids: Sequence[list[int]],
+    prompt_lens: Sequence[int],
+    batch_size: int,
+    padding_free: bool = False,
+) -> list[tuple[Any, ...]]:
+    """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
+
+    `forward(token_ids, prompt_lens)` returns tensors of shape (B, T, ...), or `None` where it has nothing; each row comes
+    back on the CPU, cut to its own T_i completion tokens. Longest first, so that running out of memory happens in the
+    first batch and not the last. Every rank with the same number of rows makes the same number of forward calls, which
+    sharded models need.
+    """
+    lengths = [len(ids) for ids in token_ids]
+    rows: list[tuple[Any, ...]] = [()] * len(lengths)
+    for batch in score_batches(lengths, batch_size, padding_free):
+        with torch.no_grad():
+            outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
+        outputs = tuple(None if output is None else output.cpu() for output in outputs)
+        for place, row in enumerate(batch):
+            num_tokens = lengths[row] - prompt_lens[row]
+            rows[row] = tuple(None if output is None else output[place, :num_tokens].clone() for output in outputs)
+    return rows

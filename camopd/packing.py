@@ -1,0 +1,79 @@
+"""Rows without padding: whether a model can be forwarded so, whether it pays, and whether the numbers are the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .logprobs import causal_lm_of
+
+
+logger = logging.getLogger(__name__)
+
+
+def wants_packing(model: Any, wanted: bool | None) -> bool:
+    """Whether a model's rows are to be forwarded without padding: as `wanted`, or where its attention gains from it.
+
+    Raises `ValueError` where it is wanted of a model that cannot.
+    """
+    if wanted and not supports_packing(model):
+        raise ValueError(
+            f"padding_free=True, but {type(model).__name__} has layers in which rows of one long sequence would see each "
+            "other (linear attention, convolution or a state). Leave padding_free out."
+        )
+    return supports_packing(model) and packing_pays(model) if wanted is None else wanted
+
+
+def packing_is_exact(forward: Callable[[list[list[int]], list[int], bool], Tensor]) -> bool:
+    """Whether rows without padding have the numbers they have with it, and another row changes none of them.
+
+    Not every architecture hands its position ids to the mask (OPT and gpt-oss do not, in transformers 5.23), so this is
+    tried and not looked up. `forward(token_ids, prompt_lens, padding_free)` returns the log-probs (B, T); it is called
+    three times with two short rows.
+    """
+    first, other, second = ([1 + (factor * place) % 11 for place in range(9)] for factor in (3, 5, 7))
+    with torch.no_grad():
+        padded = forward([first, second], [1, 1], False)
+        packed = forward([first, second], [1, 1], True)
+        beside_another = forward([other, second], [1, 1], True)
+    # In bfloat16 two kernels differ by some hundredths; one kernel does not differ from itself.
+    return bool((padded - packed).abs().mean() < 0.05 and (packed[1] - beside_another[1]).abs().max() < 1e-4)
+
+
+def settle_packing(keeps_apart: bool, wanted: bool | None, whose: str) -> bool:
+    """Whether to go without padding after `packing_is_exact`. Raises `ValueError` where it is wanted and cannot be."""
+    if not keeps_apart and wanted:
+        raise ValueError(
+            f"padding_free=True, but in {whose} rows of one long sequence see each other: its architecture does not make "
+            "masks from position ids. Leave padding_free out."
+        )
+    if not keeps_apart:
+        logger.warning("%s is forwarded with padding: without, its rows would see each other", whose)
+    return keeps_apart
+
+
+def supports_packing(model: Any) -> bool:
+    """Whether the layers of the model can keep rows of one long sequence apart: full and sliding-window attention.
+
+    Layers that carry a state along (linear attention, convolution, Mamba) carry it from one row into the next, and chunked
+    attention counts its chunks from the very first token. See also `packing_is_exact`.
+    """
+    causal_lm = causal_lm_of(model)
+    layers = set(getattr(causal_lm.config.get_text_config(), "layer_types", None) or ())
+    return (
+        causal_lm._supports_attention_backend
+        and not causal_lm._is_stateful
+        and layers <= {"full_attention", "sliding_attention"}
+    )
+
+
+def packing_pays(model: Any) -> bool:
+    """Whether the model's attention implementation skips what lies between packed rows (flash, flex) instead of masking
+    an (N, N) matrix (sdpa, eager)."""
+    causal_lm = causal_lm_of(model)
+    name = causal_lm.config.get_text_config()._attn_implementation or ""
+    return "flash" in name or name == "flex_attention"

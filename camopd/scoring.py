@@ -1,0 +1,209 @@
+"""Eq. 1: the teachers' and the student's log-probs of the sampled tokens, and the gaps between them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CaMOPDError, TeacherError
+from .forward import Forward, evaluating
+from .objective import token_gaps
+from .samples import Sample
+from .step import Clock
+from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
+from .teachers.check import has_lost_its_weights
+from .teachers.local import LocalTeacher
+from .token_rules import TokenRule
+
+
+logger = logging.getLogger(__name__)
+CAMOPD = TokenRule(None)
+
+
+class Scorer:
+    """Has teachers and student score the samples of a step, beside each other where the teacher works elsewhere."""
+
+    def __init__(
+        self,
+        student: Forward,
+        teachers: Mapping[str, Teacher],
+        dummy: int,
+        gather: Callable[[list[Any]], list[Any]],
+    ):
+        """
+        Args:
+            student: of the trained weights.
+            teachers: of each branch.
+            dummy: a token of the vocabulary, of which rows without a sample are made.
+            gather: of a list over all ranks.
+        """
+        self.student, self.teachers, self.dummy, self._gather = student, teachers, dummy, gather
+
+    def probe(self) -> None:
+        """See once that the log-probs of the student and of teachers in the process are those of their own logits."""
+        self.student.probe()
+        for teacher in self.teachers.values():
+            if isinstance(teacher, LocalTeacher):
+                teacher.probe()
+
+    def score(
+        self, samples: Sequence[Sample], branches: Sequence[str], rule: TokenRule = CAMOPD, engine: bool = False
+    ) -> dict[str, Clock]:
+        """Fill in the teachers' and the student's log-probs, the gaps, and what a token rule asks for.
+
+        Teachers outside this process score while the student does; those inside it score in the very batches of the
+        student, branch by branch. Where a rank has fewer samples of a branch than another, it adds dummies, so that
+        sharded models make the same number of forwards everywhere.
+
+        Args:
+            samples: of this rank, rolled out.
+            branches: those of the step, the same on every rank.
+            rule: of a baseline.
+            engine: whether the student's log-probs are those of the rollout engine, and not of a forward.
+
+        Returns how long the teacher of each branch worked. Raises `CaMOPDError` when a log-prob is missing or not finite,
+        and `TeacherError`, on every rank, when a teacher has failed one of them.
+        """
+        self.probe()
+        groups = {branch: [sample for sample in samples if sample.branch == branch] for branch in branches}
+        clocks = {branch: Clock() for branch in branches}
+        pending = self._submit(groups, rule, clocks)
+        answers: dict[str, Mapping[int, TokenScores]] = {}
+        failures: list[TeacherError] = []
+        with evaluating(self.student.model):
+            for branch, group in groups.items():
+                token_ids, prompt_lens = self._with_dummies(group)
+                if branch not in pending:
+                    with clocks[branch].alone(), caught(failures):
+                        found = self.teachers[branch].score(token_ids, prompt_lens, rule.teacher_top_k)
+                        answers[branch] = self._by_row(branch, group, found, len(token_ids))
+                rule.read_student(self.student, group, token_ids, prompt_lens)
+                self._read_student(group, token_ids, prompt_lens, forward=not engine or rule.needs_entropy)
+        for branch, future in pending.items():
+            clocks[branch].waited_for()
+            with caught(failures):
+                answers[branch] = self._by_row(branch, groups[branch], future.result(), len(groups[branch]))
+                clocks[branch].stop()  # where the future has not come to its callback yet
+        raise_together(failures[0] if failures else None, self._gather)
+        for branch, group in groups.items():
+            for place, sample in enumerate(group):
+                sample.teacher_logps = answers[branch][place].logps
+                rule.read_teacher(sample, answers[branch][place], self.teachers[branch].name)
+        self._close(samples, engine)
+        return clocks
+
+    def _submit(
+        self, groups: Mapping[str, Sequence[Sample]], rule: TokenRule, clocks: Mapping[str, Clock]
+    ) -> dict[str, Future[list[TokenScores]]]:
+        """Ask the teachers outside this process, by branch."""
+        pending = {}
+        for branch, group in groups.items():
+            teacher = self.teachers[branch]
+            if isinstance(teacher, RemoteTeacher):
+                pending[branch] = teacher.submit(*_ids_of(group), rule.teacher_top_k)
+                pending[branch].add_done_callback(clocks[branch].stop)
+        return pending
+
+    def _read_student(
+        self, group: Sequence[Sample], token_ids: list[list[int]], prompt_lens: list[int], forward: bool
+    ) -> None:
+        """Log-probs and entropies of the student, where a `forward` is wanted. Dummies stand behind the group's rows."""
+        if not forward:
+            for sample in group:
+                sample.entropy = torch.full(sample.mask.shape, math.nan)
+            return
+        own = self.student.rows(token_ids, prompt_lens, with_entropy=True)
+        for sample, (logps, entropy) in zip(group, own[: len(group)], strict=True):
+            assert entropy is not None
+            sample.student_logps, sample.entropy = logps, entropy
+
+    def _close(self, samples: Sequence[Sample], engine: bool) -> None:
+        """Gaps of samples whose log-probs are there."""
+        for sample in samples:
+            teacher = f"teacher {sample.branch!r} ({self.teachers[sample.branch].name})"
+            _check_finite(sample, sample.teacher_logps, teacher)
+        if engine:
+            _take_engine_logps(samples)
+        for sample in samples:
+            _check_finite(sample, sample.student_logps, "student")
+            sample.gaps = token_gaps(sample.teacher_logps, sample.student_logps, sample.mask)
+        _check_not_uniform(samples, self.teachers)
+
+    def _with_dummies(self, group: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
+        token_ids, prompt_lens = _ids_of(group)
+        missing = max(self._gather([len(group)])) - len(group)
+        return token_ids + [[self.dummy] * 2] * missing, prompt_lens + [1] * missing
+
+    def _by_row(
+        self, branch: str, group: Sequence[Sample], answers: Sequence[TokenScores], asked: int
+    ) -> Mapping[int, TokenScores]:
+        return by_row(range(len(group)), answers, asked, self.teachers[branch].name)
+
+
+@contextmanager
+def caught(failures: list[TeacherError]) -> Iterator[None]:
+    """Keep a `TeacherError` for `raise_together`."""
+    try:
+        yield
+    except TeacherError as error:
+        failures.append(error)
+
+
+def raise_together(error: TeacherError | None, gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Raise on every rank what one of them has met; the others would wait for it in the next collective."""
+    texts = [text for text in gather([None if error is None else str(error)]) if text]
+    if texts:
+        raise TeacherError(texts[0]) from error
+
+
+def _ids_of(samples: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
+    return [sample.token_ids for sample in samples], [sample.prompt_len for sample in samples]
+
+
+def _take_engine_logps(samples: Sequence[Sample]) -> None:
+    unknown = 0
+    for sample in samples:
+        assert sample.rollout_logps is not None
+        missing = sample.rollout_logps.isnan()
+        unknown += int((missing & sample.mask).sum())
+        # Tokens that the engine did not sample, or gave no log-prob: no gap there. The loss has its own.
+        sample.student_logps = torch.where(missing, sample.teacher_logps, sample.rollout_logps)
+    if unknown:
+        logger.warning(
+            "the rollout engine gave no log-prob for %d tokens; their gap counts as 0 at selection", unknown
+        )
+
+
+def _check_finite(sample: Sample, logps: Tensor, name: str) -> None:
+    mask = sample.mask
+    if len(logps) != len(mask):
+        raise CaMOPDError(
+            f"{name} scored {len(logps)} of the {len(mask)} completion tokens of sample {sample.position}. A teacher must "
+            "return one log-prob for each token after the prompt."
+        )
+    broken = int((~torch.isfinite(logps[mask])).sum())
+    if broken:
+        raise CaMOPDError(
+            f"{name} gave {broken} non-finite log-probs out of {int(mask.sum())} for sample {sample.position}. Training on "
+            "it would turn the weights into NaN; the last checkpoint is untouched. Check the model's weights and dtype "
+            "(float16 overflows where bfloat16 does not)."
+        )
+
+
+def _check_not_uniform(samples: Sequence[Sample], teachers: Mapping[str, Teacher]) -> None:
+    """A server that lost its weights (a wake-up after sleep, say) finds every token equally likely: -ln V."""
+    for branch in dict.fromkeys(sample.branch for sample in samples):
+        logps = torch.cat([sample.teacher_logps[sample.mask] for sample in samples if sample.branch == branch])
+        if has_lost_its_weights(logps):
+            raise CaMOPDError(
+                f"teacher {branch!r} ({teachers[branch].name}) gives every one of {len(logps)} tokens the log-prob "
+                f"{logps.mean():.3f}, as -ln(vocabulary size): it has lost its weights. Restart it; the last checkpoint is "
+                "untouched."
+            )

@@ -1,0 +1,249 @@
+"""One optimizer step as one value: made when the step begins, replaced when the next one begins."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .errors import CaMOPDError
+from .samples import LossTerms, MicroBatch, Sample, SampleSummary
+from .schedule import Schedule
+
+
+@dataclass
+class Step:
+    """What belongs to one optimizer step, on this rank: from its prompts to the metrics of its update."""
+
+    number: int  # counted from 0, as in the schedule
+    branches: tuple[str, ...]
+    samples: list[Sample] = field(default_factory=list)  # that this rank has rolled out
+    summaries: list[SampleSummary] = field(default_factory=list)  # of all ranks' samples
+    kept: dict[int, int] = field(default_factory=dict)  # of all ranks: position -> its sampled tokens
+    terms: LossTerms = field(default_factory=lambda: LossTerms(0, None, {}))  # of the kept samples' loss
+    micro_batches: deque[MicroBatch | None] = field(default_factory=deque)  # that this rank has yet to train
+    metrics: dict[str, Any] = field(default_factory=dict)  # its line in metrics.jsonl
+    loss: Tensor | float = 0.0  # this rank's sum over micro-batches
+    clocks: dict[str, Clock] = field(default_factory=dict)  # of the teachers that have worked for this rank
+
+    def __post_init__(self) -> None:
+        self.importance = ImportanceStats()
+        self.trained = Trained()
+
+    @classmethod
+    def at(cls, number: int, schedule: Schedule, rows: Sequence[Mapping[str, Any]]) -> Step:
+        """The step with this number, before anything has happened in it. Raises `CaMOPDError` unless `rows` are its own."""
+        step = cls(number, tuple(schedule.shares(number)))
+        found = {row["branch"] for row in rows}
+        if not found <= set(step.branches):
+            # The loader and the schedule each compute the branches of a step.
+            raise CaMOPDError(
+                f"optimizer step {number} got prompts of {sorted(found)}, but schedule {str(schedule)!r} wants "
+                f"{sorted(step.branches)}. The data loader and the trainer disagree about the step; if you replaced "
+                "either, keep `PromptDealer`'s order."
+            )
+        step.metrics.update({"branch": step.label, "time/train": 0.0})
+        return step
+
+    @property
+    def label(self) -> str:
+        """Its branches as one name."""
+        return label(self.branches)
+
+    @property
+    def has_rollout_logps(self) -> bool:
+        """Whether its samples have the log-probs of the engine that drew them."""
+        return any(sample.rollout_logps is not None for sample in self.samples)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of what happens inside to the metric `time/<what>`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.metrics[f"time/{what}"] = self.metrics.get(f"time/{what}", 0.0) + time.perf_counter() - started
+
+    def close(self, branches: Iterable[str], gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Put what all ranks have counted into the metrics; the loss is the mean over ranks, as the parent logs it.
+
+        `branches` are those of the run, whose teachers were idle or not.
+        """
+        parts = gather([(float(self.loss), {name: clock.seconds for name, clock in self.clocks.items()})])
+        record = self.metrics
+        record["loss"] = sum(loss for loss, _ in parts) / len(parts)
+        if self.has_rollout_logps:
+            record.update(self.importance.summary(gather))
+        record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
+        for branch, clock in self.clocks.items():
+            record[f"time/teacher_{branch}"] = clock.seconds
+            record[f"time/teacher_{branch}_hidden"] = clock.hidden_seconds
+        for branch in branches:  # a teacher is busy as long as any rank waits for it
+            busy = max(seconds.get(branch, 0.0) for _, seconds in parts)
+            record[f"time/teacher_{branch}_idle"] = max(0.0, record["time/step"] - busy)
+
+
+def label(branches: Sequence[str]) -> str:
+    """Branches of an optimizer step as one name."""
+    return "+".join(branches)
+
+
+class Clock:
+    """How long a teacher worked, and how much of it while the trainer did something else. Seconds."""
+
+    def __init__(self) -> None:
+        self._started = self._hidden_until = time.perf_counter()
+        self._stopped: float | None = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Restarts on entry and stops on exit; the trainer does nothing else inside."""
+        self._started = self._hidden_until = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def waited_for(self) -> None:
+        """From here on the trainer does nothing else."""
+        self._hidden_until = time.perf_counter()
+
+    def stop(self, _: Any = None) -> None:
+        """The teacher is done; the first call counts."""
+        if self._stopped is None:
+            self._stopped = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """From start to stop."""
+        return 0.0 if self._stopped is None else self._stopped - self._started
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Those before the trainer waited."""
+        return max(0.0, min(self.seconds, self._hidden_until - self._started))
+
+
+class ImportanceStats:
+    """Running statistics of pi_train / pi_rollout over the tokens of a step's micro-batches on this rank."""
+
+    def __init__(self) -> None:
+        self.total = self.count = self.outside = self.log_ratio = 0.0
+        self.largest = -math.inf
+
+    def add(self, train_logps: Tensor, rollout_logps: Tensor | None, weights: Tensor, mask: Tensor) -> None:
+        """Take in one micro-batch, all (B, T). Tokens without a rollout log-prob do not count."""
+        if rollout_logps is None:
+            return
+        mask, rollout_logps = mask.to(train_logps.device), rollout_logps.to(train_logps.device)
+        known = mask & ~rollout_logps.isnan()
+        ratio = torch.exp(train_logps - rollout_logps)[known].double()
+        if len(ratio):
+            self.total += ratio.sum().item()
+            self.log_ratio += ratio.log().abs().sum().item()
+            self.count += len(ratio)
+            self.largest = max(self.largest, ratio.max().item())
+            # Weights differ from the ratio exactly where it lies outside the band ("mask" and "truncate" alike).
+            self.outside += (weights[known].double() != ratio).sum().item()
+
+    def summary(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+        """Mean, maximum and share outside the band over all ranks, and the mean of |log ratio|: how far trainer and engine
+        are from each other, in nats per token. NaN where no token counts."""
+        parts = gather([(self.total, self.count, self.outside, self.largest, self.log_ratio)])
+        total, count, zeroed, _, log_ratio = (sum(part[index] for part in parts) for index in range(5))
+        return {
+            "importance/ratio_mean": total / count if count else math.nan,
+            "importance/ratio_max": max(part[3] for part in parts) if count else math.nan,
+            "importance/outside_band": zeroed / count if count else math.nan,
+            "importance/log_ratio": log_ratio / count if count else math.nan,
+        }
+
+
+REPORT = (
+    "Unless you have replaced a method of the trainer, this is a fault of camopd: please report it with the settings."
+)
+
+
+class Trained:
+    """What has gone through an optimizer step's loss on this rank, to be held against what was kept of the step.
+
+    Every rank adds the rows of each loss; at the end of the step the rows of all ranks are checked together.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int]] = []  # position and tokens inside the loss's mask
+
+    def add(self, positions: Sequence[int], mask: Tensor) -> None:
+        """Take in the rows of one loss. Rows of `mask` (B, T) after those with a position are dummies."""
+        tokens = mask.sum(dim=1).tolist()
+        if any(tokens[len(positions) :]):
+            raise CaMOPDError(f"a dummy row has {sum(tokens[len(positions) :])} tokens in the loss. {REPORT}")
+        self.rows += zip(positions, tokens[: len(positions)], strict=True)
+
+
+def check_trained(kept: Mapping[int, int], rows: Sequence[tuple[int, int]]) -> None:
+    """Raise `CaMOPDError` unless the rows of all ranks are the kept samples, each once and with all its tokens.
+
+    `kept` has the sampled tokens of each kept sample of all ranks, by its position in the step's global batch.
+    """
+    times = Counter(position for position, _ in rows)
+    found = {
+        "not trained": [position for position in kept if not times[position]],
+        "trained more than once": [position for position, count in times.items() if count > 1],
+        "trained but not kept": [position for position in times if position not in kept],
+        "trained with other tokens": [position for position, tokens in rows if kept.get(position, tokens) != tokens],
+    }
+    if any(found.values()):
+        wrong = "; ".join(
+            f"{len(places)} {what} (positions {sorted(places)[:8]})" for what, places in found.items() if places
+        )
+        raise CaMOPDError(
+            f"of {len(kept)} kept samples with {sum(kept.values())} tokens, {len(rows)} samples with "
+            f"{sum(tokens for _, tokens in rows)} tokens have gone through the loss: {wrong}. The run ends here; its "
+            f"last checkpoint is from before that. {REPORT}"
+        )
+
+
+class StepCallback(TrainerCallback):
+    """A callback that is also told of what happens inside an optimizer step. On every rank, since it may gather.
+
+    A callback that measures adds its numbers to `step.metrics`. What else it needs, it gets where it is made.
+    """
+
+    def on_optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer itself, under what accelerate or DeepSpeed wraps around it."""
+
+    def on_step_started(self, step: Step) -> None:
+        """Before the rollouts."""
+
+    def on_rolled_out(self, samples: list[Sample]) -> None:
+        """This rank's samples of a step, or of a batch of an evaluation, before they are scored."""
+
+    def on_step_ready(self, step: Step) -> None:
+        """Rolled out, scored and selected; before the first forward of the loss."""
+
+    def on_optimizer_stepped(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+        """After an update, with the gradients still there. ZeRO-3 makes several in a step."""
+
+    def on_step_closed(self, step: Step) -> None:
+        """After the update, before the metrics are logged."""
+
+
+class StepEnd(TrainerCallback):
+    """Calls a function after each update, before transformers logs."""
+
+    def __init__(self, end: Callable[[], None]):
+        """`end` closes the step."""
+        self._end = end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As transformers has it."""
+        self._end()

@@ -1,0 +1,81 @@
+"""Which file may import which: arrows go down only, those that only types need included."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import camopd
+
+
+ROOT = Path(camopd.__file__).parent
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name, without the package's own, of each file that is not an `__init__` without imports."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+        if name:  # the package's own `__init__` only names what users import
+            found[name] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules of the package that a file imports anywhere: at its top, in functions, and for types."""
+    package = ["camopd", *name.split(".")]
+    package = package if path.name == "__init__.py" else package[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *((node.module or "").split(".") if node.module else [])]
+            found |= {".".join([*base, alias.name]) for alias in node.names} | {".".join(base)}
+    return {full.removeprefix("camopd.") for full in found} & set(known) - {name}
+
+
+KNOWN = modules()
+GRAPH = {name: imports(name, path, KNOWN) for name, path in KNOWN.items()}
+
+
+def below(name: str, above: tuple[str, ...] = ()) -> set[str]:
+    """All modules that a module needs, and those need."""
+    assert name not in above, "a circle: " + " -> ".join((*above[above.index(name) :], name))
+    return GRAPH[name].union(*(below(other, (*above, name)) for other in GRAPH[name]))
+
+
+def test_imports_make_no_circle():
+    assert len(GRAPH) > 60 and sum(map(len, GRAPH.values())) > 200  # they are found
+    for name in GRAPH:
+        below(name)
+
+
+@pytest.mark.parametrize(
+    ("names", "never"),
+    [
+        ("objective schedule version errors balance", ".*"),
+        ("samples logprobs forward", "config|step|trainer|setup|scoring|callbacks.*"),
+        ("token_rules", "config|step|trainer|setup|scoring|selection|batching|callbacks.*"),
+        ("config", "step|trainer|setup|scoring|selection|batching|checkpoints|callbacks.*"),
+        ("scoring selection batching rollouts checkpoints", "trainer|setup|evaluation|callbacks.*"),
+        ("callbacks", "trainer|setup"),
+        ("report data", "trainer|setup|step|forward|rollouts|scoring|selection|batching|config|logprobs"),
+        ("trainer", "commands.*|cli|run"),
+        ("commands", "cli"),
+    ],
+)
+def test_a_module_needs_nothing_that_stands_above_it(names, never):
+    for wanted in names.split():
+        found = [name for name in GRAPH if name == wanted or name.startswith(f"{wanted}.")]
+        assert found, wanted
+        for name in found:
+            others = {other for other in below(name) if not other.startswith(f"{wanted}.")}
+            assert not [other for other in others if re.fullmatch(never, other)], name
+
+
+def test_the_measures_can_be_taken_out():
+    """Only the function that lists the callbacks knows of them."""
+    assert {name for name in GRAPH if any(other.startswith("callbacks.") for other in GRAPH[name])} == {"setup"}

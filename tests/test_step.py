@@ -1,0 +1,29 @@
+"""One optimizer step as a value."""
+
+import pytest
+import torch
+
+from camopd.errors import CaMOPDError
+from camopd.step import Trained, check_trained
+
+
+def test_trained_samples_are_held_against_the_kept_ones():
+    kept = {0: 3, 5: 1, 9: 2}
+    one, other = Trained(), Trained()
+    one.add([9, 0], torch.tensor([[True, True, False], [True, True, True]]))
+    other.add([5], torch.tensor([[False, True]]))
+    other.add([], torch.zeros(1, 1).bool())  # a dummy
+    check_trained(kept, one.rows + other.rows)
+    check_trained({}, [])
+    for rows, message in (
+        (one.rows, r"of 3 kept samples with 6 tokens, 2 samples with 5 tokens .* 1 not trained \(positions \[5\]\)"),
+        (one.rows + 2 * other.rows, r"1 trained more than once \(positions \[5\]\)"),
+        ([*one.rows, *other.rows, (7, 1)], r"1 trained but not kept \(positions \[7\]\)"),
+        ([*one.rows, (5, 4)], r"1 trained with other tokens \(positions \[5\]\)"),
+    ):
+        with pytest.raises(CaMOPDError, match=message):
+            check_trained(kept, rows)
+    with pytest.raises(CaMOPDError, match="a dummy row has 2 tokens in the loss"):
+        one.add([], torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match="zip"):
+        one.add([1, 2], torch.ones(1, 2).bool())
