@@ -52,7 +52,7 @@ check: install  ## Lint, formatting and types, exactly as CI checks them
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-style: install  ## Mend what ruff can mend
+style: install  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -182,7 +182,7 @@ def demo_trainer(
     settings = {
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": heldout, "max_prompt_length": 256, "use_cpu": True,
         "gradient_checkpointing": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
-        "score_batch_size": args["prompts_per_step"],
+        "score_tokens": args["prompts_per_step"] * (256 + args["max_completion_length"]),
     }  # fmt: skip
     trainer = CaMOPDTrainer(
         model=student,

@@ -149,7 +149,7 @@ def camopd_trainer(student: Any, teacher: Any, tokenizer: Any, job: dict[str, An
         model=student,
         teachers={"general": teacher},
         args=CaMOPDConfig(
-            prompts_per_step=job["rows"], schedule="general:1", score_batch_size=job["rows"], selection=False,
+            prompts_per_step=job["rows"], schedule="general:1", score_tokens=10**6, selection=False,
             max_prompt_length=prompt, importance_sampling_mode="none", diagnostics_steps=0,
             **settings(job),
         ),

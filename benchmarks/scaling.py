@@ -133,7 +133,7 @@ def price() -> list[str]:
     wire = prompts * completion * 73 / 1.25e9
     terms = [
         ("rollout, all GPUs, the longest completion aside", rollout),
-        ("student's log-probs for the gaps (0 with `gap_student: engine`)", score),
+        ("student's log-probs for the gaps (0 with `student_logps: engine`)", score),
         ("teacher, on as many GPUs of its own; hidden behind the line above", teacher),
         ("teacher's answers as JSON over 10 Gbit/s; hidden, too", wire),
         ("forward and backward of the kept samples", train),

@@ -59,14 +59,14 @@ CONTENDERS: dict[str, dict[str, dict | str]] = {
     },
     "lengths": {
         "camopd": {},
-        "camopd, no exchange of samples": {"exchange": False},
+        "camopd, no exchange of samples": {"rebalance": False},
         "camopd, selection off": {"selection": False},
-        "camopd, engine gaps": {"gap_student": "engine"},
+        "camopd, engine gaps": {"student_logps": "engine"},
         "TRL": "local",
     },
     "generation": {
         "camopd": {},
-        "camopd, engine gaps": {"gap_student": "engine"},
+        "camopd, engine gaps": {"student_logps": "engine"},
         "TRL": "local",
     },
 }

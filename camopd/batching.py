@@ -30,7 +30,7 @@ class Batcher:
         self._attention_cost = attention_cost(student.model)
         # What of a sample the loss reads: its gaps, or, where these were measured with the engine's log-probs, what gaps
         # to those of its own forward are made of.
-        self._gaps = "gaps" if args.gap_student == "trainer" else "teacher_logps"
+        self._gaps = "gaps" if args.student_logps == "trainer" else "teacher_logps"
 
     def micro_batches(self, step: Step) -> deque[MicroBatch | None]:
         """An entry per micro-step for the kept samples of a step, of which `None` costs nothing; adds metrics of the plan.
@@ -47,7 +47,7 @@ class Batcher:
         step.metrics.update(metrics.of_micro_batches(ranks, lengths, self.student.packed))
         columns = self._columns(step.samples)
         mine = {sample.position: sample for sample in step.samples}
-        if args.exchange and args.world_size > 1:
+        if args.rebalance and args.world_size > 1:
             to = {index: rank for rank, batches in enumerate(ranks) for batch in batches for index in batch}
             arrived = rebalance(
                 mine, kept, [to[index] for index in range(len(kept))], args.process_index, columns, args.device
@@ -71,7 +71,7 @@ class Batcher:
     def _plan(self, kept: Sequence[SampleSummary], lengths: Sequence[int]) -> list[list[list[int]]]:
         """`[rank][micro-batch]` -> indices into `kept`."""
         args = self.args
-        if args.exchange:
+        if args.rebalance:
             return self._balance(lengths, args.world_size)
         ranks = []
         for rank in range(args.world_size):  # each keeps its own

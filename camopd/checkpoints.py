@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .config import CaMOPDConfig
+from .config import OLD_NAMES, CaMOPDConfig
 from .errors import ResumeError, TeacherError
-from .hub import hub_errors, is_hub_id, public_name, why_not
+from .hub import explain_hub_error, hub_errors, is_hub_id, public_name
 from .prompts import fingerprint
 from .rollouts import load_rollouts, save_rollouts
 from .samples import Sample
@@ -30,7 +30,7 @@ RUN_RECORD = "camopd.json"  # in every checkpoint
 _RECORDED = (
     "prompts_per_step", "seed", "data_seed", "max_prompt_length", "max_completion_length", "learning_rate",
     "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high", "loss_prefix_tokens",
-    "optimizer_moments", "gap_student", "token_rule", "relaxed_mixture", "relaxed_entropy_share",
+    "optimizer_moments", "student_logps", "token_rule", "relaxed_mixture", "relaxed_entropy_share",
     "relaxed_exploration_steps", "selectkd_reject_weight", "loss_normalization", "branch_weights",
 )  # fmt: skip
 
@@ -109,7 +109,7 @@ class RunCheckpoints:
         except hub_errors() as error:
             failure = (
                 f"resume_from_checkpoint={repo!r} is not a folder here, and as a model of the Hub it cannot be fetched: "
-                f"{why_not(error, repo, 'model')}. Or by hand: {by_hand}."
+                f"{explain_hub_error(error, repo, 'model')}. Or by hand: {by_hand}."
             )
         failures = [text for text in gather_object([failure]) if text]  # of any machine: the others would wait for it
         if failures:
@@ -128,7 +128,9 @@ class RunCheckpoints:
                 f"{str(checkpoint)!r} has no {RUN_RECORD}: it is not a checkpoint of CaMOPDTrainer. To start from its "
                 "weights, pass it as `model`."
             )
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = {
+            OLD_NAMES.get(name, name): value for name, value in json.loads(path.read_text(encoding="utf-8")).items()
+        }
         differences = [
             f"  {name}: {then.get(name)!r} then, {now!r} now"
             for name, now in self.record.items()

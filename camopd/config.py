@@ -1,6 +1,7 @@
 """`CaMOPDConfig`: TRL's `DistillationConfig` plus what the paper adds, with the paper's values as defaults."""
 
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,14 @@ from .learning_rate import settle_schedule
 from .schedule import Schedule, by_step, value_at
 
 
-SCORE_TOKENS = 65536  # padded tokens of a no-gradient forward, which keeps nothing but its last hidden states
+logger = logging.getLogger(__name__)
+
+OLD_NAMES = {
+    "gap_student": "student_logps",
+    "exchange": "rebalance",
+    "teacher_patience": "teacher_timeout",
+    "score_batch_size": "score_tokens",
+}
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
 PAPER_SCALE = {"general": 2.0, "domain": 1.0}
 PAPER_SCORE = {"general": "absolute", "domain": "positive"}
@@ -55,9 +63,9 @@ class CaMOPDConfig(DistillationConfig):
         num_iterations (`int`, *optional*, defaults to `1`):
             Optimizer updates per rollout. Algorithm 1 makes exactly one and defines no ratio clip for more.
 
-        exchange (`bool`, *optional*, defaults to `True`):
-            Whether kept samples are spread anew over the ranks, balanced by tokens. Without, every rank trains those it has
-            rolled out, with the same loss and gradient, and waits for the fullest one.
+        rebalance (`bool`, *optional*, defaults to `True`):
+            Whether kept samples are rebalanced across ranks by tokens. Without, every rank trains those it has rolled
+            out, with the same loss and gradient, and waits for the fullest one.
         padding_free (`bool`, *optional*):
             Whether samples of a forward stand one after the other without padding. The numbers are the same. By default
             where the student's attention implementation gains from it: flash attention (`attn_implementation:
@@ -66,8 +74,8 @@ class CaMOPDConfig(DistillationConfig):
             Tokens of one forward and backward of the student, padding included; as many samples share it as it holds. At
             least one longest sample, max_prompt_length + max_completion_length. By default there are as many micro-batches
             as `per_device_train_batch_size` samples in each would make.
-        gap_student (`str`, *optional*, defaults to `"trainer"`):
-            Whose log-probs the student's side of the gap has at selection: `"trainer"` computes them in a forward of
+        student_logps (`str`, *optional*, defaults to `"trainer"`):
+            Source of the student log-probs used for scoring at selection: `"trainer"` computes them in a forward of
             its own, `"engine"` takes those of the rollout engine (vLLM or transformers) and saves that forward.
             `importance/log_ratio` says how far the two are from each other.
         loss_prefix_tokens (`int`, *optional*):
@@ -124,12 +132,23 @@ class CaMOPDConfig(DistillationConfig):
             have the served model checked, a model id or path (in-process), `"adapter_off"` (a LoRA student without its
             adapter), or `"adapter_start"` (with its adapter as it was before training). The trainer's own
             `teachers` argument wins over it.
-        score_batch_size (`int`, *optional*):
-            Size of a no-gradient forward, for the gaps and for in-process teachers: it holds as many tokens as so many of
-            the longest sequences. By default 65536 tokens at the longest prompt and completion, and at least one sequence.
-        teacher_patience (`float`, *optional*, defaults to `900.0`):
+        score_tokens (`int`, *optional*, defaults to `65536`):
+            Tokens of a forward without gradient, padding included, for the gaps and for in-process teachers; it holds at
+            least one sequence.
+        teacher_timeout (`float`, *optional*, defaults to `900.0`):
             Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
             checkpoint and training stops.
+
+        > Old names of settings, accepted with a warning for one release
+
+        gap_student (`str`, *optional*):
+            Old name of `student_logps`.
+        exchange (`bool`, *optional*):
+            Old name of `rebalance`.
+        teacher_patience (`float`, *optional*):
+            Old name of `teacher_timeout`.
+        score_batch_size (`int`, *optional*):
+            Old form of `score_tokens`: how many of the longest sequences.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`], after the paper's Appendix A.7:
@@ -206,9 +225,9 @@ class CaMOPDConfig(DistillationConfig):
         default=1, metadata={"help": "Optimizer updates per rollout; Algorithm 1 makes exactly one."}
     )
 
-    exchange: bool = field(
+    rebalance: bool = field(
         default=True,
-        metadata={"help": "Whether kept samples are spread anew over the ranks, balanced by tokens."},
+        metadata={"help": "Whether kept samples are rebalanced across ranks by tokens."},
     )
 
     padding_free: bool | None = field(
@@ -220,7 +239,7 @@ class CaMOPDConfig(DistillationConfig):
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "Tokens of one forward and backward, padding included; at least one sample."}
     )
-    gap_student: str = field(
+    student_logps: str = field(
         default="trainer",
         metadata={"help": "Student's log-probs at selection: of the 'trainer' (one more forward) or the 'engine'."},
     )
@@ -281,19 +300,26 @@ class CaMOPDConfig(DistillationConfig):
             "The trainer's `teachers` argument wins."
         },
     )
-    score_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Sequences per no-gradient forward, for gaps and in-process teachers; default by tokens."},
+    score_tokens: int = field(
+        default=65536,  # it keeps nothing but its last hidden states
+        metadata={"help": "Tokens per scoring forward, for gaps and in-process teachers."},
     )
-    teacher_patience: float = field(
+    teacher_timeout: float = field(
         default=900.0,
         metadata={"help": "Seconds to wait when every replica of a teacher is gone, before training stops."},
     )
 
+    # Old names, for one release
+    gap_student: str | None = field(default=None, metadata={"help": "Old name of student_logps."})
+    exchange: bool | None = field(default=None, metadata={"help": "Old name of rebalance."})
+    teacher_patience: float | None = field(default=None, metadata={"help": "Old name of teacher_timeout."})
+    score_batch_size: int | None = field(
+        default=None, metadata={"help": "Old form of score_tokens, in sequences of the longest kind."}
+    )
+
     def __post_init__(self):
         longest = self._read_completion_length()
-        if self.score_batch_size is None and isinstance(self.max_prompt_length, int) and self.max_prompt_length > 0:
-            self.score_batch_size = max(1, SCORE_TOKENS // (self.max_prompt_length + longest))
+        self._take_old_names()
         method_rules.check_values(self)
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -330,7 +356,7 @@ class CaMOPDConfig(DistillationConfig):
             try:
                 given = json.loads(given)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name} is no valid JSON: {given} ({error}).") from None
+                raise ValueError(f"{name} is not valid JSON: {given} ({error}).") from None
         steps = by_step(name, given)
         if self.completion_lengths is not None and not isinstance(given, dict):
             known = by_step(name, self.completion_lengths)  # of a config that is copied
@@ -348,6 +374,28 @@ class CaMOPDConfig(DistillationConfig):
         self.max_completion_length = max(steps.values())
         self.completion_lengths = steps if len(steps) > 1 else None
         return self.longest_completion
+
+    def _take_old_names(self) -> None:
+        """Give settings under their old names to the new ones, with a warning. Raises `ValueError` where both are set."""
+        for old, new in OLD_NAMES.items():
+            value = getattr(self, old)
+            if value is None:
+                continue
+            if old == "score_batch_size" and isinstance(value, int):
+                value *= self.max_prompt_length + self.longest_completion
+            default = self.__dataclass_fields__[new].default
+            if getattr(self, new) not in (default, value):
+                raise ValueError(
+                    f"{old}={getattr(self, old)!r} is the old name of {new}={getattr(self, new)!r}. Leave it out."
+                )
+            logger.warning("%s is called %s now, and the old name will go. Set %s=%r", old, new, new, value)
+            setattr(self, new, value)
+            setattr(self, old, None)
+
+    @property
+    def score_rows(self) -> int:
+        """Sequences of the longest kind that `score_tokens` holds, at least one."""
+        return max(1, self.score_tokens // (self.max_prompt_length + self.longest_completion))
 
     @property
     def longest_completion(self) -> int:
@@ -369,7 +417,7 @@ class CaMOPDConfig(DistillationConfig):
         if unknown:
             raise ValueError(
                 f"{name} has a value for {sorted(unknown)}, but the branches of schedule {self.schedule!r} are "
-                f"{list(branches)}. Mend the name, or add the branch to the schedule."
+                f"{list(branches)}. Fix the name, or add the branch to the schedule."
             )
         missing = [branch for branch in branches if branch not in value]
         if missing:

@@ -94,7 +94,7 @@ def _read(spec: Mapping[str, Any], branch: str) -> Dataset:
     from datasets.exceptions import DatasetGenerationError, DatasetsError
     from pyarrow import ArrowException
 
-    from .hub import hub_errors, why_not
+    from .hub import explain_hub_error, hub_errors
 
     path, is_file = spec["path"], file_type(spec["path"]) is not None
     try:
@@ -109,7 +109,7 @@ def _read(spec: Mapping[str, Any], branch: str) -> Dataset:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # what is wrong with the row
         way = ""
         if not is_file and not Path(path).exists() and not isinstance(error, ValueError):  # not a split or a row
-            reason = why_not(error, path)
+            reason = explain_hub_error(error, path)
             way = f" Where it can: hf download {path} --repo-type dataset --local-dir DIR; then {{path: DIR}}."
         raise ValueError(
             f"{_named(spec, branch)}, cannot be loaded: {reason}\nGive the path of a {', '.join(FILE_TYPES)} file or the "
@@ -270,7 +270,7 @@ def _check_encoding(path: str) -> None:
 
 
 def _columns_of_csv(path: str) -> dict[str, Any]:
-    """Settings with which a CSV file's cells stay as they are: 007 is no number, and NA no missing value.
+    """Settings with which a CSV file's cells stay as they are: 007 is not a number, and NA not a missing value.
 
     Raises `DataError` for two columns of one name and for a row with more or fewer cells than the header, of which pandas
     would take the first for an index or fill the last in.

@@ -35,7 +35,7 @@ def public_name(name: str) -> str:
     return f"{which}{colon}{path.name}{run and f' ({run})'}"
 
 
-def why_not(error: BaseException, repo: str, kind: str = "dataset") -> str:
+def explain_hub_error(error: BaseException, repo: str, kind: str = "dataset") -> str:
     """What stands between this machine and a repository of the Hub, and the setting to change. Prints no token.
 
     `kind` is "dataset" or "model".
@@ -158,4 +158,6 @@ class CheckpointPushes:
         if errors:
             self._missing = self._missing or self._sent
             repo = self._trainer.hub_model_id
-            logger.warning("%s is not on the Hub: %s. %s", self._sent, why_not(errors[0], repo, "model"), then)
+            logger.warning(
+                "%s is not on the Hub: %s. %s", self._sent, explain_hub_error(errors[0], repo, "model"), then
+            )

@@ -38,7 +38,7 @@ COUNT = "a whole number of at least 1"
 # A value of None, where it is the default, stands for "not set" and is always allowed.
 RANGES = (
     Range(
-        "prompts_per_step per_device_train_batch_size max_prompt_length score_batch_size max_tokens_per_micro_batch "
+        "prompts_per_step per_device_train_batch_size max_prompt_length score_tokens max_tokens_per_micro_batch "
         "loss_prefix_tokens", _whole(1), COUNT,
     ),
     Range(
@@ -48,9 +48,9 @@ RANGES = (
     Range("diagnostics_steps", _whole(0), f"{COUNT}, or 0 to measure nothing"),
     Range("relaxed_exploration_steps", _whole(0), "a whole number of at least 0"),
     _choice("importance_sampling_mode", *IMPORTANCE_MODES),
-    _choice("gap_student", "trainer", "engine"),
+    _choice("student_logps", "trainer", "engine"),
     _choice("optimizer_moments", "shared", "per_branch"),
-    _choice("token_rule", *TOKEN_RULES),
+    Range("token_rule", lambda value: value in TOKEN_RULES, f"one of {tuple(TOKEN_RULES)}"),
     _choice("loss_normalization", "sample", "token"),
     _choice("branch_weights", "none", "sigma"),
     Range("relaxed_mixture", lambda value: 0 < value < 1, "in (0, 1)", " It is lambda of Relaxed OPD."),
@@ -62,7 +62,7 @@ RANGES = (
         "selectkd_reject_weight", lambda value: 0 <= value < 1, "in [0, 1)",
         " A rejected token weighs less than an accepted one. For a weight of 1 on every token, set token_rule to 'none'.",
     ),
-    Range("teacher_patience", lambda value: value > 0, "a positive number of seconds"),
+    Range("teacher_timeout", lambda value: value > 0, "a positive number of seconds"),
 )  # fmt: skip
 PER_BRANCH = (
     Range(
@@ -97,7 +97,7 @@ def check_values(args: Any) -> None:
                 json.loads(value)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{name} is no valid JSON: {value} ({error}). Names and texts need double quotes: "
+                    f"{name} is not valid JSON: {value} ({error}). Names and texts need double quotes: "
                     f'--{name} \'{{"general": ..., "domain": ...}}\'.'
                 ) from None
 
@@ -199,13 +199,13 @@ def _check_ddp_timeout(args: Any) -> None:
         rows = max(rows, args.per_device_eval_batch_size)
     tokens = most_tokens_in_flight(rows, args.max_prompt_length + args.longest_completion)
     request = request_seconds(tokens)
-    slowest = math.ceil(args.teacher_patience + 2 * request)
+    slowest = math.ceil(args.teacher_timeout + 2 * request)
     if slowest > args.ddp_timeout:
         raise ValueError(
             f"a request to a teacher's server may take {request:.0f} seconds, with {tokens} tokens of this rank in flight. "
-            f"Two of them and teacher_patience={args.teacher_patience:g} come to {slowest}, more than "
+            f"Two of them and teacher_timeout={args.teacher_timeout:g} come to {slowest}, more than "
             f"ddp_timeout={args.ddp_timeout}: a rank that waits for its teacher would be taken for dead. Set it to "
-            f"{slowest}, or lower teacher_patience or max_completion_length."
+            f"{slowest}, or lower teacher_timeout or max_completion_length."
         )
 
 

@@ -178,7 +178,7 @@ def _share_of_top_tokens(rows: Sequence[SampleSummary], score: str) -> float:
     """Share of the samples' summed score that the 1 % of tokens with the largest demand carry; NaN without any score.
 
     A token's demand is |gap| or max(gap, 0), its part in the score that over T_i. A long sample's evenly spaced tokens
-    stand for their neighbours, and the last token counts in part where 1 % is no whole number.
+    stand for their neighbours, and the last token counts in part where 1 % is not a whole number.
     """
     demands, tokens, parts = [], [], []
     for row in rows:

@@ -1,6 +1,6 @@
 """Two (or more) prompt streams, dealt optimizer step by optimizer step as the schedule says.
 
-`PromptDealer` is the trainer's training set: item `t` holds this rank's rows of optimizer step `t`, all of them, each
+`StepDataset` is the trainer's training set: item `t` holds this rank's rows of optimizer step `t`, all of them, each
 with its branch in the column `branch`. What a step gets is a pure function of the step, so a resumed run sees the
 prompts that an undisturbed one would have seen.
 """
@@ -106,7 +106,7 @@ class PromptStream:
         return {**named(read_row, {**row, "row": name}), "branch": self.branch}
 
 
-class PromptDealer(TorchDataset):
+class StepDataset(TorchDataset):
     """This rank's rows of every optimizer step.
 
     The step's global batch is the same list for every number of ranks: the branches' rows one after the other. Rank `r`
@@ -158,7 +158,7 @@ class PromptDealer(TorchDataset):
         return rows
 
 
-def one_item_per_micro_step(dealer: PromptDealer, args: Any) -> DataLoader:
+def one_item_per_micro_step(dealer: StepDataset, args: Any) -> DataLoader:
     """A loader whose items are this rank's own already: nothing in them is left for accelerate to shard or move."""
     return DataLoader(
         dealer,

@@ -33,7 +33,9 @@ class Turn(NamedTuple):
 class SamplerRecord:
     """What the engine has drawn since the prompts were tokenized."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends: Collection[int]) -> None:
+        """`ends`: tokens that end a completion."""
+        self._ends = ends
         self.rows: list[dict[str, Any]] = []  # whose prompts are to be tokenized, with what they have beside these
         self.start(0)
 
@@ -68,7 +70,6 @@ class SamplerRecord:
         prompts: Sequence[list[int]],
         completions: Sequence[list[int]],
         tool_masks: Sequence[list[int]] | None,
-        ends: Collection[int],
     ) -> list[Sample]:
         """A sample of each row.
 
@@ -76,7 +77,6 @@ class SamplerRecord:
             rows: with `branch`, and where they have them `position` and `category`.
             prompts, completions: token ids of each.
             tool_masks: 0 on tokens of a completion that a tool wrote, for each row; `None` without tools.
-            ends: tokens that end a completion.
         """
         found = []
         for place, row in enumerate(rows):
@@ -94,7 +94,7 @@ class SamplerRecord:
                     prompt_len=len(prompt),
                     mask=mask,
                     length=int(mask.sum()),
-                    truncated=bool(completion) and completion[-1] not in ends,
+                    truncated=bool(completion) and completion[-1] not in self._ends,
                     category=row.get("category"),
                     rollout_logps=logps,
                 )

@@ -66,7 +66,7 @@ class PromptArguments:
                 raise ValueError(mapping_form(name, value))
 
 
-def peek(config: str | None, overrides: list[str]) -> dict[str, Any]:
+def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
     """The mapping in a YAML file, if any, with `--name value` overrides over it, read without any of the heavy libraries.
 
     Raises `ValueError` for a file that is not there or not a mapping.
@@ -84,7 +84,7 @@ def _read(config: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"the config {config!r} is not UTF-8: {error}. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"the config {config!r} is no valid YAML: {error}") from None
+        raise ValueError(f"the config {config!r} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"the config {config!r} must be a mapping from settings to values, got {settings!r}.")
     return settings
@@ -141,7 +141,7 @@ def config_first(argv: list[str]) -> list[str]:
 def written(argv: list[str]) -> dict[str, Any]:
     """What a command line says, with the file behind `--config` if there is one: the settings that the user has written."""
     words = config_first(argv)
-    return peek(None, words) if words == argv else peek(words[0], words[1:])
+    return read_settings(None, words) if words == argv else read_settings(words[0], words[1:])
 
 
 def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[str]]:
@@ -162,7 +162,7 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     )
     options, overrides = parser.parse_known_args(config_first(argv))
     if options.method is not None:
-        overrides = as_words(peek(options.method, [])) + overrides
+        overrides = as_words(read_settings(options.method, [])) + overrides
     return options.config, overrides
 
 
@@ -313,7 +313,7 @@ def check_names(config: str, settings: dict[str, Any]) -> None:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             meant = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{name!r} in {config!r} or on the command line is no setting of a run.{meant}")
+            raise ValueError(f"{name!r} in {config!r} or on the command line is not a setting of a run.{meant}")
 
 
 def longest_sequence(settings: dict[str, Any]) -> int:

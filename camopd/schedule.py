@@ -168,19 +168,19 @@ def _parse_part(text: str, part: str, position: int, whole_steps: bool) -> tuple
     if not name and not colon:
         raise _error(text, position, part, "a branch is missing here")
     if not _NAME.fullmatch(name):
-        raise _error(text, position, part, f"{name!r} is no branch name (letters, digits, '_' and '-')")
+        raise _error(text, position, part, f"{name!r} is not a branch name (letters, digits, '_' and '-')")
     if not colon:
         return name, 1.0
     try:
         count = float(count_text)
     except ValueError:
-        raise _error(text, position, part, f"{count_text!r} is no number") from None
+        raise _error(text, position, part, f"{count_text!r} is not a number") from None
     if not count < float("inf"):
-        raise _error(text, position, part, f"{count_text} is no finite number")
+        raise _error(text, position, part, f"{count_text} is not a finite number")
     if count <= 0:
         raise _error(text, position, part, f"{count_text} must be above 0; leave the branch out instead")
     if whole_steps and count != int(count):
-        raise _error(text, position, part, f"{count_text} is no whole number of steps; use '+' to mix by share")
+        raise _error(text, position, part, f"{count_text} is not a whole number of steps; use '+' to mix by share")
     return name, count
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 ON_POLICY = (
     "rollouts must be drawn from the very distribution the gaps are measured on (temperature 1, nothing cut off), or "
-    "the sampled gap is no reverse KL and the importance weights are wrong"
+    "the sampled gap is not a reverse KL and the importance weights are wrong"
 )
 _NO_EPOCH = "a run is one epoch, whatever its steps, and nothing would happen before its end; say after how many steps"
 _COMPILED = "scoring and the loss call the backbone and the head of the model, past what is compiled"

@@ -28,7 +28,7 @@ from .learning_rate import check_passed
 from .masters import check_masters, quantised_adapters, restore_adapters
 from .packing import packing_pays
 from .precision import forward_dtype, keep_outputs_whole
-from .prompts import HeldOut, PromptDealer, PromptReader, PromptStream, held_out, rows_to_check
+from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out, rows_to_check
 from .samples import MicroBatch
 from .schedule import Schedule
 from .step import StepEnd
@@ -54,7 +54,7 @@ class Run:
     quantization_config: Any
     schedule: Schedule
     streams: dict[str, PromptStream]
-    dealer: PromptDealer
+    dealer: StepDataset
     held_out: HeldOut | None
     teachers: dict[str, Any]  # by branch; servers are connected
     adapters: dict[int, torch.Tensor]  # weights that TRL would cast to 16 bits
@@ -110,9 +110,9 @@ def prepare(
     setting_rules.refuse_arguments(model, quantization_config)
     setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], peft_config, tools), args)
     max_tokens = args.max_prompt_length + args.longest_completion
-    specs = connect_servers(specs, max_tokens, args.teacher_patience)
+    specs = connect_servers(specs, max_tokens, args.teacher_timeout)
     assert args.gradient_accumulation_steps is not None  # set by the config
-    dealer = PromptDealer(
+    dealer = StepDataset(
         streams,
         schedule,
         rows_per_step=args.prompts_per_step,
@@ -193,7 +193,7 @@ def load_teachers(trainer: Any, run: Run) -> dict[str, Teacher]:
         max_tokens=run.max_tokens,
         device=accelerator.device,
         autocast=accelerator.autocast,
-        batch_size=args.score_batch_size,
+        batch_size=args.score_rows,
         padding_free=args.padding_free,
         student_dtype=forward_dtype(accelerator, student.model),
         init_kwargs={

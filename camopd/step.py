@@ -48,7 +48,7 @@ class Step:
             raise CaMOPDError(
                 f"optimizer step {number} got prompts of {sorted(found)}, but schedule {str(schedule)!r} wants "
                 f"{sorted(step.branches)}. The data loader and the trainer disagree about the step; if you replaced "
-                "either, keep `PromptDealer`'s order."
+                "either, keep `StepDataset`'s order."
             )
         step.metrics.update({"branch": step.label, "time/train": 0.0})
         return step
@@ -84,11 +84,11 @@ class Step:
             record.update(self.importance.summary(gather))
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
         for branch, clock in self.clocks.items():
-            record[f"time/teacher_{branch}"] = clock.seconds
-            record[f"time/teacher_{branch}_hidden"] = clock.hidden_seconds
+            record[f"time/{branch}/teacher"] = clock.seconds
+            record[f"time/{branch}/teacher_hidden"] = clock.hidden_seconds
         for branch in branches:  # a teacher is busy as long as any rank waits for it
             busy = max(seconds.get(branch, 0.0) for _, seconds in parts)
-            record[f"time/teacher_{branch}_idle"] = max(0.0, record["time/step"] - busy)
+            record[f"time/{branch}/teacher_idle"] = max(0.0, record["time/step"] - busy)
 
 
 def label(branches: Sequence[str]) -> str:

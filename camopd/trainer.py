@@ -41,13 +41,13 @@ from .messages import read_row
 from .objective import distillation_loss, importance_weights, token_gaps
 from .optimizer import kind_and_settings
 from .processes import let_threads_rest
-from .prompts import PromptDealer, named, one_item_per_micro_step
+from .prompts import StepDataset, named, one_item_per_micro_step
 from .rollouts import SamplerRecord, generate_with_vllm, recorded
 from .samples import MicroBatch, Sample
 from .scoring import Scorer
 from .selection import Branch, select_samples
 from .step import Step, StepCallback, check_trained
-from .token_rules import TOKEN_RULES
+from .token_rules import TOKEN_RULES, weigh
 
 
 atexit.register(let_threads_rest)  # or a run that is done may end with SIGABRT
@@ -136,7 +136,7 @@ class CaMOPDTrainer(DistillationTrainer):
         setup.check_ready(self, run, optimizers[0], self._tokenizer)
         self.student = Forward(
             student, self._in_wrapper, lambda **inputs: self.model_wrapped(**inputs), self.accelerator.autocast,
-            args.score_batch_size or 1, self._tokenizer.pad_token_id, args.padding_free, "the student",
+            args.score_rows, self._tokenizer.pad_token_id, args.padding_free, "the student",
         )  # fmt: skip
         self.teachers = setup.load_teachers(self, run)
         self.rule = TOKEN_RULES[args.token_rule](args)
@@ -145,8 +145,9 @@ class CaMOPDTrainer(DistillationTrainer):
         self.checkpoints = RunCheckpoints(args, record_of(args, self.schedule, self.teachers, run.prompts))
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.step: Any = None  # the `Step` under way, or the last one
-        self._sampled = SamplerRecord()
+        self._sampled = SamplerRecord(ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
+        self._held_out_results = HeldOutResults()
         self._best: tuple[int | None, int] = (
             None,
             0,
@@ -178,7 +179,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def begin_step(self, rows: list[dict[str, Any]]) -> Step:
         """Algorithm 1 up to the loss, for this rank's rows."""
-        args, engine = self.args, self.args.gap_student == "engine"
+        args, engine = self.args, self.args.student_logps == "engine"
         step = Step.at(self.state.global_step, self.schedule, rows)
         step.metrics["learning_rate"] = self._get_learning_rate()  # by the step's end the scheduler has moved
         self.model.train()  # the parent files its rollout metrics by mode
@@ -192,7 +193,7 @@ class CaMOPDTrainer(DistillationTrainer):
         with step.timed("score"):
             with self.checkpoints.saving_if_teacher_fails(self, step.samples, prompts_cut):
                 step.clocks = self.scorer.score(step.samples, step.branches, self.rule, engine=engine)  # Eq. 1
-            step.metrics.update(self.rule.weigh(step.samples, step.number, gather_object))  # CaMOPD: nothing
+            step.metrics.update(weigh(self.rule, step.samples, step.number, gather_object))  # CaMOPD: nothing
             select_samples(step, self.branches, self.rule, args, gather_object)  # Eq. 6-8, the same on every rank
             step.micro_batches = self.batcher.micro_batches(step)  # kept samples only, balanced over ranks
         step.metrics["rollout/prompts_cut"] = sum(gather_object([prompts_cut]))
@@ -284,8 +285,7 @@ class CaMOPDTrainer(DistillationTrainer):
             self.vllm_generation.max_completion_length = max_tokens
         self._sampled.rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
         prompts, completions, tool_masks, *_ = self._generate([row["prompt"] for row in self._sampled.rows])
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        samples = self._sampled.samples(rows, prompts, completions, tool_masks, ends)
+        samples = self._sampled.samples(rows, prompts, completions, tool_masks)
         self.notify("on_rolled_out", samples)
         for sample in samples:
             sample.keep_prefix(prefix)
@@ -307,7 +307,7 @@ class CaMOPDTrainer(DistillationTrainer):
             self._sampled.add(prompt_ids, completion_ids, logps)
         else:
             model = self.accelerator.unwrap_model(self.model_wrapped)
-            with neutral_generation(model), recorded(model, self.args.gap_student == "engine") as rows:
+            with neutral_generation(model), recorded(model, self.args.student_logps == "engine") as rows:
                 completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
             self._sampled.add(prompt_ids, completion_ids, rows())
         return self._sampled.without_empty(completion_ids, self._tokenizer.eos_token_id)
@@ -320,7 +320,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Prompts of the whole run, for the parent's log lines."""
-        if isinstance(dataloader.dataset, PromptDealer):
+        if isinstance(dataloader.dataset, StepDataset):
             return self.args.max_steps * self.args.prompts_per_step
         return super().num_examples(dataloader)
 

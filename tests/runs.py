@@ -33,6 +33,6 @@ ALWAYS = {
     "selection/{branch}/length_kept": 100.0, "selection/{branch}/length_dropped": 50.0, "grad_norm": 1.0,
     "score/{branch}/length_spearman": 0.1, "score/{branch}/p90": 1.0, "score/{branch}/p50": 0.5,
     "rollout/{branch}/length": 80.0, "train/tokens": 1000, "train/padding": 0.1, "train/imbalance": 0.0,
-    "time/step": 10.0, "time/rollout": 5.0, "time/score": 2.0, "time/train": 3.0, "time/teacher_{branch}": 1.5,
-    "time/teacher_{branch}_hidden": 1.0, "time/teacher_{branch}_idle": 8.5,
+    "time/step": 10.0, "time/rollout": 5.0, "time/score": 2.0, "time/train": 3.0, "time/{branch}/teacher": 1.5,
+    "time/{branch}/teacher_hidden": 1.0, "time/{branch}/teacher_idle": 8.5,
 }  # fmt: skip

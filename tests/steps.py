@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import TeacherError
-from camopd.prompts import PromptDealer, PromptStream
+from camopd.prompts import PromptStream, StepDataset
 from camopd.schedule import Schedule
 from camopd.teachers.local import LocalTeacher
 
@@ -42,7 +42,7 @@ class Case:
     mass_target: float = 0.8
     selection: bool = True
     with_rollout_logps: bool = True
-    gap_student: str = "trainer"
+    student_logps: str = "trainer"
     loss_prefix_tokens: int | None = None
     token_rule: str = "none"
     relaxed_exploration_steps: int = 0
@@ -57,23 +57,23 @@ CASES = (
     Case("domain", schedule="domain:1,general:1"),
     Case("without_selection", selection=False),
     Case("without_rollout_logps", with_rollout_logps=False),
-    Case("engine", gap_student="engine", mass_target=0.5),  # which keeps other samples than the trainer's gaps do
+    Case("engine", student_logps="engine", mass_target=0.5),  # which keeps other samples than the trainer's gaps do
     Case("prefix", loss_prefix_tokens=2),
 )
 MIXED = {"schedule": "general:1+domain:1", "selection": False}
 BASELINES = (
     Case("relaxed_opd", **MIXED, token_rule="relaxed_opd", loss_normalization="token"),
     Case("relaxed_opd_first_phase", token_rule="relaxed_opd", relaxed_exploration_steps=1, loss_prefix_tokens=2),
-    Case("relaxed_opd_engine", token_rule="relaxed_opd", gap_student="engine", loss_normalization="token"),
+    Case("relaxed_opd_engine", token_rule="relaxed_opd", student_logps="engine", loss_normalization="token"),
     Case("selectkd", **MIXED, token_rule="selectkd"),
-    Case("selectkd_engine", token_rule="selectkd", gap_student="engine", loss_normalization="token"),
-    Case("dn_mopd", schedule="general:3+domain:1", branch_weights="sigma", gap_student="engine"),
+    Case("selectkd_engine", token_rule="selectkd", student_logps="engine", loss_normalization="token"),
+    Case("dn_mopd", schedule="general:3+domain:1", branch_weights="sigma", student_logps="engine"),
 )
 # What changes how a step is made and not what it is.
 VARIANTS = {
     "exchange": {},
     "own": {
-        "exchange": False, "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False,
+        "rebalance": False, "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False,
     },
     "padding_free": {"padding_free": True},
     "token_budget": {"padding_free": True, "max_tokens_per_micro_batch": 90, "per_device_train_batch_size": 1},
@@ -128,9 +128,9 @@ def make_trainer(case: Case, output_dir: str, batch_size: int, general_teacher=N
         "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd", "learning_rate": LEARNING_RATE,
         "max_grad_norm": MAX_GRAD_NORM, "max_steps": 1, "prompts_per_step": ROWS, "per_device_train_batch_size": batch_size,
         "max_completion_length": 9, "max_prompt_length": 64, "schedule": case.schedule,
-        "mass_target": case.mass_target, "selection": case.selection, "score_batch_size": 3,
+        "mass_target": case.mass_target, "selection": case.selection, "score_tokens": 3 * 73,
         "importance_sampling_mode": "mask" if case.with_rollout_logps else "none",
-        "gap_student": case.gap_student, "loss_prefix_tokens": case.loss_prefix_tokens, "token_rule": case.token_rule,
+        "student_logps": case.student_logps, "loss_prefix_tokens": case.loss_prefix_tokens, "token_rule": case.token_rule,
         "relaxed_exploration_steps": case.relaxed_exploration_steps, "relaxed_entropy_share": 0.8,
         "loss_normalization": case.loss_normalization, "branch_weights": case.branch_weights,
     }  # fmt: skip
@@ -216,7 +216,7 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
     scale = {"general": 2.0, "domain": 1.0}
     schedule = Schedule.parse(case.schedule)
     streams = {branch: PromptStream(make_prompts(branch), branch, seed=42) for branch in schedule.branches}
-    rows = PromptDealer(streams, schedule, ROWS, num_steps=1).rows_of(0)
+    rows = StepDataset(streams, schedule, ROWS, num_steps=1).rows_of(0)
     tokenizer = make_tokenizer()
 
     samples = []
@@ -231,7 +231,7 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
             before = _logps(student, prompt, completion)
         gaps = [float(t) - float(s) for t, s in zip(teacher, before, strict=True)]
         at_selection = gaps
-        if case.gap_student == "engine":
+        if case.student_logps == "engine":
             at_selection = [float(t) - r for t, r in zip(teacher, rollout, strict=True)]
         demands = [abs(gap) if row["branch"] == "general" else max(gap, 0.0) for gap in at_selection]
         score = sum(demands) / len(demands)

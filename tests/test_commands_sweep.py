@@ -17,7 +17,7 @@ import yaml
 from camopd import cli
 from camopd.commands.sweep import MARK, TRAIN, read_sweep, results, table
 from camopd.errors import CaMOPDError
-from camopd.run import peek
+from camopd.run import read_settings
 
 
 # A run: notes that it was started, then does what its config says.
@@ -237,7 +237,7 @@ def test_the_default_command_trains_with_the_common_settings(write):
     sweep = read_sweep(write({"one": ONE}, command=TRAIN, set=common, output_dir="the out"))
     words = sweep.words(sweep.runs[1], resume=True)
     assert words[:5] == [sys.executable, "-m", "camopd.cli", "train", "one.yaml"]
-    read = peek("one.yaml", words[5:])
+    read = read_settings("one.yaml", words[5:])
     assert read == {**ONE, **common, "seed": 1, "output_dir": "the out/one/seed-1", "resume_from_checkpoint": True}
     assert "--resume_from_checkpoint" not in sweep.words(sweep.runs[1], resume=False)
 

@@ -10,6 +10,7 @@ from transformers import SchedulerType
 from trl import DistillationConfig, TrlParser
 
 from camopd import CaMOPDConfig
+from camopd.config import OLD_NAMES
 
 
 PARENT_FIELDS = {field.name: field for field in dataclasses.fields(DistillationConfig)}
@@ -29,16 +30,16 @@ OTHER_VALUES = {
     "num_iterations": (1, "1"),  # the only value there is
     "prompts_per_step": (64, "64"),
     "max_prompt_length": (100, "100"),
-    "teacher_patience": (60.0, "60"),
-    "exchange": (False, "false"),
+    "teacher_timeout": (60.0, "60"),
+    "rebalance": (False, "false"),
     "teachers": (
         {"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"},
         '{"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"}',
     ),
-    "score_batch_size": (2, "2"),
+    "score_tokens": (2, "2"),
     "padding_free": (True, "true"),
     "max_tokens_per_micro_batch": (40_000, "40000"),
-    "gap_student": ("engine", "engine"),
+    "student_logps": ("engine", "engine"),
     "loss_prefix_tokens": (256, "256"),
     "optimizer_moments": ("per_branch", "per_branch"),
     "token_rule": ("relaxed_opd", "relaxed_opd"),
@@ -272,7 +273,7 @@ def test_a_branch_that_the_schedule_does_not_know_is_refused(make_config, name):
     with pytest.raises(
         ValueError,
         match=rf"{name} has a value for \['domian'\], but the branches of schedule 'general:3,domain:1' are "
-        r"\['general', 'domain'\]\. Mend the name",
+        r"\['general', 'domain'\]\. Fix the name",
     ):
         make_config(**{name: {"general": default["general"], "domian": default["domain"]}})
 
@@ -287,7 +288,7 @@ def test_a_schedule_of_one_branch_needs_no_values_for_the_other(make_config):
 
 
 def test_this_file_has_another_value_for_every_new_field():
-    assert set(OTHER_VALUES) | {"completion_lengths"} == {field.name for field in NEW_FIELDS}
+    assert set(OTHER_VALUES) | {"completion_lengths"} | set(OLD_NAMES) == {field.name for field in NEW_FIELDS}
 
 
 def test_every_new_field_is_read_from_yaml(parse):
@@ -398,3 +399,34 @@ def test_to_dict_is_json_and_holds_every_new_field(make_config):
     values = json.loads(json.dumps(make_config(teachers=OTHER_VALUES["teachers"][0]).to_dict()))
     assert {field.name for field in NEW_FIELDS} <= set(values)
     assert values["teachers"] == OTHER_VALUES["teachers"][0]
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "new", "expected"),
+    [
+        ("gap_student", "engine", "student_logps", "engine"),
+        ("exchange", False, "rebalance", False),
+        ("teacher_patience", 60.0, "teacher_timeout", 60.0),
+        ("score_batch_size", 3, "score_tokens", 3 * (100 + 28)),
+    ],
+)
+def test_old_names_are_taken_with_a_warning(old, value, new, expected, make_config, caplog):
+    lengths = {"max_prompt_length": 100, "max_completion_length": 28}
+    config = make_config(**{old: value}, **lengths)
+    assert getattr(config, new) == expected and getattr(config, old) is None
+    assert old in caplog.text and f"{new}={expected!r}" in caplog.text
+    if old == "score_batch_size":
+        assert config.score_rows == 3
+    other = {"student_logps": "nonsense", "rebalance": "nonsense", "teacher_timeout": 61.0, "score_tokens": 7}[new]
+    with pytest.raises(ValueError, match=rf"{old}=.* is the old name of {new}="):
+        make_config(**{old: value, new: other}, **lengths)
+
+
+def test_every_old_name_has_a_test():
+    (mark,) = test_old_names_are_taken_with_a_warning.pytestmark
+    assert {(old, new) for old, _, new, _ in mark.args[1]} == set(OLD_NAMES.items())
+
+
+def test_a_scoring_forward_holds_as_many_of_the_longest_sequences_as_its_tokens_allow(make_config):
+    assert make_config(max_prompt_length=1000, max_completion_length=3096).score_rows == 16  # 65536 tokens
+    assert make_config(max_prompt_length=4096, max_completion_length=10**6).score_rows == 1

@@ -243,14 +243,14 @@ def test_a_list_is_read_in_chunks_of_any_size(tmp_path, monkeypatch, chunk):
 def test_a_file_that_is_no_list_is_an_error_with_the_place(tmp_path, text, why):
     path = tmp_path / "list.json"
     path.write_text(text)
-    with pytest.raises(DataError, match=rf"list\.json' is no JSON list: {why}(.|\n)*Check the download"):
+    with pytest.raises(DataError, match=rf"list\.json' is not a JSON list: {why}(.|\n)*Check the download"):
         list(stream_list(path))
 
 
 def test_bytes_that_are_no_utf_8_are_an_error(tmp_path):
     (tmp_path / "list.json").write_bytes(b'[{"a": "\xff\xfe"}]')
     with pytest.raises(
-        DataError, match=r"list\.json' is no JSON list: .*invalid bytes in UTF8 string, after element 0"
+        DataError, match=r"list\.json' is not a JSON list: .*invalid bytes in UTF8 string, after element 0"
     ):
         list(stream_list(tmp_path / "list.json"))
 

@@ -31,7 +31,7 @@ WEIGHT = STEPS * (LEARNING_RATE * rounding(1) / ADAM_EPSILON + rounding(1, sums=
 # Gaps, losses and cosines of weights that far apart.
 METRIC = 2e-4
 FULL = ["--optimizer_moments", "per_branch"]
-ENGINE = [*FULL, "--gap_student", "engine", "--importance_sampling_mode", "none"]
+ENGINE = [*FULL, "--student_logps", "engine", "--importance_sampling_mode", "none"]
 LORA = ["--lora", "true"]
 COMPARED = (
     "loss", "grad_norm", "update/cosine", "gap/general/mean", "gap/domain/mean",

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from camopd import cli
 from camopd.data.medical import to_prompt
 from camopd.files import load_all
-from camopd.prompts import PromptDealer, PromptStream
+from camopd.prompts import PromptStream, StepDataset
 from camopd.schedule import Schedule
 
 
@@ -40,7 +40,7 @@ def test_minimal_loop_has_the_loss_and_gradient_of_the_trainer(branch, tmp_path)
 
     student, teacher = make_model(1), make_model(2 if branch == "general" else 3)
     streams = {name: PromptStream(make_prompts(name), name, seed=42) for name in ("general", "domain")}
-    rows = PromptDealer(streams, Schedule.parse(case.schedule), ROWS, num_steps=1).rows_of(0)
+    rows = StepDataset(streams, Schedule.parse(case.schedule), ROWS, num_steps=1).rows_of(0)
     sequences, prompt_lens, logps = [], [], []
     for row in rows:
         prompt = make_tokenizer()(row["prompt"])["input_ids"]

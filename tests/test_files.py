@@ -226,9 +226,9 @@ def test_an_ascii_locale_changes_nothing(tmp_path):
     )  # a path of ASCII: the system wants it
     save(tmp_path / "p.csv", "prompt\né\n")
     code = (
-        "import sys, locale; from camopd.files import load_prompts; from camopd.run import peek\n"
+        "import sys, locale; from camopd.files import load_prompts; from camopd.run import read_settings\n"
         "assert locale.getpreferredencoding() != 'UTF-8'\n"
-        f"path = {config!a}; settings = peek(path, [])\n"
+        f"path = {config!a}; settings = read_settings(path, [])\n"
         "print(ascii([settings['run_name'], load_prompts(path[:-8] + settings['prompts']['general'], 'x')[0]['prompt']]))"
     )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -191,8 +191,8 @@ def test_rollouts_evaluation_and_saved_files_of_a_student_with_defaults_of_its_o
 
     def everything():
         seen = []
-        for gap_student in ("trainer", "engine"):
-            trainer.args.gap_student = gap_student
+        for student_logps in ("trainer", "engine"):
+            trainer.args.student_logps = student_logps
             torch.manual_seed(0)
             samples, _ = trainer.roll_out(rows, 8)
             logps = [None if sample.rollout_logps is None else sample.rollout_logps.tolist() for sample in samples]

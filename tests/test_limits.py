@@ -10,7 +10,7 @@ from camopd.teachers import limits
 
 # 4 sequences of 64,000 tokens on each of two ranks may be in flight: 300 s + 256,000 / 500 s = 812 s for a request. Two
 # of them around a wait of 100 s are 1724 s.
-LONG = {"prompts_per_step": 8, "max_prompt_length": 1000, "max_completion_length": 63000, "teacher_patience": 100.0}
+LONG = {"prompts_per_step": 8, "max_prompt_length": 1000, "max_completion_length": 63000, "teacher_timeout": 100.0}
 
 
 @pytest.fixture

@@ -77,16 +77,12 @@ def test_importance_bands_at_their_limits_are_taken(make_config):
 
 
 @pytest.mark.parametrize(
-    "name", ["prompts_per_step", "max_prompt_length", "max_completion_length", "score_batch_size", "max_steps"]
+    "name", ["prompts_per_step", "max_prompt_length", "max_completion_length", "score_tokens", "max_steps"]
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", None])
 def test_count_that_is_no_whole_number_of_at_least_1_is_refused(make_config, name, value):
     if (name, value) == ("max_completion_length", "8"):  # a number or a mapping, so the command line gives it as text
         assert make_config(max_completion_length="8").max_completion_length == 8
-        return
-    if (name, value) == ("score_batch_size", None):
-        assert make_config(max_prompt_length=1000, max_completion_length=3096).score_batch_size == 16  # 65536 tokens
-        assert make_config(max_prompt_length=4096, max_completion_length=10**6).score_batch_size == 1
         return
     with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least 1, got {value!r}\."):
         make_config(**{name: value})
@@ -127,7 +123,7 @@ def test_token_budget_and_a_batch_size_contradict_each_other(make_config):
 
 
 @pytest.mark.parametrize(
-    "name", ["gap_student", "optimizer_moments", "token_rule", "loss_normalization", "branch_weights"]
+    "name", ["student_logps", "optimizer_moments", "token_rule", "loss_normalization", "branch_weights"]
 )
 def test_choice_that_is_none_is_refused(make_config, name):
     with pytest.raises(ValueError, match=rf"{name} must be one of \(.*\), got 'nobody'"):
@@ -191,7 +187,7 @@ def test_batch_size_of_0_is_refused(make_config):
 
 def test_json_that_cannot_be_read_is_refused_with_the_field_and_the_form(make_config):
     with pytest.raises(
-        ValueError, match=r"mass_target is no valid JSON: \{general: 0.8\}.*double quotes: --mass_target"
+        ValueError, match=r"mass_target is not valid JSON: \{general: 0.8\}.*double quotes: --mass_target"
     ):
         make_config(mass_target="{general: 0.8}")
 

@@ -14,7 +14,7 @@ from test_trainer import lines, make_trainer
 
 from camopd import CaMOPDConfig, TokenScores, cli
 from camopd.errors import CaMOPDError
-from camopd.prompts import PromptDealer, PromptStream
+from camopd.prompts import PromptStream, StepDataset
 from camopd.run import parse
 from camopd.schedule import Schedule
 
@@ -171,7 +171,7 @@ def loop(method) -> tuple[dict[str, torch.Tensor], float]:
     schedule = Schedule.parse("general:1+domain:1")
     streams = {branch: PromptStream(make_prompts(branch), branch, seed=42) for branch in BRANCHES}
     samples = []
-    for row in PromptDealer(streams, schedule, 8, num_steps=1).rows_of(0):
+    for row in StepDataset(streams, schedule, 8, num_steps=1).rows_of(0):
         prompt = tokenizer(row["prompt"])["input_ids"]
         completion, rollout_logps = FakeSampler.complete(tuple(prompt))
         if not completion:

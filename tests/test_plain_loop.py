@@ -215,8 +215,8 @@ def trained(schedule: str, optimizer: str, folder, batch_size: int, **settings) 
     [
         ("general:3,domain:1", "sgd", 1, {}),  # 12 micro-steps
         ("general:3,domain:1", "sgd", 12, {}),  # 1
-        ("general:2+domain:1,domain:1", "sgd", 2, {"exchange": False}),  # 6
-        ("general:2+domain:1,domain:1", "sgd", 6, {"score_batch_size": 3}),  # 2
+        ("general:2+domain:1,domain:1", "sgd", 2, {"rebalance": False}),  # 6
+        ("general:2+domain:1,domain:1", "sgd", 6, {"score_tokens": 3 * 49}),  # 2
         ("general:1,domain:1", "adamw_torch", 4, {}),  # 3
         ("general:1,domain:1", "adamw_torch", 1, {"max_tokens_per_micro_batch": 60}),  # 12, of which few hold work
     ],

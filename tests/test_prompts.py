@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from camopd.prompts import PromptDealer, PromptStream, check_prompts, fingerprint, held_out
+from camopd.prompts import PromptStream, StepDataset, check_prompts, fingerprint, held_out
 from camopd.schedule import Schedule
 
 
@@ -47,7 +47,7 @@ def make_dealer(
     """A dealer with fresh streams, as a process that has just started has it."""
     parsed = Schedule.parse(schedule)
     streams = {name: PromptStream(make_dataset(name, sizes[name]), name, seed, shuffle) for name in parsed.branches}
-    return PromptDealer(streams, parsed, rows_per_step, num_steps=40, rank=rank, world_size=world_size)
+    return StepDataset(streams, parsed, rows_per_step, num_steps=40, rank=rank, world_size=world_size)
 
 
 def prompts_of(rows):
@@ -190,7 +190,7 @@ def test_epochs_of_an_iterable_larger_than_the_shuffle_buffer_visit_every_row_on
 def test_branches_with_the_same_dataset_come_in_different_orders(make_dataset):
     dataset = make_dataset("shared", 11)
     streams = {branch: PromptStream(dataset, branch, seed=0) for branch in ("a", "b")}
-    dealer = PromptDealer(streams, Schedule.parse("a+b"), rows_per_step=22, num_steps=3)
+    dealer = StepDataset(streams, Schedule.parse("a+b"), rows_per_step=22, num_steps=3)
     for step in range(3):  # each step is one epoch of either branch
         rows = dealer.rows_of(step)
         a, b = ([row["prompt"] for row in rows if row["branch"] == branch] for branch in ("a", "b"))
@@ -244,7 +244,7 @@ def test_a_branch_that_rests_draws_nothing():
 
 def test_first_micro_step_holds_the_whole_step_and_the_others_are_empty_lists():
     parsed = Schedule.parse("a")
-    dealer = PromptDealer(
+    dealer = StepDataset(
         {"a": PromptStream(KINDS["Dataset"]("a", 11), "a", seed=0)},
         parsed,
         rows_per_step=6,

@@ -10,7 +10,7 @@ from conftest import make_model, make_prompts
 from test_trainer import lines, make_trainer
 
 from camopd.errors import ResumeError, TeacherError
-from camopd.prompts import PromptDealer
+from camopd.prompts import StepDataset
 from camopd.rollouts import load_rollouts, save_rollouts
 from camopd.samples import Sample
 
@@ -70,8 +70,8 @@ def test_a_dealer_that_forgets_the_step_is_caught_by_its_branch(undisturbed, tmp
     # Resumed after step 3, the next step is the domain's. A data order that starts over would deal general prompts.
     folder, _, _ = undisturbed
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
-    rows_of = PromptDealer.rows_of
-    monkeypatch.setattr(PromptDealer, "rows_of", lambda self, step: rows_of(self, step - 3))
+    rows_of = StepDataset.rows_of
+    monkeypatch.setattr(StepDataset, "rows_of", lambda self, step: rows_of(self, step - 3))
     with pytest.raises(RuntimeError, match=r"step 3 got prompts of \['general'\].*wants \['domain'\]"):
         train(tmp_path, tokenizer, resume=True)
 
@@ -153,7 +153,7 @@ def test_the_parent_is_told_to_skip_what_was_trained(tmp_path, tokenizer):
 def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
     """As `train`, with both teachers on a server, which may die over a step; also the steps that were rolled out."""
     teachers = {"general": server.url, "domain": [server.url]}
-    trainer = make_trainer(folder, tokenizer, teachers=teachers, teacher_patience=0.3, max_steps=4, **kwargs)
+    trainer = make_trainer(folder, tokenizer, teachers=teachers, teacher_timeout=0.3, max_steps=4, **kwargs)
     generated = []
     roll_out = trainer.roll_out
 
@@ -229,7 +229,7 @@ def test_rollouts_that_another_run_has_left_are_not_used(as_checkpoint, start_se
 def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_server, tmp_path, tokenizer):
     server = start_server()
     trainer = make_trainer(
-        tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(1)}, teacher_patience=0.3, max_steps=4,
+        tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(1)}, teacher_timeout=0.3, max_steps=4,
         eval_dataset={"general": make_prompts("general", 4)}, eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     roll_out = trainer.roll_out

@@ -23,7 +23,7 @@ from camopd.run import (
     config_and_overrides,
     config_first,
     parse,
-    peek,
+    read_settings,
     teachers_of,
     written,
 )
@@ -47,30 +47,30 @@ def write(tmp_path):
     return write
 
 
-# --- peek --------------------------------------------------------------------------------------------------------
+# --- read_settings --------------------------------------------------------------------------------------------------------
 
 
 def test_peek_reads_the_mapping_of_the_file(write):
     settings = {"teachers": {"general": "a", "domain": ["http://b", "http://c"]}, "max_steps": 3}
-    assert peek(write(settings), []) == settings
+    assert read_settings(write(settings), []) == settings
 
 
 def test_a_config_that_is_not_there_is_an_error_with_its_path():
     with pytest.raises(ValueError, match=r"'no/such\.yaml' cannot be read: No such file .* path of a YAML file"):
-        peek("no/such.yaml", [])
+        read_settings("no/such.yaml", [])
 
 
 def test_a_config_that_is_no_yaml_is_an_error_with_the_place(write):
     path = write("teachers: {general: a\nmax_steps: 3\n")
-    with pytest.raises(ValueError, match=r"run\.yaml' is no valid YAML: (.|\n)*line 2") as error:
-        peek(path, [])
+    with pytest.raises(ValueError, match=r"run\.yaml' is not valid YAML: (.|\n)*line 2") as error:
+        read_settings(path, [])
     assert path in str(error.value)
 
 
 @pytest.mark.parametrize(("text", "shown"), [("- a\n- b\n", r"\['a', 'b'\]"), ("", "None"), ("max_steps 3", "'max_")])
 def test_a_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, shown):
     with pytest.raises(ValueError, match=f"must be a mapping from settings to values, got {shown}"):
-        peek(write(text), [])
+        read_settings(write(text), [])
 
 
 @pytest.mark.parametrize(
@@ -83,15 +83,15 @@ def test_a_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, show
         (["--teachers", '{"general": "x", "domain": ["http://y"]}'], {"teachers": {"general": "x", "domain": ["http://y"]}}),
         (["--learning_rate", "-1"], {"learning_rate": -1}),
         (["--use_peft"], {"use_peft": True}),
-        (["--no_exchange"], {"exchange": False}),
-        (["--no-exchange", "--use_peft"], {"exchange": False, "use_peft": True}),
+        (["--no_rebalance"], {"rebalance": False}),
+        (["--no-rebalance", "--use_peft"], {"rebalance": False, "use_peft": True}),
         (["--use_peft", "--output_dir", "there"], {"use_peft": True, "output_dir": "there"}),
         (["--run_name", "step: one: two"], {"run_name": "step: one: two"}),  # no YAML, but a name all the same
     ],
 )  # fmt: skip
 def test_overrides_win_over_the_file(write, overrides, changed):
     settings = {"teachers": {"general": "a"}, "max_steps": 3}
-    assert peek(write(settings), overrides) == {**settings, **changed}
+    assert read_settings(write(settings), overrides) == {**settings, **changed}
 
 
 # --- parse -------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_an_unknown_setting_is_an_error_with_its_name(write, settings, place):
     if place == "file":
         settings["lerning_rate"] = 1.0
     with pytest.raises(
-        ValueError, match=r"'lerning_rate' in .* is no setting of a run\. Did you mean 'learning_rate'\?"
+        ValueError, match=r"'lerning_rate' in .* is not a setting of a run\. Did you mean 'learning_rate'\?"
     ):
         parse(write(settings), ["--lerning_rate", "1.0"] if place == "command line" else [])
 
@@ -167,7 +167,7 @@ def test_held_out_prompts_that_are_a_list_are_not_ignored(write, settings):
 
 
 def test_broken_json_of_another_setting_is_an_error_with_its_name(write, settings):
-    with pytest.raises(ValueError, match=r'^teachers is no valid JSON: \{"general": "a" \('):
+    with pytest.raises(ValueError, match=r'^teachers is not valid JSON: \{"general": "a" \('):
         parse(write(settings), ["--teachers", '{"general": "a"'])
 
 
@@ -643,7 +643,7 @@ def test_a_config_in_latin_1_is_an_error_in_words(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes("run_name: caf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"run\.yaml' is not UTF-8.*Save it as UTF-8"):
-        peek(str(path), [])
+        read_settings(str(path), [])
 
 
 def test_what_stands_behind_the_dashes_is_left_to_vllm():

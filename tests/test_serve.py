@@ -135,7 +135,7 @@ class Serve:
         )
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=300)
         return self.process.returncode, out, err
 
 
@@ -155,7 +155,7 @@ def serve():
             run.end()
 
 
-def wait_for(condition, seconds: float = 120.0) -> None:
+def wait_for(condition, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -198,7 +198,7 @@ def test_a_mistyped_setting_in_the_config_is_refused_before_anything_starts(writ
     config = write({"general": "org/general", "domain": "org/domain"})
     with open(config, "a") as file:
         file.write("max_stepz: 4\n")
-    with pytest.raises(ValueError, match=r"'max_stepz' in .* is no setting of a run\. Did you mean 'max_steps'\?"):
+    with pytest.raises(ValueError, match=r"'max_stepz' in .* is not a setting of a run\. Did you mean 'max_steps'\?"):
         command.serve([config, "--print"])
 
 
@@ -335,7 +335,7 @@ def test_gpus_are_those_of_the_environment_or_all_of_the_machine(monkeypatch, tm
         (
             {"general": "org/a"},
             ["--max-model-len", "9"],
-            r"'max_model_len' in .*is no setting of a run\..*behind `--`",
+            r"'max_model_len' in .*is not a setting of a run\..*behind `--`",
         ),
         ({"general": "org/a"}, ["other.yaml"], r"'other.yaml' is one word too many"),
         ({"general": "org/a"}, ["--max_prompt_length", "0"], r"max_prompt_length must be a whole number.*got 0"),
@@ -378,7 +378,7 @@ def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypa
     monkeypatch.delenv("CAMOPD_VLLM_PYTHON")
     with pytest.raises(CaMOPDError, match=rf"looked at {sys.executable} and .venv-vllm/bin/python \(not there\)"):
         command.serve([config])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # and not the minutes that a server may take
 
 
 def test_the_builds_of_vllm_are_told_apart(write, dummy, tmp_path, monkeypatch):
@@ -544,7 +544,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_pa
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     assert run.end()[0] == 0
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50  # of a grace of 60 seconds
     assert_nothing_stays(read_notes(dummy))
 
 

@@ -765,7 +765,7 @@ def test_optimizers_and_their_arguments_are_those_asked_for(tmp_path, monkeypatc
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is torch.optim.SGD
     assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0.5, True)}
-    # A low-rank one, with a stand-in for its package.
+    # A low-rank one, with a dummy for its package.
     package = types.ModuleType("galore_torch")
     package.GaLoreAdafactor = package.GaLoreAdamW8bit = None
     package.GaLoreAdamW = type("GaLoreAdamW", (torch.optim.AdamW,), {})

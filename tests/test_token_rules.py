@@ -5,6 +5,10 @@ import math
 import pytest
 import torch
 
+from camopd import CaMOPDConfig
+from camopd.errors import CaMOPDError
+from camopd.samples import Sample
+from camopd.token_rules import TOKEN_RULES, TokenRule, weigh
 from camopd.token_rules.relaxed_opd import above_floor, entropy_threshold, relaxed_rewards, reward_floor
 from camopd.token_rules.selectkd import acceptance_weights, accepted, proposals
 from camopd.token_rules.sigma import sigma_weights
@@ -131,3 +135,27 @@ def test_a_branch_without_spread_keeps_its_weight(degenerate):
 def test_one_branch_alone_has_weight_one():
     assert sigma_weights({"a": sums(0.2, -0.7, 1.3)}) == pytest.approx({"a": 1.0})
     assert sigma_weights({}) == {}
+
+
+# --- what a rule must give --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [None, torch.ones(1), torch.tensor([1.0, math.nan, 1.0])])
+def test_weights_that_do_not_fit_their_samples_are_refused(wrong):
+    class Mine(TokenRule):
+        def weigh(self, samples, step, gather):
+            samples[0].token_weights, samples[1].token_weights = self.given
+            return {"mine": 1.0}
+
+    samples = [Sample("general", place, [4] * 5, 2, torch.ones(3, dtype=torch.bool), 3, False) for place in range(2)]
+    rule = Mine(None)
+    for rule.given in ((None, None), (torch.ones(3), torch.zeros(3))):
+        assert weigh(rule, samples, 0, list) == {"mine": 1.0}
+    rule.given = (torch.ones(3), wrong)
+    with pytest.raises(CaMOPDError, match=r"Mine gave sample 1 token weights of shape .*; \(3,\) are needed"):
+        weigh(rule, samples, 0, list)
+
+
+def test_an_own_rule_is_taken_by_its_name_in_the_table(monkeypatch, tmp_path):
+    monkeypatch.setitem(TOKEN_RULES, "mine", TokenRule)
+    assert CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, token_rule="mine").token_rule == "mine"

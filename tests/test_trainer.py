@@ -430,14 +430,14 @@ def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, t
         Forward, "logps", lambda self, *args, **kwargs: seen.append(self) or logps(self, *args, **kwargs)
     )
 
-    def run(gap_student):
+    def run(student_logps):
         seen.clear()
-        settings = {"gap_student": gap_student, "importance_sampling_mode": "none", "max_steps": 2, "selection": False,
+        settings = {"student_logps": student_logps, "importance_sampling_mode": "none", "max_steps": 2, "selection": False,
                     "diagnostics_steps": 0}  # fmt: skip
-        trainer = make_trainer(tmp_path / gap_student, tokenizer, **settings)
+        trainer = make_trainer(tmp_path / student_logps, tokenizer, **settings)
         trainer.train()
         assert "generate" not in vars(trainer.model)
-        return lines(tmp_path / gap_student), seen.count(trainer.student)
+        return lines(tmp_path / student_logps), seen.count(trainer.student)
 
     of_engine, forwards = run("engine")
     of_trainer, more_forwards = run("trainer")
@@ -458,7 +458,7 @@ def test_tokens_without_a_log_prob_of_the_engine_have_no_gap_at_selection(tmp_pa
             return prompts, completions, [[[None] for _ in row] for row in logprobs], None
 
     with caplog.at_level("WARNING", logger="camopd"):
-        _, metrics = trainer_step(Case("none", gap_student="engine"), str(tmp_path), 2, sampler=NoLogprob())
+        _, metrics = trainer_step(Case("none", student_logps="engine"), str(tmp_path), 2, sampler=NoLogprob())
     assert metrics["gap/general/abs_mean"] == 0
     assert metrics["selection/general/degenerate"] == 1
     assert metrics["loss"] != 0  # Eq. 1 in the loss is of the trainer
@@ -1030,22 +1030,22 @@ def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_serve
             time.sleep(0.2)  # in each of four
         return forward(*args, **kwargs)
 
-    def score_slowly(*args):
+    def score_slowly(*args, **kwargs):
         slow.append(1)
-        clocks = score(*args)
+        clocks = score(*args, **kwargs)
         slow.clear()
         return clocks
 
     trainer.student.logps, trainer.scorer.score = slow_forward, score_slowly
     trainer.train()
     (line,) = lines(tmp_path)
-    assert line["time/teacher_general"] >= 1.0
-    assert 0.8 <= line["time/teacher_general_hidden"] <= line["time/teacher_general"]
-    assert line["time/score"] < line["time/teacher_general"] + 0.7  # one after the other would take longer
-    assert line["time/teacher_general_idle"] == pytest.approx(
-        line["time/step"] - line["time/teacher_general"], abs=1e-3
+    assert line["time/general/teacher"] >= 1.0
+    assert 0.8 <= line["time/general/teacher_hidden"] <= line["time/general/teacher"]
+    assert line["time/score"] < line["time/general/teacher"] + 0.7  # one after the other would take longer
+    assert line["time/general/teacher_idle"] == pytest.approx(
+        line["time/step"] - line["time/general/teacher"], abs=1e-3
     )
-    assert line["time/teacher_domain_idle"] == line["time/step"]
+    assert line["time/domain/teacher_idle"] == line["time/step"]
 
 
 def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_path, tokenizer, start_server):
@@ -1058,7 +1058,7 @@ def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_p
     score, forward = trainer.scorer.score, trainer.student.logps
 
     def begin(
-        *args,
+        *args, **kwargs
     ):  # what is asked from now on is answered when the student has begun, and it begins when both are asked
         asked = len(general.scored), len(domain.scored)
 
@@ -1072,13 +1072,13 @@ def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_p
 
         trainer.student.logps = forward_when_both_are_asked
         general.before = domain.before = lambda: student_scores.wait(10)
-        return score(*args)
+        return score(*args, **kwargs)
 
     trainer.scorer.score = begin
     trainer.train()
     (line,) = lines(tmp_path)
-    assert line["time/teacher_general_hidden"] > 0
-    assert line["time/teacher_domain_hidden"] > 0
+    assert line["time/general/teacher_hidden"] > 0
+    assert line["time/domain/teacher_hidden"] > 0
 
 
 def test_a_server_gives_the_step_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):

@@ -288,8 +288,8 @@ def test_a_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model,
     assert undisturbed[0]["gap/general/abs_mean"] > 0.05
     for line in undisturbed:
         branch = line["branch"]
-        assert 0 < line[f"time/teacher_{branch}_hidden"] <= line[f"time/teacher_{branch}"]
-        assert line["time/teacher_domain_idle"] > 0
+        assert 0 < line[f"time/{branch}/teacher_hidden"] <= line[f"time/{branch}/teacher"]
+        assert line["time/domain/teacher_idle"] > 0
 
 
 def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(

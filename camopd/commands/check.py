@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaMOPDError
-from ..run import need_prompts, parse, peek, teachers_of, where_from
+from ..run import need_prompts, parse, read_settings, teachers_of, where_from
 from ..schedule import Schedule
 from ..teachers.address import ADAPTER_TEACHERS, has_adapter
 from ..teachers.check import (
@@ -27,7 +27,7 @@ from ..tokens import head_size, need_end
 
 def check(config: str, overrides: list[str]) -> None:
     """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
-    settings = peek(config, overrides)
+    settings = read_settings(config, overrides)
     findings: list[Finding] = []
 
     def not_reached(branch: str, error: Exception) -> None:

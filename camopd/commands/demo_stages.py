@@ -202,7 +202,7 @@ def make_trainer(student: str, models: dict[str, Path], output_dir: Path, settin
             prompts_per_step=settings.prompts_per_step,
             per_device_train_batch_size=4,
             per_device_eval_batch_size=settings.heldout,
-            score_batch_size=settings.prompts_per_step,
+            score_tokens=settings.prompts_per_step * (256 + settings.completion_length),
             max_prompt_length=256,
             max_completion_length=settings.completion_length,
             learning_rate=settings.learning_rate,

@@ -26,7 +26,7 @@ from threading import Thread
 import httpx
 
 from ..errors import CaMOPDError, TeacherError
-from ..run import SERVED_TEACHERS, check_names, config_first, longest_sequence, named_teachers, peek
+from ..run import SERVED_TEACHERS, check_names, config_first, longest_sequence, named_teachers, read_settings
 from ..schedule import Schedule
 from ..settings import list_of_settings
 from ..teachers.address import is_loopback
@@ -70,7 +70,7 @@ def serve(argv: list[str]) -> None:
     that can run here, and `TeacherError` when a process dies.
     """
     options, overrides, vllm_flags = _parse(argv)
-    settings = peek(options.config, overrides)
+    settings = read_settings(options.config, overrides)
     teachers = named_teachers(settings)
     notes: list[str] = []
     models = models_of(teachers, notes)

@@ -35,7 +35,7 @@ from ..errors import CaMOPDError
 from ..report.charts import draw_bars, png
 from ..report.page import table as markdown_table
 from ..report.read import read_run
-from ..run import as_words, config_first, peek
+from ..run import as_words, config_first, read_settings
 from . import processes
 
 
@@ -157,7 +157,7 @@ _SETTINGS: dict[str, tuple[Any, Any, str]] = {
 
 def read_sweep(path: str) -> Sweep:
     """Read the YAML file of a sweep. Raises `ValueError` that names what is wrong in it."""
-    given = {name: value for name, value in peek(path, []).items() if value is not None}
+    given = {name: value for name, value in read_settings(path, []).items() if value is not None}
     for name in given:
         if name not in _SETTINGS:
             there = f" There are {', '.join(_SETTINGS)}; settings of runs go to `set`."

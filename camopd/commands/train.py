@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import TeacherError
-from ..run import SERVED_TEACHERS, longest_sequence, need_prompts, parse, peek, teachers_of, warn_of_unused, where_from
+from ..run import (
+    SERVED_TEACHERS,
+    longest_sequence,
+    need_prompts,
+    parse,
+    read_settings,
+    teachers_of,
+    warn_of_unused,
+    where_from,
+)
 from ..teachers.address import ADAPTER_TEACHERS
 
 
@@ -23,11 +32,11 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
     from ..teachers.vllm.teacher import connect_servers
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
-    settings = peek(config, overrides)
-    patience = settings.get("teacher_patience", 900.0)
+    settings = read_settings(config, overrides)
+    timeout = settings.get("teacher_timeout", settings.get("teacher_patience", 900.0))
     try:
         teachers = connect_servers(
-            teachers_of(settings), longest_sequence(settings), patience if type(patience) in (int, float) else 900.0
+            teachers_of(settings), longest_sequence(settings), timeout if type(timeout) in (int, float) else 900.0
         )
     except TeacherError as error:
         notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}

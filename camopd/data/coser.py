@@ -170,7 +170,7 @@ def _read(raw: dict[str, Any]) -> Messages | str:
         return "tools, which the messages do not name"
     messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
     if system is not None and not isinstance(system, str):
-        return "a key 'system' that is no text"
+        return "a key 'system' that is not a text"
     if system and system.strip() and messages[:1] != [{"role": "system", "content": system}]:
         messages = [{"role": "system", "content": system}, *messages]
     if any(message["role"] == "system" for message in messages[1:]):
@@ -210,7 +210,7 @@ def _find(local: str | None) -> tuple[Path, Opened]:
 def stream_list(path: Path) -> Iterator[Any]:
     """The elements of a file that is one JSON list, one at a time: the memory is that of a chunk and an element.
 
-    Raises `DataError` where the file is no such list.
+    Raises `DataError` where the file is not such a list.
     """
     count = 0
     with path.open("rb") as file:
@@ -219,7 +219,8 @@ def stream_list(path: Path) -> Iterator[Any]:
         head = file.read(100).lstrip()
         if not head.startswith(b"["):
             raise DataError(
-                f"{str(path)!r} is no JSON list: it begins with {head[:20].decode(errors='replace')!r}. Check the download."
+                f"{str(path)!r} is not a JSON list: it begins with {head[:20].decode(errors='replace')!r}. Check the "
+                "download."
             )
         file.seek(begin)
         try:
@@ -231,5 +232,5 @@ def stream_list(path: Path) -> Iterator[Any]:
         ) as error:  # a text, or the repr of its bytes; the lines below the first point at the place
             why = str(error).removeprefix("b'").replace("\\n", "\n").partition("\n")[0].rstrip(".")
             raise DataError(
-                f"{str(path)!r} is no JSON list: {why}, after element {count:,}. Check the download."
+                f"{str(path)!r} is not a JSON list: {why}, after element {count:,}. Check the download."
             ) from None

@@ -16,7 +16,7 @@ import orjson
 import yaml
 
 from ..errors import DataError
-from ..hub import hub_errors, why_not
+from ..hub import explain_hub_error, hub_errors
 from ..version import __version__
 from .sources import Opened
 
@@ -86,7 +86,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             if row["id"] in seen:
                 raise DataError(
                     f"the id {row['id']!r} comes twice, the second time in row {len(seen)} of {path.name}. Every row needs "
-                    "an id of its own: mend or remove one of the two in a local copy, and pass it with --source."
+                    "an id of its own: fix or remove one of the two in a local copy, and pass it with --source."
                 )
             seen.add(row["id"])
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
@@ -170,7 +170,7 @@ def check_push(repo: str) -> None:
     try:
         HfApi().whoami()
     except hub_errors() as error:
-        raise DataError(f"the dataset cannot be sent to {repo!r}: {why_not(error, repo)}.") from error
+        raise DataError(f"the dataset cannot be sent to {repo!r}: {explain_hub_error(error, repo)}.") from error
 
 
 def push(folder: Path, repo: str) -> str:
@@ -186,7 +186,7 @@ def push(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, repo_type="dataset", folder_path=folder, commit_message="Add the dataset")
     except hub_errors() as error:
         raise DataError(
-            f"{str(folder)!r} is built, but was not sent to {repo!r}: {why_not(error, repo)}. "
+            f"{str(folder)!r} is built, but was not sent to {repo!r}: {explain_hub_error(error, repo)}. "
             f"Then send it: hf upload {repo} {folder} --repo-type dataset"
         ) from error
     return str(url)

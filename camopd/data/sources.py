@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import DataError
 from ..files import file_type, only, why_unreadable
-from ..hub import hub_errors, why_not, without_tokens
+from ..hub import explain_hub_error, hub_errors, without_tokens
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def explain(error: BaseException, opened: Opened, file: str = "") -> str:
         reason = (why_unreadable(error, opened.path) or without_tokens(error)).rstrip(".")
         return f"{dataset!r} cannot be read from {opened.origin}: {reason}. Check --source {name}=PATH."
     return (
-        f"{dataset!r} cannot be fetched: {why_not(error, dataset)}. Or download it by hand where that works, and pass it:\n"
+        f"{dataset!r} cannot be fetched: {explain_hub_error(error, dataset)}. Or download it by hand where that works, and "
+        f"pass it:\n"
         f"    hf download {dataset}{file and f' {file}'} --repo-type dataset --local-dir DIR\n"
         f"    camopd data ... --source {name}=DIR"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -30,6 +31,10 @@ def metrics_file(run: str) -> Path:
     raise ValueError(
         f"{run!r} is not the folder of a run: it has no metrics.jsonl, which training writes into its output_dir.{there}"
     )
+
+
+# `time/teacher_general_hidden`, as runs of before wrote what is `time/general/teacher_hidden` now
+_OLD_TIMES = re.compile(r"^time/teacher_(.+?)(_hidden|_idle)?$")
 
 
 def read_run(path: Path) -> tuple[pd.DataFrame, str]:
@@ -60,7 +65,7 @@ def read_run(path: Path) -> tuple[pd.DataFrame, str]:
                 f"line {number} of {str(path)!r} is not a step of a run: it needs `step` and `branch`, got {line[:60]!r}. "
                 "Give the metrics.jsonl that camopd has written."
             )
-        records.append(record)
+        records.append({_OLD_TIMES.sub(r"time/\1/teacher\2", name): value for name, value in record.items()})
     if not records:
         raise ValueError(
             f"{str(path)!r} has no steps. Training writes a line after each optimizer step; wait for the first one."
@@ -131,7 +136,7 @@ def lines_of(frame: pd.DataFrame, metric: str, split: str = "branch") -> dict[st
 
 def teacher_seconds(frame: pd.DataFrame, branch: str) -> dict[str, float]:
     """Mean seconds of a teacher in the steps that ask it: waited for, hidden behind other work, idle."""
-    name = f"time/teacher_{branch}"
+    name = f"time/{branch}/teacher"
     steps = frame.reindex(columns=[name, f"{name}_hidden", f"{name}_idle"]).dropna(subset=name)
     if steps.empty:
         return {}

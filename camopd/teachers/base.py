@@ -58,7 +58,7 @@ class RemoteTeacher(Teacher, Protocol):
 
 
 def by_row(rows: Sequence[int], answers: Sequence[TokenScores], asked: int, name: str) -> dict[int, TokenScores]:
-    """A teacher's answers by the row they are for. Those for stand-ins stand behind them and fall away.
+    """A teacher's answers by the row they are for. Those for dummies stand behind them and fall away.
 
     Raises `TeacherError` unless there are as many answers as sequences the teacher was asked to score.
     """

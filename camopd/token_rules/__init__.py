@@ -1,9 +1,9 @@
-"""Which tokens count: what is published beside CaMOPD. A file per rule, a line of the table each.
+"""Which tokens count: what is published beside CaMOPD. A file per rule, a line of the table each; `sigma.py` is apart.
 
-The rules are off by default. `docs/methods.md` says where the sources differ or are silent, and what was chosen.
+It weighs branches. The rules are off by default. `docs/methods.md` says where the sources differ or are silent, and what was chosen.
 """
 
-from .base import TokenRule
+from .base import TokenRule, weigh
 from .relaxed_opd import RelaxedOPD
 from .selectkd import SelecTKD
 from .sigma import sigma_weights
@@ -16,4 +16,4 @@ TOKEN_RULES: dict[str, type[TokenRule]] = {
     "selectkd": SelecTKD,
 }
 
-__all__ = ["TOKEN_RULES", "TokenRule", "sigma_weights"]
+__all__ = ["TOKEN_RULES", "TokenRule", "sigma_weights", "weigh"]

@@ -7,23 +7,35 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import CaMOPDError
 from ..forward import Forward
 from ..samples import Sample, SampleSummary
 from ..teachers.base import TokenScores
 
 
+# Concatenates the lists of all ranks: `gather([x])` has one x per rank. A collective, so every rank calls it equally often.
+# A rank always has samples.
 Gather = Callable[[list[Any]], list[Any]]
 
 
 class TokenRule:
     """CaMOPD itself: all sampled tokens count alike.
 
-    A baseline overrides what it changes. The methods are called in this order, once per optimizer step, on every rank;
-    those without a `Gather` see this rank's samples only.
+    A baseline overrides what it changes, and gives `sample.token_weights`. In an optimizer step the methods are called in
+    this order, with these fields of a sample filled in:
+
+        read_student     once per branch       what the rollout made
+        read_teacher     per sample            teacher_logps and entropy, too
+        weigh            once                  everything of scoring: student_logps and gaps, too
+        count            per sample            token_weights, too
+        metrics          per branch            summaries of all ranks' samples
+        tokens_in_loss   per kept sample       its summary; with loss_normalization="token" alone
+        advantages       per micro-batch
     """
 
     teacher_top_k = 0  # likeliest tokens of the teacher that `read_teacher` gets
-    needs_entropy = False  # of the student, also where its log-probs come from the rollout engine
+    # Set it to read `sample.entropy`, which else is NaN where the student's log-probs come from the rollout engine.
+    needs_entropy = False
 
     def __init__(self, args: Any):
         """`args` is the [`CaMOPDConfig`]; a rule's settings are fields of it."""
@@ -39,11 +51,15 @@ class TokenRule:
         """Take more from a teacher's answer than the log-probs. `teacher` is its name."""
 
     def weigh(self, samples: Sequence[Sample], step: int, gather: Gather) -> dict[str, float]:
-        """Set `token_weights` (T,) of the scored samples, of which 1 is a whole token. Returns metrics of the step."""
+        """Set `token_weights` of the scored samples, float32 (T,) on the CPU: 1 is a whole token, 0 leaves it out.
+
+        Of all samples of all ranks, or of none. Outside the mask they are not read, but have to be finite. T_i and |S_b|
+        count tokens and samples of weight 0 as any other, see `distillation_loss`. Returns metrics of the step.
+        """
         return {}
 
     def count(self, sample: Sample) -> dict[str, int]:
-        """Tokens of a sample that the metrics, or the loss's denominator, need to know of on every rank."""
+        """Tokens of a sample that the metrics, or the loss's denominator, need to know of on every rank, by any names."""
         return {}
 
     def metrics(self, branch: str, summaries: Sequence[SampleSummary]) -> dict[str, float]:
@@ -51,7 +67,7 @@ class TokenRule:
         return {}
 
     def tokens_in_loss(self, summary: SampleSummary) -> int:
-        """Tokens of a kept sample that `loss_normalization="token"` divides by."""
+        """Tokens of a kept sample that the loss is divided by with `loss_normalization="token"`."""
         return summary.num_tokens
 
     def advantages(self, gaps: Tensor, mask: Tensor) -> Tensor:
@@ -63,3 +79,23 @@ def share(summaries: Sequence[SampleSummary], counted: str) -> float:
     """What a rule has `counted`, as a share of all sampled tokens; NaN without any."""
     total = sum(summary.num_tokens for summary in summaries)
     return sum(summary.rule[counted] for summary in summaries) / total if total else float("nan")
+
+
+def weigh(rule: TokenRule, samples: Sequence[Sample], step: int, gather: Gather) -> dict[str, float]:
+    """`rule.weigh`, and a look at what it gave: a weight of another shape would be broadcast in silence.
+
+    Raises `CaMOPDError` unless all samples have finite weights of the shape of their completions, or none has any.
+    """
+    found = rule.weigh(samples, step, gather)
+    given = [sample.token_weights for sample in samples]
+    for sample, weights in zip(samples, given, strict=True):
+        if weights is None and all(other is None for other in given):
+            continue
+        if weights is None or weights.shape != sample.mask.shape or not weights.isfinite().all():
+            shape = None if weights is None else tuple(weights.shape)
+            raise CaMOPDError(
+                f"{type(rule).__name__} gave sample {sample.position} token weights of shape {shape}; "
+                f"{tuple(sample.mask.shape)} are needed, finite, and of every sample or of none. Its `weigh` must set "
+                "token_weights of all samples."
+            )
+    return found

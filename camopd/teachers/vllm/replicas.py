@@ -172,7 +172,7 @@ class Replicas:
             await asyncio.sleep(min(limits.HEALTH_SECONDS, self._patience - waited))
         async with self._changed:
             self._outage_over = (
-                f"teacher {branch!r} has no replica left: {self.where} did not come back in teacher_patience="
+                f"teacher {branch!r} has no replica left: {self.where} did not come back in teacher_timeout="
                 f"{self._patience:g} seconds; the last fault: {self._last_fault}. Start the server again, then resume."
             )
             self._changed.notify_all()
