@@ -1,6 +1,6 @@
-"""Which tokens count: what is published beside CaMOPD. A file per rule, a line of the table each; `sigma.py` is apart.
+"""Which tokens count: what is published beside CaMOPD. A file and a line of the table per rule.
 
-It weighs branches. The rules are off by default. `docs/methods.md` says where the sources differ or are silent, and what was chosen.
+`sigma.py` is apart: it weighs branches. The rules are off by default. `docs/methods.md` says where the sources differ or are silent, and what was chosen.
 """
 
 from .base import TokenRule, weigh
