@@ -1,6 +1,6 @@
-"""Which tokens count: what is published beside CaMOPD. A file and a line of the table per rule.
+"""Which tokens count: what is published beside CaMOPD. A file and a line of the table per rule; sigma.py weighs branches.
 
-`sigma.py` is apart: it weighs branches. The rules are off by default. `docs/methods.md` says where the sources differ or are silent, and what was chosen.
+The rules are off by default. `docs/methods.md` says where the sources differ or are silent, and what was chosen.
 """
 
 from .base import TokenRule, weigh
