@@ -120,7 +120,7 @@ def price() -> list[str]:
         ("peak of an H100, share of it in training, scoring", f"989 TFLOP/s, {train_share}, {score_share}", "assumed"),
         ("tokens a second and GPU that vLLM decodes", decode, "assumed"),
         ("bytes of a scored token from a vLLM teacher", "5.4 or 73", "measured, benchmarks/results/teacher_scoring.md"),
-        ("bytes of a completion token in the exchange", 16, "counted: id, mask, two log-probs"),
+        ("bytes of a completion token that is rebalanced", 16, "counted: id, mask, two log-probs"),
     ]  # fmt: skip
     tokens = prompts * (prompt + completion)
     rollout = prompts * completion / decode / gpus
@@ -138,7 +138,7 @@ def price() -> list[str]:
         ("teacher's answers as JSON over 10 Gbit/s; hidden, too", wire),
         ("forward and backward of the kept samples", train),
         (f"ZeRO-3's gathers, {micro_batches} micro-batches at 50 GB/s a GPU, if nothing hides them", gathers),
-        ("exchange of the kept samples", exchange),
+        ("rebalance of the kept samples", exchange),
     ]
     return [
         "## The paper's step, priced",

@@ -59,7 +59,7 @@ CONTENDERS: dict[str, dict[str, dict | str]] = {
     },
     "lengths": {
         "camopd": {},
-        "camopd, no exchange of samples": {"rebalance": False},
+        "camopd, no rebalance": {"rebalance": False},
         "camopd, selection off": {"selection": False},
         "camopd, engine gaps": {"student_logps": "engine"},
         "TRL": "local",

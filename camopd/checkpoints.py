@@ -13,13 +13,14 @@ from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .config import OLD_NAMES, CaMOPDConfig
+from .config import CaMOPDConfig
 from .errors import ResumeError, TeacherError
 from .hub import explain_hub_error, hub_errors, is_hub_id, public_name
 from .prompts import fingerprint
 from .rollouts import load_rollouts, save_rollouts
 from .samples import Sample
 from .schedule import Schedule
+from .settings import OLD_NAMES
 from .teachers.base import Teacher
 
 

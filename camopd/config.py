@@ -1,7 +1,6 @@
 """`CaMOPDConfig`: TRL's `DistillationConfig` plus what the paper adds, with the paper's values as defaults."""
 
 import json
-import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +15,6 @@ from .learning_rate import settle_schedule
 from .schedule import Schedule, by_step, value_at
 
 
-logger = logging.getLogger(__name__)
-
-OLD_NAMES = {
-    "gap_student": "student_logps",
-    "exchange": "rebalance",
-    "teacher_patience": "teacher_timeout",
-    "score_batch_size": "score_tokens",
-}
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
 PAPER_SCALE = {"general": 2.0, "domain": 1.0}
 PAPER_SCORE = {"general": "absolute", "domain": "positive"}
@@ -84,7 +75,7 @@ class CaMOPDConfig(DistillationConfig):
             `"per_branch"` gives each branch a first moment of its own (experimental): Adam's shared one mixes the branches
             again that the schedule separates. The second moment stays shared. `update/cosine` shows the difference.
         diagnostics_steps (`int`, *optional*, defaults to `10`):
-            Measure how coherent the samples' gradients are in the first step of each branch in every so many optimizer
+            Measure how coherent the samples' gradients are once per branch every N optimizer
             steps, and how the branches' gradients lie to each other in every step; `0` measures neither. Training is the
             same with and without. See docs/metrics.md for what it costs and what it can show.
 
@@ -133,8 +124,8 @@ class CaMOPDConfig(DistillationConfig):
             adapter), or `"adapter_start"` (with its adapter as it was before training). The trainer's own
             `teachers` argument wins over it.
         score_tokens (`int`, *optional*, defaults to `65536`):
-            Tokens of a forward without gradient, padding included, for the gaps and for in-process teachers; it holds at
-            least one sequence.
+            Size of a forward without gradient, for the gaps and for in-process teachers: as many sequences share one as
+            `score_tokens` holds of the longest prompt and completion, and at least one.
         teacher_timeout (`float`, *optional*, defaults to `900.0`):
             Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
             checkpoint and training stops.
@@ -302,7 +293,7 @@ class CaMOPDConfig(DistillationConfig):
     )
     score_tokens: int = field(
         default=65536,  # it keeps nothing but its last hidden states
-        metadata={"help": "Tokens per scoring forward, for gaps and in-process teachers."},
+        metadata={"help": "Tokens per scoring forward, counted in sequences of the longest prompt and completion."},
     )
     teacher_timeout: float = field(
         default=900.0,
@@ -319,7 +310,7 @@ class CaMOPDConfig(DistillationConfig):
 
     def __post_init__(self):
         longest = self._read_completion_length()
-        self._take_old_names()
+        method_rules.take_old_names(self)
         method_rules.check_values(self)
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -374,23 +365,6 @@ class CaMOPDConfig(DistillationConfig):
         self.max_completion_length = max(steps.values())
         self.completion_lengths = steps if len(steps) > 1 else None
         return self.longest_completion
-
-    def _take_old_names(self) -> None:
-        """Give settings under their old names to the new ones, with a warning. Raises `ValueError` where both are set."""
-        for old, new in OLD_NAMES.items():
-            value = getattr(self, old)
-            if value is None:
-                continue
-            if old == "score_batch_size" and isinstance(value, int):
-                value *= self.max_prompt_length + self.longest_completion
-            default = self.__dataclass_fields__[new].default
-            if getattr(self, new) not in (default, value):
-                raise ValueError(
-                    f"{old}={getattr(self, old)!r} is the old name of {new}={getattr(self, new)!r}. Leave it out."
-                )
-            logger.warning("%s is called %s now, and the old name will go. Set %s=%r", old, new, new, value)
-            setattr(self, new, value)
-            setattr(self, old, None)
 
     @property
     def score_rows(self) -> int:

@@ -6,15 +6,20 @@ What transformers and TRL bring is in setting_rules.py.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, mapping_form
-from .teachers.address import ADAPTER_TEACHERS
+from .settings import OLD_NAMES
+from .teachers.address import is_server
 from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
+
+
+logger = logging.getLogger(__name__)
 
 
 class Range(NamedTuple):
@@ -78,6 +83,21 @@ PER_BRANCH = (
 )  # fmt: skip
 # optim that transformers builds from the learning rate and `adam_*` alone
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+
+
+def take_old_names(args: Any) -> None:
+    """Give settings under their old names to the new ones, with a warning. Raises `ValueError` where both are set."""
+    for old, new in OLD_NAMES.items():
+        given = value = getattr(args, old)
+        if given is None:
+            continue
+        if old == "score_batch_size" and all(type(number) is int for number in (given, args.max_prompt_length)):
+            value = given * (args.max_prompt_length + args.longest_completion)
+        if getattr(args, new) not in (args.__dataclass_fields__[new].default, value):
+            raise ValueError(f"{old}={given!r} is the old name of {new}={getattr(args, new)!r}. Leave it out.")
+        logger.warning("%s is called %s now, and the old name will go. Set %s=%r", old, new, new, value)
+        setattr(args, new, value)
+        setattr(args, old, None)
 
 
 def check_values(args: Any) -> None:
@@ -187,13 +207,14 @@ def _check_budget(args: Any) -> None:
 def _check_teachers(args: Any) -> None:
     if args.teachers is not None and not isinstance(args.teachers, dict):
         raise ValueError(mapping_form("teachers", args.teachers))
-    in_process = args.teachers and all(teacher in tuple(ADAPTER_TEACHERS) for teacher in args.teachers.values())
-    if args.world_size > 1 and not in_process:
-        _check_ddp_timeout(args)
+    on_servers = any(is_server(teacher) for teacher in (args.teachers or {}).values())
+    if args.world_size > 1 and on_servers:
+        check_ddp_timeout(args)
 
 
-def _check_ddp_timeout(args: Any) -> None:
-    """A rank may wait for one request that times out, then for a server to come back, then for another such request."""
+def check_ddp_timeout(args: Any) -> None:
+    """Raise `ValueError` where a rank may wait for a teacher's server longer than the process group waits for the rank: for
+    one request that times out, then for a server to come back, then for another such request."""
     rows = args.prompts_per_step // args.world_size
     if args.eval_strategy != "no" or args.eval_on_start:
         rows = max(rows, args.per_device_eval_batch_size)

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
-from .settings import list_of_settings
+from .settings import OLD_NAMES, list_of_settings
 from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
 
 
@@ -71,7 +72,14 @@ def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
 
     Raises `ValueError` for a file that is not there or not a mapping.
     """
-    return ({} if config is None else _read(config)) | _read_words(overrides)
+    return _over({} if config is None else _read(config), _read_words(overrides))
+
+
+def _over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others over them, which win under whichever name, old or new, they are given."""
+    hidden = {OLD_NAMES[name] for name in others if name in OLD_NAMES}
+    hidden |= {old for old, new in OLD_NAMES.items() if new in others}
+    return {name: value for name, value in settings.items() if name not in hidden} | others
 
 
 def _read(config: str) -> dict[str, Any]:
@@ -175,8 +183,11 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
 
     from .config import CaMOPDConfig
 
-    defaults = _read(config)  # TRL's `parse_args_and_config` would do so in the encoding of the machine
-    given = defaults | _read_words(overrides)
+    # TRL's `parse_args_and_config` would read the file in the encoding of the machine.
+    overrides = [re.sub(r"^--no[_-]exchange$", "--no_rebalance", word) for word in overrides]
+    file = _read(config)
+    given = _over(file, _read_words(overrides))
+    defaults = {name: value for name, value in file.items() if name in given}
     check_names(config, given)
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")

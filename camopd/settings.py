@@ -10,6 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+# Old name -> new one; both are fields of the config. The old ones are taken with a warning for one release.
+OLD_NAMES = {
+    "gap_student": "student_logps",
+    "exchange": "rebalance",
+    "teacher_patience": "teacher_timeout",
+    "score_batch_size": "score_tokens",
+}
+
 # Where the settings are declared, in the order in which they are shown; the first declaration of a name counts.
 _DECLARED = (
     ("Prompts", "camopd", "run.py", "PromptArguments"),

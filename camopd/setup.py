@@ -26,6 +26,7 @@ from .callbacks.update import UpdateMeasures
 from .config import CaMOPDConfig
 from .learning_rate import check_passed
 from .masters import check_masters, quantised_adapters, restore_adapters
+from .method_rules import check_ddp_timeout
 from .packing import packing_pays
 from .precision import forward_dtype, keep_outputs_whole
 from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out, rows_to_check
@@ -37,7 +38,7 @@ from .teachers.address import ADAPTER_TEACHERS, has_adapter
 from .teachers.base import Teacher
 from .teachers.local import context_length, shares_weights
 from .teachers.resolve import resolve_teachers
-from .teachers.vllm.teacher import connect_servers
+from .teachers.vllm.teacher import ServerTeacher, connect_servers
 from .tokens import embedding_size, head_size, need_end, unended_turn
 
 
@@ -111,6 +112,8 @@ def prepare(
     setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], peft_config, tools), args)
     max_tokens = args.max_prompt_length + args.longest_completion
     specs = connect_servers(specs, max_tokens, args.teacher_timeout)
+    if args.world_size > 1 and any(isinstance(spec, ServerTeacher) for spec in specs.values()):
+        check_ddp_timeout(args)
     assert args.gradient_accumulation_steps is not None  # set by the config
     dealer = StepDataset(
         streams,

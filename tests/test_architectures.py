@@ -29,7 +29,7 @@ def verdicts():
 def test_every_causal_architecture_is_right_or_refused(verdicts):
     """All of the installed transformers; one that a new version brings is tried, too."""
     odd = {name: (word, reason) for name, word, _, reason in verdicts if word not in ("right", "refused", "not tried")}
-    assert not odd, "mend the log-probs, or say in benchmarks/architectures.py how a tiny one is built"
+    assert not odd, "fix the log-probs, or say in benchmarks/architectures.py how a tiny one is built"
     refused = {name: reason for name, word, _, reason in verdicts if word == "refused"}
     assert set(refused) == set(REFUSED)
     for name, reason in REFUSED.items():

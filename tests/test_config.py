@@ -10,7 +10,7 @@ from transformers import SchedulerType
 from trl import DistillationConfig, TrlParser
 
 from camopd import CaMOPDConfig
-from camopd.config import OLD_NAMES
+from camopd.settings import OLD_NAMES
 
 
 PARENT_FIELDS = {field.name: field for field in dataclasses.fields(DistillationConfig)}

@@ -1,6 +1,7 @@
 """CoSER: read as a stream, the longest conversations reserved, cut where an assistant turn follows."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -265,3 +266,23 @@ def test_a_folder_is_searched_for_the_file_and_its_licence(tmp_path):
     (tmp_path / "copy" / coser.FILE).write_text(json.dumps([talk(3)]))
     build_roleplay(tmp_path / "out", 1, 0, {"coser": str(tmp_path / "copy")})
     assert "| the local copy 'copy' | mit |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_element_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(coser, "CHUNK", 1000)
+    monkeypatch.setattr(coser, "LONGEST", 10_000)
+    path = tmp_path / "list.json"
+    path.write_text('[{"a": 1}, {"a": "' + "x" * 10_000_000)
+    elements = stream_list(path)
+    assert next(elements) == {"a": 1}
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"is not a JSON list: an element of more than 10,000 bytes, after element 1"):
+        next(elements)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_a_list_behind_many_blanks_is_read(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(" \n" * 500 + '[{"a": 1}]')
+    assert list(stream_list(path)) == [{"a": 1}]

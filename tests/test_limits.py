@@ -10,7 +10,11 @@ from camopd.teachers import limits
 
 # 4 sequences of 64,000 tokens on each of two ranks may be in flight: 300 s + 256,000 / 500 s = 812 s for a request. Two
 # of them around a wait of 100 s are 1724 s.
-LONG = {"prompts_per_step": 8, "max_prompt_length": 1000, "max_completion_length": 63000, "teacher_timeout": 100.0}
+SERVED = {"general": "adapter_off", "domain": "http://localhost:8002"}
+LONG = {
+    "prompts_per_step": 8, "max_prompt_length": 1000, "max_completion_length": 63000, "teacher_timeout": 100.0,
+    "teachers": SERVED,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -36,10 +40,14 @@ def test_ddp_timeout_must_cover_an_evaluation_where_there_is_one(two_ranks):
         two_ranks(**wide, eval_on_start=True)
 
 
-def test_ddp_timeout_is_as_it_likes_where_no_teacher_can_be_on_a_server(two_ranks):
-    two_ranks(**LONG, ddp_timeout=10, teachers={"general": "adapter_off", "domain": "adapter_start"})
+def test_ddp_timeout_is_as_it_likes_where_no_teacher_is_on_a_server(two_ranks):
+    for teachers in (
+        {"general": "adapter_off", "domain": "org/domain"},
+        None,
+    ):  # those of the trainer are looked at there
+        two_ranks(**{**LONG, "teachers": teachers}, ddp_timeout=10)
     with pytest.raises(ValueError, match="ddp_timeout=10"):
-        two_ranks(**LONG, ddp_timeout=10, teachers={"general": "adapter_off", "domain": "org/domain"})
+        two_ranks(**LONG, ddp_timeout=10)
 
 
 def test_ddp_timeout_is_not_looked_at_on_a_single_rank(tmp_path):

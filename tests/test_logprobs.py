@@ -477,7 +477,7 @@ def test_padding_free_flex_attention_equals_rows_on_their_own():
         assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
 
 
-def test_wants_packingwards_as_many_tokens_as_there_are(monkeypatch):
+def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
     model = make_model(0)
     shapes = []
     model.model.register_forward_pre_hook(

@@ -83,6 +83,7 @@ def test_a_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, show
         (["--teachers", '{"general": "x", "domain": ["http://y"]}'], {"teachers": {"general": "x", "domain": ["http://y"]}}),
         (["--learning_rate", "-1"], {"learning_rate": -1}),
         (["--use_peft"], {"use_peft": True}),
+        (["--no_exchange"], {"exchange": False}),
         (["--no_rebalance"], {"rebalance": False}),
         (["--no-rebalance", "--use_peft"], {"rebalance": False, "use_peft": True}),
         (["--use_peft", "--output_dir", "there"], {"use_peft": True, "output_dir": "there"}),
@@ -657,3 +658,23 @@ def test_env_of_the_file_is_set(write, settings, text, monkeypatch):
     assert os.environ["SOME_VARIABLE"] == "7"
     with pytest.raises(ValueError, match=r"env must map environment variables .*got \['x'\]"):
         parse(write({**settings, "env": ["x"]}), [])
+
+
+@pytest.mark.parametrize(
+    ("in_file", "words", "expected"),
+    [
+        ({"gap_student": "engine", "importance_sampling_mode": "none"}, ["--student_logps", "trainer"], "trainer"),
+        ({"student_logps": "engine", "importance_sampling_mode": "none"}, ["--gap_student", "trainer"], "trainer"),
+        ({"gap_student": "engine"}, ["--importance_sampling_mode", "none"], "engine"),
+    ],
+)
+def test_the_command_line_wins_whichever_of_two_names_a_setting_has(in_file, words, expected, write, settings):
+    _, _, args = parse(write({**settings, **in_file}), words)
+    assert (args.student_logps, args.gap_student) == (expected, None)
+    assert read_settings(write({**settings, **in_file}), words).get("student_logps", expected) == expected
+
+
+@pytest.mark.parametrize("word", ["--no_exchange", "--no-exchange", "--no_rebalance"])
+def test_parse_takes_the_flag_that_switches_rebalancing_off_by_both_names(word, write, settings):
+    _, _, args = parse(write(settings), [word])
+    assert args.rebalance is False

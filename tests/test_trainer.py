@@ -257,7 +257,7 @@ def test_equal_weights_from_disk_give_gaps_of_exactly_zero_under_bf16_autocast(s
     tokenizer.save_pretrained(path)
     trainer = make_trainer(
         tmp_path, tokenizer, model=path, teachers={"general": path, "domain": path}, max_steps=1, bf16=True,
-        schedule=schedule, prompts_per_step=8, score_batch_size=3,
+        schedule=schedule, prompts_per_step=8, score_tokens=3 * 73,
     )  # fmt: skip
     trainer.train()
     (line,) = lines(tmp_path)

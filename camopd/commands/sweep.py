@@ -34,7 +34,7 @@ import pandas as pd
 from ..errors import CaMOPDError
 from ..report.charts import draw_bars, png
 from ..report.page import table as markdown_table
-from ..report.read import read_run
+from ..report.read import new_name, read_run
 from ..run import as_words, config_first, read_settings
 from . import processes
 
@@ -404,6 +404,7 @@ def _value(column: str, metrics: pd.DataFrame, result: Mapping[str, Any]) -> flo
         inner = inner.get(key) if isinstance(inner, dict) else None
     if _is_number(inner):
         return float(inner)
+    name = new_name(name)
     if name not in metrics or name == "branch":
         return math.nan
     return float(metrics[name].dropna().iloc[-int(last or 1) :].mean())

@@ -11,7 +11,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
@@ -27,6 +27,7 @@ FILE = "train/sft_conversations_sharegpt.json"
 SOURCE = Source("coser", "Neph0s/CoSER", ("conversations",))
 SOURCES = (SOURCE.name,)
 CHUNK = 1 << 20  # bytes read at once
+LONGEST = 64 << 20  # bytes; a conversation has some thousands
 
 
 @dataclass
@@ -207,6 +208,19 @@ def _find(local: str | None) -> tuple[Path, Opened]:
     return path, Opened(SOURCE, None, revision, licence)
 
 
+class _Bounded:
+    """A file that raises `ijson.JSONError` where more than an element of `LONGEST` bytes is read without one coming out."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.since = file, 0
+
+    def read(self, size: int) -> bytes:
+        if self.since > LONGEST:
+            raise ijson.JSONError(f"an element of more than {LONGEST:,} bytes")
+        self.since += size
+        return self._file.read(size)
+
+
 def stream_list(path: Path) -> Iterator[Any]:
     """The elements of a file that is one JSON list, one at a time: the memory is that of a chunk and an element.
 
@@ -216,15 +230,20 @@ def stream_list(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
         file.seek(begin)
-        head = file.read(100).lstrip()
+        head = b""
+        while not head and (chunk := file.read(CHUNK)):
+            head = chunk.lstrip()
+        head += file.read(20)
         if not head.startswith(b"["):
             raise DataError(
                 f"{str(path)!r} is not a JSON list: it begins with {head[:20].decode(errors='replace')!r}. Check the "
                 "download."
             )
         file.seek(begin)
+        bounded = _Bounded(file)
         try:
-            for element in ijson.items(file, "item", use_float=True, buf_size=CHUNK):
+            for element in ijson.items(bounded, "item", use_float=True, buf_size=CHUNK):
+                bounded.since = 0
                 yield element
                 count += 1
         except (

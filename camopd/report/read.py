@@ -33,8 +33,12 @@ def metrics_file(run: str) -> Path:
     )
 
 
-# `time/teacher_general_hidden`, as runs of before wrote what is `time/general/teacher_hidden` now
-_OLD_TIMES = re.compile(r"^time/teacher_(.+?)(_hidden|_idle)?$")
+_OLD_TIMES = re.compile(r"^time/teacher_([^/]+?)(_hidden|_idle)?$")
+
+
+def new_name(metric: str) -> str:
+    """What a metric is called now; older runs wrote `time/teacher_general_hidden` for `time/general/teacher_hidden`."""
+    return _OLD_TIMES.sub(r"time/\1/teacher\2", metric)
 
 
 def read_run(path: Path) -> tuple[pd.DataFrame, str]:
@@ -65,7 +69,7 @@ def read_run(path: Path) -> tuple[pd.DataFrame, str]:
                 f"line {number} of {str(path)!r} is not a step of a run: it needs `step` and `branch`, got {line[:60]!r}. "
                 "Give the metrics.jsonl that camopd has written."
             )
-        records.append({_OLD_TIMES.sub(r"time/\1/teacher\2", name): value for name, value in record.items()})
+        records.append({new_name(name): value for name, value in record.items()})
     if not records:
         raise ValueError(
             f"{str(path)!r} has no steps. Training writes a line after each optimizer step; wait for the first one."
