@@ -120,7 +120,7 @@ def price() -> list[str]:
         ("peak of an H100, share of it in training, scoring", f"989 TFLOP/s, {train_share}, {score_share}", "assumed"),
         ("tokens a second and GPU that vLLM decodes", decode, "assumed"),
         ("bytes of a scored token from a vLLM teacher", "5.4 or 73", "measured, benchmarks/results/teacher_scoring.md"),
-        ("bytes of a completion token that is rebalanced", 16, "counted: id, mask, two log-probs"),
+        ("bytes of a completion token that is rebalanced", 16, "counted: id, mask, gap, log mu of the engine"),
     ]  # fmt: skip
     tokens = prompts * (prompt + completion)
     rollout = prompts * completion / decode / gpus

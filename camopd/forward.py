@@ -24,6 +24,7 @@ class Forward:
 
     Attributes:
         packed: whether rows stand one after the other without padding; settled by `probe`.
+        probed: whether `probe` has been called.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Forward:
         self.packed = wants_packing(model, padding_free)
         self._in_wrapper, self._whole, self._autocast = run, whole, autocast
         self._pad_token_id, self._wanted, self._whose = pad_token_id, padding_free, whose
-        self._probed = False
+        self.probed = False
 
     def logps(
         self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False, **run: Any
@@ -92,9 +93,9 @@ class Forward:
     def probe(self) -> None:
         """See once that these log-probs are those of the model's own logits, and that rows without padding do not see each
         other. Raises `ValueError` otherwise."""
-        if self._probed:
+        if self.probed:
             return
-        self._probed = True
+        self.probed = True
 
         def forward(token_ids: list[list[int]], prompt_lens: list[int], packed: bool = False) -> Tensor:
             self.packed = packed

@@ -171,6 +171,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
     if trainer.use_vllm:
         # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
         trainer.vllm_generation.logprobs = 0
+    run.model, run.adapters = None, {}  # nothing else needs them
     unended = unended_turn(tokenizer, trainer.eos_token_ids)
     if unended:
         logger.warning(unended)
@@ -231,7 +232,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
         run.student_name, gather_object,
     )  # fmt: skip
     yield StepEnd(trainer.end_step)
-    yield MetricsFile()  # the last one: it writes what the others have measured
+    yield MetricsFile()  # after `StepEnd`, in which all of them measure
 
 
 def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:

@@ -148,10 +148,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._sampled = SamplerRecord(ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
         self._held_out_results = HeldOutResults()
-        self._best: tuple[int | None, int] = (
-            None,
-            0,
-        )  # step of the checkpoint loaded at the end, and how many log entries there were
+        self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
         self._observed_optimizer: Any = None
         setup.add_measures(self, run)
 

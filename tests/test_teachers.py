@@ -460,3 +460,16 @@ def test_an_adapter_teachers_top_k_goes_through_the_students_wrapper(lora_studen
     forward = Forward(lora_student, run, lora_student, nullcontext, 2, 0, None, "the student")
     AdapterTeacher(lora_student, "adapter_off", forward).score(TOKEN_IDS, PROMPT_LENS, top_k=3)
     assert set(ran) == {"completion_logps", "completion_top_k"}
+
+
+def test_a_local_teacher_is_moved_once_per_score_and_not_for_a_probe_that_is_done(model_factory, monkeypatch):
+    teacher = LocalTeacher(model_factory(0), "local", "cpu", batch_size=2)
+    teacher.rests_on_cpu = True  # as on a GPU
+    moves = []
+    monkeypatch.setattr(teacher.model, "to", lambda device: moves.append(str(device)))
+    teacher.probe()
+    assert len(moves) == 2  # there and back
+    for _ in range(2):
+        teacher.probe()
+        teacher.score(TOKEN_IDS, PROMPT_LENS)
+    assert len(moves) == 6

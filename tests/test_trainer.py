@@ -39,6 +39,10 @@ from transformers import LlamaForCausalLM
 from trl import DistillationTrainer, LogCompletionsCallback
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
+from camopd.callbacks.diagnostics import Diagnostics
+from camopd.callbacks.metrics_file import MetricsFile
+from camopd.callbacks.teacher_watch import TeacherWatch
+from camopd.callbacks.update import UpdateMeasures
 from camopd.errors import CaMOPDError, TeacherError
 from camopd.forward import Forward
 from camopd.rollouts import Turn, logps_of_turns
@@ -1193,3 +1197,45 @@ def test_the_check_of_teachers_is_no_part_of_the_first_rollouts_time(tmp_path, t
     trainer.add_callback(Before())
     trainer.train()
     assert checking[0] > 0  # it was asked before the step, whose clock starts with it
+
+
+def test_a_server_with_the_students_start_is_another_model_once_the_trainer_has_stepped(
+    tmp_path, tokenizer, start_server
+):
+    student = make_model(1)
+    student.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    server = start_server(model=student, root=str(tmp_path / "student"))
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=2, model=str(tmp_path / "student"), model_init_kwargs={"dtype": "float32"},
+        teachers={"general": make_model(2), "domain": server.url}, learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    trainer.train()  # from step 0 again, with the weights that it has
+
+
+def test_what_a_callback_measures_is_in_the_line_of_the_step_whenever_it_was_added(tmp_path, tokenizer):
+    class Measure(StepCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_closed(self, step):
+            step.metrics[self.name] = step.number
+
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=2, callbacks=[Measure("mine/early")])
+    trainer.add_callback(Measure("mine/late"))
+    trainer.train()
+    assert [(line["mine/early"], line["mine/late"]) for line in lines(tmp_path)] == [(0, 0), (1, 1)]
+
+
+def test_a_trainer_without_the_callbacks_that_measure_trains_the_same(tmp_path, tokenizer):
+    trained = []
+    for watched in (True, False):
+        trainer = make_trainer(tmp_path / str(watched), tokenizer, max_steps=4, diagnostics_steps=1)
+        if not watched:
+            for callback in (Diagnostics, UpdateMeasures, TeacherWatch, MetricsFile):
+                trainer.remove_callback(callback)
+        trainer.train()
+        trained.append(dict(trainer.model.named_parameters()))
+    assert not (tmp_path / "False" / "metrics.jsonl").exists()
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])

@@ -1,1 +1,1 @@
-"""What looks at a run and changes nothing of it: each can be taken out, and the trainer trains as before."""
+"""What watches a run. Without those that measure, the trainer trains as before; `branch_moments` steers its optimizer."""

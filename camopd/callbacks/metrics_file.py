@@ -19,6 +19,7 @@ class MetricsFile(StepCallback):
 
     def __init__(self) -> None:
         self._path: Path | None = None  # of the first process
+        self._step: Step | None = None  # that is closed and not written
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make room for the run's own lines."""
@@ -38,8 +39,13 @@ class MetricsFile(StepCallback):
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_step_closed(self, step: Step) -> None:
-        """Write the line of a step; what is not finite is null."""
-        if self._path is None:
+        """Wait until all callbacks have been told, those that come after this one, too."""
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the line of the step; what is not finite is null."""
+        step, self._step = self._step, None
+        if self._path is None or step is None:
             return
         record = {"step": step.number + 1, **step.metrics}
         finite = {

@@ -47,6 +47,7 @@ class TeacherWatch(StepCallback):
         self._tokenizer, self._max_tokens, self._ends = tokenizer, max_tokens, ends
         self._vocab_size, self._student_name = vocab_size, student_name
         self._met: set[str] = set()
+        self._stepped = False  # since when the student is not what it started as, also in another `train`
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score a few conversations. Raises `TeacherError` on every rank."""
@@ -68,13 +69,19 @@ class TeacherWatch(StepCallback):
                 vocab_size=self._vocab_size,
                 probe=probe,
                 student_logps=[logps for logps, _ in own],
-                same_weights=state.global_step == 0 and is_student_start(teacher, self._student_name),
+                same_weights=state.global_step == 0
+                and not self._stepped
+                and is_student_start(teacher, self._student_name),
             )
             try:
                 raise_errors(findings, logger.warning)
             except TeacherError as error:
                 failure = failure or error
         raise_together(failure, self._gather)
+
+    def on_step_started(self, step: Step) -> None:
+        """From here on the student's weights are its own."""
+        self._stepped = True
 
     def on_step_ready(self, step: Step) -> None:
         """Look at the student's very first completions of a branch."""

@@ -66,8 +66,9 @@ class LocalTeacher:
     def probe(self) -> None:
         """See once, where the teacher scores, that its log-probs are those of its own logits, and that rows without padding
         do not see each other. Raises `ValueError` otherwise."""
-        with self._on_device():
-            self.forward.probe()
+        if not self.forward.probed:  # to the device and back costs seconds
+            with self._on_device():
+                self.forward.probe()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -88,9 +88,9 @@ def weigh(rule: TokenRule, samples: Sequence[Sample], step: int, gather: Gather)
     """
     found = rule.weigh(samples, step, gather)
     given = [sample.token_weights for sample in samples]
+    if not any(gather([any(weights is not None for weights in given)])):
+        return found
     for sample, weights in zip(samples, given, strict=True):
-        if weights is None and all(other is None for other in given):
-            continue
         if weights is None or weights.shape != sample.mask.shape or not weights.isfinite().all():
             shape = None if weights is None else tuple(weights.shape)
             raise CaMOPDError(
