@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,8 @@ from torch import Tensor
 from trl.extras.profiling import profiling_context
 
 from .logprobs import SampledLogps
+from .messages import read_row
+from .prompts import named
 from .samples import Sample
 
 
@@ -30,12 +32,26 @@ class Turn(NamedTuple):
     logps: list[float]
 
 
-class SamplerRecord:
-    """What the engine has drawn since the prompts were tokenized."""
+class RolloutEngine(Protocol):
+    """Prompts in, samples out, one by one as they finish."""
 
-    def __init__(self, ends: Collection[int]) -> None:
+    def samples(self, rows: Sequence[dict[str, Any]], max_tokens: int) -> Iterator[Sample]:
+        """A sample of each row, in any order, with a completion of at most `max_tokens`.
+
+        Rows have `branch` and `prompt`, and where they have them `position` and `category`. Called on all ranks.
+        """
+        ...
+
+
+class TRLEngine:
+    """The trainer's own generation, by transformers or vLLM. It gives all samples at the end.
+
+    While it generates, the trainer tells it what was drawn: the log-probs do not come up through TRL.
+    """
+
+    def __init__(self, trainer: Any, ends: Collection[int]) -> None:
         """`ends`: tokens that end a completion."""
-        self._ends = ends
+        self._trainer, self._ends = trainer, ends
         self.rows: list[dict[str, Any]] = []  # whose prompts are to be tokenized, with what they have beside these
         self.start(0)
 
@@ -64,21 +80,16 @@ class SamplerRecord:
         self._empty = {row for row, ids in enumerate(completions) if not ids}
         return [ids or [end] for ids in completions]
 
-    def samples(
-        self,
-        rows: Sequence[dict[str, Any]],
-        prompts: Sequence[list[int]],
-        completions: Sequence[list[int]],
-        tool_masks: Sequence[list[int]] | None,
-    ) -> list[Sample]:
-        """A sample of each row.
-
-        Args:
-            rows: with `branch`, and where they have them `position` and `category`.
-            prompts, completions: token ids of each.
-            tool_masks: 0 on tokens of a completion that a tool wrote, for each row; `None` without tools.
-        """
-        found = []
+    def samples(self, rows: Sequence[dict[str, Any]], max_tokens: int) -> Iterator[Sample]:
+        """See [`RolloutEngine.samples`]."""
+        trainer = self._trainer
+        trainer.max_completion_length = trainer.generation_config.max_new_tokens = max_tokens
+        trainer.generation_kwargs["max_new_tokens"] = max_tokens
+        if trainer.use_vllm:
+            trainer.vllm_generation.max_completion_length = max_tokens
+        self.rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
+        # Of tool conversations the masks are 0 on tokens of a completion that a tool wrote; else there are none.
+        prompts, completions, tool_masks, *_ = trainer._generate([row["prompt"] for row in self.rows])
         for place, row in enumerate(rows):
             completion = [] if place in (self._empty or ()) else list(completions[place])
             mask = torch.ones(len(completion), dtype=torch.bool)
@@ -86,20 +97,17 @@ class SamplerRecord:
                 mask = torch.tensor(tool_masks[place][: len(completion)], dtype=torch.bool)
             prompt = list(prompts[place])
             logps = logps_of_turns(self._turns, place, len(rows), prompt, completion) if self._turns else None
-            found.append(
-                Sample(
-                    branch=row["branch"],
-                    position=row.get("position", place),
-                    token_ids=prompt + completion,
-                    prompt_len=len(prompt),
-                    mask=mask,
-                    length=int(mask.sum()),
-                    truncated=bool(completion) and completion[-1] not in self._ends,
-                    category=row.get("category"),
-                    rollout_logps=logps,
-                )
+            yield Sample(
+                branch=row["branch"],
+                position=row.get("position", place),
+                token_ids=prompt + completion,
+                prompt_len=len(prompt),
+                mask=mask,
+                length=int(mask.sum()),
+                truncated=bool(completion) and completion[-1] not in self._ends,
+                category=row.get("category"),
+                rollout_logps=logps,
             )
-        return found
 
 
 def logps_of_turns(turns: Sequence[Turn], row: int, num_rows: int, prompt: list[int], completion: list[int]) -> Tensor:

@@ -39,6 +39,7 @@ class Sample:
     length: int  # sampled tokens, those that `keep_prefix` takes away included
     truncated: bool  # stopped at max_completion_length, without an end of sequence
     category: str | None = None  # of the prompt, for metrics
+    teacher_prompt: list[int] | None = None  # token ids that the teacher sees in place of the prompt; `None`: the same
     rollout_logps: Tensor | None = None  # (T,) float32, NaN on tokens that the engine did not sample
     teacher_logps: Tensor = field(default_factory=_not_yet)  # (T,) float32
     student_logps: Tensor = field(default_factory=_not_yet)  # (T,) float32
@@ -51,6 +52,13 @@ class Sample:
     def num_tokens(self) -> int:
         """T_i that Eq. 6-9 divide by: sampled tokens."""
         return int(self.mask.sum())
+
+    @property
+    def for_teacher(self) -> tuple[list[int], int]:
+        """Token ids as the teacher sees them, prompt + completion, and how many of them are the prompt."""
+        if self.teacher_prompt is None:
+            return self.token_ids, self.prompt_len
+        return self.teacher_prompt + self.token_ids[self.prompt_len :], len(self.teacher_prompt)
 
     def keep_prefix(self, num_tokens: int | None) -> None:
         """Keep only the first `num_tokens` tokens of the completion, to score and train; `None` keeps all. To be called

@@ -79,11 +79,14 @@ class Scorer:
         failures: list[TeacherError] = []
         with evaluating(self.student.model):
             for branch, group in groups.items():
-                token_ids, prompt_lens = self._with_dummies(group)
+                missing = max(self._gather([len(group)])) - len(group)
                 if branch not in pending:
                     with clocks[branch].alone(), caught(failures):
-                        found = self.teachers[branch].score(token_ids, prompt_lens, rule.teacher_top_k)
-                        answers[branch] = self._by_row(branch, group, found, len(token_ids))
+                        rows = self._with_dummies(_for_teacher(group), missing)
+                        found = self.teachers[branch].score(*rows, rule.teacher_top_k)
+                        answers[branch] = self._by_row(branch, group, found, len(rows[0]))
+                own = [sample.token_ids for sample in group], [sample.prompt_len for sample in group]
+                token_ids, prompt_lens = self._with_dummies(own, missing)
                 rule.read_student(self.student, group, token_ids, prompt_lens)
                 self._read_student(group, token_ids, prompt_lens, forward=not engine or rule.needs_entropy)
         for branch, future in pending.items():
@@ -107,7 +110,7 @@ class Scorer:
         for branch, group in groups.items():
             teacher = self.teachers[branch]
             if isinstance(teacher, RemoteTeacher):
-                pending[branch] = teacher.submit(*_ids_of(group), rule.teacher_top_k)
+                pending[branch] = teacher.submit(*_for_teacher(group), rule.teacher_top_k)
                 pending[branch].add_done_callback(clocks[branch].stop)
         return pending
 
@@ -136,9 +139,10 @@ class Scorer:
             sample.gaps = token_gaps(sample.teacher_logps, sample.student_logps, sample.mask)
         _check_not_uniform(samples, self.teachers)
 
-    def _with_dummies(self, group: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
-        token_ids, prompt_lens = _ids_of(group)
-        missing = max(self._gather([len(group)])) - len(group)
+    def _with_dummies(
+        self, rows: tuple[list[list[int]], list[int]], missing: int
+    ) -> tuple[list[list[int]], list[int]]:
+        token_ids, prompt_lens = rows
         return token_ids + [[self.dummy] * 2] * missing, prompt_lens + [1] * missing
 
     def _by_row(
@@ -163,8 +167,9 @@ def raise_together(error: TeacherError | None, gather: Callable[[list[Any]], lis
         raise TeacherError(texts[0]) from error
 
 
-def _ids_of(samples: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
-    return [sample.token_ids for sample in samples], [sample.prompt_len for sample in samples]
+def _for_teacher(samples: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
+    rows = [sample.for_teacher for sample in samples]
+    return [token_ids for token_ids, _ in rows], [prompt_len for _, prompt_len in rows]
 
 
 def _take_engine_logps(samples: Sequence[Sample]) -> None:

@@ -42,7 +42,7 @@ from .objective import distillation_loss, importance_weights, token_gaps
 from .optimizer import kind_and_settings
 from .processes import let_threads_rest
 from .prompts import StepDataset, named, one_item_per_micro_step
-from .rollouts import SamplerRecord, generate_with_vllm, recorded
+from .rollouts import TRLEngine, generate_with_vllm, recorded
 from .samples import MicroBatch, Sample
 from .scoring import Scorer
 from .selection import Branch, select_samples
@@ -145,7 +145,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.checkpoints = RunCheckpoints(args, record_of(args, self.schedule, self.teachers, run.prompts))
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.step: Any = None  # the `Step` under way, or the last one
-        self._sampled = SamplerRecord(ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
+        self.engine = TRLEngine(self, ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
         self._held_out_results = HeldOutResults()
         self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
@@ -276,38 +276,32 @@ class CaMOPDTrainer(DistillationTrainer):
         """A completion of each row of at most `max_tokens`, of which `prefix` tokens are scored and trained, and how many
         prompts were cut."""
         self.scorer.probe()
-        self.max_completion_length = self.generation_config.max_new_tokens = max_tokens
-        self.generation_kwargs["max_new_tokens"] = max_tokens
-        if self.use_vllm:
-            self.vllm_generation.max_completion_length = max_tokens
-        self._sampled.rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
-        prompts, completions, tool_masks, *_ = self._generate([row["prompt"] for row in self._sampled.rows])
-        samples = self._sampled.samples(rows, prompts, completions, tool_masks)
+        samples = list(self.engine.samples(rows, max_tokens))
         self.notify("on_rolled_out", samples)
         for sample in samples:
             sample.keep_prefix(prefix)
-        return samples, self._sampled.prompts_cut
+        return samples, self.engine.prompts_cut
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        rows = self._sampled.rows  # of `roll_out`: what a row has beside its prompt does not come down to here
+        rows = self.engine.rows  # of `roll_out`: what a row has beside its prompt does not come down to here
         if [row["prompt"] for row in rows] != prompts:
             rows = [named(read_row, {"prompt": prompt}) for prompt in prompts]
         prompt_ids = self.reader.ids(rows)
         limit = self.args.max_prompt_length
-        self._sampled.start(prompts_cut=sum(len(ids) > limit for ids in prompt_ids))
+        self.engine.start(prompts_cut=sum(len(ids) > limit for ids in prompt_ids))
         # The last tokens: the generation prompt must survive.
         return [ids[-limit:] for ids in prompt_ids], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         if self.use_vllm:  # every request names its sampling parameters, so that none is the server's default
             completion_ids, logps = generate_with_vllm(self, prompt_ids)
-            self._sampled.add(prompt_ids, completion_ids, logps)
+            self.engine.add(prompt_ids, completion_ids, logps)
         else:
             model = self.accelerator.unwrap_model(self.model_wrapped)
             with neutral_generation(model), recorded(model, self.args.student_logps == "engine") as rows:
                 completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
-            self._sampled.add(prompt_ids, completion_ids, rows())
-        return self._sampled.without_empty(completion_ids, self._tokenizer.eos_token_id)
+            self.engine.add(prompt_ids, completion_ids, rows())
+        return self.engine.without_empty(completion_ids, self._tokenizer.eos_token_id)
 
     # ------------------------------------------------------------------------------------------- data and optimizer
 
