@@ -39,13 +39,13 @@ class Sample:
     length: int  # sampled tokens, those that `keep_prefix` takes away included
     truncated: bool  # stopped at max_completion_length, without an end of sequence
     category: str | None = None  # of the prompt, for metrics
-    teacher_prompt: list[int] | None = None  # token ids that the teacher sees in place of the prompt; `None`: the same
     rollout_logps: Tensor | None = None  # (T,) float32, NaN on tokens that the engine did not sample
     teacher_logps: Tensor = field(default_factory=_not_yet)  # (T,) float32
     student_logps: Tensor = field(default_factory=_not_yet)  # (T,) float32
     entropy: Tensor = field(default_factory=_not_yet)  # (T,) nats, of the student; NaN where it was not computed
     gaps: Tensor = field(default_factory=_not_yet)  # (T,) float32, 0 outside the mask
     token_weights: Tensor | None = None  # (T,) float32
+    teacher_prompt: list[int] | None = None  # token ids that the teacher sees in place of the prompt; `None`: the same
     seen: dict[str, Tensor] = field(default_factory=dict)  # (T, ...), what a token rule has asked models for
 
     @property
