@@ -158,12 +158,12 @@ class StepDataset(TorchDataset):
         return rows
 
 
-def one_item_per_micro_step(dealer: StepDataset, args: Any) -> DataLoader:
+def one_item_per_micro_step(dataset: StepDataset, args: Any) -> DataLoader:
     """A loader whose items are this rank's own already: nothing in them is left for accelerate to shard or move."""
     return DataLoader(
-        dealer,
+        dataset,
         batch_size=1,
-        sampler=SequentialSampler(dealer),
+        sampler=SequentialSampler(dataset),
         collate_fn=_only_item,
         num_workers=args.dataloader_num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,

@@ -55,7 +55,7 @@ class Run:
     quantization_config: Any
     schedule: Schedule
     streams: dict[str, PromptStream]
-    dealer: StepDataset
+    dataset: StepDataset
     held_out: HeldOut | None
     teachers: dict[str, Any]  # by branch; servers are connected
     adapters: dict[int, torch.Tensor]  # weights that TRL would cast to 16 bits
@@ -114,16 +114,7 @@ def prepare(
     specs = connect_servers(specs, max_tokens, args.teacher_timeout)
     if args.world_size > 1 and any(isinstance(spec, ServerTeacher) for spec in specs.values()):
         check_ddp_timeout(args)
-    assert args.gradient_accumulation_steps is not None  # set by the config
-    dealer = StepDataset(
-        streams,
-        schedule,
-        rows_per_step=args.prompts_per_step,
-        num_steps=args.max_steps,
-        micro_steps=args.gradient_accumulation_steps,
-        rank=args.process_index,
-        world_size=args.world_size,
-    )
+    dataset = _make_dataset(streams, schedule, args)
     if _is_zero3(args) and args.use_vllm and not args.ds3_gather_for_generation:
         raise ValueError(
             "ds3_gather_for_generation=False leaves the weights of ZeRO-3 in shards, and vLLM needs them whole. Leave it "
@@ -136,7 +127,7 @@ def prepare(
     if "adapter_start" in [spec for spec in specs.values() if isinstance(spec, str)]:
         _keep_start(model, args)
     return Run(
-        model, quantization_config, schedule, streams, dealer, held, specs, quantised_adapters(model), student_name,
+        model, quantization_config, schedule, streams, dataset, held, specs, quantised_adapters(model), student_name,
         max_tokens,
     )  # fmt: skip
 
@@ -291,6 +282,19 @@ def _make_streams(datasets: Any, args: CaMOPDConfig, schedule: Schedule) -> dict
         branch: PromptStream(datasets[branch], branch, seed, shuffle=bool(args.shuffle_dataset))
         for branch in schedule.branches
     }
+
+
+def _make_dataset(streams: dict[str, PromptStream], schedule: Schedule, args: CaMOPDConfig) -> StepDataset:
+    assert args.gradient_accumulation_steps is not None  # set by the config
+    return StepDataset(
+        streams,
+        schedule,
+        rows_per_step=args.prompts_per_step,
+        num_steps=args.max_steps,
+        micro_steps=args.gradient_accumulation_steps,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
 
 
 def _teachers_by_branch(

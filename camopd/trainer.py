@@ -126,7 +126,7 @@ class CaMOPDTrainer(DistillationTrainer):
             quantization_config, peft_config, tools,
         )  # fmt: skip
         super().__init__(
-            model=run.model, args=args, train_dataset=run.dealer, eval_dataset=run.held_out, callbacks=callbacks,
+            model=run.model, args=args, train_dataset=run.dataset, eval_dataset=run.held_out, callbacks=callbacks,
             processing_class=processing_class, optimizers=optimizers, peft_config=peft_config, tools=tools,
             quantization_config=run.quantization_config,
         )  # fmt: skip

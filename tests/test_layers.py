@@ -79,3 +79,13 @@ def test_a_module_needs_nothing_that_stands_above_it(names, never):
 def test_the_measures_can_be_taken_out():
     """Only the function that lists the callbacks knows of them."""
     assert {name for name in GRAPH if any(other.startswith("callbacks.") for other in GRAPH[name])} == {"setup"}
+
+
+def test_files_and_functions_stay_short_enough_to_read():
+    """At most 450 lines a file, and 60 a function."""
+    for name, path in KNOWN.items():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 450, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"

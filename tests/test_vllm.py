@@ -126,9 +126,7 @@ def servers(base_model, config, tmp_path_factory):
     command = [sys.executable, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
     environment = {**os.environ, "CAMOPD_VLLM_PYTHON": VLLM_PYTHON, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(logs / "serve.log", "w") as output:
-        serve = subprocess.Popen(
-            [*command, "--max-logprobs", "20"], stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        serve = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         for replica in replicas:
             replica.wait_until_up()
