@@ -2,9 +2,11 @@
 
 import math
 import os
+import signal
 from contextlib import nullcontext
 
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Before torch is, too: more threads than cores spin while they wait for each other, and a step takes ten times as long.
