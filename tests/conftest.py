@@ -6,7 +6,6 @@ import signal
 from contextlib import nullcontext
 
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Before torch is, too: more threads than cores spin while they wait for each other, and a step takes ten times as long.
@@ -24,6 +23,7 @@ from camopd.forward import Forward
 from camopd.samples import SampleSummary
 
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
 collect_ignore = ["schema_of_vllm.py"]  # a script for the environment that has vLLM
 VOCAB = ["<pad>", "<s>", "</s>", "<unk>", *(chr(code) for code in range(97, 123)), *"0123456789 .?"]
 
