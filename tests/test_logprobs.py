@@ -1,13 +1,10 @@
 """Log-probs of completion tokens against plain full-vocabulary logits, on small real models."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
 from conftest import LOGP, make_model, rounding
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,21 +15,11 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
 )
 
 from camopd import logprobs
-from camopd.balance import score_batches
-from camopd.forward import in_length_sorted_batches
 from camopd.logprobs import (
     SampledLogps,
     _head_input,
@@ -41,7 +28,6 @@ from camopd.logprobs import (
     completion_top_k,
     logps_tolerance,
 )
-from camopd.packing import packing_is_exact, settle_packing, supports_packing, wants_packing
 
 
 # (prompt, completion) lengths: a one-token prompt, an empty completion, a one-token completion, the longest row twice
@@ -258,67 +244,7 @@ def test_top_k_of_the_whole_vocabulary_holds_the_completion_logps():
 # --- batches ---
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
-def test_batches_run_longest_first_without_gradient_and_rows_come_back_in_order(batch_size):
-    model = make_model(0)
-    token_ids, prompt_lens = make_rows()
-    calls = []
-
-    def forward(batch_ids, batch_lens):
-        assert not torch.is_grad_enabled()
-        calls.append([len(ids) for ids in batch_ids])
-        return completion_logps(model, batch_ids, batch_lens, pad_token_id=0, with_entropy=True)
-
-    rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size)
-    assert [length for call in calls for length in call] == sorted(map(len, token_ids), reverse=True)
-    assert calls == [
-        [len(token_ids[row]) for row in batch]
-        for batch in score_batches([len(ids) for ids in token_ids], batch_size, padding_free=False)
-    ]
-
-    full = reference(model, token_ids, prompt_lens)
-    expected = gather(full, targets(token_ids, prompt_lens))
-    assert len(rows) == 5
-    for (logps, entropy), row, distribution in zip(rows, expected, full, strict=True):
-        assert not logps.requires_grad
-        torch.testing.assert_close(logps, row.detach(), rtol=0, atol=LOGP)
-        exact = -(distribution.exp() * distribution).sum(dim=-1).detach()
-        torch.testing.assert_close(entropy, exact, rtol=0, atol=LOGP)
-
-
-def test_batches_pass_on_outputs_that_are_missing_or_have_more_axes():
-    token_ids, prompt_lens = [[1, 2], [3, 4, 5, 6]], [1, 1]
-
-    def forward(batch_ids, batch_lens):
-        width = max(len(ids) - start for ids, start in zip(batch_ids, batch_lens, strict=True))
-        return None, torch.tensor([ids[0] for ids in batch_ids])[:, None, None].expand(-1, width, 2)
-
-    rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size=2)
-    assert [row[0] for row in rows] == [None, None]
-    assert [row[1].tolist() for row in rows] == [[[1, 1]], [[3, 3]] * 3]
-
-
-def test_batches_of_no_rows_are_none():
-    assert in_length_sorted_batches(lambda ids, lens: (), [], [], batch_size=2) == []
-
-
 # --- equal weights ---
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_two_models_with_equal_weights_score_bitwise_equal(seed):
-    student = make_model(seed)
-    teacher = copy.deepcopy(student)
-    token_ids, prompt_lens = make_rows(seed=seed)
-
-    def scores(model, with_entropy):
-        def forward(ids, lens):
-            return completion_logps(model, ids, lens, pad_token_id=0, with_entropy=with_entropy)
-
-        return [row[0] for row in in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size=2)]
-
-    for ours, theirs in zip(scores(student, True), scores(teacher, False), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_training_forward_equals_the_forward_without_gradient_bitwise():
@@ -434,107 +360,6 @@ def test_top_k_has_logits_of_one_tile_of_tokens_at_a_time(monkeypatch, wide_mode
 # --- without padding ---
 
 
-def make_sliding():
-    """A window of 4 tokens, shorter than most rows."""
-    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
-
-
-@pytest.mark.parametrize(
-    ("make", "implementation"),
-    [
-        (lambda: make_model(0), "sdpa"),
-        (lambda: make_model(0), "eager"),
-        (make_sliding, "sdpa"),
-        (make_sliding, "eager"),
-        (make_gemma2, "eager"),  # it has no sdpa
-        (make_phi, "sdpa"),
-    ],
-    ids=["llama-sdpa", "llama-eager", "sliding-sdpa", "sliding-eager", "gemma2-eager", "phi-sdpa"],
-)
-def test_padding_free_rows_equal_rows_on_their_own(make, implementation):
-    torch.manual_seed(0)
-    model = make().eval()
-    model.set_attn_implementation(implementation)
-    token_ids, prompt_lens = make_rows()
-    logps, entropy = completion_logps(
-        model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True, padding_free=True
-    )
-    expected = reference(model, token_ids, prompt_lens)
-    assert_rows_match(logps, gather(expected, targets(token_ids, prompt_lens)))
-    assert_rows_match(entropy, [-(row.exp() * row).sum(dim=-1).detach() for row in expected])
-    plain = pad(gather(expected, targets(token_ids, prompt_lens)))
-    assert_same_gradients(gradients(model, weighted_sum(logps)), gradients(model, weighted_sum(plain)))
-
-
-@pytest.mark.slow  # torch compiles its kernel
-def test_padding_free_flex_attention_equals_rows_on_their_own():
-    model = make_model(0)
-    model.set_attn_implementation("flex_attention")
-    token_ids, prompt_lens = make_rows()
-    with torch.no_grad():  # on a CPU it has no backward
-        logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0, padding_free=True)
-        model.set_attn_implementation("eager")
-        assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
-
-
-def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
-    model = make_model(0)
-    shapes = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    token_ids, prompt_lens = make_rows()
-    completion_logps(model, token_ids, prompt_lens, pad_token_id=0, padding_free=True)
-    completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
-    assert shapes == [(1, sum(map(len, token_ids))), (len(token_ids), max(map(len, token_ids)))]
-
-
-def test_padding_free_is_the_default_where_attention_gains_from_it():
-    model = make_model(0)
-    for implementation, gains in (("sdpa", False), ("eager", False), ("flex_attention", True)):
-        model.set_attn_implementation(implementation)
-        assert wants_packing(model, None) is gains
-        assert wants_packing(model, True) is True
-        assert wants_packing(model, False) is False
-    model.config._attn_implementation = "flash_attention_2"  # whose kernels are not on this machine
-    assert wants_packing(model, None) is True
-    assert wants_packing(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
-
-
-def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
-    def forward(model):
-        return lambda ids, lens, packed: completion_logps(model, ids, lens, pad_token_id=0, padding_free=packed)[0]
-
-    assert packing_is_exact(forward(make_model(0)))
-    assert packing_is_exact(forward(make_sliding().eval()))
-    torch.manual_seed(0)
-    opt = OPTForCausalLM(
-        OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
-    )
-    assert supports_packing(opt)  # and yet
-    assert not packing_is_exact(forward(opt.eval()))
-    with pytest.raises(
-        ValueError, match="padding_free=True, but in the student rows of one long sequence see each other"
-    ):
-        settle_packing(False, True, "the student")
-    assert settle_packing(False, None, "the student") is False
-    assert "the student is forwarded with padding" in caplog.text
-    assert settle_packing(True, None, "the student") is True
-
-
-def test_padding_free_is_refused_where_a_state_runs_through_the_rows():
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
-    hybrid = Lfm2ForCausalLM(
-        Lfm2Config(**{**SIZES, "num_hidden_layers": 2}, layer_types=["conv", "full_attention"], block_ff_dim=32)
-    )
-    for model in (mamba, hybrid):
-        assert wants_packing(model, None) is False
-        with pytest.raises(
-            ValueError, match=rf"padding_free=True, but {type(model).__name__} has layers in which rows"
-        ):
-            wants_packing(model, True)
-
-
 # --- as they are drawn ---
 
 
@@ -565,29 +390,6 @@ def test_recorded_logps_are_those_of_the_tokens_that_generate_draws(seed):
         full = reference(model, [prompt + completion], [len(prompt)])
         (expected,) = gather(full, [torch.tensor(completion)])
         torch.testing.assert_close(torch.tensor(logps[: len(completion)]), expected.detach(), rtol=0, atol=LOGP)
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=40), st.integers(1, 50), st.booleans())
-def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batch_size, padding_free):
-    token_ids = [list(range(100 * row, 100 * row + sum(lengths))) for row, lengths in enumerate(rows)]
-    seen = []
-
-    def forward(ids, prompt_lens):
-        seen.extend(row[0] for row in ids)
-        width = max(map(len, ids))
-        padded = [
-            [*row[start:], *[-1] * (width - len(row) + start)] for row, start in zip(ids, prompt_lens, strict=True)
-        ]
-        return torch.tensor(padded), None
-
-    found = in_length_sorted_batches(
-        forward, token_ids, [prompt_len for prompt_len, _ in rows], batch_size, padding_free
-    )
-    assert sorted(seen) == [ids[0] for ids in token_ids]
-    assert [values.tolist() for values, _ in found] == [
-        ids[start:] for ids, (start, _) in zip(token_ids, rows, strict=True)
-    ]
 
 
 # --- are they those of the model's own logits? ---

@@ -1,7 +1,6 @@
 """A run that is stopped and resumed is the run that was not stopped."""
 
 import json
-import math
 import shutil
 
 import pytest
@@ -11,8 +10,6 @@ from test_trainer import lines, make_trainer
 
 from camopd.errors import ResumeError, TeacherError
 from camopd.prompts import StepDataset
-from camopd.rollouts import load_rollouts, save_rollouts
-from camopd.samples import Sample
 
 
 STEPS = 6
@@ -241,28 +238,3 @@ def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_ser
         trainer.train()
     assert (tmp_path / "checkpoint-2" / "camopd.json").exists()
     assert list((tmp_path / "checkpoint-2").glob("rollouts-*")) == []
-
-
-def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
-    samples = [
-        Sample(
-            "general", 3, [4, 5, 6], 1, torch.tensor([True, False]), 1, True, "maths", torch.tensor([-1.0, math.nan])
-        ),
-        Sample("domain", 5, [7, 8], 2, torch.zeros(0, dtype=torch.bool), 0, False, None, torch.zeros(0)),
-    ]
-    path = tmp_path / "rollouts.safetensors"
-    rows = [{"branch": "general", "position": 3, "category": "maths"}, {"branch": "domain", "position": 5}]
-    assert load_rollouts(path, rows) is None
-    save_rollouts(samples, 1, path)
-    found, prompts_cut = load_rollouts(path, rows)
-    assert prompts_cut == 1
-    for one, other in zip(found, samples, strict=True):
-        for name, value in vars(other).items():
-            if isinstance(value, torch.Tensor):
-                torch.testing.assert_close(getattr(one, name), value, equal_nan=True)
-            else:
-                assert getattr(one, name) == value, name
-    assert load_rollouts(path, rows[::-1]) is None
-    assert load_rollouts(path, rows[:1]) is None
-    path.write_bytes(path.read_bytes()[:-9])
-    assert load_rollouts(path, rows) is None

@@ -45,7 +45,6 @@ from camopd.callbacks.teacher_watch import TeacherWatch
 from camopd.callbacks.update import UpdateMeasures
 from camopd.errors import CaMOPDError, TeacherError
 from camopd.forward import Forward
-from camopd.rollouts import Turn, logps_of_turns
 from camopd.setup import check_gathered_weights
 from camopd.step import StepCallback
 
@@ -574,15 +573,6 @@ def test_zero3_in_shards_and_vllm_exclude_each_other(tmp_path, tokenizer):
             model="never loaded", teachers={"general": make_model(2), "domain": make_model(3)}, args=args,
             train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")}, processing_class=tokenizer,
         )  # fmt: skip
-
-
-def test_logps_of_a_tool_conversation_are_put_back_where_they_were_sampled():
-    # Row 1 calls a tool: prompt [1], samples [2, 3], reads the tool result [9, 9], samples [4, 5] of which 5 is cut off.
-    turns = [Turn([1], [7], [-0.7]), Turn([1], [2, 3], [-0.2, -0.3]), Turn([1, 2, 3, 9, 9], [4, 5], [-0.4, -0.5])]
-    logps = logps_of_turns(turns, row=1, num_rows=2, prompt=[1], completion=[2, 3, 9, 9, 4])
-    assert logps.isnan().tolist() == [False, False, True, True, False]
-    torch.testing.assert_close(logps[[0, 1, 4]], torch.tensor([-0.2, -0.3, -0.4]))
-    assert logps_of_turns(turns, row=0, num_rows=2, prompt=[1], completion=[7]).tolist() == pytest.approx([-0.7])
 
 
 def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer, monkeypatch):

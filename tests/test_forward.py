@@ -1,0 +1,99 @@
+"""Forwards without gradient: every row once, in its place, and equal weights give equal numbers."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LOGP, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_logprobs import gather, make_rows, reference, targets
+
+from camopd.balance import score_batches
+from camopd.forward import in_length_sorted_batches
+from camopd.logprobs import (
+    completion_logps,
+)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
+def test_batches_run_longest_first_without_gradient_and_rows_come_back_in_order(batch_size):
+    model = make_model(0)
+    token_ids, prompt_lens = make_rows()
+    calls = []
+
+    def forward(batch_ids, batch_lens):
+        assert not torch.is_grad_enabled()
+        calls.append([len(ids) for ids in batch_ids])
+        return completion_logps(model, batch_ids, batch_lens, pad_token_id=0, with_entropy=True)
+
+    rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size)
+    assert [length for call in calls for length in call] == sorted(map(len, token_ids), reverse=True)
+    assert calls == [
+        [len(token_ids[row]) for row in batch]
+        for batch in score_batches([len(ids) for ids in token_ids], batch_size, padding_free=False)
+    ]
+
+    full = reference(model, token_ids, prompt_lens)
+    expected = gather(full, targets(token_ids, prompt_lens))
+    assert len(rows) == 5
+    for (logps, entropy), row, distribution in zip(rows, expected, full, strict=True):
+        assert not logps.requires_grad
+        torch.testing.assert_close(logps, row.detach(), rtol=0, atol=LOGP)
+        exact = -(distribution.exp() * distribution).sum(dim=-1).detach()
+        torch.testing.assert_close(entropy, exact, rtol=0, atol=LOGP)
+
+
+def test_batches_pass_on_outputs_that_are_missing_or_have_more_axes():
+    token_ids, prompt_lens = [[1, 2], [3, 4, 5, 6]], [1, 1]
+
+    def forward(batch_ids, batch_lens):
+        width = max(len(ids) - start for ids, start in zip(batch_ids, batch_lens, strict=True))
+        return None, torch.tensor([ids[0] for ids in batch_ids])[:, None, None].expand(-1, width, 2)
+
+    rows = in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size=2)
+    assert [row[0] for row in rows] == [None, None]
+    assert [row[1].tolist() for row in rows] == [[[1, 1]], [[3, 3]] * 3]
+
+
+def test_batches_of_no_rows_are_none():
+    assert in_length_sorted_batches(lambda ids, lens: (), [], [], batch_size=2) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_models_with_equal_weights_score_bitwise_equal(seed):
+    student = make_model(seed)
+    teacher = copy.deepcopy(student)
+    token_ids, prompt_lens = make_rows(seed=seed)
+
+    def scores(model, with_entropy):
+        def forward(ids, lens):
+            return completion_logps(model, ids, lens, pad_token_id=0, with_entropy=with_entropy)
+
+        return [row[0] for row in in_length_sorted_batches(forward, token_ids, prompt_lens, batch_size=2)]
+
+    for ours, theirs in zip(scores(student, True), scores(teacher, False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=40), st.integers(1, 50), st.booleans())
+def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batch_size, padding_free):
+    token_ids = [list(range(100 * row, 100 * row + sum(lengths))) for row, lengths in enumerate(rows)]
+    seen = []
+
+    def forward(ids, prompt_lens):
+        seen.extend(row[0] for row in ids)
+        width = max(map(len, ids))
+        padded = [
+            [*row[start:], *[-1] * (width - len(row) + start)] for row, start in zip(ids, prompt_lens, strict=True)
+        ]
+        return torch.tensor(padded), None
+
+    found = in_length_sorted_batches(
+        forward, token_ids, [prompt_len for prompt_len, _ in rows], batch_size, padding_free
+    )
+    assert sorted(seen) == [ids[0] for ids in token_ids]
+    assert [values.tolist() for values, _ in found] == [
+        ids[start:] for ids, (start, _) in zip(token_ids, rows, strict=True)
+    ]

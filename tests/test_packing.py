@@ -1,0 +1,136 @@
+"""Rows without padding: the numbers of rows with it, and only of models that keep them apart."""
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from test_logprobs import (
+    SIZES,
+    assert_rows_match,
+    assert_same_gradients,
+    gather,
+    gradients,
+    make_gemma2,
+    make_phi,
+    make_rows,
+    pad,
+    reference,
+    targets,
+    weighted_sum,
+)
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from camopd.logprobs import (
+    completion_logps,
+)
+from camopd.packing import packing_is_exact, settle_packing, supports_packing, wants_packing
+
+
+def make_sliding():
+    """A window of 4 tokens, shorter than most rows."""
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "implementation"),
+    [
+        (lambda: make_model(0), "sdpa"),
+        (lambda: make_model(0), "eager"),
+        (make_sliding, "sdpa"),
+        (make_sliding, "eager"),
+        (make_gemma2, "eager"),  # it has no sdpa
+        (make_phi, "sdpa"),
+    ],
+    ids=["llama-sdpa", "llama-eager", "sliding-sdpa", "sliding-eager", "gemma2-eager", "phi-sdpa"],
+)
+def test_padding_free_rows_equal_rows_on_their_own(make, implementation):
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation(implementation)
+    token_ids, prompt_lens = make_rows()
+    logps, entropy = completion_logps(
+        model, token_ids, prompt_lens, pad_token_id=0, with_entropy=True, padding_free=True
+    )
+    expected = reference(model, token_ids, prompt_lens)
+    assert_rows_match(logps, gather(expected, targets(token_ids, prompt_lens)))
+    assert_rows_match(entropy, [-(row.exp() * row).sum(dim=-1).detach() for row in expected])
+    plain = pad(gather(expected, targets(token_ids, prompt_lens)))
+    assert_same_gradients(gradients(model, weighted_sum(logps)), gradients(model, weighted_sum(plain)))
+
+
+@pytest.mark.slow  # torch compiles its kernel
+def test_padding_free_flex_attention_equals_rows_on_their_own():
+    model = make_model(0)
+    model.set_attn_implementation("flex_attention")
+    token_ids, prompt_lens = make_rows()
+    with torch.no_grad():  # on a CPU it has no backward
+        logps, _ = completion_logps(model, token_ids, prompt_lens, pad_token_id=0, padding_free=True)
+        model.set_attn_implementation("eager")
+        assert_rows_match(logps, gather(reference(model, token_ids, prompt_lens), targets(token_ids, prompt_lens)))
+
+
+def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
+    model = make_model(0)
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    token_ids, prompt_lens = make_rows()
+    completion_logps(model, token_ids, prompt_lens, pad_token_id=0, padding_free=True)
+    completion_logps(model, token_ids, prompt_lens, pad_token_id=0)
+    assert shapes == [(1, sum(map(len, token_ids))), (len(token_ids), max(map(len, token_ids)))]
+
+
+def test_padding_free_is_the_default_where_attention_gains_from_it():
+    model = make_model(0)
+    for implementation, gains in (("sdpa", False), ("eager", False), ("flex_attention", True)):
+        model.set_attn_implementation(implementation)
+        assert wants_packing(model, None) is gains
+        assert wants_packing(model, True) is True
+        assert wants_packing(model, False) is False
+    model.config._attn_implementation = "flash_attention_2"  # whose kernels are not on this machine
+    assert wants_packing(model, None) is True
+    assert wants_packing(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
+
+
+def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
+    def forward(model):
+        return lambda ids, lens, packed: completion_logps(model, ids, lens, pad_token_id=0, padding_free=packed)[0]
+
+    assert packing_is_exact(forward(make_model(0)))
+    assert packing_is_exact(forward(make_sliding().eval()))
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(
+        OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    assert supports_packing(opt)  # and yet
+    assert not packing_is_exact(forward(opt.eval()))
+    with pytest.raises(
+        ValueError, match="padding_free=True, but in the student rows of one long sequence see each other"
+    ):
+        settle_packing(False, True, "the student")
+    assert settle_packing(False, None, "the student") is False
+    assert "the student is forwarded with padding" in caplog.text
+    assert settle_packing(True, None, "the student") is True
+
+
+def test_padding_free_is_refused_where_a_state_runs_through_the_rows():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
+    hybrid = Lfm2ForCausalLM(
+        Lfm2Config(**{**SIZES, "num_hidden_layers": 2}, layer_types=["conv", "full_attention"], block_ff_dim=32)
+    )
+    for model in (mamba, hybrid):
+        assert wants_packing(model, None) is False
+        with pytest.raises(
+            ValueError, match=rf"padding_free=True, but {type(model).__name__} has layers in which rows"
+        ):
+            wants_packing(model, True)
