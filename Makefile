@@ -30,7 +30,7 @@ install: .venv/installed  ## Make .venv with camopd, its dependencies at tested 
 demo: install  ## Specialise a small real model and bring its general abilities back (minutes, 2 CPU cores)
 	$(BIN)/camopd demo $(ARGS)
 
-test: install  ## Run the tests, but for those of the next two
+test: install  ## Run the tests that need no processes of their own and no server
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: install  ## Run the tests that start several processes or whole runs

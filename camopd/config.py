@@ -159,7 +159,7 @@ class CaMOPDConfig(DistillationConfig):
     max_steps: int = field(
         default=120, metadata={"help": "Number of optimizer steps. The paper trains for 120 steps (Appendix A.7)."}
     )
-    num_train_epochs: float = field(  # of the parent 3, which a user may write as well, in vain
+    num_train_epochs: float = field(  # the parent's is 3, which is refused as any other
         default=-1.0, metadata={"help": "Refused: with a stream per branch there is no epoch to count. Set max_steps."}
     )
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})

@@ -80,6 +80,7 @@ def test_demo_makes_a_model_again_that_is_gone(settings, tmp_path, capsys):
     assert len(lines) == settings.steps
 
 
+@pytest.mark.slow
 def test_demo_of_several_seeds_runs_them_apart_and_shows_the_spread(settings, tmp_path, capsys):
     from dataclasses import replace
 
@@ -98,6 +99,7 @@ def test_demo_counts_seeds_from_the_first(monkeypatch, tmp_path):
     assert found == [3, 4]
 
 
+@pytest.mark.slow
 def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbed_one_does(
     settings, tmp_path, monkeypatch, capsys
 ):
@@ -129,6 +131,7 @@ def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbe
         assert resumed[name] == undisturbed[name]
 
 
+@pytest.mark.slow
 def test_demo_with_changed_settings_starts_over(settings, tmp_path, capsys):
     from dataclasses import replace
 

@@ -441,6 +441,7 @@ def test_a_server_is_up_when_it_answers_200(monkeypatch, capsys):
     assert re.search(rf"general/0 is up after \d+ s: {server.url}", out)
 
 
+@pytest.mark.slow
 def test_all_are_started_served_and_stopped_by_ctrl_c(write, dummy, serve, tmp_path, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", " sesame-all\n")
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_MY_CODE", "sesame-code")
@@ -477,6 +478,7 @@ def test_all_are_started_served_and_stopped_by_ctrl_c(write, dummy, serve, tmp_p
     assert "domain: adapter_off" in out
 
 
+@pytest.mark.slow
 def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write, dummy, serve, tmp_path):
     pretend_installed(tmp_path / "site", "vllm", "0.29.0")
     port = free_port(2)
@@ -496,6 +498,7 @@ def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write,
     assert "vLLM 0.29.0 is older than 0.30" in out
 
 
+@pytest.mark.slow
 def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(write, dummy, serve, tmp_path):
     config = write({"general": "org/general", "domain": "org/broken"})
     code, _, err = serve(config, "--port", str(free_port(2))).end()
@@ -509,6 +512,7 @@ def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(w
     assert_nothing_stays(read_notes(dummy))
 
 
+@pytest.mark.slow
 def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, dummy, serve, tmp_path):
     port = free_port(3)
     config = write({"general": "org/general", "domain": "org/domain"})
@@ -522,6 +526,7 @@ def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, dummy, serve,
     assert_nothing_stays(read_notes(dummy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, dummy, serve, number):
     port = free_port()
@@ -534,6 +539,7 @@ def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, dummy, s
     assert_nothing_stays(read_notes(dummy))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_path):
     port = free_port()
     run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=60)
@@ -548,6 +554,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_pa
     assert_nothing_stays(read_notes(dummy))
 
 
+@pytest.mark.slow
 def test_a_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path):
     served = tmp_path / "out" / "_teachers.json"
     run = serve(write({"general": "org/general"}), "--port", str(free_port()))

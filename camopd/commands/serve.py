@@ -110,7 +110,7 @@ def serve(argv: list[str]) -> None:
 def _max_model_len(config: str, settings: dict) -> int:
     """Longest prompt + longest completion + the token vLLM generates.
 
-    Raises `ValueError` for lengths that are none, and for settings that no run has.
+    Raises `ValueError` for lengths that are not numbers, and for settings that no run has.
     """
     from ..config import CaMOPDConfig  # which takes seconds
 
