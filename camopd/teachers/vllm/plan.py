@@ -90,7 +90,7 @@ def models_of(teachers: dict[str, Any], notes: list[str]) -> dict[str, list[str]
 def replicas_of(text: str, models: dict[str, list[str]], branches: Sequence[str]) -> dict[str, int]:
     """Processes of each model, from `2` or `general=2,domain=1`; a model of several branches gets the most of them.
 
-    Raises `ValueError` for what is not a positive number, and for a branch that the config does not have or that is not started.
+    Raises `ValueError` for what is not a positive number, and for a branch that the config lacks or that is not started.
     """
     how = "Give a number for all of them, or one for each as in general=2,domain=1."
     started = [branch for of_model in models.values() for branch in of_model]
