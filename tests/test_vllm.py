@@ -26,6 +26,7 @@ from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.commands.demo_stages import unpack_base_model
 from camopd.demo_data import load_prompts
 from camopd.errors import TeacherError
+from camopd.step import StepCallback
 from camopd.teachers.check import check_server
 from camopd.teachers.local import LocalTeacher
 from camopd.teachers.vllm.teacher import ServerTeacher
@@ -296,11 +297,15 @@ def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
     replicas, domain, _, logs = servers
     trainer = make_trainer(tmp_path, domain_model, {"general": [r.url for r in replicas], "domain": domain})
     teacher = trainer.teachers["general"]
-    submit, killed = teacher.submit, []
+    submit, started, killed = teacher.submit, [], []
+
+    class Started(StepCallback):
+        def on_step_started(self, step):  # after the check of the teachers
+            started.append(step.number)
 
     def kill_while_it_scores(*args):
         future = submit(*args)
-        while trainer.step is not None and not killed and not future.done():
+        while started and not killed and not future.done():
             if teacher._replicas[1].requests_in_flight:
                 replicas[1].kill()
                 killed.append(not future.done())
@@ -308,6 +313,7 @@ def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
         return future
 
     teacher.submit = kill_while_it_scores
+    trainer.add_callback(Started())
     trainer.train()
     assert killed == [True]
     assert_same_steps(steps_of(tmp_path), undisturbed)
