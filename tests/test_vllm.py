@@ -306,7 +306,7 @@ def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
     def kill_while_it_scores(*args):
         future = submit(*args)
         while started and not killed and not future.done():
-            if teacher._replicas[1].requests_in_flight:
+            if teacher._replicas.all[1].requests_in_flight:
                 replicas[1].kill()
                 killed.append(not future.done())
             time.sleep(0.001)
