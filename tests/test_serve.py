@@ -135,7 +135,7 @@ class Serve:
         )
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=300)
+        out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
 
 
@@ -155,7 +155,7 @@ def serve():
             run.end()
 
 
-def wait_for(condition, seconds: float = 300.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -378,7 +378,7 @@ def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypa
     monkeypatch.delenv("CAMOPD_VLLM_PYTHON")
     with pytest.raises(CaMOPDError, match=rf"looked at {sys.executable} and .venv-vllm/bin/python \(not there\)"):
         command.serve([config])
-    assert time.monotonic() - started < 60  # and not the minutes that a server may take
+    assert time.monotonic() - started < 5
 
 
 def test_the_builds_of_vllm_are_told_apart(write, dummy, tmp_path, monkeypatch):
@@ -550,7 +550,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_pa
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     assert run.end()[0] == 0
-    assert time.monotonic() - started < 50  # of a grace of 60 seconds
+    assert time.monotonic() - started < 10
     assert_nothing_stays(read_notes(dummy))
 
 

@@ -36,7 +36,7 @@ def test_nothing_listening_is_a_teacher_error_that_names_the_url(server, connect
         TeacherError, match=rf"teacher 'domain' at {server.url} does not answer \(ConnectError.*vllm serve"
     ):
         connect(server, branch="domain")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 5
 
 
 def test_a_server_that_accepts_and_never_answers_is_an_error_after_five_seconds(server, connect):
@@ -44,7 +44,7 @@ def test_a_server_that_accepts_and_never_answers_is_an_error_after_five_seconds(
     started = time.monotonic()
     with pytest.raises(TeacherError, match=rf"{server.url} did not answer /v1/models in 5 seconds"):
         connect(server)
-    assert time.monotonic() - started < 60  # it is asked for 5 seconds
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_replica_that_dies_is_left_out_and_the_others_do_its_work(start_server
     started = time.monotonic()
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
-    assert time.monotonic() - started < 60  # a request may take 300
+    assert time.monotonic() - started < 5
     assert f"replica {first.url} is out" in caplog.text
     asked = len(first.requests)
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
@@ -102,7 +102,7 @@ def test_when_none_comes_back_in_time_the_error_says_so_and_a_later_batch_is_sco
             "the last fault: .*Start the server again, then resume",
         ):
             teacher.score(TOKEN_IDS, PROMPT_LENS)
-    assert time.monotonic() - started < 60  # a request may take 300
+    assert time.monotonic() - started < 5
     start_server(port=server.port)
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
 
