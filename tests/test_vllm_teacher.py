@@ -3,9 +3,11 @@
 The servers are those of fake_vllm.py; tests/test_vllm.py does the same with real ones.
 """
 
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,15 +91,18 @@ def test_a_fault_that_passes_changes_no_number(start_server, connect, local_scor
 
 
 def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.SCORE_PAUSE", 0.02)
-    teacher = connect(server, patience=3.0)
+    """A second passes with each request, whatever the clock on the wall says."""
+    seconds = itertools.count()
+    monkeypatch.setattr("camopd.teachers.vllm.teacher.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    teacher = connect(server, patience=200.0)
     server.answers.extend([(429, "slow down")] * 60)
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
     server.answers.extend([(429, "slow down")] * 10000)
-    started = time.monotonic()
+    before, started = len(server.requests), next(seconds)
     with pytest.raises(TeacherError, match="answered 429: slow down"):
         teacher.score(TOKEN_IDS, PROMPT_LENS)
-    assert 3 < time.monotonic() - started < 8
+    assert 200 < next(seconds) - started < 230
+    assert 50 < len(server.requests) - before < 230  # it has been asked again and again, and then no more
 
 
 @both_transports
