@@ -77,9 +77,14 @@ def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
 
 def _over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """Settings with others over them, which win under whichever name, old or new, they are given."""
+    return _left_by(settings, others) | others
+
+
+def _left_by(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that others give under the other name, old or new."""
     hidden = {OLD_NAMES[name] for name in others if name in OLD_NAMES}
     hidden |= {old for old, new in OLD_NAMES.items() if new in others}
-    return {name: value for name, value in settings.items() if name not in hidden} | others
+    return {name: value for name, value in settings.items() if name not in hidden}
 
 
 def _read(config: str) -> dict[str, Any]:
@@ -170,7 +175,8 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     )
     options, overrides = parser.parse_known_args(config_first(argv))
     if options.method is not None:
-        overrides = as_words(read_settings(options.method, [])) + overrides
+        method = _left_by(_read(options.method), _read_words(overrides))
+        overrides = as_words(method) + overrides
     return options.config, overrides
 
 

@@ -678,3 +678,13 @@ def test_the_command_line_wins_whichever_of_two_names_a_setting_has(in_file, wor
 def test_parse_takes_the_flag_that_switches_rebalancing_off_by_both_names(word, write, settings):
     _, _, args = parse(write(settings), [word])
     assert args.rebalance is False
+
+
+def test_the_command_line_wins_over_a_method_file_whichever_name_a_setting_has(write, settings, tmp_path):
+    method = tmp_path / "method.yaml"
+    method.write_text("gap_student: engine\nimportance_sampling_mode: none\n")
+    words = [write(settings), "--method", str(method)]
+    _, _, args = parse(*config_and_overrides("camopd train", words))
+    assert args.student_logps == "engine"
+    _, _, args = parse(*config_and_overrides("camopd train", [*words, "--student_logps", "trainer"]))
+    assert args.student_logps == "trainer"
