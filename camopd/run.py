@@ -77,14 +77,9 @@ def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
 
 def _over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     """Settings with others over them, which win under whichever name, old or new, they are given."""
-    return _left_by(settings, others) | others
-
-
-def _left_by(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that others give under the other name, old or new."""
     hidden = {OLD_NAMES[name] for name in others if name in OLD_NAMES}
     hidden |= {old for old, new in OLD_NAMES.items() if new in others}
-    return {name: value for name, value in settings.items() if name not in hidden}
+    return {name: value for name, value in settings.items() if name not in hidden} | others
 
 
 def _read(config: str) -> dict[str, Any]:
@@ -116,10 +111,23 @@ def _read_words(overrides: list[str]) -> dict[str, Any]:
         if name.startswith("no_"):  # as transformers' parser has it for what is on by default
             name, text = name[3:], "false"
         try:
-            settings[name] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
-            settings[name] = text
+            value = text
+        settings = _over(settings, {name: value})  # the later word wins
     return settings
+
+
+def _words_of(overrides: list[str], names: Collection[str]) -> list[str]:
+    """The words `--name value` of a command line whose names are among these."""
+    kept, taken = [], True
+    for word in overrides:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            taken = name in names or name.removeprefix("no_") in names
+        if taken:
+            kept.append(word)
+    return kept
 
 
 def as_words(settings: Mapping[str, Any]) -> list[str]:
@@ -175,8 +183,7 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     )
     options, overrides = parser.parse_known_args(config_first(argv))
     if options.method is not None:
-        method = _left_by(_read(options.method), _read_words(overrides))
-        overrides = as_words(method) + overrides
+        overrides = as_words(_read(options.method)) + overrides
     return options.config, overrides
 
 
@@ -193,6 +200,7 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     overrides = [re.sub(r"^--no[_-]exchange$", "--no_rebalance", word) for word in overrides]
     file = _read(config)
     given = _over(file, _read_words(overrides))
+    overrides = _words_of(overrides, given)
     defaults = {name: value for name, value in file.items() if name in given}
     check_names(config, given)
     # argparse would write out every setting there is before what is wrong

@@ -666,6 +666,8 @@ def test_env_of_the_file_is_set(write, settings, text, monkeypatch):
         ({"gap_student": "engine", "importance_sampling_mode": "none"}, ["--student_logps", "trainer"], "trainer"),
         ({"student_logps": "engine", "importance_sampling_mode": "none"}, ["--gap_student", "trainer"], "trainer"),
         ({"gap_student": "engine"}, ["--importance_sampling_mode", "none"], "engine"),
+        ({"importance_sampling_mode": "none"}, ["--gap_student", "engine", "--student_logps", "trainer"], "trainer"),
+        ({"importance_sampling_mode": "none"}, ["--student_logps=trainer", "--gap-student=engine"], "engine"),
     ],
 )
 def test_the_command_line_wins_whichever_of_two_names_a_setting_has(in_file, words, expected, write, settings):
