@@ -5,7 +5,7 @@ import itertools
 import pytest
 from conftest import make_model, make_prompts, make_summary
 from safetensors.torch import load_file
-from test_trainer import make_args, make_trainer
+from trainers import make_args, make_trainer
 from transformers import EarlyStoppingCallback
 
 from camopd import metrics

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_model
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_trainer
+from trainers import make_trainer
 from transformers import GenerationConfig, WatermarkingConfig
 
 from camopd.generation import TOKEN_IDS, neutral_generation

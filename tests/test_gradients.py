@@ -8,7 +8,7 @@ import torch
 from conftest import make_model, make_prompts, rounding
 from peft import LoraConfig
 from steps import FakeSampler, use_sampler
-from test_trainer import lines, make_trainer
+from trainers import lines, make_trainer
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from camopd.gradients import CONTROL_DRAWS, Sketch, coherence, last_block, of_coherence, random_subsets

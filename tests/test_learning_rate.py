@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_trainer import lines, make_args, make_trainer
 from torch.optim.lr_scheduler import LambdaLR
+from trainers import lines, make_args, make_trainer
 from transformers.trainer_utils import SchedulerType
 
 from camopd.learning_rate import check_passed

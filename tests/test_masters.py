@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from test_trainer import lines, make_args, make_trainer
+from trainers import lines, make_args, make_trainer
 from transformers.training_args import OptimizerNames
 
 import camopd.setup

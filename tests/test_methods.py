@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import LOSS, make_model, make_prompts, make_tokenizer
 from steps import LEARNING_RATE, MAX_GRAD_NORM, PARAMETER, Case, FakeSampler, trainer_step
-from test_trainer import lines, make_trainer
+from trainers import lines, make_trainer
 
 from camopd import CaMOPDConfig, TokenScores, cli
 from camopd.errors import CaMOPDError

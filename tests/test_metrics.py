@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_prompts
-from test_trainer import lines, make_trainer
+from trainers import lines, make_trainer
 
 from camopd import metrics
 from camopd.samples import Sample, SampleSummary

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_model, make_prompts
-from test_trainer import lines, make_trainer
+from trainers import lines, make_trainer
 
 from camopd.errors import ResumeError, TeacherError
 from camopd.prompts import StepDataset

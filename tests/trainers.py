@@ -1,0 +1,49 @@
+"""Trainers of tiny models, as a user makes them, and what their runs write."""
+
+import json
+
+import torch
+from conftest import make_model, make_prompts
+
+from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
+
+
+def make_args(tmp_path, **kwargs) -> CaMOPDConfig:
+    defaults = {
+        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "gradient_checkpointing": False, "learning_rate": 1e-2, "max_steps": 4,
+        "prompts_per_step": 4, "per_device_train_batch_size": 2, "max_completion_length": 6, "max_prompt_length": 64,
+    }  # fmt: skip
+    return CaMOPDConfig(**{**defaults, **kwargs})
+
+
+def make_trainer(tmp_path, tokenizer, **kwargs) -> CaMOPDTrainer:
+    """A tiny run. Keywords of the trainer are taken out, the rest go to the config."""
+    names = ("model", "teachers", "train_dataset", "eval_dataset", "peft_config", "tools", "callbacks")
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    defaults = {
+        "model": make_model(1),
+        "teachers": {"general": make_model(2), "domain": make_model(1)},
+        "train_dataset": {branch: make_prompts(branch) for branch in ("general", "domain")},
+    }
+    return CaMOPDTrainer(**{**defaults, **given}, args=make_args(tmp_path, **kwargs), processing_class=tokenizer)
+
+
+def lines(tmp_path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+class BrokenTeacher:
+    """Answers with what it is told to."""
+
+    name = "broken"
+
+    def __init__(self, value: float, missing: int = 0):
+        self.value, self.missing = value, missing
+
+    def score(self, token_ids, prompt_lens, top_k=0):
+        return [
+            TokenScores(torch.full((len(ids) - start - self.missing,), self.value))
+            for ids, start in zip(token_ids, prompt_lens, strict=True)
+        ]
