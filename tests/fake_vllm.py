@@ -1,6 +1,7 @@
 """A small server on localhost that speaks vLLM's schema, scores with a real tiny model, and misbehaves on demand."""
 
 import base64
+import copy
 import io
 import json
 import socket
@@ -39,6 +40,20 @@ def other_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def with_noise(model, size):
+    """The model with weights that are off by a share of their own size, as after a coarse rounding."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data *= 1 + size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def without_weights(model):
+    model = copy.deepcopy(model)
+    model.lm_head.weight.data.zero_()
+    return model
 
 
 def reference_logps(model, ids):

@@ -241,9 +241,6 @@ def test_top_k_of_the_whole_vocabulary_holds_the_completion_logps():
             torch.testing.assert_close(found, logps[row, place, None].detach(), rtol=0, atol=LOGP)
 
 
-# --- batches ---
-
-
 # --- equal weights ---
 
 
@@ -355,9 +352,6 @@ def test_top_k_has_logits_of_one_tile_of_tokens_at_a_time(monkeypatch, wide_mode
     with LargestTensor() as largest:
         completion_top_k(wide_model, token_ids, prompt_lens, pad_token_id=0, k=4)
     assert largest.numel == 64 * VOCAB_SIZE
-
-
-# --- without padding ---
 
 
 # --- as they are drawn ---

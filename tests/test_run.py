@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
+from trainers import SETTINGS
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -27,12 +28,6 @@ from camopd.run import (
     teachers_of,
     written,
 )
-
-
-SETTINGS = {
-    "dtype": "float32", "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
-    "gradient_checkpointing": False, "max_prompt_length": 64, "max_completion_length": 64,
-}  # fmt: skip
 
 
 @pytest.fixture

@@ -8,6 +8,13 @@ from conftest import make_model, make_prompts
 from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
 
 
+# Of a tiny run, for a file of the command line
+SETTINGS = {
+    "dtype": "float32", "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+    "gradient_checkpointing": False, "max_prompt_length": 64, "max_completion_length": 64,
+}  # fmt: skip
+
+
 def make_args(tmp_path, **kwargs) -> CaMOPDConfig:
     defaults = {
         "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,

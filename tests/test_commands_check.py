@@ -1,0 +1,534 @@
+"""`camopd check`, which shows as a table what is found wrong with teachers, and what it finds before it loads them.
+
+The servers are those of fake_vllm.py.
+"""
+
+import json
+import math
+import re
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import CHAT_TEMPLATE, VOCAB, make_model, make_tokenizer
+from fake_vllm import other_tokenizer, reference_logps, with_noise, without_weights
+from trainers import SETTINGS
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from camopd import cli
+from camopd.commands.check import check_adapter, check_unloaded
+from camopd.run import SERVED_TEACHERS
+from camopd.teachers.check import (
+    Finding,
+    Probe,
+)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The folder of a student that ends the probes' answers as it should."""
+    folder, model, tokenizer = tmp_path_factory.mktemp("models") / "student", make_model(0), make_tokenizer()
+    with torch.no_grad():
+        rows = Probe.of(tokenizer, 512).token_ids
+        ends = [model.model(torch.tensor([ids[:-1]])).last_hidden_state[0, -1] for ids in rows]
+        model.lm_head.weight[2] = torch.linalg.pinv(torch.stack(ends)) @ torch.full((len(ends),), 10.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def student_model(student):
+    return AutoModelForCausalLM.from_pretrained(student).eval()
+
+
+def test_a_local_teacher_of_the_same_family_is_ok(student, tokenizer):
+    found = check_unloaded("domain", str(student), tokenizer, 512, {}, 0)
+    assert found == Finding(
+        "domain", "in the process", "ok", f"{student}, not on a server: the same tokens as the student, context fits"
+    )
+
+
+def test_a_local_teacher_with_fewer_tokens_than_the_student_can_write_is_an_error(student, tokenizer):
+    found = check_unloaded("domain", str(student), tokenizer, 512, {}, len(VOCAB))
+    assert found.level == "ok"
+    found = check_unloaded("domain", str(student), tokenizer, 512, {}, 64)
+    assert found.level == "error"
+    assert "the student can write 64 tokens, the rows of its head, and the teacher knows 43" in found.text
+    assert "model.resize_token_embeddings(43)" in found.text
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE.replace("'a '", "'a? '"), None])
+def test_a_local_teacher_with_another_chat_template_is_a_warning(tokenizer, tmp_path, template):
+    make_model(1).save_pretrained(tmp_path)
+    theirs = make_tokenizer()
+    theirs.chat_template = template
+    theirs.save_pretrained(tmp_path)
+    found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
+    assert (found.subject, found.level) == ("chat template", "warning")
+    assert str(tmp_path) in found.text and "chat_template.jinja" in found.text
+    assert ("writes a conversation as" in found.text) is (template is not None)
+    plain = make_tokenizer()
+    plain.chat_template = None
+    assert check_unloaded("domain", str(tmp_path), plain, 128, {}, 0).level == "ok"
+
+
+def test_a_local_teacher_with_a_short_context_is_an_error_with_both_numbers(student, tokenizer):
+    found = check_unloaded("domain", str(student), tokenizer, 513, {}, 0)
+    assert found.level == "error"
+    assert (
+        "branch 'domain' takes sequences of 512 tokens, but max_prompt_length + max_completion_length is 513"
+        in found.text
+    )
+    assert "Lower max_completion_length" in found.text
+
+
+def test_a_local_teacher_with_other_tokens_is_an_error_with_an_example(student, tokenizer, tmp_path):
+    make_model(1).save_pretrained(tmp_path)
+    other_tokenizer().save_pretrained(tmp_path)
+    found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
+    assert found.level == "error"
+    assert (
+        "the teacher of branch 'domain' has another tokenizer than the student: 26 of 43 tokens differ" in found.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "guess"),
+    [
+        ("/no/such/folder", "(there is no such folder with a model)"),
+        ("localhost:8001", "(did you mean 'http://localhost:8001'?)"),
+        ("adapter-off", "(did you mean 'adapter_off'?)"),
+    ],
+)
+def test_a_local_teacher_that_is_not_there_is_an_error_with_what_was_meant(tokenizer, spec, guess):
+    found = check_unloaded("domain", spec, tokenizer, 128, {}, 0)
+    assert found.level == "error"
+    assert f"{spec!r} cannot be loaded {guess}: " in found.text
+    assert "Give a folder with a model, a model id of the Hub, the URL of a vLLM server" in found.text
+
+
+def test_a_local_teacher_without_a_tokenizer_is_an_error(tokenizer, tmp_path):
+    make_model(1).save_pretrained(tmp_path)
+    found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
+    assert found.level == "error"
+    assert f"{str(tmp_path)!r} cannot be loaded" in found.text
+
+
+@pytest.mark.parametrize("spec", [5, ["http://localhost:8001", "a/model"], {"path": "a/model"}], ids=repr)
+def test_a_teacher_of_no_known_form_is_an_error_that_shows_it(tokenizer, spec):
+    found = check_unloaded("domain", spec, tokenizer, 128, {}, 0)
+    assert found.level == "error"
+    assert f"the teacher is {spec!r} ({type(spec).__name__})" in found.text
+    assert "or 'adapter_off'; several URLs are a list" in found.text
+
+
+def test_adapter_start_needs_a_saved_adapter():
+    found = check_adapter("domain", "adapter_start", use_peft=False, is_adapter=True)
+    assert (found.level, found.text) == ("ok", "the student with its adapter as it was before training")
+    found = check_adapter("domain", "adapter_start", use_peft=True, is_adapter=True)
+    assert found.level == "error"
+    assert "the student must be a saved adapter, without use_peft" in found.text
+
+
+def test_adapter_off_needs_an_adapter():
+    found = check_adapter("domain", "adapter_off", use_peft=True, is_adapter=False)
+    assert (found.level, found.text) == ("ok", "the student without its adapter")
+    found = check_adapter("domain", "adapter_off", use_peft=False, is_adapter=False)
+    assert (found.level, found.text) == ("error", "the student has no adapter. Set use_peft, or name a model")
+
+
+@pytest.fixture
+def config(student, tmp_path):
+    """Write the YAML file of a run and return its path."""
+
+    def config(**changes):
+        settings = {
+            **SETTINGS, "model_name_or_path": str(student), "output_dir": str(tmp_path / "out"), "prompts_per_step": 4,
+            **changes,
+        }  # fmt: skip
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return str(path)
+
+    return config
+
+
+@pytest.fixture
+def check(config, capsys, monkeypatch):
+    """Run `camopd check` and return its exit code and its table: (teacher, subject) -> (level, text)."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+    def check(*overrides, **changes):
+        try:
+            cli.main(["check", config(**changes), *overrides])
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, read(capsys.readouterr().out)
+
+    return check
+
+
+def read(output):
+    header, *lines = output.splitlines()
+    starts = [header.index(word) for word in ("teacher", "what", "found")]
+    rows = {}
+    for line in lines:
+        teacher = line[: starts[1]].strip()
+        subject, _, level = line[starts[1] : starts[2]].strip().rpartition(" ")
+        if teacher:
+            rows[teacher, subject.strip()] = level, line[starts[2] :].strip()
+        else:  # the text goes on
+            last = next(reversed(rows))
+            rows[last] = rows[last][0], f"{rows[last][1]} {line.strip()}"
+    return rows
+
+
+@pytest.fixture
+def start_domain(start_server, student, student_model):
+    """A server with the student's own start, as `camopd serve` would start it."""
+    return lambda **changes: start_server(
+        **{"model": student_model, "name": "domain", "root": str(student), **changes}
+    )
+
+
+def test_teachers_that_are_well_are_ok_in_every_line_and_exit_0(start_server, start_domain, check, student_model):
+    general = start_server(model=with_noise(student_model, 0.01), name="the-general")
+    domain = start_domain(compact=True)
+    code, table = check(teachers={"general": general.url, "domain": [domain.url]})
+    assert code == 0
+    assert {level for level, _ in table.values()} == {"ok"}
+    subjects = ["reachable", "context", "tokenizer", "chat template"]
+    assert list(table) == [
+        *(("general", subject) for subject in (*subjects, "log-probs", "end of sequence", "initial KL")),
+        *(("domain", subject) for subject in (*subjects, "log-probs", "self-gap", "end of sequence", "initial KL")),
+    ]
+    assert table["general", "reachable"][1] == f"the-general at {general.url} (JSON)"
+    assert table["domain", "context"][1] == "256 tokens, 129 needed"
+    assert table["domain", "initial KL"][1].startswith("0.000 nats per token over ")
+    assert float(table["general", "initial KL"][1].split()[0]) > 0.0
+
+
+def test_the_initial_kl_is_measured_on_the_students_own_tokens(start_server, start_domain, check):
+    """It estimates a KL, so that it is positive for another model; log-probs of the probe's texts would not be."""
+    code, table = check(teachers={"general": start_server(model=make_model(1)).url, "domain": start_domain().url})
+    assert code == 0
+    level, text = table["general", "initial KL"]
+    assert level == "warning"
+    assert float(text.split()[0]) > 0.5
+    assert 4 <= int(text.split()[5]) <= 4 * 48
+
+
+def test_the_students_own_tokens_are_samples_whatever_its_generation_config_says(
+    start_domain, check, student, student_model, tmp_path
+):
+    bent = shutil.copytree(student, tmp_path / "bent")
+    GenerationConfig(
+        do_sample=True,
+        temperature=0.01,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=9.0,
+        min_p=0.9,
+        suppress_tokens=[5, 6],
+        num_beams=2,
+        num_return_sequences=2,
+        no_repeat_ngram_size=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ).save_pretrained(bent)
+    written = []
+    for folder in (student, bent):
+        domain = start_domain()
+        assert check(teachers={"general": str(student), "domain": domain.url}, model_name_or_path=str(folder))[0] == 0
+        probe = Probe.of(make_tokenizer(), 128)
+        written.append(sorted(ids for ids in domain.sequences if ids not in probe.token_ids))
+    assert written[0] == written[1]
+    likeliest = [reference_logps(student_model, ids)[1].argmax(dim=-1)[-1] == ids[-1] for ids in written[0]]
+    assert not all(likeliest)
+
+
+def test_a_teacher_in_the_process_beside_a_server_has_one_line(start_domain, check, student):
+    code, table = check(teachers={"general": str(student), "domain": start_domain().url})
+    assert code == 0
+    assert [subject for branch, subject in table if branch == "general"] == ["in the process"]
+    assert len([subject for branch, subject in table if branch == "domain"]) == 8
+
+
+def test_nothing_listening_is_an_error_before_the_model_is_looked_for(start_server, check):
+    server = start_server()
+    server.close()
+    code, table = check(teachers={"general": server.url, "domain": "a"}, model_name_or_path="no/such")
+    assert code == 2
+    assert list(table) == [("general", "reachable")]
+    level, text = table["general", "reachable"]
+    assert level == "error"
+    assert f"teacher 'general' at {server.url} does not answer" in text
+    assert "Is `vllm serve` up on that host and port" in text
+
+
+def test_every_server_that_is_not_reached_has_its_line(start_server, check):
+    servers = {branch: start_server() for branch in ("general", "domain")}
+    for server in servers.values():
+        server.close()
+    code, table = check(teachers={branch: server.url for branch, server in servers.items()})
+    assert code == 2
+    for branch, server in servers.items():
+        assert server.url in table[branch, "reachable"][1]
+
+
+def test_other_weights_behind_the_students_name_are_an_error(start_server, start_domain, check):
+    domain = start_domain(model=make_model(1))
+    code, table = check(teachers={"general": start_server().url, "domain": domain.url})
+    assert code == 2
+    level, text = table["domain", "self-gap"]
+    assert level == "error"
+    assert "other weights stand behind 'domain'" in text
+    assert table["general", "log-probs"][0] == "ok"  # the rest of the table is there
+
+
+def test_replicas_with_different_models_are_an_error_with_who_serves_what(start_server, start_domain, check):
+    one, other = start_server(), start_server(name="another")
+    code, table = check(teachers={"general": [one.url, other.url], "domain": start_domain().url})
+    assert code == 2
+    level, text = table["general", "reachable"]
+    assert level == "error"
+    assert f"{one.url} serves 'tiny-teacher', {other.url} serves 'another'" in text
+
+
+def test_a_short_context_is_an_error_before_the_student_is_loaded(start_server, start_domain, check):
+    general = start_server(max_model_len=100)
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    level, text = table["general", "context"]
+    assert level == "error"
+    assert "sequences of 100 tokens" in text
+    assert "--max-model-len 129" in text
+    assert table["domain", "context"] == ("ok", "256 tokens, 129 needed")
+    assert general.scored == []
+
+
+def test_another_tokenizer_is_an_error(start_server, start_domain, check):
+    general = start_server(tokenizer=other_tokenizer())
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    level, text = table["general", "tokenizer"]
+    assert level == "error"
+    assert "there and [3, 11, 8, 40] here" in text  # brackets are not markup
+
+
+def test_a_missing_key_is_an_error_with_its_variable(start_server, start_domain, check):
+    general = start_server()
+    general.always = (401, '{"error": "Unauthorized"}')
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    level, text = table["general", "reachable"]
+    assert level == "error"
+    assert 'answered 401: {"error": "Unauthorized"}' in text
+    assert "Set CAMOPD_TEACHER_API_KEY_GENERAL or CAMOPD_TEACHER_API_KEY to the server's --api-key" in text
+
+
+def test_http_where_https_is_wanted_is_an_error_with_the_right_url(start_server, start_domain, check):
+    general = start_server()
+    general.always = (400, "The plain HTTP request was sent to HTTPS port")
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    assert table["general", "reachable"][0] == "error"
+    assert f"Write {general.url.replace('http', 'https')}." in table["general", "reachable"][1]
+
+
+def test_a_server_that_lost_its_weights_is_an_error(start_server, start_domain, check):
+    general = start_server(model=without_weights(make_model(1)))
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    assert table["general", "log-probs"][0] == "error"
+    assert "lost its weights" in table["general", "log-probs"][1]
+
+
+def test_a_server_with_nan_does_not_hide_what_the_others_are(start_server, start_domain, check):
+    general = start_server(compact=True)
+    general.edit_logps = lambda logps, body: logps * math.nan
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    assert table["general", "log-probs"][0] == "error"
+    assert "non-finite log-probs" in table["general", "log-probs"][1]
+    assert ("general", "initial KL") not in table  # said once
+    assert table["domain", "self-gap"][0] == "ok"
+
+
+def test_a_server_that_fails_on_the_students_own_tokens_is_an_error(start_server, start_domain, check, tokenizer):
+    general = start_server(compact=True)
+    probe = Probe.of(tokenizer, 128)
+
+    def fail_on_others(logps, body):
+        known = body["token_ids"] in probe.token_ids or len(body["token_ids"]) == 2  # the last token of the vocabulary
+        return logps if known else logps * math.nan
+
+    general.edit_logps = fail_on_others
+    code, table = check(teachers={"general": general.url, "domain": start_domain().url})
+    assert code == 2
+    assert table["general", "log-probs"][0] == "ok"
+    assert table["general", "initial KL"][0] == "error"
+    assert table["domain", "initial KL"][0] == "ok"
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "{tmp}/models", "tests/no-model"])
+def test_a_local_teacher_that_does_not_exist_is_an_error_at_once(config, capsys, student, tmp_path, path):
+    path = path.format(tmp=tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(teachers={"general": path, "domain": str(student)})])
+    assert stopped.value.code == 2
+    assert (
+        f"the teacher of branch 'general' is to be in {path!r}, but there is no such path" in capsys.readouterr().err
+    )
+
+
+def test_a_branch_without_prompts_is_an_error_with_the_key_to_set(config, capsys, student):
+    settings = {"teachers": {"general": str(student), "domain": str(student)}, "prompts": {"general": "general.jsonl"}}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(**settings)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in said
+
+
+def test_a_mistyped_key_of_a_teacher_is_an_error_with_the_keys_there_are(config, capsys, student):
+    teachers = {"general": {"urls": "http://localhost:1", "modle": "a"}, "domain": str(student)}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(teachers=teachers)])
+    assert stopped.value.code == 2
+    assert (
+        "A mapping must have `urls`, the URL of a vLLM server or a list of them, and `model`"
+        in capsys.readouterr().err
+    )
+
+
+def test_when_one_server_is_gone_the_other_is_shown_all_the_same(check, start_server):
+    gone, there = start_server(), start_server()
+    gone.close()
+    code, table = check(teachers={"general": gone.url, "domain": there.url})
+    assert code == 2
+    assert table["general", "reachable"][0] == "error"
+    assert table["domain", "reachable"] == ("ok", f"tiny-teacher at {there.url} (JSON)")
+
+
+def test_adapter_off_without_an_adapter_is_an_error_and_with_one_is_ok(check, student):
+    teachers = {"general": str(student), "domain": "adapter_off"}
+    code, table = check(teachers=teachers)
+    assert code == 2
+    assert table["domain", "adapter_off"] == ("error", "the student has no adapter. Set use_peft, or name a model")
+    code, table = check("--use_peft", teachers=teachers)
+    assert code == 0
+    assert table["domain", "adapter_off"][0] == "ok"
+
+
+def test_a_branch_without_a_teacher_is_an_error(check, student):
+    for teachers in ({"general": str(student)}, {"general": str(student), "domain": None}):
+        code, table = check(teachers=teachers)
+        assert code == 2
+        level, text = table["domain", "teacher"]
+        assert level == "error"
+        assert "schedule 'general:3,domain:1' visits branch 'domain', but teachers has only" in text
+        assert "Add teachers.domain or take the branch out of the schedule" in text
+
+
+def test_a_teacher_of_a_branch_that_is_never_visited_is_an_error(check, student):
+    code, table = check("--schedule", "domain:1", teachers={"general": str(student), "domain": str(student)})
+    assert code == 2
+    assert table["general", "teacher"][0] == "error"
+    assert "teachers has 'general', which schedule 'domain:1' never visits" in table["general", "teacher"][1]
+
+
+def test_the_students_revision_is_not_asked_of_the_teachers(check, student, tmp_path, monkeypatch):
+    teacher = str(shutil.copytree(student, tmp_path / "teacher"))
+    asked = []
+    load = AutoConfig.from_pretrained.__func__
+
+    def note(cls, name, **kwargs):
+        asked.append((name, kwargs.get("revision")))
+        return load(cls, name, **kwargs)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", classmethod(note))
+    teachers = {"general": teacher, "domain": teacher}
+    assert check(teachers=teachers, model_revision="v2")[0] == 0
+    assert (str(student), "v2") in asked
+    assert (teacher, "v2") not in asked
+    assert check(teachers=teachers, teacher_model_init_kwargs={"revision": "v3"})[0] == 0
+    assert (teacher, "v3") in asked
+
+
+def test_the_teachers_that_camopd_serve_has_started_are_checked(start_server, start_domain, check, student, tmp_path):
+    general = start_server(name="served", root="Qwen/Qwen3-8B")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [general.url]}))
+    code, table = check(teachers={"general": "Qwen/Qwen3-8B", "domain": str(student)})
+    assert code == 0
+    assert table["general", "reachable"][1] == f"served at {general.url} (JSON)"
+    code, table = check(teachers={"general": "Qwen/Qwen3-4B", "domain": str(student)})
+    assert code == 2
+    assert "serves 'served', and the config wants 'Qwen/Qwen3-4B'" in table["general", "reachable"][1]
+
+
+def test_overrides_are_checked_in_place_of_the_file(check, student):
+    code, table = check("--teachers", f'{{"general": "{student}", "domain": "no-such"}}', teachers={"general": "x"})
+    assert code == 2
+    assert table["general", "in the process"][0] == "ok"
+    assert table["domain", "in the process"][0] == "error"
+
+
+def test_an_unknown_setting_is_an_error_with_its_name(config, capsys, student):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(teachers={"general": str(student), "domain": str(student)}, lerning_rate=1.0)])
+    assert stopped.value.code == 2
+    assert "is not a setting of a run. Did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_a_student_that_does_not_exist_is_an_error_with_its_name(config, capsys, student):
+    teachers = {"general": str(student), "domain": str(student)}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", config(teachers=teachers, model_name_or_path="/no/such/student")])
+    assert stopped.value.code == 2
+    assert "camopd: the student '/no/such/student' cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_narrow_terminal_cuts_nothing_out_of_a_url(start_server, check, config, capsys, monkeypatch, columns):
+    server = start_server()
+    server.close()
+    url = f"{server.url}/{'path' * 20}"
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        cli.main(["check", config(teachers={"general": url, "domain": "a"})])
+    assert url in "".join(capsys.readouterr().out.split())
+
+
+def run(path):
+    return subprocess.run(
+        [sys.executable, "-m", "camopd.cli", "check", path], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_command_says_that_nothing_listens(start_server, config):
+    server = start_server()
+    server.close()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = run(config(teachers={"general": server.url, "domain": "a"}))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # CPU seconds: what else the machine does must not fail a test
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+    assert re.search(rf"general +reachable +error +teacher 'general' at {server.url}", found.stdout)
+
+
+def test_the_command_exits_with_2_when_the_tokenizer_is_another(start_server, config, student):
+    general = start_server(tokenizer=other_tokenizer())
+    found = run(config(teachers={"general": general.url, "domain": str(student)}))
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+    assert "has another tokenizer than the student" in " ".join(found.stdout.split())
