@@ -24,6 +24,7 @@ from camopd.samples import SampleSummary
 
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
+pytest.register_assert_rewrite("steps", "fake_vllm")  # that assert for many tests
 collect_ignore = ["schema_of_vllm.py"]  # a script for the environment that has vLLM
 VOCAB = ["<pad>", "<s>", "</s>", "<unk>", *(chr(code) for code in range(97, 123)), *"0123456789 .?"]
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import VOCAB, make_model, make_prompts, make_tokenizer, rounding
+from conftest import LOGP, VOCAB, make_model, make_prompts, make_tokenizer, rounding
 from safetensors.torch import save_file
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
@@ -319,6 +320,26 @@ def _views(student, teacher, prompt: list[int], completion: list[int]) -> list[d
 def _spread(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+
+def check_evaluations(results):
+    """Every held-out prompt counts once, whatever the data loader has filled its batches up with."""
+    assert len(results) == 6
+    for result in results:
+        count, found = result["count"], result["found"]
+        for branch, logged in zip(("general", "domain"), result["logged"], strict=True):
+            expected = reference_evaluation(branch, count)
+            where = f"{count} prompts of {branch}, streamed: {result['streamed']}"
+            assert found[f"eval_{branch}_prompts"] == expected["prompts"], where
+            for name in ("kl", "kl_se"):
+                assert found[f"eval_{branch}_{name}"] == pytest.approx(expected[name], abs=LOGP, nan_ok=True), where
+            assert found[f"eval_{branch}_loss"] == pytest.approx(expected["kl"], abs=LOGP, nan_ok=True), where
+            rate, seconds = found[f"eval_{branch}_samples_per_second"], found[f"eval_{branch}_runtime"]
+            assert rate * seconds == pytest.approx(count, rel=0.2, abs=0.6), where  # both are rounded
+            lengths = expected["lengths"]
+            assert logged["eval_completions/mean_length"] == pytest.approx(sum(lengths) / count), where
+            assert logged["eval_completions/min_length"] == min(lengths), where
+            assert logged["eval_completions/max_length"] == max(lengths), where
 
 
 if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE

@@ -8,11 +8,12 @@ import typing
 
 import pytest
 import torch
-from conftest import LOGP, VOCAB, make_forward, rounding
+from conftest import LOGP, VOCAB, make_forward, make_model, rounding
 from fake_vllm import PROMPT_LENS, TOKEN_IDS
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
+from trainers import lines, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from camopd.forward import in_length_sorted_batches
@@ -314,3 +315,64 @@ def test_trained_tokens_are_scored_and_trained_as_the_model_itself_has_them(indi
             for one, other in zip(ours, theirs, strict=True):
                 # Sums of some hundred terms that may cancel: float32's 1.2e-7 of the largest, a hundred times.
                 torch.testing.assert_close(one, other, rtol=0, atol=rounding(other.abs().max().item()))
+
+
+def save_adapter(folder, tokenizer):
+    """A specialised model as a base and an adapter on disk; the adapter's folder."""
+    base = make_model(1)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    get_peft_model(model, config).save_pretrained(folder / "specialised")
+    return str(folder / "specialised")
+
+
+def test_base_and_adapter_are_student_and_both_teachers(tmp_path, tokenizer):
+    """One set of weights: the base is the general teacher, the adapter before training the domain teacher."""
+
+    def run(folder, **kwargs):
+        trainer = make_trainer(
+            folder, tokenizer, model=specialised, teachers={"general": "adapter_off", "domain": "adapter_start"},
+            schedule="domain:1,general:1", learning_rate=0.05, save_strategy="steps", save_steps=2, **kwargs,
+        )  # fmt: skip
+        before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+        trainer.train(**({"resume_from_checkpoint": str(folder / "checkpoint-2")} if folder.name == "again" else {}))
+        return before, {name: value.detach() for name, value in trainer.model.named_parameters()}
+
+    specialised = save_adapter(tmp_path, tokenizer)
+    before, after = run(tmp_path / "run")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".default." in name for name in changed)
+    assert any(".start." in name for name in before)
+    written = lines(tmp_path / "run")
+    assert (
+        written[0]["branch"] == "domain" and written[0]["gap/domain/abs_mean"] == 0
+    )  # the student is this teacher yet
+    assert written[1]["gap/general/abs_mean"] > 0.01
+    assert written[2]["gap/domain/abs_mean"] > 0
+
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
+    _, resumed = run(tmp_path / "again")
+    for name, value in after.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_lora_student_with_adapter_off_as_domain_teacher(tmp_path, tokenizer):
+    from peft import LoraConfig
+
+    trainer = make_trainer(
+        tmp_path, tokenizer, teachers={"general": make_model(2), "domain": "adapter_off"}, max_steps=4, learning_rate=0.1,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    base = {name: value.clone() for name, value in trainer.model.named_parameters() if "lora" not in name}
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        if "lora" in name:
+            continue
+        assert torch.equal(value, base[name]), name
+    domain = lines(tmp_path)[3]
+    assert domain["branch"] == "domain"
+    assert domain["gap/domain/abs_mean"] > 0  # three general steps have moved the adapter away from the base

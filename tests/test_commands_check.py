@@ -22,10 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from camopd import cli
 from camopd.commands.check import check_adapter, check_unloaded
 from camopd.run import SERVED_TEACHERS
-from camopd.teachers.check import (
-    Finding,
-    Probe,
-)
+from camopd.teachers.check import Finding, Probe
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,11 @@ from conftest import LOGP, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_logprobs import gather, make_rows, reference, targets
+from trainers import make_trainer
 
 from camopd.balance import score_batches
 from camopd.forward import in_length_sorted_batches
-from camopd.logprobs import (
-    completion_logps,
-)
+from camopd.logprobs import completion_logps
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
@@ -97,3 +96,9 @@ def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batc
     assert [values.tolist() for values, _ in found] == [
         ids[start:] for ids, (start, _) in zip(token_ids, rows, strict=True)
     ]
+
+
+def test_rows_that_see_each_other_are_padded_from_the_first_step(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("camopd.forward.packing_is_exact", lambda forward: False)
+    with pytest.raises(ValueError, match="padding_free=True, but in the student rows"):
+        make_trainer(tmp_path, tokenizer, padding_free=True, max_steps=1).train()

@@ -20,14 +20,7 @@ from transformers import (
 )
 
 from camopd import logprobs
-from camopd.logprobs import (
-    SampledLogps,
-    _head_input,
-    check_logps,
-    completion_logps,
-    completion_top_k,
-    logps_tolerance,
-)
+from camopd.logprobs import SampledLogps, _head_input, check_logps, completion_logps, completion_top_k, logps_tolerance
 
 
 # (prompt, completion) lengths: a one-token prompt, an empty completion, a one-token completion, the longest row twice

@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_prompts
+from steps import FakeSampler, use_sampler
 from trainers import lines, make_trainer
 
 from camopd import metrics
@@ -70,3 +73,20 @@ def test_kept_share_by_category(tmp_path, tokenizer):
     shares = [line[f"selection/general/category/{kind}"] for kind in "ab"]
     assert min(shares) <= line["selection/general/kept_fraction"] <= max(shares)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["selection/general/kept"] < 8
+
+
+def test_every_documented_metric_is_written_and_every_written_one_documented(tmp_path, tokenizer):
+    datasets = {branch: make_prompts(branch) for branch in ("general", "domain")}
+    datasets["general"] = datasets["general"].add_column("category", ["maths"] * len(datasets["general"]))
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=4, train_dataset=datasets)
+    use_sampler(trainer, FakeSampler())
+    trainer.train()
+    written = {
+        re.sub(r"(?<=[/_])(general|domain)(?=[/_]|$)", "<branch>", name).replace("/maths", "/<category>")
+        for line in lines(tmp_path)
+        for name in line
+    }
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    table = text.split("## metrics.jsonl")[1].split("\n## ")[0]
+    documented = {row.split("`")[1] for row in table.splitlines() if row.startswith("| `")}
+    assert written == documented

@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import rounding
 from torch.optim import SGD, AdamW
+from trainers import make_args
+from trl import DistillationTrainer
 
 import camopd.optimizer
+from camopd import CaMOPDTrainer
 from camopd.optimizer import BranchAdamW, update_products
 
 
@@ -162,3 +165,19 @@ def test_8_bit_moments_that_say_they_are_floats_are_not_read(monkeypatch):
     optimizer.step()
     assert optimizer.state[param]["exp_avg"].is_floating_point()
     assert update_products(optimizer) is None
+
+
+@pytest.mark.parametrize("optimizer_moments", ["shared", "per_branch"])
+def test_the_optimizer_class_is_known_without_a_trainer_as_in_the_parent(optimizer_moments, tmp_path):
+    args = make_args(
+        tmp_path, optimizer_moments=optimizer_moments, schedule="general+domain,domain+general,general", adam_beta1=0.5
+    )
+    cls, kwargs = CaMOPDTrainer.get_optimizer_cls_and_kwargs(args, None)
+    if optimizer_moments == "shared":
+        assert (cls, kwargs) == DistillationTrainer.get_optimizer_cls_and_kwargs(args, None)
+    else:
+        assert (cls.__name__, kwargs["branches"], kwargs["betas"][0]) == (
+            "BranchAdamW",
+            ("domain+general", "general"),
+            0.5,
+        )

@@ -29,9 +29,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from camopd.logprobs import (
-    completion_logps,
-)
+from camopd.logprobs import completion_logps
 from camopd.packing import packing_is_exact, settle_packing, supports_packing, wants_packing
 
 

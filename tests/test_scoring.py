@@ -1,9 +1,17 @@
-"""Scoring without a trainer: what a teacher is asked, and what becomes of its answers."""
+"""Scoring: what a teacher is asked, when, and what becomes of its answers."""
+
+import copy
+import math
+import threading
+import time
 
 import pytest
 import torch
-from conftest import LOGP, make_forward, make_model
+from conftest import LOGP, VOCAB, make_forward, make_model
+from steps import Case, FakeSampler, trainer_step
+from trainers import BrokenTeacher, lines, make_trainer
 
+from camopd.errors import CaMOPDError, TeacherError
 from camopd.samples import Sample
 from camopd.scoring import Scorer
 from camopd.teachers.base import TokenScores
@@ -61,3 +69,136 @@ def test_a_rank_with_fewer_samples_adds_dummies_which_no_sample_gets(ranks):
     )
     assert asked == [[5, 6, 7, 8], [5, 7], *([[2, 2]] * (2 if ranks > 1 else 0))]
     assert [len(sample.teacher_logps) for sample in samples] == [2, 1]
+
+
+def test_tokens_without_a_log_prob_of_the_engine_have_no_gap_at_selection(tmp_path, caplog):
+    class NoLogprob(FakeSampler):
+        def generate(self, prompts, images, num_generations, profiler):
+            prompts, completions, logprobs, _ = super().generate(prompts, images, num_generations, profiler)
+            return prompts, completions, [[[None] for _ in row] for row in logprobs], None
+
+    with caplog.at_level("WARNING", logger="camopd"):
+        _, metrics = trainer_step(Case("none", student_logps="engine"), str(tmp_path), 2, sampler=NoLogprob())
+    assert metrics["gap/general/abs_mean"] == 0
+    assert metrics["selection/general/degenerate"] == 1
+    assert metrics["loss"] != 0  # Eq. 1 in the loss is of the trainer
+    assert "gave no log-prob for" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_non_finite_teacher_logps_stop_the_run_with_sample_and_count(value, tmp_path, tokenizer):
+    teachers = {"general": BrokenTeacher(value), "domain": make_model(1)}
+    before = make_model(1)
+    trainer = make_trainer(tmp_path, tokenizer, teachers=teachers, model=copy.deepcopy(before))
+    with pytest.raises(
+        CaMOPDError, match=r"teacher 'general' \(broken\) gave (\d) non-finite log-probs out of \1 for sample 0"
+    ):
+        trainer.train()
+    assert all(torch.equal(*pair) for pair in zip(before.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_a_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer):
+    teachers = {"general": BrokenTeacher(-1.0, missing=1), "domain": make_model(1)}
+    with pytest.raises(CaMOPDError, match=r"scored (\d) of the (\d) completion tokens of sample 0"):
+        make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_teacher_that_returns_too_few_or_too_many_answers_stops_the_run(change, tmp_path, tokenizer):
+    class Miscounts(BrokenTeacher):
+        def score(self, token_ids, prompt_lens, top_k=0):
+            return (super().score(token_ids, prompt_lens) * 2)[: len(token_ids) + change]
+
+    trainer = make_trainer(tmp_path, tokenizer, teachers={"general": Miscounts(-1.0), "domain": make_model(1)})
+    with pytest.raises(TeacherError, match=rf"teacher 'broken' returned {4 + change} answers for 4 sequences"):
+        trainer.train()
+
+
+def test_a_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tmp_path, tokenizer):
+    teachers = {"general": BrokenTeacher(-math.log(len(VOCAB))), "domain": make_model(1)}
+    with pytest.raises(
+        CaMOPDError, match=r"'general' \(broken\) gives every one of \d+ tokens the log-prob -3\.761, as -ln"
+    ):
+        make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_server):
+    server = start_server()
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, teachers={"general": server.url, "domain": make_model(1)})
+    score, forward = trainer.scorer.score, trainer.student.logps
+    server.before = lambda: time.sleep(1.0)  # four requests at once
+    slow = []
+
+    def slow_forward(*args, **kwargs):
+        if slow:
+            time.sleep(0.2)  # in each of four
+        return forward(*args, **kwargs)
+
+    def score_slowly(*args, **kwargs):
+        slow.append(1)
+        clocks = score(*args, **kwargs)
+        slow.clear()
+        return clocks
+
+    trainer.student.logps, trainer.scorer.score = slow_forward, score_slowly
+    trainer.train()
+    (line,) = lines(tmp_path)
+    assert line["time/general/teacher"] >= 1.0
+    assert 0.8 <= line["time/general/teacher_hidden"] <= line["time/general/teacher"]
+    assert line["time/score"] < line["time/general/teacher"] + 0.7  # one after the other would take longer
+    assert line["time/general/teacher_idle"] == pytest.approx(
+        line["time/step"] - line["time/general/teacher"], abs=1e-3
+    )
+    assert line["time/domain/teacher_idle"] == line["time/step"]
+
+
+def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_path, tokenizer, start_server):
+    general, domain = start_server(), start_server(model=make_model(2))
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=1, schedule="general:1+domain:1",
+        teachers={"general": general.url, "domain": domain.url},
+    )  # fmt: skip
+    student_scores = threading.Event()
+    score, forward = trainer.scorer.score, trainer.student.logps
+
+    def begin(
+        *args, **kwargs
+    ):  # what is asked from now on is answered when the student has begun, and it begins when both are asked
+        asked = len(general.scored), len(domain.scored)
+
+        def forward_when_both_are_asked(*args, **kwargs):
+            deadline = time.monotonic() + 60
+            while len(general.scored) == asked[0] or len(domain.scored) == asked[1]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            student_scores.set()
+            return forward(*args, **kwargs)
+
+        trainer.student.logps = forward_when_both_are_asked
+        general.before = domain.before = lambda: student_scores.wait(10)
+        return score(*args, **kwargs)
+
+    trainer.scorer.score = begin
+    trainer.train()
+    (line,) = lines(tmp_path)
+    assert line["time/general/teacher_hidden"] > 0
+    assert line["time/domain/teacher_hidden"] > 0
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_model_whose_logits_are_not_what_is_computed_is_refused_before_the_first_rollout(tmp_path, tokenizer, whose):
+    bent = make_model(2)
+    forward = bent.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 1.5 * output.logits
+        return output
+
+    bent.forward = scaled
+    changes = {"model": bent} if whose == "student" else {"teachers": {"general": bent, "domain": make_model(1)}}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, **changes)
+    trainer._generate_single_turn = lambda *args: pytest.fail("generated")
+    with pytest.raises(ValueError, match=rf"{whose} .*\(LlamaForCausalLM\) that CaMOPD computes .* by \d.* nats"):
+        trainer.train()
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from trainers import lines, make_trainer
 
 from camopd.errors import CaMOPDError
-from camopd.step import Trained, check_trained
+from camopd.step import StepCallback, Trained, check_trained
 
 
 def test_trained_samples_are_held_against_the_kept_ones():
@@ -27,3 +28,17 @@ def test_trained_samples_are_held_against_the_kept_ones():
         one.add([], torch.ones(1, 2).bool())
     with pytest.raises(ValueError, match="zip"):
         one.add([1, 2], torch.ones(1, 2).bool())
+
+
+def test_what_a_callback_measures_is_in_the_line_of_the_step_whenever_it_was_added(tmp_path, tokenizer):
+    class Measure(StepCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_closed(self, step):
+            step.metrics[self.name] = step.number
+
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=2, callbacks=[Measure("mine/early")])
+    trainer.add_callback(Measure("mine/late"))
+    trainer.train()
+    assert [(line["mine/early"], line["mine/late"]) for line in lines(tmp_path)] == [(0, 0), (1, 1)]

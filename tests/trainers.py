@@ -13,6 +13,11 @@ SETTINGS = {
     "dtype": "float32", "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
     "gradient_checkpointing": False, "max_prompt_length": 64, "max_completion_length": 64,
 }  # fmt: skip
+# A chat template that has a place for tools and for an argument of its own
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].name }} {% endif %}{% for m in messages %}{{ m.role }} {{ m.content }}."
+    "{% endfor %}{% if add_generation_prompt %}a {{ mood }}{% endif %}"
+)
 
 
 def make_args(tmp_path, **kwargs) -> CaMOPDConfig:

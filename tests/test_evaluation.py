@@ -1,0 +1,126 @@
+"""Held-out prompts: each counted once, with the gaps of plain log-probs, and nothing of training changed."""
+
+import pytest
+import torch
+from conftest import LOGP, make_model, make_prompts
+from datasets import Dataset
+from steps import FakeSampler, check_evaluations, evaluations, use_sampler
+from trainers import lines, make_trainer
+from trl import LogCompletionsCallback
+
+from camopd.errors import CaMOPDError
+
+
+def test_one_process_counts_every_held_out_prompt_once(tmp_path):
+    check_evaluations(evaluations(str(tmp_path), 2))
+
+
+def test_evaluation_reports_exact_gaps_per_branch(tmp_path, tokenizer):
+    heldout = {branch: make_prompts(branch, 5) for branch in ("general", "domain")}
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=heldout, per_device_eval_batch_size=2)
+    use_sampler(trainer, FakeSampler())
+    found = trainer.evaluate()
+    student, teacher = make_model(1), make_model(2)
+    means = []
+    for row in heldout["general"]:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion, _ = FakeSampler.complete(tuple(prompt))
+        if completion:
+            logits = [
+                model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1) for model in (teacher, student)
+            ]
+            gaps = [(logits[0] - logits[1])[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)]
+            means.append([sum(f(gap) for gap in gaps) / len(gaps) for f in (float, abs, lambda gap: max(gap, 0))])
+    expected = torch.tensor(means, dtype=torch.float64)
+    assert found["eval_general_prompts"] == len(means)
+    assert found["eval_general_gap"] == pytest.approx(expected[:, 0].mean().item(), abs=LOGP)
+    assert found["eval_general_kl"] == pytest.approx(-expected[:, 0].mean().item(), abs=LOGP)
+    assert found["eval_general_gap_abs"] == pytest.approx(expected[:, 1].mean().item(), abs=LOGP)
+    assert found["eval_general_gap_positive"] == pytest.approx(expected[:, 2].mean().item(), abs=LOGP)
+    assert found["eval_general_kl_se"] == pytest.approx((expected[:, 0].std() / len(means) ** 0.5).item(), abs=LOGP)
+    assert found["eval_domain_gap_abs"] == 0  # the student is the domain teacher
+
+
+def test_other_prompts_than_those_of_the_trainer_are_evaluated_in_every_form(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"general": make_prompts("general", 4)})
+    general, domain = make_prompts("general", 3), make_prompts("domain", 2)
+    expected = trainer.evaluate({"general": general})
+    assert expected["eval_general_prompts"] == 3
+    assert expected["eval_general_gap_abs"] > 0
+    both = trainer.evaluate({"general": general.to_iterable_dataset(), "domain": domain})
+    assert both["eval_general_prompts"], both["eval_domain_prompts"] == (3, 2)
+    assert both["eval_domain_gap_abs"] == 0  # the student is the domain teacher
+
+    def marked(*parts):
+        rows = [{**row, "branch": branch} for branch, prompts in parts for row in prompts]
+        return Dataset.from_list(rows)
+
+    with_column = trainer.evaluate(marked(("domain", domain), ("general", general)))
+    plain = trainer.evaluate(marked(("general", general)))
+    predicted = trainer.predict({"general": general})
+    assert predicted.predictions is None
+    assert trainer.predict(marked(("general", general))).metrics["test_prompts"] == 3
+    for name in ("prompts", "kl", "kl_se", "gap_abs", "loss"):
+        value = expected[f"eval_general_{name}"]
+        assert with_column[f"eval_general_{name}"] == plain[f"eval_{name}"] == value
+        assert predicted.metrics[f"test_general_{name}"] == value
+    assert trainer.evaluate("general")["eval_prompts"] == trainer.evaluate()["eval_general_prompts"] == 4
+    assert trainer.evaluate(trainer.eval_dataset["general"])["eval_prompts"] == 4
+    for prompts in (general, general.to_iterable_dataset()):
+        with pytest.raises(
+            TypeError, match=r"eval_dataset must map branches.*\{'general': dataset\}.* column 'branch'"
+        ):
+            trainer.evaluate(prompts)
+        with pytest.raises(TypeError, match="test_dataset must map branches"):
+            trainer.predict(prompts)
+    with pytest.raises(ValueError, match=r"eval_dataset='genral' names none of .*\['general'\]"):
+        trainer.evaluate("genral")
+    trainer.args.dataloader_drop_last, trainer.args.per_device_eval_batch_size = True, 2
+    with pytest.raises(CaMOPDError, match=r"2 of 3 held-out prompts were measured.*dataloader_drop_last=False"):
+        trainer.evaluate({"general": general})
+
+
+def test_prompts_of_the_only_branch_need_no_name(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, schedule="general", teachers={"general": make_model(2)}, eval_dataset=make_prompts("g", 3),
+        train_dataset={"general": make_prompts("general")},
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_general_prompts"] == 3
+    assert trainer.evaluate(make_prompts("g", 2).to_iterable_dataset())["eval_prompts"] == 2
+
+
+def test_the_callback_of_trl_logs_completions_of_held_out_prompts(tmp_path, tokenizer):
+    heldout = {"general": make_prompts("general", 4), "domain": make_prompts("domain", 1).to_iterable_dataset()}
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=heldout, max_steps=1)
+    callbacks = [LogCompletionsCallback(trainer, num_prompts=number, freq=1) for number in (None, 3)]
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    first, *others = heldout["general"]["prompt"]
+    expected = [first, make_prompts("domain", 1)[0]["prompt"], *others]
+    assert [[prompt for _, prompt, _ in callback.table] for callback in callbacks] == [expected, expected[:3]]
+    with pytest.raises(KeyError, match="completion"):
+        trainer.eval_dataset["completion"]
+
+
+def test_evaluation_changes_nothing_about_training(tmp_path, tokenizer):
+    heldout = {branch: make_prompts(branch, 5) for branch in ("general", "domain")}
+    losses = []
+    for name, extra in (("with", {"eval_strategy": "steps", "eval_steps": 1}), ("without", {})):
+        make_trainer(tmp_path / name, tokenizer, eval_dataset=heldout, **extra).train()
+        losses.append([line["loss"] for line in lines(tmp_path / name)])
+    assert losses[0] == losses[1]
+
+
+def test_what_an_evaluation_measures_is_no_part_of_a_step(tmp_path, tokenizer):
+    """FSDP2 takes a step of zeros on resume, before any step of the run: with nothing to add to, also after `evaluate`."""
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"general": make_prompts("general", 2)}, max_steps=2)
+    trainer.evaluate()
+    optimizer = trainer.create_optimizer()
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert trainer.step is None
+    trainer.train()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
