@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get(
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +25,7 @@ from camopd.samples import SampleSummary
 
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
-pytest.register_assert_rewrite("steps", "fake_vllm")  # that assert for many tests
+pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that assert for many tests
 collect_ignore = ["schema_of_vllm.py"]  # a script for the environment that has vLLM
 VOCAB = ["<pad>", "<s>", "</s>", "<unk>", *(chr(code) for code in range(97, 123)), *"0123456789 .?"]
 
@@ -94,6 +95,10 @@ def make_forward(model, batch_size: int = 2, padding_free: bool | None = None) -
         padding_free,
         "the model",
     )
+
+
+def student_forward(student):
+    return lambda ids, lens: make_forward(student).logps(ids, lens)
 
 
 @pytest.fixture
@@ -189,3 +194,36 @@ def local_scores(teacher_model):
         return LocalTeacher(teacher_model, "local", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS, top_k)
 
     return scores
+
+
+@pytest.fixture
+def lora_student(model_factory):
+    """A LoRA student whose adapter changes every log-prob."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(
+        r=4, lora_alpha=32, lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    base = model_factory(0)
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # which goes on when the adapter is off
+    return get_peft_model(base, config)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """torchao compiles its step, which takes a minute here and changes no rule of it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write settings, or any text, into a YAML file and return its path."""
+
+    def write(settings, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings, sort_keys=False))
+        return str(path)
+
+    return write

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from data_rows import distill, m23k, medmcqa, medqa, medreason, medxpertqa, talk
 from datasets import Dataset
 from fake_hub import SHA, FakeHub
-from test_data_coser import talk
-from test_data_medical import distill, m23k, medmcqa, medqa, medreason, medxpertqa
 
 from camopd import cli
 

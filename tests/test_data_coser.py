@@ -4,28 +4,15 @@ import json
 import tracemalloc
 
 import pytest
+from data_rows import CHARACTER, START, talk
 
 from camopd.data import coser
 from camopd.data.coser import build_roleplay, stream_list
 from camopd.errors import DataError
 
 
-CHARACTER = "You are Anna from 'A Book'.\n\n==Profile==\n..."
 ENVIRONMENT = "You are a world model for a role-playing game. Your task is to provide the environmental feedback: ..."
 NEXT = "Your task is to predict the next speaker for a role-playing game. That is, ..."
-START = "===Conversation Start===\n\n"
-
-
-def talk(turns, system=CHARACTER, last="human", roles=("human", "assistant")):
-    """A conversation of the file with `turns` messages behind the system's; it ends on `last`."""
-    human, assistant = roles
-    order = [human, assistant] if (turns % 2 == 0) == (last == "assistant") else [assistant, human]
-    spoken = [
-        {"from": order[n % 2], "value": f"{'Ben' if order[n % 2] == human else 'Anna'}: line {n}\n\n"}
-        for n in range(turns)
-    ]
-    spoken[0]["value"] = START if spoken[0]["from"] == human else spoken[0]["value"]
-    return {"conversations": [{"from": "system", "value": system}, *spoken]}
 
 
 @pytest.fixture

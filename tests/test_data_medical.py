@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from data_rows import GOLD, distill, m23k, medmcqa, medqa, medreason, medxpertqa
 
 from camopd.data.medical import CLOSING_OPEN, build_medical, parse_options, stem, to_prompt
 from camopd.errors import DataError
@@ -18,44 +19,6 @@ OPEN = (
     "\nPlease reason step by step and answer clearly. Do not present the answer as a substitute for professional medical "
     "advice."
 )
-GOLD = "GOLD"  # in every column that tells the answer
-
-
-def medmcqa(n, **changes):
-    return {
-        "id": f"uuid-{n}", "question": f"mcq {n}?", "opa": "one", "opb": "two", "opc": "three", "opd": "four", "cop": n % 4,
-        "choice_type": "single", "exp": GOLD, "subject_name": "Anatomy", "topic_name": None, **changes,
-    }  # fmt: skip
-
-
-def medreason(n, **changes):
-    return {
-        "dataset_name": "medqa", "id_in_dataset": n, "question": f"reason {n}?", "answer": GOLD, "reasoning": GOLD,
-        "options": '{"A": "one", "B": "two"}', **changes,
-    }  # fmt: skip
-
-
-def distill(n, **changes):
-    return {"question": f"distill {n}?", "reasoning (reasoning_content)": GOLD, "response (content)": GOLD, **changes}
-
-
-def m23k(n, **changes):
-    return {
-        "answer_idx": n, "source": "headqa", "metadata": GOLD, "prompt": f"m23k {n}?\nA. one\nB. two", "answer_letter": "B",
-        "answer_string": GOLD, "reasoning": GOLD, "distilled_answer_string": GOLD, "domain_code": "1", "domain_name": "x",
-        "text": GOLD, **changes,
-    }  # fmt: skip
-
-
-def medqa(question="in medqa?"):
-    return {"question": question, "answer": GOLD, "options": {"A": "one"}, "meta_info": "step1", "answer_idx": "A",
-            "metamap_phrases": []}  # fmt: skip
-
-
-def medxpertqa(question="in medxpertqa?"):
-    question = f"{question}\nAnswer Choices: (A) one (B) two"
-    return {"id": "Text-1", "question": question, "options": {"A": "one", "B": "two"}, "label": "A", "medical_task": "x",
-            "body_system": "y", "question_type": "z"}  # fmt: skip
 
 
 KINDS = {"medmcqa": medmcqa, "medreason": medreason, "medical_r1_distill": distill, "m23k": m23k}

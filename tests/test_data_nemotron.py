@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, Features, List, Value, load_dataset
+from data_rows import FEATURES, a_call, code, raw, tool, turn
+from datasets import Dataset, load_dataset
 
 from camopd.data import sampling
 from camopd.data.nemotron import ROWS, build_general
@@ -13,53 +14,7 @@ from camopd.data.sampling import largest_remainder, normalise
 from camopd.errors import DataError
 
 
-CALL = {
-    "id": Value("string"),
-    "type": Value("string"),
-    "function": {"name": Value("string"), "arguments": Value("string")},
-}
-FEATURES = Features(
-    **dict.fromkeys(("uuid", "license", "generator", "version", "category", "reasoning"), Value("string")),
-    messages=List({"role": Value("string"), "content": Value("string"), "tool_calls": List(CALL)}),
-    metadata=Value("string"),
-)  # the exact columns of the dataset
 NAMES = {split: split.removesuffix("_calling") for split in ROWS}  # the files of tool_calling are called tool-*
-
-
-def turn(role, content, calls=None):
-    return {"role": role, "content": content, "tool_calls": calls or []}
-
-
-def raw(split, number, *turns, metadata="{}", reasoning="on"):
-    turns = turns or (turn("user", f"{split} question {number}"), turn("assistant", f"answer {number}"))
-    return {
-        "uuid": f"{split}-uuid-{number}", "license": "cc-by-4.0", "generator": "g", "version": "v1", "category": split,
-        "reasoning": reasoning, "messages": list(turns), "metadata": metadata,
-    }  # fmt: skip
-
-
-def code(number, dataset="code_contests", split="train", index=None):
-    """A code row as they are: the question is elsewhere."""
-    metadata = {
-        "source": "codeforces",
-        "dataset": dataset,
-        "split": split,
-        "index": str(number if index is None else index),
-    }
-    return raw(
-        "code", number, turn("system", ""), turn("user", "-"), turn("assistant", "a"), metadata=json.dumps(metadata)
-    )
-
-
-def tool(number, *turns):
-    turns = turns or (turn("user", f"tool question {number}"), turn("assistant", "", [a_call()]))
-    return raw(
-        "tool_calling", number, *turns, metadata=json.dumps({"tools": [{"type": "function", "name": "weather"}]})
-    )
-
-
-def a_call():
-    return {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ import sys
 import time
 
 import pytest
+from data_rows import FEATURES, raw, talk, tool
 from datasets import Dataset
-from test_data_coser import talk
-from test_data_nemotron import FEATURES, raw, tool
 
 from camopd.data import nemotron, sampling
 from camopd.data.coser import build_roleplay

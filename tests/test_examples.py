@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LOSS, make_model, make_prompts, make_tokenizer
+from data_rows import talk
 from steps import LEARNING_RATE, MAX_GRAD_NORM, PARAMETER, ROWS, Case, FakeSampler, trainer_step
-from test_data_coser import talk
 from transformers import AutoModelForCausalLM
 
 from camopd import cli

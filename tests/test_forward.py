@@ -7,7 +7,7 @@ import torch
 from conftest import LOGP, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_logprobs import gather, make_rows, reference, targets
+from plain_logits import gather, make_rows, reference, targets
 from trainers import make_trainer
 
 from camopd.balance import score_batches

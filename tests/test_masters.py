@@ -8,29 +8,18 @@ import torch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from trainers import lines, make_args, make_trainer
+from trainers import ROUNDED, half, lines, make_args, make_trainer
 from transformers.training_args import OptimizerNames
 
-import camopd.setup
 from camopd import masters
 from camopd.masters import ChangedShare, check_masters, quantised_adapters, restore_adapters, round_alike
 
 
-ROUNDED = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True, block_size=128"}
-
-
-@pytest.fixture(autouse=True)
-def without_compiler(monkeypatch):
-    """torchao compiles its step, which takes a minute here and changes no rule of it."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 def launcher(mixed_precision="bf16", **plugins):
     return SimpleNamespace(mixed_precision=mixed_precision, state=SimpleNamespace(**plugins))
-
-
-def half(**kwargs):
-    return make_model(1, **kwargs).to(torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------ who may step
@@ -223,22 +212,6 @@ def test_large_models_are_sampled_in_proportion(monkeypatch):
     assert total // 41 <= share.compared <= 10_000
     # p (1 - p) / n, and five standard deviations
     assert share.changed / share.compared == pytest.approx(true, abs=5 * (true * (1 - true) / share.compared) ** 0.5)
-
-
-def changed_shares(tmp_path, tokenizer, model, **kwargs):
-    make_trainer(tmp_path, tokenizer, model=model, learning_rate=2e-6, diagnostics_steps=0, **kwargs).train()
-    return [line["update/changed_share"] for line in lines(tmp_path)]
-
-
-def test_float32_weights_move_and_bfloat16_ones_do_not(tmp_path, tokenizer, monkeypatch):
-    """Three kinds of weights, the same learning rate. `make_model`'s weights have a standard deviation of 0.3."""
-    in_float32 = changed_shares(tmp_path / "float32", tokenizer, make_model(1))
-    rounded = changed_shares(tmp_path / "rounded", tokenizer, half(), **ROUNDED)
-    monkeypatch.setattr(camopd.setup, "check_masters", lambda *_: None)
-    nearest = changed_shares(tmp_path / "nearest", tokenizer, half())
-    assert min(in_float32[:3]) > 0.9  # the embeddings of characters that do not occur do not move
-    assert max(nearest) < 0.02
-    assert all(1.5 * low < high for low, high in zip(nearest, rounded, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ stochastic rounding

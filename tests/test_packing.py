@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from test_logprobs import (
+from plain_logits import (
     SIZES,
     assert_rows_match,
     assert_same_gradients,

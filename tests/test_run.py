@@ -2,18 +2,15 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
 from trainers import SETTINGS
-from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from camopd import CaMOPDConfig, cli
+from camopd import CaMOPDConfig
 from camopd import run as run_module
 from camopd.data.medical import to_prompt
 from camopd.errors import CaMOPDError
@@ -28,18 +25,6 @@ from camopd.run import (
     teachers_of,
     written,
 )
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write settings, or any text, into a YAML file and return its path."""
-
-    def write(settings, name="run.yaml"):
-        path = tmp_path / name
-        path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings, sort_keys=False))
-        return str(path)
-
-    return write
 
 
 # --- read_settings --------------------------------------------------------------------------------------------------------
@@ -197,20 +182,6 @@ def test_a_url_in_the_config_wins_over_what_camopd_serve_has_left_behind(tmp_pat
         assert teachers_of({"teachers": {"general": teacher}, "output_dir": str(tmp_path)}) == {"general": teacher}
 
 
-@pytest.mark.parametrize("command", ["check", "train"])
-def test_a_served_teacher_that_is_gone_is_an_error_that_names_the_file(command, run, tmp_path, start_server, capsys):
-    server = start_server()
-    server.close()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [server.url]}))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, run])
-    assert stopped.value.code == 2
-    said = " ".join("".join(capsys.readouterr()).split())
-    assert "does not answer" in said
-    assert "_teachers.json', which `camopd serve` has written; start it again, or delete the file." in said
-
-
 def test_what_is_served_for_another_output_dir_does_not_matter(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
     settings = {"teachers": {"general": "a"}, "output_dir": str(tmp_path / "other")}
@@ -361,102 +332,6 @@ def test_held_out_prompts_that_nobody_measures_are_warned_of(write, settings, gi
     prompts, _, args = parse(write({**settings, "eval_prompts": {"general": "g.jsonl"}, **given}), [])
     run_module.warn_of_unused(prompts, args)
     assert ("eval_prompts have no effect" in caplog.text) == warned
-
-
-# --- camopd train ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders with a student and two teachers, the domain's being the student's own start."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, seed in (("student", 0), ("general", 1), ("domain", 0)):
-        make_model(seed).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def run(models, tmp_path, write):
-    """The YAML file of a run of two steps, one for each branch, with teachers in the process."""
-    for branch in ("general", "domain"):
-        make_prompts(branch).to_json(tmp_path / f"{branch}.jsonl")
-    return write({
-        **SETTINGS, "model_name_or_path": str(models / "student"), "output_dir": str(tmp_path / "out"),
-        "prompts": {branch: str(tmp_path / f"{branch}.jsonl") for branch in ("general", "domain")},
-        "teachers": {branch: str(models / branch) for branch in ("general", "domain")},
-        "schedule": "general:1,domain:1", "max_steps": 2, "prompts_per_step": 2, "max_completion_length": 4,
-        "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 1,
-    })  # fmt: skip
-
-
-def steps(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_train_trains_as_the_file_says_and_saves_the_model(run, models, tmp_path):
-    cli.main(["train", run])
-    out = tmp_path / "out"
-    assert [step["branch"] for step in steps(out)] == ["general", "domain"]
-    record = json.loads((out / "checkpoint-2" / "camopd.json").read_text())
-    assert record["teachers"] == {branch: branch for branch in ("general", "domain")}  # the names of their folders
-    assert record["learning_rate"] == 0.1
-    saved, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, models / "student"))
-    assert saved.dtype == torch.float32
-    assert not torch.equal(saved.lm_head.weight, start.lm_head.weight)
-
-
-def test_train_takes_overrides_of_the_file(run, tmp_path):
-    out = tmp_path / "elsewhere"
-    cli.main(["train", run, "--max_steps", "1", "--schedule=domain:1,general:1", "--output-dir", str(out)])
-    assert [step["branch"] for step in steps(out)] == ["domain"]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("where", ["true", "path"])
-def test_train_goes_on_from_a_checkpoint(run, tmp_path, where):
-    out = tmp_path / "out"
-    cli.main(["train", run, "--max_steps", "1"])
-    assert [step["step"] for step in steps(out)] == [1]
-    cli.main(["train", run, "--resume_from_checkpoint", "true" if where == "true" else str(out / "checkpoint-1")])
-    assert [(step["step"], step["branch"]) for step in steps(out)] == [(1, "general"), (2, "domain")]
-    assert not (out / "metrics-1.jsonl").exists()  # where a run from the beginning would have put the first one's
-
-
-def test_train_asks_the_teachers_that_camopd_serve_has_started(run, tmp_path, start_server, models):
-    server = start_server(name="served-general", root=str(models / "general"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [server.url]}))
-    cli.main(["train", run])
-    asked = ["".join(VOCAB[token] for token in ids) for ids in server.sequences]
-    assert (
-        sum(text.startswith("general ") for text in asked) == 2
-    )  # the prompts of the step; others were scored before it
-    record = json.loads((tmp_path / "out" / "checkpoint-2" / "camopd.json").read_text())
-    assert record["teachers"] == {"general": "served-general", "domain": "domain"}
-
-
-def test_train_measures_held_out_prompts(run, tmp_path):
-    held_out = json.dumps(
-        {name: {"path": str(tmp_path / f"{name}.jsonl"), "limit": 2} for name in ("general", "domain")}
-    )
-    cli.main(["train", run, "--eval_prompts", held_out, "--eval_strategy", "steps", "--eval_steps", "2"])
-    history = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    prompts = {key: value for line in history for key, value in line.items() if key.endswith("_prompts")}
-    assert prompts == {"eval_general_prompts": 2, "eval_domain_prompts": 2}
-
-
-@pytest.mark.parametrize("given", [None, ["general.jsonl"]])
-def test_train_without_prompts_is_an_error_that_shows_the_form(run, capsys, given):
-    settings = yaml.safe_load(Path(run).read_text())
-    Path(run).write_text(yaml.safe_dump({**settings, "prompts": given}))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", run])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert (
-        f"camopd: prompts must map each branch to its prompts, got {given!r}. In YAML:\nprompts:\n  general: " in said
-    )
 
 
 # --- conversations -----------------------------------------------------------------------------------------------

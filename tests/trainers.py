@@ -13,6 +13,8 @@ SETTINGS = {
     "dtype": "float32", "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
     "gradient_checkpointing": False, "max_prompt_length": 64, "max_completion_length": 64,
 }  # fmt: skip
+# Weights of 16 bits that are rounded at random
+ROUNDED = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True, block_size=128"}
 # A chat template that has a place for tools and for an argument of its own
 TEMPLATE = (
     "{% if tools %}{{ tools[0].name }} {% endif %}{% for m in messages %}{{ m.role }} {{ m.content }}."
@@ -59,3 +61,7 @@ class BrokenTeacher:
             TokenScores(torch.full((len(ids) - start - self.missing,), self.value))
             for ids, start in zip(token_ids, prompt_lens, strict=True)
         ]
+
+
+def half(**kwargs):
+    return make_model(1, **kwargs).to(torch.bfloat16)

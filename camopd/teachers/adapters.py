@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 START = "start"  # name of the frozen copy of the student's adapter
 
-# What leaves the base as it is, from wrapping to the end of training: tests/test_adapters.py compares outputs before and
-# after, bit by bit. What is not here is refused, also what a later PEFT brings.
+# What leaves the base as it is, from wrapping to the end of training: tests/test_teachers_adapters.py compares outputs
+# before and after, bit by bit. What is not here is refused, also what a later PEFT brings.
 _LORA_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _LORA_SETTINGS = {
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",

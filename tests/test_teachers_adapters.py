@@ -5,21 +5,24 @@ A teacher that is another model, or becomes one as the student trains, would be 
 
 import dataclasses
 import typing
+from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import LOGP, VOCAB, make_forward, make_model, rounding
-from fake_vllm import PROMPT_LENS, TOKEN_IDS
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from conftest import LOGP, VOCAB, make_forward, make_model, rounding, student_forward
+from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
+from peft import IA3Config, LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from trainers import lines, make_trainer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from trl.trainer.utils import use_adapter
 
-from camopd.forward import in_length_sorted_batches
+from camopd.forward import Forward, in_length_sorted_batches
 from camopd.logprobs import completion_logps
 from camopd.teachers import adapters
 from camopd.teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, trained_base_weights
+from camopd.teachers.local import LocalTeacher
 
 
 TARGETS = ["q_proj", "v_proj"]
@@ -376,3 +379,145 @@ def test_lora_student_with_adapter_off_as_domain_teacher(tmp_path, tokenizer):
     domain = lines(tmp_path)[3]
     assert domain["branch"] == "domain"
     assert domain["gap/domain/abs_mean"] > 0  # three general steps have moved the adapter away from the base
+
+
+def adapter_off(student, which="adapter_off"):
+    return AdapterTeacher(student, which, make_forward(student))
+
+
+def test_adapter_off_scores_equal_those_of_the_base_model(lora_student, model_factory):
+    base = LocalTeacher(model_factory(0), "base", "cpu", batch_size=2)
+    expected = base.score(TOKEN_IDS, PROMPT_LENS, top_k=3)
+    lora_student.train()  # dropout must not disturb the scores
+    assert_same_scores(adapter_off(lora_student).score(TOKEN_IDS, PROMPT_LENS, top_k=3), expected)
+    lora_student.eval()
+    with torch.no_grad():
+        with_adapter, _ = student_forward(lora_student)(TOKEN_IDS[:1], PROMPT_LENS[:1])
+    assert (with_adapter[0] - expected[0].logps).abs().min() > 1e-3  # the adapter is not zero
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapter_off_leaves_adapter_training_mode_and_gradients_as_they_were(lora_student, training):
+    def state():
+        lora_student.eval()
+        with torch.no_grad():
+            logps, _ = student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)
+        trainable = [name for name, parameter in lora_student.named_parameters() if parameter.requires_grad]
+        return logps, trainable
+
+    logps, trainable = state()
+    lora_student.train(training)
+    modes = [module.training for module in lora_student.modules()]
+    adapter_off(lora_student).score(TOKEN_IDS, PROMPT_LENS, top_k=2)
+    assert [module.training for module in lora_student.modules()] == modes
+    logps_after, trainable_after = state()
+    torch.testing.assert_close(logps_after, logps, rtol=0, atol=0)
+    assert trainable_after == trainable != []
+
+
+def test_adapter_start_is_the_adapter_before_training(lora_student):
+    lora_student.eval()
+    with torch.no_grad():
+        before, _ = student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)
+    keep_start_adapter(lora_student)
+    trainable = {name for name, parameter in lora_student.named_parameters() if parameter.requires_grad}
+    assert trainable and all(".default." in name for name in trainable)
+    with torch.no_grad():
+        for name, parameter in lora_student.named_parameters():
+            if name in trainable:
+                parameter.add_(0.1)
+        after, _ = student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)
+    assert not torch.allclose(before, after)
+    teacher = adapter_off(lora_student, "adapter_start")
+    for row, score in enumerate(teacher.score(TOKEN_IDS, PROMPT_LENS)):
+        torch.testing.assert_close(score.logps, before[row, : len(score.logps)], rtol=0, atol=LOGP)
+    with torch.no_grad():
+        torch.testing.assert_close(student_forward(lora_student)(TOKEN_IDS, PROMPT_LENS)[0], after, rtol=0, atol=0)
+    assert trainable == {name for name, parameter in lora_student.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6], init_lora_weights=False),
+        IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=["embedding", "dora", "modules_to_save", "tokens", "ia3"],
+)
+def test_adapter_start_is_a_copy_of_every_kind_of_adapter(config):
+    student = get_peft_model(make_model(0), config)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        before = student(torch.tensor([[5, 6, 7, 8]])).logits
+        keep_start_adapter(student)
+        with use_adapter(student, "start"):
+            torch.testing.assert_close(student(torch.tensor([[5, 6, 7, 8]])).logits, before, rtol=0, atol=LOGP)
+
+
+def test_a_start_adapter_of_another_trainer_is_not_taken(lora_student):
+    keep_start_adapter(lora_student)
+    with pytest.raises(ValueError, match=r"has an adapter of that name, perhaps of a trainer made before"):
+        keep_start_adapter(lora_student)
+
+
+def test_adapter_start_needs_a_single_adapter(lora_student):
+    lora_student.add_adapter("other", lora_student.peft_config["default"])
+    with pytest.raises(ValueError, match=r"one adapter, called 'default', and this one has \['default', 'other'\]"):
+        keep_start_adapter(lora_student)
+
+
+def test_adapter_off_puts_everything_back_when_the_forward_fails(lora_student):
+    def fails(ids, lens, with_entropy):
+        raise torch.OutOfMemoryError("too long")
+
+    lora_student.train()
+    with pytest.raises(torch.OutOfMemoryError):
+        forward = make_forward(lora_student)
+        forward.logps = fails
+        AdapterTeacher(lora_student, "adapter_off", forward).score(TOKEN_IDS, PROMPT_LENS)
+    assert lora_student.training
+    lora_student.eval()
+    with torch.no_grad():
+        with_adapter, _ = student_forward(lora_student)(TOKEN_IDS[:1], PROMPT_LENS[:1])
+        with lora_student.disable_adapter():
+            without, _ = student_forward(lora_student)(TOKEN_IDS[:1], PROMPT_LENS[:1])
+    assert not torch.equal(with_adapter, without)
+
+
+def test_an_adapter_teacher_is_batched_as_the_student_whatever_its_probe_has_found(monkeypatch):
+    """Equal weights give gaps of exactly 0, also where rows without padding would see each other (OPT)."""
+    monkeypatch.setattr("camopd.packing.packing_pays", lambda model: True)
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=40, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, init_std=0.3,
+    )  # fmt: skip
+    student = get_peft_model(
+        OPTForCausalLM(config), LoraConfig(target_modules=["q_proj"])
+    ).eval()  # starts as its base
+    forward = make_forward(student)
+    teacher = AdapterTeacher(student, "adapter_off", forward)
+    assert forward.packed
+    forward.probe()
+    assert not forward.packed
+    own = forward.rows(TOKEN_IDS, PROMPT_LENS)
+    for scores, (logps, _) in zip(teacher.score(TOKEN_IDS, PROMPT_LENS), own, strict=True):
+        assert torch.equal(scores.logps, logps)
+
+
+def test_an_adapter_teachers_top_k_goes_through_the_students_wrapper(lora_student):
+    """There sharded weights are whole."""
+    ran = []
+
+    def run(function, *args):
+        ran.append(function.__name__)
+        return function(lora_student, *args)
+
+    forward = Forward(lora_student, run, lora_student, nullcontext, 2, 0, None, "the student")
+    AdapterTeacher(lora_student, "adapter_off", forward).score(TOKEN_IDS, PROMPT_LENS, top_k=3)
+    assert set(ran) == {"completion_logps", "completion_top_k"}

@@ -1,0 +1,91 @@
+"""Teachers in the process: plain log-probs, frozen, and on the accelerator only while they score."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LOGP, make_model
+from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores, reference_logps
+
+from camopd.teachers.base import Teacher
+from camopd.teachers.local import LocalTeacher
+
+
+def test_local_scores_equal_a_plain_log_softmax(teacher_model):
+    scores = LocalTeacher(teacher_model, "local", "cpu", batch_size=8).score(TOKEN_IDS, PROMPT_LENS, top_k=3)
+    for score, ids, prompt_len in zip(scores, TOKEN_IDS, PROMPT_LENS, strict=True):
+        sampled, everything = (logps[prompt_len - 1 :] for logps in reference_logps(teacher_model, ids))
+        torch.testing.assert_close(score.logps, sampled, rtol=0, atol=LOGP)
+        top = everything.topk(3, dim=-1)
+        torch.testing.assert_close(score.top_ids, top.indices)
+        torch.testing.assert_close(score.top_logps, top.values, rtol=0, atol=LOGP)
+        assert score.logps.dtype == torch.float32
+
+
+def test_local_scores_without_top_k_have_none(teacher_model):
+    scores = LocalTeacher(teacher_model, "local", "cpu", batch_size=8).score(TOKEN_IDS, PROMPT_LENS)
+    assert all(score.top_ids is None and score.top_logps is None for score in scores)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_local_batch_size_changes_no_score(teacher_model, batch_size):
+    alone = LocalTeacher(teacher_model, "local", "cpu", batch_size).score(TOKEN_IDS, PROMPT_LENS, top_k=2)
+    together = LocalTeacher(teacher_model, "local", "cpu", 8).score(TOKEN_IDS, PROMPT_LENS, top_k=2)
+    assert_same_scores(alone, together)
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_local_teacher_scores_a_batch_of_nothing_but_empty_completions(teacher_model, top_k):
+    scores = LocalTeacher(teacher_model, "local", "cpu", 8).score([[4, 5], [6]], [2, 1], top_k)
+    assert [score.logps.shape for score in scores] == [(0,), (0,)]
+    if top_k:
+        assert [score.top_ids.shape for score in scores] == [(0, 2), (0, 2)]
+
+
+def test_local_teacher_is_frozen_and_stays_as_it_was(teacher_model):
+    before = copy.deepcopy(teacher_model.state_dict())
+    teacher_model.train()
+    teacher = LocalTeacher(teacher_model, "local", "cpu", batch_size=2)
+    assert not teacher_model.training
+    scores = teacher.score(TOKEN_IDS, PROMPT_LENS)
+    assert not any(parameter.requires_grad for parameter in teacher_model.parameters())
+    assert not any(score.logps.requires_grad for score in scores)
+    assert all(torch.equal(value, before[name]) for name, value in teacher_model.state_dict().items())
+    assert isinstance(teacher, Teacher)
+
+
+def test_local_teacher_scores_under_the_trainers_autocast_and_answers_in_float32(teacher_model):
+    plain = LocalTeacher(teacher_model, "local", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
+    rounded = LocalTeacher(
+        teacher_model, "local", "cpu", batch_size=2, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
+    ).score(TOKEN_IDS, PROMPT_LENS)
+    assert rounded[1].logps.dtype == torch.float32
+    difference = (rounded[1].logps - plain[1].logps).abs().max()
+    assert 1e-5 < difference < 0.5
+
+
+def test_a_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch):
+    teacher = LocalTeacher(make_model(1), "local", "cpu", 4)
+    moves = []
+    monkeypatch.setattr(teacher.model, "to", moves.append)
+    teacher.score([[5, 6, 7]], [1])
+    assert moves == []  # on the CPU there is nowhere to go
+    teacher.rests_on_cpu = True
+    teacher.score([[5, 6, 7]], [1])
+    assert moves == [teacher.device, "cpu"]
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        teacher.score([[5, 6, 7]], [0])
+    assert moves[2:] == [teacher.device, "cpu"]  # a failed call does not leave it there
+
+
+def test_a_local_teacher_is_moved_once_per_score_and_not_for_a_probe_that_is_done(model_factory, monkeypatch):
+    teacher = LocalTeacher(model_factory(0), "local", "cpu", batch_size=2)
+    teacher.rests_on_cpu = True  # as on a GPU
+    moves = []
+    monkeypatch.setattr(teacher.model, "to", lambda device: moves.append(str(device)))
+    teacher.probe()
+    assert len(moves) == 2  # there and back
+    for _ in range(2):
+        teacher.probe()
+        teacher.score(TOKEN_IDS, PROMPT_LENS)
+    assert len(moves) == 6
