@@ -26,7 +26,7 @@ def verdicts():
     return list(architectures.sweep())
 
 
-def test_every_causal_architecture_is_right_or_refused(verdicts):
+def test_causal_architectures_are_each_right_or_refused(verdicts):
     """All of the installed transformers; one that a new version brings is tried, too."""
     odd = {name: (word, reason) for name, word, _, reason in verdicts if word not in ("right", "refused", "not tried")}
     assert not odd, "fix the log-probs, or say in benchmarks/architectures.py how a tiny one is built"
@@ -37,7 +37,7 @@ def test_every_causal_architecture_is_right_or_refused(verdicts):
     assert len(verdicts) >= 181
 
 
-def test_the_documentation_says_what_the_sweep_finds(verdicts):
+def test_documentation_of_architectures_says_what_the_sweep_finds(verdicts):
     rows = {}
     for line in (ROOT / "docs" / "architectures.md").read_text().splitlines():
         name, word, *_ = (cell.strip() for cell in [*line.strip("|").split("|"), ""])
@@ -46,7 +46,7 @@ def test_the_documentation_says_what_the_sweep_finds(verdicts):
     assert rows == {verdict.architecture: verdict.word for verdict in verdicts}
 
 
-def test_a_model_made_from_bert_is_refused_where_it_attends_to_both_sides():
+def test_model_made_from_bert_is_refused_where_it_attends_to_both_sides():
     verdict = architectures.judge(architectures.tiny_model("BertLMHeadModel", {"is_decoder": False}))
     assert verdict.word == "refused"
     assert "is_decoder: true" in verdict.reason

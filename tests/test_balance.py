@@ -31,7 +31,9 @@ def padding(ranks, lengths):
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, None])
-def test_every_sample_has_one_place_and_every_rank_as_many_micro_batches(count, num_ranks, batch_size, padding_free):
+def test_plan_gives_every_sample_one_place_and_every_rank_as_many_micro_batches(
+    count, num_ranks, batch_size, padding_free
+):
     lengths = log_normal_lengths(count)
     ranks = balance_micro_batches(
         lengths, num_ranks, batch_size, max_tokens=(batch_size or 1) * 10_000, padding_free=padding_free
@@ -67,7 +69,7 @@ def test_ranks_have_the_same_work_to_3_percent(num_ranks, seed):
 @pytest.mark.parametrize("batch_size", [1, 2, 256, None])
 @pytest.mark.parametrize("attention_cost", [0, 1e-3])
 @pytest.mark.parametrize("spread", ["log-normal", "near the limit"])
-def test_no_micro_batch_holds_more_than_it_may(batch_size, attention_cost, spread):
+def test_micro_batches_hold_no_more_than_they_may(batch_size, attention_cost, spread):
     lengths = log_normal_lengths() if spread == "log-normal" else [100 - index % 7 for index in range(61)] + [3, 2, 1]
     budget = max(2, batch_size or 2) * max(lengths)
     for tokens_of, padding_free in ((padded, False), (real, True)):
@@ -77,7 +79,7 @@ def test_no_micro_batch_holds_more_than_it_may(batch_size, attention_cost, sprea
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
-def test_a_token_budget_fills_its_micro_batches(padding_free):
+def test_token_budget_fills_its_micro_batches(padding_free):
     lengths = log_normal_lengths()
     budget = 4 * max(lengths)
     ranks = balance_micro_batches(lengths, 4, None, budget, padding_free)
@@ -86,7 +88,7 @@ def test_a_token_budget_fills_its_micro_batches(padding_free):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_without_padding_micro_batches_and_ranks_have_the_same_tokens(seed):
+def test_micro_batches_and_ranks_have_the_same_tokens_without_padding(seed):
     lengths = log_normal_lengths(seed=seed)
     ranks = balance_micro_batches(lengths, 8, batch_size=4, max_tokens=10**9, padding_free=True)
     per_rank = [sum(real(batch, lengths) for batch in batches) for batches in ranks]
@@ -96,7 +98,7 @@ def test_without_padding_micro_batches_and_ranks_have_the_same_tokens(seed):
         assert max(loads) <= max(1.05 * sum(loads) / 8, sum(loads) / 8 + min(lengths))
 
 
-def test_where_attention_dominates_ranks_are_balanced_by_squared_lengths():
+def test_ranks_are_balanced_by_squared_lengths_where_attention_dominates():
     lengths = log_normal_lengths()
     cost = 1e-3  # a sample of 1000 tokens costs as much in attention as in the rest of the model
     for padding_free, work_of in (
@@ -126,12 +128,12 @@ def test_micro_batches_of_all_ranks_are_as_heavy_in_turn():
         assert work == sorted(work, reverse=True)
 
 
-def test_equal_lengths_make_equal_batches():
+def test_batches_of_equal_lengths_are_equal():
     ranks = balance_micro_batches([100] * 24, 2, batch_size=4, max_tokens=400)
     assert [[len(batch) for batch in batches] for batches in ranks] == [[4, 4, 4], [4, 4, 4]]
 
 
-def test_a_sample_that_fits_nowhere_is_an_error():
+def test_sample_that_fits_nowhere_is_an_error():
     with pytest.raises(ValueError, match="a sample of 9 tokens does not fit into a micro-batch of 8"):
         balance_micro_batches([3, 9], 1, 1, max_tokens=8)
 

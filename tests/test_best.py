@@ -15,7 +15,7 @@ from camopd.best import GREATER_IS_BETTER, NO_MEASURE, check_metric, history_of_
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
-def test_every_metric_of_evaluation_has_a_direction_or_says_nothing():
+def test_metrics_of_evaluation_have_a_direction_or_say_nothing():
     found = metrics.of_evaluation([make_summary(num_tokens=2, gap=-1.0, gap_abs=1.0)])
     assert set(found) | {"loss"} == set(GREATER_IS_BETTER) | {"prompts", "kl_se"}
     assert {"prompts", "kl_se"} <= set(NO_MEASURE)
@@ -23,7 +23,7 @@ def test_every_metric_of_evaluation_has_a_direction_or_says_nothing():
 
 @pytest.mark.parametrize("prefix", ["", "eval_"])
 @pytest.mark.parametrize(("name", "greater"), GREATER_IS_BETTER.items())
-def test_a_model_nearer_to_its_teacher_is_the_better_one(name, greater, prefix, tmp_path):
+def test_model_nearer_to_its_teacher_is_the_better_one(name, greater, prefix, tmp_path):
     """Two students, by hand: one is 1 nat a token from its teacher, with one sign of the gap or the other, one 0.1."""
     args = make_args(tmp_path, metric_for_best_model=f"{prefix}general_{name}")
     assert args.greater_is_better is greater
@@ -38,7 +38,7 @@ def test_a_model_nearer_to_its_teacher_is_the_better_one(name, greater, prefix, 
 @pytest.mark.parametrize(
     "name", [f"general_{name}" for name in NO_MEASURE] + ["eval_general_kll", "eval_legal_kl", "loss"]
 )
-def test_another_name_is_refused_with_the_nearest(name, tmp_path):
+def test_metric_of_another_name_is_refused_with_the_nearest(name, tmp_path):
     with pytest.raises(ValueError) as error:
         make_args(tmp_path, metric_for_best_model=name)
     text = str(error.value)
@@ -53,7 +53,7 @@ def test_branches_may_have_underscores_and_names_of_metrics(tmp_path):
     assert args.greater_is_better is True
 
 
-def test_the_wrong_direction_is_refused_and_the_right_one_may_be_said(tmp_path):
+def test_greater_is_better_is_refused_where_wrong_and_may_be_said_where_right(tmp_path):
     with pytest.raises(ValueError, match=r"greater_is_better=True.*eval_general_kl.*smaller is better"):
         make_args(tmp_path, metric_for_best_model="eval_general_kl", greater_is_better=True)
     with pytest.raises(ValueError, match=r"greater_is_better=False.*general_gap.*greater is better"):
@@ -72,13 +72,13 @@ def test_the_wrong_direction_is_refused_and_the_right_one_may_be_said(tmp_path):
         ({**EVALUATES, "lr_scheduler_type": "greedy"}, "lr_scheduler_type='greedy'"),
     ],
 )
-def test_what_needs_a_metric_asks_for_one(settings, named, tmp_path):
+def test_settings_that_need_a_metric_ask_for_one(settings, named, tmp_path):
     with pytest.raises(ValueError) as error:
         make_args(tmp_path, **settings)
     assert named in str(error.value) and "['eval_domain_kl', 'eval_general_kl']" in str(error.value)
 
 
-def test_a_metric_must_be_measured(tmp_path, caplog):
+def test_metric_must_be_measured(tmp_path, caplog):
     branches = ("general", "domain")
     args = make_args(tmp_path, metric_for_best_model="eval_domain_kl", **EVALUATES)
     check_metric(args, branches, branches, [EarlyStoppingCallback()])
@@ -100,7 +100,7 @@ def test_a_metric_must_be_measured(tmp_path, caplog):
     assert args.greater_is_better is True
 
 
-def test_the_best_model_must_have_been_saved(tmp_path):
+def test_best_model_must_have_been_saved(tmp_path):
     """Evaluated at 1, 2, 3 and saved at 3 alone, a run whose best step is 2 ended with the weights of step 3."""
     best = {"metric_for_best_model": "eval_general_kl", "eval_strategy": "steps", "load_best_model_at_end": True}
     branches = ("general", "domain")
@@ -115,7 +115,7 @@ def test_the_best_model_must_have_been_saved(tmp_path):
     check_metric(rare, branches, branches, [])
 
 
-def test_the_checkpoint_nearest_to_the_teacher_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer, monkeypatch):
+def test_best_checkpoint_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer, monkeypatch):
     """The run of the report: 2.708, then 1.490, then worse. It stops, keeps the second checkpoint and ends with it."""
     values = itertools.cycle([2.708, 1.490, 1.6, 1.7])
     of_evaluation = metrics.of_evaluation
@@ -137,7 +137,7 @@ def test_the_checkpoint_nearest_to_the_teacher_is_kept_and_loaded_and_on_the_car
     assert "1.490" in row and "(step 2)" in row and "1.7" not in row
 
 
-def test_the_history_of_a_model_that_was_loaded_again():
+def test_history_of_a_model_that_was_loaded_again():
     history = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 3, "a": 3}, {"step": 3, "a": 4}]
     assert history_of_model(history, None, 0) == history
     assert [entry["a"] for entry in history_of_model(history, 2, 3)] == [

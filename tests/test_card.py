@@ -55,7 +55,7 @@ def row(card: str, name: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, tmp_path):
+def test_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, tmp_path):
     held_out = json.dumps({"general": {"path": str(tmp_path / "general" / "prompts.jsonl"), "limit": 3}})
     cli.main(
         [
@@ -92,7 +92,7 @@ def test_the_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(r
     assert data.base_model is None  # a local path is none
 
 
-def test_a_readme_that_is_no_card_is_left_alone(run, tmp_path):
+def test_readme_that_is_no_card_is_left_alone(run, tmp_path):
     for text in ("---\ntags: [camopd\n---\n", "---\n- camopd\n---\n", "# Notes\n"):
         (tmp_path / "domain" / "README.md").write_text(text)
         cli.main(["train", str(run), "--max_steps", "1", "--save_strategy", "no"])
@@ -100,7 +100,7 @@ def test_a_readme_that_is_no_card_is_left_alone(run, tmp_path):
         assert not (tmp_path / "tiny" / "data_cards" / "domain.md").exists()
 
 
-def test_without_held_out_prompts_the_card_has_the_gaps_of_the_steps(run, tmp_path):
+def test_card_has_the_gaps_of_the_steps_without_held_out_prompts(run, tmp_path):
     cli.main(["train", str(run)])
     steps = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     first, last = (-steps[place]["gap/general/mean"] for place in (0, 2))
@@ -176,7 +176,7 @@ def train(run, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path):
+def test_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path):
     push = ["--push_to_hub", "true", "--hub_model_id", "me/tiny", "--hub_strategy", "checkpoint"]
     (tmp_path / "tiny").mkdir()
     done = train(*push, HF_TOKEN="hf_secret")
@@ -213,7 +213,7 @@ def test_a_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_camopd_serve_has_written_is_not_sent(run, train, hub, tmp_path):
+def test_upload_leaves_out_what_camopd_serve_has_written(run, train, hub, tmp_path):
     """`_teachers.json` names hosts of a cluster."""
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / SERVED_TEACHERS).write_text("{}")
@@ -232,7 +232,7 @@ def test_what_camopd_serve_has_written_is_not_sent(run, train, hub, tmp_path):
     ],
 )  # fmt: skip
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_fetched_is_an_error_with_the_way_out(train, hub, files, environment, said):
+def test_checkpoint_that_cannot_be_fetched_is_an_error_with_the_way_out(train, hub, files, environment, said):
     if files is not None:
         hub.models["me/tiny"] = files
     done = train("--resume_from_checkpoint", "me/tiny", **environment)
@@ -243,7 +243,7 @@ def test_a_checkpoint_that_cannot_be_fetched_is_an_error_with_the_way_out(train,
         assert "hf download me/tiny --include 'last-checkpoint/*' --local-dir DIR" in done.stderr
 
 
-def test_a_pickled_checkpoint_is_not_fetched(run, tmp_path, monkeypatch):
+def test_pickled_checkpoint_is_not_fetched(run, tmp_path, monkeypatch):
     from camopd.errors import ResumeError
     from camopd.run import parse, teachers_of
 

@@ -29,7 +29,7 @@ def test_help_and_version_import_nothing_heavy():
         assert found.splitlines()[-1] == "[]"
 
 
-def test_an_error_of_the_user_is_its_message_alone_and_exit_2(monkeypatch, capsys):
+def test_error_of_the_user_is_its_message_alone_and_exit_2(monkeypatch, capsys):
     def fail(command, argv):
         raise ValueError("the value, the reason and the way out")
 
@@ -51,7 +51,7 @@ def test_debug_with_a_value_is_the_setting_of_that_name(monkeypatch):
     assert taken == [["train", "run.yaml", "--debug", "underflow_overflow"], ["train", "run.yaml", "--seed", "1"]]
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+def test_error_of_ours_keeps_its_traceback(monkeypatch):
     def fail(command, argv):
         raise AssertionError("ours")
 
@@ -60,13 +60,13 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
         cli.main(["demo"])
 
 
-def test_an_unknown_command_names_the_known_ones():
+def test_unknown_command_names_the_known_ones():
     found = run("dmeo")
     assert found.returncode == 2
     assert re.search(r"invalid choice: 'dmeo' \(choose from '?demo", found.stderr)
 
 
-def test_a_count_of_seeds_below_one_is_refused():
+def test_count_of_seeds_below_one_is_refused():
     found = run("demo", "--seeds", "0")
     assert found.returncode == 2
     assert "--seeds must be at least 1, got 0" in found.stderr

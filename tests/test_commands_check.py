@@ -43,14 +43,14 @@ def student_model(student):
     return AutoModelForCausalLM.from_pretrained(student).eval()
 
 
-def test_a_local_teacher_of_the_same_family_is_ok(student, tokenizer):
+def test_local_teacher_of_the_same_family_is_ok(student, tokenizer):
     found = check_unloaded("domain", str(student), tokenizer, 512, {}, 0)
     assert found == Finding(
         "domain", "in the process", "ok", f"{student}, not on a server: the same tokens as the student, context fits"
     )
 
 
-def test_a_local_teacher_with_fewer_tokens_than_the_student_can_write_is_an_error(student, tokenizer):
+def test_local_teacher_with_fewer_tokens_than_the_student_can_write_is_an_error(student, tokenizer):
     found = check_unloaded("domain", str(student), tokenizer, 512, {}, len(VOCAB))
     assert found.level == "ok"
     found = check_unloaded("domain", str(student), tokenizer, 512, {}, 64)
@@ -60,7 +60,7 @@ def test_a_local_teacher_with_fewer_tokens_than_the_student_can_write_is_an_erro
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE.replace("'a '", "'a? '"), None])
-def test_a_local_teacher_with_another_chat_template_is_a_warning(tokenizer, tmp_path, template):
+def test_local_teacher_with_another_chat_template_is_a_warning(tokenizer, tmp_path, template):
     make_model(1).save_pretrained(tmp_path)
     theirs = make_tokenizer()
     theirs.chat_template = template
@@ -74,7 +74,7 @@ def test_a_local_teacher_with_another_chat_template_is_a_warning(tokenizer, tmp_
     assert check_unloaded("domain", str(tmp_path), plain, 128, {}, 0).level == "ok"
 
 
-def test_a_local_teacher_with_a_short_context_is_an_error_with_both_numbers(student, tokenizer):
+def test_local_teacher_with_a_short_context_is_an_error_with_both_numbers(student, tokenizer):
     found = check_unloaded("domain", str(student), tokenizer, 513, {}, 0)
     assert found.level == "error"
     assert (
@@ -84,7 +84,7 @@ def test_a_local_teacher_with_a_short_context_is_an_error_with_both_numbers(stud
     assert "Lower max_completion_length" in found.text
 
 
-def test_a_local_teacher_with_other_tokens_is_an_error_with_an_example(student, tokenizer, tmp_path):
+def test_local_teacher_with_other_tokens_is_an_error_with_an_example(student, tokenizer, tmp_path):
     make_model(1).save_pretrained(tmp_path)
     other_tokenizer().save_pretrained(tmp_path)
     found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
@@ -102,14 +102,14 @@ def test_a_local_teacher_with_other_tokens_is_an_error_with_an_example(student, 
         ("adapter-off", "(did you mean 'adapter_off'?)"),
     ],
 )
-def test_a_local_teacher_that_is_not_there_is_an_error_with_what_was_meant(tokenizer, spec, guess):
+def test_local_teacher_that_is_not_there_is_an_error_with_what_was_meant(tokenizer, spec, guess):
     found = check_unloaded("domain", spec, tokenizer, 128, {}, 0)
     assert found.level == "error"
     assert f"{spec!r} cannot be loaded {guess}: " in found.text
     assert "Give a folder with a model, a model id of the Hub, the URL of a vLLM server" in found.text
 
 
-def test_a_local_teacher_without_a_tokenizer_is_an_error(tokenizer, tmp_path):
+def test_local_teacher_without_a_tokenizer_is_an_error(tokenizer, tmp_path):
     make_model(1).save_pretrained(tmp_path)
     found = check_unloaded("domain", str(tmp_path), tokenizer, 128, {}, 0)
     assert found.level == "error"
@@ -117,7 +117,7 @@ def test_a_local_teacher_without_a_tokenizer_is_an_error(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("spec", [5, ["http://localhost:8001", "a/model"], {"path": "a/model"}], ids=repr)
-def test_a_teacher_of_no_known_form_is_an_error_that_shows_it(tokenizer, spec):
+def test_teacher_of_no_known_form_is_an_error_that_shows_it(tokenizer, spec):
     found = check_unloaded("domain", spec, tokenizer, 128, {}, 0)
     assert found.level == "error"
     assert f"the teacher is {spec!r} ({type(spec).__name__})" in found.text
@@ -211,7 +211,7 @@ def test_teachers_that_are_well_are_ok_in_every_line_and_exit_0(start_server, st
     assert float(table["general", "initial KL"][1].split()[0]) > 0.0
 
 
-def test_the_initial_kl_is_measured_on_the_students_own_tokens(start_server, start_domain, check):
+def test_initial_kl_is_measured_on_the_students_own_tokens(start_server, start_domain, check):
     """It estimates a KL, so that it is positive for another model; log-probs of the probe's texts would not be."""
     code, table = check(teachers={"general": start_server(model=make_model(1)).url, "domain": start_domain().url})
     assert code == 0
@@ -221,7 +221,7 @@ def test_the_initial_kl_is_measured_on_the_students_own_tokens(start_server, sta
     assert 4 <= int(text.split()[5]) <= 4 * 48
 
 
-def test_the_students_own_tokens_are_samples_whatever_its_generation_config_says(
+def test_students_own_tokens_are_samples_whatever_its_generation_config_says(
     start_domain, check, student, student_model, tmp_path
 ):
     bent = shutil.copytree(student, tmp_path / "bent")
@@ -250,14 +250,14 @@ def test_the_students_own_tokens_are_samples_whatever_its_generation_config_says
     assert not all(likeliest)
 
 
-def test_a_teacher_in_the_process_beside_a_server_has_one_line(start_domain, check, student):
+def test_teacher_in_the_process_beside_a_server_has_one_line(start_domain, check, student):
     code, table = check(teachers={"general": str(student), "domain": start_domain().url})
     assert code == 0
     assert [subject for branch, subject in table if branch == "general"] == ["in the process"]
     assert len([subject for branch, subject in table if branch == "domain"]) == 8
 
 
-def test_nothing_listening_is_an_error_before_the_model_is_looked_for(start_server, check):
+def test_check_finds_that_nothing_listens_before_it_looks_for_the_model(start_server, check):
     server = start_server()
     server.close()
     code, table = check(teachers={"general": server.url, "domain": "a"}, model_name_or_path="no/such")
@@ -269,7 +269,7 @@ def test_nothing_listening_is_an_error_before_the_model_is_looked_for(start_serv
     assert "Is `vllm serve` up on that host and port" in text
 
 
-def test_every_server_that_is_not_reached_has_its_line(start_server, check):
+def test_servers_that_are_not_reached_have_a_line_each(start_server, check):
     servers = {branch: start_server() for branch in ("general", "domain")}
     for server in servers.values():
         server.close()
@@ -279,7 +279,7 @@ def test_every_server_that_is_not_reached_has_its_line(start_server, check):
         assert server.url in table[branch, "reachable"][1]
 
 
-def test_other_weights_behind_the_students_name_are_an_error(start_server, start_domain, check):
+def test_server_with_other_weights_behind_the_students_name_is_an_error(start_server, start_domain, check):
     domain = start_domain(model=make_model(1))
     code, table = check(teachers={"general": start_server().url, "domain": domain.url})
     assert code == 2
@@ -298,7 +298,7 @@ def test_replicas_with_different_models_are_an_error_with_who_serves_what(start_
     assert f"{one.url} serves 'tiny-teacher', {other.url} serves 'another'" in text
 
 
-def test_a_short_context_is_an_error_before_the_student_is_loaded(start_server, start_domain, check):
+def test_short_context_is_an_error_before_the_student_is_loaded(start_server, start_domain, check):
     general = start_server(max_model_len=100)
     code, table = check(teachers={"general": general.url, "domain": start_domain().url})
     assert code == 2
@@ -310,7 +310,7 @@ def test_a_short_context_is_an_error_before_the_student_is_loaded(start_server, 
     assert general.scored == []
 
 
-def test_another_tokenizer_is_an_error(start_server, start_domain, check):
+def test_tokenizer_of_another_kind_is_an_error(start_server, start_domain, check):
     general = start_server(tokenizer=other_tokenizer())
     code, table = check(teachers={"general": general.url, "domain": start_domain().url})
     assert code == 2
@@ -319,7 +319,7 @@ def test_another_tokenizer_is_an_error(start_server, start_domain, check):
     assert "there and [3, 11, 8, 40] here" in text  # brackets are not markup
 
 
-def test_a_missing_key_is_an_error_with_its_variable(start_server, start_domain, check):
+def test_missing_key_is_an_error_with_its_variable(start_server, start_domain, check):
     general = start_server()
     general.always = (401, '{"error": "Unauthorized"}')
     code, table = check(teachers={"general": general.url, "domain": start_domain().url})
@@ -339,7 +339,7 @@ def test_http_where_https_is_wanted_is_an_error_with_the_right_url(start_server,
     assert f"Write {general.url.replace('http', 'https')}." in table["general", "reachable"][1]
 
 
-def test_a_server_that_lost_its_weights_is_an_error(start_server, start_domain, check):
+def test_server_that_lost_its_weights_is_an_error(start_server, start_domain, check):
     general = start_server(model=without_weights(make_model(1)))
     code, table = check(teachers={"general": general.url, "domain": start_domain().url})
     assert code == 2
@@ -347,7 +347,7 @@ def test_a_server_that_lost_its_weights_is_an_error(start_server, start_domain, 
     assert "lost its weights" in table["general", "log-probs"][1]
 
 
-def test_a_server_with_nan_does_not_hide_what_the_others_are(start_server, start_domain, check):
+def test_server_with_nan_does_not_hide_what_the_others_are(start_server, start_domain, check):
     general = start_server(compact=True)
     general.edit_logps = lambda logps, body: logps * math.nan
     code, table = check(teachers={"general": general.url, "domain": start_domain().url})
@@ -358,7 +358,7 @@ def test_a_server_with_nan_does_not_hide_what_the_others_are(start_server, start
     assert table["domain", "self-gap"][0] == "ok"
 
 
-def test_a_server_that_fails_on_the_students_own_tokens_is_an_error(start_server, start_domain, check, tokenizer):
+def test_server_that_fails_on_the_students_own_tokens_is_an_error(start_server, start_domain, check, tokenizer):
     general = start_server(compact=True)
     probe = Probe.of(tokenizer, 128)
 
@@ -375,7 +375,7 @@ def test_a_server_that_fails_on_the_students_own_tokens_is_an_error(start_server
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "{tmp}/models", "tests/no-model"])
-def test_a_local_teacher_that_does_not_exist_is_an_error_at_once(config, capsys, student, tmp_path, path):
+def test_local_teacher_that_does_not_exist_is_an_error_at_once(config, capsys, student, tmp_path, path):
     path = path.format(tmp=tmp_path)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["check", config(teachers={"general": path, "domain": str(student)})])
@@ -385,7 +385,7 @@ def test_a_local_teacher_that_does_not_exist_is_an_error_at_once(config, capsys,
     )
 
 
-def test_a_branch_without_prompts_is_an_error_with_the_key_to_set(config, capsys, student):
+def test_branch_without_prompts_is_an_error_with_the_key_to_set(config, capsys, student):
     settings = {"teachers": {"general": str(student), "domain": str(student)}, "prompts": {"general": "general.jsonl"}}
     with pytest.raises(SystemExit) as stopped:
         cli.main(["check", config(**settings)])
@@ -394,7 +394,7 @@ def test_a_branch_without_prompts_is_an_error_with_the_key_to_set(config, capsys
     assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in said
 
 
-def test_a_mistyped_key_of_a_teacher_is_an_error_with_the_keys_there_are(config, capsys, student):
+def test_mistyped_key_of_a_teacher_is_an_error_with_the_keys_there_are(config, capsys, student):
     teachers = {"general": {"urls": "http://localhost:1", "modle": "a"}, "domain": str(student)}
     with pytest.raises(SystemExit) as stopped:
         cli.main(["check", config(teachers=teachers)])
@@ -405,7 +405,7 @@ def test_a_mistyped_key_of_a_teacher_is_an_error_with_the_keys_there_are(config,
     )
 
 
-def test_when_one_server_is_gone_the_other_is_shown_all_the_same(check, start_server):
+def test_servers_are_shown_beside_one_that_is_gone(check, start_server):
     gone, there = start_server(), start_server()
     gone.close()
     code, table = check(teachers={"general": gone.url, "domain": there.url})
@@ -424,7 +424,7 @@ def test_adapter_off_without_an_adapter_is_an_error_and_with_one_is_ok(check, st
     assert table["domain", "adapter_off"][0] == "ok"
 
 
-def test_a_branch_without_a_teacher_is_an_error(check, student):
+def test_branch_without_a_teacher_is_an_error(check, student):
     for teachers in ({"general": str(student)}, {"general": str(student), "domain": None}):
         code, table = check(teachers=teachers)
         assert code == 2
@@ -434,14 +434,14 @@ def test_a_branch_without_a_teacher_is_an_error(check, student):
         assert "Add teachers.domain or take the branch out of the schedule" in text
 
 
-def test_a_teacher_of_a_branch_that_is_never_visited_is_an_error(check, student):
+def test_teacher_of_a_branch_that_is_never_visited_is_an_error(check, student):
     code, table = check("--schedule", "domain:1", teachers={"general": str(student), "domain": str(student)})
     assert code == 2
     assert table["general", "teacher"][0] == "error"
     assert "teachers has 'general', which schedule 'domain:1' never visits" in table["general", "teacher"][1]
 
 
-def test_the_students_revision_is_not_asked_of_the_teachers(check, student, tmp_path, monkeypatch):
+def test_revision_of_the_student_is_not_asked_of_the_teachers(check, student, tmp_path, monkeypatch):
     teacher = str(shutil.copytree(student, tmp_path / "teacher"))
     asked = []
     load = AutoConfig.from_pretrained.__func__
@@ -459,7 +459,7 @@ def test_the_students_revision_is_not_asked_of_the_teachers(check, student, tmp_
     assert (teacher, "v3") in asked
 
 
-def test_the_teachers_that_camopd_serve_has_started_are_checked(start_server, start_domain, check, student, tmp_path):
+def test_served_teachers_are_checked(start_server, start_domain, check, student, tmp_path):
     general = start_server(name="served", root="Qwen/Qwen3-8B")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / SERVED_TEACHERS).write_text(json.dumps({"general": [general.url]}))
@@ -478,14 +478,14 @@ def test_overrides_are_checked_in_place_of_the_file(check, student):
     assert table["domain", "in the process"][0] == "error"
 
 
-def test_an_unknown_setting_is_an_error_with_its_name(config, capsys, student):
+def test_unknown_setting_is_an_error_with_its_name(config, capsys, student):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["check", config(teachers={"general": str(student), "domain": str(student)}, lerning_rate=1.0)])
     assert stopped.value.code == 2
     assert "is not a setting of a run. Did you mean 'learning_rate'?" in capsys.readouterr().err
 
 
-def test_a_student_that_does_not_exist_is_an_error_with_its_name(config, capsys, student):
+def test_student_that_does_not_exist_is_an_error_with_its_name(config, capsys, student):
     teachers = {"general": str(student), "domain": str(student)}
     with pytest.raises(SystemExit) as stopped:
         cli.main(["check", config(teachers=teachers, model_name_or_path="/no/such/student")])
@@ -494,7 +494,7 @@ def test_a_student_that_does_not_exist_is_an_error_with_its_name(config, capsys,
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
-def test_a_narrow_terminal_cuts_nothing_out_of_a_url(start_server, check, config, capsys, monkeypatch, columns):
+def test_narrow_terminal_cuts_nothing_out_of_a_url(start_server, check, config, capsys, monkeypatch, columns):
     server = start_server()
     server.close()
     url = f"{server.url}/{'path' * 20}"
@@ -510,7 +510,7 @@ def run(path):
     )
 
 
-def test_the_command_says_that_nothing_listens(start_server, config):
+def test_command_says_that_nothing_listens(start_server, config):
     server = start_server()
     server.close()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -523,7 +523,7 @@ def test_the_command_says_that_nothing_listens(start_server, config):
     assert re.search(rf"general +reachable +error +teacher 'general' at {server.url}", found.stdout)
 
 
-def test_the_command_exits_with_2_when_the_tokenizer_is_another(start_server, config, student):
+def test_command_exits_with_2_when_the_tokenizer_is_another(start_server, config, student):
     general = start_server(tokenizer=other_tokenizer())
     found = run(config(teachers={"general": general.url, "domain": str(student)}))
     assert found.returncode == 2

@@ -40,7 +40,7 @@ def keep_sigterm():
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_the_command_builds_and_says_what(tmp_path, capsys, coser_file):
+def test_command_builds_and_says_what(tmp_path, capsys, coser_file):
     cli.main(["data", "roleplay", "--out", str(tmp_path / "out"), "--limit", "1", "--source", f"coser={coser_file}"])
     assert capsys.readouterr().out == f"built {tmp_path / 'out'}: README.md, prompts.jsonl, sft.jsonl\n"
     card = (tmp_path / "out" / "README.md").read_text()
@@ -62,11 +62,11 @@ def test_the_command_builds_and_says_what(tmp_path, capsys, coser_file):
         (["medical", "--out", "x", "--limit", "many"], "invalid int value: 'many'"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_on_the_command_line_is_said(capsys, words, message):
+def test_command_line_that_is_wrong_is_refused_with_the_reason(capsys, words, message):
     assert message in fails(capsys, *words)
 
 
-def test_an_output_that_is_there_is_never_overwritten(tmp_path, capsys, coser_file):
+def test_output_that_is_there_is_never_overwritten(tmp_path, capsys, coser_file):
     words = ["roleplay", "--limit", "1", "--source", f"coser={coser_file}", "--out"]
     (tmp_path / "out").mkdir()
     cli.main(["data", *words, str(tmp_path / "out")])  # an empty folder will do
@@ -79,7 +79,7 @@ def test_an_output_that_is_there_is_never_overwritten(tmp_path, capsys, coser_fi
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_the_help_of_camopd_names_data_and_imports_no_datasets():
+def test_help_of_camopd_names_data_and_imports_no_datasets():
     code = "import sys, camopd.commands.data; print({'datasets', 'huggingface_hub', 'torch'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found == "set()\n"
@@ -163,7 +163,7 @@ def test_medical_sources_are_read_from_the_hub_at_one_commit(hub, camopd_data, t
     assert f"| train | the Hub, commit `{SHA}` | mit |" in card
 
 
-def test_a_dataset_is_sent_to_a_private_repository(hub, camopd_data, tmp_path):
+def test_dataset_is_sent_to_a_private_repository(hub, camopd_data, tmp_path):
     done = camopd_data(hub.url, "roleplay", "--limit", "1", "--push-to-hub", "me/made", HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"sent to {hub.url}/datasets/me/made\n")
@@ -189,7 +189,7 @@ def test_a_dataset_is_sent_to_a_private_repository(hub, camopd_data, tmp_path):
         ("roleplay", (418, ""), None, "the Hub answers with status 418; try again later"),
     ],
 )  # fmt: skip
-def test_a_dataset_that_is_refused_is_named_with_the_setting_and_what_to_download(
+def test_dataset_that_is_refused_is_named_with_the_setting_and_what_to_download(
     hub, camopd_data, tmp_path, builder, refuse, token, message
 ):
     name, source, file = {
@@ -217,7 +217,7 @@ def test_a_dataset_that_is_refused_is_named_with_the_setting_and_what_to_downloa
         ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; unset it where there is a network"),
     ],
 )  # fmt: skip
-def test_no_network_and_offline_are_said(camopd_data, tmp_path, builder, environment, message):
+def test_hub_that_cannot_be_reached_or_is_switched_off_is_said(camopd_data, tmp_path, builder, environment, message):
     done = camopd_data("http://127.0.0.1:9", builder, **environment)
     assert done.returncode == 2
     assert message in done.stderr
@@ -231,7 +231,7 @@ def test_no_network_and_offline_are_said(camopd_data, tmp_path, builder, environ
      ({"HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_secret"}, "HF_HUB_OFFLINE is set"),
      ({"HF_TOKEN": "hf_secret"}, "the Hub cannot be reached")],
 )  # fmt: skip
-def test_what_could_not_be_sent_is_said_before_the_build(camopd_data, tmp_path, coser_file, environment, why):
+def test_push_that_could_not_be_sent_is_said_before_the_build(camopd_data, tmp_path, coser_file, environment, why):
     words = ["roleplay", "--limit", "1", "--source", f"coser={coser_file}", "--push-to-hub", "me/made"]
     done = camopd_data("http://127.0.0.1:9", *words, **environment)
     assert done.returncode == 2

@@ -103,7 +103,7 @@ def test_signals_are_noted_and_the_handlers_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored():
+def test_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with processes.noted_signals() as signals:
@@ -113,7 +113,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_child_of_a_command_that_ignores_ctrl_c_does_not_ignore_it():
+def test_child_of_a_command_that_ignores_ctrl_c_does_not_ignore_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
     try:
         with processes.noted_signals():

@@ -194,7 +194,7 @@ def test_print_shows_a_line_per_process_with_every_flag_scoring_needs(write, cap
     ]
 
 
-def test_a_mistyped_setting_in_the_config_is_refused_before_anything_starts(write):
+def test_mistyped_setting_in_the_config_is_refused_before_anything_starts(write):
     config = write({"general": "org/general", "domain": "org/domain"})
     with open(config, "a") as file:
         file.write("max_stepz: 4\n")
@@ -202,7 +202,7 @@ def test_a_mistyped_setting_in_the_config_is_refused_before_anything_starts(writ
         command.serve([config, "--print"])
 
 
-def test_a_branch_of_the_schedule_without_a_teacher_is_warned_of(write, capsys):
+def test_branch_of_the_schedule_without_a_teacher_is_warned_of(write, capsys):
     command.serve([write({"general": "org/general"}), "--print"])
     assert "warning: the schedule visits ['domain'], for which the config has no teacher." in capsys.readouterr().err
 
@@ -343,12 +343,12 @@ def test_gpus_are_those_of_the_environment_or_all_of_the_machine(monkeypatch, tm
         ({"general": "org/a"}, ["--", "--api-key=sesame"], r"--api-key would show the key.*CAMOPD_TEACHER_API_KEY"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason_and_the_way_out(write, teachers, arguments, message):
+def test_plan_that_cannot_be_is_refused_with_the_reason_and_the_way_out(write, teachers, arguments, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         command.serve([write(teachers), "--print", *arguments])
 
 
-def test_a_port_in_use_is_named_before_anything_starts(write, dummy):
+def test_port_in_use_is_named_before_anything_starts(write, dummy):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -364,7 +364,7 @@ def test_a_port_in_use_is_named_before_anything_starts(write, dummy):
     assert not list(dummy.iterdir())
 
 
-def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypatch, tmp_path):
+def test_vllm_that_is_not_there_is_said_with_where_it_looked_and_how_to_install(write, monkeypatch, tmp_path):
     config = write({"general": "org/general"})
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
@@ -381,7 +381,7 @@ def test_without_vllm_it_says_where_it_looked_and_how_to_install(write, monkeypa
     assert time.monotonic() - started < 5
 
 
-def test_the_builds_of_vllm_are_told_apart(write, dummy, tmp_path, monkeypatch):
+def test_vllm_builds_are_told_apart(write, dummy, tmp_path, monkeypatch):
     assert find_vllm(None) == VLLM(sys.executable, "0.32.0", cpu=True)
     with pytest.raises(ValueError, match=r"--gpus 0 cannot be used: the vLLM of .* is the CPU build"):
         command.serve([write({"general": "org/general"}), "--gpus", "0"])
@@ -399,7 +399,7 @@ def test_branches_that_share_a_server_must_have_the_same_key(write, monkeypatch)
     assert "sesame" not in str(raised.value)
 
 
-def test_an_open_address_without_a_key_gets_a_warning(write, capsys, monkeypatch):
+def test_open_address_without_a_key_gets_a_warning(write, capsys, monkeypatch):
     config = write({"general": "org/general"})
     command.serve([config, "--print"])
     assert "without a key" not in capsys.readouterr().err
@@ -416,7 +416,7 @@ def test_an_open_address_without_a_key_gets_a_warning(write, capsys, monkeypatch
 # --- What runs
 
 
-def test_a_server_is_up_when_it_answers_200(monkeypatch, capsys):
+def test_server_is_up_when_it_answers_200(monkeypatch, capsys):
     answers = [503, 503, 200]
 
     class Handler(BaseHTTPRequestHandler):
@@ -442,7 +442,7 @@ def test_a_server_is_up_when_it_answers_200(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_all_are_started_served_and_stopped_by_ctrl_c(write, dummy, serve, tmp_path, monkeypatch):
+def test_servers_are_started_and_stopped_by_ctrl_c(write, dummy, serve, tmp_path, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", " sesame-all\n")
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_MY_CODE", "sesame-code")
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
@@ -479,7 +479,7 @@ def test_all_are_started_served_and_stopped_by_ctrl_c(write, dummy, serve, tmp_p
 
 
 @pytest.mark.slow
-def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write, dummy, serve, tmp_path):
+def test_servers_on_gpus_get_their_own_and_those_that_share_one_start_in_turn(write, dummy, serve, tmp_path):
     pretend_installed(tmp_path / "site", "vllm", "0.29.0")
     port = free_port(2)
     run = serve(write({"general": "org/general", "domain": "org/domain"}), "--gpus", "5,5", "--port", str(port))
@@ -499,7 +499,7 @@ def test_on_gpus_each_gets_its_own_and_those_that_share_one_start_in_turn(write,
 
 
 @pytest.mark.slow
-def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(write, dummy, serve, tmp_path):
+def test_server_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(write, dummy, serve, tmp_path):
     config = write({"general": "org/general", "domain": "org/broken"})
     code, _, err = serve(config, "--port", str(free_port(2))).end()
     assert code == 2
@@ -513,7 +513,7 @@ def test_one_that_dies_at_the_start_stops_all_and_is_named_with_its_last_lines(w
 
 
 @pytest.mark.slow
-def test_one_that_dies_later_stops_all_and_sigkill_is_named(write, dummy, serve, tmp_path):
+def test_server_that_dies_later_stops_all_and_sigkill_is_named(write, dummy, serve, tmp_path):
     port = free_port(3)
     config = write({"general": "org/general", "domain": "org/domain"})
     run = serve(config, "--replicas", "general=2", "--port", str(port))
@@ -540,7 +540,7 @@ def test_sigterm_while_it_waits_ends_even_one_that_will_not_stop(write, dummy, s
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_path):
+def test_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_path):
     port = free_port()
     run = serve(write({"general": "org/stubborn"}), "--port", str(port), grace=60)
     wait_for(lambda: (tmp_path / "out" / "_teachers.json").exists() or run.process.poll() is not None)
@@ -555,7 +555,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace(write, dummy, serve, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path):
+def test_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path):
     served = tmp_path / "out" / "_teachers.json"
     run = serve(write({"general": "org/general"}), "--port", str(free_port()))
     wait_for(lambda: served.exists() or run.process.poll() is not None)
@@ -565,7 +565,7 @@ def test_a_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path)
     assert served.read_text() == '{"general": ["http://elsewhere:1"]}'
 
 
-def test_the_config_may_be_named_with_config():
+def test_config_may_be_named_with_config():
     for words in (["run.yaml", "--seed", "3", "--port", "1"], ["--port", "1", "--config", "run.yaml", "--seed", "3"]):
         options, overrides, flags = command._parse([*words, "--", "--config", "x"])
         assert (options.config, options.port, overrides, flags) == ("run.yaml", 1, ["--seed", "3"], ["--config", "x"])

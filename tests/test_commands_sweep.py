@@ -84,7 +84,7 @@ def exit_code(*arguments):
     return 0
 
 
-def test_the_last_held_out_gaps_are_columns(write, capsys):
+def test_held_out_gaps_of_the_last_evaluation_are_columns(write, capsys):
     state = {
         "log_history": [{"eval_general_kl": 1.0}, {"loss": 2.0}, {"eval_general_kl": 0.25}, {"eval_domain_kl": 0.5}]
     }
@@ -113,7 +113,7 @@ def test_runs_are_done_one_after_the_other_and_only_once(write, capsys):
     assert capsys.readouterr().out.count(": done before") == 4
 
 
-def test_a_failed_run_does_not_stop_the_rest_and_is_run_again(write, capsys):
+def test_failed_run_does_not_stop_the_rest_and_is_run_again(write, capsys):
     write({"one": {**ONE, "fail": 0}, "two": TWO})
     assert exit_code("sweep.yaml") == 1
     said = capsys.readouterr()
@@ -130,7 +130,7 @@ def test_a_failed_run_does_not_stop_the_rest_and_is_run_again(write, capsys):
     assert "ValueError: the reason" in Path("out/one/seed-0/sweep.log").read_text()  # the log goes on
 
 
-def test_a_command_that_cannot_be_started_fails_like_a_run(write, capsys):
+def test_command_that_cannot_be_started_fails_like_a_run(write, capsys):
     write({"one": ONE}, command="no-such-program {output_dir} {seed}")
     assert exit_code("sweep.yaml") == 1
     said = capsys.readouterr()
@@ -167,7 +167,7 @@ def test_ctrl_c_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(w
     assert order() == ["one 0", "one 0 --resume_from_checkpoint true"]
 
 
-def test_a_second_ctrl_c_kills_a_run_that_does_not_stop(write, tmp_path):
+def test_second_ctrl_c_kills_a_run_that_does_not_stop(write, tmp_path):
     Path("deaf.py").write_text(
         "import signal, time; signal.signal(signal.SIGINT, lambda *_: print('not now', flush=True))\n"
         "print('hanging', flush=True)\nwhile True: time.sleep(1)"
@@ -186,7 +186,7 @@ def test_a_second_ctrl_c_kills_a_run_that_does_not_stop(write, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["config", "command"])
-def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(write, change, capsys):
+def test_finished_run_with_other_settings_is_not_taken_for_this_one(write, change, capsys):
     write({"one": ONE})
     assert exit_code("sweep.yaml") == 0
     write({"one": {**ONE, "share": 0.75}} if change == "config" else {"one": ONE},
@@ -198,7 +198,7 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(write, cha
     assert len(order()) == 2
 
 
-def test_a_mark_that_cannot_be_read_is_an_error_with_the_way_out(write):
+def test_mark_that_cannot_be_read_is_an_error_with_the_way_out(write):
     write({"one": ONE})
     Path("out/one/seed-0").mkdir(parents=True)
     Path("out/one/seed-0", MARK).write_text("{")
@@ -221,7 +221,7 @@ def test_print_gives_a_command_for_each_run_that_is_to_be_done(write, capsys, mo
     assert capsys.readouterr().out == ""
 
 
-def test_only_names_a_run_of_the_sweep(write):
+def test_option_only_names_a_run_of_the_sweep(write):
     write({"one": ONE})
     with pytest.raises(
         ValueError, match=r"--only 'one/seed-7' is not a run of 'sweep\.yaml'; there are \['one/seed-0', 'one/s"
@@ -232,7 +232,7 @@ def test_only_names_a_run_of_the_sweep(write):
 # --- commands ----------------------------------------------------------------------------------------------------
 
 
-def test_the_default_command_trains_with_the_common_settings(write):
+def test_default_command_trains_with_the_common_settings(write):
     common = {"max_steps": 3, "bf16": False, "run_name": "a b", "mass_target": {"general": 0.5}}
     sweep = read_sweep(write({"one": ONE}, command=TRAIN, set=common, output_dir="the out"))
     words = sweep.words(sweep.runs[1], resume=True)
@@ -267,13 +267,13 @@ def test_the_default_command_trains_with_the_common_settings(write):
         ({"configs": ["no.yaml"], "command": TRAIN}, r"configs in .* has 'no\.yaml', but there is no such file\. Paths"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_sweep_is_said_before_anything_runs(write, settings, message):
+def test_sweep_that_is_wrong_is_refused_before_anything_runs(write, settings, message):
     with pytest.raises(ValueError, match=message):
         read_sweep(write({"one": ONE}, **settings))
     assert not Path("out").exists()
 
 
-def test_a_sweep_that_is_not_there_is_an_error_with_its_path():
+def test_sweep_that_is_not_there_is_an_error_with_its_path():
     with pytest.raises(ValueError, match=r"the config 'no\.yaml' cannot be read"):
         read_sweep("no.yaml")
 
@@ -281,7 +281,7 @@ def test_a_sweep_that_is_not_there_is_an_error_with_its_path():
 # --- results -----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_has_means_and_spreads_over_seeds(write, capsys):
+def test_table_has_means_and_spreads_over_seeds(write, capsys):
     columns = ["gap/general/abs_mean", "gap/general/abs_mean@2", "share", "inner.x", "step_time@3"]
     write({"one": ONE, "two": TWO}, columns=columns)
     assert exit_code("sweep.yaml") == 0
@@ -302,7 +302,7 @@ def test_the_table_has_means_and_spreads_over_seeds(write, capsys):
     assert Path("out/results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_columns_the_gaps_and_the_numbers_of_the_result_are_shown(write):
+def test_table_without_columns_shows_the_gaps_and_the_numbers_of_the_result(write):
     write({"one": ONE}, seeds=[4])
     assert exit_code("sweep.yaml") == 0
     frame = pd.read_csv("out/results.csv")
@@ -314,7 +314,7 @@ def test_without_columns_the_gaps_and_the_numbers_of_the_result_are_shown(write)
     assert "| one | 1 | 4.333 | 4.5 |" in Path("out/results.md").read_text()
 
 
-def test_a_column_that_no_run_has_is_named_with_what_may_be_meant(write, capsys):
+def test_column_that_no_run_has_is_named_with_what_may_be_meant(write, capsys):
     write({"one": ONE}, columns=["gap/genral/abs_mean@3", "share"])
     assert exit_code("sweep.yaml") == 0
     said = capsys.readouterr().out
@@ -351,7 +351,7 @@ def test_results_are_json_numbers_only(write):
     assert json.loads(Path("out/one/seed-0", MARK).read_text())["seconds"] >= 0
 
 
-def test_the_sweep_may_be_named_with_config(tmp_path, capsys):
+def test_sweep_may_be_named_with_config(tmp_path, capsys):
     for words in (["no.yaml"], ["--config", "no.yaml"], ["--print", "--config=no.yaml"]):
         with pytest.raises(SystemExit):
             cli.main(["sweep", *words])

@@ -15,7 +15,7 @@ from camopd.run import SERVED_TEACHERS
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
-def test_a_served_teacher_that_is_gone_is_an_error_that_names_the_file(command, run, tmp_path, start_server, capsys):
+def test_served_teacher_that_is_gone_is_an_error_that_names_the_file(command, run, tmp_path, start_server, capsys):
     server = start_server()
     server.close()
     (tmp_path / "out").mkdir()

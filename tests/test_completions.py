@@ -5,7 +5,7 @@ from conftest import make_prompts
 from trainers import make_trainer
 
 
-def test_the_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, capsys):
+def test_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, capsys):
     trainer = make_trainer(
         tmp_path, tokenizer, schedule="general:1+domain:1", max_steps=2, logging_steps=2, log_completions=True,
         eval_dataset={"domain": make_prompts("domain", 3)},

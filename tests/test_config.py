@@ -110,7 +110,7 @@ def test_default_rollouts_are_drawn_from_the_whole_distribution_without_dropout(
     assert not config.remove_unused_columns
 
 
-def test_two_configs_share_no_dict(make_config):
+def test_configs_share_no_dict(make_config):
     first, second = make_config(), make_config()
     for name in ("mass_target", "scale", "score", "selection"):
         assert getattr(first, name) is not getattr(second, name)
@@ -162,13 +162,13 @@ def test_prompts_per_step_below_one_pass_is_told_the_smallest_that_works(make_co
         make_config(prompts_per_step=3, per_device_train_batch_size=4)
 
 
-def test_a_world_size_in_the_environment_is_taken_before_anything_else(make_config, monkeypatch):
+def test_world_size_in_the_environment_is_taken_before_anything_else(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"prompts_per_step=512 does not divide into passes of 3 ranks"):
         make_config()
 
 
-def test_a_contradicting_accumulation_is_refused_with_both_ways_out(make_config):
+def test_contradicting_accumulation_is_refused_with_both_ways_out(make_config):
     with pytest.raises(
         ValueError,
         match=r"gradient_accumulation_steps=8 contradicts prompts_per_step=512, which makes it 512 / \(1 ranks x 4\) "
@@ -197,14 +197,14 @@ def test_a_contradicting_accumulation_is_refused_with_both_ways_out(make_config)
         ("ignore_data_skip", True, "a resumed run would get the prompts and branches of step 0 again", "False"),
     ],
 )
-def test_what_the_method_cannot_use_is_refused(make_config, name, value, reason, way_out):
+def test_settings_that_the_method_cannot_use_are_refused(make_config, name, value, reason, way_out):
     way = re.escape(f"Leave it out, or at {way_out}.")
     expected = rf"{name}={value!r} cannot be used with CaMOPD: .*{re.escape(reason)}.*{way}"
     with pytest.raises(ValueError, match=expected):
         make_config(**{name: value})
 
 
-def test_the_completion_length_may_be_a_schedule(make_config, parse):
+def test_completion_length_may_be_a_schedule(make_config, parse):
     steps = {0: 256, 40: 1024, 80: 512}
     for config in (
         make_config(max_completion_length=steps),
@@ -220,22 +220,22 @@ def test_the_completion_length_may_be_a_schedule(make_config, parse):
 
 
 @pytest.mark.parametrize("steps", [{1: 256}, {0: 256, -3: 1}, {0: 0}, {0: 1.5}, {}, {"a": 1}, {0: 256, 5: None}])
-def test_a_schedule_of_lengths_that_cannot_be_is_refused(make_config, steps):
+def test_schedule_of_lengths_that_cannot_be_is_refused(make_config, steps):
     with pytest.raises(ValueError, match=r"max_completion_length .* begins at step 0: \{0: 2048, 40: 8192\}"):
         make_config(max_completion_length=steps)
 
 
-def test_a_schedule_of_lengths_beyond_the_run_is_refused(make_config):
+def test_schedule_of_lengths_beyond_the_run_is_refused(make_config):
     with pytest.raises(ValueError, match="changes at step 8, but the run ends after max_steps=8 steps"):
         make_config(max_completion_length={0: 64, 8: 128}, max_steps=8)
 
 
-def test_both_ways_to_switch_a_sampling_cut_off_are_taken(make_config):
+def test_sampling_cuts_are_switched_off_in_both_ways(make_config):
     config = make_config(min_p=0.0, top_k=-1)
     assert (config.min_p, config.top_k) == (None, 0)
 
 
-def test_a_schedule_that_cannot_be_read_is_refused(make_config):
+def test_schedule_that_cannot_be_read_is_refused(make_config):
     with pytest.raises(ValueError, match="schedule cannot be read: 0 must be above 0"):
         make_config(schedule="general:3,domain:0")
 
@@ -246,7 +246,7 @@ def test_a_schedule_that_cannot_be_read_is_refused(make_config):
 @pytest.mark.parametrize(
     "name, value", [("mass_target", 0.5), ("scale", 3.0), ("score", "absolute"), ("selection", False)]
 )
-def test_one_value_stands_for_all_branches(make_config, name, value):
+def test_value_given_once_stands_for_all_branches(make_config, name, value):
     config = make_config(schedule="general:2,domain:1,code+tools", **{name: value} | others(name))
     assert config.per_branch(name) == dict.fromkeys(("general", "domain", "code", "tools"), value)
 
@@ -258,7 +258,7 @@ def others(but):
 
 
 @pytest.mark.parametrize("name", ["mass_target", "scale", "score", "selection"])
-def test_a_branch_missing_in_a_dict_is_refused(make_config, name):
+def test_branch_missing_in_a_dict_is_refused(make_config, name):
     with pytest.raises(
         ValueError,
         match=rf"{name} has no value for branch 'code' of schedule 'general,code', only for \['domain', 'general'\]. "
@@ -268,7 +268,7 @@ def test_a_branch_missing_in_a_dict_is_refused(make_config, name):
 
 
 @pytest.mark.parametrize("name", ["mass_target", "scale", "score", "selection"])
-def test_a_branch_that_the_schedule_does_not_know_is_refused(make_config, name):
+def test_branch_that_the_schedule_does_not_know_is_refused(make_config, name):
     default = getattr(make_config(), name)
     with pytest.raises(
         ValueError,
@@ -278,7 +278,7 @@ def test_a_branch_that_the_schedule_does_not_know_is_refused(make_config, name):
         make_config(**{name: {"general": default["general"], "domian": default["domain"]}})
 
 
-def test_a_schedule_of_one_branch_needs_no_values_for_the_other(make_config):
+def test_schedule_of_one_branch_needs_no_values_for_the_other(make_config):
     config = make_config(schedule="domain")
     assert config.per_branch("mass_target") == {"domain": 0.8}
     assert config.per_branch("scale") == {"domain": 1.0}
@@ -287,17 +287,17 @@ def test_a_schedule_of_one_branch_needs_no_values_for_the_other(make_config):
 # --- YAML and command line ---------------------------------------------------------------------------------------
 
 
-def test_this_file_has_another_value_for_every_new_field():
+def test_new_fields_all_have_another_value_in_this_file():
     assert set(OTHER_VALUES) | {"completion_lengths"} | set(OLD_NAMES) == {field.name for field in NEW_FIELDS}
 
 
-def test_every_new_field_is_read_from_yaml(parse):
+def test_new_fields_are_read_from_yaml(parse):
     config = parse({name: value for name, (value, _) in OTHER_VALUES.items()})
     for name, (value, _) in OTHER_VALUES.items():
         assert getattr(config, name) == value
 
 
-def test_every_new_field_on_the_command_line_wins_over_the_yaml(parse):
+def test_new_fields_on_the_command_line_win_over_the_yaml(parse):
     of_yaml = dataclasses.asdict(CaMOPDConfig(output_dir="unused", use_cpu=True, bf16=False))
     arguments = [part for name, (_, text) in OTHER_VALUES.items() for part in (f"--{name}", text)]
     config = parse({name: of_yaml[name] for name in OTHER_VALUES if name != "teachers"}, *arguments)
@@ -315,7 +315,7 @@ def test_every_new_field_on_the_command_line_wins_over_the_yaml(parse):
         (["--score", "positive"], "score", "positive"),
     ],
 )
-def test_one_value_on_the_command_line_stands_for_all_branches(parse, arguments, name, expected):
+def test_value_given_once_on_the_command_line_stands_for_all_branches(parse, arguments, name, expected):
     config = parse({name: OTHER_VALUES[name][0]}, *arguments)
     assert config.per_branch(name) == dict.fromkeys(BRANCHES, expected)
     assert all(type(value) is type(expected) for value in config.per_branch(name).values())
@@ -336,24 +336,24 @@ def test_yaml_may_give_one_value_or_a_mapping(parse, name, value, expected):
     assert parse({name: value}).per_branch(name) == expected
 
 
-def test_a_number_in_a_json_object_on_the_command_line_may_be_a_text(parse):
+def test_number_in_a_json_object_on_the_command_line_may_be_a_text(parse):
     config = parse({}, "--mass_target", json.dumps({"general": "0.5", "domain": "1"}))
     assert config.per_branch("mass_target") == {"general": 0.5, "domain": 1.0}
 
 
-def test_the_changed_defaults_hold_on_the_command_line_too(parse):
+def test_defaults_that_changed_hold_on_the_command_line_too(parse):
     config = parse({})
     assert (config.max_steps, config.learning_rate, config.max_completion_length) == (120, 2e-6, 32768)
     assert config.gradient_accumulation_steps == 512
     assert parse({"max_steps": 7}, "--learning_rate", "1e-5").max_steps == 7
 
 
-def test_an_unknown_key_in_yaml_is_refused(parse):
+def test_unknown_key_in_yaml_is_refused(parse):
     with pytest.raises(ValueError, match="prompts_per_stp"):
         parse({"prompts_per_stp": 64})
 
 
-def test_wrong_values_are_refused_from_yaml_and_command_line_alike(parse):
+def test_values_that_are_wrong_are_refused_from_yaml_and_command_line_alike(parse):
     with pytest.raises(ValueError, match=r"mass_target of branch 'general' must be in \(0, 1\], got 1\.5"):
         parse({"mass_target": {"general": 1.5, "domain": 0.8}})
     with pytest.raises(ValueError, match="mass_target must be a number or a mapping from branch to that, got 'most'"):
@@ -368,7 +368,7 @@ def test_wrong_values_are_refused_from_yaml_and_command_line_alike(parse):
 
 
 @pytest.mark.parametrize("field", NEW_FIELDS, ids=lambda field: field.name)
-def test_every_new_field_is_documented_with_type_default_and_help(field):
+def test_new_fields_are_documented_with_type_default_and_help(field):
     entry = re.search(rf"^\s*{field.name} \((.*)\):$", CaMOPDConfig.__doc__, flags=re.MULTILINE)
     assert entry, f"{field.name} is missing in the docstring"
     if field.default is not dataclasses.MISSING and field.default is not None:
@@ -377,7 +377,7 @@ def test_every_new_field_is_documented_with_type_default_and_help(field):
     assert field.metadata["help"].strip()
 
 
-def test_every_default_that_differs_from_the_parent_is_named_in_the_docstring():
+def test_defaults_that_differ_from_the_parent_are_named_in_the_docstring():
     changed = [
         field.name
         for field in dataclasses.fields(CaMOPDConfig)
@@ -388,14 +388,14 @@ def test_every_default_that_differs_from_the_parent_is_named_in_the_docstring():
     assert [name for name in changed if f"`{name}" not in note] == []
 
 
-def test_a_config_made_from_the_values_of_another_is_equal(make_config):
+def test_config_made_from_the_values_of_another_is_equal(make_config):
     config = make_config(**{name: value for name, (value, _) in OTHER_VALUES.items()}, weight_decay=0.25, seed=7)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
     again = CaMOPDConfig(**values)
     assert {name: getattr(again, name) for name in values} == values
 
 
-def test_to_dict_is_json_and_holds_every_new_field(make_config):
+def test_config_as_a_dict_is_json_and_holds_every_new_field(make_config):
     values = json.loads(json.dumps(make_config(teachers=OTHER_VALUES["teachers"][0]).to_dict()))
     assert {field.name for field in NEW_FIELDS} <= set(values)
     assert values["teachers"] == OTHER_VALUES["teachers"][0]
@@ -410,7 +410,7 @@ def test_to_dict_is_json_and_holds_every_new_field(make_config):
         ("score_batch_size", 3, "score_tokens", 3 * (100 + 28)),
     ],
 )
-def test_old_names_are_taken_with_a_warning(old, value, new, expected, make_config, caplog):
+def test_names_of_before_are_taken_with_a_warning(old, value, new, expected, make_config, caplog):
     lengths = {"max_prompt_length": 100, "max_completion_length": 28}
     config = make_config(**{old: value}, **lengths)
     assert getattr(config, new) == expected and getattr(config, old) is None
@@ -422,11 +422,11 @@ def test_old_names_are_taken_with_a_warning(old, value, new, expected, make_conf
         make_config(**{old: value, new: other}, **lengths)
 
 
-def test_every_old_name_has_a_test():
-    (mark,) = test_old_names_are_taken_with_a_warning.pytestmark
+def test_names_of_before_all_have_a_test():
+    (mark,) = test_names_of_before_are_taken_with_a_warning.pytestmark
     assert {(old, new) for old, _, new, _ in mark.args[1]} == set(OLD_NAMES.items())
 
 
-def test_a_scoring_forward_holds_as_many_of_the_longest_sequences_as_its_tokens_allow(make_config):
+def test_scoring_forward_holds_as_many_of_the_longest_sequences_as_its_tokens_allow(make_config):
     assert make_config(max_prompt_length=1000, max_completion_length=3096).score_rows == 16  # 65536 tokens
     assert make_config(max_prompt_length=4096, max_completion_length=10**6).score_rows == 1

@@ -34,7 +34,7 @@ def ids(rows):
     return {row["id"] for row in rows}
 
 
-def test_the_longest_conversations_are_prompts_and_the_rest_is_for_fine_tuning(make):
+def test_conversations_that_are_longest_are_prompts_and_the_rest_is_for_fine_tuning(make):
     prompts, sft, card = make([talk(n) for n in (5, 9, 3, 7, 11)], limit=2)
     assert ids(prompts) == {"coser-1", "coser-4"}
     assert ids(sft) == {"coser-0", "coser-2", "coser-3"}
@@ -52,7 +52,7 @@ def test_length_counts_messages_but_the_systems_and_ties_go_to_the_first_in_the_
 
 
 @pytest.mark.parametrize("last", ["human", "assistant"])
-def test_a_prompt_ends_with_the_last_human_turn_before_the_last_assistant_turn(make, last):
+def test_prompt_ends_with_the_last_human_turn_before_the_last_assistant_turn(make, last):
     conversation = talk(7, last=last)
     prompts, _, _ = make([conversation])
     turns = conversation["conversations"]
@@ -62,7 +62,7 @@ def test_a_prompt_ends_with_the_last_human_turn_before_the_last_assistant_turn(m
     assert prompts[0]["prompt"][0] == {"role": "system", "content": CHARACTER}
 
 
-def test_two_assistant_turns_in_a_row_are_both_left_to_the_student(make):
+def test_assistant_turns_in_a_row_are_both_left_to_the_student(make):
     conversation = talk(4, last="assistant")
     conversation["conversations"].append({"from": "assistant", "value": "Anna: more"})
     prompts, _, _ = make([conversation])
@@ -70,7 +70,7 @@ def test_two_assistant_turns_in_a_row_are_both_left_to_the_student(make):
     assert len(prompts[0]["prompt"]) == 4
 
 
-def test_a_first_turn_may_be_the_start_sign_alone_and_texts_keep_their_blank_lines(make):
+def test_first_turn_may_be_the_start_sign_alone_and_texts_keep_their_blank_lines(make):
     prompts, sft, _ = make([talk(2, last="assistant"), talk(1, last="assistant")])
     assert prompts[0]["prompt"][-1] == {"role": "user", "content": START}
     assert sft[0]["messages"][-1]["content"].endswith("\n\n")
@@ -107,13 +107,13 @@ def test_next_speaker_conversations_are_for_fine_tuning_only_unless_asked_for(ma
         ({"conversations": [*talk(20)["conversations"], {"from": "system", "value": "s"}]}, "a system message"),
     ],
 )  # fmt: skip
-def test_a_conversation_that_is_none_is_in_neither_file_and_counted(make, conversation, reason):
+def test_conversation_that_is_none_is_in_neither_file_and_counted(make, conversation, reason):
     prompts, sft, card = make([conversation, talk(5), talk(3)])
     assert (ids(prompts), ids(sft)) == ({"coser-1"}, {"coser-2"})
     assert reason in card.split("| prompts |")[1]
 
 
-def test_what_stands_in_system_beside_the_turns_is_the_first_message(make):
+def test_system_beside_the_turns_is_the_first_message(make):
     plain, known = talk(7), talk(9)
     first = {**plain, "system": "You are Anna.", "conversations": plain["conversations"][1:]}
     same = {**known, "system": known["conversations"][0]["value"]}
@@ -128,7 +128,7 @@ def test_what_stands_in_system_beside_the_turns_is_the_first_message(make):
     assert "tools, which the messages do not name: 1" in card
 
 
-def test_a_conversation_that_opens_with_its_only_assistant_turn_is_no_prompt(make):
+def test_conversation_that_opens_with_its_only_assistant_turn_is_no_prompt(make):
     opening = {"conversations": [{"from": "system", "value": "s"}, {"from": "assistant", "value": "a"},
                                  *({"from": "human", "value": f"h{n}"} for n in range(9))]}  # fmt: skip
     prompts, sft, card = make([opening, talk(3)])
@@ -136,7 +136,7 @@ def test_a_conversation_that_opens_with_its_only_assistant_turn_is_no_prompt(mak
     assert "no human turn before the last assistant turn (stays in sft): 1" in card
 
 
-def test_a_long_prompt_keeps_the_system_message_and_loses_its_oldest_turns(make):
+def test_long_prompt_keeps_the_system_message_and_loses_its_oldest_turns(make):
     conversation = talk(9)
     for turn in conversation["conversations"][1:]:
         turn["value"] = f"{turn['value']}{'x' * 4000}"
@@ -153,13 +153,13 @@ def test_a_long_prompt_keeps_the_system_message_and_loses_its_oldest_turns(make)
     assert "oldest turns left out, for length: 1" in card
 
 
-def test_a_prompt_too_long_without_its_oldest_turns_gives_its_place_to_the_next(make):
+def test_prompt_too_long_without_its_oldest_turns_gives_its_place_to_the_next(make):
     prompts, sft, card = make([talk(9, CHARACTER + "x" * 20_000), talk(3)])
     assert (ids(prompts), ids(sft)) == ({"coser-1"}, {"coser-0"})
     assert "too long even without its oldest turns (stays in sft): 1" in card
 
 
-def test_the_order_hangs_on_the_seed_and_the_choice_does_not(make, tmp_path):
+def test_order_hangs_on_the_seed_and_the_choice_does_not(make, tmp_path):
     conversations = [talk(n) for n in range(2, 60)]
     first, _, _ = make(conversations, 20, out="a")
     make(conversations, 20, out="b")
@@ -170,7 +170,7 @@ def test_the_order_hangs_on_the_seed_and_the_choice_does_not(make, tmp_path):
     assert other != first
 
 
-def test_too_few_conversations_are_an_error_with_the_counts(make, tmp_path):
+def test_conversations_that_are_too_few_are_an_error_with_the_counts(make, tmp_path):
     with pytest.raises(
         DataError, match=r"prompts has 1 prompts, and 3 are wanted\. Of 2 rows .*\n    assistant names the next"
     ):
@@ -178,7 +178,7 @@ def test_too_few_conversations_are_an_error_with_the_counts(make, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sft_conversations_sharegpt.json"]
 
 
-def test_both_files_load_by_the_card(make, tmp_path):
+def test_card_loads_both_files(make, tmp_path):
     from datasets import load_dataset
 
     make([talk(n) for n in range(3, 9)], 2)
@@ -194,7 +194,7 @@ def test_both_files_load_by_the_card(make, tmp_path):
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def test_other_rows_are_an_error_with_the_row_and_its_columns(make):
+def test_rows_of_another_form_are_an_error_with_the_row_and_its_columns(make):
     with pytest.raises(
         DataError, match=r"row 1 of '.*' has no column 'conversations', only \['messages'\]\. Give train/sft_conv"
     ):
@@ -204,7 +204,7 @@ def test_other_rows_are_an_error_with_the_row_and_its_columns(make):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
-def test_a_list_is_read_in_chunks_of_any_size(tmp_path, monkeypatch, chunk):
+def test_list_is_read_in_chunks_of_any_size(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(coser, "CHUNK", chunk)
     elements = [{"a": 'quo"te, ] } \\', "b": ["é", "\U0001f600", {}]}, {}, [], "text", {"n": 1.5, "t": True}]
     path = tmp_path / "list.json"
@@ -228,7 +228,7 @@ def test_a_list_is_read_in_chunks_of_any_size(tmp_path, monkeypatch, chunk):
         ("version https://git-lfs.github.com/spec/v1", "it begins with 'version https://git-'"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_list_is_an_error_with_the_place(tmp_path, text, why):
+def test_file_that_is_no_list_is_an_error_with_the_place(tmp_path, text, why):
     path = tmp_path / "list.json"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"list\.json' is not a JSON list: {why}(.|\n)*Check the download"):
@@ -243,7 +243,7 @@ def test_bytes_that_are_no_utf_8_are_an_error(tmp_path):
         list(stream_list(tmp_path / "list.json"))
 
 
-def test_a_folder_is_searched_for_the_file_and_its_licence(tmp_path):
+def test_folder_is_searched_for_the_file_and_its_licence(tmp_path):
     (tmp_path / "copy" / "train").mkdir(parents=True)
     (tmp_path / "copy" / "README.md").write_text("---\nlicense: mit\n---\n# CoSER\n")
     with pytest.raises(
@@ -255,7 +255,7 @@ def test_a_folder_is_searched_for_the_file_and_its_licence(tmp_path):
     assert "| the local copy 'copy' | mit |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_element_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_element_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(coser, "CHUNK", 1000)
     monkeypatch.setattr(coser, "LONGEST", 10_000)
     path = tmp_path / "list.json"
@@ -269,7 +269,7 @@ def test_an_element_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
 
 
-def test_a_list_behind_many_blanks_is_read(tmp_path):
+def test_list_behind_many_blanks_is_read(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(" \n" * 500 + '[{"a": 1}]')
     assert list(stream_list(path)) == [{"a": 1}]

@@ -58,7 +58,7 @@ def prompt_of(make):
     return prompt_of
 
 
-def test_the_mixture_is_4_3_2_1(make):
+def test_mixture_is_4_3_2_1(make):
     rows, card = make(20)
     names = {"openlifescienceai/medmcqa": 8, "UCSC-VLAA/MedReason": 6, "FreedomIntelligence/Medical-R1-Distill-Data": 4,
              "UCSC-VLAA/m23k-tokenized": 2}  # fmt: skip
@@ -147,7 +147,7 @@ def test_benchmark_questions_are_found_in_m23k_with_options_behind_them(make):
     assert "in the test split of medqa: 1" in card
 
 
-def test_a_stem_ends_where_the_options_begin():
+def test_stem_ends_where_the_options_begin():
     assert stem("A man.\nA. is not an option here if it is: no") == "A man."
     assert stem("Vitamin A. What is it?") == "Vitamin A. What is it?"
     assert stem("What?\nAnswer Choices: (A) one (B) two") == stem("What?\n(A) one\n(B) two") == "What?"
@@ -170,13 +170,13 @@ def test_duplicates_are_removed_over_all_sources(make):
      (medmcqa(0, opc=""), "an option is empty"), (medmcqa(0, opc=None), "an option is empty"),
      (medmcqa(0, question="x" * 20_000), "too long")],
 )  # fmt: skip
-def test_a_row_that_is_no_question_is_dropped_and_counted(make, row, reason):
+def test_row_that_is_no_question_is_dropped_and_counted(make, row, reason):
     rows, card = make(medmcqa=[row, *(medmcqa(n) for n in range(1, 9))])
     assert "medmcqa-uuid-0" not in {found["id"] for found in rows}
     assert f"{reason}: 1" in card
 
 
-def test_a_seed_gives_the_same_bytes_and_another_seed_other_rows(make, tmp_path):
+def test_seed_gives_the_same_bytes_and_another_seed_other_rows(make, tmp_path):
     first, _ = make(out="a")
     make(out="b")
     assert (tmp_path / "a" / "prompts.jsonl").read_bytes() == (tmp_path / "b" / "prompts.jsonl").read_bytes()
@@ -185,12 +185,12 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_other_rows(make, tmp_path)
     assert {row["id"] for row in other} != {row["id"] for row in first}
 
 
-def test_any_first_rows_are_a_mixture(make):
+def test_mixture_holds_in_any_first_rows(make):
     rows, _ = make(80)
     assert len({row["source"] for row in rows[:20]}) == 4
 
 
-def test_a_source_that_is_none_is_left_out_of_the_mixture(make):
+def test_source_that_is_none_is_left_out_of_the_mixture(make):
     rows, card = make(10, medreason="none", medxpertqa="none")
     assert Counter(row["id"].split("-")[0] for row in rows) == {"medmcqa": 6, "medical_r1_distill": 3, "m23k": 1}
     assert "MedXpertQA](" not in card
@@ -198,7 +198,7 @@ def test_a_source_that_is_none_is_left_out_of_the_mixture(make):
         make(10, out="no", **dict.fromkeys(KINDS, "none"))
 
 
-def test_a_missing_column_is_an_error_with_its_name(make, tmp_path):
+def test_missing_column_is_an_error_with_its_name(make, tmp_path):
     rows = [{key: value for key, value in distill(n).items() if key != "question"} for n in range(9)]
     with pytest.raises(
         DataError, match=r"R1-Distill-Data'.* has no column 'question' in the first row, only \['reasoning"
@@ -207,7 +207,7 @@ def test_a_missing_column_is_an_error_with_its_name(make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_split_without_rows_is_an_error(make, tmp_path):
+def test_split_without_rows_is_an_error(make, tmp_path):
     with pytest.raises(
         DataError, match=r"m23k-tokenized', .*the local copy 'm23k\.jsonl', has no rows in split 'train'"
     ):
@@ -215,7 +215,7 @@ def test_a_split_without_rows_is_an_error(make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_id_that_comes_twice_is_an_error(make, tmp_path):
+def test_id_that_comes_twice_is_an_error(make, tmp_path):
     with pytest.raises(DataError, match=r"the id 'medmcqa-uuid-1' comes twice, .* in row \d+ of prompts\.jsonl"):
         make(medmcqa=[medmcqa(1, question=f"q {n}") for n in range(8)])
     assert not (tmp_path / "out").exists()
@@ -247,7 +247,7 @@ def test_an_id_that_comes_twice_is_an_error(make, tmp_path):
         {"question": "Which?\nAnswer Choices: (A) one (B) two", "options": {"A": "one", "B": "two"}},
     ],
 )
-def test_a_row_with_options_gets_the_template_of_figure_7(row):
+def test_row_with_options_gets_the_template_of_figure_7(row):
     system, user = to_prompt(row)
     assert system == {"role": "system", "content": SYSTEM}
     assert user == {
@@ -256,13 +256,13 @@ def test_a_row_with_options_gets_the_template_of_figure_7(row):
     }
 
 
-def test_a_row_without_options_gets_the_open_template_and_no_answer():
+def test_row_without_options_gets_the_open_template_and_no_answer():
     _, user = to_prompt({"question": "What is choking?", "answer": GOLD, "options": None})
     assert user["content"] == f"What is choking?\n{CLOSING_OPEN}"
     assert GOLD not in user["content"]
 
 
-def test_a_row_without_a_question_is_an_error_with_its_columns():
+def test_row_without_a_question_is_an_error_with_its_columns():
     with pytest.raises(
         ValueError, match=r"no text in `question`, only the columns \['answer', 'text'\]: .*`messages` or"
     ):

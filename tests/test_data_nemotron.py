@@ -52,7 +52,7 @@ def users(rows, category):
     return {row["prompt"][-1]["content"] for row in rows if row["category"] == category}
 
 
-def test_the_official_proportions_by_largest_remainder():
+def test_proportions_are_the_official_ones_by_largest_remainder():
     assert largest_remainder(ROWS, 10_000) == {
         "chat": 291,
         "code": 739,
@@ -77,7 +77,7 @@ def test_rows_are_prompts_with_category_source_and_id(make):
     assert "seed 0" in card
 
 
-def test_what_is_built_loads_as_a_prompt_dataset(make, tmp_path):
+def test_build_loads_as_a_prompt_dataset(make, tmp_path):
     from camopd.files import load_prompts
 
     make(limit=100)
@@ -86,7 +86,7 @@ def test_what_is_built_loads_as_a_prompt_dataset(make, tmp_path):
     assert load_dataset(str(tmp_path / "out"), split="train")[0]["prompt"]  # the card names the file
 
 
-def test_a_seed_gives_the_same_rows_in_any_order_of_the_files(make, tmp_path):
+def test_seed_gives_the_same_rows_in_any_order_of_the_files(make, tmp_path):
     first, _ = make(limit=50, out="first")
     make(limit=50, out="again")
     assert (tmp_path / "first" / "prompts.jsonl").read_bytes() == (tmp_path / "again" / "prompts.jsonl").read_bytes()
@@ -99,7 +99,7 @@ def test_a_seed_gives_the_same_rows_in_any_order_of_the_files(make, tmp_path):
     assert sharded == first
 
 
-def test_the_sample_is_uniform_over_the_stream(make):
+def test_sample_is_uniform_over_the_stream(make):
     """30 of 150 rows, 40 seeds: a third of the stream gets a third of the draws (400, standard deviation 15)."""
     thirds = Counter()
     for seed in range(40):
@@ -108,19 +108,19 @@ def test_the_sample_is_uniform_over_the_stream(make):
     assert all(340 < thirds[third] < 460 for third in range(3)), thirds
 
 
-def test_the_prompt_ends_before_the_final_assistant_turn(make):
+def test_prompt_ends_before_the_final_assistant_turn(make):
     turns = [turn("user", "one"), turn("assistant", "two"), turn("user", "three"), turn("assistant", "gold")]
     rows, _ = make(limit=1, stem=[raw("stem", 0, *turns)])
     assert [message["content"] for message in rows[0]["prompt"]] == ["one", "two", "three"]
 
 
-def test_a_row_with_no_assistant_turn_is_dropped_and_counted(make):
+def test_row_with_no_assistant_turn_is_dropped_and_counted(make):
     rows, card = make(limit=2, stem=[raw("stem", 0, turn("user", "alone")), *(raw("stem", n) for n in (1, 2))])
     assert users(rows, "stem") == {"stem question 1", "stem question 2"}
     assert "no assistant turn: 1" in card
 
 
-def test_a_row_that_begins_with_the_answer_is_dropped_and_counted(make):
+def test_row_that_begins_with_the_answer_is_dropped_and_counted(make):
     rows, card = make(limit=1, stem=[raw("stem", 0, turn("assistant", "gold")), raw("stem", 1)])
     assert users(rows, "stem") == {"stem question 1"}
     assert "no user turn before the last assistant turn: 1" in card
@@ -163,7 +163,7 @@ def test_code_questions_come_from_the_split_that_the_metadata_name(make, tmp_pat
     assert texts == {"test 3", "train 3"}
 
 
-def test_a_question_that_is_found_twice_is_one_prompt(make):
+def test_question_that_is_found_twice_is_one_prompt(make):
     contests = [{"description": text} for text in ("one", "ONE ", "two", "chat question 0")]
     rows, card = make(
         limit=30, code=[code(n) for n in range(4)], chat=[raw("chat", 0)], questions={"code_contests": contests}
@@ -209,7 +209,7 @@ def test_code_rows_whose_question_cannot_be_had_are_resampled_within_the_categor
     assert reason in cards
 
 
-def test_a_placeholder_is_never_a_prompt(make):
+def test_placeholder_is_never_a_prompt(make):
     for split in ("chat", "stem"):
         for number, text in enumerate(("", "-", " \n")):
             held_back = raw(split, 0, turn("user", text), turn("assistant", "a"))
@@ -228,7 +228,7 @@ def test_duplicates_on_normalised_user_text_are_removed_before_sampling(make):
     assert "duplicate of a row that is kept: 3" in card
 
 
-def test_a_text_repeated_a_thousand_times_is_drawn_no_more_often_than_another(make):
+def test_text_repeated_a_thousand_times_is_drawn_no_more_often_than_another(make):
     """Duplicates go before sampling: 1000 copies of one text among 150 others are 1 of 151 texts."""
     copies = [raw("stem", n + 1000, turn("user", "again"), turn("assistant", "a")) for n in range(1000)]
     drawn = sum(
@@ -241,7 +241,7 @@ def test_a_text_repeated_a_thousand_times_is_drawn_no_more_often_than_another(ma
     assert sum(row["prompt"][0]["content"] == "again" for row in rows) <= 1
 
 
-def test_a_text_of_one_category_is_not_drawn_again_in_another(make):
+def test_text_of_one_category_is_not_drawn_again_in_another(make):
     shared = [raw("math", n, turn("user", f"stem question {n}"), turn("assistant", "a")) for n in range(150)]
     rows, _ = make(limit=100, math=shared, stem=[*(raw("stem", n) for n in range(150))])
     texts = [row["prompt"][-1]["content"] for row in rows]
@@ -267,13 +267,13 @@ def test_tool_calls_and_results_before_the_final_turn_are_kept(make):
 
 
 @pytest.mark.parametrize("metadata", ["{}", "", None, "no json", '{"tools": []}', '{"tools": "weather"}', "[1]"])
-def test_a_tool_row_without_tools_is_dropped_and_counted(make, metadata):
+def test_tool_row_without_tools_is_dropped_and_counted(make, metadata):
     rows, card = make(limit=100, tool_calling=[raw("tool_calling", 5, metadata=metadata), tool(6)])
     assert {row["id"] for row in rows if row["category"] == "tool_calling"} == {"tool_calling-uuid-6"}
     assert "no tools in the metadata: 1" in card
 
 
-def test_a_long_conversation_loses_its_oldest_turns_and_a_long_question_is_dropped(make):
+def test_long_conversation_loses_its_oldest_turns_and_a_long_question_is_dropped(make):
     long = "x" * 10_000
     turns = [
         turn("system", "S"),
@@ -290,7 +290,7 @@ def test_a_long_conversation_loses_its_oldest_turns_and_a_long_question_is_dropp
     assert "oldest turns left out, for length: 1" in card
 
 
-def test_the_reasoning_flag_makes_no_other_prompt(make):
+def test_reasoning_flag_makes_no_other_prompt(make):
     pair = [
         raw("stem", n, turn("user", "same"), turn("assistant", "a"), reasoning=flag)
         for n, flag in enumerate(("on", "off"))
@@ -300,7 +300,7 @@ def test_the_reasoning_flag_makes_no_other_prompt(make):
     assert "duplicate of a row that is kept: 1" in card
 
 
-def test_too_few_rows_are_an_error_with_the_counts(make, tmp_path):
+def test_rows_that_are_too_few_are_an_error_with_the_counts(make, tmp_path):
     with pytest.raises(
         DataError, match=r"stem has 1 prompts, and 8 are wanted. Of 2 rows were dropped:\n    no assistant turn: 1"
     ):
@@ -308,14 +308,14 @@ def test_too_few_rows_are_an_error_with_the_counts(make, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nemotron"]
 
 
-def test_a_prompt_set_that_is_too_long_throughout_is_an_error(make):
+def test_prompt_set_that_is_too_long_throughout_is_an_error(make):
     with pytest.raises(
         DataError, match=r"stem has 0 prompts, and 1 are wanted. Of 1 rows were dropped:\n    too long: 1"
     ):
         make(limit=1, stem=[raw("stem", 0, turn("user", "x" * 20_000), turn("assistant", "a"))])
 
 
-def test_an_id_that_comes_twice_is_an_error_with_its_row(make, tmp_path):
+def test_id_that_comes_twice_is_an_error_with_its_row(make, tmp_path):
     with pytest.raises(
         DataError, match=r"the id 'stem-uuid-5' comes twice, the second time in row \d of prompts\.jsonl"
     ):
@@ -323,7 +323,7 @@ def test_an_id_that_comes_twice_is_an_error_with_its_row(make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_column_is_named_with_those_that_are_there(make, tmp_path):
+def test_missing_column_is_named_with_those_that_are_there(make, tmp_path):
     make(limit=1)
     file = tmp_path / "nemotron" / "data" / "stem-00000-of-00001.parquet"
     Dataset.from_list([raw("stem", 0)], features=FEATURES).rename_column("messages", "turns").to_parquet(file)
@@ -334,7 +334,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(make, tmp_path):
     assert not (tmp_path / "out3").exists()
 
 
-def test_a_file_in_place_of_the_folder_of_nemotron_is_refused(tmp_path):
+def test_file_in_place_of_the_folder_of_nemotron_is_refused(tmp_path):
     (tmp_path / "stem.parquet").touch()
     with pytest.raises(
         ValueError, match=r"nemotron='.*stem\.parquet' must be a folder with the files of the splits \['chat'"

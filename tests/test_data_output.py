@@ -17,7 +17,7 @@ from camopd.data.output import building, write_jsonl
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_build_that_fails_while_it_writes_leaves_nothing(tmp_path, error):
+def test_build_that_fails_while_it_writes_leaves_nothing(tmp_path, error):
     def rows():
         yield {"id": "1"}
         raise error
@@ -27,7 +27,7 @@ def test_a_build_that_fails_while_it_writes_leaves_nothing(tmp_path, error):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_an_error_after_the_writing_of_one_file_leaves_nothing(tmp_path, monkeypatch):
+def test_error_after_the_writing_of_one_file_leaves_nothing(tmp_path, monkeypatch):
     coser_file = tmp_path / "coser.json"
     coser_file.write_text(json.dumps([talk(5), talk(7), talk(3)]))
 
@@ -54,7 +54,7 @@ def general(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [1, 130, 260, 261, 399])
-def test_an_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monkeypatch, capfd, stop_at):
+def test_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monkeypatch, capfd, stop_at):
     monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
     general("whole")
     convert, calls = nemotron._convert, []
@@ -79,7 +79,7 @@ def test_an_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monk
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_what_was_read_is_not_read_again(general, monkeypatch):
+def test_build_that_goes_on_does_not_read_again_what_was_read(general, monkeypatch):
     monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
     convert, calls = nemotron._convert, []
 
@@ -96,7 +96,7 @@ def test_what_was_read_is_not_read_again(general, monkeypatch):
     assert len(calls) == 330 + 500 - 320  # from the last multiple of 20
 
 
-def test_what_was_kept_for_other_settings_is_not_used(general, tmp_path, monkeypatch):
+def test_build_does_not_use_what_was_kept_for_other_settings(general, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
     general("whole", seed=1)
     monkeypatch.setattr(nemotron, "_look_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -118,7 +118,7 @@ data(sys.argv[1:])
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_build_leaves_no_output_and_goes_on(general, tmp_path, sign):
+def test_killed_build_leaves_no_output_and_goes_on(general, tmp_path, sign):
     general("whole")
     words = [
         "general",

@@ -41,7 +41,7 @@ def folder(tmp_path):
         (["latest.jsonl", "test.jsonl"], {"split": "test"}, ["test.jsonl"]),
     ],
 )  # fmt: skip
-def test_a_folder_gives_the_files_of_the_split(folder, there, changes, taken):
+def test_folder_gives_the_files_of_the_split(folder, there, changes, taken):
     path = folder(*there)
     assert [str(file.relative_to(path)) for file in local_files(source(**changes), path)] == taken
 
@@ -54,12 +54,12 @@ def test_a_folder_gives_the_files_of_the_split(folder, there, changes, taken):
         (["train.jsonl", "train.csv"], r"has files of the types \['\.csv', '\.jsonl'\]\. Give one type of \.parquet"),
     ],
 )  # fmt: skip
-def test_a_folder_without_files_of_the_split_is_an_error(folder, there, message):
+def test_folder_without_files_of_the_split_is_an_error(folder, there, message):
     with pytest.raises(ValueError, match=message):
         local_files(source(), folder(*there))
 
 
-def test_a_file_of_another_type_is_an_error(folder):
+def test_file_of_another_type_is_an_error(folder):
     with pytest.raises(ValueError, match=r"has files of the types \['\.txt'\]"):
         local_files(source(), folder("train.txt") / "train.txt")
 
@@ -73,13 +73,13 @@ def test_a_file_of_another_type_is_an_error(folder):
         ("a.jsonl", b'{"question": "a"}\n{"question', r"the local copy 'a\.jsonl': "),
     ],
 )  # fmt: skip
-def test_a_broken_file_is_an_error_with_its_name(tmp_path, name, content, message):
+def test_broken_file_is_an_error_with_its_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(open_source(source(), str(tmp_path / name)).rows())
 
 
-def test_a_token_in_an_error_is_not_repeated():
+def test_token_in_an_error_is_not_repeated():
     error = OSError("401 for https://user:hf_AbCdEf123@huggingface.co/datasets/o/x")
     for path in (None, "a.jsonl"):
         said = explain(error, Opened(source(), path, "", ""))
@@ -87,6 +87,6 @@ def test_a_token_in_an_error_is_not_repeated():
         assert "hf_...@huggingface.co" in said
 
 
-def test_only_the_columns_that_are_asked_for_are_read(tmp_path):
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines([{"question": "q", "answer": "gold"}]))
     assert list(open_source(source(), str(tmp_path / "a.jsonl")).rows()) == [{"question": "q"}]

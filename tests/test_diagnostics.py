@@ -51,7 +51,7 @@ def by_hand(trainer, samples, model) -> dict[str, dict[int, torch.Tensor]]:
     ],
     ids=["alternating", "padding_free", "mixed", "without_selection", "lora"],
 )
-def test_a_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(settings, tmp_path, tokenizer):
+def test_step_writes_the_coherence_and_conflict_of_a_loop_over_its_samples(settings, tmp_path, tokenizer):
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=1, prompts_per_step=12, max_completion_length=9, mass_target=0.6, optim="sgd",
         teachers={"general": make_model(2), "domain": make_model(3)}, **settings,
@@ -146,7 +146,7 @@ def test_stale_conflict_is_that_of_the_gradients_that_autograd_gave(
         assert line[f"conflict/{written[other]['branch']}_norm"] == norms[other]
 
 
-def test_a_schedule_of_three_branches_is_held_against_the_one_before(tmp_path, tokenizer):
+def test_schedule_of_three_branches_is_held_against_the_one_before(tmp_path, tokenizer):
     branches = ("general", "domain", "code")
     make_trainer(
         tmp_path, tokenizer, schedule="general:1,domain:1,code:1", max_steps=4, mass_target=0.8, scale=1.0,
@@ -162,7 +162,7 @@ def test_a_schedule_of_three_branches_is_held_against_the_one_before(tmp_path, t
     ]
 
 
-def test_each_branch_is_measured_once_in_every_interval(tmp_path, tokenizer):
+def test_branches_are_each_measured_once_in_every_interval(tmp_path, tokenizer):
     make_trainer(
         tmp_path, tokenizer, schedule="general:3,domain:1", max_steps=9, diagnostics_steps=4,
         teachers={"general": make_model(2), "domain": make_model(3)},
@@ -200,7 +200,7 @@ def test_training_is_the_same_with_and_without(schedule, tmp_path, tokenizer):
                 assert other[name] == value, name
 
 
-def test_a_model_whose_layers_cannot_be_watched_is_trained_without_coherence(tmp_path, tokenizer, caplog):
+def test_model_whose_layers_cannot_be_watched_is_trained_without_coherence(tmp_path, tokenizer, caplog):
     size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     student, teacher = (GPT2LMHeadModel(GPT2Config(**size, **ends)) for _ in range(2))

@@ -11,7 +11,7 @@ from trl import LogCompletionsCallback
 from camopd.errors import CaMOPDError
 
 
-def test_one_process_counts_every_held_out_prompt_once(tmp_path):
+def test_evaluation_on_one_process_counts_every_held_out_prompt_once(tmp_path):
     check_evaluations(evaluations(str(tmp_path), 2))
 
 
@@ -41,7 +41,7 @@ def test_evaluation_reports_exact_gaps_per_branch(tmp_path, tokenizer):
     assert found["eval_domain_gap_abs"] == 0  # the student is the domain teacher
 
 
-def test_other_prompts_than_those_of_the_trainer_are_evaluated_in_every_form(tmp_path, tokenizer):
+def test_evaluation_takes_other_prompts_than_those_of_the_trainer_in_every_form(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"general": make_prompts("general", 4)})
     general, domain = make_prompts("general", 3), make_prompts("domain", 2)
     expected = trainer.evaluate({"general": general})
@@ -89,7 +89,7 @@ def test_prompts_of_the_only_branch_need_no_name(tmp_path, tokenizer):
     assert trainer.evaluate(make_prompts("g", 2).to_iterable_dataset())["eval_prompts"] == 2
 
 
-def test_the_callback_of_trl_logs_completions_of_held_out_prompts(tmp_path, tokenizer):
+def test_log_completions_callback_of_trl_takes_held_out_prompts(tmp_path, tokenizer):
     heldout = {"general": make_prompts("general", 4), "domain": make_prompts("domain", 1).to_iterable_dataset()}
     trainer = make_trainer(tmp_path, tokenizer, eval_dataset=heldout, max_steps=1)
     callbacks = [LogCompletionsCallback(trainer, num_prompts=number, freq=1) for number in (None, 3)]
@@ -112,7 +112,7 @@ def test_evaluation_changes_nothing_about_training(tmp_path, tokenizer):
     assert losses[0] == losses[1]
 
 
-def test_what_an_evaluation_measures_is_no_part_of_a_step(tmp_path, tokenizer):
+def test_evaluation_measures_nothing_into_a_step(tmp_path, tokenizer):
     """FSDP2 takes a step of zeros on resume, before any step of the run: with nothing to add to, also after `evaluate`."""
     trainer = make_trainer(tmp_path, tokenizer, eval_dataset={"general": make_prompts("general", 2)}, max_steps=2)
     trainer.evaluate()

@@ -163,7 +163,7 @@ def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_
 
 
 @pytest.mark.slow
-def test_a_script_without_prompts_of_a_branch_says_which(models, tmp_path):
+def test_script_without_prompts_of_a_branch_says_which(models, tmp_path):
     run = script("train_medical", "--config", "configs/smoke.yaml", "--prompts", '{"general": "general.jsonl"}')
     assert run.returncode != 0
     assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in run.stderr
@@ -213,7 +213,7 @@ def test_train_custom_needs_no_config(models, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train_medical", "train_roleplay", "train_custom", "specialize_roleplay"])
-def test_a_script_is_a_few_dozen_lines_with_its_dependencies(name):
+def test_script_is_a_few_dozen_lines_with_its_dependencies(name):
     text = (EXAMPLES / f"{name}.py").read_text()
     assert text.startswith("# /// script\n# dependencies = [")
     assert len(text.splitlines()) < 80

@@ -43,7 +43,7 @@ def drawn(path, **more):
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_the_file_that_is_named_is_read_and_no_other(tmp_path, name):
+def test_file_that_is_named_is_read_and_no_other(tmp_path, name):
     path = save(tmp_path / name, '{"prompt": "right"}\n')
     for other in ("p1.jsonl", "pa.jsonl", "p.jsonl", "a/x1y.jsonl", "pa é #1 %20.jsonl"):
         save(tmp_path / other, '{"prompt": "wrong"}\n')
@@ -52,7 +52,7 @@ def test_the_file_that_is_named_is_read_and_no_other(tmp_path, name):
     assert [row["prompt"] for row in open_source(source, path).rows()] == ["right"]
 
 
-def test_a_folder_whose_path_would_be_taken_for_a_pattern_is_refused(tmp_path):
+def test_folder_whose_path_would_be_taken_for_a_pattern_is_refused(tmp_path):
     save(tmp_path / "f1" / "train.jsonl", '{"prompt": "wrong"}\n')
     path = save(tmp_path / "f[1]" / "train.jsonl", '{"prompt": "right"}\n')
     with pytest.raises(ValueError, match=r"f\[1\]' .*takes for a pattern.*Name the file in it, or rename the folder"):
@@ -69,7 +69,7 @@ def test_home_upper_case_and_packed_files(tmp_path, monkeypatch):
     assert [file_type(name) for name in ("a.parquet", "a.txt", "a", "a.json.zst")] == ["parquet", None, None, "json"]
 
 
-def test_a_file_of_another_type_is_refused(tmp_path):
+def test_file_of_another_type_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"p\.txt' .*is a file, but of none of the types .jsonl, .json, .parquet, .csv"
     ):
@@ -89,7 +89,7 @@ cell = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), mi
         cell | st.sampled_from(["007", "NA", "null", "3.10", "2024-01-01", "True", '"b"']), min_size=1, max_size=4
     )
 )
-def test_the_cells_of_a_csv_file_are_texts(tmp_path, cells):
+def test_cells_of_a_csv_file_are_texts(tmp_path, cells):
     quoted = "".join('"{}","x, y"\n'.format(text.replace('"', '""')) for text in cells)
     path = save(tmp_path / f"{abs(hash(quoted))}.csv", "prompt,category\n" + quoted)
     dataset = load_prompts(path, "general")
@@ -97,7 +97,7 @@ def test_the_cells_of_a_csv_file_are_texts(tmp_path, cells):
     assert set(dataset["category"][:]) == {"x, y"}
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
     mark = "\ufeff"
     assert drawn(save(tmp_path / "p.jsonl", mark + '{"prompt": "é"}\n')) == ["é"]
     assert drawn(save(tmp_path / "p.csv", mark + "prompt\né\n")) == ["é"]
@@ -111,7 +111,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
         ("prompt,category\na,b\nhi\n", r"row 1 has 1 cells, and the header 2"),
     ],
 )
-def test_a_csv_file_whose_rows_do_not_fit_its_header_is_refused(tmp_path, text, said):
+def test_csv_file_whose_rows_do_not_fit_its_header_is_refused(tmp_path, text, said):
     with pytest.raises(ValueError, match=rf"'general', .*p\.csv' .*cannot be loaded: .*{said}"):
         load_prompts(save(tmp_path / "p.csv", text), "general")
 
@@ -157,13 +157,13 @@ def test_system_tools_and_template_arguments_of_a_file_reach_the_template(tmp_pa
     assert found["row"] == f"row 0 of branch 'general' ({path})"
 
 
-def test_the_row_and_the_file_are_named_where_a_prompt_is_wrong(tmp_path):
+def test_row_and_the_file_are_named_where_a_prompt_is_wrong(tmp_path):
     path = save(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": [{"role": "bard", "content": "x"}]}\n')
     with pytest.raises(ValueError, match=rf"row 1 of branch 'general' \({re.escape(path)}\) has the role 'bard'"):
         check_prompts(load_prompts(path, "general"), "general")
 
 
-def test_of_prompt_and_messages_the_first_is_taken_and_that_is_said(tmp_path, caplog):
+def test_prompt_is_taken_before_messages_and_that_is_said(tmp_path, caplog):
     path = save(tmp_path / "p.jsonl", json.dumps({"prompt": "a", "messages": CHAT}) + "\n")
     assert drawn(path) == ["a"]
     assert "have columns 'prompt' and 'messages': 'prompt' is taken" in caplog.text
@@ -189,14 +189,14 @@ def test_of_prompt_and_messages_the_first_is_taken_and_that_is_said(tmp_path, ca
         ("p.csv", "prompt\na\n".encode("utf-16"), "UTF-16, not UTF-8"),
     ],
 )  # fmt: skip
-def test_a_file_without_rows_or_of_another_encoding_is_refused_with_the_way_out(tmp_path, name, text, said):
+def test_file_without_rows_or_of_another_encoding_is_refused_with_the_way_out(tmp_path, name, text, said):
     with pytest.raises(
         ValueError, match=rf"branch 'general', .*{name}' \(split 'train'\), cannot be loaded: .*{said}"
     ):
         load_prompts(save(tmp_path / name, text), "general")
 
 
-def test_a_folder_with_a_file_in_latin_1_is_refused_with_the_way_out(tmp_path):
+def test_folder_with_a_file_in_latin_1_is_refused_with_the_way_out(tmp_path):
     """`datasets` reads it without a word; the text would fail where its row is read."""
     (tmp_path / "folder").mkdir()
     save(tmp_path / "folder" / "train.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
@@ -206,13 +206,13 @@ def test_a_folder_with_a_file_in_latin_1_is_refused_with_the_way_out(tmp_path):
         load_prompts(str(tmp_path / "folder"), "general")
 
 
-def test_a_source_in_latin_1_is_refused_with_the_way_out(tmp_path):
+def test_source_in_latin_1_is_refused_with_the_way_out(tmp_path):
     path = save(tmp_path / "p.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(DataError, match=r"'nobody/s' cannot be read from .*not UTF-8 .*iconv .*Check --source s=PATH"):
         open_source(Source("s", "nobody/s", ("prompt",)), path)
 
 
-def test_a_cache_that_cannot_be_written_is_named_with_the_setting(tmp_path, monkeypatch):
+def test_cache_that_cannot_be_written_is_named_with_the_setting(tmp_path, monkeypatch):
     path = save(tmp_path / "p.jsonl", '{"prompt": "a"}\n')
     save(tmp_path / "no_folder", "")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "no_folder" / "cache")
@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_setting(tmp_path, monk
         load_prompts(path, "general")
 
 
-def test_an_ascii_locale_changes_nothing(tmp_path):
+def test_ascii_locale_changes_nothing(tmp_path):
     config = save(
         tmp_path / "run.yaml", "run_name: é\nprompts: {general: p.csv}\n"
     )  # a path of ASCII: the system wants it
@@ -255,7 +255,7 @@ def without_encoding(tree: ast.AST):
             yield ast.unparse(node)
 
 
-def test_every_text_file_is_opened_as_utf_8():
+def test_text_files_are_all_opened_as_utf_8():
     root = Path(__file__).parents[1]
     files = [file for folder in ("camopd", "examples", "benchmarks") for file in sorted((root / folder).rglob("*.py"))]
     assert len(files) > 30

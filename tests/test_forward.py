@@ -60,7 +60,7 @@ def test_batches_of_no_rows_are_none():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_two_models_with_equal_weights_score_bitwise_equal(seed):
+def test_models_with_equal_weights_score_bitwise_equal(seed):
     student = make_model(seed)
     teacher = copy.deepcopy(student)
     token_ids, prompt_lens = make_rows(seed=seed)
@@ -77,7 +77,7 @@ def test_two_models_with_equal_weights_score_bitwise_equal(seed):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=40), st.integers(1, 50), st.booleans())
-def test_every_row_comes_back_once_in_its_place_and_cut_to_its_length(rows, batch_size, padding_free):
+def test_rows_come_back_once_in_their_places_and_cut_to_their_lengths(rows, batch_size, padding_free):
     token_ids = [list(range(100 * row, 100 * row + sum(lengths))) for row, lengths in enumerate(rows)]
     seen = []
 

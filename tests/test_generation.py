@@ -102,7 +102,7 @@ def draw(model, prompts=PROMPTS, **changes):
     )
 
 
-def test_every_field_of_a_generation_config_is_known():
+def test_fields_of_a_generation_config_are_all_known():
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert fields == {*BENDS, *HARMLESS, *TOKEN_IDS}, "say in this file what the new field does to rollouts"
     assert not set(BENDS) & set(HARMLESS)
@@ -114,7 +114,7 @@ def model():
 
 
 @pytest.mark.parametrize("name", BENDS)
-def test_a_field_of_the_models_generation_config_bends_no_rollout(model, name):
+def test_field_of_the_models_generation_config_bends_no_rollout(model, name):
     prompts = PROMPTS[1:2, :1] if name == "forced_bos_token_id" else PROMPTS  # it counts behind one token alone
     plain = draw(model, prompts)
     own = model.generation_config
@@ -146,12 +146,12 @@ def test_a_field_of_the_models_generation_config_bends_no_rollout(model, name):
     ],
     ids=str,
 )
-def test_what_generation_kwargs_may_set_bends_no_rollout(model, allowed):
+def test_generation_kwargs_that_may_be_set_bend_no_rollout(model, allowed):
     with neutral_generation(model):
         assert torch.equal(draw(model, **allowed), draw(model))
 
 
-def test_the_ids_of_the_model_are_kept(model):
+def test_ids_of_the_model_are_kept(model):
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=[2, 9], pad_token_id=3, bos_token_id=4, min_p=0.5)
     try:
@@ -163,7 +163,7 @@ def test_the_ids_of_the_model_are_kept(model):
     assert inside == {"eos_token_id": [2, 9], "pad_token_id": 3, "bos_token_id": 4}
 
 
-def test_an_adapter_hands_no_config_past_it():
+def test_adapter_hands_no_config_past_it():
     student = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"]))
     plain = draw(student)
     bent = GenerationConfig(min_p=0.9, eos_token_id=2)
@@ -174,7 +174,7 @@ def test_an_adapter_hands_no_config_past_it():
         assert student.generation_config is student.get_base_model().generation_config is bent
 
 
-def test_the_model_has_its_config_back_when_generation_fails(model):
+def test_model_has_its_config_back_when_generation_fails(model):
     own = model.generation_config
     with pytest.raises(ZeroDivisionError), neutral_generation(model):
         1 / 0  # noqa: B018

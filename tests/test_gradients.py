@@ -58,7 +58,7 @@ def test_sketches_are_linear_and_do_not_depend_on_how_the_vector_comes():
     assert not torch.equal(sketch_of([u], 101, 4), whole)
 
 
-def test_a_vector_that_fits_is_kept_exactly():
+def test_vector_that_fits_is_kept_exactly():
     u, v = torch.randn(2, 90, dtype=torch.float64)
     assert sketch_of([u], 101, 0) @ sketch_of([v], 101, 0) == pytest.approx(
         (u @ v).item(), abs=rounding((u.norm() * v.norm()).item(), sums=90)
@@ -76,7 +76,7 @@ def test_coherence_of_sets_that_are_known():
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.25, 101), (0.5, 41), (0.75, 16)])
-def test_the_random_control_of_isotropic_gradients_is_what_theory_says(share, expected):
+def test_random_control_of_isotropic_gradients_is_what_theory_says(share, expected):
     """Coh of n unrelated gradients is about 1/sqrt(n), so a part of them has GCG by its size alone."""
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(512, 20_000, generator=generator, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_gains_of_nothing_are_no_numbers():
 # --- when, and at what price -------------------------------------------------------------------------------------
 
 
-def test_the_layers_that_are_watched():
+def test_last_block_has_the_layers_that_are_watched():
     model = make_model(1)
     before, layers = last_block(model)
     assert before is model.model.layers[0]

@@ -100,7 +100,7 @@ LAST = [("last-checkpoint", step) for step in (1, 2, 3, 4)]
         ("all_checkpoints", 1, False, ALL),
     ],
 )
-def test_the_last_checkpoint_gets_there_and_none_is_deleted_on_its_way(
+def test_push_of_the_last_checkpoint_gets_there_and_none_is_deleted_on_its_way(
     train, hub, tmp_path, caplog, strategy, limit, always, received
 ):
     train(hub_strategy=strategy, save_total_limit=limit, hub_always_push=always)
@@ -110,7 +110,7 @@ def test_the_last_checkpoint_gets_there_and_none_is_deleted_on_its_way(
     assert "not on the Hub" not in caplog.text
 
 
-def test_an_upload_that_fails_is_tried_again_and_said(train, hub, caplog):
+def test_upload_that_fails_is_tried_again_and_said(train, hub, caplog):
     hub.fail = {2}
     with caplog.at_level(logging.WARNING, logger="camopd"):
         train(hub_strategy="checkpoint")
@@ -123,7 +123,7 @@ def test_an_upload_that_fails_is_tried_again_and_said(train, hub, caplog):
     assert "hf_secret" not in caplog.text
 
 
-def test_the_checkpoint_of_a_teacher_that_failed_gets_there_with_its_rollouts(train, hub, tmp_path, monkeypatch):
+def test_push_of_the_checkpoint_of_a_teacher_that_failed_has_its_rollouts(train, hub, tmp_path, monkeypatch):
     class Fails(LocalTeacher):
         calls = 0
 

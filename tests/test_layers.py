@@ -67,7 +67,7 @@ def test_imports_make_no_circle():
         ("commands", "cli"),
     ],
 )
-def test_a_module_needs_nothing_that_stands_above_it(names, never):
+def test_module_needs_nothing_that_stands_above_it(names, never):
     for wanted in names.split():
         found = [name for name in GRAPH if name == wanted or name.startswith(f"{wanted}.")]
         assert found, wanted
@@ -76,7 +76,7 @@ def test_a_module_needs_nothing_that_stands_above_it(names, never):
             assert not [other for other in others if re.fullmatch(never, other)], name
 
 
-def test_the_measures_can_be_taken_out():
+def test_measures_can_be_taken_out():
     """Only the function that lists the callbacks knows of them."""
     assert {name for name in GRAPH if any(other.startswith("callbacks.") for other in GRAPH[name])} == {"setup"}
 

@@ -18,7 +18,7 @@ def test_warm_up_is_taken_with_the_default_schedule(warmup, steps, tmp_path, tok
     assert [line["update/changed_share"] > 0 for line in lines(tmp_path)] == [rate > 0 for rate in expected]
 
 
-def test_without_warm_up_the_schedule_is_the_papers(tmp_path):
+def test_schedule_without_warm_up_is_the_papers(tmp_path):
     assert make_args(tmp_path).lr_scheduler_type == SchedulerType.CONSTANT
 
 
@@ -44,13 +44,13 @@ def test_without_warm_up_the_schedule_is_the_papers(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_what_would_be_ignored_is_refused(settings, message, tmp_path):
+def test_settings_that_would_be_ignored_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_args(tmp_path, **settings)
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(2, 2), (0.5, 2)])
-def test_an_optimizer_that_warms_up_itself_is_left_to_it(warmup, steps, tmp_path):
+def test_optimizer_that_warms_up_itself_is_left_to_it(warmup, steps, tmp_path):
     """transformers hands `warmup_steps` to schedule-free AdamW; a second warm-up would multiply with the first."""
     args = make_args(tmp_path, optim="schedule_free_adamw", warmup_steps=warmup)
     assert (args.lr_scheduler_type, args.warmup_steps) == (SchedulerType.CONSTANT, steps)
@@ -62,7 +62,7 @@ def test_an_optimizer_that_warms_up_itself_is_left_to_it(warmup, steps, tmp_path
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
-def test_every_schedule_of_transformers_can_be_had(kind, tmp_path, caplog):
+def test_schedules_of_transformers_can_all_be_had(kind, tmp_path, caplog):
     settings = {"lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 1}
     follows = kind in ("reduce_lr_on_plateau", "greedy")
     settings |= {"metric_for_best_model": "general_gap"} if follows else {"warmup_steps": 1}
@@ -78,7 +78,7 @@ def test_every_schedule_of_transformers_can_be_had(kind, tmp_path, caplog):
     assert "has no warm-up, as warmup_steps is 0" in caplog.text
 
 
-def test_a_scheduler_must_be_of_the_optimizer_that_is_passed(tmp_path, caplog):
+def test_scheduler_must_be_of_the_optimizer_that_is_passed(tmp_path, caplog):
     args = make_args(tmp_path, warmup_steps=1)
     one, other = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate) for rate in (1e-2, 0.5))
     scheduler = LambdaLR(one, lambda step: 1.0)

@@ -72,7 +72,7 @@ def test_entropy_is_exact_and_detached():
     assert not entropy.requires_grad
 
 
-def test_only_empty_completions_give_zeros_and_a_zero_gradient():
+def test_empty_completions_alone_give_zeros_and_a_zero_gradient():
     model = make_model(0)
     logps, entropy = completion_logps(model, [[3, 4], [5]], [2, 1], pad_token_id=0, with_entropy=True)
     assert torch.equal(logps, torch.zeros(2, 1))
@@ -251,7 +251,7 @@ def make_wide_rows():
     return make_rows(VOCAB_SIZE, [(2, NUM_TOKENS), (3, NUM_TOKENS)])
 
 
-def test_no_tensor_of_all_tokens_by_the_vocabulary_is_ever_allocated(wide_model):
+def test_memory_never_holds_a_tensor_of_all_tokens_by_the_vocabulary(wide_model):
     token_ids, prompt_lens = make_wide_rows()
     full = 2 * NUM_TOKENS * VOCAB_SIZE
     with LargestTensor() as largest:
@@ -320,7 +320,7 @@ def check(model, forward=None):
     [lambda logits: 1.1 * logits, lambda logits: 3 * torch.tanh(logits / 3), lambda logits: logits.roll(1, dims=-1)],
     ids=["scaled", "capped", "shifted"],
 )
-def test_a_model_that_does_something_unknown_to_its_logits_is_refused(bend):
+def test_model_that_does_something_unknown_to_its_logits_is_refused(bend):
     model = make_model(0)
 
     def own(**inputs):
@@ -335,7 +335,7 @@ def test_a_model_that_does_something_unknown_to_its_logits_is_refused(bend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tolerance_follows_the_dtype_and_a_difference_above_it_is_refused(dtype):
+def test_tolerance_follows_the_dtype_and_a_difference_above_it_is_refused(dtype):
     model = make_model(0).to(dtype)
     seen = []
 
@@ -356,7 +356,7 @@ def test_the_tolerance_follows_the_dtype_and_a_difference_above_it_is_refused(dt
         check(model, own(seen[-1] * 10))
 
 
-def test_a_config_that_asks_for_hidden_states_changes_nothing_and_one_for_tuples_is_refused():
+def test_config_that_asks_for_hidden_states_changes_nothing_and_one_for_tuples_is_refused():
     model = make_model(0)
     plain = completion_logps(model, ROWS, STARTS, 0)[0]
     model.config.output_hidden_states = True
@@ -367,7 +367,7 @@ def test_a_config_that_asks_for_hidden_states_changes_nothing_and_one_for_tuples
         check(model)
 
 
-def test_a_head_of_the_adapters_own_is_that_of_the_adapter_or_of_the_base():
+def test_head_of_the_adapters_own_is_that_of_the_adapter_or_of_the_base():
     model = get_peft_model(make_model(0), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with torch.no_grad():
         for weight in model.parameters():
@@ -390,7 +390,7 @@ def test_lora_on_the_head_and_prompt_tuning_are_refused():
         check(model)
 
 
-def test_the_forward_ends_where_the_head_begins():
+def test_forward_ends_where_the_head_begins():
     model = make_model(0)
     model.lm_head.forward = None  # would be called
     ids = torch.tensor([ROWS[0]])
@@ -399,7 +399,7 @@ def test_the_forward_ends_where_the_head_begins():
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_a_head_that_is_not_called_is_said():
+def test_head_that_is_not_called_is_said():
     model = make_model(0)
     model.forward = lambda **inputs: model.model(inputs["input_ids"])
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be computed: its forward does not hand"):

@@ -46,7 +46,7 @@ def test_modules_beside_an_adapter_are_refused_with_the_ways_out_of_an_adapter(t
     assert "train a LoRA adapter" not in str(error.value)
 
 
-def test_a_dtype_in_model_init_kwargs_is_refused_too(tmp_path, tokenizer):
+def test_dtype_in_model_init_kwargs_is_refused_too(tmp_path, tokenizer):
     make_model(1).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     with pytest.raises(ValueError, match=r"are torch\.bfloat16"):
@@ -56,7 +56,7 @@ def test_a_dtype_in_model_init_kwargs_is_refused_too(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_only_what_is_trained_counts(autocast, tmp_path):
+def test_masters_are_asked_of_trained_weights_only(autocast, tmp_path):
     """A LoRA on a bfloat16 model: peft makes its weights float32 unless it is told not to."""
     student = get_peft_model(half(), LoraConfig(), autocast_adapter_dtype=autocast)
     if autocast:
@@ -93,7 +93,7 @@ DEEPSPEED = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
         (launcher("no", fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), False),
     ],
 )
-def test_who_keeps_masters(accelerator, kept, tmp_path):
+def test_masters_are_kept_by_these_launchers(accelerator, kept, tmp_path):
     if kept:
         check_masters(half(), make_args(tmp_path), accelerator)
     else:
@@ -102,7 +102,7 @@ def test_who_keeps_masters(accelerator, kept, tmp_path):
 
 
 @pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
-def test_no_optimizer_of_transformers_passes_but_those_that_lose_nothing(name, tmp_path):
+def test_optimizers_of_transformers_pass_only_where_they_lose_nothing(name, tmp_path):
     if name in ("lomo", "adalomo"):  # an update per micro-batch
         with pytest.raises(
             ValueError, match=f"optim='{name}' changes the weights in the backward of every micro-batch"
@@ -140,7 +140,7 @@ def test_float16_weights_are_not_rounded_at_random(tmp_path, caplog):
     assert "bf16_stochastic_round=True does nothing for weights that are not bfloat16" in caplog.text
 
 
-def test_an_optimizer_that_was_passed_is_judged_by_what_it_steps(tmp_path, caplog):
+def test_optimizer_that_was_passed_is_judged_by_what_it_steps(tmp_path, caplog):
     from torchao.optim import _AdamW
 
     args, student = make_args(tmp_path), half()
@@ -183,7 +183,7 @@ def test_adapters_of_a_quantised_model_stay_in_float32():
 
 
 @pytest.mark.parametrize("sizes", [[(3, 4), (), (5,)], [(700,), (1,), (0,), (299, 1)]])
-def test_the_share_of_changed_weights_is_that_of_a_loop(sizes):
+def test_changed_share_is_that_of_a_loop(sizes):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
     optimizer = torch.optim.SGD(params, lr=1.0)
@@ -198,7 +198,7 @@ def test_the_share_of_changed_weights_is_that_of_a_loop(sizes):
     assert (share.changed, share.compared) == (0, 0)
 
 
-def test_large_models_are_sampled_in_proportion(monkeypatch):
+def test_changed_share_of_large_models_is_sampled_in_proportion(monkeypatch):
     monkeypatch.setattr(masters, "SAMPLED_WEIGHTS", 10_000)
     params = [torch.nn.Parameter(torch.zeros(size)) for size in [(300, 1000), (7,), (100, 1000), *[(3,)] * 1000]]
     optimizer = torch.optim.SGD(params, lr=1.0)
@@ -266,7 +266,7 @@ def test_rounding_follows_from_the_seed_alone_and_leaves_the_random_numbers_of_t
     assert torch.equal(*ends) and len(ends[0].unique()) == 2
 
 
-def test_a_run_with_rounding_goes_on_exactly(tmp_path, tokenizer):
+def test_run_with_rounding_goes_on_exactly(tmp_path, tokenizer):
     """With gradient clipping, a schedule of the learning rate, and 8-bit states (of weights from 4096 numbers on)."""
     kwargs = {
         "teachers": {"general": make_model(2, 128), "domain": make_model(1, 128)}, **ROUNDED, "max_grad_norm": 0.1,

@@ -86,7 +86,7 @@ FORMS = {
 
 @settings(max_examples=60, deadline=None)
 @given(conversation)
-def test_the_model_sees_what_the_template_makes_of_the_messages_in_whatever_form_they_come(messages):
+def test_model_sees_what_the_template_makes_of_the_messages_in_whatever_form_they_come(messages):
     expected = by_transformers(messages)
     for form, change in FORMS.items():
         assert seen({"prompt": change(messages)}) == expected, form
@@ -103,7 +103,7 @@ plain_conversation = st.builds(lambda start, end: [*start, end], st.lists(plain_
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(plain_conversation, min_size=1, max_size=3))
-def test_the_model_sees_the_same_after_a_dataset_has_held_the_rows(rows):
+def test_model_sees_the_same_after_a_dataset_has_held_the_rows(rows):
     dataset = Dataset.from_list([{"prompt": messages} for messages in rows])
     stream = PromptStream(dataset, "general", seed=0, shuffle=False)
     for messages, row in zip(rows, stream.draw(range(len(rows))), strict=True):
@@ -112,7 +112,7 @@ def test_the_model_sees_the_same_after_a_dataset_has_held_the_rows(rows):
 
 @settings(max_examples=100, deadline=None)
 @given(shown.filter(lambda text: text.strip()[0] not in "[{"))
-def test_a_text_is_left_as_it_is(prompt):
+def test_text_is_left_as_it_is(prompt):
     assert read_row({"prompt": prompt, "source": "x"}) == {"prompt": prompt, "source": "x"}
     assert tokenize(read_row({"prompt": prompt}), TOKENIZER) == TOKENIZER(prompt)["input_ids"]
 
@@ -128,7 +128,7 @@ anything = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(anything, st.sampled_from([None, "be kind"]), st.booleans())
-def test_anything_else_is_read_or_refused_in_words_with_the_row(prompt, system, in_json):
+def test_messages_of_any_other_form_are_read_or_refused_in_words_with_the_row(prompt, system, in_json):
     row = {"prompt": json.dumps(prompt) if in_json else prompt, "system": system, "row": "row 3 of branch 'x' (p.csv)"}
     try:
         found = named(read_row, row)
@@ -147,7 +147,7 @@ def test_anything_else_is_read_or_refused_in_words_with_the_row(prompt, system, 
 # --- the cases of the field, one by one ----------------------------------------------------------------------------
 
 
-def test_a_prompt_that_ends_with_the_assistant_is_gone_on_with():
+def test_prompt_that_ends_with_the_assistant_is_gone_on_with():
     row = {"prompt": [USER, {"role": "assistant", "content": "Sure, "}]}
     assert seen(row) == "[user|hello]\n[assistant|Sure, "
     own = make_tokenizer()
@@ -162,7 +162,7 @@ def test_a_prompt_that_ends_with_the_assistant_is_gone_on_with():
         ({"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}, "calls a tool"),
     ],
 )
-def test_an_assistant_turn_that_cannot_be_gone_on_with_is_refused(last, said):
+def test_assistant_turn_that_cannot_be_gone_on_with_is_refused(last, said):
     with pytest.raises(ValueError, match=said):
         read_row({"prompt": [USER, last]})
 
@@ -197,7 +197,7 @@ def test_sharegpt_turns_are_messages():
         ('{"messages": [{"role": "user", "content": "hello"}]}', "an object in JSON"),
     ],
 )  # fmt: skip
-def test_what_is_no_prompt_is_refused_with_what_it_is(prompt, said):
+def test_values_that_are_not_prompts_are_refused_with_what_they_are(prompt, said):
     with pytest.raises(ValueError, match=f"^has .*{said}"):
         read_row({"prompt": prompt})
 
@@ -209,7 +209,7 @@ def test_texts_that_are_json_or_like_it_but_no_messages_stay_texts(prompt):
     assert read_row({"prompt": prompt}) == {"prompt": prompt}
 
 
-def test_a_column_system_becomes_the_first_message():
+def test_column_system_becomes_the_first_message():
     assert seen({"prompt": [USER], "system": "be kind"}) == "[system|be kind]\n[user|hello]\n[assistant|"
     both = [{"role": "system", "content": "be kind"}, USER]
     assert read_row({"prompt": both, "system": "be kind"})["prompt"] == both
@@ -223,7 +223,7 @@ def test_a_column_system_becomes_the_first_message():
 
 @pytest.mark.parametrize("tools", [[{"type": "function", "function": {"name": "look_up"}}], [{"name": "look_up"}]])
 @pytest.mark.parametrize("form", [lambda x: x, json.dumps, lambda x: [json.dumps(tool) for tool in x]])
-def test_a_row_brings_tools_and_template_arguments_of_its_own(tools, form):
+def test_row_brings_tools_and_template_arguments_of_its_own(tools, form):
     row = {"prompt": [USER], "tools": form(tools), "chat_template_kwargs": {"mood": "kind", "other": None}}
     assert seen(row) == f"{json.dumps(tools)}[user|hello]\n[assistant|kind"
     assert seen({**row, "tools": None}, template_kwargs={"mood": "rude"}) == "[user|hello]\n[assistant|kind"
@@ -253,7 +253,7 @@ def test_tools_and_template_arguments_of_a_text_are_refused():
         read_row({"prompt": "hello", "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "kind"}})
 
 
-def test_a_message_or_tool_that_the_template_leaves_out_is_refused(tokenizer):
+def test_message_or_tool_that_the_template_leaves_out_is_refused(tokenizer):
     knows_users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     row = read_row({"prompt": [{"role": "developer", "content": "be kind"}, USER]})
     with pytest.raises(ValueError, match=r"has a developer message that the chat template leaves out: 'be kind'"):
@@ -264,13 +264,13 @@ def test_a_message_or_tool_that_the_template_leaves_out_is_refused(tokenizer):
         render(read_row({"prompt": [USER]}), tokenizer, chat_template="{{ '' }}")
 
 
-def test_what_a_template_raises_is_said_with_the_roles(tokenizer):
+def test_template_that_raises_is_quoted_with_the_roles(tokenizer):
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match=r"template says: TemplateError: roles must alternate. Roles: user, user"):
         render(read_row({"prompt": [USER, USER]}), tokenizer, chat_template=template)
 
 
-def test_a_template_may_trim_quote_and_leave_the_thoughts_of_the_assistant_out(tokenizer):
+def test_template_may_trim_quote_and_leave_the_thoughts_of_the_assistant_out(tokenizer):
     template = "{% for m in messages %}{{ m.content.split('</think>')[-1] | trim | tojson }}{% endfor %}"
     prompt = [
         {"role": "user", "content": ' say "é"\n\tand ünd '},
@@ -280,7 +280,7 @@ def test_a_template_may_trim_quote_and_leave_the_thoughts_of_the_assistant_out(t
     assert "unseen" not in render(read_row({"prompt": prompt}), tokenizer, chat_template=template)
 
 
-def test_a_template_argument_that_no_template_reads_is_warned_about(tokenizer, caplog):
+def test_template_argument_that_no_template_reads_is_warned_about(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="camopd.messages"):
         for _ in range(2):
             render(read_row({"prompt": [USER], "chat_template_kwargs": {"never_read": 1}}), tokenizer)
@@ -296,7 +296,7 @@ def test_tools_of_the_trainer_and_what_does_not_go_with_them_is_refused(tokenize
             render(read_row(row), tokenizer, [print])
 
 
-def test_a_text_without_a_token_is_refused(tokenizer):
+def test_text_without_a_token_is_refused(tokenizer):
     class Silent:
         def __call__(self, **_):
             return {"input_ids": []}
@@ -305,7 +305,7 @@ def test_a_text_without_a_token_is_refused(tokenizer):
         tokenize({"prompt": "\u200b"}, Silent())
 
 
-def test_the_answer_is_left_out_of_json_and_sharegpt_too():
+def test_answer_is_left_out_of_json_and_sharegpt_too():
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "the answer"}]
     assert before_answer(turns) == before_answer(json.dumps(turns)) == turns[:1]
     messages = [USER, {"role": "assistant", "content": "the answer"}]

@@ -64,7 +64,7 @@ def tiny(models, tmp_path):
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
-def test_every_config_takes_two_steps_on_a_tiny_model(path, tiny, tmp_path):
+def test_configs_each_take_two_steps_on_a_tiny_model(path, tiny, tmp_path):
     _, _, args = parse(str(path), tiny)
     assert isinstance(args, CaMOPDConfig)
     cli.main(["train", str(path), *tiny])
@@ -78,7 +78,7 @@ def test_every_config_takes_two_steps_on_a_tiny_model(path, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["medical", "roleplay", "medical_1gpu", "roleplay_1gpu", "demo", "smoke"])
-def test_a_run_is_accepted_as_it_is(name):
+def test_run_is_accepted_as_it_is(name):
     """But for the device: a GPU is not at hand in every test."""
     prompts, model, args = parse(str(CONFIGS / f"{name}.yaml"), ["--use_cpu", "true", "--bf16", "false"])
     assert set(prompts.prompts) == set(prompts.eval_prompts) == set(args.teachers) == set(BRANCHES)
@@ -89,7 +89,7 @@ def test_a_run_is_accepted_as_it_is(name):
     assert ("adapter_off" in args.teachers.values()) == model.use_peft
 
 
-def test_every_method_sets_what_another_may_have_set():
+def test_methods_each_set_what_another_may_have_set():
     """A file laid over a run must win in all that makes a method, whatever that run had."""
     common = {"schedule", "selection", "scale", "token_rule", "loss_normalization", "branch_weights"}
     of_selection = {"mass_target", "score"}
@@ -100,7 +100,7 @@ def test_every_method_sets_what_another_may_have_set():
         assert f"--method configs/methods/{path.name}" in path.read_text(), path.stem
 
 
-def test_the_files_of_camopd_are_the_defaults(tmp_path):
+def test_files_of_camopd_are_the_defaults(tmp_path):
     default = CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     for name in ("camopd", "table7_3_1_r2_rho08"):
         settings = settings_of(name)
@@ -111,11 +111,11 @@ def test_the_files_of_camopd_are_the_defaults(tmp_path):
             assert found == wanted, key
 
 
-def test_the_row_without_decoupling_that_has_vanillas_numbers_has_its_settings():
+def test_row_without_decoupling_that_has_vanillas_numbers_has_its_settings():
     assert settings_of("without_decoupling_1_1") == settings_of("vanilla_mopd")
 
 
-def test_a_method_wins_over_the_run_and_the_command_line_over_the_method(tiny, tmp_path):
+def test_method_wins_over_the_run_and_the_command_line_over_the_method(tiny, tmp_path):
     run = tmp_path / "run.yaml"
     run.write_text("schedule: general:5,domain:1\nscale: 3\n")
     method = ["--method", str(CONFIGS / "methods" / "vanilla_mopd.yaml")]
@@ -124,7 +124,7 @@ def test_a_method_wins_over_the_run_and_the_command_line_over_the_method(tiny, t
     assert (record["schedule"], record["scale"]) == ("general:1+domain:1", dict.fromkeys(BRANCHES, 4.0))
 
 
-def test_a_method_that_is_not_there_is_an_error_with_its_path(tiny, tmp_path, capsys):
+def test_method_that_is_not_there_is_an_error_with_its_path(tiny, tmp_path, capsys):
     run = tmp_path / "run.yaml"
     run.write_text("schedule: general:5,domain:1\n")
     with pytest.raises(SystemExit):
@@ -211,7 +211,7 @@ def relaxed_opd_on_most(samples: list[dict]) -> list[list[float]]:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_baseline_is_the_step_of_its_loop(name, method, settings, tmp_path):
+def test_baseline_is_the_step_of_its_loop(name, method, settings, tmp_path):
     expected, expected_loss = loop(method)
     parameters, metrics = trainer_step(Case(name), str(tmp_path), 2, **{**settings_of(name), **settings})
     assert metrics["loss"] == pytest.approx(expected_loss, rel=LOSS)
@@ -219,7 +219,7 @@ def test_a_baseline_is_the_step_of_its_loop(name, method, settings, tmp_path):
         torch.testing.assert_close(parameters[key], value, atol=PARAMETER, rtol=0)
 
 
-def test_the_loops_differ_from_each_other():
+def test_loops_differ_from_each_other():
     losses = [loop(method)[1] for method in (vanilla, relaxed_opd, selectkd)]
     assert all(abs(a - b) > 1e-2 for a, b in zip(losses, losses[1:] + losses[:1], strict=True))
 
@@ -227,7 +227,7 @@ def test_the_loops_differ_from_each_other():
 # --- the documents -----------------------------------------------------------------------------------------------
 
 
-def test_every_name_in_the_paper_map_exists():
+def test_paper_map_names_only_what_exists():
     root = CONFIGS.parent
     cells = [cell for row in (root / "docs" / "paper_map.md").read_text().splitlines() for cell in row.split("|")]
     checked = 0
@@ -246,7 +246,7 @@ def test_every_name_in_the_paper_map_exists():
     assert checked > 30
 
 
-def test_every_method_is_in_the_table():
+def test_methods_are_all_in_the_table():
     text = (CONFIGS.parent / "docs" / "methods.md").read_text()
     assert [path.stem for path in METHODS if path.stem not in text and not path.stem.startswith("table7_")] == []
 
@@ -254,7 +254,7 @@ def test_every_method_is_in_the_table():
 # --- around them -------------------------------------------------------------------------------------------------
 
 
-def test_a_server_gives_the_selectkd_step_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):
+def test_server_gives_the_selectkd_step_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):
     server = start_server(model=make_model(2), compact=True)
     losses = []
     for name, teacher in (("server", server.url), ("process", make_model(2))):
@@ -269,14 +269,14 @@ def test_a_server_gives_the_selectkd_step_of_the_same_teacher_in_the_process(tmp
         assert found == pytest.approx(wanted, rel=2 * LOSS)
 
 
-def test_a_student_that_proposes_as_its_teacher_is_always_accepted(tmp_path, tokenizer):
+def test_student_that_proposes_as_its_teacher_is_always_accepted(tmp_path, tokenizer):
     make_trainer(tmp_path, tokenizer, schedule="domain,general", token_rule="selectkd", max_steps=1).train()
     (line,) = lines(tmp_path)
     assert line["token_rule/domain/accepted"] == 1.0
     assert line["grad_norm"] == 0.0
 
 
-def test_the_phases_of_relaxed_opd_follow_the_step(tmp_path, tokenizer):
+def test_relaxed_opd_has_phases_that_follow_the_step(tmp_path, tokenizer):
     make_trainer(
         tmp_path, tokenizer, schedule="general:2,domain:1", token_rule="relaxed_opd", relaxed_exploration_steps=1,
         max_steps=2, max_completion_length=24,
@@ -289,7 +289,7 @@ def test_the_phases_of_relaxed_opd_follow_the_step(tmp_path, tokenizer):
     assert second["token_rule/entropy_threshold"] > 0
 
 
-def test_all_tokens_below_the_floor_are_a_step_of_zero(tmp_path, tokenizer):
+def test_relaxed_opd_with_all_tokens_below_the_floor_is_a_step_of_zero(tmp_path, tokenizer):
     """No token is left in the first phase, and the mean over none is 0, not NaN."""
     make_trainer(
         tmp_path, tokenizer, schedule="domain,general", token_rule="relaxed_opd", relaxed_exploration_steps=1, max_steps=1,
@@ -308,7 +308,7 @@ class WithoutTopK:
         return [TokenScores(torch.zeros(len(ids) - start)) for ids, start in zip(token_ids, prompt_lens, strict=True)]
 
 
-def test_a_teacher_without_top_k_is_refused_for_selectkd(tmp_path, tokenizer):
+def test_teacher_without_top_k_is_refused_for_selectkd(tmp_path, tokenizer):
     trainer = make_trainer(
         tmp_path, tokenizer, teachers={"general": WithoutTopK(), "domain": make_model(1)}, token_rule="selectkd"
     )
@@ -325,7 +325,7 @@ def test_a_teacher_without_top_k_is_refused_for_selectkd(tmp_path, tokenizer):
     ],
     ids=lambda settings: "-".join(settings.values()),
 )
-def test_the_metrics_of_the_baselines_are_documented(settings, tmp_path, tokenizer):
+def test_metrics_of_the_baselines_are_documented(settings, tmp_path, tokenizer):
     names = []
     for number, extra in enumerate(({}, settings)):
         folder = tmp_path / str(number)

@@ -75,7 +75,7 @@ def test_kept_share_by_category(tmp_path, tokenizer):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["selection/general/kept"] < 8
 
 
-def test_every_documented_metric_is_written_and_every_written_one_documented(tmp_path, tokenizer):
+def test_metrics_are_all_written_and_documented(tmp_path, tokenizer):
     datasets = {branch: make_prompts(branch) for branch in ("general", "domain")}
     datasets["general"] = datasets["general"].add_column("category", ["maths"] * len(datasets["general"]))
     trainer = make_trainer(tmp_path, tokenizer, max_steps=4, train_dataset=datasets)

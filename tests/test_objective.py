@@ -339,7 +339,7 @@ def test_importance_bounds_are_inclusive(log_ratio, dtype):
 
 
 @pytest.mark.parametrize("mode", ["mask", "truncate", "none"])
-def test_without_rollout_logps_the_weight_is_one_on_the_mask(mode):
+def test_importance_weight_without_rollout_logps_is_one_on_the_mask(mode):
     weights = importance_weights(STUDENT, None, MASK, 0.5, 2.0, mode)
     assert torch.equal(weights, MASK.double())
 
@@ -359,7 +359,7 @@ def test_token_that_the_engine_calls_impossible_is_masked_or_truncated():
     assert importance_weights(train, rollout, mask, 0.5, 2.0, "truncate").item() == 2.0
 
 
-def test_unknown_importance_mode_is_refused():
+def test_importance_mode_that_is_unknown_is_refused():
     with pytest.raises(ValueError, match=r"mode must be one of \('mask', 'truncate', 'none'\), got 'clip'\."):
         importance_weights(STUDENT, TEACHER, MASK, 0.5, 2.0, "clip")
 
@@ -367,7 +367,7 @@ def test_unknown_importance_mode_is_refused():
 # --- Eq. 6-7 ---
 
 
-def test_unknown_score_kind_is_refused():
+def test_score_kind_that_is_unknown_is_refused():
     with pytest.raises(ValueError, match=r"kind must be one of \('absolute', 'positive'\), got 'abs'\."):
         gap_scores(torch.zeros(1, 3), MASK[:1], "abs")
 
@@ -429,7 +429,7 @@ def test_full_mass_target_drops_only_rows_that_score_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_many_small_scores_are_not_lost_in_the_running_sum(dtype):
+def test_scores_that_are_many_and_small_are_not_lost_in_the_running_sum(dtype):
     # One score of 2^26 and a thousand of 1, of which half are asked for. Float32 counts in steps of 8 up there.
     scores = torch.ones(1001, dtype=dtype)
     scores[700] = 2.0**26
@@ -447,14 +447,14 @@ def test_rows_that_are_not_valid_never_enter():
     assert not select_by_mass(scores, 1.0, valid).degenerate
 
 
-def test_no_mass_keeps_every_valid_row_and_says_so():
+def test_selection_without_mass_keeps_every_valid_row_and_says_so():
     selection = select_by_mass(double([0.0, 7.0, 0.0]), 0.8, torch.tensor([True, False, True]))
     assert selection.kept.tolist() == [0, 2]
     assert selection.degenerate
 
 
 @pytest.mark.parametrize("scores", [[], [1.0, 2.0]])
-def test_no_valid_row_keeps_nothing_and_says_so(scores):
+def test_selection_without_a_valid_row_keeps_nothing_and_says_so(scores):
     selection = select_by_mass(double(scores), 0.8, torch.zeros(len(scores), dtype=torch.bool))
     assert selection.kept.tolist() == []
     assert selection.degenerate
@@ -486,7 +486,7 @@ def test_scaling_all_scores_leaves_the_selection_unchanged(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_higher_mass_target_only_appends_rows(seed):
+def test_higher_mass_target_only_appends_rows(seed):
     scores = torch.rand(50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     previous = []
     for rho in torch.linspace(0.01, 1, 100).tolist():

@@ -29,7 +29,7 @@ def set_gradients(params, step):
         param.grad = grad.clone()
 
 
-def test_one_branch_is_torchs_adamw():
+def test_branch_adamw_of_one_branch_is_torchs():
     ours, theirs = parameters(), parameters()
     settings = {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     optimizers = BranchAdamW(ours, branches=("general",), **settings), AdamW(theirs, **settings)
@@ -41,7 +41,7 @@ def test_one_branch_is_torchs_adamw():
         torch.testing.assert_close(one, other, atol=rounding(2, sums=7), rtol=0)
 
 
-def test_each_branch_has_a_first_moment_of_its_own():
+def test_branch_adamw_has_a_first_moment_for_each_branch():
     params = parameters()
     optimizer = BranchAdamW(params, branches=("general", "domain"), lr=0.01, weight_decay=0.1)
     schedule = ["general", "general", "general", "domain"] * 2
@@ -64,7 +64,7 @@ def test_each_branch_has_a_first_moment_of_its_own():
             assert params[index].detach().reshape(-1)[place].item() == pytest.approx(value, abs=rounding(2, sums=8))
 
 
-def test_the_share_of_the_domain_in_a_moment_that_is_shared():
+def test_moment_that_is_shared_has_this_share_of_the_domain():
     """beta1 = 0.9, scale 2, three general steps to one domain step of equal norm: 17 % of it is the domain's gradient."""
     general, domain = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0])
     param = torch.nn.Parameter(torch.zeros(2))
@@ -79,7 +79,7 @@ def test_the_share_of_the_domain_in_a_moment_that_is_shared():
     assert own.state[param]["domain/exp_avg"].tolist() == pytest.approx([0.0, 1.0], abs=1e-4)
 
 
-def test_a_checkpoint_goes_on_exactly():
+def test_checkpoint_goes_on_exactly():
     whole, parted = parameters(), parameters()
     optimizer, first = (BranchAdamW(params, branches=("general", "domain")) for params in (whole, parted))
     for step in range(6):
@@ -95,7 +95,7 @@ def test_a_checkpoint_goes_on_exactly():
         assert torch.equal(one, other)
 
 
-def test_no_name_of_a_branch_is_taken_for_another_state():
+def test_names_of_branches_are_not_taken_for_another_state():
     params = parameters()
     optimizer = BranchAdamW(params, branches=("sq", "domain"))
     for step in range(3):
@@ -106,7 +106,7 @@ def test_no_name_of_a_branch_is_taken_for_another_state():
     assert (state["exp_avg_sq"] > 0).all() and not torch.equal(state["exp_avg_sq"], state["sq/exp_avg"])
 
 
-def test_a_closure_is_refused():
+def test_closure_is_refused():
     with pytest.raises(ValueError, match="takes no closure: a rollout serves one update"):
         BranchAdamW(parameters(), branches=("general",)).step(lambda: 0.0)
 
@@ -128,7 +128,7 @@ def test_update_products_are_those_of_the_real_update(make):
     assert other == pytest.approx(gradient.square().sum().item(), rel=rounding(1, sums=gradient.numel()))
 
 
-def test_large_parameters_are_looked_at_in_pieces(monkeypatch):
+def test_update_products_of_large_parameters_are_computed_in_pieces(monkeypatch):
     params = parameters()
     optimizer = AdamW(params)
     set_gradients(params, 0)
@@ -168,7 +168,7 @@ def test_8_bit_moments_that_say_they_are_floats_are_not_read(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer_moments", ["shared", "per_branch"])
-def test_the_optimizer_class_is_known_without_a_trainer_as_in_the_parent(optimizer_moments, tmp_path):
+def test_optimizer_class_is_known_without_a_trainer_as_in_the_parent(optimizer_moments, tmp_path):
     args = make_args(
         tmp_path, optimizer_moments=optimizer_moments, schedule="general+domain,domain+general,general", adam_beta1=0.5
     )

@@ -222,7 +222,7 @@ def trained(schedule: str, optimizer: str, folder, batch_size: int, **settings) 
     ],
     ids=str,
 )
-def test_fifty_steps_are_those_of_a_plain_loop(schedule, optimizer, batch_size, settings, tmp_path):
+def test_plain_loop_gives_the_same_fifty_steps(schedule, optimizer, batch_size, settings, tmp_path):
     exact, rounded = (plain(schedule, optimizer, dtype) for dtype in (torch.float64, torch.float32))
     found = trained(schedule, optimizer, tmp_path, batch_size, **settings)
     assert found.kept == exact.kept == rounded.kept

@@ -32,7 +32,7 @@ dist.destroy_process_group()
 """
 
 
-def test_it_waits_until_no_thread_of_torch_runs_or_has_woken(monkeypatch, tmp_path):
+def test_wait_lasts_until_no_thread_of_torch_runs_or_has_woken(monkeypatch, tmp_path):
     """Each state of one thread is seen once: running, asleep, asleep again after a wake-up, and still asleep then."""
     states = iter([("R", 1), ("S", 1), ("S", 2), ("S", 2)])
     pauses = []
@@ -53,13 +53,13 @@ def test_it_waits_until_no_thread_of_torch_runs_or_has_woken(monkeypatch, tmp_pa
     assert len(pauses) == 4 and next(states, None) is None
 
 
-def test_where_threads_cannot_be_looked_at_nothing_waits(monkeypatch, tmp_path):
+def test_wait_is_none_where_threads_cannot_be_looked_at(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "_THREADS", tmp_path / "none")
     monkeypatch.setattr(processes.time, "sleep", lambda _: pytest.fail("waits"))
     processes.let_threads_rest()
 
 
-def test_a_process_waits_for_the_threads_of_gloo_and_ends_with_0():
+def test_process_waits_for_the_threads_of_gloo_and_ends_with_0():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, "waits"], env=environment, capture_output=True, text=True, timeout=120

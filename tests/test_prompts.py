@@ -63,7 +63,7 @@ def drawn(dealer, num_steps, branch="a"):
 # --- ranks and world sizes ---------------------------------------------------------------------------------------
 
 
-def test_a_mixed_step_of_eight_rows_on_two_ranks_is_dealt_as_worked_out_by_hand():
+def test_mixed_step_of_eight_rows_on_two_ranks_is_dealt_as_worked_out_by_hand():
     # general:3+domain:1 of 8 rows: places 0-5 are general, 6-7 domain. Even places go to rank 0, odd ones to rank 1.
     ranks = [make_dealer("general:3+domain:1", 8, rank=rank, world_size=2, shuffle=False) for rank in (0, 1)]
     dealt = [[(row["prompt"], row["branch"], row["position"]) for row in dealer.rows_of(0)] for dealer in ranks]
@@ -85,7 +85,7 @@ def test_a_mixed_step_of_eight_rows_on_two_ranks_is_dealt_as_worked_out_by_hand(
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_every_rank_gets_the_branch_of_the_schedule(world_size):
+def test_ranks_all_get_the_branch_of_the_schedule(world_size):
     for rank in range(world_size):
         dealer = make_dealer("general:3,domain:1", 12, rank=rank, world_size=world_size)
         branches = [{row["branch"] for row in dealer.rows_of(step)} for step in range(8)]
@@ -111,7 +111,7 @@ def test_union_over_ranks_is_the_same_global_batch_for_every_world_size(
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_rank_gets_its_share_of_every_branch_in_order_of_position(schedule, world_size):
+def test_ranks_get_their_share_of_every_branch_in_order_of_position(schedule, world_size):
     ranks = [make_dealer(schedule, 12, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(4):
         dealt = [dealer.rows_of(step) for dealer in ranks]
@@ -138,9 +138,7 @@ def test_every_rank_gets_its_share_of_every_branch_in_order_of_position(schedule
     st.tuples(*[st.integers(1, 9)] * 3),
     st.booleans(),
 )
-def test_whatever_is_dealt_each_row_of_a_branch_comes_once_in_an_epoch(
-    steps, rows_per_step, world_size, sizes, shuffle
-):
+def test_rows_of_a_branch_come_once_in_an_epoch_whatever_is_dealt(steps, rows_per_step, world_size, sizes, shuffle):
     sizes = dict(zip("abc", sizes, strict=True))
     dealers = [
         make_dealer(",".join(steps), rows_per_step, rank=rank, world_size=world_size, shuffle=shuffle, sizes=sizes)
@@ -161,7 +159,7 @@ def test_whatever_is_dealt_each_row_of_a_branch_comes_once_in_an_epoch(
 # --- epochs ------------------------------------------------------------------------------------------------------
 
 
-def test_each_epoch_visits_every_row_once_in_an_order_of_its_own(make_dataset):
+def test_epochs_each_visit_every_row_once_in_an_order_of_their_own(make_dataset):
     dealer = make_dealer("a", 4, make_dataset)  # 11 steps x 4 rows = 4 epochs of 11 rows
     steps = [dealer.rows_of(step) for step in range(11)]
     assert [len(rows) for rows in steps] == [4] * 11
@@ -172,7 +170,7 @@ def test_each_epoch_visits_every_row_once_in_an_order_of_its_own(make_dataset):
     assert len(set(epochs)) == 4
 
 
-def test_a_step_larger_than_the_dataset_goes_on_in_the_next_epochs(make_dataset):
+def test_step_larger_than_the_dataset_goes_on_in_the_next_epochs(make_dataset):
     dealer = make_dealer("a", 10, make_dataset, sizes={"a": 4})
     prompts = drawn(dealer, 2)
     assert len(prompts) == 20
@@ -198,14 +196,14 @@ def test_branches_with_the_same_dataset_come_in_different_orders(make_dataset):
         assert sorted(a) == sorted(b) == sorted(prompts_of(make_rows("shared", 11)))
 
 
-def test_same_seed_gives_the_same_order_and_another_seed_another(make_dataset):
+def test_seed_gives_the_same_order_and_another_seed_another(make_dataset):
     first, again, other = (drawn(make_dealer("a", 11, make_dataset, seed=seed), 2) for seed in (1, 1, 2))
     assert first == again
     assert first[:11] != other[:11]
     assert first[11:] != other[11:]
 
 
-def test_without_shuffle_every_epoch_keeps_the_order_of_the_dataset(make_dataset):
+def test_epochs_without_shuffle_keep_the_order_of_the_dataset(make_dataset):
     prompts = drawn(make_dealer("a", 4, make_dataset, shuffle=False), 6)
     assert prompts == (prompts_of(make_rows("a", 11)) * 3)[:24]
 
@@ -231,7 +229,7 @@ def test_steps_may_be_asked_for_again_and_in_any_order(make_dataset):
     assert [dealer.rows_of(step) for step in (5, 0, 3, 3, 1)] == [forwards[step] for step in (5, 0, 3, 3, 1)]
 
 
-def test_a_branch_that_rests_draws_nothing():
+def test_branch_that_rests_draws_nothing():
     # Steps 3 and 7 are domain steps of 4 rows out of 5: the second one starts at draw 4.
     dealer = make_dealer("general:3,domain:1", 4, shuffle=False)
     assert prompts_of(dealer.rows_of(3)) == ["domain 0", "domain 1", "domain 2", "domain 3"]
@@ -285,23 +283,23 @@ def test_conversational_prompts_and_other_columns_pass_through():
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_is_refused_with_the_call_that_converts_it():
+def test_list_is_refused_with_the_call_that_converts_it():
     with pytest.raises(TypeError, match=r"branch 'general'.*got list.*datasets\.Dataset\.from_list\(rows\)"):
         PromptStream([{"prompt": "x"}], "general", seed=0)
 
 
-def test_a_dataset_dict_is_refused():
+def test_dataset_dict_is_refused():
     with pytest.raises(TypeError, match=r"branch 'general' must be a datasets\.Dataset .*got DatasetDict"):
         check_prompts(DatasetDict(train=KINDS["Dataset"]("a", 2)), "general")
 
 
-def test_an_empty_dataset_is_refused_at_once():
+def test_empty_dataset_is_refused_at_once():
     with pytest.raises(ValueError, match=r"branch 'domain' are empty\. Check the path, the split and any filter"):
         PromptStream(Dataset.from_dict({"prompt": []}), "domain", seed=0)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_an_empty_iterable_is_refused_when_it_is_read(shuffle):
+def test_empty_iterable_is_refused_when_it_is_read(shuffle):
     stream = PromptStream(KINDS["from_generator"]("none", 0), "domain", seed=0, shuffle=shuffle)
     with pytest.raises(ValueError, match=r"branch 'domain' are empty\. Check the path, the split and any filter"):
         list(stream.draw(range(1)))
@@ -342,7 +340,7 @@ def test_image_columns_are_refused(column):
 
 
 @pytest.mark.parametrize("empty", ["", None, []])
-def test_a_row_without_a_prompt_is_refused_at_once_or_from_a_stream_when_it_is_drawn(empty):
+def test_row_without_a_prompt_is_refused_at_once_or_from_a_stream_when_it_is_drawn(empty):
     dataset = Dataset.from_list([{"prompt": empty, "source": "nemotron"}])
     with pytest.raises(
         ValueError, match=r"row 0 of branch 'general' has no prompt. Every row needs a non-empty 'prompt'"
@@ -353,7 +351,7 @@ def test_a_row_without_a_prompt_is_refused_at_once_or_from_a_stream_when_it_is_d
         list(stream.draw(range(1)))
 
 
-def test_an_image_in_a_stream_of_unknown_columns_is_refused_when_it_is_drawn():
+def test_image_in_a_stream_of_unknown_columns_is_refused_when_it_is_drawn():
     def rows():
         yield {"prompt": "x", "image": "cat.png"}
 
@@ -362,7 +360,7 @@ def test_an_image_in_a_stream_of_unknown_columns_is_refused_when_it_is_drawn():
         list(stream.draw(range(1)))
 
 
-def test_a_generator_without_prompts_is_refused_when_it_is_drawn():
+def test_generator_without_prompts_is_refused_when_it_is_drawn():
     def rows():
         yield {"text": "x"}
 
@@ -404,13 +402,13 @@ def test_fingerprint_works_for_one_row_and_for_conversations_and_says_when_it_ca
 
 
 @pytest.mark.parametrize("prompt", ["   ", [{"role": "user", "text": "x"}], [{"role": "user", "content": None}], 5])
-def test_a_malformed_prompt_is_refused_with_its_row_and_the_form_it_should_have(prompt):
+def test_malformed_prompt_is_refused_with_its_row_and_the_form_it_should_have(prompt):
     dataset = Dataset.from_list([{"prompt": prompt}])
     with pytest.raises(ValueError, match=r"row 0 of branch 'general' has .* messages with 'role' and 'content'"):
         check_prompts(dataset, "general")
 
 
-def test_a_dataset_dict_is_refused_with_the_split_to_choose():
+def test_dataset_dict_is_refused_with_the_split_to_choose():
     with pytest.raises(TypeError, match=r"got DatasetDict. Choose one of its splits: dataset\['test'\]"):
         check_prompts(DatasetDict({"test": Dataset.from_list([{"prompt": "x"}])}), "general")
 
@@ -420,7 +418,7 @@ def test_a_dataset_dict_is_refused_with_the_split_to_choose():
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=9), st.integers(1, 3))
-def test_every_held_out_row_has_its_branch_and_a_position_of_its_own(branches, shards):
+def test_held_out_rows_have_their_branch_and_a_position_of_their_own(branches, shards):
     rows = [{"prompt": f"{place}", "branch": branch, "other": 1} for place, branch in enumerate(branches)]
     schedule = Schedule.parse("a,b")
     found = held_out(Dataset.from_list(rows), schedule, "eval_dataset")
@@ -440,7 +438,7 @@ def test_every_held_out_row_has_its_branch_and_a_position_of_its_own(branches, s
         assert by_branch.select([0]) == {"prompt": by_branch["prompt"][:1]}
 
 
-def test_a_stream_of_held_out_prompts_is_checked_when_it_is_read():
+def test_stream_of_held_out_prompts_is_checked_when_it_is_read():
     schedule = Schedule.parse("a")
     for rows, message in (([], "the prompts of branch 'a' are empty"), ([{"prompt": ""}], "a row of branch 'a'")):
         stream = IterableDataset.from_generator(lambda rows=rows: iter(rows))
@@ -448,7 +446,7 @@ def test_a_stream_of_held_out_prompts_is_checked_when_it_is_read():
             held_out(stream, schedule, "eval_dataset")
 
 
-def test_a_part_of_a_stream_is_refused():
+def test_part_of_a_stream_is_refused():
     part = split_dataset_by_node(KINDS["to_iterable_dataset"]("a", 6), rank=1, world_size=3)
     with pytest.raises(ValueError, match=r"rank 1's part of 3 \(split_dataset_by_node\). Pass the whole stream"):
         check_prompts(part, "a")

@@ -167,7 +167,7 @@ def test_imbalance_of_mixed_steps_takes_the_norms_of_the_branches(tmp_path):
     )
 
 
-def test_weak_samples_are_told_by_what_lies_above_the_random_control(tmp_path):
+def test_signs_of_weak_samples_lie_above_the_random_control(tmp_path):
     metrics = {"coherence/{branch}/gcg": 20.0, "coherence/{branch}/gcg_control": by_branch(15.0, 20.0),
                "coherence/{branch}/gcg_excess": by_branch(5.0, 0.0)}  # fmt: skip
     found = signs(make_run(tmp_path, 40, **GAP, **metrics))["Weak samples"]

@@ -55,7 +55,7 @@ def test_resume_true_takes_the_last_checkpoint(undisturbed, tmp_path, tokenizer)
     assert prompts == expected_prompts[4:]
 
 
-def test_streamed_prompts_resume_at_the_right_row(tmp_path, tokenizer):
+def test_resume_of_streamed_prompts_is_at_the_right_row(tmp_path, tokenizer):
     streams = lambda: {name: make_prompts(name).to_iterable_dataset() for name in ("general", "domain")}  # noqa: E731
     expected, _ = train(tmp_path / "one", tokenizer, train_dataset=streams())
     shutil.copytree(tmp_path / "one" / "checkpoint-3", tmp_path / "two" / "checkpoint-3")
@@ -63,7 +63,9 @@ def test_streamed_prompts_resume_at_the_right_row(tmp_path, tokenizer):
     assert found == expected[3:]
 
 
-def test_a_dealer_that_forgets_the_step_is_caught_by_its_branch(undisturbed, tmp_path, tokenizer, monkeypatch):
+def test_resume_with_a_dealer_that_forgets_the_step_is_caught_by_its_branch(
+    undisturbed, tmp_path, tokenizer, monkeypatch
+):
     # Resumed after step 3, the next step is the domain's. A data order that starts over would deal general prompts.
     folder, _, _ = undisturbed
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
@@ -89,14 +91,14 @@ def test_a_dealer_that_forgets_the_step_is_caught_by_its_branch(undisturbed, tmp
     ],
     ids=["schedule", "seed", "prompts_per_step", "scale", "mass_target", "learning_rate", "prompts"],
 )
-def test_another_run_may_not_go_on_from_a_checkpoint(kwargs, message, undisturbed, tmp_path, tokenizer):
+def test_resume_of_another_run_is_refused(kwargs, message, undisturbed, tmp_path, tokenizer):
     folder, _, _ = undisturbed
     trainer = make_trainer(tmp_path, tokenizer, max_steps=STEPS, **kwargs)
     with pytest.raises(ResumeError, match=message):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
 
 
-def test_another_teacher_may_not_go_on_from_a_checkpoint(undisturbed, tmp_path, tokenizer):
+def test_resume_with_another_teacher_is_refused(undisturbed, tmp_path, tokenizer):
     folder, _, _ = undisturbed
     make_model(2).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -106,7 +108,7 @@ def test_another_teacher_may_not_go_on_from_a_checkpoint(undisturbed, tmp_path, 
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
 
 
-def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(undisturbed, tmp_path, tokenizer):
+def test_resume_from_a_folder_that_is_not_our_checkpoint_is_refused(undisturbed, tmp_path, tokenizer):
     folder, _, _ = undisturbed
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "camopd.json").unlink()
@@ -114,7 +116,7 @@ def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(undisturbed, tmp_path
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_that_another_machine_has_is_not_sought_on_the_hub(tmp_path, tokenizer, monkeypatch):
+def test_resume_does_not_seek_on_the_hub_a_checkpoint_that_another_machine_has(tmp_path, tokenizer, monkeypatch):
     """That machine would not come to the fetch, where this one waits for all."""
     asked = []
     monkeypatch.setattr("camopd.checkpoints.gather_object", lambda mine: asked.append(mine) or [*mine, False])
@@ -129,7 +131,7 @@ def test_resume_without_any_checkpoint_says_so(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 
-def test_every_checkpoint_remembers_the_run(undisturbed):
+def test_checkpoints_all_remember_the_run(undisturbed):
     folder, _, _ = undisturbed
     record = json.loads((folder / "checkpoint-3" / "camopd.json").read_text())
     assert record["schedule"] == "general:3,domain:1"
@@ -138,7 +140,7 @@ def test_every_checkpoint_remembers_the_run(undisturbed):
     assert record["seed"] == 42
 
 
-def test_the_parent_is_told_to_skip_what_was_trained(tmp_path, tokenizer):
+def test_resume_has_the_parent_skip_what_was_trained(tmp_path, tokenizer):
     # Our data order depends on transformers' own fast-forwarding; `ignore_data_skip` would start over from step 0.
     with pytest.raises(ValueError, match="ignore_data_skip=True cannot be used"):
         make_trainer(tmp_path, tokenizer, ignore_data_skip=True)
@@ -177,7 +179,7 @@ def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
         (2, {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}),
     ],
 )
-def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resume(
+def test_teacher_that_is_gone_for_good_leaves_a_step_that_is_scored_after_resume(
     fails_at, saving, start_server, tmp_path, tokenizer
 ):
     server = start_server()
@@ -206,7 +208,7 @@ def test_when_a_teacher_is_gone_for_good_the_step_is_kept_and_scored_after_resum
 
 
 @pytest.mark.parametrize("as_checkpoint", [True, False])
-def test_rollouts_that_another_run_has_left_are_not_used(as_checkpoint, start_server, tmp_path, tokenizer):
+def test_resume_does_not_use_rollouts_that_another_run_has_left(as_checkpoint, start_server, tmp_path, tokenizer):
     kwargs = {"save_strategy": "steps", "save_steps": 1, "seed": 7}
     server = start_server()
     with pytest.raises(TeacherError):  # of another seed, and so with other rollouts
@@ -223,7 +225,7 @@ def test_rollouts_that_another_run_has_left_are_not_used(as_checkpoint, start_se
         assert torch.equal(one, other)
 
 
-def test_when_a_teacher_is_gone_during_evaluation_the_weights_are_kept(start_server, tmp_path, tokenizer):
+def test_teacher_that_is_gone_during_evaluation_leaves_the_weights(start_server, tmp_path, tokenizer):
     server = start_server()
     trainer = make_trainer(
         tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(1)}, teacher_timeout=0.3, max_steps=4,

@@ -47,7 +47,7 @@ def test_logps_of_a_tool_conversation_are_put_back_where_they_were_sampled():
     assert logps_of_turns(turns, row=0, num_rows=2, prompt=[1], completion=[7]).tolist() == pytest.approx([-0.7])
 
 
-def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, tokenizer, monkeypatch):
+def test_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, tokenizer, monkeypatch):
     seen = []
     logps = Forward.logps
     monkeypatch.setattr(
@@ -75,7 +75,7 @@ def test_the_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, t
         assert "importance/log_ratio" not in other
 
 
-def test_the_completion_length_follows_its_schedule(tmp_path, tokenizer):
+def test_completion_length_follows_its_schedule(tmp_path, tokenizer):
     steps = {0: 2, 1: 5, 3: 3}
     trainer = make_trainer(
         tmp_path, tokenizer, max_completion_length=steps, max_steps=4, eval_strategy="steps", eval_steps=1,
@@ -97,7 +97,7 @@ def test_the_completion_length_follows_its_schedule(tmp_path, tokenizer):
     assert max(longest for _, longest in lengths) > 2
 
 
-def test_the_completion_length_of_vllm_follows_its_schedule(tmp_path, tokenizer):
+def test_completion_length_of_vllm_follows_its_schedule(tmp_path, tokenizer):
     limits = []
 
     class Watched(FakeSampler):

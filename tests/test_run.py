@@ -35,12 +35,12 @@ def test_peek_reads_the_mapping_of_the_file(write):
     assert read_settings(write(settings), []) == settings
 
 
-def test_a_config_that_is_not_there_is_an_error_with_its_path():
+def test_config_that_is_not_there_is_an_error_with_its_path():
     with pytest.raises(ValueError, match=r"'no/such\.yaml' cannot be read: No such file .* path of a YAML file"):
         read_settings("no/such.yaml", [])
 
 
-def test_a_config_that_is_no_yaml_is_an_error_with_the_place(write):
+def test_config_that_is_no_yaml_is_an_error_with_the_place(write):
     path = write("teachers: {general: a\nmax_steps: 3\n")
     with pytest.raises(ValueError, match=r"run\.yaml' is not valid YAML: (.|\n)*line 2") as error:
         read_settings(path, [])
@@ -48,7 +48,7 @@ def test_a_config_that_is_no_yaml_is_an_error_with_the_place(write):
 
 
 @pytest.mark.parametrize(("text", "shown"), [("- a\n- b\n", r"\['a', 'b'\]"), ("", "None"), ("max_steps 3", "'max_")])
-def test_a_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, shown):
+def test_config_that_is_no_mapping_is_an_error_that_shows_it(write, text, shown):
     with pytest.raises(ValueError, match=f"must be a mapping from settings to values, got {shown}"):
         read_settings(write(text), [])
 
@@ -99,7 +99,7 @@ def test_parse_reads_prompts_model_and_settings(write, settings):
 
 
 @pytest.mark.parametrize("place", ["file", "command line"])
-def test_an_unknown_setting_is_an_error_with_its_name(write, settings, place):
+def test_unknown_setting_is_an_error_with_its_name(write, settings, place):
     if place == "file":
         settings["lerning_rate"] = 1.0
     with pytest.raises(
@@ -108,7 +108,7 @@ def test_an_unknown_setting_is_an_error_with_its_name(write, settings, place):
         parse(write(settings), ["--lerning_rate", "1.0"] if place == "command line" else [])
 
 
-def test_a_value_of_the_wrong_kind_is_an_error_without_the_list_of_all_settings(write, settings, capsys):
+def test_value_of_the_wrong_kind_is_an_error_without_the_list_of_all_settings(write, settings, capsys):
     with pytest.raises(CaMOPDError, match=r"run\.yaml' and the overrides"):
         parse(write(settings), ["--learning_rate", "high"])
     said = capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_a_value_of_the_wrong_kind_is_an_error_without_the_list_of_all_settings(
     assert len(said.splitlines()) < 5
 
 
-def test_a_run_without_a_student_is_refused(write, settings):
+def test_run_without_a_student_is_refused(write, settings):
     del settings["model_name_or_path"]
     with pytest.raises(ValueError, match=r"run\.yaml' names no student\. Set model_name_or_path"):
         parse(write(settings), [])
@@ -168,7 +168,7 @@ def test_teachers_are_those_of_the_config_where_nothing_is_served(tmp_path):
     assert teachers_of({"teachers": teachers, "output_dir": str(tmp_path)}) == teachers
 
 
-def test_the_urls_of_camopd_serve_win_over_the_config(tmp_path):
+def test_urls_of_camopd_serve_win_over_the_config(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"], "stranger": ["http://x"]}')
     settings = {"teachers": {"general": "a", "domain": "adapter_off"}, "output_dir": str(tmp_path)}
     served = {"urls": ["http://localhost:8001"], "model": "a"}
@@ -176,20 +176,20 @@ def test_the_urls_of_camopd_serve_win_over_the_config(tmp_path):
     assert settings["teachers"]["general"] == "a"
 
 
-def test_a_url_in_the_config_wins_over_what_camopd_serve_has_left_behind(tmp_path):
+def test_url_in_the_config_wins_over_what_camopd_serve_has_left_behind(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
     for teacher in ("http://elsewhere:1", ["http://elsewhere:1"], "adapter_off"):
         assert teachers_of({"teachers": {"general": teacher}, "output_dir": str(tmp_path)}) == {"general": teacher}
 
 
-def test_what_is_served_for_another_output_dir_does_not_matter(tmp_path):
+def test_served_teachers_of_another_output_dir_do_not_matter(tmp_path):
     (tmp_path / SERVED_TEACHERS).write_text('{"general": ["http://localhost:8001"]}')
     settings = {"teachers": {"general": "a"}, "output_dir": str(tmp_path / "other")}
     assert teachers_of(settings) == {"general": "a"}
 
 
 @pytest.mark.parametrize("text", ['{"general": ["http', "7"])
-def test_a_broken_list_of_served_teachers_is_an_error_with_its_path(tmp_path, text):
+def test_broken_list_of_served_teachers_is_an_error_with_its_path(tmp_path, text):
     (tmp_path / SERVED_TEACHERS).write_text(text)
     with pytest.raises(ValueError, match=r"teachers\.json'.* cannot be read\. Start it again, or delete the file"):
         teachers_of({"teachers": {"general": "a"}, "output_dir": str(tmp_path)})
@@ -242,39 +242,39 @@ def test_conversations_may_stand_in_a_column_messages(save):
     assert dataset[0]["prompt"] == conversation
 
 
-def test_another_column_can_be_named_beside_one_called_prompt(save):
+def test_column_can_be_named_beside_one_called_prompt(save):
     path = save("p.jsonl", [{"prompt": "system", "question": "what?"}])
     assert load_prompts(path, "general")["prompt"][:] == ["system"]
     assert load_prompts({"path": path, "column": "question"}, "general")["prompt"][:] == ["what?"]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(2, TEXTS[:2]), (3, TEXTS), (9, TEXTS), (None, TEXTS)])
-def test_a_limit_takes_the_first_rows(save, limit, expected):
+def test_limit_takes_the_first_rows(save, limit, expected):
     assert load_prompts({"path": save("p.jsonl"), "limit": limit}, "general")["prompt"][:] == expected
 
 
 @pytest.mark.parametrize("limit", [0, -1, "2", 1.5, True])
-def test_a_limit_that_is_no_number_of_rows_is_refused(save, limit):
+def test_limit_that_is_no_number_of_rows_is_refused(save, limit):
     with pytest.raises(ValueError, match=f"limit .*'domain' must be a whole number .*at least 1, got {limit!r}"):
         load_prompts({"path": save("p.jsonl"), "limit": limit}, "domain")
 
 
-def test_a_split_may_be_a_slice(save):
+def test_split_may_be_a_slice(save):
     assert load_prompts({"path": save("p.jsonl"), "split": "train[1:]"}, "general")["prompt"][:] == TEXTS[1:]
 
 
-def test_a_split_of_a_folder_is_found_by_its_name(save, tmp_path):
+def test_split_of_a_folder_is_found_by_its_name(save, tmp_path):
     save("train.jsonl")
     save("test.jsonl", ROWS[2:])
     assert load_prompts({"path": str(tmp_path), "split": "test"}, "general")["prompt"][:] == ["three"]
 
 
-def test_a_split_that_is_not_there_is_an_error_with_those_that_are(save):
+def test_split_that_is_not_there_is_an_error_with_those_that_are(save):
     with pytest.raises(ValueError, match=r"'general', .*\(split 'test'\), cannot be loaded: .*'train'"):
         load_prompts({"path": save("p.jsonl"), "split": "test"}, "general")
 
 
-def test_a_file_that_is_not_there_is_an_error_with_branch_and_path():
+def test_file_that_is_not_there_is_an_error_with_branch_and_path():
     with pytest.raises(ValueError, match=r"'domain' are to be in 'no/such\.jsonl', but there is no such file. Fix"):
         load_prompts("no/such.jsonl", "domain")
 
@@ -287,13 +287,13 @@ def test_a_file_that_is_not_there_is_an_error_with_branch_and_path():
         ("p.parquet", "no parquet", "Parquet"),
     ],
 )
-def test_a_broken_file_is_an_error_that_says_what_is_wrong_with_it(tmp_path, name, text, reason):
+def test_broken_file_is_an_error_that_says_what_is_wrong_with_it(tmp_path, name, text, reason):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=rf"'general', .*{name}' \(split 'train'\), cannot be loaded: .*{reason}"):
         load_prompts(str(tmp_path / name), "general")
 
 
-def test_a_missing_column_is_an_error_with_those_that_are_there(save):
+def test_missing_column_is_an_error_with_those_that_are_there(save):
     path = save("p.jsonl", [{"question": "what?", "answer": "that"}])
     with pytest.raises(
         ValueError, match=r"columns \['question', 'answer'\], none of them 'prompt' or 'messages'"
@@ -315,7 +315,7 @@ def test_prompts_in_another_form_are_an_error_that_shows_the_form(source):
     assert repr(source) in str(error.value)
 
 
-def test_a_hub_dataset_out_of_reach_is_an_error_in_words():  # HF_HUB_OFFLINE=1
+def test_hub_dataset_out_of_reach_is_an_error_in_words():  # HF_HUB_OFFLINE=1
     with pytest.raises(
         ValueError,
         match=r"'nobody/nothing' .*, cannot be loaded: HF_HUB_OFFLINE is set(.|\n)*hf download nobody/nothing ",
@@ -352,7 +352,7 @@ def conversation(*roles):
     ],
 )
 @pytest.mark.parametrize("column", ["messages", "talk"])
-def test_of_messages_the_answer_at_the_end_is_left_out(tmp_path, roles, kept, column):
+def test_messages_lose_the_answer_at_their_end(tmp_path, roles, kept, column):
     path = tmp_path / "sft.jsonl"
     path.write_text(json.dumps({column: conversation(*roles), "category": "talk", "answer": "gold"}) + "\n")
     dataset = load_prompts({"path": str(path), "column": column}, "domain")
@@ -360,7 +360,7 @@ def test_of_messages_the_answer_at_the_end_is_left_out(tmp_path, roles, kept, co
     assert dataset[0]["prompt"] == conversation(*roles)[:kept]
 
 
-def test_a_conversation_without_a_turn_to_answer_is_an_error_with_its_row(tmp_path):
+def test_conversation_without_a_turn_to_answer_is_an_error_with_its_row(tmp_path):
     path = tmp_path / "sft.jsonl"
     rows = [conversation("user", "assistant"), conversation("system", "assistant")]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
@@ -370,7 +370,7 @@ def test_a_conversation_without_a_turn_to_answer_is_an_error_with_its_row(tmp_pa
         load_prompts(str(path), "domain")
 
 
-def test_a_row_that_cannot_be_put_into_a_template_is_an_error_with_its_row(tmp_path):
+def test_row_that_cannot_be_put_into_a_template_is_an_error_with_its_row(tmp_path):
     path = tmp_path / "raw.jsonl"
     path.write_text('{"question": "Which?"}\n{"question": " "}\n')
     with pytest.raises(
@@ -395,7 +395,7 @@ MODEL_FIELDS = {  # of ModelConfig: what a run does with each
 }  # fmt: skip
 
 
-def test_every_setting_of_the_model_is_known():
+def test_settings_of_the_model_are_all_known():
     assert set(ModelConfig.__dataclass_fields__) == set(MODEL_FIELDS)
 
 
@@ -415,7 +415,7 @@ DEFAULT = {"dtype": "float32", "attn_implementation": None, "revision": "main"}
         ({"model_init_kwargs": {"device_map": "cpu"}, "dtype": "auto"}, {**DEFAULT, "device_map": "cpu", "dtype": "auto"}),
     ],
 )  # fmt: skip
-def test_what_the_user_wrote_of_the_model_wins_over_a_default(write, settings, given, expected):
+def test_settings_of_the_model_by_the_user_win_over_a_default(write, settings, given, expected):
     del settings["dtype"]
     _, model, args = parse(write({**settings, **given}), [])
     assert args.model_init_kwargs == expected
@@ -435,7 +435,7 @@ def test_what_the_user_wrote_of_the_model_wins_over_a_default(write, settings, g
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("place", ["file", "command line"])
-def test_two_values_for_one_thing_are_refused_with_both(write, settings, given, said, place):
+def test_settings_that_contradict_each_other_are_refused_with_both(write, settings, given, said, place):
     del settings["dtype"]
     own = (
         {name: value for name, value in given.items() if name != "model_init_kwargs"}
@@ -487,7 +487,7 @@ def test_settings_of_the_model_without_effect_are_warned_about(write, settings, 
     "words",
     [["run.yaml", "--seed", "3"], ["--config", "run.yaml", "--seed", "3"], ["--seed", "3", "--config=run.yaml"]],
 )
-def test_the_file_may_be_named_with_config(words):
+def test_file_may_be_named_with_config(words):
     assert config_and_overrides("camopd train", words) == ("run.yaml", ["--seed", "3"])
 
 
@@ -504,20 +504,20 @@ def test_config_without_a_file_or_with_two_is_refused(words, said):
         config_first(words)
 
 
-def test_what_a_command_line_of_a_script_says(write):
+def test_command_line_of_a_script_is_read(write):
     assert written(["--dtype", "float32", "--use_peft"]) == {"dtype": "float32", "use_peft": True}
     path = write({"dtype": "bfloat16", "lora_r": 4})
     assert written(["--dtype", "auto", "--config", path]) == {"dtype": "auto", "lora_r": 4}
 
 
-def test_a_config_in_latin_1_is_an_error_in_words(tmp_path):
+def test_config_in_latin_1_is_an_error_in_words(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes("run_name: caf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"run\.yaml' is not UTF-8.*Save it as UTF-8"):
         read_settings(str(path), [])
 
 
-def test_what_stands_behind_the_dashes_is_left_to_vllm():
+def test_command_line_behind_the_dashes_is_left_to_vllm():
     assert config_first(["run.yaml", "--", "--config", "x"]) == ["run.yaml", "--", "--config", "x"]
 
 
@@ -540,7 +540,7 @@ def test_env_of_the_file_is_set(write, settings, text, monkeypatch):
         ({"importance_sampling_mode": "none"}, ["--student_logps=trainer", "--gap-student=engine"], "engine"),
     ],
 )
-def test_the_command_line_wins_whichever_of_two_names_a_setting_has(in_file, words, expected, write, settings):
+def test_command_line_wins_whichever_of_two_names_a_setting_has(in_file, words, expected, write, settings):
     _, _, args = parse(write({**settings, **in_file}), words)
     assert (args.student_logps, args.gap_student) == (expected, None)
     assert read_settings(write({**settings, **in_file}), words).get("student_logps", expected) == expected
@@ -552,7 +552,7 @@ def test_parse_takes_the_flag_that_switches_rebalancing_off_by_both_names(word, 
     assert args.rebalance is False
 
 
-def test_the_command_line_wins_over_a_method_file_whichever_name_a_setting_has(write, settings, tmp_path):
+def test_command_line_wins_over_a_method_file_whichever_name_a_setting_has(write, settings, tmp_path):
     method = tmp_path / "method.yaml"
     method.write_text("gap_student: engine\nimportance_sampling_mode: none\n")
     words = [write(settings), "--method", str(method)]

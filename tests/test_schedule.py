@@ -44,7 +44,7 @@ def test_schedules_of_the_paper_over_120_steps(text):
     assert Counter("+".join(schedule.shares(step)) for step in range(120)) == steps
 
 
-def test_three_one_takes_the_domain_at_every_fourth_step():
+def test_schedule_of_three_to_one_takes_the_domain_at_every_fourth_step():
     schedule = Schedule.parse("general:3,domain:1")
     assert [step for step in range(13) if schedule.shares(step) == {"domain": 1.0}] == [3, 7, 11]
     assert all(schedule.shares(step) == {"general": 1.0} for step in range(13) if step % 4 != 3)
@@ -64,7 +64,7 @@ def test_pure_and_mixed_steps_in_one_schedule():
     assert [schedule.shares(step) for step in range(9)] == 3 * shares
 
 
-def test_three_branches_keep_their_order_of_appearance():
+def test_schedule_of_three_branches_keeps_their_order_of_appearance():
     schedule = Schedule.parse("math:2,code,chat:1+math:3")
     assert schedule.branches == ("math", "code", "chat")
     assert schedule.period == 4
@@ -178,7 +178,7 @@ def test_rows_before_of_the_whole_run_of_the_paper():
 
 
 @pytest.mark.parametrize("text", ["", "  ", None, 3, ["general:3"]])
-def test_what_is_no_text_is_refused(text):
+def test_schedule_that_is_not_a_text_is_refused(text):
     with pytest.raises(ValueError, match=r"schedule must be a text such as 'general:3,domain:1', got "):
         Schedule.parse(text)
 

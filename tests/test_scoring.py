@@ -29,7 +29,7 @@ def logps(model, prompt, completion):
     return logits.log_softmax(dim=-1)[range(len(completion)), completion]
 
 
-def test_a_teacher_may_see_another_prompt_than_the_student():
+def test_teacher_may_see_another_prompt_than_the_student():
     student, teacher = make_model(1), make_model(2)
     samples = [
         make_sample(0, [5, 6], [7, 8, 9]),
@@ -46,7 +46,7 @@ def test_a_teacher_may_see_another_prompt_than_the_student():
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_a_rank_with_fewer_samples_adds_dummies_which_no_sample_gets(ranks):
+def test_rank_with_fewer_samples_adds_dummies_which_no_sample_gets(ranks):
     asked = []
 
     class Counting:
@@ -97,13 +97,13 @@ def test_non_finite_teacher_logps_stop_the_run_with_sample_and_count(value, tmp_
     assert all(torch.equal(*pair) for pair in zip(before.parameters(), trainer.model.parameters(), strict=True))
 
 
-def test_a_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer):
+def test_teacher_that_returns_too_few_logps_stops_the_run(tmp_path, tokenizer):
     teachers = {"general": BrokenTeacher(-1.0, missing=1), "domain": make_model(1)}
     with pytest.raises(CaMOPDError, match=r"scored (\d) of the (\d) completion tokens of sample 0"):
         make_trainer(tmp_path, tokenizer, teachers=teachers).train()
 
 
-def test_a_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tmp_path, tokenizer):
+def test_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tmp_path, tokenizer):
     teachers = {"general": BrokenTeacher(-math.log(len(VOCAB))), "domain": make_model(1)}
     with pytest.raises(
         CaMOPDError, match=r"'general' \(broken\) gives every one of \d+ tokens the log-prob -3\.761, as -ln"
@@ -111,7 +111,7 @@ def test_a_teacher_that_finds_every_token_equally_likely_has_lost_its_weights(tm
         make_trainer(tmp_path, tokenizer, teachers=teachers).train()
 
 
-def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_server):
+def test_server_scores_while_the_student_does(tmp_path, tokenizer, start_server):
     server = start_server()
     trainer = make_trainer(tmp_path, tokenizer, max_steps=1, teachers={"general": server.url, "domain": make_model(1)})
     score, forward = trainer.scorer.score, trainer.student.logps
@@ -141,7 +141,7 @@ def test_a_server_scores_while_the_student_does(tmp_path, tokenizer, start_serve
     assert line["time/domain/teacher_idle"] == line["time/step"]
 
 
-def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_path, tokenizer, start_server):
+def test_teachers_of_a_mixed_step_are_both_asked_before_the_student_scores(tmp_path, tokenizer, start_server):
     general, domain = start_server(), start_server(model=make_model(2))
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=1, schedule="general:1+domain:1",
@@ -175,7 +175,7 @@ def test_both_branches_of_a_mixed_step_are_asked_before_the_student_scores(tmp_p
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
-def test_a_model_whose_logits_are_not_what_is_computed_is_refused_before_the_first_rollout(tmp_path, tokenizer, whose):
+def test_model_whose_logits_are_not_what_is_computed_is_refused_before_the_first_rollout(tmp_path, tokenizer, whose):
     bent = make_model(2)
     forward = bent.forward
 

@@ -20,7 +20,7 @@ def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkey
     assert seen == [1]  # one sample holds 1 % of the mass; three of the four micro-steps do nothing
 
 
-def test_a_domain_first_step_on_a_fresh_student_is_reported_degenerate_and_taken(tmp_path, tokenizer):
+def test_domain_first_step_on_a_fresh_student_is_reported_degenerate_and_taken(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, schedule="domain:1,general:1", max_steps=2)
     trainer.train()
     first, second = lines(tmp_path)

@@ -145,7 +145,7 @@ def rows_of_config() -> dict[str, tuple[str, list[str], str]]:
     return {name: row for section, rows in table().items() if "arguments" not in section for name, row in rows.items()}
 
 
-def test_every_setting_and_argument_has_its_row_and_no_other():
+def test_table_has_a_row_for_every_setting_and_argument_and_no_other():
     assert set(rows_of_config()) == {field.name for field in dataclasses.fields(CaMOPDConfig)}
     arguments = next(rows for section, rows in table().items() if "arguments" in section)
     parameters = inspect.signature(CaMOPDTrainer).parameters.values()
@@ -154,7 +154,7 @@ def test_every_setting_and_argument_has_its_row_and_no_other():
         assert name in CaMOPDTrainer.__doc__
 
 
-def test_a_setting_that_is_honoured_names_tests_that_exist_and_know_it():
+def test_setting_that_is_honoured_names_tests_that_exist_and_know_it():
     functions: dict[str, dict[str, str]] = {}
     for rows in table().values():
         for name, (status, tests, _) in rows.items():
@@ -172,7 +172,7 @@ def test_a_setting_that_is_honoured_names_tests_that_exist_and_know_it():
                 assert re.search(rf"\b{name}\b", text), f"{name}: {test} is in a file that never names it"
 
 
-def test_the_examples_are_those_of_the_table():
+def test_examples_are_those_of_the_table():
     rows = rows_of_config()
     assert set(REFUSED) == {name for name, (status, *_) in rows.items() if status in ("refused", "in part")}
     assert set(NO_EFFECT) == {name for name, (status, *_) in rows.items() if status == "no effect"}
@@ -183,7 +183,7 @@ def test_the_examples_are_those_of_the_table():
 
 
 @pytest.mark.parametrize(("name", "value"), [*REFUSED.items(), *PARTS], ids=lambda value: str(value)[:30])
-def test_a_refused_setting_is_refused(name, value, tmp_path):
+def test_refused_setting_is_refused(name, value, tmp_path):
     with pytest.raises(ValueError) as refused:
         make_config(tmp_path, **{name: value})
     message = str(refused.value)
@@ -199,7 +199,7 @@ def test_a_refused_setting_is_refused(name, value, tmp_path):
 
 
 @pytest.mark.parametrize("name", NO_EFFECT)
-def test_a_setting_without_effect_is_warned_of(name, tmp_path, caplog):
+def test_setting_without_effect_is_warned_of(name, tmp_path, caplog):
     config = make_config(tmp_path, use_cpu=name != "dataloader_pin_memory", **{name: NO_EFFECT[name]})
     assert warned(caplog) == [name]
     caplog.clear()
@@ -209,7 +209,7 @@ def test_a_setting_without_effect_is_warned_of(name, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_a_setting_that_another_one_must_allow_is_warned_of_without_it(name, tmp_path, caplog):
+def test_setting_that_another_one_must_allow_is_warned_of_without_it(name, tmp_path, caplog):
     value, others = NEEDS[name]
     make_config(tmp_path, **others)
     before = warned(caplog)
@@ -245,12 +245,12 @@ def test_deepspeeds_own_scheduler_and_optimizer_are_not_spoken_for(tmp_path, cap
         ("rmsprop", "alpha", "has 'alpha'. Write it as name=value"),
     ],
 )
-def test_a_part_of_optim_args_that_reaches_no_optimizer_is_refused(optim, optim_args, said, tmp_path):
+def test_part_of_optim_args_that_reaches_no_optimizer_is_refused(optim, optim_args, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said).replace(r"\.\*", ".*")):
         make_config(tmp_path, optim=optim, optim_args=optim_args)
 
 
-def test_the_parts_of_optim_args_are_those_that_transformers_reads(tmp_path):
+def test_parts_of_optim_args_are_those_that_transformers_reads(tmp_path):
     """Of its source, for every optimizer that reads any."""
     import transformers.trainer_optimizer as source
 
@@ -289,7 +289,7 @@ def test_defaults_given_by_hand_are_not_warned_of(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("way", ["replace", "to_dict", "yaml"])
-def test_a_copy_of_a_config_is_not_refused_and_not_warned_of(way, tmp_path, caplog):
+def test_copy_of_a_config_is_not_refused_and_not_warned_of(way, tmp_path, caplog):
     config = make_config(
         tmp_path, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
         max_completion_length={0: 8, 4: 16}, max_steps=8, prompts_per_step=8, report_to="none", seed=7,
@@ -308,7 +308,7 @@ def test_a_copy_of_a_config_is_not_refused_and_not_warned_of(way, tmp_path, capl
     assert again.to_dict() == config.to_dict()
 
 
-def test_a_launcher_that_splits_a_replica_or_compiles_is_refused(tmp_path, monkeypatch):
+def test_launcher_that_splits_a_replica_or_compiles_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
     with pytest.raises(ValueError, match=r"parallelism_config\.tp_size=2 .*each rank gets prompts of its own"):
@@ -458,7 +458,7 @@ def test_adam_and_weight_decay_reach_the_optimizer(many):
     assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.125]
 
 
-def test_the_learning_rate_follows_its_schedule(many):
+def test_learning_rate_follows_its_schedule(many):
     trainer, _ = many
     rates = logged(trainer, "learning_rate")
     assert (rates[1], rates[2]) == (0.0, 5e-3)  # warmup_steps
@@ -476,7 +476,7 @@ def test_logs_evaluations_and_checkpoints_come_when_they_should(many):
     assert len((seen.folder / "metrics.jsonl").read_text().splitlines()) == 6
 
 
-def test_the_best_checkpoint_is_kept(many):
+def test_best_checkpoint_is_kept(many):
     """`load_best_model_at_end`, by `metric_for_best_model` and `greater_is_better`."""
     trainer, seen = many
     measured = {step: value for step, value in logged(trainer, "eval_general_kl").items() if step > 0}
@@ -522,7 +522,7 @@ def test_activation_checkpointing_is_on_in_every_backward(many):
     assert set(seen.checkpoints) == {True}
 
 
-def test_the_cache_and_its_emptying_are_as_asked(many):
+def test_cache_and_its_emptying_are_as_asked(many):
     trainer, seen = many
     assert "StaticCache" in seen.caches  # cache_implementation
     assert 3 <= len(seen.emptied) <= 6  # micro-batches of steps 0, 2 and 4
@@ -552,7 +552,7 @@ def test_data_parallel_settings_reach_accelerate(many):
     assert trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] is True
 
 
-def test_a_callback_is_called_and_its_state_is_restored(many, tmp_path):
+def test_callback_is_called_and_its_state_is_restored(many, tmp_path):
     """`restore_callback_states_from_checkpoint`, in a run that goes on from a checkpoint of the first."""
     _, seen = many
     for restore, expected in ((True, 6), (False, 2)):
@@ -598,7 +598,7 @@ def make_trainer(folder, **given) -> CaMOPDTrainer:
     return CaMOPDTrainer(**{**defaults, **arguments}, args=make_config(folder, **{**settings, **given}))
 
 
-def test_a_log_without_the_filter_shows_that_a_loss_is_no_number(tmp_path, monkeypatch):
+def test_log_without_the_filter_shows_that_a_loss_is_no_number(tmp_path, monkeypatch):
     """`logging_nan_inf_filter`, and checkpoints of the model alone."""
     step = CaMOPDTrainer.training_step
     monkeypatch.setattr(CaMOPDTrainer, "training_step", lambda *args, **kwargs: step(*args, **kwargs) * float("nan"))
@@ -645,7 +645,7 @@ def test_sigterm_leaves_a_checkpoint_to_go_on_from(tmp_path):
     assert again.state.global_step == 3
 
 
-def test_an_optimizer_that_is_passed_is_observed_as_one_of_the_trainer(tmp_path):
+def test_optimizer_that_is_passed_is_observed_as_one_of_the_trainer(tmp_path):
     expected = make_trainer(tmp_path / "own", optim="adamw_torch")
     expected.train()
     model = make_model(1)
@@ -726,7 +726,7 @@ def test_streams_are_read_without_workers_and_it_is_said(tmp_path, caplog):
     assert (loader.num_workers, loader.prefetch_factor) == (0, None)
 
 
-def test_what_is_loaded_by_name_gets_its_arguments(tmp_path, monkeypatch):
+def test_model_and_teacher_by_name_get_their_arguments(tmp_path, monkeypatch):
     """`model_init_kwargs`, `teacher_model_init_kwargs`, `trust_remote_code`, `quantization_config`."""
     for seed, name in ((1, "student"), (2, "teacher")):
         make_model(seed).save_pretrained(tmp_path / name)
@@ -777,7 +777,7 @@ def test_optimizers_and_their_arguments_are_those_asked_for(tmp_path, monkeypatc
     assert [(group.get("rank"), len(group["params"])) for group in groups] == [(None, 19), (3, 2)]
 
 
-def test_the_band_and_the_reject_weight_reach_the_loss(tmp_path):
+def test_band_and_the_reject_weight_reach_the_loss(tmp_path):
     uneven, selectkd = CASES[0], next(case for case in BASELINES if case.name == "selectkd")
     for low, high, outside in ((0.0, 1e9, 0.0), (1.0, 1.0, 1.0)):
         band = {"importance_sampling_low": low, "importance_sampling_high": high}
@@ -840,7 +840,7 @@ def test_vllm_is_started_as_asked(tmp_path, monkeypatch):
     assert trainer.vllm_generation.logprobs == 0
 
 
-def test_the_hub_is_told_as_asked(many, monkeypatch):
+def test_hub_is_told_as_asked(many, monkeypatch):
     """`hub_private_repo`, `hub_revision`, `hub_always_push`, and the name of a dataset for the card."""
     trainer, seen = many
     told = Stage()
@@ -874,7 +874,7 @@ def test_the_hub_is_told_as_asked(many, monkeypatch):
     assert "- me/a-dataset" in (seen.folder / "README.md").read_text()
 
 
-def test_the_process_group_is_started_as_asked(tmp_path, monkeypatch):
+def test_process_group_is_started_as_asked(tmp_path, monkeypatch):
     from transformers import training_args
 
     told, start = {}, training_args.PartialState
@@ -939,7 +939,7 @@ def test_deepspeed_of_a_config_leaves_accumulation_to_the_trainer(tmp_path):
         ({"log_level_replica": "info"}, logging.INFO, logging.INFO),
     ],
 )
-def test_the_log_of_camopd_has_the_level_asked_for(settings, first, others, tmp_path, monkeypatch):
+def test_log_of_camopd_has_the_level_asked_for(settings, first, others, tmp_path, monkeypatch):
     from camopd.setup import show_log
 
     log = logging.getLogger("camopd")

@@ -14,7 +14,7 @@ from camopd.run import PromptArguments
 from camopd.settings import declared, list_of_settings
 
 
-def test_the_list_has_every_setting_and_none_else_with_its_help():
+def test_list_has_every_setting_and_none_else_with_its_help():
     found = {name: (default, text) for _, name, default, text in declared()}
     wanted = {item.name: item for kind in (PromptArguments, ModelConfig, CaMOPDConfig) for item in fields(kind)}
     assert set(found) == {name for name, item in wanted.items() if item.init}
@@ -28,7 +28,7 @@ def test_the_list_has_every_setting_and_none_else_with_its_help():
     assert len(list(declared())) == len(found)
 
 
-def test_the_groups_stand_in_the_order_of_use():
+def test_groups_stand_in_the_order_of_use():
     text = list_of_settings()
     words = ("Prompts:", "--model_name_or_path", "CaMOPD:", "--schedule", "--use_vllm", "--weight_decay")
     places = [text.index(word) for word in words]

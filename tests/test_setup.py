@@ -38,7 +38,7 @@ def test_prompts_that_are_all_longer_than_the_cap_are_an_error_with_the_lengths(
 
 
 @pytest.mark.parametrize("name", ["teacher_model", "teacher"])
-def test_a_single_teacher_is_refused_with_the_argument_that_takes_one_for_each_branch(name):
+def test_single_teacher_is_refused_with_the_argument_that_takes_one_for_each_branch(name):
     with pytest.raises(TypeError, match=rf"no argument '{name}'\. Each branch has a teacher of its own: teachers=\{{"):
         CaMOPDTrainer(model="student", **{name: "teacher"})
     with pytest.raises(TypeError, match=r"no argument 'reward_funcs'\. See its docstring"):
@@ -84,7 +84,7 @@ def test_zero3_in_shards_and_vllm_exclude_each_other(tmp_path, tokenizer):
         )  # fmt: skip
 
 
-def test_an_adapter_that_changes_its_base_is_refused_before_the_model_is_loaded(tmp_path, tokenizer):
+def test_adapter_that_changes_its_base_is_refused_before_the_model_is_loaded(tmp_path, tokenizer):
     from peft import LoraConfig
 
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_an_adapter_that_changes_its_base_is_refused_before_the_model_is_loaded(
         )  # fmt: skip
 
 
-def test_a_tokenizer_without_an_end_is_refused_before_the_model_is_loaded(tmp_path):
+def test_tokenizer_without_an_end_is_refused_before_the_model_is_loaded(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="has no end of sequence"):
@@ -122,7 +122,7 @@ def test_tokens_that_the_student_cannot_read_or_that_end_nothing_are_found_at_th
 
 
 @pytest.mark.parametrize("who", ["student", "teacher of branch 'general'"])
-def test_a_context_shorter_than_prompt_and_completion_is_refused(who, tmp_path, tokenizer):
+def test_context_shorter_than_prompt_and_completion_is_refused(who, tmp_path, tokenizer):
     short, long = make_model(1), make_model(2)
     short.config.max_position_embeddings = 100
     model, teacher = (short, long) if who == "student" else (long, short)
@@ -135,7 +135,7 @@ def test_a_context_shorter_than_prompt_and_completion_is_refused(who, tmp_path, 
         )  # fmt: skip
 
 
-def test_an_image_inside_a_message_is_refused(tmp_path, tokenizer):
+def test_image_inside_a_message_is_refused(tmp_path, tokenizer):
     parts = [{"type": "text", "text": "what is this?"}, {"type": "image", "text": None}]
     prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}]}])
     with pytest.raises(
@@ -144,7 +144,7 @@ def test_an_image_inside_a_message_is_refused(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, train_dataset={"general": make_prompts("general"), "domain": prompts})
 
 
-def test_a_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer, monkeypatch):
+def test_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(CaMOPDTrainer, "_is_vlm", property(lambda self: True, lambda self, value: None), raising=False)
     with pytest.raises(ValueError, match=r"takes images, which no teacher can score yet. Pass its tokenizer"):
         make_trainer(tmp_path, tokenizer)
@@ -183,7 +183,7 @@ def test_bad_input_is_refused_before_any_model_is_loaded(kwargs, error, message,
 
 
 @pytest.mark.parametrize("how", ["the object", "shallow copy", "under its adapter"])
-def test_a_teacher_with_weights_of_the_student_is_refused(how, tmp_path, tokenizer):
+def test_teacher_with_weights_of_the_student_is_refused(how, tmp_path, tokenizer):
     model = make_model(1)
     teacher = copy.copy(model) if how == "shallow copy" else model
     student = model
@@ -201,7 +201,7 @@ def test_prompts_that_were_shuffled_or_selected_are_not_copied(tmp_path, tokeniz
     make_trainer(tmp_path, tokenizer, train_dataset=data)
 
 
-def test_a_prompt_with_an_image_is_refused(tmp_path, tokenizer):
+def test_prompt_with_an_image_is_refused(tmp_path, tokenizer):
     prompts = make_prompts("general").add_column("image", [None] * 11)
     with pytest.raises(ValueError, match=r"column 'image': images are not supported"):
         make_trainer(tmp_path, tokenizer, train_dataset={"general": prompts, "domain": make_prompts("domain")})

@@ -17,7 +17,7 @@ def test_sigma_weights_bring_branches_to_the_spread_of_all_tokens():
     assert weights == pytest.approx({"a": math.sqrt(5), "b": math.sqrt(5) / 3})
 
 
-def test_the_spread_of_all_tokens_holds_the_distance_of_the_branches():
+def test_spread_of_all_tokens_holds_the_distance_of_the_branches():
     # Each branch has spread 1, around -2 and 2; together sqrt(1 + 4).
     weights = sigma_weights({"a": sums(-3, -1), "b": sums(1, 3)})
     assert weights == pytest.approx({"a": math.sqrt(5), "b": math.sqrt(5)})
@@ -29,12 +29,12 @@ def test_sigma_weights_are_clipped():
 
 
 @pytest.mark.parametrize("degenerate", [sums(), sums(0.3), sums(0.1, 0.1, 0.1)])
-def test_a_branch_without_spread_keeps_its_weight(degenerate):
+def test_branch_without_spread_keeps_its_weight(degenerate):
     weights = sigma_weights({"a": degenerate, "b": sums(-1, 1)})
     assert weights["a"] == 1.0
     assert 0.25 <= weights["b"] <= 4.0
 
 
-def test_one_branch_alone_has_weight_one():
+def test_sigma_weight_of_one_branch_alone_is_one():
     assert sigma_weights({"a": sums(0.2, -0.7, 1.3)}) == pytest.approx({"a": 1.0})
     assert sigma_weights({}) == {}

@@ -30,7 +30,7 @@ def test_trained_samples_are_held_against_the_kept_ones():
         one.add([1, 2], torch.ones(1, 2).bool())
 
 
-def test_what_a_callback_measures_is_in_the_line_of_the_step_whenever_it_was_added(tmp_path, tokenizer):
+def test_callbacks_measure_into_the_line_of_the_step_whenever_they_were_added(tmp_path, tokenizer):
     class Measure(StepCallback):
         def __init__(self, name):
             self.name = name

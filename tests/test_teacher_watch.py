@@ -12,7 +12,7 @@ from camopd.step import StepCallback
 
 
 @pytest.mark.parametrize("other_weights", [True, False])
-def test_a_server_that_says_it_is_the_student_and_is_not_is_refused_before_the_first_rollout(
+def test_server_that_says_it_is_the_student_and_is_not_is_refused_before_the_first_rollout(
     other_weights, tmp_path, tokenizer, start_server
 ):
     student = make_model(1)
@@ -31,7 +31,7 @@ def test_a_server_that_says_it_is_the_student_and_is_not_is_refused_before_the_f
         trainer.train()
 
 
-def test_a_student_with_an_adapter_is_not_taken_for_the_base_it_is_named_after(tmp_path, tokenizer, start_server):
+def test_student_with_an_adapter_is_not_taken_for_the_base_it_is_named_after(tmp_path, tokenizer, start_server):
     make_model(1).save_pretrained(tmp_path / "base")
     student = get_peft_model(
         LlamaForCausalLM.from_pretrained(tmp_path / "base"),
@@ -48,7 +48,7 @@ def test_a_student_with_an_adapter_is_not_taken_for_the_base_it_is_named_after(t
     assert line["gap/general/abs_mean"] > 0.5
 
 
-def test_a_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(tmp_path, tokenizer, start_server):
+def test_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(tmp_path, tokenizer, start_server):
     lost = make_model(2)
     with torch.no_grad():
         lost.lm_head.weight.zero_()
@@ -60,7 +60,7 @@ def test_a_server_that_has_lost_its_weights_is_refused_before_the_first_rollout(
         trainer.train()
 
 
-def test_a_far_teacher_is_warned_of_once_and_a_near_one_not(tmp_path, tokenizer, caplog):
+def test_far_teacher_is_warned_of_once_and_a_near_one_not(tmp_path, tokenizer, caplog):
     make_trainer(tmp_path, tokenizer, max_steps=5, learning_rate=1e-9).train()
     warned = [record.getMessage() for record in caplog.records if "initial KL" in record.getMessage()]
     (text,) = warned  # five steps visit "general" four times; the domain's teacher is the student itself
@@ -68,7 +68,7 @@ def test_a_far_teacher_is_warned_of_once_and_a_near_one_not(tmp_path, tokenizer,
     assert "above 0.1" in text
 
 
-def test_the_check_of_teachers_is_no_part_of_the_first_rollouts_time(tmp_path, tokenizer, start_server):
+def test_check_of_teachers_is_no_part_of_the_first_rollouts_time(tmp_path, tokenizer, start_server):
     server = start_server()
     trainer = make_trainer(tmp_path, tokenizer, max_steps=1, teachers={"general": server.url, "domain": make_model(1)})
     checking = []
@@ -82,7 +82,7 @@ def test_the_check_of_teachers_is_no_part_of_the_first_rollouts_time(tmp_path, t
     assert checking[0] > 0  # it was asked before the step, whose clock starts with it
 
 
-def test_a_server_with_the_students_start_is_another_model_once_the_trainer_has_stepped(
+def test_server_with_the_students_start_is_another_model_once_the_trainer_has_stepped(
     tmp_path, tokenizer, start_server
 ):
     student = make_model(1)

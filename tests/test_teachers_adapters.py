@@ -177,7 +177,7 @@ def test_settings_of_lora_that_change_the_base_are_refused_with_the_way_out(name
     ],
     ids=["pissa", "olora", "kasa", "replication", "bias-all", "bias-lora"],
 )  # fmt: skip
-def test_what_is_refused_is_indeed_another_model(config):
+def test_settings_that_are_refused_make_indeed_another_model(config):
     base = make_base()
     specialised = logps(base)
     student = get_peft_model(base, config)
@@ -186,7 +186,7 @@ def test_what_is_refused_is_indeed_another_model(config):
         assert (logps(student) - specialised).abs().max() > 0.1
 
 
-def test_every_setting_and_every_type_of_this_peft_is_known():
+def test_settings_and_types_of_this_peft_are_all_known():
     """A new version of PEFT may bring settings that change the base: look at them, here and in adapters.py."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     refused = set(REFUSED_LORA) - {"init_lora_weights", "bias"}  # of which some values are allowed
@@ -204,13 +204,13 @@ def test_every_setting_and_every_type_of_this_peft_is_known():
     assert adapters._TYPES | others == {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
 
 
-def test_a_type_of_adapter_that_is_not_known_is_refused():
+def test_type_of_adapter_that_is_not_known_is_refused():
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LILY](target_modules=TARGETS)
     with pytest.raises(ValueError, match="adapter of type LILY is not known to leave the weights under"):
         check_adapters("student", config, ["adapter_off"])
 
 
-def test_the_settings_of_a_loaded_or_saved_adapter_count_too(tmp_path):
+def test_settings_of_a_loaded_or_saved_adapter_count_too(tmp_path):
     student = get_peft_model(make_base(), lora(init_lora_weights="pissa"))
     student.save_pretrained(tmp_path)
     for model in (student, str(tmp_path)):
@@ -256,7 +256,7 @@ def test_adapter_start_of_a_student_in_bfloat16(cast, tmp_path):
     torch.testing.assert_close(teacher_logps(student, "adapter_start"), logps(student), rtol=0, atol=0)
 
 
-def test_a_copy_that_is_not_exact_is_refused():
+def test_copy_that_is_not_exact_is_refused():
     student = get_peft_model(make_base(), lora(kasa_config=KasaConfig()))
     train(student)
     with pytest.raises(ValueError, match=r"no exact copy of the student's adapter \(LORA.* the logits differ by"):
@@ -276,7 +276,7 @@ def test_trained_weights_outside_of_adapters_are_refused_with_their_names():
         check_adapters(biased, None, ["adapter_start"])
 
 
-def test_a_student_that_cannot_be_trained_is_refused_with_the_way_out(tmp_path):
+def test_student_that_cannot_be_trained_is_refused_with_the_way_out(tmp_path):
     get_peft_model(make_base(), lora()).save_pretrained(tmp_path)
     frozen = PeftModel.from_pretrained(make_base(), tmp_path)
     with pytest.raises(ValueError, match=r"'default' was loaded for inference.*is_trainable=True"):
@@ -459,7 +459,7 @@ def test_adapter_start_is_a_copy_of_every_kind_of_adapter(config):
             torch.testing.assert_close(student(torch.tensor([[5, 6, 7, 8]])).logits, before, rtol=0, atol=LOGP)
 
 
-def test_a_start_adapter_of_another_trainer_is_not_taken(lora_student):
+def test_start_adapter_of_another_trainer_is_not_taken(lora_student):
     keep_start_adapter(lora_student)
     with pytest.raises(ValueError, match=r"has an adapter of that name, perhaps of a trainer made before"):
         keep_start_adapter(lora_student)
@@ -489,7 +489,7 @@ def test_adapter_off_puts_everything_back_when_the_forward_fails(lora_student):
     assert not torch.equal(with_adapter, without)
 
 
-def test_an_adapter_teacher_is_batched_as_the_student_whatever_its_probe_has_found(monkeypatch):
+def test_adapter_teacher_is_batched_as_the_student_whatever_its_probe_has_found(monkeypatch):
     """Equal weights give gaps of exactly 0, also where rows without padding would see each other (OPT)."""
     monkeypatch.setattr("camopd.packing.packing_pays", lambda model: True)
     torch.manual_seed(0)
@@ -510,7 +510,7 @@ def test_an_adapter_teacher_is_batched_as_the_student_whatever_its_probe_has_fou
         assert torch.equal(scores.logps, logps)
 
 
-def test_an_adapter_teachers_top_k_goes_through_the_students_wrapper(lora_student):
+def test_adapter_teachers_top_k_goes_through_the_students_wrapper(lora_student):
     """There sharded weights are whole."""
     ran = []
 

@@ -8,7 +8,7 @@ from camopd.errors import TeacherError
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_teacher_that_returns_too_few_or_too_many_answers_stops_the_run(change, tmp_path, tokenizer):
+def test_teacher_that_returns_too_few_or_too_many_answers_stops_the_run(change, tmp_path, tokenizer):
     class Miscounts(BrokenTeacher):
         def score(self, token_ids, prompt_lens, top_k=0):
             return (super().score(token_ids, prompt_lens) * 2)[: len(token_ids) + change]

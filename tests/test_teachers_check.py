@@ -53,7 +53,7 @@ def server_findings(teacher, tokenizer, max_tokens=128):
     return {finding.subject: finding for finding in findings}
 
 
-def test_a_server_that_fits_is_ok_in_every_line(server, connect, tokenizer):
+def test_server_that_fits_is_ok_in_every_line(server, connect, tokenizer):
     found = server_findings(connect(server), tokenizer)
     assert list(found) == ["reachable", "context", "tokenizer", "chat template"]
     assert {finding.level for finding in found.values()} == {"ok"}
@@ -82,11 +82,11 @@ def test_reachable_names_the_model_and_the_transport_of_every_url(start_server, 
         ("http://localhost.example.org", True),
     ],
 )
-def test_a_key_is_in_the_open_over_http_to_another_machine(url, is_open):
+def test_key_is_in_the_open_over_http_to_another_machine(url, is_open):
     assert _sends_key_in_the_open(url) is is_open
 
 
-def test_a_key_that_travels_in_the_open_is_a_warning_with_the_urls(server, connect, tokenizer, monkeypatch):
+def test_key_that_travels_in_the_open_is_a_warning_with_the_urls(server, connect, tokenizer, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "secret")
     url = server.url.replace("127.0.0.1", "0.0.0.0")  # reaches this machine, and is not a loopback address
     found = server_findings(connect(server, url), tokenizer)["key"]
@@ -95,19 +95,19 @@ def test_a_key_that_travels_in_the_open_is_a_warning_with_the_urls(server, conne
     assert "secret" not in found.text
 
 
-def test_there_is_no_word_about_keys_without_a_key_or_on_this_machine(server, connect, tokenizer, monkeypatch):
+def test_key_is_not_mentioned_without_one_or_on_this_machine(server, connect, tokenizer, monkeypatch):
     url = server.url.replace("127.0.0.1", "0.0.0.0")
     assert "key" not in server_findings(connect(url), tokenizer)
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "secret")
     assert "key" not in server_findings(connect(server), tokenizer)
 
 
-def test_a_context_that_is_just_long_enough_is_ok(start_server, connect, tokenizer):
+def test_context_that_is_just_long_enough_is_ok(start_server, connect, tokenizer):
     found = server_findings(connect(start_server(max_model_len=129)), tokenizer)["context"]
     assert (found.level, found.text) == ("ok", "129 tokens, 129 needed")
 
 
-def test_a_context_one_token_short_is_an_error_with_the_flag(start_server, connect, tokenizer):
+def test_context_one_token_short_is_an_error_with_the_flag(start_server, connect, tokenizer):
     short = start_server(max_model_len=128)
     found = server_findings(connect(start_server(), short), tokenizer)["context"]
     assert found.level == "error"
@@ -117,14 +117,14 @@ def test_a_context_one_token_short_is_an_error_with_the_flag(start_server, conne
     assert "max_completion_length" in found.text
 
 
-def test_a_tokenizer_that_gives_the_same_ids_is_ok_with_their_number(server, connect, tokenizer):
+def test_tokenizer_that_gives_the_same_ids_is_ok_with_their_number(server, connect, tokenizer):
     found = server_findings(connect(server), tokenizer)["tokenizer"]
     assert found.level == "ok"
     compared = int(found.text.removeprefix("the same ids for ").removesuffix(" tokens of probe texts"))
     assert compared > sum(len(text) for text in PROBE_TEXTS)
 
 
-def test_another_tokenizer_of_the_same_size_is_an_error_with_the_ids_of_both(start_server, connect, tokenizer):
+def test_tokenizer_of_the_same_size_with_other_ids_is_an_error_with_the_ids_of_both(start_server, connect, tokenizer):
     well, other = start_server(), start_server(tokenizer=other_tokenizer())
     found = server_findings(connect(well, other), tokenizer)["tokenizer"]
     assert found.level == "error"
@@ -137,7 +137,7 @@ def test_another_tokenizer_of_the_same_size_is_an_error_with_the_ids_of_both(sta
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "added"])
-def test_an_added_token_the_teacher_does_not_know_is_an_error_with_it(start_server, connect, special, monkeypatch):
+def test_added_token_the_teacher_does_not_know_is_an_error_with_it(start_server, connect, special, monkeypatch):
     monkeypatch.setattr("camopd.teachers.check.VOCABULARY_PROBES", 2)  # found as an added token, not by its number
     student = make_tokenizer()
     student.add_tokens(["<think>"], special_tokens=special)
@@ -147,7 +147,7 @@ def test_an_added_token_the_teacher_does_not_know_is_an_error_with_it(start_serv
     assert str(len(VOCAB)) in found.text.partition(" there and ")[2]  # its id
 
 
-def test_other_ids_of_tokens_in_none_of_the_texts_are_an_error(start_server, connect, tokenizer):
+def test_tokenizer_with_other_ids_of_tokens_in_none_of_the_texts_is_an_error(start_server, connect, tokenizer):
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = backend["model"]["vocab"]
     assert "6" not in "".join(PROBE_TEXTS) and "7" not in "".join(PROBE_TEXTS)
@@ -158,7 +158,7 @@ def test_other_ids_of_tokens_in_none_of_the_texts_are_an_error(start_server, con
     assert f"{ids['6']}, " in found.text
 
 
-def test_an_added_token_with_another_id_is_an_error(start_server, connect):
+def test_added_token_with_another_id_is_an_error(start_server, connect):
     student, teacher = make_tokenizer(), make_tokenizer()
     student.add_tokens(["<one>", "<two>"])
     teacher.add_tokens(["<two>", "<one>"])
@@ -181,7 +181,7 @@ def test_ids_that_end_too_early_are_an_error_at_their_end(start_server, connect,
 
 
 @pytest.mark.parametrize("answer", ["[]", '{"count": 3}', '{"tokens": null}'])
-def test_an_answer_without_ids_is_an_error(start_server, connect, tokenizer, answer):
+def test_answer_without_ids_is_an_error(start_server, connect, tokenizer, answer):
     server = start_server()
     teacher = connect(server)
     server.always = (200, answer)
@@ -191,7 +191,7 @@ def test_an_answer_without_ids_is_an_error(start_server, connect, tokenizer, ans
     assert found["chat template"].level == "warning"
 
 
-def test_a_server_that_does_not_tokenize_is_an_error_with_its_words(server, connect, tokenizer):
+def test_server_that_does_not_tokenize_is_an_error_with_its_words(server, connect, tokenizer):
     teacher = connect(server)
     server.always = (404, "no such path here")
     found = server_findings(teacher, tokenizer)["tokenizer"]
@@ -199,7 +199,7 @@ def test_a_server_that_does_not_tokenize_is_an_error_with_its_words(server, conn
     assert f"teacher 'general' at {server.url} answered 404: no such path here" in found.text
 
 
-def test_another_chat_template_is_a_warning_with_both_texts(start_server, connect, tokenizer):
+def test_chat_template_of_another_kind_is_a_warning_with_both_texts(start_server, connect, tokenizer):
     other = make_tokenizer()
     other.chat_template = CHAT_TEMPLATE.replace("'a '", "'a? '")
     server = start_server(tokenizer=other)
@@ -217,7 +217,7 @@ def test_another_chat_template_is_a_warning_with_both_texts(start_server, connec
     assert "(--chat-template)" in found.text
 
 
-def test_a_server_without_a_chat_template_is_a_warning_with_its_words(start_server, connect, tokenizer):
+def test_server_without_a_chat_template_is_a_warning_with_its_words(start_server, connect, tokenizer):
     teacher = make_tokenizer()
     teacher.chat_template = None
     found = server_findings(connect(start_server(tokenizer=teacher)), tokenizer)["chat template"]
@@ -226,7 +226,7 @@ def test_a_server_without_a_chat_template_is_a_warning_with_its_words(start_serv
     assert "--chat-template" in found.text
 
 
-def test_a_student_without_a_chat_template_has_none_to_compare(server, connect):
+def test_student_without_a_chat_template_has_none_to_compare(server, connect):
     student = make_tokenizer()
     student.chat_template = None
     assert "chat template" not in server_findings(connect(server), student)
@@ -326,7 +326,7 @@ def test_log_probs_that_are_not_normalised_are_an_error_with_the_flag(server, co
     assert "Start the server with --logprobs-mode raw_logprobs" in found.text
 
 
-def test_the_students_own_weights_are_ok_with_the_gap_between_the_engines(start_server, connect, score_findings):
+def test_students_own_weights_are_ok_with_the_gap_between_the_engines(start_server, connect, score_findings):
     found = score_findings(connect(start_server(model=make_model(0))), same_weights=True)["self-gap"]
     assert found.level == "ok"
     gap = float(found.text.split()[-4])
@@ -342,7 +342,9 @@ def test_weights_a_little_off_are_a_warning_with_the_flag(start_server, connect,
     assert "Give the server the trainer's --dtype" in found.text
 
 
-def test_other_weights_under_the_students_name_are_an_error_with_the_gap(start_server, connect, score_findings):
+def test_weights_of_another_model_under_the_students_name_are_an_error_with_the_gap(
+    start_server, connect, score_findings
+):
     found = score_findings(connect(start_server(model=make_model(1))), same_weights=True)["self-gap"]
     assert found.level == "error"
     assert float(found.text.partition(" nats")[0].split()[-1]) > 0.5
@@ -350,17 +352,17 @@ def test_other_weights_under_the_students_name_are_an_error_with_the_gap(start_s
     assert "from the student's own path, with its --dtype and without --quantization" in found.text
 
 
-def test_a_teacher_with_weights_of_its_own_has_no_self_gap(start_server, connect, score_findings):
+def test_teacher_with_weights_of_its_own_has_no_self_gap(start_server, connect, score_findings):
     assert "self-gap" not in score_findings(connect(start_server(model=make_model(1))))
 
 
-def test_a_teacher_that_ends_its_answers_is_ok(start_server, connect, teacher_model, score_findings):
+def test_teacher_that_ends_its_answers_is_ok(start_server, connect, teacher_model, score_findings):
     found = score_findings(connect(start_server(model=with_eos_bias(teacher_model, 20.0))))["end of sequence"]
     assert found.level == "ok"
     assert found.text == "'</s>' is among its five likeliest tokens after 4 of 4 complete answers"
 
 
-def test_a_teacher_that_does_not_end_its_answers_is_a_warning(start_server, connect, teacher_model, score_findings):
+def test_teacher_that_does_not_end_its_answers_is_a_warning(start_server, connect, teacher_model, score_findings):
     found = score_findings(connect(start_server(model=with_eos_bias(teacher_model, -20.0))))["end of sequence"]
     assert found.level == "warning"
     assert "'</s>' is among its five likeliest tokens after 0 of 4 complete answers" in found.text
@@ -368,7 +370,7 @@ def test_a_teacher_that_does_not_end_its_answers_is_a_warning(start_server, conn
 
 
 @pytest.mark.parametrize(("ended", "level"), [(0, "warning"), (1, "warning"), (2, "ok"), (4, "ok")])
-def test_half_of_the_answers_ended_is_enough(tokenizer, ended, level):
+def test_answers_need_to_end_in_half_of_the_cases(tokenizer, ended, level):
     ends, goes_on = torch.tensor([[7, 8], [9, 2]]), torch.tensor([[7, 2], [9, 8]])  # only the last position counts
     tops = [TokenScores(torch.zeros(2), ends if row < ended else goes_on, torch.zeros(2, 2)) for row in range(4)]
     found = _check_end("general", tokenizer, [2], tops)
@@ -384,7 +386,7 @@ def chat_tokenizer(turn_end="<end_of_turn>"):
     return tokenizer
 
 
-def test_a_turn_may_end_with_another_token_than_a_sequence(start_server, connect):
+def test_turn_may_end_with_another_token_than_a_sequence(start_server, connect):
     """The teacher ends its turns as its template does: no warning that it teaches the student not to end."""
     tokenizer = chat_tokenizer()
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
@@ -406,7 +408,7 @@ def test_a_turn_may_end_with_another_token_than_a_sequence(start_server, connect
     assert found["end of sequence"].level == "warning"
 
 
-def test_a_server_with_fewer_tokens_than_the_students_head_is_an_error_with_the_way_out(
+def test_server_with_fewer_tokens_than_the_students_head_is_an_error_with_the_way_out(
     start_server, connect, tokenizer, teacher_model
 ):
     """The student's head is padded; the first padding row that it draws could not be scored."""
@@ -428,14 +430,14 @@ def test_a_server_with_fewer_tokens_than_the_students_head_is_an_error_with_the_
         assert "the student can write 64 tokens" in error.text and "model.resize_token_embeddings" in error.text
 
 
-def test_a_teacher_in_the_process_is_not_asked_for_its_likeliest_tokens(teacher_model, score_findings):
+def test_teacher_in_the_process_is_not_asked_for_its_likeliest_tokens(teacher_model, score_findings):
     assert list(score_findings(LocalTeacher(teacher_model, "local", "cpu", batch_size=4))) == ["log-probs"]
 
 
 @pytest.mark.parametrize(
     ("kl", "level"), [(-1e-8, "ok"), (-0.01, "ok"), (0.1, "ok"), (0.101, "warning"), (0.19, "warning")]
 )
-def test_the_initial_kl_is_named_and_above_a_tenth_of_a_nat_a_warning(kl, level):
+def test_initial_kl_is_named_and_above_a_tenth_of_a_nat_a_warning(kl, level):
     found = initial_kl("domain", kl, 321)
     assert (found.branch, found.subject, found.level) == ("domain", "initial KL", level)
     shown = "0.000" if abs(kl) < 1e-6 else f"{kl:.3f}"  # and not -0.000
@@ -443,14 +445,14 @@ def test_the_initial_kl_is_named_and_above_a_tenth_of_a_nat_a_warning(kl, level)
     assert (", above 0.1." in found.text) is ("watch gap/*/mean" in found.text) is (level == "warning")
 
 
-def test_the_students_start_is_known_by_name(teacher_model):
+def test_students_start_is_known_by_name(teacher_model):
     teacher = LocalTeacher(teacher_model, "org/student", "cpu", batch_size=1)
     assert is_student_start(teacher, "org/student")
     assert not is_student_start(teacher, "org/teacher")
     assert not is_student_start(teacher, "student")
 
 
-def test_the_students_start_is_known_by_the_path_behind_a_served_name(start_server, connect, tmp_path, monkeypatch):
+def test_students_start_is_known_by_the_path_behind_a_served_name(start_server, connect, tmp_path, monkeypatch):
     (tmp_path / "student").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "student")
     monkeypatch.chdir(tmp_path)
@@ -461,7 +463,7 @@ def test_the_students_start_is_known_by_the_path_behind_a_served_name(start_serv
     assert not is_student_start(teacher, str(tmp_path))
 
 
-def test_the_first_error_is_raised_and_the_warnings_before_it_are_handed_over():
+def test_raise_errors_raises_the_first_and_hands_the_warnings_before_it_over():
     warned = []
     findings = iter([
         Finding("a", "reachable", "ok", "fine"),
@@ -474,12 +476,12 @@ def test_the_first_error_is_raised_and_the_warnings_before_it_are_handed_over():
     assert warned == ["teacher 'a', key: in the open"]
 
 
-def test_an_error_that_names_its_teacher_is_raised_as_it_is():
+def test_raise_errors_raises_an_error_that_names_its_teacher_as_it_is():
     with pytest.raises(TeacherError, match=r"^teacher 'a' at http://x is short$"):
         raise_errors([Finding("a", "context", "error", "teacher 'a' at http://x is short")], pytest.fail)
 
 
-def test_without_an_error_nothing_is_raised():
+def test_raise_errors_raises_nothing_without_an_error():
     warned = []
     raise_errors([Finding("a", "key", "warning", "one"), Finding("b", "key", "warning", "two")], warned.append)
     assert warned == ["teacher 'a', key: one", "teacher 'b', key: two"]
@@ -501,13 +503,13 @@ def in_vocabulary(text):
     return "".join(letter if letter in VOCAB else "<unk>" for letter in text)
 
 
-def test_a_probe_is_every_conversation_in_the_template_with_an_end(tokenizer):
+def test_probe_is_every_conversation_in_the_template_with_an_end(tokenizer):
     assert texts(tokenizer, Probe.of(tokenizer, 512)) == [
         (in_vocabulary(f"u {question}.a "), in_vocabulary(answer) + "</s>") for question, answer in PROBE_CONVERSATIONS
     ]
 
 
-def test_a_probe_without_a_chat_template_is_plain_text():
+def test_probe_without_a_chat_template_is_plain_text():
     plain = make_tokenizer()
     plain.chat_template = None
     assert texts(plain, Probe.of(plain, 512)) == [
@@ -515,7 +517,7 @@ def test_a_probe_without_a_chat_template_is_plain_text():
     ]
 
 
-def test_a_probe_keeps_the_conversations_that_fit(tokenizer):
+def test_probe_keeps_the_conversations_that_fit(tokenizer):
     everything = Probe.of(tokenizer, 512)
     lengths = sorted(map(len, everything.token_ids))
     assert lengths[0] < lengths[1] < lengths[-1]
@@ -528,7 +530,7 @@ def test_a_probe_keeps_the_conversations_that_fit(tokenizer):
 
 
 @pytest.mark.parametrize("max_tokens", [2, 5, 33, 39])
-def test_where_none_fits_a_probe_is_the_end_of_the_first(tokenizer, max_tokens):
+def test_probe_is_the_end_of_the_first_conversation_where_none_fits(tokenizer, max_tokens):
     ((prompt, completion),) = texts(tokenizer, Probe.of(tokenizer, max_tokens))
     whole_prompt, whole_completion = texts(tokenizer, Probe.of(tokenizer, 512))[0]
     probe = Probe.of(tokenizer, max_tokens)

@@ -55,7 +55,7 @@ def test_ddp_timeout_is_not_looked_at_on_a_single_rank(tmp_path):
 
 
 @given(st.integers(1, 1000), st.integers(1, 10**6))
-def test_a_request_may_take_longer_with_more_rows_and_longer_ones(rows, longest):
+def test_request_may_take_longer_with_more_rows_and_longer_ones(rows, longest):
     most = limits.most_tokens_in_flight(rows, longest)
     assert longest <= most <= rows * longest
     assert most <= limits.most_tokens_in_flight(rows + 1, longest)

@@ -64,7 +64,7 @@ def test_local_teacher_scores_under_the_trainers_autocast_and_answers_in_float32
     assert 1e-5 < difference < 0.5
 
 
-def test_a_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch):
+def test_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch):
     teacher = LocalTeacher(make_model(1), "local", "cpu", 4)
     moves = []
     monkeypatch.setattr(teacher.model, "to", moves.append)
@@ -78,7 +78,7 @@ def test_a_local_teacher_is_on_the_accelerator_only_while_it_scores(monkeypatch)
     assert moves[2:] == [teacher.device, "cpu"]  # a failed call does not leave it there
 
 
-def test_a_local_teacher_is_moved_once_per_score_and_not_for_a_probe_that_is_done(model_factory, monkeypatch):
+def test_local_teacher_is_moved_once_per_score_and_not_for_a_probe_that_is_done(model_factory, monkeypatch):
     teacher = LocalTeacher(model_factory(0), "local", "cpu", batch_size=2)
     teacher.rests_on_cpu = True  # as on a GPU
     moves = []

@@ -58,13 +58,13 @@ class CountingTeacher:
         return [TokenScores(torch.full((length,), -float(length))) for length in lengths]
 
 
-def test_a_path_is_loaded_and_named(resolve, teacher_path, local_scores):
+def test_path_is_loaded_and_named(resolve, teacher_path, local_scores):
     teacher = resolve({"general": teacher_path})["general"]
     assert teacher.name == teacher_path
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
 
 
-def test_a_teacher_in_another_type_than_the_student_computes_in_is_a_warning(
+def test_teacher_in_another_type_than_the_student_computes_in_is_a_warning(
     resolve, teacher_path, model_factory, caplog
 ):
     resolve({"general": teacher_path, "domain": model_factory(1)})
@@ -86,7 +86,7 @@ def test_branches_with_the_same_server_share_one_teacher(resolve, server):
     assert isinstance(teachers["other"], ServerTeacher)
 
 
-def test_a_loaded_model_an_own_object_and_adapter_off_are_taken(resolve, lora_student, teacher_model, local_scores):
+def test_loaded_model_an_own_object_and_adapter_off_are_taken(resolve, lora_student, teacher_model, local_scores):
     own = CountingTeacher()
     teachers = resolve({"model": teacher_model, "own": own, "domain": "adapter_off"}, student=lora_student)
     assert list(teachers) == ["model", "own", "domain"]
@@ -95,11 +95,11 @@ def test_a_loaded_model_an_own_object_and_adapter_off_are_taken(resolve, lora_st
     assert isinstance(teachers["domain"], AdapterTeacher)
 
 
-def test_the_order_of_the_branches_is_kept(resolve, server):
+def test_order_of_the_branches_is_kept(resolve, server):
     assert list(resolve({"own": CountingTeacher(), "general": server.url})) == ["own", "general"]
 
 
-def test_a_loaded_model_with_an_adapter_is_a_teacher(resolve, model_factory):
+def test_loaded_model_with_an_adapter_is_a_teacher(resolve, model_factory):
     def with_adapter():
         torch.manual_seed(0)
         return get_peft_model(model_factory(2), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -112,14 +112,14 @@ def test_a_loaded_model_with_an_adapter_is_a_teacher(resolve, model_factory):
 
 
 @pytest.mark.parametrize("spec", [None, 7, [], ["http://host:1", "model"], object(), {"url": "http://host:1"}])
-def test_anything_else_is_refused_with_the_forms_there_are(resolve, spec):
+def test_teacher_of_any_other_form_is_refused_with_the_forms_there_are(resolve, spec):
     with pytest.raises(
         TypeError, match=r"(?s)teacher of branch 'general' is .*It must be the URL of a vLLM server.*`score` method"
     ):
         resolve({"general": spec})
 
 
-def test_an_object_without_a_score_method_is_refused(resolve):
+def test_object_without_a_score_method_is_refused(resolve):
     class Nameless:
         name = "half a teacher"
 
@@ -128,7 +128,7 @@ def test_an_object_without_a_score_method_is_refused(resolve):
 
 
 @pytest.mark.parametrize("missing", ["{tmp}/nowhere", "nobody/no-model", "./nowhere"])
-def test_a_path_that_is_not_there_is_refused_with_the_branch_and_the_forms(resolve, tmp_path, missing):
+def test_path_that_is_not_there_is_refused_with_the_branch_and_the_forms(resolve, tmp_path, missing):
     path = missing.format(tmp=tmp_path)
     with pytest.raises(
         ValueError,
@@ -137,19 +137,19 @@ def test_a_path_that_is_not_there_is_refused_with_the_branch_and_the_forms(resol
         resolve({"domain": path})
 
 
-def test_a_folder_without_a_model_is_refused_with_the_branch(resolve, tmp_path):
+def test_folder_without_a_model_is_refused_with_the_branch(resolve, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"(?s)teacher of branch 'domain', '.*empty', cannot be loaded"):
         resolve({"domain": str(tmp_path / "empty")})
 
 
-def test_a_folder_without_a_tokenizer_is_refused_with_the_branch(resolve, teacher_model, tmp_path):
+def test_folder_without_a_tokenizer_is_refused_with_the_branch(resolve, teacher_model, tmp_path):
     teacher_model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"(?s)branch 'domain'.*tokenizer"):
         resolve({"domain": str(tmp_path / "bare")})
 
 
-def test_another_tokenizer_of_the_same_size_on_disk_is_refused_with_a_token(resolve, teacher_model, tmp_path):
+def test_tokenizer_of_the_same_size_on_disk_is_refused_with_a_token(resolve, teacher_model, tmp_path):
     teacher_model.save_pretrained(tmp_path / "other")
     other_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(
@@ -160,7 +160,7 @@ def test_another_tokenizer_of_the_same_size_on_disk_is_refused_with_a_token(reso
         resolve({"domain": str(tmp_path / "other")})
 
 
-def test_a_teacher_with_a_smaller_vocabulary_is_refused(resolve, model_factory, tokenizer, tmp_path):
+def test_teacher_with_a_smaller_vocabulary_is_refused(resolve, model_factory, tokenizer, tmp_path):
     small = model_factory(1, vocab_size=len(VOCAB) - 1)
     small.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
@@ -172,7 +172,7 @@ def test_a_teacher_with_a_smaller_vocabulary_is_refused(resolve, model_factory, 
             resolve({"domain": spec})
 
 
-def test_a_student_with_a_padded_vocabulary_needs_a_teacher_that_knows_it(resolve, model_factory, teacher_model):
+def test_student_with_a_padded_vocabulary_needs_a_teacher_that_knows_it(resolve, model_factory, teacher_model):
     """It can draw the rows that no tokenizer uses, and a teacher without them would end in an IndexError."""
     padded = model_factory(0, vocab_size=64)
     with pytest.raises(ValueError, match=r"can write 64 tokens, the rows of its head, and the teacher knows 43"):
@@ -184,7 +184,9 @@ def test_a_student_with_a_padded_vocabulary_needs_a_teacher_that_knows_it(resolv
     assert resolve({"domain": teacher_model}, student=padded)
 
 
-def test_another_chat_template_of_a_loaded_teacher_is_a_warning(resolve, teacher_model, tokenizer, tmp_path, caplog):
+def test_chat_template_of_a_loaded_teacher_that_differs_is_a_warning(
+    resolve, teacher_model, tokenizer, tmp_path, caplog
+):
     other = copy.deepcopy(tokenizer)
     other.chat_template = tokenizer.chat_template.replace("'a '", "'b '")
     for name, theirs in (("same", tokenizer), ("other", other)):
@@ -196,12 +198,12 @@ def test_another_chat_template_of_a_loaded_teacher_is_a_warning(resolve, teacher
     assert "writes a conversation as" in found[0] and "teacher 'domain', chat template: " in found[0]
 
 
-def test_a_teacher_with_a_padded_vocabulary_is_taken(resolve, model_factory):
+def test_teacher_with_a_padded_vocabulary_is_taken(resolve, model_factory):
     teacher = resolve({"domain": model_factory(1, vocab_size=64)})["domain"]
     assert len(teacher.score(TOKEN_IDS, PROMPT_LENS)) == 5
 
 
-def test_a_servers_context_and_tokenizer_are_checked(resolve, start_server):
+def test_servers_context_and_tokenizer_are_checked(resolve, start_server):
     with pytest.raises(TeacherError, match=r"takes sequences of 64 tokens, but .* is 65"):
         resolve({"general": start_server(max_model_len=64).url})
     with pytest.raises(TeacherError, match="has another tokenizer than the student"):
@@ -222,6 +224,6 @@ def test_servers_are_asked_before_models_are_loaded(resolve, server, tmp_path):
         ("./nowhere", "there is no such folder with a model"),
     ],
 )
-def test_a_mistyped_teacher_is_refused_with_a_guess_of_what_was_meant(resolve, spec, guess):
+def test_mistyped_teacher_is_refused_with_a_guess_of_what_was_meant(resolve, spec, guess):
     with pytest.raises(ValueError, match=rf"teacher of branch 'domain', '{spec}', cannot be loaded \({guess}\)"):
         resolve({"domain": spec})

@@ -27,6 +27,6 @@ def test_weights_that_do_not_fit_their_samples_are_refused(wrong):
         weigh(rule, samples, 0, list)
 
 
-def test_an_own_rule_is_taken_by_its_name_in_the_table(monkeypatch, tmp_path):
+def test_own_rule_is_taken_by_its_name_in_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(TOKEN_RULES, "mine", TokenRule)
     assert CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, token_rule="mine").token_rule == "mine"

@@ -17,7 +17,7 @@ def with_turns(end: str, template: str | None = None):
 
 
 @pytest.mark.parametrize("end", ["<end_of_turn>", "<|end|>", "</s>", "\\n</s>"])
-def test_the_end_of_a_turn_is_that_of_the_template(end):
+def test_end_of_a_turn_is_that_of_the_template(end):
     tokenizer = with_turns(end)
     expected = tokenizer.convert_tokens_to_ids(end.strip("\\n"))
     assert turn_end(tokenizer) == expected
@@ -37,7 +37,7 @@ def test_templates_without_an_end_of_turn_have_none():
         assert turn_end(tokenizer) is None
 
 
-def test_an_end_of_turn_that_ends_no_completion_is_a_warning_with_its_id():
+def test_end_of_turn_that_ends_no_completion_is_a_warning_with_its_id():
     tokenizer = with_turns("<end_of_turn>")
     end = len(VOCAB)
     assert unended_turn(tokenizer, [2, end]) is None
@@ -46,7 +46,7 @@ def test_an_end_of_turn_that_ends_no_completion_is_a_warning_with_its_id():
     assert "'<end_of_turn>'" in found and f"add {end} to it" in found and "generation_config.json" in found
 
 
-def test_a_tokenizer_without_an_end_is_refused_with_the_way_out():
+def test_tokenizer_without_an_end_is_refused_with_the_way_out():
     tokenizer = make_tokenizer()
     need_end(tokenizer)
     tokenizer.eos_token = None
@@ -54,7 +54,7 @@ def test_a_tokenizer_without_an_end_is_refused_with_the_way_out():
         need_end(tokenizer)
 
 
-def test_the_head_may_have_more_rows_than_there_are_tokens():
+def test_head_may_have_more_rows_than_there_are_tokens():
     model = make_model(0, vocab_size=64)
     assert head_size(model) == embedding_size(model) == 64
     for settings in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [3]}}):
@@ -64,7 +64,7 @@ def test_the_head_may_have_more_rows_than_there_are_tokens():
     assert (head_size(model), embedding_size(model)) == (70, 64)
 
 
-def test_a_prompt_with_a_token_that_the_student_cannot_read_is_refused_with_it():
+def test_prompt_with_a_token_that_the_student_cannot_read_is_refused_with_it():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<image>"])
     for ids in ([5, 42], []):

@@ -61,7 +61,7 @@ STEPS = [
     ("case", "variant", "batch_size"),
     [pytest.param(case, *how, id=f"{case.name}-{how[0]}-batches_of_{how[1]}") for case, how in STEPS],
 )
-def test_one_step_equals_the_step_by_hand(case, variant, batch_size, tmp_path):
+def test_step_equals_the_step_by_hand(case, variant, batch_size, tmp_path):
     expected, expected_loss, kept = reference_step(case)
     parameters, metrics = trainer_step(case, str(tmp_path), batch_size, **VARIANTS[variant])
     assert metrics["loss"] == pytest.approx(expected_loss, rel=LOSS)
@@ -74,7 +74,7 @@ def test_one_step_equals_the_step_by_hand(case, variant, batch_size, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_take_the_step_by_hand(processes, tmp_path):
+def test_step_of_several_processes_is_the_step_by_hand(processes, tmp_path):
     """In the case `one_sample_kept` all ranks but one have nothing to train: none of them may wait for ever."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
@@ -114,7 +114,7 @@ def test_several_processes_take_the_step_by_hand(processes, tmp_path):
     check_evaluations(json.loads((tmp_path / "evaluations.json").read_text()))
 
 
-def test_the_cases_hold_what_they_are_meant_to_hold():
+def test_step_cases_hold_what_they_are_meant_to_hold():
     # Uneven shares for two ranks (positions 0, 2, ... and 1, 3, ...), a rank with nothing, weights in and out of band.
     _, _, kept = reference_step(CASES[0])
     even = sum(position % 2 == 0 for position in kept)
@@ -126,7 +126,7 @@ def test_the_cases_hold_what_they_are_meant_to_hold():
 # -------------------------------------------------------------------------------------------- student equals teacher
 
 
-def test_a_sample_that_would_not_be_trained_stops_the_run_before_the_update(tmp_path, tokenizer, monkeypatch):
+def test_sample_that_would_not_be_trained_stops_the_run_before_the_update(tmp_path, tokenizer, monkeypatch):
     trainer = make_trainer(tmp_path, tokenizer, selection=False, prompts_per_step=4, per_device_train_batch_size=4)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     lost = r"of 4 kept samples with \d+ tokens, 3 samples with \d+ tokens have gone through the loss: 1 not trained"
@@ -144,7 +144,7 @@ def test_a_sample_that_would_not_be_trained_stops_the_run_before_the_update(tmp_
         assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
 
 
-def test_a_student_that_equals_its_teacher_does_not_move_at_all(tmp_path, tokenizer):
+def test_student_that_equals_its_teacher_does_not_move_at_all(tmp_path, tokenizer):
     model = make_model(1)
     trainer = make_trainer(
         tmp_path, tokenizer, model=copy.deepcopy(model), teachers={"general": model, "domain": model}, max_steps=2,
@@ -161,7 +161,7 @@ def test_a_student_that_equals_its_teacher_does_not_move_at_all(tmp_path, tokeni
 
 
 @pytest.mark.parametrize("schedule", ["general:1,domain:1", "general:3+domain:1"])
-def test_equal_weights_from_disk_give_gaps_of_exactly_zero_under_bf16_autocast(schedule, tmp_path, tokenizer):
+def test_gaps_of_equal_weights_from_disk_are_exactly_zero_under_bf16_autocast(schedule, tmp_path, tokenizer):
     path = str(tmp_path / "model")
     make_model(1).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -185,7 +185,7 @@ def test_steps_take_the_branches_of_the_schedule(tmp_path, tokenizer):
     assert [line["branch"] for line in lines(tmp_path)] == ["general", "general", "general", "domain", "general"]
 
 
-def test_three_branches_work(tmp_path, tokenizer):
+def test_branches_may_be_three(tmp_path, tokenizer):
     names = ("general", "domain", "code")
     make_trainer(
         tmp_path, tokenizer, schedule="general:1,domain:1,code:1", max_steps=3, scale=1.0, mass_target=0.8, selection=True,
@@ -227,7 +227,7 @@ WRITTEN = [  # a row, and what of it the model is to see; `from_list` takes its 
 ]  # fmt: skip
 
 
-def test_the_model_sees_what_the_user_wrote_in_training_and_evaluation(tmp_path):
+def test_model_sees_what_the_user_wrote_in_training_and_evaluation(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     prompts = Dataset.from_list([row for row, _ in WRITTEN])
@@ -241,7 +241,7 @@ def test_the_model_sees_what_the_user_wrote_in_training_and_evaluation(tmp_path)
         assert sorted(sample.token_ids[: sample.prompt_len] for sample in samples) == expected
 
 
-def test_long_prompts_keep_their_last_tokens_and_are_counted(tmp_path, tokenizer):
+def test_prompts_that_are_long_keep_their_last_tokens_and_are_counted(tmp_path, tokenizer):
     prompts = Dataset.from_list([{"prompt": "a" * 30 + "tail"}, {"prompt": "short"}])
     trainer = make_trainer(
         tmp_path, tokenizer, max_prompt_length=6, max_steps=1, prompts_per_step=2,
@@ -265,14 +265,14 @@ def test_rollout_logps_of_vllm_reach_the_importance_weights(tmp_path):
     assert 2 < metrics["importance/ratio_max"] < 2.72
 
 
-def test_without_rollout_logps_the_weights_are_one_and_it_is_said(tmp_path, tokenizer):
+def test_importance_weights_without_rollout_logps_are_one_and_it_is_said(tmp_path, tokenizer):
     make_trainer(tmp_path, tokenizer, max_steps=1).train()
     (line,) = lines(tmp_path)
     assert line["importance/active"] == 0
     assert "importance/ratio_mean" not in line
 
 
-def test_a_prefix_of_the_completions_is_scored_and_trained(tmp_path, tokenizer):
+def test_prefix_of_the_completions_is_scored_and_trained(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, loss_prefix_tokens=2, max_steps=1)
     scored = []
     score = trainer.teachers["general"].score
@@ -290,7 +290,7 @@ def test_a_prefix_of_the_completions_is_scored_and_trained(tmp_path, tokenizer):
 # ------------------------------------------------------------------------------------------------- evaluation, metrics
 
 
-def test_a_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
+def test_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
     for _ in range(3):
         make_trainer(tmp_path, tokenizer, max_steps=1).train()
     assert sorted(path.name for path in tmp_path.glob("metrics*.jsonl")) == [
@@ -311,7 +311,7 @@ def test_a_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
         "num_examples", "get_batch_samples",
     ],
 )  # fmt: skip
-def test_the_parent_has_what_the_trainer_overrides_or_relies_on(name):
+def test_parent_has_what_the_trainer_overrides_or_relies_on(name):
     assert callable(getattr(DistillationTrainer, name))
 
 
@@ -327,7 +327,7 @@ def test_gradient_checkpointing_gives_the_same_losses(tmp_path, tokenizer):
 # ------------------------------------------------------------------------------------------------- teachers on servers
 
 
-def test_a_server_gives_the_step_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):
+def test_server_gives_the_step_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):
     server = start_server(model=make_model(2), compact=True)
     teachers = {"general": server.url, "domain": make_model(1)}
     make_trainer(tmp_path / "server", tokenizer, max_steps=2, teachers=teachers).train()
@@ -337,7 +337,7 @@ def test_a_server_gives_the_step_of_the_same_teacher_in_the_process(tmp_path, to
             assert one[key] == pytest.approx(other[key], rel=2 * LOSS), key
 
 
-def test_a_trainer_without_the_callbacks_that_measure_trains_the_same(tmp_path, tokenizer):
+def test_trainer_without_the_callbacks_that_measure_trains_the_same(tmp_path, tokenizer):
     trained = []
     for watched in (True, False):
         trainer = make_trainer(tmp_path / str(watched), tokenizer, max_steps=4, diagnostics_steps=1)

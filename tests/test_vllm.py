@@ -185,7 +185,7 @@ def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_mod
         torch.testing.assert_close(f.logps, e.logps, atol=1e-3, rtol=0)
 
 
-def test_the_compact_request_is_one_that_vllm_takes_where_its_runner_can(general, conversations):
+def test_compact_request_is_one_that_vllm_takes_where_its_runner_can(general, conversations):
     teacher = ServerTeacher([general], "general")
     assert teacher.transports == {general: "JSON"}  # the CPU build runs vLLM's first model runner
     recorded = json.loads((TESTS / "recorded_generate.json").read_text())
@@ -204,14 +204,14 @@ def test_the_compact_request_is_one_that_vllm_takes_where_its_runner_can(general
     assert "requires the V2 model runner" in answer.text  # and finds nothing else wrong with the request
 
 
-def test_a_context_that_is_too_short_is_refused_with_the_flag_to_set(general):
+def test_context_that_is_too_short_is_refused_with_the_flag_to_set(general):
     teacher = ServerTeacher([general], "general")
     teacher.check_context(MAX_MODEL_LEN - 1)
     with pytest.raises(TeacherError, match=rf"takes sequences of {MAX_MODEL_LEN} tokens.*--max-model-len 4097"):
         teacher.check_context(4096)
 
 
-def test_the_students_tokenizer_and_template_are_recognised_and_others_refused(general, base_model):
+def test_students_tokenizer_and_template_are_recognised_and_others_refused(general, base_model):
     teacher = ServerTeacher([general], "general")
     findings = list(check_server("general", teacher, AutoTokenizer.from_pretrained(base_model), 200))
     assert {finding.subject: finding.level for finding in findings} == {
@@ -222,7 +222,7 @@ def test_the_students_tokenizer_and_template_are_recognised_and_others_refused(g
     assert "has another tokenizer than the student" in findings["tokenizer"].text
 
 
-def test_a_request_the_server_refuses_fails_at_once_with_its_own_words(general):
+def test_request_the_server_refuses_fails_at_once_with_its_own_words(general):
     started = time.monotonic()
     with pytest.raises(TeacherError, match=rf"answered 400:.*{MAX_MODEL_LEN}"):
         ServerTeacher([general], "general").score([[1] * (MAX_MODEL_LEN + 10)], [5])
@@ -281,7 +281,7 @@ def undisturbed(servers, domain_model, tmp_path_factory):
     return steps_of(folder)
 
 
-def test_a_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model, domain_model, tmp_path):
+def test_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model, domain_model, tmp_path):
     make_trainer(tmp_path, domain_model, {"general": base_model, "domain": domain_model}).train()
     assert_same_steps(undisturbed, steps_of(tmp_path))
     assert undisturbed[0]["gap/general/abs_mean"] > 0.05
@@ -291,7 +291,7 @@ def test_a_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model,
         assert line["time/domain/teacher_idle"] > 0
 
 
-def test_a_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
+def test_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
     undisturbed, servers, domain_model, base_model, conversations, tmp_path, caplog
 ):
     replicas, domain, _, logs = servers

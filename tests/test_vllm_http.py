@@ -12,13 +12,13 @@ from camopd.errors import TeacherError
 both_transports = pytest.mark.parametrize("compact", [True, False], ids=["compact", "JSON"])
 
 
-def test_a_url_may_end_in_a_slash_or_v1(server, connect, local_scores):
+def test_url_may_end_in_a_slash_or_v1(server, connect, local_scores):
     for end in ("/", "/v1", "/v1/"):
         assert_same_scores(connect(server.url + end).score(TOKEN_IDS, PROMPT_LENS), local_scores())
 
 
 @both_transports
-def test_a_400_fails_at_once_with_the_servers_own_words(start_server, connect, compact):
+def test_400_fails_at_once_with_the_servers_own_words(start_server, connect, compact):
     server = start_server(compact=compact)
     teacher = connect(server)
     server.answers.append((400, '{"error": {"message": "prompt_logprobs is disabled here"}}'))
@@ -29,7 +29,7 @@ def test_a_400_fails_at_once_with_the_servers_own_words(start_server, connect, c
     assert len(server.scored) == 1
 
 
-def test_nothing_listening_is_a_teacher_error_that_names_the_url(server, connect):
+def test_url_where_nothing_listens_is_a_teacher_error_that_names_it(server, connect):
     server.close()  # now the port is free
     started = time.monotonic()
     with pytest.raises(
@@ -39,7 +39,7 @@ def test_nothing_listening_is_a_teacher_error_that_names_the_url(server, connect
     assert time.monotonic() - started < 5
 
 
-def test_a_server_that_accepts_and_never_answers_is_an_error_after_five_seconds(server, connect):
+def test_server_that_accepts_and_never_answers_is_an_error_after_five_seconds(server, connect):
     server.always = "hang"
     started = time.monotonic()
     with pytest.raises(TeacherError, match=rf"{server.url} did not answer /v1/models in 5 seconds"):
@@ -51,12 +51,12 @@ def test_a_server_that_accepts_and_never_answers_is_an_error_after_five_seconds(
     "url",
     ["http://", "http://host:port", "http://host:99999", "http://host:-1", "ftp://host", "http://[::1", "host:80"],
 )
-def test_a_url_of_no_server_is_refused(connect, url):
+def test_url_of_no_server_is_refused(connect, url):
     with pytest.raises(TeacherError, match=r"that is not the URL of a server\. Write http://host:port"):
         connect(url)
 
 
-def test_a_password_in_a_url_is_refused_and_not_shown(connect):
+def test_password_in_a_url_is_refused_and_not_shown(connect):
     with pytest.raises(TeacherError, match=r"a URL shows its user and password .* Set CAMOPD_TEACHER_API") as e:
         connect("http://user:sk-secret@localhost:1")
     assert "sk-secret" not in str(e.value)
@@ -73,7 +73,7 @@ def test_http_where_https_is_wanted_gets_the_hint(server, connect):
         connect(server)
 
 
-def test_an_answer_that_is_not_json_is_refused_with_its_beginning(server, connect, monkeypatch):
+def test_answer_that_is_not_json_is_refused_with_its_beginning(server, connect, monkeypatch):
     teacher = connect(server)
     server.answers.extend([(200, "<html>Welcome to nginx</html>")] * 10)
     with pytest.raises(
@@ -83,13 +83,13 @@ def test_an_answer_that_is_not_json_is_refused_with_its_beginning(server, connec
         teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
 
 
-def test_an_answer_in_json_that_is_no_list_of_models_is_refused(server, connect):
+def test_answer_in_json_that_is_no_list_of_models_is_refused(server, connect):
     server.always = (200, '{"status": "ok"}')
     with pytest.raises(TeacherError, match=f"teacher 'general' at {server.url} does not say which model it serves"):
         connect(server)
 
 
-def test_an_answer_without_end_is_cut_off(server, connect, monkeypatch):
+def test_answer_without_end_is_cut_off(server, connect, monkeypatch):
     monkeypatch.setattr("camopd.teachers.vllm.transports.BYTES_PER_LOGPROB", 1)
     teacher = connect(server)
     server.answers.append((200, " " * 1_000_000))
@@ -100,7 +100,7 @@ def test_an_answer_without_end_is_cut_off(server, connect, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_gets_the_hint_where_to_set_it(server, connect, status):
+def test_refused_key_gets_the_hint_where_to_set_it(server, connect, status):
     server.always = (status, '{"error": "Unauthorized"}')
     with pytest.raises(
         TeacherError,
@@ -110,7 +110,7 @@ def test_a_refused_key_gets_the_hint_where_to_set_it(server, connect, status):
     assert len(server.requests) == 1
 
 
-def test_other_refusals_get_no_hint_about_the_key(server, connect):
+def test_refusals_for_other_reasons_get_no_hint_about_the_key(server, connect):
     server.always = (404, "Not Found")
     with pytest.raises(TeacherError, match="answered 404: Not Found") as raised:
         connect(server)
@@ -118,7 +118,7 @@ def test_other_refusals_get_no_hint_about_the_key(server, connect):
 
 
 @both_transports
-def test_the_key_is_sent_as_a_bearer_token_with_every_request(start_server, connect, monkeypatch, compact):
+def test_key_is_sent_as_a_bearer_token_with_every_request(start_server, connect, monkeypatch, compact):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-secret\n")
     server = start_server(compact=compact)
     teacher = connect(server)
@@ -128,7 +128,7 @@ def test_the_key_is_sent_as_a_bearer_token_with_every_request(start_server, conn
     assert {headers.get("Authorization") for _, headers, _ in server.requests} == {"Bearer sk-secret"}
 
 
-def test_a_branch_may_have_a_key_of_its_own(server, connect, monkeypatch):
+def test_branch_may_have_a_key_of_its_own(server, connect, monkeypatch):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-common")
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY_ROLE_PLAY", "sk-own")
     connect(server, branch="role-play")
@@ -138,7 +138,7 @@ def test_a_branch_may_have_a_key_of_its_own(server, connect, monkeypatch):
     assert {headers["Authorization"] for _, headers, _ in server.requests} == {"Bearer sk-common"}
 
 
-def test_without_a_key_no_authorization_is_sent(server, connect):
+def test_key_that_is_not_set_sends_no_authorization(server, connect):
     connect(server)
     assert "Authorization" not in server.requests[0][1]
 
@@ -146,7 +146,7 @@ def test_without_a_key_no_authorization_is_sent(server, connect):
 @pytest.mark.parametrize(
     "fault", ["401", "500", "not JSON", "echo", "half", "nothing listening", "line break in the key"]
 )
-def test_the_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch, caplog, fault):
+def test_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch, caplog, fault):
     monkeypatch.setenv("CAMOPD_TEACHER_API_KEY", "sk-sec\nret" if fault.startswith("line") else "sk-secret")
     if fault == "nothing listening":
         server.close()

@@ -29,7 +29,7 @@ def test_branches_with_the_same_model_share_its_servers_and_their_name():
     assert [server.name for server in servers] == ["general+code/0", "general+code/1"]
 
 
-def test_each_process_gets_the_next_gpus():
+def test_processes_each_get_the_next_gpus():
     servers = plan_servers({"m": ["general"], "n": ["domain"]}, {"m": 2, "n": 1}, "127.0.0.1", 8001)
     assign_gpus(servers, ["0", "1", "2", "3", "4", "5", "6"], 2)
     assert [server.gpus for server in servers] == [["0", "1"], ["2", "3"], ["4", "5"]]
@@ -55,7 +55,7 @@ def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
 
 
 @given(teachers)
-def test_every_model_is_started_once_for_all_its_branches(teachers):
+def test_models_are_each_started_once_for_all_their_branches(teachers):
     notes = []
     others = {"URL": "http://a:1", "URLs": {"urls": ["http://a:1", "http://b:1"], "model": "m"}, "off": "adapter_off"}
     models = models_of({**teachers, **others}, notes)
@@ -128,7 +128,7 @@ def test_servers_on_one_gpu_leave_room_for_each_other(gpus):
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
-def test_a_server_gets_the_key_of_its_branch_and_no_other(model, key):
+def test_server_gets_the_key_of_its_branch_and_no_other(model, key):
     assume(key.strip() and "\0" not in key + model)
     server = Server(["my-code"], 0, model, "127.0.0.1", 8001)
     vllm = VLLM("python", "0.32.0", cpu=False)

@@ -46,7 +46,7 @@ def test_requests_are_asked_at_the_same_time_but_no_more_than_allowed(server, co
     assert most == 2
 
 
-def test_a_replica_that_dies_is_left_out_and_the_others_do_its_work(start_server, connect, local_scores, caplog):
+def test_replica_that_dies_is_left_out_and_the_others_do_its_work(start_server, connect, local_scores, caplog):
     first, second = start_server(), start_server()
     teacher = connect(first, second)
     first.before = first.close  # dies over its first request
@@ -60,7 +60,7 @@ def test_a_replica_that_dies_is_left_out_and_the_others_do_its_work(start_server
     assert not [path for path, *_ in first.requests[asked:] if path == "/v1/completions"]
 
 
-def test_a_replica_that_comes_back_works_again(start_server, connect, local_scores, caplog):
+def test_replica_that_comes_back_works_again(start_server, connect, local_scores, caplog):
     first, second = start_server(), start_server()
     teacher = connect(first, second)
     first.before = first.close
@@ -76,7 +76,7 @@ def test_a_replica_that_comes_back_works_again(start_server, connect, local_scor
     assert again.scored
 
 
-def test_when_every_replica_is_gone_the_batch_waits_for_one(start_server, connect, local_scores, caplog):
+def test_replicas_that_are_all_gone_have_the_batch_wait_for_one(start_server, connect, local_scores, caplog):
     server = start_server()
     teacher = connect(server)
     server.before = server.close
@@ -88,7 +88,7 @@ def test_when_every_replica_is_gone_the_batch_waits_for_one(start_server, connec
     assert_same_scores(future.result(timeout=60), local_scores())
 
 
-def test_when_none_comes_back_in_time_the_error_says_so_and_a_later_batch_is_scored(
+def test_replicas_that_do_not_come_back_in_time_are_an_error_and_a_later_batch_is_scored(
     start_server, connect, local_scores
 ):
     server = start_server()
@@ -107,7 +107,7 @@ def test_when_none_comes_back_in_time_the_error_says_so_and_a_later_batch_is_sco
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
 
 
-def test_a_replica_that_comes_back_with_another_model_stays_out(start_server, connect, local_scores, caplog):
+def test_replica_that_comes_back_with_another_model_stays_out(start_server, connect, local_scores, caplog):
     first, second = start_server(), start_server()
     teacher = connect(first, second)
     first.before = first.close
@@ -120,7 +120,7 @@ def test_a_replica_that_comes_back_with_another_model_stays_out(start_server, co
     assert "is back" not in caplog.text
 
 
-def test_a_replica_that_comes_back_without_the_compact_request_gets_json(start_server, connect, local_scores):
+def test_replica_that_comes_back_without_the_compact_request_gets_json(start_server, connect, local_scores):
     server = start_server(compact=True)
     teacher = connect(server)
     server.before = server.close
@@ -133,7 +133,7 @@ def test_a_replica_that_comes_back_without_the_compact_request_gets_json(start_s
 
 
 @pytest.mark.parametrize("answer", [(500, "oops"), (429, "slow down"), None, "cut"])
-def test_a_fault_is_tried_on_another_replica_first(start_server, connect, local_scores, answer):
+def test_fault_is_tried_on_another_replica_first(start_server, connect, local_scores, answer):
     replicas = [start_server(), start_server()]
     teacher = connect(*replicas)
     for replica in replicas:
@@ -144,7 +144,7 @@ def test_a_fault_is_tried_on_another_replica_first(start_server, connect, local_
 
 
 @pytest.mark.parametrize("status", [500, 429])
-def test_one_replica_that_always_fails_quickly_does_not_stop_another_that_works_slowly(
+def test_replica_that_always_fails_quickly_does_not_stop_another_that_works_slowly(
     start_server, connect, local_scores, monkeypatch, status
 ):
     monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)
@@ -156,7 +156,7 @@ def test_one_replica_that_always_fails_quickly_does_not_stop_another_that_works_
     assert_same_scores(teacher.score(TOKEN_IDS * 3, PROMPT_LENS * 3), local_scores() * 3)
 
 
-def test_a_server_with_another_model_than_the_config_names_is_refused(server):
+def test_server_with_another_model_than_the_config_names_is_refused(server):
     with pytest.raises(
         TeacherError, match=rf"'general' at {server.url} serves 'tiny-teacher', and the config wants 'Qwen/Qwen3-8B'\."
     ):

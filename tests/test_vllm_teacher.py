@@ -32,7 +32,7 @@ def test_scores_equal_those_of_the_same_model_in_process(start_server, connect, 
     assert teacher.name == "tiny-teacher"
 
 
-def test_both_transports_give_the_same_float32_numbers(start_server, connect):
+def test_transports_give_the_same_float32_numbers(start_server, connect):
     compact, plain = (
         connect(start_server(compact=compact)).score(TOKEN_IDS, PROMPT_LENS) for compact in (True, False)
     )
@@ -51,7 +51,7 @@ def test_top_k_equals_that_of_the_same_model_in_process(start_server, connect, l
 
 @both_transports
 @pytest.mark.parametrize("top_k", [0, 3])
-def test_an_empty_completion_is_answered_without_asking_the_server(start_server, connect, compact, top_k):
+def test_empty_completion_is_answered_without_asking_the_server(start_server, connect, compact, top_k):
     server = start_server(compact=compact)
     (score,) = connect(server).score([[14, 15]], [2], top_k)
     assert score.logps.shape == (0,)
@@ -62,7 +62,7 @@ def test_an_empty_completion_is_answered_without_asking_the_server(start_server,
     assert server.scored == []
 
 
-def test_no_rows_are_no_scores(server, connect):
+def test_rows_that_are_none_give_no_scores(server, connect):
     assert connect(server).score([], []) == []
 
 
@@ -82,7 +82,7 @@ def test_submit_returns_before_the_server_has_answered(server, connect, local_sc
     [[(500, "oops"), (500, "oops")], [(429, "slow down")], [(503, "loading")], [None], ["cut"], [(200, '{"choi')]],
     ids=["500 twice", "429", "503", "dropped connection", "half of the body", "half of the JSON"],
 )
-def test_a_fault_that_passes_changes_no_number(start_server, connect, local_scores, answers, compact):
+def test_fault_that_passes_changes_no_number(start_server, connect, local_scores, answers, compact):
     server = start_server(compact=compact)
     teacher = connect(server)
     server.answers.extend(answers)
@@ -90,7 +90,7 @@ def test_a_fault_that_passes_changes_no_number(start_server, connect, local_scor
     assert len(server.sequences) >= 4 + len(answers)
 
 
-def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, local_scores, monkeypatch):
+def test_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, local_scores, monkeypatch):
     """A second passes with each request, whatever the clock on the wall says."""
     seconds = itertools.count()
     monkeypatch.setattr("camopd.teachers.vllm.teacher.time", SimpleNamespace(monotonic=lambda: next(seconds)))
@@ -106,7 +106,7 @@ def test_a_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, 
 
 
 @both_transports
-def test_a_time_out_is_tried_again(start_server, connect, local_scores, monkeypatch, compact):
+def test_time_out_is_tried_again(start_server, connect, local_scores, monkeypatch, compact):
     monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.5)
     server = start_server(compact=compact)
     teacher = connect(server)
@@ -126,7 +126,7 @@ def test_time_outs_grow_with_the_tokens_in_flight(server, connect, monkeypatch):
     teacher.score([[5, 9, 12] * 10], [1])  # 0.6 s
 
 
-def test_a_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server, connect, monkeypatch):
+def test_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server, connect, monkeypatch):
     monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 3)
     teacher = connect(server)
     server.answers.extend([(500, "CUDA out of memory")] * 3)
@@ -139,7 +139,7 @@ def test_a_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server
     assert len(server.scored) == 3
 
 
-def test_a_server_that_hangs_for_good_is_an_error_in_bounded_time(server, connect, monkeypatch):
+def test_server_that_hangs_for_good_is_an_error_in_bounded_time(server, connect, monkeypatch):
     monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.2)
     monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 3)
     teacher = connect(server)
@@ -152,7 +152,7 @@ def test_a_server_that_hangs_for_good_is_an_error_in_bounded_time(server, connec
     assert time.monotonic() - started < 5
 
 
-def test_one_row_that_fails_for_good_does_not_wait_for_the_others(server, connect):
+def test_row_that_fails_for_good_does_not_wait_for_the_others(server, connect):
     teacher = connect(server)
     refused = threading.Event()
 
@@ -169,11 +169,11 @@ def test_one_row_that_fails_for_good_does_not_wait_for_the_others(server, connec
     assert time.monotonic() - started < 5
 
 
-def test_a_teacher_error_is_a_camopd_error():
+def test_teacher_error_is_a_camopd_error():
     assert issubclass(TeacherError, CaMOPDError)
 
 
-def test_a_context_without_room_for_the_token_vllm_generates_is_refused(start_server, connect):
+def test_context_without_room_for_the_token_vllm_generates_is_refused(start_server, connect):
     teacher = connect(start_server(max_model_len=101), start_server(max_model_len=200))
     teacher.check_context(100)  # the shortest replica counts: 100 + 1 fit into 101
     with pytest.raises(
@@ -184,7 +184,7 @@ def test_a_context_without_room_for_the_token_vllm_generates_is_refused(start_se
         teacher.check_context(101)
 
 
-def test_a_server_that_tells_no_context_is_taken(start_server, connect):
+def test_server_that_tells_no_context_is_taken(start_server, connect):
     connect(start_server(max_model_len=None)).check_context(10**6)
 
 

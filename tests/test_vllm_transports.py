@@ -56,7 +56,7 @@ def test_group_rows_puts_every_row_in_one_request_of_the_size_that_is_allowed(le
 
 @settings(deadline=None)
 @given(lengths_of_rows.filter(bool), st.integers(1, 4), st.booleans(), st.integers(0, 100))
-def test_no_replica_ever_has_more_in_flight_than_the_limits_say(lengths, replicas, one_each, more):
+def test_replicas_never_have_more_in_flight_than_the_limits_say(lengths, replicas, one_each, more):
     """All requests go to the first replica, whose place is taken by the next request when the shortest has its answer."""
     longest = max(lengths) + more
     most = limits.most_tokens_in_flight(len(lengths), longest)
@@ -103,7 +103,7 @@ def test_from_base64_npy_takes_no_strange_header_for_that_of_an_array(header):
 
 @settings(deadline=None)
 @given(st.data(), st.lists(floats, min_size=1, max_size=8))
-def test_a_damaged_array_is_refused_or_is_as_long_as_it_says(data, values):
+def test_damaged_array_is_refused_or_is_as_long_as_it_says(data, values):
     raw = bytearray(base64.b64decode(encoded(np.array(values, dtype=np.float32)[:, None])))
     place = data.draw(st.integers(0, len(raw) - 1))
     raw[place] = data.draw(st.integers(0, 255))
@@ -140,7 +140,7 @@ def json_answer(rows, logps, tops):
 
 @settings(deadline=None)
 @given(rows_with_scores(), st.randoms())
-def test_a_json_answer_is_read_token_by_token_in_whatever_order_its_choices_come(case, dice):
+def test_json_answer_is_read_token_by_token_in_whatever_order_its_choices_come(case, dice):
     rows, logps, tops, top_k = case
     answer = json_answer(rows, logps, tops)
     dice.shuffle(answer["choices"])
@@ -158,7 +158,7 @@ def test_a_json_answer_is_read_token_by_token_in_whatever_order_its_choices_come
 
 @settings(deadline=None)
 @given(rows_with_scores(), st.data())
-def test_a_json_answer_for_other_tokens_is_refused(case, data):
+def test_json_answer_for_other_tokens_is_refused(case, data):
     rows, logps, tops, top_k = case
     answer = json_answer(rows, logps, tops)
     row = data.draw(st.sampled_from(rows))
@@ -184,7 +184,7 @@ anything = st.recursive(
 
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["choices", "request_id", "prompt_token_id_logprobs"]), anything))
-def test_no_other_json_is_an_answer(answer):
+def test_json_of_another_form_is_not_an_answer(answer):
     row = Row(0, [1, 2, 3], 1)
     for request in (json_request("m", [row], 0), json_request("m", [row], 2), compact_request("m", row)):
         with pytest.raises((UnusableAnswer, LookupError, TypeError, AttributeError, ValueError)):
@@ -192,7 +192,7 @@ def test_no_other_json_is_an_answer(answer):
 
 
 @given(st.integers(0, 3))
-def test_an_empty_completion_has_no_scores_and_none_is_missing(top_k):
+def test_empty_completion_has_no_scores_and_none_is_missing(top_k):
     scores = no_scores(top_k)
     assert scores.logps.shape == (0,)
     assert (scores.top_logps.shape if top_k else scores.top_logps) == ((0, top_k) if top_k else None)
@@ -212,7 +212,7 @@ def test_missing_log_probs_are_counted_in_both_parts(value):
 both_transports = pytest.mark.parametrize("compact", [True, False], ids=["compact", "JSON"])
 
 
-def test_an_answer_recorded_from_vllms_own_classes_is_read_to_the_last_bit(start_server, connect):
+def test_answer_recorded_from_vllms_own_classes_is_read_to_the_last_bit(start_server, connect):
     recorded = json.loads((Path(__file__).parent / "recorded_generate.json").read_text())
     server = start_server(compact=True)
     teacher = connect(server)
@@ -223,7 +223,7 @@ def test_an_answer_recorded_from_vllms_own_classes_is_read_to_the_last_bit(start
     assert {**asked, "request_id": None} == {**recorded["request"], "request_id": None}
 
 
-def test_the_json_request_asks_for_no_more_than_the_score_needs(server, connect):
+def test_json_request_asks_for_no_more_than_the_score_needs(server, connect):
     connect(server).score([TOKEN_IDS[0]], [2])
     (body,) = server.scored
     assert body == {
@@ -232,7 +232,7 @@ def test_the_json_request_asks_for_no_more_than_the_score_needs(server, connect)
     }  # fmt: skip
 
 
-def test_the_compact_request_scores_the_completion_only(start_server, connect):
+def test_compact_request_scores_the_completion_only(start_server, connect):
     server = start_server(compact=True)
     connect(server).score([TOKEN_IDS[0]], [2])
     (body,) = server.scored
@@ -243,7 +243,7 @@ def test_the_compact_request_scores_the_completion_only(start_server, connect):
     assert "prompt_logprobs" not in body["sampling_params"]
 
 
-def test_the_transport_of_each_server_is_logged(start_server, connect, caplog):
+def test_transport_of_each_server_is_logged(start_server, connect, caplog):
     compact, plain = start_server(compact=True), start_server()
     with caplog.at_level(logging.INFO, logger="camopd"):
         teacher = connect(compact, plain)
@@ -253,7 +253,7 @@ def test_the_transport_of_each_server_is_logged(start_server, connect, caplog):
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 500])
-def test_whoever_refuses_the_compact_request_gets_json(start_server, connect, local_scores, status):
+def test_servers_that_refuse_the_compact_request_get_json(start_server, connect, local_scores, status):
     server = start_server(compact=True)
     plain = server.answer
     server.answer = lambda path, body: (status, "no") if path == "/inference/v1/generate" else plain(path, body)
@@ -262,7 +262,7 @@ def test_whoever_refuses_the_compact_request_gets_json(start_server, connect, lo
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
 
 
-def test_a_server_that_ignores_the_compact_fields_gets_json(start_server, connect):
+def test_server_that_ignores_the_compact_fields_gets_json(start_server, connect):
     server = start_server(compact=True)
     server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": None}
     assert connect(server).transports == {server.url: "JSON"}
@@ -276,21 +276,21 @@ def test_short_sequences_share_a_request_up_to_the_token_budget(server, connect,
     assert [body["prompt"] for body in server.scored] == [[TOKEN_IDS[1]], [TOKEN_IDS[0], TOKEN_IDS[2]], [TOKEN_IDS[4]]]
 
 
-def test_a_sequence_longer_than_the_budget_goes_alone(server, connect, local_scores, monkeypatch):
+def test_sequence_longer_than_the_budget_goes_alone(server, connect, local_scores, monkeypatch):
     monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 2)
     assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
     asked = [TOKEN_IDS[row] for row in (0, 1, 2, 4)]  # row 3 has no completion
     assert sorted(body["prompt"] for body in server.scored) == sorted([ids] for ids in asked)
 
 
-def test_one_log_prob_too_few_is_refused_with_both_counts(server, connect):
+def test_log_probs_one_too_few_are_refused_with_both_counts(server, connect):
     teacher = connect(server)
     server.edit = lambda entries, ids: entries[:-1]
     with pytest.raises(TeacherError, match=rf"'general' at {server.url} scored 5 of 6 tokens. Is this a vLLM server"):
         teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
 
 
-def test_one_compact_log_prob_too_few_is_refused_with_both_counts(start_server, connect):
+def test_compact_log_probs_one_too_few_are_refused_with_both_counts(start_server, connect):
     server = start_server(compact=True)
     teacher = connect(server)
     server.edit_logps = lambda logps, body: logps[:-1]
@@ -325,7 +325,7 @@ def promising_much():
     ],
     ids=["nothing", "no base64", "short", "number", "zip", "too much", "text", "float64", "no second axis"],
 )
-def test_a_compact_answer_without_the_array_asked_for_is_refused(start_server, connect, text):
+def test_compact_answer_without_the_array_asked_for_is_refused(start_server, connect, text):
     server = start_server(compact=True)
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
@@ -334,7 +334,7 @@ def test_a_compact_answer_without_the_array_asked_for_is_refused(start_server, c
 
 
 @pytest.mark.parametrize("text", [zipped(), promising_much()])
-def test_a_strange_answer_to_the_probe_gets_json(start_server, connect, text):
+def test_strange_answer_to_the_probe_gets_json(start_server, connect, text):
     server = start_server(compact=True)
     server.edit_answer = lambda answer: {**answer, "prompt_token_id_logprobs": text}
     assert connect(server).transports == {server.url: "JSON"}
@@ -363,7 +363,7 @@ def test_json_of_another_shape_is_a_teacher_error(server, connect, answer):
         teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
 
 
-def test_nothing_in_an_answer_is_unpickled(start_server, connect):
+def test_answers_are_never_unpickled(start_server, connect):
     pickled = npy(np.array([[print]], dtype=object), allow_pickle=True)
     server = start_server(compact=True)
     teacher = connect(server)
@@ -372,7 +372,7 @@ def test_nothing_in_an_answer_is_unpickled(start_server, connect):
         teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
 
 
-def test_a_server_that_ignores_prompt_logprobs_is_refused(server, connect):
+def test_server_that_ignores_prompt_logprobs_is_refused(server, connect):
     teacher = connect(server)
     server.edit = lambda entries, ids: None
     with pytest.raises(TeacherError, match=r"scored 0 of 6 tokens.*Others ignore prompt_logprobs"):
@@ -401,7 +401,7 @@ def test_answers_for_other_tokens_are_refused(server, connect):
         teacher.score([TOKEN_IDS[0]], [2])
 
 
-def test_a_compact_answer_to_another_request_is_refused(start_server, connect):
+def test_compact_answer_to_another_request_is_refused(start_server, connect):
     server = start_server(compact=True)
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "request_id": "generate-tokens-another"}
@@ -410,7 +410,7 @@ def test_a_compact_answer_to_another_request_is_refused(start_server, connect):
 
 
 @both_transports
-def test_an_answer_of_another_model_is_refused(start_server, connect, compact):
+def test_answer_of_another_model_is_refused(start_server, connect, compact):
     server = start_server(compact=compact)
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "model": "another-model"}
@@ -467,7 +467,7 @@ def test_compact_nan_and_infinity_are_refused_with_rows_and_count(start_server, 
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
-def test_a_token_without_an_entry_is_refused(server, connect, top_k):
+def test_token_without_an_entry_is_refused(server, connect, top_k):
     teacher = connect(server)
 
     def edit(entries, ids):
@@ -479,7 +479,7 @@ def test_a_token_without_an_entry_is_refused(server, connect, top_k):
         teacher.score([TOKEN_IDS[2]], [1], top_k)
 
 
-def test_a_null_log_prob_in_the_prompt_does_not_matter(server, connect, local_scores):
+def test_null_log_prob_in_the_prompt_does_not_matter(server, connect, local_scores):
     teacher = connect(server)
 
     def edit(entries, ids):
