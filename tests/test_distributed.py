@@ -12,10 +12,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import rounding
-from launches import ADAM_EPSILON, CONFIGS, STEPS, launch
+from launches import ADAM_EPSILON, CONFIGS, LEARNING_RATE, STEPS, launch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from steps import LEARNING_RATE
 from transformers import AutoModelForCausalLM
 
 
