@@ -1,26 +1,36 @@
-"""What a run must still be to go on from a checkpoint, where that lies, and a step kept when its teacher is gone."""
+"""Checkpoints: how they are saved whole, which one a run goes on from, and a step kept when the run must stop in it."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import manifest
 from .config import CaMOPDConfig
-from .errors import ResumeError, TeacherError
+from .errors import CaMOPDError, ResumeError, TeacherError
 from .hub import explain_hub_error, hub_errors, is_hub_id, public_name
+from .manifest import SAVING, clean_up, put_in_place, rotate, step_of
+from .optimizer import local
 from .prompts import fingerprint
-from .rollouts import load_rollouts, save_rollouts
+from .rollouts import load_rollouts, save_rollouts, set_rng_state
 from .samples import Sample
 from .schedule import Schedule
 from .settings import OLD_NAMES
+from .signals import RunInterrupted, StopAsked
+from .step import Step
 from .teachers.base import Teacher
 
 
@@ -54,39 +64,97 @@ def record_of(
 
 
 class RunCheckpoints:
-    """The checkpoints of a run. `latest` is the last one that was written, or that the run goes on from."""
+    """The checkpoints of a run. `latest` is the last one that was written, or that the run goes on from.
+
+    `staging` is the folder in which one is being made, see `manifest`.
+    """
 
     def __init__(self, args: CaMOPDConfig, record: dict[str, Any]):
         """`record` as `record_of` makes it."""
         self.args, self.record = args, record
         self.latest: Path | None = None
+        self.staging: Path | None = None
+        self._under_way: tuple[Sequence[Sample] | None, int] | None = None  # of a step that the next save is to keep
         self._resumed_from: Path | None = None  # the one whose rollouts may be used
 
-    def folder(self, output_dir: str, step: int) -> Path:
-        """That of the checkpoint after so many steps."""
-        return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    # -------------------------------------------------------------------------------------------------------- finding
 
-    def find(self, given: str | bool | None, unpickles: bool) -> Any:
+    def find(self, given: str | bool | None, unpickles: bool) -> str | None:
         """The checkpoint that `resume_from_checkpoint` means, or `None`; also of a model of the Hub. Called by all ranks.
 
-        `unpickles` says that loading it unpickles it. Raises `ResumeError` when there is none, or it belongs to a run with
-        another schedule, other teachers, prompts, seed or settings of the method, before anything is loaded.
+        `True` is the newest whole one in `output_dir`, and "auto" is that or, where there is none yet, a start.
+        `unpickles` says that loading it unpickles it. Raises `ResumeError` when there is none, it is not whole, or it
+        belongs to a run with other settings, teachers, prompts or seed, before anything is loaded.
         """
-        checkpoint: Any = given
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir))
-            if checkpoint is None:
-                raise ResumeError(
-                    f"there is no checkpoint in {self.args.output_dir!r} to go on from. Start without "
-                    "resume_from_checkpoint, or give the checkpoint's own folder."
-                )
-        elif isinstance(checkpoint, str) and all(gather_object([is_hub_id(checkpoint)])):
-            # Of all machines: where one has such a folder and another lacks it, the other would wait in the fetch.
-            checkpoint = self._fetch(checkpoint, unpickles)
-        if checkpoint:
-            self._check_record(Path(str(checkpoint)))
-            self.latest = self._resumed_from = Path(str(checkpoint))
-        return checkpoint
+        if self.args.local_process_index == 0:
+            clean_up(Path(self.args.output_dir))
+        if given in (None, False):
+            return None
+        if given is True or given == "auto":
+            checkpoint = self._newest(required=given is True)
+        else:
+            checkpoint = Path(str(given))
+            if all(gather_object([is_hub_id(str(given))])):
+                # Of all machines: where one has such a folder and another lacks it, the other would wait in the fetch.
+                checkpoint = Path(self._fetch(str(given), unpickles))
+            self._need_whole(checkpoint)
+        if checkpoint is None:
+            return None
+        self._check_record(checkpoint)
+        self._compare_processes(checkpoint)
+        self.latest = self._resumed_from = checkpoint
+        return str(checkpoint)
+
+    def _newest(self, required: bool) -> Path | None:
+        """The newest whole checkpoint in `output_dir`, whatever a rank may lack of the newer ones."""
+        folder = Path(self.args.output_dir)
+        found = {step_of(path): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0}
+        left_out: list[str] = []
+        for step in sorted({step for steps in gather_object([list(found)]) for step in steps}, reverse=True):
+            fault = self._fault(self.folder(str(folder), step))
+            if fault is None:
+                chosen = self.folder(str(folder), step)
+                logger.info("going on from %s%s", chosen, "".join(f"; {text}" for text in left_out))
+                return chosen
+            left_out.append(f"{PREFIX_CHECKPOINT_DIR}-{step} is left out: {fault}")
+        if left_out:
+            raise ResumeError(
+                f"no checkpoint in {str(folder)!r} is whole: {'; '.join(left_out)}. Take another output_dir, or "
+                "overwrite_output_dir=True, to start again."
+            )
+        if required:
+            raise ResumeError(
+                f"there is no checkpoint in {str(folder)!r} to go on from. Start without resume_from_checkpoint, or give "
+                "the checkpoint's own folder."
+            )
+        return None
+
+    def _need_whole(self, checkpoint: Path) -> None:
+        if all(gather_object([not (checkpoint / RUN_RECORD).exists()])):
+            return  # not one of ours, which `_check_record` says
+        fault = self._fault(checkpoint)
+        if fault is not None:
+            raise ResumeError(
+                f"{str(checkpoint)!r} is not a whole checkpoint: {fault}. Go on from another one; resume_from_checkpoint="
+                "True takes the newest whole one of output_dir."
+            )
+
+    def _fault(self, checkpoint: Path) -> str | None:
+        """Why a run cannot go on from a checkpoint, as any rank finds it; the ranks of a machine share the reading."""
+        part, parts = self.args.local_process_index, local_world_size(self.args)
+        mine = manifest.fault(checkpoint, part, parts)
+        if mine is None and not manifest.read(checkpoint).get("resumable"):
+            mine = "it was saved with save_only_model=True and has the weights alone, which can be passed as `model`"
+        return next((fault for fault in gather_object([mine]) if fault), None)
+
+    def _compare_processes(self, checkpoint: Path) -> None:
+        then = manifest.read(checkpoint)["processes"]
+        if then != self.args.world_size:
+            logger.warning(
+                "%s was written by %d processes and the run goes on with %d: each draws other random numbers, so the "
+                "rollouts are not those of a run that was not stopped",
+                checkpoint, then, self.args.world_size,
+            )  # fmt: skip
 
     def _fetch(self, repo: str, unpickles: bool) -> str:
         """Folder of the last checkpoint that a run with `hub_strategy="checkpoint"` has sent to a model of the Hub.
@@ -145,12 +213,102 @@ class RunCheckpoints:
                 "on, or pass the checkpoint as `model` to start a new run from its weights."
             )
 
-    def begin(self, folder: Path) -> None:
-        """Write the record into the folder of a checkpoint, before the weights."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUN_RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
-        for stale in folder.glob("rollouts-*"):  # of a run that wrote here before
-            stale.unlink()
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def folder(self, output_dir: str, step: int) -> Path:
+        """That of the checkpoint after so many steps."""
+        return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def save(self, trainer: Any, write: Callable[[], None]) -> None:
+        """Have `write` make a checkpoint beside, and put it in place when it is whole. Called by all ranks.
+
+        Older ones go by `save_total_limit` only then. Raises `CaMOPDError` when weights or moments are not finite, before
+        anything is written, and where the disk does not take it; the checkpoints before are as they were.
+        """
+        args, state = self.args, trainer.state
+        final = self.folder(args.output_dir, state.global_step)
+        check_finite(trainer.model, trainer.optimizer, f"after step {state.global_step}", self.latest)
+        folder = final.parent / SAVING / final.name
+        try:
+            if args.local_process_index == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            trainer.accelerator.wait_for_everyone()
+            self._write(trainer, folder, final, write)
+            self._commit(trainer, folder, final)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, CaMOPDError):
+                raise
+            free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else ".").free / 2**30
+            before = (
+                f"the checkpoint before it, {str(self.latest)!r}, is whole" if self.latest else "there is none yet"
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CaMOPDError(
+                f"the checkpoint of step {state.global_step} cannot be written to {args.output_dir!r}, where {free:.2f} "
+                f"GiB are free: {error}. Of checkpoints, {before}. Make room, and go on with resume_from_checkpoint="
+                "'auto'."
+            ) from error
+        finally:
+            self.staging = None
+        self.latest = final
+        trainer.pushes.add(str(final), last=self._under_way is not None)
+        if args.should_save:
+            rotate(final, args.save_total_limit, state.best_model_checkpoint)
+
+    def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None]) -> None:
+        state = trainer.state
+        if self.args.should_save:
+            (folder / RUN_RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+        self.staging = folder.parent  # where `write` finds its `output_dir`
+        write()
+        self.staging = None
+        samples, prompts_cut = self._under_way or (None, 0)
+        if samples is not None:
+            save_rollouts(samples, prompts_cut, self._rollouts_file(folder))
+        if state.best_global_step:  # which `write` has looked for in the folder beside
+            best = self.folder(self.args.output_dir, state.best_global_step)
+            if best == final or best.is_dir():
+                state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        trainer.accelerator.wait_for_everyone()
+
+    def _commit(self, trainer: Any, folder: Path, final: Path) -> None:
+        """Manifest and rename. The ranks of a machine share the hashing; where machines have disks of their own, each has a
+        checkpoint of what its ranks have written."""
+        args = self.args
+        part, parts = args.local_process_index, local_world_size(args)
+        machine = args.process_index // parts
+        mine = manifest.entries(folder, manifest.files_in(folder)[part::parts], flush=True)
+        found = {name: entry for place, each in gather_object([(machine, mine)]) if place == machine
+                 for name, entry in each.items()}  # fmt: skip
+        for turn in (
+            args.process_index == 0,
+            part == 0,
+        ):  # the second is for disks that the first process does not see
+            if turn and folder.is_dir():
+                manifest.write(
+                    folder, found, step=trainer.state.global_step, processes=args.world_size,
+                    resumable=not args.save_only_model,
+                )  # fmt: skip
+                put_in_place(folder, final)
+            trainer.accelerator.wait_for_everyone()
+
+    # ------------------------------------------------------------------------------------- a step that is not trained yet
+
+    def keep_step(self, trainer: Any, samples: Sequence[Sample] | None, prompts_cut: int = 0) -> Path:
+        """A checkpoint of where training stands, with the `samples` of the step under way; all ranks. Gives its folder."""
+        args = self.args
+        folder = self.folder(args.output_dir, trainer.state.global_step)
+        is_there = self.latest is not None and self.latest.resolve() == folder.resolve()
+        if is_there and samples is None and not args.save_only_model:
+            return folder
+        only_model, args.save_only_model = args.save_only_model, False  # this one is there to go on from
+        self._under_way = (samples, prompts_cut)
+        trainer._save_checkpoint(trainer.model, trial=None)
+        args.save_only_model, self._under_way = only_model, None
+        return folder
 
     def saved_rollouts(
         self, rows: Sequence[dict[str, Any]], load_rng_state: Callable[[str], None]
@@ -169,43 +327,64 @@ class RunCheckpoints:
         return found
 
     @contextmanager
-    def saving_if_teacher_fails(
-        self, trainer: Any, samples: Sequence[Sample] | None = None, prompts_cut: int = 0
-    ) -> Iterator[None]:
-        """Where a teacher is gone inside, a checkpoint of where training stands, with the `samples` that it was to score.
+    def keeping(self, trainer: Any, step: Step | None = None) -> Iterator[None]:
+        """Where a teacher is gone or a signal asks to stop inside, a checkpoint of where training stands, with what `step`
+        has rolled out.
 
-        The error is raised again with the way to go on. Called by all ranks, on which it is raised together.
+        The error is raised again with the way to go on; a signal ends in `RunInterrupted`. Called by all ranks, on which
+        both are raised together.
         """
         try:
             yield
-        except TeacherError as error:
-            step = trainer.state.global_step
-            folder = self.folder(trainer._get_output_dir(trial=None), step)
-            self._keep_step(trainer, folder, samples, prompts_cut)
-            what, then = f"the weights after step {step} are", ""
+        except (TeacherError, StopAsked) as error:
+            stopped, done = isinstance(error, StopAsked), trainer.state.global_step
+            samples = None
+            if step is not None:
+                cut = isinstance(error, StopAsked) and error.cut
+                samples = step.samples if step.rng_after and not cut else None
+                set_rng_state(step.rng_before if samples is None else step.rng_after)
+            if stopped and samples is None and not done:
+                raise RunInterrupted(f"{error}: stopped before the first rollouts were there; start again") from None
+            folder = self.keep_step(trainer, samples, 0 if step is None else step.prompts_cut)
+            what = f"the weights after step {done} are"
             if samples is not None:
-                what = f"the weights before step {step + 1} and its rollouts are"
-                then = "; the step goes on with scoring"
+                what = f"the weights before step {done + 1} and its rollouts are"
+            if stopped:
+                raise RunInterrupted(
+                    f"{error}: stopped; {what} in {str(folder)!r}. Go on with `camopd train ... --resume auto` or "
+                    "trainer.train(resume_from_checkpoint='auto')."
+                ) from None
             raise TeacherError(
                 f"{error}\nNothing is lost: {what} in {str(folder)!r}. Fix the teacher and resume_from_checkpoint="
-                f"{str(folder)!r}{then}."
+                f"{str(folder)!r}{'' if samples is None else '; the step goes on with scoring'}."
             ) from None
-
-    def _keep_step(self, trainer: Any, folder: Path, samples: Sequence[Sample] | None, prompts_cut: int) -> None:
-        args = self.args
-        only_model, args.save_only_model = args.save_only_model, False  # this one is there to go on from
-        push, args.push_to_hub = args.push_to_hub, False  # not before it is whole
-        if only_model or self.latest is None or self.latest.resolve() != folder.resolve():
-            trainer._save_checkpoint(trainer.model, trial=None)
-        elif samples is not None:
-            trainer._save_rng_state(str(folder))  # the weights are there; what has changed is that the step was drawn
-        args.save_only_model, args.push_to_hub = only_model, push
-        trainer.accelerator.wait_for_everyone()
-        if samples is not None:
-            save_rollouts(samples, prompts_cut, self._rollouts_file(folder))
-        trainer.accelerator.wait_for_everyone()
-        trainer.pushes.add(str(folder), last=True)
-        trainer.accelerator.wait_for_everyone()
 
     def _rollouts_file(self, folder: Path) -> Path:
         return folder / f"rollouts-{self.args.process_index}-of-{self.args.world_size}.safetensors"
+
+
+def check_finite(model: Any, optimizer: Any, when: str, latest: Path | None) -> None:
+    """Raise `CaMOPDError` on all ranks unless all weights and the optimizer's moments are finite. One pass over them."""
+    states = getattr(optimizer, "state", None) or {}
+    # ZeRO-3 has shards in `ds_tensor`.
+    weights = [getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad]
+    states = [state for state in states.values() if isinstance(state, dict)]
+    moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    broken = []
+    for tensors in (weights, moments):
+        floats = [local(tensor.detach()) for tensor in tensors if tensor.is_floating_point()]
+        broken.append((sum(int((~tensor.isfinite()).sum()) for tensor in floats), sum(map(torch.numel, floats))))
+    parts = gather_object([broken])
+    for place, name in enumerate(("weights", "moments of the optimizer")):
+        bad, total = (max(part[place][which] for part in parts) for which in range(2))
+        if bad:
+            way = f"Go on from {str(latest)!r}" if latest else "Start again"
+            raise CaMOPDError(
+                f"{bad} of {total} {name} {when} are not finite, so nothing is saved: the model is ruined. {way} with a "
+                "lower learning_rate or max_grad_norm, and look at loss and grad_norm in metrics.jsonl."
+            )
+
+
+def local_world_size(args: CaMOPDConfig) -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(args.world_size)))

@@ -144,7 +144,7 @@ class CaMOPDConfig(DistillationConfig):
     > [!NOTE]
     > These parameters have default values different from [`~trl.DistillationConfig`], after the paper's Appendix A.7:
     > `max_steps=120`, `learning_rate=2e-6`, `lr_scheduler_type="constant"`, `max_completion_length=32768`; and ours where
-    > it says nothing: `per_device_train_batch_size=1`, `disable_dropout=True`, `logging_steps=1`, no
+    > it says nothing: `per_device_train_batch_size=1`, `disable_dropout=True`, `logging_steps=1`, `save_steps=12`, no
     > `num_train_epochs`.
     > `gradient_accumulation_steps` is derived. With `warmup_steps`, `constant` is `constant_with_warmup`, whose first step
     > has a learning rate of 0.
@@ -180,6 +180,9 @@ class CaMOPDConfig(DistillationConfig):
         metadata={"help": "Whether to disable dropout in the student, so that gaps measure models and not noise."},
     )
     logging_steps: float = field(default=1, metadata={"help": "Log every X updates steps."})
+    save_steps: float = field(
+        default=12, metadata={"help": "Save a checkpoint every X updates steps: ten in the paper's 120 steps."}
+    )
 
     # Parameters of the method
     schedule: str = field(
@@ -314,13 +317,13 @@ class CaMOPDConfig(DistillationConfig):
         method_rules.check_values(self)
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._derive_accumulation(world_size)
+        method_rules.derive_accumulation(self, world_size)
         settle_metric(self, Schedule.parse(self.schedule).branches)  # before the parent, which has another direction
         super().__post_init__()
         settle_schedule(self)
         if self.world_size != world_size:  # a launcher that does not set WORLD_SIZE
             self.gradient_accumulation_steps = None
-            self._derive_accumulation(self.world_size)
+            method_rules.derive_accumulation(self, self.world_size)
 
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
             self.resume_from_checkpoint: Any = str(self.resume_from_checkpoint).lower() == "true"
@@ -328,7 +331,7 @@ class CaMOPDConfig(DistillationConfig):
             # Else vLLM wants room for the longest sequence that the model can take.
             self.vllm_max_model_length = self.max_prompt_length + longest
         method_rules.check_method(self, Schedule.parse(self.schedule))
-        self._settle_spellings()
+        method_rules.settle_spellings(self)
         setting_rules.refuse(self)
         check_generation_kwargs(self)
         setting_rules.warn(setting_rules.without_effect(self), self)
@@ -400,38 +403,3 @@ class CaMOPDConfig(DistillationConfig):
                 f"{sorted(value)}. Add it, or give one value for all branches."
             )
         return {branch: value[branch] for branch in branches}
-
-    def _derive_accumulation(self, world_size: int) -> None:
-        per_pass = world_size * self.per_device_train_batch_size
-        if self.prompts_per_step % per_pass:
-            below = self.prompts_per_step - self.prompts_per_step % per_pass
-            wanted = f"{below} or {below + per_pass}" if below else f"{per_pass}"
-            raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} does not divide into passes of {world_size} ranks x "
-                f"per_device_train_batch_size={self.per_device_train_batch_size} = {per_pass} sequences: "
-                f"{self.prompts_per_step} / {per_pass} = {self.prompts_per_step / per_pass:.3f}. Set prompts_per_step to "
-                f"{wanted}, or change per_device_train_batch_size or the number of ranks."
-            )
-        derived = self.prompts_per_step // per_pass
-        if self.gradient_accumulation_steps not in (None, derived):
-            raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} contradicts "
-                f"prompts_per_step={self.prompts_per_step}, which makes it {self.prompts_per_step} / ({world_size} ranks x "
-                f"{self.per_device_train_batch_size}) = {derived}. Leave it out, or set prompts_per_step to "
-                f"{max(1, self.gradient_accumulation_steps) * per_pass}."
-            )
-        self.gradient_accumulation_steps = derived
-
-    def _settle_spellings(self) -> None:
-        """Two ways to say "off" become one, and what `to_dict` writes for a token is none."""
-        token: Any = self.hub_token
-        if token == "<HUB_TOKEN>":  # as `to_dict` writes every token, set or not
-            self.hub_token: Any = None
-        elif token is not None:
-            raise ValueError(
-                "hub_token would be stored in training_args.bin, which lies beside the model and is sent to the Hub. Leave "
-                "it out, and set HF_TOKEN or run `hf auth login`."
-            )
-        for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):
-            if getattr(self, name) == also_off:
-                setattr(self, name, off)

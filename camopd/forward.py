@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .balance import score_batches
 from .logprobs import architecture, check_logps, completion_logps, completion_top_k
@@ -148,3 +148,18 @@ def in_length_sorted_batches(
             num_tokens = lengths[row] - prompt_lens[row]
             rows[row] = tuple(None if output is None else output[place, :num_tokens].clone() for output in outputs)
     return rows
+
+
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Switch off the dropout that modules apply by a rate of their own, as attention does, without `torch.nn.Dropout`.
+
+    TRL's `disable_dropout_in_model` does the latter alone. The model's config keeps its rates.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" not in name:
+                continue
+            if isinstance(value, float):
+                setattr(module, name, 0.0)
+            elif isinstance(value, dict):  # of PEFT's layers, per adapter
+                value.update({key: 0.0 for key, rate in value.items() if isinstance(rate, float)})

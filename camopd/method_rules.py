@@ -131,6 +131,43 @@ def _check(rule: Range, name: str, value: Any) -> None:
         raise ValueError(f"{name} must be {rule.must_be}, got {value!r}.{rule.why}")
 
 
+def derive_accumulation(args: Any, world_size: int) -> None:
+    """Set `gradient_accumulation_steps`, which follows from `prompts_per_step`. Raises `ValueError` where it cannot."""
+    per_pass = world_size * args.per_device_train_batch_size
+    if args.prompts_per_step % per_pass:
+        below = args.prompts_per_step - args.prompts_per_step % per_pass
+        wanted = f"{below} or {below + per_pass}" if below else f"{per_pass}"
+        raise ValueError(
+            f"prompts_per_step={args.prompts_per_step} does not divide into passes of {world_size} ranks x "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} = {per_pass} sequences: "
+            f"{args.prompts_per_step} / {per_pass} = {args.prompts_per_step / per_pass:.3f}. Set prompts_per_step to "
+            f"{wanted}, or change per_device_train_batch_size or the number of ranks."
+        )
+    derived = args.prompts_per_step // per_pass
+    if args.gradient_accumulation_steps not in (None, derived):
+        raise ValueError(
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} contradicts "
+            f"prompts_per_step={args.prompts_per_step}, which makes it {args.prompts_per_step} / ({world_size} ranks x "
+            f"{args.per_device_train_batch_size}) = {derived}. Leave it out, or set prompts_per_step to "
+            f"{max(1, args.gradient_accumulation_steps) * per_pass}."
+        )
+    args.gradient_accumulation_steps = derived
+
+
+def settle_spellings(args: Any) -> None:
+    """Two ways to say "off" become one, and what `to_dict` writes for a token is none. Raises `ValueError` for a token."""
+    if args.hub_token == "<HUB_TOKEN>":  # as `to_dict` writes every token, set or not
+        args.hub_token = None
+    elif args.hub_token is not None:
+        raise ValueError(
+            "hub_token would be stored in training_args.bin, which lies beside the model and is sent to the Hub. Leave "
+            "it out, and set HF_TOKEN or run `hf auth login`."
+        )
+    for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):
+        if getattr(args, name) == also_off:
+            setattr(args, name, off)
+
+
 def check_method(args: Any, schedule: Schedule) -> None:
     """Raise `ValueError` for a setting of the method that does not fit another one; per-branch values become numbers and
     truth values, and are checked."""

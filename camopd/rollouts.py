@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from trl.extras.profiling import profiling_context
 
+from .generation import neutral_generation
 from .logprobs import SampledLogps
 from .messages import read_row
 from .prompts import named
@@ -71,6 +72,29 @@ class TRLEngine:
             Turn(list(prompt), list(completion), row[: len(completion)])
             for prompt, completion, row in zip(prompts, completions, logps, strict=True)
         ]
+
+    def tokenize(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Ids of the prompts, the last `max_prompt_length` of each: the generation prompt is among them."""
+        rows = self.rows  # of `samples`: what a row has beside its prompt does not come down to here
+        if [row["prompt"] for row in rows] != prompts:
+            rows = [named(read_row, {"prompt": prompt}) for prompt in prompts]
+        prompt_ids, limit = self._trainer.reader.ids(rows), self._trainer.args.max_prompt_length
+        self.start(prompts_cut=sum(len(ids) > limit for ids in prompt_ids))
+        return [ids[-limit:] for ids in prompt_ids]
+
+    def turn(self, prompt_ids: list[list[int]], generate: Callable[[], list[list[int]]]) -> list[list[int]]:
+        """Completions of one batch of requests, by vLLM or else the parent trainer's `generate`."""
+        trainer = self._trainer
+        if trainer.use_vllm:  # every request names its sampling parameters, so that none is the server's default
+            completion_ids, logps = generate_with_vllm(trainer, prompt_ids)
+            self.add(prompt_ids, completion_ids, logps)
+        else:
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            wanted = trainer.args.student_logps == "engine"
+            with neutral_generation(model), recorded(model, wanted, trainer.stops.ends_generation) as rows:
+                completion_ids = generate()
+            self.add(prompt_ids, completion_ids, rows())
+        return self.without_empty(completion_ids, trainer._tokenizer.eos_token_id)
 
     def without_empty(self, completions: list[list[int]], end: int) -> list[list[int]]:
         """Completions with an `end` token in place of none, until `samples` takes it out again: the parent reads the last
@@ -145,22 +169,22 @@ def generate_with_vllm(trainer: Any, prompt_ids: list[list[int]]) -> tuple[list[
 
 
 @contextmanager
-def recorded(model: Any, wanted: bool) -> Iterator[Callable[[], list[list[float]]]]:
-    """A call of `model.generate` inside keeps the log-prob of each token as it is drawn, where that is `wanted`.
+def recorded(model: Any, wanted: bool, stop: Callable[..., Tensor]) -> Iterator[Callable[[], list[list[float]]]]:
+    """A call of `model.generate` inside keeps the log-prob of each token as it is drawn, where that is `wanted`, and ends
+    by the stopping criterion `stop` as well.
 
-    Yields a function that gives a row of them per completion, or none. The parent of the trainer passes no logits
-    processors on.
+    Yields a function that gives a row of them per completion, or none. The parent of the trainer passes neither logits
+    processors nor stopping criteria on.
     """
     recorder = SampledLogps()
-    if not wanted:
-        yield recorder.rows
-        return
     generate = model.generate
     own = vars(model).get("generate")  # transformers wraps it under FSDP2
 
     def generate_and_record(*args: Any, **kwargs: Any) -> Any:
-        sequences = generate(*args, logits_processor=[recorder], **kwargs)
-        recorder.finish(sequences)
+        processors = {"logits_processor": [recorder]} if wanted else {}
+        sequences = generate(*args, stopping_criteria=[stop], **processors, **kwargs)
+        if wanted:
+            recorder.finish(sequences)
         return sequences
 
     model.generate = generate_and_record
@@ -226,3 +250,15 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
         for place, row in enumerate(rows)
     ]
     return samples, prompts_cut
+
+
+def rng_state() -> list[Tensor]:
+    """What rollouts are drawn with: the states of torch's random numbers on this process, CPU first."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def set_rng_state(states: Sequence[Tensor]) -> None:
+    """Draw on from what `rng_state` gave."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

@@ -70,6 +70,11 @@ REFUSED = (
     Rule("save_strategy", ("steps", "no", "best"), _NO_EPOCH + " (save_steps)"),
     Rule("eval_strategy", ("no", "steps"), _NO_EPOCH + " (eval_strategy: steps, eval_steps)"),
     Rule("logging_strategy", ("steps", "no"), _NO_EPOCH + " (logging_steps)"),
+    Rule(
+        "enable_jit_checkpoint", (False,),
+        "it would end with exit code 0 and save the unfinished model as the finished one. At SIGTERM, SIGINT and SIGUSR1 a "
+        "run is saved anyway (docs/reliability.md)",
+    ),
     # The order of the prompts, and who gets them
     Rule(
         "train_sampling_strategy", ("random",),
@@ -400,21 +405,6 @@ def read_streams_in_this_process(args: Any, datasets: Iterable[Any]) -> None:
         args.dataloader_num_workers = 0
         args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
         args.dataloader_persistent_workers = False
-
-
-def disable_functional_dropout(model: nn.Module) -> None:
-    """Switch off the dropout that modules apply by a rate of their own, as attention does, without `torch.nn.Dropout`.
-
-    TRL's `disable_dropout_in_model` does the latter alone. The model's config keeps its rates.
-    """
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "drop" not in name:
-                continue
-            if isinstance(value, float):
-                setattr(module, name, 0.0)
-            elif isinstance(value, dict):  # of PEFT's layers, per adapter
-                value.update({key: 0.0 for key, rate in value.items() if isinstance(rate, float)})
 
 
 def _is_loaded_here(teacher: Any) -> bool:

@@ -24,8 +24,9 @@ from .callbacks.metrics_file import MetricsFile
 from .callbacks.teacher_watch import TeacherWatch
 from .callbacks.update import UpdateMeasures
 from .config import CaMOPDConfig
+from .forward import disable_functional_dropout
 from .learning_rate import check_passed
-from .masters import check_masters, quantised_adapters, restore_adapters
+from .masters import check_masters, quantised_adapters, restore_adapters, round_by_step
 from .method_rules import check_ddp_timeout
 from .packing import packing_pays
 from .precision import forward_dtype, keep_outputs_whole
@@ -143,7 +144,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
     if optimizer is not None:
         setting_rules.refuse_optimizer(optimizer, model)
     if args.disable_dropout:
-        setting_rules.disable_functional_dropout(model)
+        disable_functional_dropout(model)
     if trainer._is_vlm:
         raise ValueError(
             f"{get_config_model_id(model.config)!r} takes images, which no teacher can score yet. Pass its tokenizer as "
@@ -197,6 +198,23 @@ def load_teachers(trainer: Any, run: Run) -> dict[str, Teacher]:
             **(args.teacher_model_init_kwargs or {}),
         },
     )
+
+
+def observe_optimizer(trainer: Any, given: Any) -> None:
+    """Have the trainer's callbacks told of an optimizer and of each of its steps, once."""
+    optimizer = getattr(given, "optimizer", given)  # under what accelerate wrapped around it in an earlier `train`
+    if optimizer is trainer.observed_optimizer or not isinstance(optimizer, torch.optim.Optimizer):
+        return
+
+    def stepped(*_: Any) -> None:
+        if trainer.step is not None:  # FSDP2 steps once on resume, before any step, to have moments to load into
+            trainer.notify("on_optimizer_stepped", trainer.step, optimizer)
+
+    trainer.observed_optimizer = optimizer
+    trainer.notify("on_optimizer_created", optimizer)
+    round_by_step(trainer.args, optimizer, lambda: trainer.state.global_step, trainer.is_fsdp_enabled)
+    # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
+    optimizer.register_step_post_hook(stepped)
 
 
 def add_measures(trainer: Any, run: Run) -> None:

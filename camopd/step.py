@@ -26,6 +26,11 @@ class Step:
     number: int  # counted from 0, as in the schedule
     branches: tuple[str, ...]
     samples: list[Sample] = field(default_factory=list)  # that this rank has rolled out
+    prompts_cut: int = 0  # of their prompts, those longer than allowed
+    rng_before: list[Tensor] = field(
+        default_factory=list
+    )  # random numbers of this rank, before and after the rollouts
+    rng_after: list[Tensor] = field(default_factory=list)
     summaries: list[SampleSummary] = field(default_factory=list)  # of all ranks' samples
     kept: dict[int, int] = field(default_factory=dict)  # of all ranks: position -> its sampled tokens
     terms: LossTerms = field(default_factory=lambda: LossTerms(0, None, {}))  # of the kept samples' loss

@@ -30,22 +30,20 @@ from trl import DistillationTrainer
 from . import setup
 from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
-from .checkpoints import RunCheckpoints, record_of
+from .checkpoints import RunCheckpoints, check_finite, record_of
 from .config import CaMOPDConfig
 from .evaluation import HeldOutResults, by_prefix, check_name
 from .forward import Forward
-from .generation import neutral_generation
 from .hub import CheckpointPushes
-from .masters import round_by_step
-from .messages import read_row
 from .objective import distillation_loss, importance_weights, token_gaps
 from .optimizer import kind_and_settings
 from .processes import let_threads_rest
-from .prompts import StepDataset, named, one_item_per_micro_step
-from .rollouts import TRLEngine, generate_with_vllm, recorded
+from .prompts import StepDataset, one_item_per_micro_step
+from .rollouts import TRLEngine, rng_state
 from .samples import MicroBatch, Sample
 from .scoring import Scorer
 from .selection import Branch, select_samples
+from .signals import StopRequests
 from .step import Step, StepCallback, check_trained
 from .token_rules import TOKEN_RULES, weigh
 
@@ -144,12 +142,13 @@ class CaMOPDTrainer(DistillationTrainer):
         self.batcher = Batcher(args, self.student, self._tokenizer.eos_token_id, gather_object)
         self.checkpoints = RunCheckpoints(args, record_of(args, self.schedule, self.teachers, run.prompts))
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
+        self.stops = StopRequests(gather_object, self.is_world_process_zero())
         self.step: Any = None  # the `Step` under way, or the last one
         self.engine = TRLEngine(self, ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
         self._held_out_results = HeldOutResults()
         self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
-        self._observed_optimizer: Any = None
+        self.observed_optimizer: Any = None
         setup.add_measures(self, run)
 
     # ------------------------------------------------------------------------------------------- one optimizer step
@@ -172,28 +171,36 @@ class CaMOPDTrainer(DistillationTrainer):
         step.loss = step.loss + loss
         if not step.micro_batches:
             check_trained(step.kept, [row for rows in gather_object([step.trained.rows]) for row in rows])
+        else:
+            self.stop_if_asked(step)
         return loss
 
     def begin_step(self, rows: list[dict[str, Any]]) -> Step:
         """Algorithm 1 up to the loss, for this rank's rows."""
         args, engine = self.args, self.args.student_logps == "engine"
         step = Step.at(self.state.global_step, self.schedule, rows)
+        step.rng_before = rng_state()
         step.metrics["learning_rate"] = self._get_learning_rate()  # by the step's end the scheduler has moved
         self.model.train()  # the parent files its rollout metrics by mode
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free: evaluation has set its weights aside
             self.optimizer.train()
         self.notify("on_step_started", step)
+        self.stop_if_asked(step)
         with step.timed("rollout"):
             max_tokens = args.completion_length_at(step.number)
-            saved = self.checkpoints.saved_rollouts(rows, self._load_rng_state)  # where a teacher has failed this step
-            step.samples, prompts_cut = saved or self.roll_out(rows, max_tokens, args.loss_prefix_tokens)
+            saved = self.checkpoints.saved_rollouts(
+                rows, self._load_rng_state
+            )  # where the run has stopped in this step
+            step.samples, step.prompts_cut = saved or self.roll_out(rows, max_tokens, args.loss_prefix_tokens)
+            step.rng_after = rng_state()
+        self.stop_if_asked(step)
         with step.timed("score"):
-            with self.checkpoints.saving_if_teacher_fails(self, step.samples, prompts_cut):
+            with self.checkpoints.keeping(self, step):
                 step.clocks = self.scorer.score(step.samples, step.branches, self.rule, engine=engine)  # Eq. 1
             step.metrics.update(weigh(self.rule, step.samples, step.number, gather_object))  # CaMOPD: nothing
             select_samples(step, self.branches, self.rule, args, gather_object)  # Eq. 6-8, the same on every rank
             step.micro_batches = self.batcher.micro_batches(step)  # kept samples only, balanced over ranks
-        step.metrics["rollout/prompts_cut"] = sum(gather_object([prompts_cut]))
+        step.metrics["rollout/prompts_cut"] = sum(gather_object([step.prompts_cut]))
         step.metrics["rollout/max_length"] = max_tokens
         step.metrics["importance/active"] = float(step.has_rollout_logps and args.importance_sampling_mode != "none")
         self.notify("on_step_ready", step)
@@ -245,6 +252,11 @@ class CaMOPDTrainer(DistillationTrainer):
             if name not in ("branch", "loss", "learning_rate", "grad_norm"):  # which the parent logs itself
                 self._metrics["train"][name].append(float(value))
 
+    def stop_if_asked(self, step: Step | None = None) -> None:
+        """Save and raise `RunInterrupted` where a signal has asked any rank to stop; with what `step` has rolled out."""
+        with self.checkpoints.keeping(self, step):
+            self.stops.check()
+
     def notify(self, event: str, *args: Any) -> None:
         """Call a method of [`StepCallback`] on all callbacks that are one."""
         for callback in self.callback_handler.callbacks:
@@ -283,25 +295,11 @@ class CaMOPDTrainer(DistillationTrainer):
         return samples, self.engine.prompts_cut
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        rows = self.engine.rows  # of `roll_out`: what a row has beside its prompt does not come down to here
-        if [row["prompt"] for row in rows] != prompts:
-            rows = [named(read_row, {"prompt": prompt}) for prompt in prompts]
-        prompt_ids = self.reader.ids(rows)
-        limit = self.args.max_prompt_length
-        self.engine.start(prompts_cut=sum(len(ids) > limit for ids in prompt_ids))
-        # The last tokens: the generation prompt must survive.
-        return [ids[-limit:] for ids in prompt_ids], None, {}
+        return self.engine.tokenize(prompts), None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
-        if self.use_vllm:  # every request names its sampling parameters, so that none is the server's default
-            completion_ids, logps = generate_with_vllm(self, prompt_ids)
-            self.engine.add(prompt_ids, completion_ids, logps)
-        else:
-            model = self.accelerator.unwrap_model(self.model_wrapped)
-            with neutral_generation(model), recorded(model, self.args.student_logps == "engine") as rows:
-                completion_ids = super()._generate_single_turn(prompt_ids, images, multimodal_fields, has_tool_images)
-            self.engine.add(prompt_ids, completion_ids, rows())
-        return self.engine.without_empty(completion_ids, self._tokenizer.eos_token_id)
+        generate = partial(super()._generate_single_turn, prompt_ids, images, multimodal_fields, has_tool_images)
+        return self.engine.turn(prompt_ids, generate)
 
     # ------------------------------------------------------------------------------------------- data and optimizer
 
@@ -323,18 +321,8 @@ class CaMOPDTrainer(DistillationTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The parent's optimizer, which tells after each step what it has done to the weights."""
         given = super().create_optimizer(model)
-        optimizer = getattr(given, "optimizer", given)  # under what accelerate wrapped around it in an earlier `train`
-        if optimizer is not self._observed_optimizer and isinstance(optimizer, torch.optim.Optimizer):
-            self._observed_optimizer = optimizer
-            self.notify("on_optimizer_created", optimizer)
-            round_by_step(self.args, optimizer, lambda: self.state.global_step, self.is_fsdp_enabled)
-            # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
-            optimizer.register_step_post_hook(lambda *_: self._after_update(optimizer))
+        setup.observe_optimizer(self, given)
         return given
-
-    def _after_update(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.step is not None:  # FSDP2 steps once on resume, before any step, to have moments to load into
-            self.notify("on_optimizer_stepped", self.step, optimizer)
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -384,7 +372,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """
         self._held_out_results = HeldOutResults()
         self._metrics["eval"].clear()  # of a `predict`, which logs nothing
-        keeping = self.checkpoints.saving_if_teacher_fails(self) if self.is_in_train else nullcontext()
+        keeping = self.checkpoints.keeping(self) if self.is_in_train else nullcontext()
         with keeping, torch.random.fork_rng():
             torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -394,6 +382,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """One evaluation batch; its loss is the sampled reverse KL."""
         with torch.no_grad():
             samples, _ = self.roll_out(inputs, self.args.longest_completion)
+            self.stops.check()
             self.scorer.score(samples, [samples[0].branch])  # an evaluation set is one branch
         loss = self._held_out_results.add(samples, self.args.process_index, gather_object)
         return loss.to(self.args.device), None, None
@@ -409,19 +398,25 @@ class CaMOPDTrainer(DistillationTrainer):
         """
         self.step = None
         checkpoint = self.checkpoints.find(resume_from_checkpoint, self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        output = super().train(checkpoint, *args, **kwargs)
+        with self.stops.listening():
+            output = super().train(checkpoint, *args, **kwargs)
         self.pushes.finish()
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = self.checkpoints.folder(self._get_output_dir(trial=None), self.state.global_step)
-        if self.args.should_save:
-            self.checkpoints.begin(folder)
-        super()._save_checkpoint(model, trial)
-        self.checkpoints.latest = folder
+        self.checkpoints.save(self, partial(super()._save_checkpoint, model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints.staging or super()._get_output_dir(trial))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self.pushes.add(checkpoint_folder)
+        """Not before it is whole, see `checkpoints`."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the parent. Raises `CaMOPDError` where the weights are not finite, before it writes."""
+        if not _internal_call:
+            check_finite(self.model, None, "of the finished model", self.checkpoints.latest)
+        super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -9,7 +9,7 @@ import yaml
 from transformers import SchedulerType
 from trl import DistillationConfig, TrlParser
 
-from camopd import CaMOPDConfig
+from camopd import CaMOPDConfig, method_rules
 from camopd.settings import OLD_NAMES
 
 
@@ -135,7 +135,7 @@ def test_accumulation_keeps_the_step_at_512_prompts_for_every_world_size(
     config = make_config()
     config.per_device_train_batch_size = per_device
     config.gradient_accumulation_steps = None
-    config._derive_accumulation(world_size)
+    method_rules.derive_accumulation(config, world_size)
     assert config.gradient_accumulation_steps == expected
     assert world_size * per_device * config.gradient_accumulation_steps == config.prompts_per_step
 
@@ -154,7 +154,7 @@ def test_prompts_per_step_that_does_not_divide_is_refused_with_the_arithmetic(ma
         match=r"prompts_per_step=512 .* 24 ranks x per_device_train_batch_size=1 = 24 sequences: 512 / 24 = 21\.333\. "
         "Set prompts_per_step to 504 or 528",
     ):
-        config._derive_accumulation(24)
+        method_rules.derive_accumulation(config, 24)
 
 
 def test_prompts_per_step_below_one_pass_is_told_the_smallest_that_works(make_config):

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 import types
 from pathlib import Path
@@ -620,29 +619,6 @@ def test_log_without_the_filter_shows_that_a_loss_is_no_number(tmp_path, monkeyp
     state = trainer.args.distributed_state
     monkeypatch.setattr(state, "process_index", 8)
     assert (trainer.args.should_save, trainer.args.should_log) == (True, False)
-
-
-def test_sigterm_leaves_a_checkpoint_to_go_on_from(tmp_path):
-    """`enable_jit_checkpoint`."""
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-                while not trainer_manager().is_checkpoint_requested:
-                    pass
-
-    def trainer_manager():
-        return next(c.jit_manager for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager"))
-
-    trainer = make_trainer(tmp_path, callbacks=[Stop()], enable_jit_checkpoint=True)
-    trainer_manager().kill_wait = 0
-    trainer.train()
-    (folder,) = tmp_path.glob("checkpoint-*")
-    assert not (folder / "checkpoint-is-incomplete.txt").exists()
-    again = make_trainer(tmp_path, max_steps=3)
-    again.train(resume_from_checkpoint=str(folder))
-    assert again.state.global_step == 3
 
 
 def test_optimizer_that_is_passed_is_observed_as_one_of_the_trainer(tmp_path):

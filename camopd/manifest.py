@@ -1,0 +1,143 @@
+"""Whether a checkpoint is whole: a list of its files with sizes and hashes, written last.
+
+A checkpoint is made in a folder beside, `_saving` in `output_dir`, where every file is flushed to disk, then its manifest,
+and only then is it renamed to `checkpoint-<step>`. Whatever ends the process before that leaves no such folder; what is cut
+short or changed afterwards is found by size and hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+SAVING = "_saving"  # in output_dir; transformers sends nothing to the Hub that begins so
+MANIFEST = "manifest.json"
+READERS = 4  # files hashed at once by a process; hashing releases the GIL
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names, relative to the folder, of all files of a checkpoint but its manifest, in order."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found if path != folder / MANIFEST)
+
+
+def entries(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of some files of a folder, by name. `flush` sees to it that they are on the disk first."""
+
+    def entry(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as file:
+            if flush:
+                os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
+
+    names = list(names)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
+
+
+def write(folder: Path, found: dict[str, dict[str, Any]], **facts: Any) -> None:
+    """Write the manifest of a folder whose files are as `entries` has `found` them; `facts` stand beside them."""
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({**facts, "files": found}, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    for inner in {folder, *(folder / name for name in found)}:
+        flush_folder(inner if inner.is_dir() else inner.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """See to it that the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # of file systems that cannot, where a rename is as durable as it gets
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder. Raises `ValueError` with what is wrong with it."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MANIFEST}, which is written last") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        raise ValueError(f"its {MANIFEST} does not list its files")
+    return found
+
+
+def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What keeps a folder from being a whole checkpoint, or `None`.
+
+    All sizes are looked at, and the hashes of each `parts`-th file from `part` on: processes share that work.
+    """
+    try:
+        listed = read(folder)["files"]
+        for name, entry in listed.items():
+            size, wanted = (folder / name).stat().st_size, entry["size"]
+            if size != wanted:
+                return f"{name} has {size} of {wanted} bytes"
+        mine = sorted(listed)[part::parts]
+        for name, entry in entries(folder, mine).items():
+            if entry["sha256"] != listed[name]["sha256"]:
+                return f"{name} is not what was saved: its SHA-256 differs"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        return str(error) if isinstance(error, ValueError) else f"its {MANIFEST} is damaged ({error})"
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """Of a folder `checkpoint-<step>`, its step; -1 for any other."""
+    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(found[1]) if found and folder.is_dir() else -1
+
+
+def put_in_place(folder: Path, final: Path) -> None:
+    """Rename a whole checkpoint to what it is called; one of that name that is there goes."""
+    old = folder.with_name(f"replaced-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    folder.rename(final)
+    flush_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(output_dir: Path) -> None:
+    """Finish what a process that was killed has left in `_saving`: put a whole checkpoint in place, remove the rest."""
+    for folder in (output_dir / SAVING).glob("checkpoint-*"):
+        if not (output_dir / folder.name).exists() and fault(folder) is None:
+            put_in_place(folder, output_dir / folder.name)
+    shutil.rmtree(output_dir / SAVING, ignore_errors=True)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beside the `newest` one until `limit` are left; the best one stays.
+
+    By time and not by step: a run that goes on from an earlier checkpoint counts its steps again. A checkpoint leaves its
+    place in one rename, so that none is left in part.
+    """
+    if not limit or limit < 0:
+        return
+    folders = [path for path in newest.parent.glob("checkpoint-*") if step_of(path) >= 0 and path != newest]
+    staying = [newest, *(path for path in folders if best and path == Path(best))]
+    others = sorted((path for path in folders if path not in staying), key=lambda path: path.stat().st_mtime)
+    for path in others[: max(0, len(others) + len(staying) - limit)]:
+        gone = newest.parent / SAVING / f"removed-{path.name}"
+        gone.parent.mkdir(exist_ok=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
