@@ -130,21 +130,22 @@ class RunCheckpoints:
         return None
 
     def _need_whole(self, checkpoint: Path) -> None:
-        if all(gather_object([not (checkpoint / RUN_RECORD).exists()])):
-            return  # not one of ours, which `_check_record` says
         fault = self._fault(checkpoint)
         if fault is not None:
             raise ResumeError(
-                f"{str(checkpoint)!r} is not a whole checkpoint: {fault}. Go on from another one; resume_from_checkpoint="
-                "True takes the newest whole one of output_dir."
+                f"a run cannot go on from {str(checkpoint)!r}: {fault}. resume_from_checkpoint=True takes the newest whole "
+                "checkpoint of output_dir. To start from its weights, pass it as `model`."
             )
 
     def _fault(self, checkpoint: Path) -> str | None:
         """Why a run cannot go on from a checkpoint, as any rank finds it; the ranks of a machine share the reading."""
         part, parts = self.args.local_process_index, local_world_size(self.args)
-        mine = manifest.fault(checkpoint, part, parts)
+        if not (checkpoint / RUN_RECORD).is_file():
+            mine: str | None = f"it has no {RUN_RECORD}: it is not a checkpoint of CaMOPDTrainer"
+        else:
+            mine = manifest.fault(checkpoint, part, parts)
         if mine is None and not manifest.read(checkpoint).get("resumable"):
-            mine = "it was saved with save_only_model=True and has the weights alone, which can be passed as `model`"
+            mine = "it was saved with save_only_model=True and has the weights alone"
         return next((fault for fault in gather_object([mine]) if fault), None)
 
     def _compare_processes(self, checkpoint: Path) -> None:
@@ -192,11 +193,6 @@ class RunCheckpoints:
 
     def _check_record(self, checkpoint: Path) -> None:
         path = checkpoint / RUN_RECORD
-        if not path.is_file():
-            raise ResumeError(
-                f"{str(checkpoint)!r} has no {RUN_RECORD}: it is not a checkpoint of CaMOPDTrainer. To start from its "
-                "weights, pass it as `model`."
-            )
         then = {
             OLD_NAMES.get(name, name): value for name, value in json.loads(path.read_text(encoding="utf-8")).items()
         }

@@ -71,7 +71,7 @@ def read(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, which is written last") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise ValueError(f"its {MANIFEST} does not list its files")
