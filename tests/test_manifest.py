@@ -1,5 +1,6 @@
 """Whether a folder is a whole checkpoint, and how one is put in its place."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ def test_manifest_lists_every_file_and_finds_nothing_wrong(tmp_path):
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_manifest_finds_any_change_of_any_file(tmp_path_factory, data):
-    """A file that is cut, longer, changed in one bit, or gone; whichever processes share the reading, one of them sees it."""
+    """A file that is cut, longer, changed in one bit, or gone: one of the processes that share the reading sees it."""
     folder = make_checkpoint(tmp_path_factory.mktemp("any") / "checkpoint-1")
     name = data.draw(st.sampled_from(sorted(FILES)))
     content = FILES[name]
@@ -98,10 +99,8 @@ def test_a_checkpoint_takes_its_place_whole_whatever_rename_is_the_last(there, t
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", counted(Path.rename))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-            try:
+            with contextlib.suppress(Killed):
                 manifest.put_in_place(folder, final)
-            except Killed:
-                pass
         manifest.clean_up(run)
         assert manifest.fault(final) is None and not (run / manifest.SAVING).exists()
         assert manifest.files_in(final) in (["new"], ["old"] if there else ["new"])

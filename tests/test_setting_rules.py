@@ -54,7 +54,7 @@ REFUSED = {
     "lr_scheduler_kwargs": {"num_cycles": 2}, "optim_args": "momentum=0.9", "warmup_steps": 500,
     "metric_for_best_model": "eval_perplexity",
     "greater_is_better": True, "cache_implementation": "quantized", "load_best_model_at_end": True,
-    "gradient_accumulation_steps": 3, "completion_lengths": {0: 8, 1: 16},
+    "gradient_accumulation_steps": 3, "completion_lengths": {0: 8, 1: 16}, "enable_jit_checkpoint": True,
 }  # fmt: skip
 PARTS = [
     ("accelerator_config", {"dispatch_batches": True}), ("accelerator_config", {"even_batches": False}),
@@ -843,7 +843,7 @@ def test_hub_is_told_as_asked(many, monkeypatch):
     running = types.SimpleNamespace(is_done=lambda: False, jobs=[], wait_until_done=lambda: None)
     for always, pushes in ((False, 0), (True, 1)):
         trainer.push_in_progress, args.hub_always_push = running, always
-        trainer._push_from_checkpoint(str(seen.folder / "checkpoint-6"))
+        trainer.pushes.add(str(seen.folder / "checkpoint-6"))
         assert len(told.of("upload_folder")) == pushes
     assert told.of("upload_folder")[0][1]["revision"] == "branch-of-mine"
     trainer.create_model_card("many", dataset_name="me/a-dataset")

@@ -140,7 +140,7 @@ def test_a_run_that_a_signal_has_stopped_goes_on_as_if_it_had_not(place, step, u
 def test_a_signal_during_a_save_lets_it_finish(undisturbed, tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=STEPS, save_strategy="steps", save_steps=2)
     strike("save", trainer, 2)
-    with pytest.raises(RunInterrupted, match="the weights after step 2 are in '.*checkpoint-2'"):
+    with pytest.raises(RunInterrupted, match=r"the weights after step 2 are in '.*checkpoint-2'"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
@@ -151,7 +151,7 @@ def test_a_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, 
     trainer = make_trainer(tmp_path, tokenizer, **kwargs)
     measure = trainer.prediction_step
     trainer.prediction_step = lambda *args, **kw: (os.kill(os.getpid(), signal.SIGTERM), measure(*args, **kw))[1]
-    with pytest.raises(RunInterrupted, match="the weights after step 2 are in '.*checkpoint-2'"):
+    with pytest.raises(RunInterrupted, match=r"the weights after step 2 are in '.*checkpoint-2'"):
         trainer.train()
     again = make_trainer(tmp_path, tokenizer, **kwargs)
     again.train(resume_from_checkpoint="auto")
