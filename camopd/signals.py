@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+
+logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. What a scheduler is told to requeue.
 REQUEUE = 75
@@ -28,6 +31,12 @@ class RunInterrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.text
+
+
+def interrupted(text: str) -> RunInterrupted:
+    """Say a text, which the end of a process by its exit code would not, and give the error that ends it."""
+    logger.warning(text)
+    return RunInterrupted(text)
 
 
 class StopAsked(Exception):

@@ -26,7 +26,10 @@ from camopd.samples import SampleSummary
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
 pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that assert for many tests
-collect_ignore = ["schema_of_vllm.py"]  # a script for the environment that has vLLM
+collect_ignore = [
+    "schema_of_vllm.py",
+    "faults",
+]  # scripts: for the environment that has vLLM, and for `make test-faults`
 VOCAB = ["<pad>", "<s>", "</s>", "<unk>", *(chr(code) for code in range(97, 123)), *"0123456789 .?"]
 
 CHAT_TEMPLATE = (
