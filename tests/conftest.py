@@ -1,5 +1,8 @@
 """Small real models and prompts. Nothing here reaches a network."""
 
+import functools
+import gc
+import importlib.metadata
 import math
 import os
 import signal
@@ -26,6 +29,8 @@ from camopd.samples import SampleSummary
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
 pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that assert for many tests
+# accelerate reads the metadata of its optional packages several times in each forward, which takes longer than a tiny one.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 collect_ignore = [
     "schema_of_vllm.py",
     "faults",
@@ -36,6 +41,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ' ' + message['content'] + '.' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
 )
+
+
+def pytest_collection_finish():
+    """accelerate collects garbage at the start of each `train`, half a second among all that has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,6 +5,7 @@ Nothing of `camopd` computes the reference: loops over rows and tokens, plain lo
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -344,6 +345,7 @@ def check_evaluations(results):
 
 if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE
     folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    gc.freeze()  # as conftest.py does
     for variant, case in RUNS:
         name = f"{variant}-{case.name}"
         parameters, metrics = trainer_step(case, str(folder / f"run-{name}"), size, **VARIANTS[variant])

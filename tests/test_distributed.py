@@ -4,31 +4,81 @@ All of them must give the very run that plain data parallel gives.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import rounding
-from launches import ADAM_EPSILON, CONFIGS, LEARNING_RATE, STEPS, launch
+from conftest import make_model, make_tokenizer, rounding
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs" / "accelerate"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+EXTENSIONS = tempfile.TemporaryDirectory()
+# Adam divides by a gradient that may be nothing but rounding; not with an epsilon as large as gradients are.
+LEARNING_RATE, ADAM_EPSILON, STEPS = 0.01, 0.01, 3
 WEIGHT = STEPS * (LEARNING_RATE * rounding(1) / ADAM_EPSILON + rounding(1, sums=1))  # gradients are clipped to 1
 # Gaps, losses and cosines of weights that far apart.
 METRIC = 2e-4
 FULL = ["--optimizer_moments", "per_branch"]
 ENGINE = [*FULL, "--student_logps", "engine", "--importance_sampling_mode", "none"]
 LORA = ["--lora", "true"]
+# (launch file, settings, activation checkpointing), by name; the launch files are those that shard.
+SHARDED = {
+    "zero2": ("zero2", FULL, "true"),
+    "zero3": ("zero3", FULL, "false"),
+    "fsdp2": ("fsdp2", ENGINE, "true"),
+    "zero3-lora": ("zero3", LORA, "true"),
+    "fsdp2-lora": ("fsdp2", LORA, "false"),
+}
+# The domain's teacher is the student's own folder.
+BF16 = ["--bf16", "true", "--max_steps", "1", "--schedule", "domain:1,general:1", "--save_strategy", "no"]
 COMPARED = (
     "loss", "grad_norm", "update/cosine", "gap/general/mean", "gap/domain/mean",
     "conflict/cosine", "conflict/dot", "conflict/general_norm", "conflict/domain_norm", "coherence/general/coh_full",
     "coherence/general/coh_selected", "coherence/domain/coh_full", "coherence/general/gcg_control",
 )  # fmt: skip
+
+
+def launch(config: str, folder: Path, runs: dict[str, list[str]]) -> None:
+    """Runs of train_tiny.py, one after the other in the same two processes, each in `folder`/NAME."""
+    words = [
+        "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "3", "--schedule",
+        "general:1,domain:1", "--prompts_per_step", "8", "--per_device_train_batch_size", "2", "--max_completion_length",
+        "9", "--max_prompt_length", "64", "--learning_rate", str(LEARNING_RATE), "--adam_epsilon", str(ADAM_EPSILON),
+        "--save_steps", "2", "--fsdp_on_cpu", str(config == "fsdp2").lower(),
+    ]  # fmt: skip
+    path = folder / "runs.json"
+    path.write_text(json.dumps([["--output_dir", str(folder / name), *words, *more] for name, more in runs.items()]))
+    command = [
+        *ACCELERATE, "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0",
+        "--mixed_precision", "no", str(TESTS / "train_tiny.py"), str(path),
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        # DeepSpeed compiles an extension; a run that was killed while it did leaves a lock that others wait for, for ever.
+        "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
+    }
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,68 +87,96 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def data_parallel(tmp_path_factory):
-    """`(lines, weights)` of the run that the others are held to, for full training and for LoRA."""
-    runs = {}
+def launched(tmp_path_factory):
+    """The runs of a launch file, in one launch: the folder that has them by name, or `data_parallel`'s."""
 
-    def run(settings):
-        if settings[0] not in runs:
-            folder = tmp_path_factory.mktemp("ddp")
-            runs[settings[0]] = launch("ddp", folder, *settings[:2]), weights(folder / "run" / "final")
-            assert json.loads((folder / "run" / "facts.json").read_text())["type"] == "MULTI_CPU"
-        return runs[settings[0]]
+    @cache
+    def launched(config):
+        folder = tmp_path_factory.mktemp(config)
+        make_model(1).save_pretrained(folder / "student")
+        make_tokenizer().save_pretrained(folder / "student")
+        if config == "ddp":
+            launch("ddp", folder, {"full": FULL, "lora": LORA})
+            return folder
+        launch(config, folder, {**settings_of(config), **({} if config == "zero3" else {"bf16": BF16})})
+        return folder
 
-    return run
+    return launched
 
 
-@pytest.mark.parametrize(
-    ("config", "method", "checkpointing"),
-    [
-        ("zero2", FULL, "true"),
-        ("zero3", FULL, "false"),
-        ("fsdp2", ENGINE, "true"),
-        ("zero3", LORA, "true"),
-        ("fsdp2", LORA, "false"),
-    ],
-    ids=["zero2", "zero3", "fsdp2", "zero3-lora", "fsdp2-lora"],
-)
+@pytest.fixture(scope="module")
+def resumed(launched, tmp_path_factory):
+    """The same runs stopped after step 2, and resumed in processes of their own."""
+
+    @cache
+    def resumed(config):
+        folder = tmp_path_factory.mktemp(f"{config}-resumed")
+        shutil.copytree(launched(config) / "student", folder / "student")
+        runs = settings_of(config)
+        for name in runs:
+            left_out = shutil.ignore_patterns("checkpoint-3", "final")
+            shutil.copytree(launched(config) / name, folder / name, ignore=left_out)
+            runs[name] = [*runs[name], "--resume_from_checkpoint", str(folder / name / "checkpoint-2")]
+        launch(config, folder, runs)
+        return folder
+
+    return resumed
+
+
+def settings_of(config: str) -> dict[str, list[str]]:
+    return {
+        name: [*method, "--gradient_checkpointing", checkpointing]
+        for name, (of, method, checkpointing) in SHARDED.items()
+        if of == config
+    }
+
+
+@pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.slow
-def test_sharded_runs_are_the_data_parallel_run(config, method, checkpointing, data_parallel, tmp_path):
-    lines = launch(config, tmp_path, *method, "--gradient_checkpointing", checkpointing)
-    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+def test_sharded_runs_are_the_data_parallel_run(name, launched, resumed):
+    config, method, _ = SHARDED[name]
+    folder = launched(config) / name
+    lines = lines_of(folder)
+    facts = json.loads((folder / "facts.json").read_text())
     assert facts["world_size"] == 2
     expected_kind = {"zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", None)}[config]
     assert (facts["type"], facts["zero_stage"]) == expected_kind
     if config == "fsdp2":
         assert facts["sharded"] == ["DTensor"]
 
-    expected_lines, expected = data_parallel(method)
+    alone = launched("ddp") / ("lora" if method is LORA else "full")
+    assert json.loads((alone / "facts.json").read_text())["type"] == "MULTI_CPU"
+    expected_lines, expected = lines_of(alone), weights(alone / "final")
     assert [line["branch"] for line in lines] == ["general", "domain", "general"]
     for line, other in zip(lines, expected_lines, strict=True):
-        for name in COMPARED:
-            if name in other:
-                assert line[name] == pytest.approx(other[name], rel=METRIC, abs=METRIC), (line["step"], name)
-    found = weights(tmp_path / "run" / "final")
+        for metric in COMPARED:
+            if metric in other:
+                assert line[metric] == pytest.approx(other[metric], rel=METRIC, abs=METRIC), (line["step"], metric)
+    found = weights(folder / "final")
     assert set(found) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name].float(), value.float(), atol=WEIGHT, rtol=0, msg=name)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].float(), value.float(), atol=WEIGHT, rtol=0, msg=key)
 
     # What a user does with it.
     loader = AutoPeftModelForCausalLM if method is LORA else AutoModelForCausalLM
-    loaded = loader.from_pretrained(tmp_path / "run" / "final")
+    loaded = loader.from_pretrained(folder / "final")
     assert torch.isfinite(loaded(torch.tensor([[5, 6, 7]])).logits).all()
 
     # Stopped after step 2 and resumed, it is the same run.
-    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    shutil.rmtree(tmp_path / "run" / "final")
-    again = launch(
-        config, tmp_path, *method, "--gradient_checkpointing", checkpointing,
-        "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2"),
-    )  # fmt: skip
+    again = lines_of(resumed(config) / name)
     assert [line["step"] for line in again] == [1, 2, 3]
     assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=METRIC)
-    for name, value in weights(tmp_path / "run" / "final").items():
-        torch.testing.assert_close(value, found[name], atol=WEIGHT, rtol=0, msg=name)
+    for key, value in weights(resumed(config) / name / "final").items():
+        torch.testing.assert_close(value, found[key], atol=WEIGHT, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("config", ["zero2", "fsdp2"])
+@pytest.mark.slow
+def test_teacher_with_the_students_weights_has_gaps_of_exactly_0_in_bfloat16(config, launched):
+    """Both launchers cast the float32 weights that were loaded, each in its way, and the teacher's must be cast alike."""
+    (line,) = lines_of(launched(config) / "bf16")
+    assert line["branch"] == "domain"
+    assert line["gap/domain/abs_mean"] == line["gap/domain/abs_p99"] == line["loss"] == 0
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ import torch
 from conftest import LOGP, LOSS, make_model, make_prompts
 from steps import FakeSampler, use_sampler
 from trainers import BrokenTeacher, lines, make_trainer
+from trl import DistillationTrainer
 
 from camopd.forward import Forward
 from camopd.rollouts import Turn, load_rollouts, logps_of_turns, save_rollouts
@@ -111,7 +112,7 @@ def test_completion_length_of_vllm_follows_its_schedule(tmp_path, tokenizer):
     assert limits == [6, 6, 9]
 
 
-def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer, monkeypatch):
+def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer):
     """Tokens that a tool wrote take no part in gaps, lengths or loss, whatever the teacher says of them."""
 
     class Opinionated(BrokenTeacher):
@@ -121,21 +122,41 @@ def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer, monkeypa
                 score.logps[2:4] = self.on_tool_tokens
             return scores
 
+    class WithTools:
+        """A `RolloutEngine` whose conversations have the result of a tool in them."""
+
+        prompts_cut = 0
+
+        def samples(self, rows, max_tokens):
+            for place, row in enumerate(rows):
+                prompt, mask = tokenizer(row["prompt"])["input_ids"], torch.tensor([1, 1, 0, 0, 1]).bool()
+                ids = [*prompt, 5, 6, 7, 8, 9 + place]
+                yield Sample(row["branch"], row["position"], ids, len(prompt), mask, 3, False)
+
     losses = []
     for on_tool_tokens in (-1.0, float("-inf")):
         teacher = Opinionated(-1.0)
         teacher.on_tool_tokens = on_tool_tokens
         folder = tmp_path / str(on_tool_tokens)
         trainer = make_trainer(folder, tokenizer, teachers={"general": teacher, "domain": make_model(1)}, max_steps=1)
-
-        def generate(prompts, trainer=trainer):
-            prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-            completions = [[5, 6, 7, 8, 9 + row] for row in range(len(prompts))]
-            return prompt_ids, completions, [[1, 1, 0, 0, 1]] * len(prompts), None, []
-
-        monkeypatch.setattr(trainer, "_generate", generate)
+        trainer.engine = WithTools()
         trainer.train()
         (line,) = lines(folder)
         assert line["rollout/general/length"] == 3
         losses.append(line["loss"])
     assert losses[0] == losses[1] != 0
+
+
+def test_engine_of_trl_takes_tokens_that_a_tool_wrote_out_of_the_mask(tmp_path, tokenizer, monkeypatch):
+    """What TRL's loop over tool calls gives: 0 in its masks, which may be longer than the completion that it has cut."""
+    trainer = make_trainer(tmp_path, tokenizer)
+    rows = [{"prompt": text, "branch": "general", "position": place} for place, text in ((3, "ab"), (1, "c"))]
+    drawn = [[11, 12], [13]], [[5, 6, 7, 8, 9], [5, 6, 7]], [[1, 1, 0, 0, 1], [1, 0, 0, 1]], None, []
+    monkeypatch.setattr(DistillationTrainer, "_generate", lambda self, prompts: drawn)
+    one, other = trainer.engine.samples(rows, 5)
+    assert (one.position, one.token_ids, one.mask.tolist(), one.length) == (
+        3, [11, 12, 5, 6, 7, 8, 9], [True, True, False, False, True], 3,
+    )  # fmt: skip
+    assert (other.position, other.token_ids, other.mask.tolist(), other.length) == (
+        1, [13, 5, 6, 7], [True, False, False], 1,
+    )  # fmt: skip

@@ -187,7 +187,7 @@ def test_model_whose_logits_are_not_what_is_computed_is_refused_before_the_first
     bent.forward = scaled
     changes = {"model": bent} if whose == "student" else {"teachers": {"general": bent, "domain": make_model(1)}}
     trainer = make_trainer(tmp_path, tokenizer, max_steps=1, **changes)
-    trainer._generate_single_turn = lambda *args: pytest.fail("generated")
+    trainer.engine.samples = lambda *args: pytest.fail("generated")
     with pytest.raises(ValueError, match=rf"{whose} .*\(LlamaForCausalLM\) that CaMOPD computes .* by \d.* nats"):
         trainer.train()
     assert not (tmp_path / "metrics.jsonl").exists()

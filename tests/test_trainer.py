@@ -208,12 +208,13 @@ def test_text_and_messages_mix_in_one_step(tmp_path, tokenizer):
         train_dataset={"general": make_prompts("general"), "domain": messages},
     )  # fmt: skip
     seen = []
-    tokenize = trainer._tokenize_prompts
-    trainer._tokenize_prompts = lambda prompts: seen.append((prompts, tokenize(prompts)[0])) or tokenize(prompts)
+    roll_out = trainer.roll_out
+    trainer.roll_out = lambda rows, *limits: seen.append((rows, roll_out(rows, *limits))) or seen[-1][1]
     trainer.train()
-    for prompt, ids in zip(*seen[0], strict=True):
-        text = prompt if isinstance(prompt, str) else f"u {prompt[0]['content']}.a "
-        assert ids == tokenizer(text)["input_ids"]
+    ((rows, (samples, _)),) = seen
+    for row, sample in zip(rows, samples, strict=True):
+        text = row["prompt"] if isinstance(row["prompt"], str) else f"u {row['prompt'][0]['content']}.a "
+        assert sample.token_ids[: sample.prompt_len] == tokenizer(text)["input_ids"]
 
 
 ASK = {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "you"}]}
@@ -247,9 +248,12 @@ def test_prompts_that_are_long_keep_their_last_tokens_and_are_counted(tmp_path, 
         tmp_path, tokenizer, max_prompt_length=6, max_steps=1, prompts_per_step=2,
         train_dataset={"general": prompts, "domain": prompts},
     )  # fmt: skip
-    ids, _, _ = trainer._tokenize_prompts(["a" * 30 + "tail", "short"])
+    rows = [{"prompt": text, "branch": "general"} for text in ("a" * 30 + "tail", "short")]
+    samples, prompts_cut = trainer.roll_out(rows, 4)
+    ids = [sample.token_ids[: sample.prompt_len] for sample in samples]
     assert tokenizer.decode(ids[0]).replace(" ", "") == "aatail"
     assert tokenizer.decode(ids[1]).replace(" ", "") == "short"
+    assert prompts_cut == 1
     trainer.train()
     assert lines(tmp_path)[0]["rollout/prompts_cut"] == 1
 

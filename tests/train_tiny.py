@@ -1,9 +1,13 @@
-"""Three steps of a tiny student, as a user's script under `accelerate launch`: for test_distributed.py.
+"""Runs of three steps of a tiny student, as a user's script under `accelerate launch`: for test_distributed.py.
 
-train_tiny.py --output_dir FOLDER/run --name value ...    settings of CaMOPDConfig, --lora, --fsdp_on_cpu
+train_tiny.py RUNS.json    a list of runs, one after the other; each a list of words: --output_dir FOLDER/NAME and other
+                           settings of CaMOPDConfig, --lora, --fsdp_on_cpu
 """
 
+import gc
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +26,20 @@ class Options:
 
 
 def main() -> None:
-    options, args = TrlParser([Options, CaMOPDConfig]).parse_args_and_config()
+    gc.freeze()  # as conftest.py does
+    for words in json.loads(Path(sys.argv[1]).read_text()):
+        bf16 = "--bf16 true" in " ".join(words)
+        os.environ["ACCELERATE_MIXED_PRECISION"] = (
+            "bf16" if bf16 else "no"
+        )  # as --mixed_precision of the launcher does
+        trainer = run(words)
+    # Of which gloo's threads still let go as the process ends; see camopd/processes.py.
+    torch.distributed.all_reduce_coalesced([torch.zeros(1) for _ in range(20_000)])
+    trainer.accelerator.end_training()
+
+
+def run(words: list[str]) -> CaMOPDTrainer:
+    options, args = TrlParser([Options, CaMOPDConfig]).parse_args_and_config(words)
     if options.fsdp_on_cpu:
         fsdp_on_cpu()
     folder = Path(args.output_dir).parent
@@ -49,9 +66,7 @@ def main() -> None:
             "sharded": sorted({type(value).__name__ for value in trainer.model.parameters()}),
         }
         (Path(args.output_dir) / "facts.json").write_text(json.dumps(facts))
-    # Of which gloo's threads still let go as the process ends; see camopd/processes.py.
-    torch.distributed.all_reduce_coalesced([torch.zeros(1) for _ in range(20_000)])
-    trainer.accelerator.end_training()
+    return trainer
 
 
 def fsdp_on_cpu() -> None:
