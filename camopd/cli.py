@@ -7,10 +7,13 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+from .commands.ctrl_c import EXIT_CODE, STOPPED, ends_at_once
 from .version import __version__
 
 
@@ -27,7 +30,16 @@ COMMANDS = {  # each a function of its name in a module of its name
 
 def main(argv: list[str] | None = None) -> None:
     """Run a subcommand. Errors a user can fix are printed as their message alone and exit with 2; `--debug` shows the
-    traceback."""
+    traceback. Ctrl-C, where a command does nothing else with it, is one line and exits with 130."""
+    try:
+        _main(argv)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once what the exit may wait for
+        print(STOPPED, file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
+
+
+def _main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="camopd",
         description="Bring back the general abilities a specialised language model has lost, and keep its domain.",
@@ -73,14 +85,16 @@ def run(command: str, argv: list[str]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        module = importlib.import_module(f".commands.{command}", __package__)
+        with ends_at_once():
+            module = importlib.import_module(f".commands.{command}", __package__)
     except ModuleNotFoundError as error:
         if command != "demo":
             raise
         raise ImportError(
             f"the demo needs {error.name!r}: pip install -e '.[demo]' in a clone of camopd, or `make demo`."
         ) from error
-    getattr(module, command)(*arguments)
+    with ends_at_once() if command in ("check", "report") else nullcontext():  # which leave nothing half done
+        getattr(module, command)(*arguments)
 
 
 if __name__ == "__main__":

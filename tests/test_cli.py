@@ -1,13 +1,18 @@
 """The command line: quick to start, and errors without tracebacks."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 import camopd
 from camopd import cli
+from camopd.commands.ctrl_c import STOPPED
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -78,3 +83,55 @@ def test_commands_say_what_they_take(command, capsys):
         cli.main([command, "--help"])
     assert stopped.value.code == 0
     assert f"usage: camopd {command} " in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_is_one_line_and_exit_130(command, monkeypatch, capsys):
+    def interrupted(command, argv):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "run", interrupted)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one ends what the exit waits for
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    assert capsys.readouterr() == ("", f"{STOPPED}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at what a process has loaded")
+@pytest.mark.parametrize(
+    ("words", "library"),
+    [
+        ("train run.yaml", "libtorch"),
+        ("check run.yaml", "libtorch"),
+        ("serve run.yaml --print", "libtorch"),
+        ("demo", "libarrow"),
+        ("data general --out data", "libarrow"),
+        ("sweep sweep.yaml", "/pandas/"),
+        ("report run", "/pandas/"),
+    ],
+)
+def test_ctrl_c_while_a_command_imports_is_one_line_and_leaves_no_process(words, library, tmp_path):
+    text = "model_name_or_path: nobody/nothing\nteachers: {general: nobody/a, domain: nobody/b}\n"
+    Path(tmp_path, "run.yaml").write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "camopd.cli", *words.split()], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(camopd.__file__).parent.parent)},
+    )  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    while library not in maps.read_text():  # from here on its import takes a while
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said.splitlines()) == (130, [STOPPED])
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -43,6 +43,7 @@ from ..teachers.vllm.plan import (
     replicas_of,
 )
 from . import processes
+from .ctrl_c import ends_at_once
 
 
 PAPER_SCHEDULE = "general:3,domain:1"  # where the config says nothing
@@ -112,10 +113,11 @@ def _max_model_len(config: str, settings: dict) -> int:
 
     Raises `ValueError` for lengths that are not numbers, and for settings that no run has.
     """
-    from ..config import CaMOPDConfig  # which takes seconds
-
     try:
-        check_names(config, settings)
+        with ends_at_once():
+            from ..config import CaMOPDConfig  # which takes seconds
+
+            check_names(config, settings)
     except ValueError as error:
         raise ValueError(f"{error} Flags for vLLM go to the end, behind `--`.") from None
     # The fields alone. An instance would set up the device, and with it a CUDA context beside the teachers'.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TeacherError
 from ..run import (
@@ -17,6 +17,7 @@ from ..run import (
     where_from,
 )
 from ..teachers.address import ADAPTER_TEACHERS
+from .ctrl_c import ends_at_once
 
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
     `to_prompt` makes a prompt of a row of a branch, as in [`camopd.files.load_prompts`]. Raises `ValueError` for settings
     that cannot be, `TeacherError` for a server that does not answer.
     """
+    with ends_at_once():  # nothing has begun that could be saved
+        trainer = _make_trainer(config, overrides, to_prompt)
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()  # with the held-out gaps, for `camopd sweep`
+    trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] | None) -> Any:
     from ..teachers.vllm.teacher import connect_servers
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
@@ -57,7 +71,7 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
                 f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
                 flush=True,
             )
-    trainer = CaMOPDTrainer(
+    return CaMOPDTrainer(
         model=model.model_name_or_path,
         teachers=teachers,
         args=args,
@@ -66,10 +80,3 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()  # with the held-out gaps, for `camopd sweep`
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
