@@ -26,7 +26,6 @@ from steps import (
     trainer_step,
 )
 from trainers import TEMPLATE, lines, make_trainer
-from trl import DistillationTrainer
 
 from camopd.callbacks.diagnostics import Diagnostics
 from camopd.callbacks.metrics_file import MetricsFile
@@ -302,21 +301,6 @@ def test_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
         "metrics-2.jsonl",
         "metrics.jsonl",
     ]
-
-
-# --------------------------------------------------------------------------------------------------------- the parent
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_tokenize_prompts", "_generate_single_turn", "_generate", "_prepare_inputs", "compute_loss",
-        "training_step", "prediction_step", "evaluation_loop", "_save_checkpoint", "_get_grad_norm", "get_train_dataloader",
-        "num_examples", "get_batch_samples",
-    ],
-)  # fmt: skip
-def test_parent_has_what_the_trainer_overrides_or_relies_on(name):
-    assert callable(getattr(DistillationTrainer, name))
 
 
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path, tokenizer):
