@@ -6,7 +6,8 @@ A run is a forked process of this one, or two of them that train together. It is
 of a save that Python can see: opening, making, renaming, removing, flushing, and before, in the middle of and after each
 file that torch and safetensors write. Or it is killed at a random moment. Then it is started again with
 `resume_from_checkpoint="auto"`. `different` are runs that end with other weights, losses or branches than the run that was
-not killed, to the bit; `stuck` are those that do not go on by themselves. Both must be 0.
+not killed, to the bit; `stuck` are those that do not go on by themselves. Both must be 0. Some get SIGTERM in one of their
+processes, and must end with the exit code for "requeue" in all of them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from fake_vllm import FakeVLLM
 from peft import LoraConfig
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd.signals import REQUEUE, RunInterrupted
 
 
 STEPS = 4
@@ -60,14 +62,15 @@ class Scenario(NamedTuple):
     used: bool
     kills: int  # in saves
     moments: int  # at random
+    stops: int = 0  # by SIGTERM to one process, at random
 
 
 SCENARIOS = (
-    Scenario("full", 1, False, 70, 24),
+    Scenario("full", 1, False, 70, 24, 16),
     Scenario("full", 1, True, 40, 0),
     Scenario("lora", 1, False, 30, 0),
-    Scenario("server", 1, False, 20, 10),
-    Scenario("full", 2, False, 24, 8),
+    Scenario("server", 1, False, 20, 10, 8),
+    Scenario("full", 2, False, 24, 8, 8),
     Scenario("lora", 2, True, 8, 0),
 )
 
@@ -94,9 +97,9 @@ class Ticks:
         transformers.modeling_utils.safe_save_file = self._written(safetensors.torch.save_file)
         save = CaMOPDTrainer._save_checkpoint
 
-        def save_checkpoint(trainer: Any, *args: Any) -> None:
+        def save_checkpoint(trainer: Any, *args: Any, **kwargs: Any) -> None:
             self.saving = True
-            save(trainer, *args)
+            save(trainer, *args, **kwargs)
             self.saving = False
 
         CaMOPDTrainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]
@@ -180,16 +183,19 @@ def fork(job: dict[str, Any], rank: int, port: int, answer: Path) -> int:
             json.dumps(train({**job, "deadly": job.get("deadly") if rank == job.get("of", 0) else None}))
         )
         code = 0
+    except RunInterrupted as stopped:
+        code = stopped.code
     except BaseException:
         answer.write_text(traceback.format_exc())
     finally:
         os._exit(code)
 
 
-def run(job: dict[str, Any], folder: Path, kill_after: float | None = None) -> tuple[list[int], list[str]]:
+def run(job: dict[str, Any], folder: Path) -> tuple[list[int], list[str]]:
     """Start all processes of a run and wait for them; where one ends badly, the others are killed, as a launcher does.
 
-    Exit codes (negative: the signal) and answers by rank.
+    At the `moment` of a job, seconds after the start, all are killed, or one gets its `signal`. Exit codes (negative: the
+    signal that has ended it) and answers by rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     answers = [folder / f"answer-{rank}" for rank in range(job["processes"])]
@@ -201,16 +207,23 @@ def run(job: dict[str, Any], folder: Path, kill_after: float | None = None) -> t
     started = time.monotonic()
     alive = {fork(job, rank, port, answer): rank for rank, answer in enumerate(answers)}
     codes = [0] * job["processes"]
+    moment, ended = job.get("moment"), None
     while alive:
         for process in list(alive):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 codes[alive.pop(process)] = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - started
-        if (kill_after is not None and seconds > kill_after) or any(codes) or seconds > PATIENCE:
-            for process in alive:
-                with suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+        ended = seconds if ended is None and any(codes) else ended
+        victims: list[int] = []
+        if seconds > PATIENCE or (ended is not None and seconds > ended + (30 if REQUEUE in codes else 0)):
+            victims, deadly = list(alive), signal.SIGKILL
+        elif moment is not None and seconds > moment:
+            deadly, moment = job.get("signal", signal.SIGKILL), None
+            victims = [process for process, rank in alive.items() if "signal" not in job or rank == job["of"]]
+        for process in victims:
+            with suppress(ProcessLookupError):
+                os.kill(process, deadly)
         time.sleep(0.005)
     return codes, [answer.read_text() if answer.exists() else "" for answer in answers]
 
@@ -229,11 +242,13 @@ def trial(
     if before is not None:
         shutil.copytree(before, output)
     job = {**job, "folder": str(output)}
-    codes, _ = run(job, folder, job.get("moment"))
+    codes, answers = run(job, folder)
     ended = "not killed" if not any(codes) else ""
-    if any(code not in (0, -signal.SIGKILL) for code in codes):
-        return f"stuck: exit {codes} before it was killed: {[text[-300:] for text in run(job, folder)[1]]}"
-    job.pop("deadly", None)
+    # A signal that comes before the run listens ends it.
+    allowed = [[-signal.SIGKILL, 0], [REQUEUE, -signal.SIGTERM, -signal.SIGKILL, 0]]["signal" in job]
+    if any(code not in allowed for code in codes) or (REQUEUE in codes and set(codes) != {REQUEUE}):
+        return f"stuck: exit {codes} where it was killed: {answers[0][-800:]}"
+    job = {key: value for key, value in job.items() if key not in ("deadly", "moment", "signal")}
     codes, answers = run(job, folder)
     if any(codes):
         return f"stuck: {answers[0][-1500:]}"
@@ -268,7 +283,11 @@ def plan(
         rank = number % scenario.processes
         width = ticks[rank] / kills
         jobs.append({"deadly": 1 + min(ticks[rank] - 1, int(number * width + chance.random() * width)), "of": rank})
-    return jobs + [{"moment": chance.random() * seconds} for _ in range(round(scenario.moments * share))]
+    jobs += [{"moment": chance.random() * seconds} for _ in range(round(scenario.moments * share))]
+    for number in range(round(scenario.stops * share)):
+        which = {"signal": int(signal.SIGTERM), "of": number % scenario.processes}
+        jobs.append({"moment": chance.random() * seconds, **which})
+    return jobs
 
 
 def work(scenario: Scenario, url: str, folder: Path, share: float, seed: int) -> Counter[str]:
