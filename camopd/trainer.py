@@ -37,7 +37,6 @@ from .forward import Forward
 from .hub import CheckpointPushes
 from .objective import distillation_loss, importance_weights, token_gaps
 from .optimizer import kind_and_settings
-from .processes import let_threads_rest
 from .prompts import StepDataset, one_item_per_micro_step
 from .rollouts import TRLEngine, rng_state
 from .samples import MicroBatch, Sample
@@ -45,6 +44,7 @@ from .scoring import Scorer
 from .selection import Branch, select_samples
 from .signals import StopRequests
 from .step import Step, StepCallback, check_trained
+from .threads import let_threads_rest
 from .token_rules import TOKEN_RULES, weigh
 
 
@@ -159,6 +159,7 @@ class CaMOPDTrainer(DistillationTrainer):
         The loader gives all rows of the step to the first micro-step, and an empty list to the others.
         """
         if inputs:
+            self.step = None  # and with it its samples, before the next are rolled out
             self.step = self.begin_step(inputs)
         step = self.step
         batch = step.micro_batches.popleft()
@@ -249,7 +250,8 @@ class CaMOPDTrainer(DistillationTrainer):
         step.close(list(self.teachers), gather_object)
         self.notify("on_step_closed", step)
         for name, value in step.metrics.items():
-            if name not in ("branch", "loss", "learning_rate", "grad_norm"):  # which the parent logs itself
+            # Numbers, but those that the parent logs itself.
+            if name not in ("loss", "learning_rate", "grad_norm") and isinstance(value, int | float):
                 self._metrics["train"][name].append(float(value))
 
     def stop_if_asked(self, step: Step | None = None) -> None:

@@ -33,7 +33,7 @@ def main() -> None:
             "bf16" if bf16 else "no"
         )  # as --mixed_precision of the launcher does
         trainer = run(words)
-    # Of which gloo's threads still let go as the process ends; see camopd/processes.py.
+    # Of which gloo's threads still let go as the process ends; see camopd/threads.py.
     torch.distributed.all_reduce_coalesced([torch.zeros(1) for _ in range(20_000)])
     trainer.accelerator.end_training()
 

@@ -15,7 +15,7 @@ SCRIPT = """
 import atexit, sys, time
 import torch
 import torch.distributed as dist
-from camopd.processes import let_threads_rest
+from camopd.threads import let_threads_rest
 
 class SlowToGo(torch.Tensor):
     def __del__(self):
