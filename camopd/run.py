@@ -20,7 +20,7 @@ import yaml
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
 from .settings import OLD_NAMES, list_of_settings
-from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
+from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder, without_secrets
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class PromptArguments:
                     value = json.loads(value)
                 setattr(self, name, value)
             if value is not None and not isinstance(value, dict):
-                raise ValueError(mapping_form(name, value))
+                raise ValueError(without_secrets(mapping_form(name, value)))
 
 
 def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
@@ -94,7 +94,9 @@ def _read(config: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"the config {config!r} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"the config {config!r} must be a mapping from settings to values, got {settings!r}.")
+        raise ValueError(
+            f"the config {config!r} must be a mapping from settings to values, got {without_secrets(repr(settings))}."
+        )
     return settings
 
 
@@ -298,12 +300,12 @@ def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
     """Teachers of a run as its config says. Raises `ValueError` for what no teacher can be."""
     teachers = settings.get("teachers")
     if not isinstance(teachers, dict) or not teachers:
-        raise ValueError(mapping_form("teachers", teachers))
+        raise ValueError(without_secrets(mapping_form("teachers", teachers)))
     for branch, teacher in teachers.items():
         if isinstance(teacher, dict) and not is_server(teacher):
             raise ValueError(
-                f"the teacher of branch {branch!r} is {teacher!r}. A mapping must have `urls`, the URL of a vLLM server or "
-                "a list of them, and `model`, what they serve."
+                f"the teacher of branch {branch!r} is {without_secrets(repr(teacher))}. A mapping must have "
+                "`urls`, the URL of a vLLM server or a list of them, and `model`, what they serve."
             )
         if isinstance(teacher, str) and names_missing_folder(teacher):
             raise ValueError(
@@ -354,7 +356,7 @@ def longest_sequence(settings: dict[str, Any]) -> int:
 def need_prompts(prompts: PromptArguments, args: CaMOPDConfig) -> None:
     """Raise `ValueError` unless there are prompts for exactly the branches of the schedule."""
     if not isinstance(prompts.prompts, dict):
-        raise ValueError(mapping_form("prompts", prompts.prompts))
+        raise ValueError(without_secrets(mapping_form("prompts", prompts.prompts)))
     for _, text in Schedule.parse(args.schedule).mismatches("prompts", prompts.prompts):
         raise ValueError(text)
 

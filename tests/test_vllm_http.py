@@ -1,7 +1,13 @@
 """Requests to a server: keys, and whatever may answer (camopd/teachers/vllm/http.py)."""
 
+import gzip
+import json
 import logging
+import socket
+import threading
 import time
+import tracemalloc
+from contextlib import contextmanager, suppress
 
 import pytest
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
@@ -160,3 +166,118 @@ def test_key_never_appears_in_an_error_or_a_log(server, connect, monkeypatch, ca
         assert "sk-sec" not in str(error)
         error = error.__cause__ or error.__context__
     assert "sk-sec" not in caplog.text
+
+
+@contextmanager
+def listening(*answers):
+    """The URL of a server that sends bytes as they are, to one connection after another; the last again and again."""
+    server = socket.create_server(("127.0.0.1", 0))
+    sent = []
+
+    def serve():
+        left = list(answers)
+        with suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection, suppress(OSError):
+                    connection.recv(65536)
+                    for part in left.pop(0) if len(left) > 1 else left[0]:
+                        connection.sendall(part)
+                        sent.append(len(part))
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}", sent
+    server.close()
+
+
+def peak_memory(call):
+    """Most bytes that Python objects took while `call` ran, above what they took before."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        call()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def packed_twice(megabytes):
+    """Some kilobytes, of which as many megabytes become."""
+    inner = gzip.compress(bytes(megabytes << 20))
+    return gzip.compress(inner)
+
+
+@pytest.mark.parametrize("encoding", ["gzip, gzip", "gzip", "DEFLATE", "br", "identity, gzip", "no-such-thing"])
+def test_answer_that_is_packed_is_refused_before_it_is_unpacked(connect, encoding):
+    body = packed_twice(256)
+    assert len(body) < 20_000
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with listening([head, body]) as (url, _):
+
+        def ask():
+            with pytest.raises(
+                TeacherError,
+                match=rf"'general' at {url} answered /v1/models in Content-Encoding '{encoding.lower()}', asked for none",
+            ):
+                connect(url)
+
+        assert peak_memory(ask) < 8 << 20  # of 256 MiB
+
+
+def test_packed_refusal_is_told_by_its_status(connect):
+    body = packed_twice(1)
+    head = f"HTTP/1.1 403 Forbidden\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with (
+        listening([head, body]) as (url, _),
+        pytest.raises(TeacherError, match=r"answered 403: in Content-Encoding 'gzip' Set CAMOPD_TEACHER_API_KEY"),
+    ):
+        connect(url)
+
+
+def test_every_request_asks_for_an_answer_that_is_not_packed(start_server, connect):
+    server = start_server(compact=True)
+    connect(server).score(TOKEN_IDS, PROMPT_LENS)
+    assert {headers["Accept-Encoding"] for _, headers, _ in server.requests} == {"identity"}
+
+
+def test_answer_that_goes_on_and_on_takes_no_more_memory_than_its_bound(connect):
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with listening([head, *[chunk] * 1024]) as (url, sent):
+
+        def ask():
+            with pytest.raises(TeacherError, match=rf"at {url} answered more than 4194304 bytes, which no answer to"):
+                connect(url)
+
+        assert peak_memory(ask) < 16 << 20  # of 64 MiB: the bound, its copy while it grows, and what is on its way
+    assert sum(sent) < 32 << 20
+
+
+@pytest.mark.parametrize("length", ["2048", True, [1], 1.5, -1])
+def test_context_that_is_no_number_is_refused(server, connect, length):
+    model = {"id": "tiny-teacher", "max_model_len": length}
+    server.always = (200, json.dumps({"data": [model]}))
+    if length == -1:  # a number, of which nothing fits
+        server.always = None
+        server.max_model_len = length
+        with pytest.raises(TeacherError, match="takes sequences of -1 tokens"):
+            connect(server).check_context(1)
+        return
+    with pytest.raises(TeacherError, match=f"teacher 'general' at {server.url} does not say which model it serves"):
+        connect(server)
+
+
+SECRET_URLS = [
+    "http://127.0.0.1:9/?api_key=sk-secret", "http://127.0.0.1:9?api_key=sk-secret", "http://127.0.0.1:9/v1#sk-secret",
+    "http://sk-secret@127.0.0.1:9", "http://user:sk-secret@127.0.0.1:9/v1", "http://user:sk/sk-secret@127.0.0.1:9",
+    "http://user:p?sk-secret@127.0.0.1:9", "http://user:p@sk-secret@127.0.0.1:9", "http://user:sk-secret@host:port",
+    "http://127.0.0.1:9/v1?token=a@sk-secret", "https://127.0.0.1:9/?a=b&key=sk-secret#x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_url_with_more_than_host_and_path_is_refused_and_its_secret_not_shown(connect, url, caplog):
+    with caplog.at_level(logging.DEBUG), pytest.raises(TeacherError) as raised:
+        connect(url)
+    assert "sk-secret" not in str(raised.value) + caplog.text
+    assert raised.value.__cause__ is None

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import re
 from collections import deque
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from camopd.errors import TeacherError
 from camopd.teachers import limits
 from camopd.teachers.base import TokenScores
 from camopd.teachers.vllm.transports import (
+    MOST_LOGP,
     Row,
     UnusableAnswer,
     compact_request,
@@ -489,3 +491,80 @@ def test_null_log_prob_in_the_prompt_does_not_matter(server, connect, local_scor
 
     server.edit = edit
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+
+
+@both_transports
+@pytest.mark.parametrize("value", [0.5, 1e30, MOST_LOGP * 1.01])
+def test_log_prob_above_0_is_refused_with_server_token_and_value(start_server, connect, compact, value):
+    server = start_server(compact=compact)
+    teacher = connect(server)
+    shown = f"{np.float32(value):.6g}"
+    server.edit = change(4, value)
+    server.edit_logps = lambda logps, body: np.array([*logps[:2, 0], value, *logps[3:, 0]], "<f4")[:, None]
+    with pytest.raises(
+        TeacherError,
+        match=rf"'general' at {server.url} answers -\d+\.\d\d to .* as log-probs, the first above 0 being "
+        rf"{re.escape(shown)} for token 2 \(id 7\) of the completion in row 0: these are not normalised",
+    ):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def change(place, value):
+    """Another log-prob for a token of the first sequence."""
+
+    def edit(entries, ids):
+        if ids == TOKEN_IDS[0]:
+            entries[place][str(ids[place])]["logprob"] = value
+        return entries
+
+    return edit
+
+
+@both_transports
+def test_what_rounding_leaves_above_0_is_taken(start_server, connect, compact):
+    server = start_server(compact=compact)
+    server.edit = change(4, 0.007)
+    server.edit_logps = lambda logps, body: np.full_like(logps, 0.007)
+    (score,) = connect(server).score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+    assert score.logps[2] == np.float32(0.007)
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("value", [True, False, "-0.5", [-0.5]])
+def test_what_is_not_a_number_in_json_is_refused_with_server_token_and_value(server, connect, value, top_k):
+    teacher = connect(server)
+    server.edit = change(3, value)
+    with pytest.raises(
+        TeacherError,
+        match=rf"'general' at {server.url} gave {re.escape(repr(value))} as a log-prob of token 1 \(id 30\) of the "
+        "completion in row 0, which is not a number",
+    ):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1], top_k)
+
+
+@both_transports
+def test_missing_log_prob_is_named_with_its_server_token_and_value(start_server, connect, compact):
+    server = start_server(compact=compact)
+    teacher = connect(server)
+    server.edit = change(3, None)
+    server.edit_logps = lambda logps, body: np.array([logps[0, 0], math.nan, *logps[2:, 0]], "<f4")[:, None]
+    with pytest.raises(
+        TeacherError, match=rf"in rows \[0\] of 1, the first nan for token 1 .* in row 0 from {server.url}\. Look at"
+    ):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+@pytest.mark.parametrize("literal", ["NaN", "-Infinity", "Infinity", "1e999"])
+def test_number_that_json_does_not_have_is_shown_in_the_error(server, connect, literal, monkeypatch):
+    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 1)
+    teacher = connect(server)
+    server.answers.append((200, f'{{"choices": [{{"index": 0, "prompt_logprobs": [{literal}]}}]}}'))
+    with pytest.raises(TeacherError, match=rf"at {server.url} .*|{server.url} did not answer .*{literal[-8:]}"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+
+
+def test_fewer_likeliest_tokens_than_asked_for_are_refused(server, connect):
+    teacher = connect(server)
+    server.edit = lambda entries, ids: [entry and dict(list(entry.items())[:1]) for entry in entries]
+    with pytest.raises(TeacherError, match=rf"at {server.url} gave 1 of the 2 likeliest tokens of token 0 \(id 12\)"):
+        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1], top_k=2)

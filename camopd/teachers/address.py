@@ -25,6 +25,20 @@ def is_server(spec: Any) -> bool:
     return isinstance(spec, str) and spec.startswith(("http://", "https://"))
 
 
+def public_url(url: str) -> str:
+    """Scheme, host, port, path of a URL: what stands before the host, or behind `?` or `#`, may be a key or a password."""
+    scheme, slashes, rest = url.partition("://")
+    place, *more = re.split("[?#]", rest, maxsplit=1)
+    if "@" in "".join(more):  # a password with one of these signs, perhaps
+        return f"{scheme}{slashes}..."
+    return scheme + slashes + place.rpartition("@")[2]
+
+
+def without_secrets(text: str) -> str:
+    """A text with each of its URLs as [`public_url`] has it."""
+    return re.sub(r"(?i)https?://[^\s'\"]*", lambda found: public_url(found[0]), text)
+
+
 def urls_and_model(spec: Any) -> tuple[list[str], str | None]:
     """URLs of a teacher on servers, each once, and the model they must serve where that was said."""
     urls, model = (spec["urls"], spec["model"]) if isinstance(spec, dict) else (spec, None)

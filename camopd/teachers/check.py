@@ -156,7 +156,9 @@ def _check_tokenizer(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedT
 
 def _tokens(answer: Any) -> list[int]:
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
-    return tokens if isinstance(tokens, list) else []
+    # Of anything else the tokenizer here could not say which text it is.
+    known = isinstance(tokens, list) and all(type(token) is int and 0 <= token < 2**31 for token in tokens)
+    return list(tokens) if known and isinstance(tokens, list) else []
 
 
 def _check_template(branch: str, teacher: ServerTeacher, tokenizer: PreTrainedTokenizerBase) -> Finding:

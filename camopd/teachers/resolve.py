@@ -14,7 +14,7 @@ from trl.trainer.utils import get_config_model_id
 from ..forward import Forward
 from ..tokens import embedding_size, head_size
 from .adapters import AdapterTeacher
-from .address import ADAPTER_TEACHERS
+from .address import ADAPTER_TEACHERS, without_secrets
 from .base import Teacher
 from .check import check_local, check_server, raise_errors
 from .local import LocalTeacher, context_length, load_teacher_model
@@ -63,12 +63,14 @@ def resolve_teachers(
             _compare_dtypes(model, student_dtype, branch)
             teacher = LocalTeacher(model, name, device, batch_size, autocast, padding_free)
         elif isinstance(spec, Teacher):
+            if not isinstance(spec.name, str):
+                raise TypeError(f"the teacher of branch {branch!r} has the name {spec.name!r}, which must be a text.")
             teacher = spec
         else:
             raise TypeError(
-                f"the teacher of branch {branch!r} is {repr(spec)[:200]} ({type(spec).__name__}). It must be the URL of a "
-                "vLLM server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', 'adapter_start', or an "
-                "object with a `name` and a `score` method (camopd.Teacher)."
+                f"the teacher of branch {branch!r} is {without_secrets(repr(spec))[:200]} ({type(spec).__name__}). It must "
+                "be the URL of a vLLM server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', "
+                "'adapter_start', or an object with a `name` and a `score` method (camopd.Teacher)."
             )
         resolved[branch] = teacher
         if isinstance(spec, str):

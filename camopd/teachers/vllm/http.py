@@ -19,7 +19,7 @@ import orjson
 
 from ...errors import TeacherError
 from .. import limits
-from ..address import key_variables
+from ..address import key_variables, public_url
 
 
 T = TypeVar("T")
@@ -70,8 +70,10 @@ class Client:
         answer = await self.ask(url, "/v1/models", attempts=attempts)
         try:
             model = answer["data"][0]
-            name = str(model["id"])
-            return ServedModel(name, str(model.get("root") or name), model.get("max_model_len"))
+            name, length = str(model["id"]), model.get("max_model_len")
+            if length is not None and type(length) is not int:
+                raise TypeError(length)
+            return ServedModel(name, str(model.get("root") or name), length)
         except (KeyError, IndexError, TypeError, AttributeError):
             raise TeacherError(
                 f"teacher {self.branch!r} at {url} does not say which model it serves: "
@@ -105,7 +107,7 @@ class Client:
 
         Raises `Fault` for what may pass and `TeacherError` for what is final.
         """
-        content = bytearray()
+        encoding, content = "", b""
         try:
             async with (
                 asyncio.timeout(seconds),
@@ -116,31 +118,48 @@ class Client:
                     headers={} if body is None else {"Content-Type": "application/json"},
                 ) as response,
             ):
-                async for chunk in response.aiter_bytes():
-                    content += chunk
-                    if len(content) > max_bytes:
-                        raise TeacherError(
-                            f"teacher {self.branch!r} at {url} answered more than {max_bytes} bytes, which no answer to "
-                            f"{path} needs. Is the URL that of a vLLM server?"
-                        )
+                encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+                if encoding == "identity":
+                    content = await self._read(response, url, path, max_bytes)
         except TimeoutError:
             raise Fault(f"{url} did not answer {path} in {seconds:.0f} seconds") from None
-        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise Fault(f"{url} does not answer ({type(error).__name__}: {self.without_key(str(error))})") from None
-        text = self.without_key(bytes(content[:5000]).decode(errors="replace"))[:500]
+        text = self.without_key(content[:5000].decode(errors="replace"))[:500]
+        if encoding != "identity":
+            text = f"in Content-Encoding {self.without_key(encoding)[:40]!r}"
         status = response.status_code
         if status == 429 or status >= 500:
             raise Fault(f"{url} answered {status}: {text}", takes_out=status != 429)
         if status != 200:
             hint = self._hint(status, url, text)
             raise TeacherError(f"teacher {self.branch!r} at {url} answered {status}: {text}{hint}")
+        if encoding != "identity":
+            raise TeacherError(
+                f"teacher {self.branch!r} at {url} answered {path} {text}, asked for none: unpacked it may have any size. "
+                "Switch compression off there, or in the proxy before it."
+            )
         try:
             with no_garbage_collection():
                 return orjson.loads(content) if parse else None
-        except orjson.JSONDecodeError:
+        except orjson.JSONDecodeError as error:
+            near = self.without_key(error.doc[error.pos :][:5000])[:40]
             raise Fault(
-                f"{url} did not answer {path} in JSON: {text[:200]!r}. Is the URL that of a vLLM server, without a path?",
+                f"{url} did not answer {path} in JSON: {text[:200]!r} cannot be read from {near!r} on. Is the URL that of "
+                "a vLLM server, without a path?"
             ) from None
+
+    async def _read(self, response: httpx.Response, url: str, path: str, max_bytes: int) -> bytes:
+        """The body as it arrives, never unpacked: a megabyte that is compressed twice may hold any number of gigabytes."""
+        content = bytearray()
+        async for chunk in response.aiter_raw():
+            content += chunk
+            if len(content) > max_bytes:
+                raise TeacherError(
+                    f"teacher {self.branch!r} at {url} answered more than {max_bytes} bytes, which no answer to {path} "
+                    "needs. Is the URL that of a vLLM server?"
+                )
+        return bytes(content)
 
     def _hint(self, status: int, url: str, text: str) -> str:
         if status in (401, 403):
@@ -156,19 +175,22 @@ class Client:
 
 
 def base_url(url: str, branch: str) -> str:
-    """A URL that the user wrote, without `/v1`. Raises `TeacherError` unless it is that of a server, without a password."""
+    """A URL that the user wrote, without `/v1`. Raises `TeacherError` unless it is that of a server, and nothing more."""
     url = url.strip().rstrip("/").removesuffix("/v1")
+    shown = public_url(url)
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:  # a port that is not a number
         known = False
     if not known:
-        raise TeacherError(f"teacher {branch!r} at {url!r}: that is not the URL of a server. Write http://host:port.")
-    if parts.username or parts.password:
         raise TeacherError(
-            f"teacher {branch!r} at {parts.hostname}: a URL shows its user and password to every log. Set "
-            f"{' or '.join(key_variables(branch))} instead."
+            f"teacher {branch!r} at {shown!r}: that is not the URL of a server. Write http://host:port."
+        )
+    if shown != url:
+        raise TeacherError(
+            f"teacher {branch!r} at {shown}: a URL shows its user and password or its query to every log. "
+            f"Set {' or '.join(key_variables(branch))} instead."
         )
     return url
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..address import ADAPTER_TEACHERS, is_server, key_variables, urls_and_model
+from ..address import ADAPTER_TEACHERS, is_server, key_variables, public_url, urls_and_model, without_secrets
 
 
 @dataclass
@@ -70,15 +70,16 @@ def models_of(teachers: dict[str, Any], notes: list[str]) -> dict[str, list[str]
     models: dict[str, list[str]] = {}
     for branch, teacher in teachers.items():
         if is_server(teacher):
-            notes.append(f"{branch}: {', '.join(urls_and_model(teacher)[0])} is a server already, nothing to start")
+            urls = ", ".join(map(public_url, urls_and_model(teacher)[0]))
+            notes.append(f"{branch}: {urls} is a server already, nothing to start")
         elif isinstance(teacher, str) and teacher in ADAPTER_TEACHERS:
             notes.append(f"{branch}: {teacher} is {ADAPTER_TEACHERS[teacher]}, it needs no server")
         elif isinstance(teacher, str) and teacher:
             models.setdefault(os.path.expanduser(teacher), []).append(str(branch))
         else:
             raise ValueError(
-                f"the teacher of branch {branch!r} is {teacher!r}. It must be a model id, a path, the URL of a vLLM server "
-                "or a list of URLs, 'adapter_off' or 'adapter_start'."
+                f"the teacher of branch {branch!r} is {without_secrets(repr(teacher))}. It must be a model id, a "
+                "path, the URL of a vLLM server or a list of URLs, 'adapter_off' or 'adapter_start'."
             )
     if not models:
         raise ValueError(

@@ -21,7 +21,16 @@ from ..address import is_server, urls_and_model
 from ..base import TokenScores
 from .http import Client, Fault, base_url, pause, together
 from .replicas import Replica, Replicas
-from .transports import Row, UnusableAnswer, compact_request, count_missing, group_rows, json_request, no_scores
+from .transports import (
+    Row,
+    UnusableAnswer,
+    compact_request,
+    count_missing,
+    first_missing,
+    group_rows,
+    json_request,
+    no_scores,
+)
 
 
 T = TypeVar("T")
@@ -125,27 +134,31 @@ class ServerTeacher:
         asked = [row for row in rows if len(row.token_ids) > row.prompt_len]
         requests = group_rows(asked, len(self.urls), one_each=compact)
         answers = await together(self._score_rows(request, top_k) for request in requests)
-        for request, answer in zip(requests, answers, strict=True):
+        urls = {}
+        for request, (url, answer) in zip(requests, answers, strict=True):
             for row, found in zip(request, answer, strict=True):
-                scores[row.index] = found
+                scores[row.index], urls[row.index] = found, url
         missing = {row: count for row, count in enumerate(map(count_missing, scores)) if count}
         if missing:
+            first = next(iter(missing))
+            place, value = first_missing(scores[first])
             raise TeacherError(
                 f"teacher {self.branch!r} ({self.name}) answered {sum(missing.values())} missing or non-finite log-probs "
-                f"in rows {list(missing)[:8]} of {len(scores)}. Look at the server's log; a server that lost its weights "
-                "or overflows in its dtype answers like this."
+                f"in rows {list(missing)[:8]} of {len(scores)}, the first {value} for token {place} of the completion in "
+                f"row {first} from {urls[first]}. Look at that server's log; one that lost its weights or overflows in its "
+                "dtype answers like this."
             )
         return scores
 
-    async def _score_rows(self, rows: list[Row], top_k: int) -> list[TokenScores]:
-        """Score the rows of a request, on another replica after each fault."""
+    async def _score_rows(self, rows: list[Row], top_k: int) -> tuple[str, list[TokenScores]]:
+        """The scores of a request's rows and the URL they are from; on another replica after each fault."""
         tokens = sum(len(row.token_ids) for row in rows)
         tried: Replica | None = None
         first_fault, faults = math.inf, 0
         for attempt in itertools.count(1):
             try:
                 async with self._replicas.lease(tokens, avoid=tried) as tried:
-                    return await self._ask_replica(tried, rows, top_k)
+                    return tried.url, await self._ask_replica(tried, rows, top_k)
             except Fault as fault:
                 first_fault = min(first_fault, time.monotonic())
                 faults += fault.takes_out  # one that is busy (429) is only waited for

@@ -29,6 +29,8 @@ from .http import no_garbage_collection
 # More than any answer needs (a token's text is spelt out in JSON); what is longer is not an answer.
 BYTES_PER_LOGPROB = 1024
 MINUS_INF = -9999.0  # how vLLM's JSON says -inf
+# Nats above 0 that rounding may leave: numbers of bfloat16 above 1 are 2**-7 apart, and log(1 + 2**-7) is 0.008.
+MOST_LOGP = 0.01
 # Sent with every request, so that a model's own generation_config.json never bends the distribution that is scored.
 PLAIN_SAMPLING = {
     "max_tokens": 1,
@@ -102,7 +104,7 @@ def compact_request(model: str, row: Row) -> Request:
         if logps is None or len(logps) != len(scored):
             found = "no array of them" if logps is None else f"{len(logps)} log-probs"
             raise UnusableAnswer(f"scored {len(scored)} completion tokens with {found}")
-        return [to_scores(logps[:, None])]
+        return [to_scores(_checked(logps[:, None], row))]
 
     body = {"model": model, "request_id": request_id, "token_ids": row.token_ids, "sampling_params": sampling}
     return Request("/inference/v1/generate", body, _max_bytes(len(scored)), read)
@@ -134,7 +136,7 @@ def _read_choice(choice: dict[str, Any], row: Row, top_k: int) -> TokenScores:
             f"scored {len(entries)} of {len(row.token_ids)} tokens. Is this a vLLM server? Others ignore prompt_logprobs"
         )
     try:
-        return from_entries(row.token_ids[row.prompt_len :], entries[row.prompt_len :], top_k)
+        return from_entries(row, entries[row.prompt_len :], top_k)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnusableAnswer(
             f"gave no log-prob for a token it was asked to score ({type(error).__name__}: {error}). Something between "
@@ -159,20 +161,51 @@ def from_base64_npy(text: Any) -> np.ndarray | None:
     return values if dtype == np.dtype("<f4") and shape == (len(values), 1) else None
 
 
-def from_entries(token_ids: Sequence[int], entries: Sequence[Any], top_k: int) -> TokenScores:
-    """Log-probs out of vLLM's JSON: per token `{"<id>": {"logprob": float, "rank": int, ...}, ...}`.
+def from_entries(row: Row, entries: Sequence[Any], top_k: int) -> TokenScores:
+    """Log-probs out of vLLM's JSON: per completion token of a row `{"<id>": {"logprob": float, "rank": int, ...}, ...}`.
 
-    Raises `KeyError` where a token has no entry: that is the answer to another question.
+    Raises `KeyError` where a token has no entry, as that is the answer to another question, and `UnusableAnswer` for what
+    is not a log-prob. `null`, as which NaN comes, is NaN again.
     """
-    if not top_k:
-        logps = [entry[str(token)]["logprob"] for token, entry in zip(token_ids, entries, strict=True)]
-        return to_scores(np.array(logps, dtype=np.float32)[:, None])
-    rows, ids = [], []
+    token_ids = row.token_ids[row.prompt_len :]
+    found: list[list[Any]] = []
+    ids = []
     for token, entry in zip(token_ids, entries, strict=True):
-        best = sorted(entry.items(), key=lambda item: item[1]["rank"])[:top_k]
-        rows.append([entry[str(token)]["logprob"], *(value["logprob"] for _, value in best)])
-        ids.append([int(candidate) for candidate, _ in best])
-    return to_scores(np.array(rows, dtype=np.float32), np.array(ids))
+        values = [entry[str(token)]["logprob"]]
+        if top_k:
+            best = sorted(entry.items(), key=lambda item: item[1]["rank"])[:top_k]
+            if len(best) < top_k:
+                raise UnusableAnswer(f"gave {len(best)} of the {top_k} likeliest tokens of {_place(row, len(found))}")
+            values += [value["logprob"] for _, value in best]
+            ids.append([int(candidate) for candidate, _ in best])
+        found.append(values)
+    for place, values in enumerate(found):
+        for value in values:
+            if type(value) not in _NUMBERS:  # a bool is an int, and numpy reads texts
+                raise UnusableAnswer(f"gave {value!r} as a log-prob of {_place(row, place)}, which is not a number")
+    logps = np.array(found, dtype=np.float32).reshape(len(found), 1 + top_k)
+    return to_scores(_checked(logps, row), np.array(ids).reshape(len(found), top_k) if top_k else None)
+
+
+_NUMBERS = (float, int, type(None))
+
+
+def _checked(logps: np.ndarray, row: Row) -> np.ndarray:
+    """The log-probs (T, 1 + k) of a row. Raises `UnusableAnswer` for one above 0, which no probability has."""
+    above = np.argwhere(logps > MOST_LOGP)
+    if len(above):
+        place, column = map(int, above[0])
+        raise UnusableAnswer(
+            f"answers {logps.min():.2f} to {logps.max():.2f} as log-probs, the first above 0 being "
+            f"{logps[place, column]:.6g} for {_place(row, place)}: these are not normalised log-probs. Start the server "
+            "with --logprobs-mode raw_logprobs"
+        )
+    return logps
+
+
+def _place(row: Row, place: int) -> str:
+    """A token of a completion, as errors name it."""
+    return f"token {place} (id {row.token_ids[row.prompt_len + place]}) of the completion in row {row.index}"
 
 
 def to_scores(logps: np.ndarray, top_ids: np.ndarray | None = None) -> TokenScores:
@@ -190,5 +223,16 @@ def no_scores(top_k: int) -> TokenScores:
 
 def count_missing(scores: TokenScores) -> int:
     """Log-probs that are missing or not finite."""
+    return sum(int(part.sum()) for part in _missing(scores))
+
+
+def first_missing(scores: TokenScores) -> tuple[int, float]:
+    """Place in the completion of the first token that has such, and its value."""
+    place = min(int(part.nonzero()[0, 0]) for part in _missing(scores) if part.any())
+    values = [part[place].flatten() for part in (scores.logps, scores.top_logps) if part is not None]
+    return place, next(value for value in torch.cat(values).tolist() if not math.isfinite(value) or value == MINUS_INF)
+
+
+def _missing(scores: TokenScores) -> list[torch.Tensor]:
     parts = [part for part in (scores.logps, scores.top_logps) if part is not None]
-    return sum(int((~torch.isfinite(part) | (part == MINUS_INF)).sum()) for part in parts)
+    return [~torch.isfinite(part) | (part == MINUS_INF) for part in parts]
