@@ -115,6 +115,10 @@ class CaMOPDConfig(DistillationConfig):
             `max_completion_length` drops it.
         max_prompt_length (`int`, *optional*, defaults to `4096`):
             Tokens a prompt may have. Longer ones keep their *last* tokens, so that the generation prompt survives.
+        split_special_tokens (`bool`, *optional*, defaults to `False`):
+            Encode special tokens in the text of prompts (`<|im_end|>`) as text. Else they are control tokens.
+        trust_checkpoint (`bool`, *optional*, defaults to `False`):
+            Let DeepSpeed and FSDP, which unpickle, go on from a checkpoint outside `output_dir`.
 
         > Parameters of the teachers
 
@@ -285,6 +289,12 @@ class CaMOPDConfig(DistillationConfig):
     max_prompt_length: int = field(
         default=4096, metadata={"help": "Tokens a prompt may have; longer ones keep their last tokens."}
     )
+    split_special_tokens: bool = field(
+        default=False, metadata={"help": "Encode special tokens in the text of prompts as the text they are."}
+    )
+    trust_checkpoint: bool = field(
+        default=False, metadata={"help": "Let DeepSpeed and FSDP unpickle a checkpoint outside output_dir."}
+    )
 
     # Parameters of the teachers
     teachers: dict[str, Any] | str | None = field(
@@ -349,11 +359,11 @@ class CaMOPDConfig(DistillationConfig):
         if isinstance(given, str) and given.lstrip().startswith("{"):
             try:
                 given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name} is not valid JSON: {given} ({error}).") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name} is not valid JSON: {given[:300]} ({error}).") from None
         steps = by_step(name, given)
         if self.completion_lengths is not None and not isinstance(given, dict):
-            known = by_step(name, self.completion_lengths)  # of a config that is copied
+            known = by_step("completion_lengths", self.completion_lengths)  # of a config that is copied
             if len(steps) == 1 and max(known.values()) == max(steps.values()):
                 steps = known
             elif given == CaMOPDConfig.max_completion_length:
@@ -393,13 +403,13 @@ class CaMOPDConfig(DistillationConfig):
         unknown = set(value) - set(branches) - {"general", "domain"}  # those two are in the defaults
         if unknown:
             raise ValueError(
-                f"{name} has a value for {sorted(unknown)}, but the branches of schedule {self.schedule!r} are "
+                f"{name} has a value for {sorted(unknown, key=str)}, but the branches of schedule {self.schedule!r} are "
                 f"{list(branches)}. Fix the name, or add the branch to the schedule."
             )
         missing = [branch for branch in branches if branch not in value]
         if missing:
             raise ValueError(
                 f"{name} has no value for branch {missing[0]!r} of schedule {self.schedule!r}, only for "
-                f"{sorted(value)}. Add it, or give one value for all branches."
+                f"{sorted(value, key=str)}. Add it, or give one value for all branches."
             )
         return {branch: value[branch] for branch in branches}

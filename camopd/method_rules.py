@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
-from .schedule import Schedule, mapping_form
+from .schedule import Schedule, mapping_form, number_of
 from .settings import OLD_NAMES
-from .teachers.address import is_server
+from .teachers.address import is_server, key_variables, public_url, urls_and_model, without_secrets
 from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
 
@@ -32,7 +32,15 @@ class Range(NamedTuple):
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
+
+
+def _number(test: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and test(float(value))
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _choice(name: str, *choices: str) -> Range:
@@ -58,16 +66,19 @@ RANGES = (
     Range("token_rule", lambda value: value in TOKEN_RULES, f"one of {tuple(TOKEN_RULES)}"),
     _choice("loss_normalization", "sample", "token"),
     _choice("branch_weights", "none", "sigma"),
-    Range("relaxed_mixture", lambda value: 0 < value < 1, "in (0, 1)", " It is lambda of Relaxed OPD."),
+    Range("relaxed_mixture", _number(lambda value: 0 < value < 1), "in (0, 1)", " It is lambda of Relaxed OPD."),
     Range(
-        "relaxed_entropy_share", lambda value: 0 < value <= 1, "in (0, 1]",
+        "relaxed_entropy_share", _number(lambda value: 0 < value <= 1), "in (0, 1]",
         " It is a share of the tokens; 1 leaves the choice by entropy out.",
     ),
     Range(
-        "selectkd_reject_weight", lambda value: 0 <= value < 1, "in [0, 1)",
+        "selectkd_reject_weight", _number(lambda value: 0 <= value < 1), "in [0, 1)",
         " A rejected token weighs less than an accepted one. For a weight of 1 on every token, set token_rule to 'none'.",
     ),
-    Range("teacher_timeout", lambda value: value > 0, "a positive number of seconds"),
+    Range("teacher_timeout", _number(lambda value: 0 < value < math.inf), "a positive number of seconds"),
+    Range("importance_sampling_low importance_sampling_high", _number(lambda value: True), "a number"),
+    Range("gradient_accumulation_steps", lambda value: type(value) is int, "a whole number; it is derived, leave it out"),
+    Range("rebalance padding_free split_special_tokens trust_checkpoint", _is_bool, "true or false"),
 )  # fmt: skip
 PER_BRANCH = (
     Range(
@@ -115,20 +126,28 @@ def check_values(args: Any) -> None:
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 json.loads(value)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{name} is not valid JSON: {value} ({error}). Names and texts need double quotes: "
-                    f'--{name} \'{{"general": ..., "domain": ...}}\'.'
+                    f"{name} is not valid JSON: {without_secrets(value)[:500]} ({error}). Names and texts need double "
+                    f'quotes: --{name} \'{{"general": ..., "domain": ...}}\'.'
                 ) from None
 
 
 def _check(rule: Range, name: str, value: Any) -> None:
     try:
         allowed = rule.test(value)
-    except TypeError:  # a text in place of a number
+    except (TypeError, OverflowError):  # a list where a text should be, a number beyond all floats
         allowed = False
     if not allowed:
-        raise ValueError(f"{name} must be {rule.must_be}, got {value!r}.{rule.why}")
+        raise ValueError(f"{name} must be {rule.must_be}, got {_shown(value)}.{rule.why}")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: not all of a long one."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out very long ones
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def derive_accumulation(args: Any, world_size: int) -> None:
@@ -243,9 +262,16 @@ def _check_budget(args: Any) -> None:
 
 def _check_teachers(args: Any) -> None:
     if args.teachers is not None and not isinstance(args.teachers, dict):
-        raise ValueError(mapping_form("teachers", args.teachers))
-    on_servers = any(is_server(teacher) for teacher in (args.teachers or {}).values())
-    if args.world_size > 1 and on_servers:
+        raise ValueError(without_secrets(mapping_form("teachers", args.teachers)))
+    servers = {branch: teacher for branch, teacher in (args.teachers or {}).items() if is_server(teacher)}
+    for branch, teacher in servers.items():
+        for url in urls_and_model(teacher)[0]:
+            if public_url(url) != url:  # it would be in training_args.bin, which is sent to the Hub
+                raise ValueError(
+                    f"the teacher of branch {branch!r} is at {public_url(url)}, and its URL has a user, a password or a "
+                    f"query, which would be in files and logs. Set {' or '.join(key_variables(str(branch)))} instead."
+                )
+    if args.world_size > 1 and servers:
         check_ddp_timeout(args)
 
 
@@ -276,7 +302,7 @@ def _parse(shown: str, name: str, value: Any) -> Any:
             return {"true": True, "false": False}[str(value).lower()]
         if isinstance(value, bool):
             raise ValueError
-        return float(value)
-    except (KeyError, TypeError, ValueError):
+        return number_of(value) if isinstance(value, str) else float(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
         kind = "true or false" if name == "selection" else "a number"
-        raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {value!r}.") from None
+        raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {_shown(value)}.") from None

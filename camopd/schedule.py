@@ -5,8 +5,9 @@
     general:3+domain:1        every step mixes both, three quarters and one quarter   "w/o dec (3:1)"
 
 A comma separates optimizer steps, a plus mixes branches inside one step. `name:n` is a number of steps when the branch
-has its steps to itself and a share when it is mixed; `:1` may be left out. Everything is a pure function of the
-optimizer step, counted from 0, so there is no state to lose: after a resume, step `t` is what it would have been.
+has its steps to itself and a share when it is mixed; `:1` may be left out. Numbers are written as `3`, `0.75` or `1e3`,
+and a period has at most a million steps. Everything is a pure function of the optimizer step, counted from 0, so there is
+no state to lose: after a resume, step `t` is what it would have been.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+MOST_STEPS = 1_000_000  # of a period; each takes memory
+MOST_CHARACTERS = 65_536
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Schedule:
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"schedule must be a text such as 'general:3,domain:1', got {text!r}.")
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(
+                f"schedule {text[:80]!r}... has {len(text)} characters, and {MOST_CHARACTERS} are the most. Write steps of "
+                "the same branches as one part, 'general:300'."
+            )
         steps: list[dict[str, float]] = []
         position = 0
         for group in text.split(","):
@@ -56,8 +64,12 @@ class Schedule:
             total = sum(parts.values())
             if not total < float("inf"):
                 raise _error(text, position - len(group) - 1, group, "its shares add up to no finite number")
+            more = 1 if mixed else int(total)
+            if len(steps) + more > MOST_STEPS:
+                reason = f"{total:g} steps make the period longer than {MOST_STEPS}, the most it may have"
+                raise _error(text, position - len(group) - 1, group, reason)
             shares = {name: count / total for name, count in parts.items()}
-            steps += [shares] * (1 if mixed else int(total))
+            steps += [shares] * more
         return cls(text=text, steps=tuple(steps))
 
     def __str__(self) -> str:
@@ -157,9 +169,21 @@ def value_at(steps: dict[int, int], step: int) -> int:
     return steps[max(start for start in steps if start <= step)]
 
 
+def number_of(text: str) -> float:
+    """A number as people write it: `3`, `0.75`, `1e3`. `float` alone also takes `1_000` and the digits of every script.
+
+    Raises `ValueError` for anything else.
+    """
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"{text[:80]!r} is not a number.")
+    return float(text)
+
+
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(value)
+    if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+        raise ValueError(value)  # `int` also takes 1_000 and digits of every script
     return int(value)
 
 
@@ -168,26 +192,32 @@ def _parse_part(text: str, part: str, position: int, whole_steps: bool) -> tuple
     if not name and not colon:
         raise _error(text, position, part, "a branch is missing here")
     if not _NAME.fullmatch(name):
-        raise _error(text, position, part, f"{name!r} is not a branch name (letters, digits, '_' and '-')")
+        raise _error(text, position, part, f"{name[:80]!r} is not a branch name (letters, digits, '_' and '-')")
     if not colon:
         return name, 1.0
     try:
-        count = float(count_text)
+        count = number_of(count_text)
     except ValueError:
-        raise _error(text, position, part, f"{count_text!r} is not a number") from None
+        raise _error(text, position, part, f"{count_text[:80]!r} is not a number") from None
     if not count < float("inf"):
-        raise _error(text, position, part, f"{count_text} is not a finite number")
+        raise _error(text, position, part, f"{count_text[:80]} is not a finite number")
     if count <= 0:
-        raise _error(text, position, part, f"{count_text} must be above 0; leave the branch out instead")
+        raise _error(text, position, part, f"{count_text[:80]} must be above 0; leave the branch out instead")
     if whole_steps and count != int(count):
-        raise _error(text, position, part, f"{count_text} is not a whole number of steps; use '+' to mix by share")
+        raise _error(
+            text, position, part, f"{count_text[:80]} is not a whole number of steps; use '+' to mix by share"
+        )
     return name, count
+
+
+_SHOWN = 100  # characters
 
 
 def _error(text: str, position: int, part: str, reason: str) -> ValueError:
     start = position + len(part) - len(part.lstrip())
-    marker = " " * start + "^" * max(1, len(part.strip()))
+    shown = max(0, start - _SHOWN)  # of a long schedule, what stands around the part
+    marker = " " * (start - shown) + "^" * min(max(1, len(part.strip())), _SHOWN)
     return ValueError(
-        f"schedule cannot be read: {reason}.\n    {text}\n    {marker}\n"
+        f"schedule cannot be read: {reason}.\n    {text[shown : start + _SHOWN]}\n    {marker}\n"
         "Write 'general:3,domain:1' for separate steps or 'general:3+domain:1' to mix inside each step."
     )

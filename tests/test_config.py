@@ -30,6 +30,8 @@ OTHER_VALUES = {
     "num_iterations": (1, "1"),  # the only value there is
     "prompts_per_step": (64, "64"),
     "max_prompt_length": (100, "100"),
+    "split_special_tokens": (True, "true"),
+    "trust_checkpoint": (True, "true"),
     "teacher_timeout": (60.0, "60"),
     "rebalance": (False, "false"),
     "teachers": (

@@ -1,8 +1,10 @@
 """The schedule of Eq. 5: what is written, what is run, and what the error says. And which imports stay light."""
 
 import os
+import re
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camopd.schedule import Schedule
+from camopd.schedule import Schedule, by_step
 
 
 PAPER = {  # text -> period, and how often 120 steps are general, domain, mixed
@@ -220,6 +222,88 @@ def test_error_names_the_reason_and_the_caret_points_at_the_part(text, column, o
     assert marker == " " * (4 + column) + "^" * max(1, len(offending))
     assert text[column : column + len(offending)] == offending
     assert advice == ("Write 'general:3,domain:1' for separate steps or 'general:3+domain:1' to mix inside each step.")
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["1_000", "1__0", "\u0661", "\uff13", "\u00b2", "1e1_0", "0x10", "1 000", "1,000.0e", "--1", "1..0", "\u00bd"],
+)
+def test_number_has_ascii_digits_and_no_underscores(number):
+    for text in (f"a:{number}", f"a:1+b:{number}"):
+        with pytest.raises(ValueError, match="schedule cannot be read: "):
+            Schedule.parse(text)
+
+
+@pytest.mark.parametrize(("number", "value"), [("3", 3), ("3.", 3), ("3.0", 3), ("1e2", 100), ("2.5E1", 25)])
+def test_number_may_have_a_dot_and_an_exponent(number, value):
+    assert Schedule.parse(f"a:{number}").period == value
+    assert Schedule.parse(f"a:{number}+b:{value}").shares(0) == {"a": 0.5, "b": 0.5}
+
+
+def peak_memory(call):
+    """Most bytes that Python objects took while `call` ran."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a:1e8", r"1e\+08 steps make the period longer than 1000000, the most it may have"),
+        ("a:1e308", r"1e\+308 steps make the period longer"),
+        ("a:1000001", r"1e\+06 steps make the period longer"),
+        ("b,a:1000000", r"1e\+06 steps make the period longer"),
+        ("a:1e308+b:1e308", "its shares add up to no finite number"),
+        ("a:1e309", "1e309 is not a finite number"),
+        ("a:" + "9" * 60_000, "is not a finite number"),
+        ("a," * 40_000, r"has 80000 characters, and 65536 are the most.*'general:300'"),
+    ],
+)
+def test_period_of_more_than_a_million_steps_is_refused_and_takes_no_memory(text, reason):
+    def parse():
+        with pytest.raises(ValueError, match=reason) as raised:
+            Schedule.parse(text)
+        assert len(str(raised.value)) < 1000
+
+    assert peak_memory(parse) < 4 << 20
+
+
+def test_period_of_a_million_steps_is_taken():
+    schedule = Schedule.parse("a:999999,b")
+    assert schedule.period == 1_000_000 and schedule.shares(999_999) == {"b": 1.0}
+
+
+@given(st.text("ab_:+,.eE0123456789-\u0661\uff13 \t", max_size=24))
+def test_any_text_is_read_as_it_says_or_refused_in_words(text):
+    """What is read comes out: every number as Python's own exact arithmetic has it."""
+    try:
+        schedule = Schedule.parse(text)
+    except ValueError as error:
+        assert str(error).startswith(("schedule cannot be read: ", "schedule must be a text"))
+        return
+    steps = []
+    for group in text.split(","):
+        parts = [part.partition(":") for part in group.split("+")]
+        counts = {name.strip(): Fraction(number.strip()) if colon else Fraction(1) for name, colon, number in parts}
+        assert len(counts) == len(parts) and all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) for name in counts)
+        total = sum(counts.values())
+        steps += [counts] * (1 if len(parts) > 1 else int(total))
+    assert schedule.period == len(steps)
+    for step in {0, len(steps) // 2, len(steps) - 1}:
+        total = sum(steps[step].values())
+        for name, share in schedule.shares(step).items():
+            assert share == pytest.approx(float(steps[step][name] / total), rel=1e-14)
+
+
+@pytest.mark.parametrize("value", ["1_000", "\u0661\u0662", "1.0", "1e3", "9" * 5000, "0x1", "", None, True, [1], 1.0])
+def test_length_by_step_is_a_whole_number_in_ascii(value):
+    with pytest.raises(ValueError, match=r"^max_completion_length must be a whole number of at least 1, got "):
+        by_step("max_completion_length", value)
+    assert by_step("max_completion_length", {"0": "12", "40": 8}) == {0: 12, 40: 8}
 
 
 # --- imports ---
