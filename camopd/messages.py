@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
+MOST_CHARACTERS = 1 << 20  # of a prompt; a tokenizer that is given ten times as many may take all memory
 COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs")  # of a row, which the model sees
 
 Messages = list[dict[str, Any]]
@@ -37,6 +38,13 @@ def read_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `ValueError` with what the row "has" or "is", for the caller to say which row.
     """
+    try:
+        return _read_row(row)
+    except RecursionError:
+        raise ValueError(f"has lists or mappings in one another, too deep to be read. {_FORM}") from None
+
+
+def _read_row(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt = row.get("prompt")
     messages = as_messages(prompt)
     if messages is None and (not isinstance(prompt, str) or not prompt.strip()):
@@ -103,18 +111,44 @@ def tokenize(
     tools: Sequence[Callable[..., Any]] = (),
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    most: int = MOST_CHARACTERS,
 ) -> list[int]:
     """Token ids of a row as [`read_row`] gives it, and as TRL makes them: of a text with the tokenizer's special tokens, of
-    messages those of [`render`]. Raises `ValueError` as [`render`], and where there are none."""
+    messages those of [`render`]. Raises `ValueError` as [`render`] and [`check_text`], and where there are none."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
+        check_text(prompt, most)
         ids = tokenizer(text=prompt)["input_ids"]
     else:
         text = render(row, tokenizer, tools, chat_template, template_kwargs)
+        check_text(text, most)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return need_tokens(row, ids)
+
+
+def need_tokens(row: Mapping[str, Any], ids: Sequence[int]) -> list[int]:
+    """The token ids of a row. Raises `ValueError` where there are none."""
     if not ids:
-        raise ValueError(f"has the prompt {str(prompt)[:80]!r}, of which the tokenizer makes no token. {_FORM}")
+        shown = str(row["prompt"])[:80]
+        raise ValueError(f"has the prompt {shown!r}, of which the tokenizer makes no token. {_FORM}")
     return list(ids)
+
+
+def check_text(text: str, most: int = MOST_CHARACTERS) -> None:
+    """Raise `ValueError` for a prompt, as a tokenizer would get it, that is longer than `most` characters or no text."""
+    if len(text) > most:
+        raise ValueError(
+            f"has a prompt of {len(text)} characters, and {most} are the most: a tokenizer that is given more may take all "
+            "memory and end the process. Cut the prompt, leave the row out, or raise max_prompt_length, with which this "
+            "bound grows."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # which a tokenizer calls a wrong type
+        raise ValueError(
+            f"has {text[error.start]!r} at character {error.start} of its prompt, one half of a surrogate pair. Take it "
+            "out; a file that has been read in the wrong encoding has such."
+        ) from None
 
 
 def render(

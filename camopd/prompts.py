@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 
-from .messages import COLUMNS, read_row, render, tokenize
+from .messages import COLUMNS, MOST_CHARACTERS, check_text, read_row, render, tokenize
 from .schedule import Schedule
+from .special_tokens import SpecialTokens
 from .tokens import check_known
 
 
@@ -341,29 +342,63 @@ class PromptReader:
         tools: Any,
         chat_template: Any,
         template_kwargs: Any,
+        split_special_tokens: bool = False,
+        most_characters: int = MOST_CHARACTERS,
     ):
-        """`known_tokens`: rows of the model's embedding. The rest is as the trainer has it."""
+        """
+        Args:
+            known_tokens: rows of the model's embedding.
+            split_special_tokens: whether special tokens in the text of a prompt are encoded as text.
+            most_characters: of a prompt; longer ones are refused before the tokenizer gets them.
+
+        The rest is as the trainer has it.
+        """
         self._tokenizer, self._known_tokens = tokenizer, known_tokens
         self._how = (processing_class, tools, chat_template, template_kwargs)
+        self._special, self._split, self._most = SpecialTokens(tokenizer), split_special_tokens, most_characters
 
     def ids(self, rows: Iterable[dict[str, Any]]) -> list[list[int]]:
         """Token ids of rows that were read, not cut. Raises `ValueError` for one that cannot be used, with its name."""
 
         def read(row: dict[str, Any]) -> list[int]:
-            ids = tokenize(row, *self._how)
+            if self._split and self._special.first(row):
+                self._seen(row)
+                ids = self._special.encode_as_text(row, self._render)
+            else:
+                ids = tokenize(row, *self._how, self._most)
             check_known(ids, self._tokenizer, self._known_tokens)
             return ids
 
         return [named(read, row) for row in rows]
 
-    def check(self, datasets: Iterable[Any]) -> None:
-        """Raise `ValueError` for messages of prompts, with their names, that the chat template cannot take."""
-        for row in itertools.chain.from_iterable(datasets):
-            row = named(read_row, row)
-            if not isinstance(row["prompt"], str):
-                named(self._render, row)
+    def check(self, datasets: Mapping[str, Iterable[Any]]) -> None:
+        """Raise `ValueError` for prompts of branches, with their names, that are too long or that the chat template cannot
+        take, and warn of those that have special tokens in their text."""
+        for branch, rows in datasets.items():
+            count, special, first = 0, 0, ""
+            for unread in rows:
+                count += 1
+                row = named(read_row, unread)
+                named(self._seen, row)
+                found = self._special.first(row)
+                special += found is not None
+                first = first or (f"{found!r} in {row.get('row', 'a row')}" if found else "")
+            if special:
+                become = (
+                    "are encoded as text" if self._split else "become control tokens, as if the chat template had "
+                )
+                become += "" if self._split else "written them. Set split_special_tokens=True to encode them as text"
+                logger.log(
+                    logging.INFO if self._split else logging.WARNING,
+                    "%d of %d prompts of branch %r have special tokens in their text (the first is %s), which %s",
+                    special, count, branch, first, become,
+                )  # fmt: skip
 
-    def _render(self, row: dict[str, Any]) -> str:
+    def _seen(self, row: dict[str, Any]) -> None:
+        """Check a prompt as the tokenizer will get it."""
+        check_text(row["prompt"] if isinstance(row["prompt"], str) else self._render(row), self._most)
+
+    def _render(self, row: Mapping[str, Any]) -> str:
         return render(row, *self._how)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .config import CaMOPDConfig
 from .forward import disable_functional_dropout
 from .learning_rate import check_passed
 from .masters import check_masters, quantised_adapters, restore_adapters, round_by_step
+from .messages import MOST_CHARACTERS
 from .method_rules import check_ddp_timeout
 from .packing import packing_pays
 from .precision import forward_dtype, keep_outputs_whole
@@ -35,7 +35,7 @@ from .samples import MicroBatch
 from .schedule import Schedule
 from .step import StepEnd
 from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
-from .teachers.address import ADAPTER_TEACHERS, has_adapter
+from .teachers.address import ADAPTER_TEACHERS, has_adapter, without_secrets
 from .teachers.base import Teacher
 from .teachers.local import context_length, shares_weights
 from .teachers.resolve import resolve_teachers
@@ -46,6 +46,7 @@ from .tokens import embedding_size, head_size, need_end, unended_turn
 logger = logging.getLogger(__name__)
 
 PROBED_PROMPTS = 64  # of a branch, whose lengths are looked at before training
+CHARACTERS_PER_TOKEN = 16  # more than any text has on average; English has 4 to 5
 
 
 @dataclass
@@ -157,8 +158,8 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
             "max_completion_length."
         )
     maps = {branch: each.dataset for branch, each in run.streams.items() if isinstance(each.dataset, Dataset)}
-    trainer.reader.check(itertools.starmap(rows_to_check, maps.items()))
-    trainer.reader.check((run.held_out or {}).values())
+    trainer.reader.check({branch: rows_to_check(branch, dataset) for branch, dataset in maps.items()})
+    trainer.reader.check(run.held_out or {})
     _check_prompt_lengths(trainer, run.streams)
     if trainer.use_vllm:
         # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
@@ -171,9 +172,16 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
 
 def make_reader(trainer: Any, student: Any) -> PromptReader:
     """Reads prompts as the trainer's generation does; `student` is the model outside wrappers."""
+    args = trainer.args
+    if args.split_special_tokens and trainer.tools:
+        raise ValueError(
+            "split_special_tokens=True cannot be used with tools: TRL encodes what they answer, with special tokens. Leave "
+            "one of them out."
+        )
     return PromptReader(
         trainer.processing_class, trainer._tokenizer, embedding_size(student), trainer.tools, trainer.chat_template,
-        trainer.chat_template_kwargs,
+        trainer.chat_template_kwargs, args.split_special_tokens,
+        max(MOST_CHARACTERS, CHARACTERS_PER_TOKEN * args.max_prompt_length),
     )  # fmt: skip
 
 
@@ -321,7 +329,8 @@ def _teachers_by_branch(
     given: Any = args.teachers if teachers is None else teachers
     if not isinstance(given, dict):
         raise TypeError(
-            f"teachers must map each branch of schedule {str(schedule)!r} to its teacher, got {given!r}. Pass "
+            f"teachers must map each branch of schedule {str(schedule)!r} to its teacher, got "
+            f"{without_secrets(repr(given))}. Pass "
             "teachers={...} to the trainer or set it in the config."
         )
     for _, text in schedule.mismatches("teachers", given):

@@ -3,13 +3,25 @@
 import itertools
 
 import pytest
+from conftest import make_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from trainers import make_trainer
 
-from camopd.prompts import PromptStream, StepDataset, check_prompts, fingerprint, held_out
+from camopd.messages import read_row
+from camopd.prompts import (
+    PromptReader,
+    PromptStream,
+    StepDataset,
+    check_prompts,
+    fingerprint,
+    held_out,
+    named,
+    rows_to_check,
+)
 from camopd.schedule import Schedule
 
 
@@ -451,3 +463,68 @@ def test_part_of_a_stream_is_refused():
     with pytest.raises(ValueError, match=r"rank 1's part of 3 \(split_dataset_by_node\). Pass the whole stream"):
         check_prompts(part, "a")
     check_prompts(split_dataset_by_node(KINDS["to_iterable_dataset"]("a", 6), rank=0, world_size=1), "a")
+
+
+# --- bounds ------------------------------------------------------------------------------------------------------
+
+
+class Untouched:
+    """A tokenizer that must not be asked."""
+
+    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    added_tokens_decoder, all_special_tokens = {}, []
+
+    def __call__(self, *args, **kwargs):
+        raise AssertionError("the tokenizer got the prompt")
+
+    def apply_chat_template(self, messages, **kwargs):
+        return "".join(message["content"] for message in messages)
+
+
+@pytest.mark.parametrize("form", [lambda text: text, lambda text: [{"role": "user", "content": text}]])
+def test_prompt_of_ten_megabytes_is_refused_before_the_tokenizer_gets_it(form):
+    reader = PromptReader(Untouched(), Untouched(), 100, (), None, {})
+    rows = [{"prompt": form("a")}, {"prompt": form("a" * 10_000_000)}]
+    for call in (
+        lambda: reader.check({"general": rows_to_check("general", Dataset.from_list(rows))}),
+        lambda: reader.ids([{**rows[1], "row": "row 1 of branch 'general'"}]),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"^row 1 of branch 'general' has a prompt of 10000000 characters, and 1048576 are the most",
+        ):
+            call()
+
+
+def test_bound_of_a_prompt_grows_with_the_tokens_it_may_have(tmp_path, tokenizer):
+    model = make_model(1)
+    model.config.max_position_embeddings = 10**6
+    trainer = make_trainer(tmp_path, tokenizer, model=model, teachers={"general": model_like(2), "domain": model_like(3)},
+                           max_prompt_length=100_000)  # fmt: skip
+    with pytest.raises(ValueError, match="1600001 characters, and 1600000 are the most"):
+        trainer.reader.ids([{"prompt": "a" * 1_600_001}])
+
+
+def model_like(seed):
+    model = make_model(seed)
+    model.config.max_position_embeddings = 10**6
+    return model
+
+
+def test_half_a_surrogate_pair_is_refused_in_words(tokenizer):
+    reader = PromptReader(tokenizer, tokenizer, 100, (), None, {})
+    for prompt in ("a\ud800", [{"role": "user", "content": "a\ud800"}], '[{"role": "user", "content": "a\\ud800"}]'):
+        with pytest.raises(ValueError, match=r"a row has '\\ud800' at character \d of its prompt, one half"):
+            reader.ids([named(read_row, {"prompt": prompt})])
+
+
+def test_lists_in_lists_without_end_are_refused_in_words():
+    deep = nested = []
+    for _ in range(5000):
+        deep.append([])
+        deep = deep[0]
+    for row in ({"prompt": [{"role": "user", "content": "a", "x": nested}]}, {"prompt": [], "tools": "[" * 10**5}):
+        with pytest.raises(ValueError, match=r"^row 3 has (lists or mappings in one another|no prompt)"):
+            named(read_row, {**row, "row": "row 3"})
+    with pytest.raises(ValueError, match=r"^row 3 has lists or mappings in one another"):
+        named(read_row, {"prompt": [{"role": "user", "content": "a"}], "tools": "[" * 10**5, "row": "row 3"})
