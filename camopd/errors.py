@@ -1,5 +1,11 @@
 """Errors that are not the value of one argument. Each message names the value, the reason and the way out."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 
 class CaMOPDError(RuntimeError):
     """Something outside the configuration went wrong: a teacher, a checkpoint, a file."""
@@ -15,3 +21,21 @@ class ResumeError(CaMOPDError):
 
 class DataError(CaMOPDError):
     """A dataset cannot be fetched or read, or does not hold what a builder needs."""
+
+
+@contextmanager
+def on_all_ranks(gather: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
+    """What is raised inside on one rank is raised on all of them: the others would wait for it in the next collective.
+
+    `gather` is of a list over all ranks. Of the errors of others, `ValueError` or `CaMOPDError` is raised with their text.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (CaMOPDError, TypeError, ValueError) as raised:
+        error = raised
+    found = gather([None if error is None else (isinstance(error, CaMOPDError), str(error))])
+    if error is not None:
+        raise error
+    for is_ours, text in filter(None, found):
+        raise (CaMOPDError if is_ours else ValueError)(text)

@@ -6,6 +6,7 @@ TRL's engines give a list of tokens per prompt and throw the log-probs away; w_t
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from trl.extras.profiling import profiling_context
 
+from .errors import on_all_ranks
 from .generation import neutral_generation
 from .logprobs import SampledLogps
 from .messages import read_row
 from .prompts import named
 from .samples import Sample
+
+
+logger = logging.getLogger(__name__)
 
 
 class Turn(NamedTuple):
@@ -53,7 +59,8 @@ class TRLEngine:
     def __init__(self, trainer: Any, ends: Collection[int]) -> None:
         """`ends`: tokens that end a completion."""
         self._trainer, self._ends = trainer, ends
-        self.rows: list[dict[str, Any]] = []  # whose prompts are to be tokenized, with what they have beside these
+        self.rows: list[dict[str, Any]] = []  # that are rolled out, with what they have beside their prompts
+        self.prompt_ids: list[list[int]] = []  # of these prompts, not cut
         self.start(0)
 
     def start(self, prompts_cut: int) -> None:
@@ -75,10 +82,11 @@ class TRLEngine:
 
     def tokenize(self, prompts: Sequence[Any]) -> list[list[int]]:
         """Ids of the prompts, the last `max_prompt_length` of each: the generation prompt is among them."""
-        rows = self.rows  # of `samples`: what a row has beside its prompt does not come down to here
-        if [row["prompt"] for row in rows] != prompts:
-            rows = [named(read_row, {"prompt": prompt}) for prompt in prompts]
-        prompt_ids, limit = self._trainer.reader.ids(rows), self._trainer.args.max_prompt_length
+        prompt_ids, limit = self.prompt_ids, self._trainer.args.max_prompt_length
+        if [
+            row["prompt"] for row in self.rows
+        ] != prompts:  # not those of `samples`, whose rows have more than a prompt
+            prompt_ids = self._trainer.reader.ids([named(read_row, {"prompt": prompt}) for prompt in prompts])
         self.start(prompts_cut=sum(len(ids) > limit for ids in prompt_ids))
         return [ids[-limit:] for ids in prompt_ids]
 
@@ -111,7 +119,9 @@ class TRLEngine:
         trainer.generation_kwargs["max_new_tokens"] = max_tokens
         if trainer.use_vllm:
             trainer.vllm_generation.max_completion_length = max_tokens
-        self.rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
+        with on_all_ranks(gather_object):
+            self.rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
+            self.prompt_ids = trainer.reader.ids(self.rows)
         # Of tool conversations the masks are 0 on tokens of a completion that a tool wrote; else there are none.
         prompts, completions, tool_masks, *_ = trainer._generate([row["prompt"] for row in self.rows])
         for place, row in enumerate(rows):
@@ -216,7 +226,7 @@ def save_rollouts(samples: Sequence[Sample], prompts_cut: int, path: Path) -> No
 
 def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Sample], int] | None:
     """The samples of exactly these rows (branch and position), and how many prompts were cut; `None` where the file is not
-    there or not theirs."""
+    there or not theirs, or with a warning where it is damaged: they are rolled out again then."""
     if not path.is_file():
         return None
     try:
@@ -224,7 +234,10 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
             branch = json.loads(file.metadata()["branch"])
             prompts_cut = int(file.metadata()["prompts_cut"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, KeyError, TypeError, ValueError):  # cut short on a full disk: roll out again
+        _check_kept(tensors, branch, prompts_cut)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
+        # Cut short on a full disk, or changed.
+        logger.warning("%s cannot be used (%s): the step is rolled out again", path, str(error)[:200])
         return None
     position = tensors["position"].tolist()
     if [(row["branch"], row["position"]) for row in rows] != list(zip(branch, position, strict=True)):
@@ -250,6 +263,44 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
         for place, row in enumerate(rows)
     ]
     return samples, prompts_cut
+
+
+# Tensors of the file: their type, and whether they have a number for each sample or for each of its tokens.
+_KEPT = {
+    "lengths": (torch.int64, "sample"), "prompt_len": (torch.int64, "sample"), "position": (torch.int64, "sample"),
+    "sampled": (torch.int64, "sample"), "truncated": (torch.bool, "sample"), "token_ids": (torch.int32, "token"),
+    "mask": (torch.bool, "completion token"), "rollout_logps": (torch.float32, "completion token"),
+}  # fmt: skip
+
+
+def _check_kept(tensors: dict[str, Tensor], branch: Any, prompts_cut: int) -> None:
+    """Raise `ValueError`, or `KeyError` for a tensor that is not there, unless `save_rollouts` may have written it."""
+    if not isinstance(branch, list) or not all(isinstance(name, str) for name in branch):
+        raise ValueError("its branches are not a list of names")
+    lengths, prompt_len = tensors["lengths"].tolist(), tensors["prompt_len"].tolist()
+    count = {"sample": len(branch), "token": 0, "completion token": 0}
+    if tensors["lengths"].shape == tensors["prompt_len"].shape == (len(branch),):
+        if not all(1 <= prompt <= length for prompt, length in zip(prompt_len, lengths, strict=True)):
+            raise ValueError("a prompt is longer than its sequence, or empty")
+        count["token"] = sum(lengths)
+        count["completion token"] = count["token"] - sum(prompt_len)
+    if missing := set(_KEPT) - set(tensors) - {"rollout_logps"}:
+        raise ValueError(f"{min(missing)} is missing")
+    for name, tensor in tensors.items():
+        dtype, each = _KEPT.get(name, (None, "sample"))
+        if tensor.dtype != dtype or tensor.shape != (count[each],):
+            raise ValueError(f"{name} has {tuple(tensor.shape)} numbers of type {tensor.dtype}")
+    if not 0 <= prompts_cut <= len(branch) or (tensors["token_ids"] < 0).any() or (tensors["position"] < 0).any():
+        raise ValueError("a number is out of its range")
+    sizes = [length - prompt for length, prompt in zip(lengths, prompt_len, strict=True)]
+    for mask, sampled in zip(tensors["mask"].split(sizes), tensors["sampled"].tolist(), strict=True):
+        if len(mask) and not mask[0]:
+            raise ValueError("a completion begins with a token that the student has not sampled")
+        if not int(mask.sum()) <= sampled:
+            raise ValueError("more tokens are marked as sampled than there were")
+    logps = tensors.get("rollout_logps")  # NaN where the engine gave none
+    if logps is not None and ((logps > 0.01) | logps.isinf()).any():
+        raise ValueError("a log-prob is above 0 or infinite")
 
 
 def rng_state() -> list[Tensor]:

@@ -17,7 +17,8 @@ from .forward import Forward, evaluating
 from .objective import token_gaps
 from .samples import Sample
 from .step import Clock
-from .teachers.base import RemoteTeacher, Teacher, TokenScores, by_row
+from .teachers.adapters import AdapterTeacher
+from .teachers.base import RemoteTeacher, Teacher, TokenScores, read_answers
 from .teachers.check import has_lost_its_weights
 from .teachers.local import LocalTeacher
 from .token_rules import TokenRule
@@ -74,25 +75,26 @@ class Scorer:
         self.probe()
         groups = {branch: [sample for sample in samples if sample.branch == branch] for branch in branches}
         clocks = {branch: Clock() for branch in branches}
-        pending = self._submit(groups, rule, clocks)
-        answers: dict[str, Mapping[int, TokenScores]] = {}
+        answers: dict[str, list[TokenScores]] = {}
         failures: list[TeacherError] = []
+        pending = self._submit(groups, rule, clocks, failures)
         with evaluating(self.student.model):
             for branch, group in groups.items():
                 missing = max(self._gather([len(group)])) - len(group)
-                if branch not in pending:
-                    with clocks[branch].alone(), caught(failures):
+                if not isinstance(self.teachers[branch], RemoteTeacher):
+                    with clocks[branch].alone(), caught(failures, self.teachers[branch]):
                         rows = self._with_dummies(_for_teacher(group), missing)
                         found = self.teachers[branch].score(*rows, rule.teacher_top_k)
-                        answers[branch] = self._by_row(branch, group, found, len(rows[0]))
+                        answers[branch] = self._read(branch, group, found, len(rows[0]), rule)
                 own = [sample.token_ids for sample in group], [sample.prompt_len for sample in group]
                 token_ids, prompt_lens = self._with_dummies(own, missing)
                 rule.read_student(self.student, group, token_ids, prompt_lens)
                 self._read_student(group, token_ids, prompt_lens, forward=not engine or rule.needs_entropy)
         for branch, future in pending.items():
             clocks[branch].waited_for()
-            with caught(failures):
-                answers[branch] = self._by_row(branch, groups[branch], future.result(), len(groups[branch]))
+            with caught(failures, self.teachers[branch]):
+                group = groups[branch]
+                answers[branch] = self._read(branch, group, future.result(), len(group), rule)
                 clocks[branch].stop()  # where the future has not come to its callback yet
         raise_together(failures[0] if failures else None, self._gather)
         for branch, group in groups.items():
@@ -103,15 +105,21 @@ class Scorer:
         return clocks
 
     def _submit(
-        self, groups: Mapping[str, Sequence[Sample]], rule: TokenRule, clocks: Mapping[str, Clock]
+        self,
+        groups: Mapping[str, Sequence[Sample]],
+        rule: TokenRule,
+        clocks: Mapping[str, Clock],
+        failures: list[TeacherError],
     ) -> dict[str, Future[list[TokenScores]]]:
         """Ask the teachers outside this process, by branch."""
         pending = {}
         for branch, group in groups.items():
             teacher = self.teachers[branch]
             if isinstance(teacher, RemoteTeacher):
-                pending[branch] = teacher.submit(*_for_teacher(group), rule.teacher_top_k)
-                pending[branch].add_done_callback(clocks[branch].stop)
+                with caught(failures, teacher):
+                    future = teacher.submit(*_for_teacher(group), rule.teacher_top_k)
+                    future.add_done_callback(clocks[branch].stop)
+                    pending[branch] = future
         return pending
 
     def _read_student(
@@ -145,19 +153,26 @@ class Scorer:
         token_ids, prompt_lens = rows
         return token_ids + [[self.dummy] * 2] * missing, prompt_lens + [1] * missing
 
-    def _by_row(
-        self, branch: str, group: Sequence[Sample], answers: Sequence[TokenScores], asked: int
-    ) -> Mapping[int, TokenScores]:
-        return by_row(range(len(group)), answers, asked, self.teachers[branch].name)
+    def _read(
+        self, branch: str, group: Sequence[Sample], answers: Any, asked: int, rule: TokenRule
+    ) -> list[TokenScores]:
+        samples = [(sample.position, len(sample.mask)) for sample in group]
+        return read_answers(answers, asked, samples, rule.teacher_top_k, self.teachers[branch].name, branch)
 
 
 @contextmanager
-def caught(failures: list[TeacherError]) -> Iterator[None]:
-    """Keep a `TeacherError` for `raise_together`."""
+def caught(failures: list[TeacherError], teacher: Teacher) -> Iterator[None]:
+    """Keep a `TeacherError` for `raise_together`, as which anything counts that a teacher of the user's own raises."""
     try:
         yield
     except TeacherError as error:
         failures.append(error)
+    except Exception as error:
+        if isinstance(teacher, (AdapterTeacher, LocalTeacher)):  # an error of PyTorch, whose own text says more
+            raise
+        failure = TeacherError(f"teacher {teacher.name!r} has failed ({type(error).__name__}: {str(error)[:500]}).")
+        failure.__cause__ = error
+        failures.append(failure)
 
 
 def raise_together(error: TeacherError | None, gather: Callable[[list[Any]], list[Any]]) -> None:

@@ -1,15 +1,19 @@
 """Rollouts: how long they are, from which engine, with tools, and on disk."""
 
+import logging
 import math
 
 import pytest
 import torch
 from conftest import LOGP, LOSS, make_model, make_prompts
+from safetensors import safe_open
+from safetensors.torch import save_file
 from steps import FakeSampler, use_sampler
 from trainers import BrokenTeacher, lines, make_trainer
 from trl import DistillationTrainer
 
 from camopd.forward import Forward
+from camopd.messages import tokenize
 from camopd.rollouts import Turn, load_rollouts, logps_of_turns, save_rollouts
 from camopd.samples import Sample
 
@@ -160,3 +164,89 @@ def test_engine_of_trl_takes_tokens_that_a_tool_wrote_out_of_the_mask(tmp_path, 
     assert (other.position, other.token_ids, other.mask.tolist(), other.length) == (
         1, [13, 5, 6, 7], [True, False, False], 1,
     )  # fmt: skip
+
+
+LOGPS = torch.tensor([-1, math.nan, -2])
+SAMPLES = [
+    Sample("general", 3, [4, 5, 6, 7], 1, torch.tensor([True, False, True]), 2, True, None, LOGPS),
+    Sample("domain", 5, [7, 8, 9], 2, torch.tensor([True]), 4, False, None, torch.tensor([-0.5])),  # cut to a prefix
+]  # fmt: skip
+ROWS = [{"branch": "general", "position": 3}, {"branch": "domain", "position": 5}]
+
+
+@pytest.fixture
+def altered(tmp_path):
+    """What `load_rollouts` makes of a file of `SAMPLES` after a change of its tensors and metadata."""
+
+    def altered(change):
+        path = tmp_path / "rollouts.safetensors"
+        save_rollouts(SAMPLES, 1, path)
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        change(tensors, metadata)
+        save_file(tensors, path, metadata=metadata)
+        return load_rollouts(path, ROWS)
+
+    return altered
+
+
+def test_kept_rollouts_that_nobody_has_changed_are_taken(altered):
+    found, prompts_cut = altered(lambda tensors, metadata: None)
+    assert prompts_cut == 1 and [sample.token_ids for sample in found] == [sample.token_ids for sample in SAMPLES]
+
+
+TENSORS = ["token_ids", "lengths", "prompt_len", "position", "truncated", "sampled", "mask", "rollout_logps"]
+CHANGES = {
+    **{f"{name} without": lambda t, m, n=name: t.pop(n) for name in TENSORS if name != "rollout_logps"},
+    **{f"{name} shorter": lambda t, m, n=name: t.update({n: t[n][:-1].clone()}) for name in TENSORS},
+    **{f"{name} longer": lambda t, m, n=name: t.update({n: torch.cat([t[n], t[n][:1]])}) for name in TENSORS},
+    **{f"{name} 2-D": lambda t, m, n=name: t.update({n: t[n][:, None].clone()}) for name in TENSORS},
+    **{f"{name} 0-D": lambda t, m, n=name: t.update({n: t[n][0].clone()}) for name in TENSORS},
+    **{f"{name} in float64": lambda t, m, n=name: t.update({n: t[n].double()}) for name in TENSORS},
+    "a tensor more": lambda t, m: t.update(more=torch.zeros(2)),
+    "lengths negative": lambda t, m: t.update(lengths=torch.tensor([-4, 11])),
+    "lengths huge": lambda t, m: t.update(lengths=torch.tensor([2**62, 2**62])),
+    "prompts longer than all": lambda t, m: t.update(prompt_len=torch.tensor([5, 2])),
+    "no prompt": lambda t, m: t.update(prompt_len=torch.tensor([0, 3])),
+    "negative tokens": lambda t, m: t.update(token_ids=-t["token_ids"]),
+    "nothing sampled": lambda t, m: t.update(mask=torch.zeros(4, dtype=torch.bool)),
+    "more marked than sampled": lambda t, m: t.update(sampled=torch.tensor([1, 1])),
+    "log-probs above 0": lambda t, m: t.update(rollout_logps=-t["rollout_logps"]),
+    "log-probs infinite": lambda t, m: t.update(rollout_logps=-torch.full((4,), math.inf)),
+    "no branches": lambda t, m: m.pop("branch"),
+    "branches null": lambda t, m: m.update(branch="null"),
+    "branches an object": lambda t, m: m.update(branch="{}"),
+    "branches numbers": lambda t, m: m.update(branch="[1, 2]"),
+    "branches too deep": lambda t, m: m.update(branch="[" * 10**5),
+    "branches of others": lambda t, m: m.update(branch='["domain", "general"]'),
+    "one branch": lambda t, m: m.update(branch='["general"]'),
+    "cut negative": lambda t, m: m.update(prompts_cut="-1"),
+    "cut too many": lambda t, m: m.update(prompts_cut="3"),
+    "cut no number": lambda t, m: m.update(prompts_cut="1.5"),
+    "cut missing": lambda t, m: m.pop("prompts_cut"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_kept_rollouts_that_were_changed_are_rolled_out_again(altered, change, caplog):
+    with caplog.at_level(logging.WARNING, logger="camopd"):
+        assert altered(CHANGES[change]) is None
+    if change != "branches of others":
+        assert "rollouts.safetensors cannot be used (" in caplog.text and "the step is rolled out again" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(8), b"\xff" * 16, b"\x02" + bytes(7) + b"{}", bytes(range(256))])
+def test_file_that_is_no_safetensors_is_rolled_out_again(tmp_path, content):
+    (tmp_path / "rollouts.safetensors").write_bytes(content)
+    assert load_rollouts(tmp_path / "rollouts.safetensors", ROWS) is None
+
+
+def test_prompt_without_a_token_stops_every_rank(tmp_path, tokenizer, monkeypatch):
+    """A template may write what the tokenizer drops; only the rank that has the row would see it."""
+    trainer = make_trainer(tmp_path, tokenizer)
+    told = []
+    monkeypatch.setattr("camopd.rollouts.gather_object", lambda mine: (told.extend(mine), mine)[1])
+    monkeypatch.setattr(trainer.reader, "ids", lambda rows: tokenize(rows[0], lambda **_: {"input_ids": []}))
+    with pytest.raises(ValueError, match="of which the tokenizer makes no token"):
+        trainer.train()
+    assert told and told[0][0] is False and "makes no token" in told[0][1]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ..errors import TeacherError
@@ -57,14 +58,62 @@ class RemoteTeacher(Teacher, Protocol):
         ...
 
 
-def by_row(rows: Sequence[int], answers: Sequence[TokenScores], asked: int, name: str) -> dict[int, TokenScores]:
-    """A teacher's answers by the row they are for. Those for dummies stand behind them and fall away.
+def read_answers(
+    answers: Any, asked: int, samples: Sequence[tuple[int, int]], top_k: int, name: str, branch: str
+) -> list[TokenScores]:
+    """A teacher's answers to samples, float32 and without gradient. Those to dummies stand behind them and fall away.
 
-    Raises `TeacherError` unless there are as many answers as sequences the teacher was asked to score.
+    Args:
+        answers: what its `score` has returned.
+        asked: sequences that it was asked to score.
+        samples: place in the step's batch and number of completion tokens of each.
+        top_k: likeliest tokens that it was asked for.
+
+    Raises `TeacherError` for anything but a `TokenScores` of the right shapes for each sequence.
     """
+    who = f"teacher {name!r} of branch {branch!r}"
+    wanted = "Its `score` must return one TokenScores for each sequence, in order; see camopd.Teacher."
+    if not isinstance(answers, (list, tuple)):
+        raise TeacherError(f"{who} returned {_what(answers)} for {asked} sequences. {wanted}")
     if len(answers) != asked:
+        raise TeacherError(f"teacher {name!r} returned {len(answers)} answers for {asked} sequences. {wanted}")
+    found = []
+    for answer, (position, length) in zip(answers, samples, strict=False):
+        if not isinstance(answer, TokenScores):
+            raise TeacherError(f"{who} returned {_what(answer)} for sample {position}. {wanted}")
+        logps = answer.logps
+        usable = isinstance(logps, Tensor) and logps.is_floating_point() and logps.device.type == "cpu"
+        if not usable or logps.dim() != 1:
+            raise TeacherError(
+                f"{who} returned {_what(logps)} as `logps` of sample {position}. They must be a float32 tensor of shape "
+                f"({length},) on the CPU, the log-prob of each token after the prompt."
+            )
+        if len(logps) != length:
+            raise TeacherError(
+                f"{who} scored {len(logps)} of the {length} completion tokens of sample {position}. A teacher must return "
+                "one log-prob for each token after the prompt."
+            )
+        _check_top(answer, (length, top_k), f"teacher {name!r}", position)
+        found.append(TokenScores(logps.detach().float(), answer.top_ids, answer.top_logps))
+    return found
+
+
+def _check_top(answer: TokenScores, wanted: tuple[int, int], who: str, position: int) -> None:
+    """Raise `TeacherError` unless the likeliest tokens that were asked for are there."""
+    top = answer.top_ids
+    whole = isinstance(top, Tensor) and top.dtype in (torch.int64, torch.int32)
+    if wanted[1] and not (isinstance(top, Tensor) and whole and tuple(top.shape) == wanted):
+        shape = tuple(top.shape) if isinstance(top, Tensor) and whole else _what(top)
         raise TeacherError(
-            f"teacher {name!r} returned {len(answers)} answers for {asked} sequences. Its `score` must return one "
-            "TokenScores for each, in order; see camopd.Teacher."
+            f"{who} gave top_ids of shape {shape} where sample {position} needs {wanted}, int64. Its `score` must return "
+            "the top_k likeliest tokens at each position, see camopd.Teacher."
         )
-    return dict(zip(rows, answers[: len(rows)], strict=True))
+
+
+def _what(value: Any) -> str:
+    """What a teacher has returned, as an error says it."""
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+    return f"{type(value).__name__} {repr(value)[:80]}"

@@ -1,0 +1,30 @@
+"""Errors that every rank raises (camopd/errors.py)."""
+
+import pytest
+
+from camopd.errors import CaMOPDError, TeacherError, on_all_ranks
+
+
+@pytest.mark.parametrize("error", [ValueError("row 3 has no prompt"), TypeError("x"), TeacherError("gone")])
+def test_error_of_this_rank_is_raised_as_it_is_and_told_to_the_others(error):
+    told = []
+
+    def gather(mine):
+        told.extend(mine)
+        return [*mine, None]
+
+    with pytest.raises(type(error)) as raised, on_all_ranks(gather):
+        raise error
+    assert raised.value is error
+    assert told == [(isinstance(error, CaMOPDError), str(error))]
+
+
+@pytest.mark.parametrize(("ours", "kind"), [(False, ValueError), (True, CaMOPDError)])
+def test_error_of_another_rank_is_raised_with_its_text(ours, kind):
+    with pytest.raises(kind, match="row 3"), on_all_ranks(lambda mine: [*mine, (ours, "row 3 is wrong")]):
+        pass
+
+
+def test_without_an_error_nothing_is_raised():
+    with on_all_ranks(lambda mine: [*mine, None]):
+        pass
