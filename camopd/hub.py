@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import ResumeError
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +92,109 @@ def without_tokens(error: BaseException) -> str:
     return _TOKEN.sub("hf_...", str(error))[:500]
 
 
+# What the saves of transformers, PEFT and TRL, and this package, write into output_dir
+_MODEL = re.compile(
+    r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
+)
+_FILES = re.compile(
+    r"README\.md|metrics\.jsonl|training_args\.bin|chat_template\.(jinja|json)|(added_tokens|special_tokens_map|tokenizer)\.json|"
+    r"((generation_|tokenizer_|processor_|preprocessor_)?config|trainer_state|(all|train|eval|test)_results)\.json"
+)
+_FOLDERS = re.compile(
+    r"data_cards/[^/]+\.md|additional_chat_templates/[^/]+\.jinja|runs/.+/events\.out\.tfevents\.[^/]+"
+)
+# Of this run, and never sent: they hold what the student has written, and what only concerns this machine.
+_KEPT_HERE = re.compile(r"(checkpoint-\d+|completions|rejected|_[^/]*)(/.*)?")
+
+
+class OnlyOwnFiles:
+    """Sends of a trainer's `output_dir` what the run has written there, and nothing that happens to lie beside it.
+
+    transformers sends all of the folder but checkpoints: an `.env`, notes, other people's prompts.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._said = False
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Inside, what transformers' trainer uploads of `output_dir` is that."""
+        import transformers.trainer as parent  # which takes seconds, and `camopd data` needs none of it
+
+        inherited = parent.hf_api  # the one name by which it reaches the Hub
+        parent.hf_api = lambda: _Uploads(inherited(), Path(self._trainer.args.output_dir), self._own)
+        try:
+            yield
+        finally:
+            parent.hf_api = inherited
+
+    def _own(self) -> list[str]:
+        """Paths in `output_dir` of this run's files. Names the others, once."""
+        folder = Path(self._trainer.args.output_dir)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        saved = {name.partition("/")[2] for name in files if _CHECKPOINT.match(name)}  # what a save writes in this run
+        tokenizer = getattr(self._trainer.processing_class, "vocab_files_names", None) or {}
+        names = {*saved, *tokenizer.values()}
+        own = [
+            name
+            for name in files
+            if not _KEPT_HERE.fullmatch(name)
+            and (
+                name in names or _of_adapter(name) or any(kind.fullmatch(name) for kind in (_FILES, _MODEL, _FOLDERS))
+            )
+        ]
+        others = [name for name in files if name not in own and not _KEPT_HERE.fullmatch(name)]
+        if others and not self._said:
+            self._said = True
+            logger.warning(
+                "%d files in %s are not sent to the Hub, as this run has not written them: %s. By hand: hf upload",
+                len(others), folder, ", ".join(others[:5]),
+            )  # fmt: skip
+        return own
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a path is that of an adapter beside the first, which PEFT saves in a folder of its own."""
+    folder, _, file = name.rpartition("/")
+    return bool(folder) and "/" not in folder and file.startswith("adapter_") and _MODEL.fullmatch(file) is not None
+
+
+class _Uploads:
+    """The Hub's client, with another `upload_folder`."""
+
+    def __init__(self, api: Any, folder: Path, own: Callable[[], list[str]]) -> None:
+        self._api, self._folder, self._own = api, folder, own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+    def upload_folder(self, *, folder_path: Any, **more: Any) -> Any:
+        """As the client's; of the run's `output_dir`, its own files alone."""
+        if Path(folder_path).resolve() == self._folder.resolve():
+            more["allow_patterns"] = [glob.escape(name) for name in self._own()]
+        return self._api.upload_folder(folder_path=folder_path, **more)
+
+
+def check_trusted(checkpoint: str | Path, output_dir: str | Path, unpickles: bool, trusted: bool) -> None:
+    """Raise `ResumeError` before a checkpoint is unpickled that no run in `output_dir` has written, unless it is `trusted`.
+
+    `unpickles` says that loading it does so, as DeepSpeed and FSDP do: a pickle can run any code.
+    """
+    if not unpickles:
+        return
+    own = Path(output_dir).resolve() in Path(checkpoint).resolve().parents
+    if not own and not trusted:
+        raise ResumeError(
+            f"{str(checkpoint)!r} is not in this run's output_dir ({str(output_dir)!r}), and DeepSpeed and FSDP unpickle "
+            "what they load: whoever wrote it can run any code here. If you trust it, set trust_checkpoint=True."
+        )
+    logger.log(
+        logging.INFO if own else logging.WARNING,
+        "%s is unpickled, as DeepSpeed and FSDP do: what is in it can run any code here", checkpoint,
+    )  # fmt: skip
+
+
 class CheckpointPushes:
     """Sends a trainer's checkpoints to the Hub so that its last one gets there.
 
@@ -100,6 +207,7 @@ class CheckpointPushes:
 
     def __init__(self, trainer: Any, push: Callable[[str], None], wait: Callable[[], None]) -> None:
         self._trainer, self._push, self._wait = trainer, push, wait
+        self.only_own = OnlyOwnFiles(trainer).sending
         self._missing: str | None = None  # the latest checkpoint, as long as it is not known to be on its way
         self._sent: str | None = None  # the latest one that was
         self._saves_since = 0  # checkpoints written since the oldest one that is on its way
@@ -139,7 +247,8 @@ class CheckpointPushes:
         count = None if before is None else len(before.jobs)
         always, args.hub_always_push = args.hub_always_push, args.hub_always_push or not skip
         try:
-            self._push(str(self._missing))
+            with self.only_own():
+                self._push(str(self._missing))
         finally:
             args.hub_always_push = always
         after = self._progress()

@@ -420,6 +420,11 @@ class CaMOPDTrainer(DistillationTrainer):
             check_finite(self.model, None, "of the finished model", self.checkpoints.latest)
         super().save_model(output_dir, _internal_call)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent, of `output_dir` the files alone that the run has written."""
+        with self.pushes.only_own():
+            return super().push_to_hub(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._best = (self.state.best_global_step, len(self.state.log_history))

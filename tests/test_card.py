@@ -178,7 +178,11 @@ def train(run, hub, tmp_path):
 @pytest.mark.slow
 def test_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path):
     push = ["--push_to_hub", "true", "--hub_model_id", "me/tiny", "--hub_strategy", "checkpoint"]
+    push += ["--log_completions", "true"]
     (tmp_path / "tiny").mkdir()
+    stray = [".env", "notes.txt", "secrets.json"]
+    for name in stray:
+        (tmp_path / "tiny" / name).write_text("not for others")
     done = train(*push, HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hf_secret" not in done.stdout + done.stderr
@@ -192,7 +196,9 @@ def test_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path
     assert files["data_cards/domain.md"] == DATA_CARD.encode()
     assert any(name.startswith("last-checkpoint/") and name.endswith("optimizer.pt") for name in files)
     assert files["last-checkpoint/camopd.json"] == (out / "checkpoint-4" / "camopd.json").read_bytes()
-    assert not [name for name in files if name.startswith(("checkpoint-", "_"))]
+    assert not [name for name in files if name.startswith(("checkpoint-", "_", "completions"))]
+    assert list((out / "completions").iterdir()) and not set(stray) & set(files)
+    assert not any(b"not for others" in content for content in files.values())
     for name in ("README.md", "last-checkpoint/camopd.json", "metrics.jsonl"):
         assert str(tmp_path).encode() not in files[name], name
     card = ModelCard(files["README.md"].decode())

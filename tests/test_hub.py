@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import transformers.trainer
 from conftest import make_model, make_prompts, make_tokenizer
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+from peft import LoraConfig
+from trainers import make_trainer
 from transformers.utils import PushInProgress
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
-from camopd.errors import TeacherError
-from camopd.hub import public_name
+from camopd.errors import ResumeError, TeacherError
+from camopd.hub import check_trusted, public_name
 from camopd.teachers.local import LocalTeacher
 
 
@@ -160,3 +163,94 @@ def rollouts_in(tmp_path):
 def test_checkpoints_of_two_runs_have_two_names(name, public):
     """A run that goes on with the other one as its teacher would do so in silence."""
     assert public_name(name) == public
+
+
+class ListingHub:
+    """Stands in for `HfApi`: notes which files the Hub's own client would send of a folder."""
+
+    def __init__(self, monkeypatch):
+        self.sent: dict[str, set[str]] = {}  # by place in the repository
+        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: self)
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, folder_path, path_in_repo="", allow_patterns=None, ignore_patterns=(), **_):
+        folder = Path(folder_path)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        ignored = [*ignore_patterns, *DEFAULT_IGNORE_PATTERNS]
+        sent = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignored)
+        self.sent.setdefault(path_in_repo, set()).update(sent)
+        job = ThreadPoolExecutor(1).submit(str)
+        job.result()
+        return job
+
+
+STRAY = [
+    ".env", "notes.txt", "secrets.json", "model.py", "general.jsonl", "config.json.bak", "old/model.safetensors",
+    "secret-model.safetensors", "private/adapter_config.txt", "runs/notes.txt", "data_cards/notes.txt", "tokenizer.json~",
+    "rejected/step-3.safetensors", "completions/completions_00001.parquet", "_lock", "id_rsa", "a[1].json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_push_sends_what_the_run_has_written_and_nothing_beside_it(
+    tmp_path, tokenizer, monkeypatch, caplog, strategy, lora
+):
+    hub = ListingHub(monkeypatch)
+    trainer = make_trainer(
+        tmp_path / "run", tokenizer, max_steps=2, save_strategy="steps", save_steps=1, log_completions=True,
+        push_to_hub=True, hub_model_id="me/tiny", hub_strategy=strategy, diagnostics_steps=0,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
+    )  # fmt: skip
+    for name in STRAY:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("sk-secret")
+    trainer.train()
+    for sent in hub.sent.values():
+        assert not sent & set(STRAY)
+    trainer.save_state()
+    trainer.push_to_hub()
+    out = tmp_path / "run"
+    weights = ["adapter_model.safetensors", "adapter_config.json"] if lora else ["model.safetensors", "config.json"]
+    wanted = {*weights, "README.md", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json", "training_args.bin",
+              "chat_template.jinja", "trainer_state.json"}  # fmt: skip
+    assert hub.sent[""] >= wanted
+    top = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    left_out = {name for name in top - hub.sent[""] if not name.startswith("checkpoint-")}
+    assert left_out == {*STRAY, "completions/completions_00001.parquet", "completions/completions_00002.parquet"}
+    warnings = [r.getMessage() for r in caplog.records if "are not sent to the Hub" in r.getMessage()]
+    assert len(warnings) == 1 and "sk-secret" not in caplog.text
+    folder = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
+    assert folder is None or {*weights, "optimizer.pt", "camopd.json"} <= hub.sent[folder]
+
+
+def test_hubs_client_is_as_it_was_after_a_push_that_fails(tmp_path, tokenizer, monkeypatch):
+    hub = ListingHub(monkeypatch)
+    before = transformers.trainer.hf_api
+    trainer = make_trainer(tmp_path / "run", tokenizer, push_to_hub=True, hub_model_id="me/tiny", hub_strategy="end")
+    monkeypatch.setattr(hub, "upload_folder", lambda **_: 1 / 0)
+    trainer.state.global_step = 1
+    with pytest.raises(ZeroDivisionError):
+        trainer.push_to_hub()
+    assert transformers.trainer.hf_api is before
+
+
+def test_checkpoint_of_another_folder_is_not_unpickled_unless_it_is_trusted(tmp_path, caplog):
+    out, other = tmp_path / "run", tmp_path / "other" / "checkpoint-3"
+    for folder in (out / "checkpoint-3", other):
+        folder.mkdir(parents=True)
+    (out / "checkpoint-4").symlink_to(other)
+    with caplog.at_level(logging.INFO, logger="camopd"):
+        check_trusted(other, out, unpickles=False, trusted=False)
+        assert caplog.text == ""
+        check_trusted(out / "checkpoint-3", out, unpickles=True, trusted=False)
+        check_trusted(str(other), str(out), unpickles=True, trusted=True)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert caplog.text.count("is unpickled, as DeepSpeed and FSDP do: what is in it can run any code here") == 2
+    for foreign in (other, out / "checkpoint-4", out, out / ".." / "other" / "checkpoint-3", tmp_path / "nowhere"):
+        with pytest.raises(
+            ResumeError, match=r"is not in this run's output_dir .*run any code.*set trust_checkpoint=True"
+        ):
+            check_trusted(foreign, out, unpickles=True, trusted=False)
