@@ -79,6 +79,10 @@ class CaMOPDConfig(DistillationConfig):
             steps, and how the branches' gradients lie to each other in every step; `0` measures neither. Training is the
             same with and without. See docs/metrics.md for what it costs and what it can show.
 
+        guards (`dict[str, float | None]`, *optional*):
+            Thresholds of the guards on a run's numbers by name, over the defaults; `None` switches one off. See
+            docs/metrics.md.
+
         > Parameters of the baselines (see docs/methods.md; `configs/methods` has a file for each)
 
         token_rule (`str`, *optional*, defaults to `"none"`):
@@ -156,6 +160,7 @@ class CaMOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the parent declares it
         *DistillationConfig._VALID_DICT_FIELDS, "mass_target", "scale", "score", "selection", "teachers",
+        "guards",
         "max_completion_length",
     ]  # fmt: skip
 
@@ -250,6 +255,11 @@ class CaMOPDConfig(DistillationConfig):
     )
     diagnostics_steps: int = field(
         default=10, metadata={"help": "Measure gradients once per branch in every X optimizer steps; 0 is never."}
+    )
+
+    guards: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Thresholds of the guards by name, over the defaults; null switches one off."},
     )
 
     # Parameters of the baselines

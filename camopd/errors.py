@@ -23,6 +23,10 @@ class DataError(CaMOPDError):
     """A dataset cannot be fetched or read, or does not hold what a builder needs."""
 
 
+class GuardError(CaMOPDError):
+    """A number of an optimizer step is beyond the threshold of its guard."""
+
+
 @contextmanager
 def on_all_ranks(gather: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
     """What is raised inside on one rank is raised on all of them: the others would wait for it in the next collective.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from . import guards
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, mapping_form, number_of
 from .settings import OLD_NAMES
@@ -121,6 +122,7 @@ def check_values(args: Any) -> None:
             value = getattr(args, name)
             if value is not None or args.__dataclass_fields__[name].default is not None:
                 _check(rule, name, value)
+    args.guards = guards.settle(args.guards)
     for name in (*(rule.names for rule in PER_BRANCH), "teachers"):
         value = getattr(args, name)
         if isinstance(value, str) and value.lstrip().startswith("{"):

@@ -13,6 +13,7 @@ from .samples import Sample, SampleSummary
 
 
 GAP_SAMPLES = 256  # gaps that a sample contributes to what is said of the step's tokens, evenly spaced over its own
+REPEATS = 8  # tokens, all the same, from which on a completion says nothing: "0000000" may be an answer
 TOP_TOKENS = 0.01  # share of a branch's tokens whose part in the score is told
 
 
@@ -41,6 +42,7 @@ def summary(
         entropy=sample.entropy[sample.mask].double().sum().item(),
         gap_samples=tuple(gaps[::stride].tolist()) if gap_samples else (),  # most of what there is to send
         rule=rule or {},
+        repeats=_repeats(sample),
     )
 
 
@@ -68,7 +70,7 @@ def of_branch(
     return {
         **per_token,
         f"gap/{branch}/abs_p99": float(np.quantile(samples, 0.99)) if samples else math.nan,
-        f"teacher/{branch}/perplexity": math.exp(-token_mean(valid, "teacher_logp")),
+        f"teacher/{branch}/perplexity": _perplexity(token_mean(valid, "teacher_logp")),
         f"score/{branch}/p10": float(quantiles[0]),
         f"score/{branch}/p50": float(quantiles[1]),
         f"score/{branch}/p90": float(quantiles[2]),
@@ -149,6 +151,18 @@ def token_mean(rows: Sequence[SampleSummary], name: str) -> float:
     """Mean over the tokens of all rows, from their sums; NaN without any."""
     tokens = sum(row.num_tokens for row in rows)
     return sum(getattr(row, name) for row in rows) / tokens if tokens else math.nan
+
+
+def _repeats(sample: Sample) -> bool:
+    tokens = sample.token_ids[sample.prompt_len :]
+    if not sample.truncated:
+        tokens = tokens[:-1]  # without the end of sequence
+    return len(tokens) >= REPEATS and all(token == tokens[0] for token in tokens)
+
+
+def _perplexity(logp: float) -> float:
+    """Of a mean log-prob per token; infinite where no float holds it, at about -710 nats."""
+    return math.exp(-logp) if not logp < -709 else math.inf
 
 
 def _mean(rows: Sequence[SampleSummary], name: str) -> float:

@@ -206,8 +206,8 @@ def recorded(model: Any, wanted: bool, stop: Callable[..., Tensor]) -> Iterator[
             model.generate = own
 
 
-def save_rollouts(samples: Sequence[Sample], prompts_cut: int, path: Path) -> None:
-    """Write what generation made, without scores, as safetensors."""
+def save_rollouts(samples: Sequence[Sample], prompts_cut: int, path: Path, scored: bool = False) -> None:
+    """Write what generation made as safetensors; with `scored` also what scoring has found of all the samples."""
     tensors = {
         "token_ids": torch.tensor([token for sample in samples for token in sample.token_ids], dtype=torch.int32),
         "lengths": torch.tensor([len(sample.token_ids) for sample in samples]),
@@ -220,6 +220,10 @@ def save_rollouts(samples: Sequence[Sample], prompts_cut: int, path: Path) -> No
     logps = [sample.rollout_logps for sample in samples if sample.rollout_logps is not None]
     if logps:
         tensors["rollout_logps"] = torch.cat(logps)
+    for name in _SCORED if scored else ():
+        found = [getattr(sample, name) for sample in samples]
+        if all(len(row) == len(sample.mask) for row, sample in zip(found, samples, strict=True)):
+            tensors[name] = torch.cat(found)
     branch = json.dumps([sample.branch for sample in samples])
     save_file(tensors, path, metadata={"branch": branch, "prompts_cut": str(prompts_cut)})
 
@@ -271,6 +275,8 @@ _KEPT = {
     "sampled": (torch.int64, "sample"), "truncated": (torch.bool, "sample"), "token_ids": (torch.int32, "token"),
     "mask": (torch.bool, "completion token"), "rollout_logps": (torch.float32, "completion token"),
 }  # fmt: skip
+_SCORED = ("teacher_logps", "student_logps", "gaps")  # which may be there, float32 like "rollout_logps"
+_KEPT |= dict.fromkeys(_SCORED, _KEPT["rollout_logps"])
 
 
 def _check_kept(tensors: dict[str, Tensor], branch: Any, prompts_cut: int) -> None:
@@ -284,7 +290,7 @@ def _check_kept(tensors: dict[str, Tensor], branch: Any, prompts_cut: int) -> No
             raise ValueError("a prompt is longer than its sequence, or empty")
         count["token"] = sum(lengths)
         count["completion token"] = count["token"] - sum(prompt_len)
-    if missing := set(_KEPT) - set(tensors) - {"rollout_logps"}:
+    if missing := set(_KEPT) - set(tensors) - {"rollout_logps", *_SCORED}:
         raise ValueError(f"{min(missing)} is missing")
     for name, tensor in tensors.items():
         dtype, each = _KEPT.get(name, (None, "sample"))

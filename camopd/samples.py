@@ -93,6 +93,7 @@ class SampleSummary:
     entropy: float
     gap_samples: tuple[float, ...] = ()  # evenly spaced over its tokens
     rule: dict[str, int] = field(default_factory=dict)  # what a token rule counts of it
+    repeats: bool = False  # one token, and no other, up to the end of sequence
 
 
 class LossTerms(NamedTuple):

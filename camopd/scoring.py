@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import CaMOPDError, TeacherError
 from .forward import Forward, evaluating
+from .guards import stop
 from .objective import token_gaps
 from .samples import Sample
 from .step import Clock
@@ -22,6 +23,7 @@ from .teachers.base import RemoteTeacher, Teacher, TokenScores, read_answers
 from .teachers.check import has_lost_its_weights
 from .teachers.local import LocalTeacher
 from .token_rules import TokenRule
+from .watchdog import current, phase
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class Scorer:
         teachers: Mapping[str, Teacher],
         dummy: int,
         gather: Callable[[list[Any]], list[Any]],
+        guards: Any = None,
     ):
         """
         Args:
@@ -44,8 +47,10 @@ class Scorer:
             teachers: of each branch.
             dummy: a token of the vocabulary, of which rows without a sample are made.
             gather: of a list over all ranks.
+            guards: thresholds by name, of which `log_prob` is read.
         """
         self.student, self.teachers, self.dummy, self._gather = student, teachers, dummy, gather
+        self._highest = (guards or {}).get("log_prob")
 
     def probe(self) -> None:
         """See once that the log-probs of the student and of teachers in the process are those of their own logits."""
@@ -69,20 +74,21 @@ class Scorer:
             rule: of a baseline.
             engine: whether the student's log-probs are those of the rollout engine, and not of a forward.
 
-        Returns how long the teacher of each branch worked. Raises `CaMOPDError` when a log-prob is missing or not finite,
-        and `TeacherError`, on every rank, when a teacher has failed one of them.
+        Returns how long the teacher of each branch worked. Raises on every rank what one of them has met: `CaMOPDError`
+        when a log-prob is missing or not finite, `GuardError` when one is above the guards' threshold, and `TeacherError`
+        when a teacher has failed.
         """
         self.probe()
         groups = {branch: [sample for sample in samples if sample.branch == branch] for branch in branches}
         clocks = {branch: Clock() for branch in branches}
         answers: dict[str, list[TokenScores]] = {}
-        failures: list[TeacherError] = []
+        failures: list[CaMOPDError] = []
         pending = self._submit(groups, rule, clocks, failures)
         with evaluating(self.student.model):
             for branch, group in groups.items():
                 missing = max(self._gather([len(group)])) - len(group)
                 if not isinstance(self.teachers[branch], RemoteTeacher):
-                    with clocks[branch].alone(), caught(failures, self.teachers[branch]):
+                    with clocks[branch].alone(), caught(failures, self.teachers[branch]), self._asking(branch):
                         rows = self._with_dummies(_for_teacher(group), missing)
                         found = self.teachers[branch].score(*rows, rule.teacher_top_k)
                         answers[branch] = self._read(branch, group, found, len(rows[0]), rule)
@@ -92,24 +98,32 @@ class Scorer:
                 self._read_student(group, token_ids, prompt_lens, forward=not engine or rule.needs_entropy)
         for branch, future in pending.items():
             clocks[branch].waited_for()
-            with caught(failures, self.teachers[branch]):
+            with caught(failures, self.teachers[branch]), self._asking(branch):
                 group = groups[branch]
                 answers[branch] = self._read(branch, group, future.result(), len(group), rule)
                 clocks[branch].stop()  # where the future has not come to its callback yet
+        with caught(failures):
+            for branch, group in groups.items() if not failures else ():
+                for place, sample in enumerate(group):
+                    sample.teacher_logps = answers[branch][place].logps
+                    rule.read_teacher(sample, answers[branch][place], self.teachers[branch].name)
+            if not failures:
+                self._close(samples, engine)
         raise_together(failures[0] if failures else None, self._gather)
-        for branch, group in groups.items():
-            for place, sample in enumerate(group):
-                sample.teacher_logps = answers[branch][place].logps
-                rule.read_teacher(sample, answers[branch][place], self.teachers[branch].name)
-        self._close(samples, engine)
         return clocks
+
+    def _asking(self, branch: str) -> AbstractContextManager[None]:
+        """For the watchdog: this process waits for the teacher of a branch."""
+        teacher = self.teachers[branch]
+        where = ", ".join(getattr(teacher, "urls", ())) or teacher.name
+        return phase(f"{current().what}: teacher {branch!r} ({where})")
 
     def _submit(
         self,
         groups: Mapping[str, Sequence[Sample]],
         rule: TokenRule,
         clocks: Mapping[str, Clock],
-        failures: list[TeacherError],
+        failures: list[CaMOPDError],
     ) -> dict[str, Future[list[TokenScores]]]:
         """Ask the teachers outside this process, by branch."""
         pending = {}
@@ -139,11 +153,13 @@ class Scorer:
         """Gaps of samples whose log-probs are there."""
         for sample in samples:
             teacher = f"teacher {sample.branch!r} ({self.teachers[sample.branch].name})"
-            _check_finite(sample, sample.teacher_logps, teacher)
+            _check_logps(sample, sample.teacher_logps, teacher, self._highest)
+            if sample.rollout_logps is not None and self._highest is not None:
+                _check_highest(sample, sample.rollout_logps, "the rollout engine", self._highest)
         if engine:
             _take_engine_logps(samples)
         for sample in samples:
-            _check_finite(sample, sample.student_logps, "student")
+            _check_logps(sample, sample.student_logps, "student", self._highest)
             sample.gaps = token_gaps(sample.teacher_logps, sample.student_logps, sample.mask)
         _check_not_uniform(samples, self.teachers)
 
@@ -161,25 +177,26 @@ class Scorer:
 
 
 @contextmanager
-def caught(failures: list[TeacherError], teacher: Teacher) -> Iterator[None]:
-    """Keep a `TeacherError` for `raise_together`, as which anything counts that a teacher of the user's own raises."""
+def caught(failures: list[CaMOPDError], teacher: Teacher | None = None) -> Iterator[None]:
+    """Keep a `CaMOPDError` for `raise_together`, or as one what a teacher of the user's own raises."""
     try:
         yield
-    except TeacherError as error:
+    except CaMOPDError as error:
         failures.append(error)
     except Exception as error:
-        if isinstance(teacher, (AdapterTeacher, LocalTeacher)):  # an error of PyTorch, whose own text says more
-            raise
+        if teacher is None or isinstance(teacher, (AdapterTeacher, LocalTeacher)):
+            raise  # an error of PyTorch, whose own text says more
         failure = TeacherError(f"teacher {teacher.name!r} has failed ({type(error).__name__}: {str(error)[:500]}).")
         failure.__cause__ = error
         failures.append(failure)
 
 
-def raise_together(error: TeacherError | None, gather: Callable[[list[Any]], list[Any]]) -> None:
+def raise_together(error: CaMOPDError | None, gather: Callable[[list[Any]], list[Any]]) -> None:
     """Raise on every rank what one of them has met; the others would wait for it in the next collective."""
-    texts = [text for text in gather([None if error is None else str(error)]) if text]
-    if texts:
-        raise TeacherError(texts[0]) from error
+    found = [each for each in gather([None if error is None else (type(error), str(error))]) if each]
+    if found:
+        kind, text = found[0]
+        raise kind(text) from error
 
 
 def _for_teacher(samples: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:
@@ -201,7 +218,19 @@ def _take_engine_logps(samples: Sequence[Sample]) -> None:
         )
 
 
-def _check_finite(sample: Sample, logps: Tensor, name: str) -> None:
+def _check_highest(sample: Sample, logps: Tensor, name: str, limit: float) -> None:
+    """Raise `GuardError` for a log-prob above the threshold; NaN is none."""
+    above = (logps > limit) & sample.mask
+    if above.any():
+        raise stop(
+            "log_prob", limit,
+            f"{name} gave {int(above.sum())} of {int(sample.mask.sum())} tokens of sample {sample.position} (branch "
+            f"{sample.branch!r}) a log-prob above 0, up to {float(logps[above].max()):g}: a probability above 1, which "
+            "rounding does not reach. These are logits, scores with a penalty, or of a faulty server",
+        )  # fmt: skip
+
+
+def _check_logps(sample: Sample, logps: Tensor, name: str, limit: float | None) -> None:
     mask = sample.mask
     if len(logps) != len(mask):
         raise CaMOPDError(
@@ -215,6 +244,8 @@ def _check_finite(sample: Sample, logps: Tensor, name: str) -> None:
             "it would turn the weights into NaN; the last checkpoint is untouched. Check the model's weights and dtype "
             "(float16 overflows where bfloat16 does not)."
         )
+    if limit is not None:
+        _check_highest(sample, logps, name, limit)
 
 
 def _check_not_uniform(samples: Sequence[Sample], teachers: Mapping[str, Teacher]) -> None:

@@ -19,6 +19,7 @@ from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
 from .callbacks.completions import CompletionsTable
 from .callbacks.diagnostics import Diagnostics
+from .callbacks.guards import Guards
 from .callbacks.metrics_file import MetricsFile
 from .callbacks.teacher_watch import TeacherWatch
 from .callbacks.update import UpdateMeasures
@@ -235,6 +236,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     """Of these all but the first and `StepEnd` can be left out, and the trainer trains as before."""
     args, student = trainer.args, trainer.student.model
     yield BranchMoments(run.schedule)
+    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, gather_object)
     if args.diagnostics_steps:
 
         def loss_of(batch: MicroBatch) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from .errors import CaMOPDError
 from .samples import LossTerms, MicroBatch, Sample, SampleSummary
 from .schedule import Schedule
+from .watchdog import phase
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Step:
     micro_batches: deque[MicroBatch | None] = field(default_factory=deque)  # that this rank has yet to train
     metrics: dict[str, Any] = field(default_factory=dict)  # its line in metrics.jsonl
     loss: Tensor | float = 0.0  # this rank's sum over micro-batches
+    losses: list[tuple[list[int], Tensor]] = field(default_factory=list)  # of each of these, with positions of samples
+    broken_losses: list[tuple[list[int], float]] = field(default_factory=list)  # of all ranks, those not finite
     clocks: dict[str, Clock] = field(default_factory=dict)  # of the teachers that have worked for this rank
 
     def __post_init__(self) -> None:
@@ -70,12 +73,30 @@ class Step:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds of what happens inside to the metric `time/<what>`."""
+        """Add the seconds of what happens inside to the metric `time/<what>`, and let the watchdog know of it."""
         started = time.perf_counter()
         try:
-            yield
+            with phase(f"step {self.number + 1}: {what}"):
+                yield
         finally:
             self.metrics[f"time/{what}"] = self.metrics.get(f"time/{what}", 0.0) + time.perf_counter() - started
+
+    def add_loss(self, batch: MicroBatch, loss: Tensor, logps: Tensor, importance: Tensor) -> None:
+        """Take in a micro-batch that goes through the loss, with its log-probs and w_t, both (B, T)."""
+        self.importance.add(logps.detach(), batch.rollout_logps, importance, batch.mask)
+        self.trained.add(batch.positions, batch.mask)
+        self.losses.append((batch.positions, loss.detach()))
+
+    def not_finite(self, latest: bool = False) -> list[tuple[list[int], float]]:
+        """This rank's micro-batches with a loss that is not finite, of all or of the latest one: positions and loss."""
+        losses = self.losses[-1:] if latest else self.losses
+        return [(list(positions), float(loss)) for positions, loss in losses if not torch.isfinite(loss)]
+
+    def check_trained(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """After the last micro-batch: `check_trained` of all ranks, and which of their losses are not finite."""
+        parts = gather([(self.trained.rows, self.not_finite())])
+        check_trained(self.kept, [row for rows, _ in parts for row in rows])
+        self.broken_losses = [place for _, found in parts for place in found]
 
     def close(self, branches: Iterable[str], gather: Callable[[list[Any]], list[Any]]) -> None:
         """Put what all ranks have counted into the metrics; the loss is the mean over ranks, as the parent logs it.
@@ -234,6 +255,9 @@ class StepCallback(TrainerCallback):
 
     def on_step_ready(self, step: Step) -> None:
         """Rolled out, scored and selected; before the first forward of the loss."""
+
+    def on_loss_ready(self, step: Step) -> None:
+        """After the loss of a micro-batch, the last of `step.losses`, and before its backward."""
 
     def on_optimizer_stepped(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """After an update, with the gradients still there. ZeRO-3 makes several in a step."""

@@ -38,14 +38,16 @@ from .hub import CheckpointPushes
 from .objective import distillation_loss, importance_weights, token_gaps
 from .optimizer import kind_and_settings
 from .prompts import StepDataset, one_item_per_micro_step
+from .rejected import kept
 from .rollouts import TRLEngine, rng_state
 from .samples import MicroBatch, Sample
 from .scoring import Scorer
 from .selection import Branch, select_samples
 from .signals import StopRequests
-from .step import Step, StepCallback, check_trained
+from .step import Step, StepCallback
 from .threads import let_threads_rest
 from .token_rules import TOKEN_RULES, weigh
+from .watchdog import phase, watching
 
 
 atexit.register(let_threads_rest)  # or a run that is done may end with SIGABRT
@@ -138,7 +140,7 @@ class CaMOPDTrainer(DistillationTrainer):
         )  # fmt: skip
         self.teachers = setup.load_teachers(self, run)
         self.rule = TOKEN_RULES[args.token_rule](args)
-        self.scorer = Scorer(self.student, self.teachers, self._tokenizer.eos_token_id, gather_object)
+        self.scorer = Scorer(self.student, self.teachers, self._tokenizer.eos_token_id, gather_object, args.guards)
         self.batcher = Batcher(args, self.student, self._tokenizer.eos_token_id, gather_object)
         self.checkpoints = RunCheckpoints(args, record_of(args, self.schedule, self.teachers, run.prompts))
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
@@ -153,14 +155,14 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------------- one optimizer step
 
+    @kept
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         """One micro-step. The first one of an optimizer step rolls out, scores and selects for all of them.
 
         The loader gives all rows of the step to the first micro-step, and an empty list to the others.
         """
         if inputs:
-            self.step = None  # and with it its samples, before the next are rolled out
-            self.step = self.begin_step(inputs)
+            self.begin_step(inputs)
         step = self.step
         batch = step.micro_batches.popleft()
         with step.timed("train"):
@@ -171,7 +173,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 loss = super().training_step(model, batch, num_items_in_batch)
         step.loss = step.loss + loss
         if not step.micro_batches:
-            check_trained(step.kept, [row for rows in gather_object([step.trained.rows]) for row in rows])
+            step.check_trained(gather_object)
         else:
             self.stop_if_asked(step)
         return loss
@@ -179,7 +181,8 @@ class CaMOPDTrainer(DistillationTrainer):
     def begin_step(self, rows: list[dict[str, Any]]) -> Step:
         """Algorithm 1 up to the loss, for this rank's rows."""
         args, engine = self.args, self.args.student_logps == "engine"
-        step = Step.at(self.state.global_step, self.schedule, rows)
+        # In place of the step before, whose samples are gone before the next are rolled out.
+        step = self.step = Step.at(self.state.global_step, self.schedule, rows)
         step.rng_before = rng_state()
         step.metrics["learning_rate"] = self._get_learning_rate()  # by the step's end the scheduler has moved
         self.model.train()  # the parent files its rollout metrics by mode
@@ -189,9 +192,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.stop_if_asked(step)
         with step.timed("rollout"):
             max_tokens = args.completion_length_at(step.number)
-            saved = self.checkpoints.saved_rollouts(
-                rows, self._load_rng_state
-            )  # where the run has stopped in this step
+            saved = self.checkpoints.saved_rollouts(rows, self._load_rng_state)  # of a run that stopped in this step
             step.samples, step.prompts_cut = saved or self.roll_out(rows, max_tokens, args.loss_prefix_tokens)
             step.rng_after = rng_state()
         self.stop_if_asked(step)
@@ -215,8 +216,8 @@ class CaMOPDTrainer(DistillationTrainer):
         `gradient_accumulation_steps`.
         """
         loss, logps, importance = self.loss_of(inputs, model=model)
-        self.step.importance.add(logps.detach(), inputs.rollout_logps, importance, inputs.mask)
-        self.step.trained.add(inputs.positions, inputs.mask)
+        self.step.add_loss(inputs, loss, logps, importance)
+        self.notify("on_loss_ready", self.step)
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
@@ -362,6 +363,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """That of an evaluation."""
         return self.get_eval_dataloader(test_dataset)
 
+    @phase("evaluation")
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Roll out the held-out prompts and measure their gaps.
 
@@ -391,6 +393,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ---------------------------------------------------------------------------------------- checkpoints and card
 
+    @watching()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, and `resume_from_checkpoint` may be the id of a model of the Hub to which a run with
         `hub_strategy="checkpoint"` has sent its last one.
@@ -405,6 +408,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.pushes.finish()
         return output
 
+    @phase("save")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.checkpoints.save(self, partial(super()._save_checkpoint, model, trial))
 

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import transformers.trainer
 from datasets import IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -70,6 +71,7 @@ ATTRIBUTES = {
 # Privates of anything else, and who has them.
 ELSEWHERE = {
     "_attn_implementation": lambda: PreTrainedConfig(),
+    "_get_default_store": lambda: torch.distributed.distributed_c10d,
     "_distributed": lambda: IterableDataset.from_generator(lambda: iter(())),
     "_hf_deepspeed_config_weak_ref": lambda: deepspeed,
     "_is_stateful": lambda: PreTrainedModel,

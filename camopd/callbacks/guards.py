@@ -1,0 +1,188 @@
+"""The guards on a run's numbers; their thresholds are in camopd/guards.py, and scoring.py has that of log-probs.
+
+All of them look at what every rank has already, so that all ranks decide alike without waiting for each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..guards import stop
+from ..rejected import keep, keeping, said
+from ..samples import SampleSummary
+from ..step import Step, StepCallback
+
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 8  # positions in a message
+
+
+class Guards(StepCallback):
+    """Skips optimizer steps that are not finite, stops a run whose numbers are surely wrong, and warns once of odd ones.
+
+    Under DeepSpeed, which steps inside the last backward, no step can be skipped: a loss that is not finite stops the run
+    before its backward, and a gradient before anything is saved.
+    """
+
+    def __init__(
+        self, args: Any, scores: Mapping[str, str], deepspeed: bool, gather: Callable[[list[Any]], list[Any]]
+    ):
+        """
+        Args:
+            args: of the run; `args.guards` has the thresholds.
+            scores: kind of each branch's score, "absolute" or "positive".
+            deepspeed: whether DeepSpeed steps the optimizer.
+            gather: of a list over all ranks.
+        """
+        self._args, self._limits, self._scores = args, args.guards, scores
+        self._deepspeed, self._gather = deepspeed, gather
+        self._skipped = 0  # steps in a row
+        self._step: Step | None = None
+        self._steps: Counter[str] = Counter()  # of each branch, since the start or resume
+        self._entropy: dict[str, float] = {}  # of each branch's first one
+        self._warned: set[str] = set()
+
+    # ------------------------------------------------------------------------------------------- what was rolled out
+
+    def on_step_ready(self, step: Step) -> None:
+        """Look at completions, gaps and entropies of all ranks."""
+        self._step = step
+        step.metrics["guard/skipped"] = 0.0
+        self._look_at_completions(step)
+        for branch in step.branches:
+            self._steps[branch] += 1
+            self._look_at_gaps(step, branch)
+            self._look_at_entropy(step, branch)
+
+    def _look_at_completions(self, step: Step) -> None:
+        rows = step.summaries
+        limit = self._limits["degenerate"]
+        silent = [row.position for row in rows if says_nothing(row)]
+        if limit is not None and len(silent) >= limit * len(rows):
+            raise stop(
+                "degenerate", limit,
+                f"{len(silent)} of {len(rows)} completions are empty, an end of sequence alone, or one token repeated "
+                f"({places(silent)}): the student says nothing that it could be trained by. Look at the completions, the "
+                "chat template and the learning rate",
+            )  # fmt: skip
+        limit = self._limits["truncated"]
+        cut = sum(row.truncated for row in rows)
+        if limit is not None and cut >= limit * len(rows):
+            self._warn(
+                "truncated", step,
+                f"{cut} of {len(rows)} completions are cut at max_completion_length: the student does not get to learn "
+                "how to end. Raise max_completion_length, unless this is meant",
+            )  # fmt: skip
+
+    def _look_at_gaps(self, step: Step, branch: str) -> None:
+        limit = self._limits["zero_gap"]
+        if limit is None or self._steps[branch] < limit or self._scores[branch] != "absolute":
+            return
+        rows = [row for row in step.summaries if row.branch == branch and row.num_tokens]
+        if rows and not any(row.gap_abs for row in rows):
+            self._warn(
+                "zero_gap", step,
+                f"all gaps of branch {branch!r} are exactly 0: its teacher and the student are the same model, and nothing "
+                "is learned from it. Check the teacher of that branch, and the learning rate",
+            )  # fmt: skip
+
+    def _look_at_entropy(self, step: Step, branch: str) -> None:
+        limit, now = self._limits["entropy"], step.metrics[f"rollout/{branch}/entropy"]
+        if limit is None or not math.isfinite(now):  # not computed with the engine's log-probs
+            return
+        first = self._entropy.setdefault(branch, now)
+        if now < limit * first:
+            self._warn(
+                "entropy", step,
+                f"the entropy of branch {branch!r} is {now:.3g} nats per token, {now / first:.1%} of that of its first "
+                "step: the student has all but one way to go on. Lower the learning rate or the scale of the branch",
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------ loss and gradient
+
+    def on_loss_ready(self, step: Step) -> None:
+        """Under DeepSpeed, stop before a backward that would step with a loss that is not finite, on any rank."""
+        limit = self._limits["skipped_steps"]
+        if self._deepspeed and limit is not None:
+            found = [place for part in self._gather([step.not_finite(latest=True)]) for place in part]
+            if found:
+                raise stop("skipped_steps", limit, f"{_of_losses(found)}; under DeepSpeed no step can be skipped")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        """Skip a step whose loss or gradient is not finite: without gradients no optimizer moves a weight or a moment.
+
+        Raises `GuardError` where as many have been skipped in a row as may be.
+        """
+        step, limit = self._step, self._limits["skipped_steps"]
+        if step is None or limit is None or self._deepspeed:
+            return
+        wrong = _of_losses(step.broken_losses) or _of_norm(step.metrics.get("grad_norm", 0.0))
+        if not wrong:
+            self._skipped = 0
+            return
+        if not step.broken_losses:
+            wrong += f", of the {len(step.kept)} samples that were kept ({places(list(step.kept))})"
+        self._skipped += 1
+        if self._skipped > limit:
+            wrong += f", after {limit:g} skipped steps" if limit else ""
+            with keeping(step, self._args):
+                raise stop("skipped_steps", limit, f"{wrong}. Look at the learning rate, the weights and the teachers")
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            param.grad = None
+        step.metrics["guard/skipped"] = 1.0
+        logger.warning(
+            "%s: %s. This optimizer step is skipped, weights and moments stay as they are; %s%s", said(step), wrong,
+            f"at {limit + 1:g} in a row the run stops (guards: skipped_steps), and this is number {self._skipped}.",
+            keep(step, self._args, wrong),
+        )  # fmt: skip
+
+    def on_step_closed(self, step: Step) -> None:
+        """The band, which is known after the update; and under DeepSpeed a gradient that has been stepped with."""
+        self._step = None  # and with it its samples
+        limit = self._limits["outside_band"]
+        outside = step.metrics.get("importance/outside_band", 0.0)
+        if limit is not None and step.metrics["importance/active"] and outside > limit:
+            self._warn(
+                "outside_band", step,
+                f"{outside:.1%} of the tokens have an importance ratio outside [importance_sampling_low, "
+                "importance_sampling_high]: trainer and rollout engine disagree. Compare their weights, dtype and versions "
+                "(importance/log_ratio in metrics.jsonl)",
+            )  # fmt: skip
+        limit = self._limits["skipped_steps"]
+        wrong = _of_norm(step.metrics.get("grad_norm", 0.0))
+        if self._deepspeed and limit is not None and wrong:
+            with keeping(step, self._args):
+                raise stop("skipped_steps", limit, f"{wrong}, and DeepSpeed has stepped; nothing has been saved since")
+
+    def _warn(self, name: str, step: Step, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "%s: %s. Said once; guards[%r]=%s, null is never.", said(step), text, name, self._limits[name]
+            )
+
+
+def says_nothing(row: SampleSummary) -> bool:
+    """Whether a completion is empty, an end of sequence alone, or one token repeated."""
+    return row.length == 0 or (row.length == 1 and not row.truncated) or row.repeats
+
+
+def places(positions: list[int]) -> str:
+    """Places in the step's global batch, the first few of them."""
+    more = f" and {len(positions) - SHOWN} more" if len(positions) > SHOWN else ""
+    return f"positions {', '.join(map(str, sorted(positions)[:SHOWN]))}{more}"
+
+
+def _of_losses(found: list[tuple[list[int], float]]) -> str:
+    """Micro-batches, by the positions of their samples, with their losses."""
+    return "; ".join(f"the loss of {places(at) if at else 'no sample'} is {loss}" for at, loss in found)
+
+
+def _of_norm(norm: float) -> str:
+    # DeepSpeed's sign for a norm that it could not compute is -1 or inf.
+    return "" if math.isfinite(norm) and norm >= 0 else f"the norm of the gradient is {norm}, and the loss is finite"

@@ -1,0 +1,87 @@
+"""Thresholds of the guards on a run's numbers, by name. callbacks/guards.py and scoring.py act on them.
+
+What is surely wrong stops the run before the optimizer; what is merely odd is warned of, once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .errors import GuardError
+
+
+class Guard(NamedTuple):
+    """The threshold's default, the test that another one has to pass, and how an error says so."""
+
+    default: float
+    test: Callable[[float], bool]
+    must_be: str
+
+
+def _count(least: int) -> Callable[[float], bool]:
+    return lambda value: value == int(value) and value >= least
+
+
+GUARDS = {
+    # Optimizer steps in a row that may be skipped for a loss or gradient that is not finite. One can be chance: an overflow
+    # on one odd sample. Three in a row, of other prompts each, are the doing of the weights or of a teacher, and every one
+    # costs a rollout.
+    "skipped_steps": Guard(2, _count(0), "a whole number of at least 0"),
+    # Nats. A log-softmax is logit - logsumexp, at most 0. In float32 each of the two rounds by at most 2**-18 for logits
+    # below 128, and a sum of 2**18 probabilities, one by one, is off by about 2**-24 * sqrt(2**18) = 3e-5. Rounded to
+    # bfloat16, what is not above 0 stays so. 0.01 is hundreds of times that. An engine that does the whole softmax in
+    # bfloat16 may come above it, with an error of 2**-9 of the logits in every gap.
+    "log_prob": Guard(0.01, lambda value: value >= 0, "a number of nats, at least 0"),
+    # Share of the step's tokens with an importance ratio outside the band: trainer and rollout engine then disagree about
+    # most of what is trained.
+    "outside_band": Guard(0.5, lambda value: 0 <= value <= 1, "a share, 0 to 1"),
+    # Share of the step's completions that say nothing. Below all of them, the others still teach.
+    "degenerate": Guard(1.0, lambda value: 0 < value <= 1, "a share, above 0 and at most 1"),
+    # Share of the step's completions cut at max_completion_length. All of them may be meant, so it is a warning.
+    "truncated": Guard(1.0, lambda value: 0 < value <= 1, "a share, above 0 and at most 1"),
+    # From which step of a branch on gaps may not all be 0. In its first step a teacher may be the student's own start.
+    "zero_gap": Guard(2, _count(1), "a whole number of at least 1"),
+    # Share of the entropy of a branch's first step. Training towards a teacher may well halve it; at a tenth of it the
+    # student has all but stopped sampling.
+    "entropy": Guard(0.1, lambda value: 0 <= value < 1, "a share, at least 0 and below 1"),
+}
+
+
+def settle(given: Any) -> dict[str, float | None]:
+    """All thresholds: those `given`, a mapping or its JSON, over the defaults. `None` switches a guard off.
+
+    Raises `ValueError` for a name that there is not, and for a value that the threshold cannot have.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"guards is not valid JSON: {given} ({error}). For example: {_EXAMPLE}.") from None
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"guards must be a mapping from names to thresholds, got {given!r}. For example: {_EXAMPLE}.")
+    for name, value in (given or {}).items():
+        if name not in GUARDS:
+            near = difflib.get_close_matches(str(name), GUARDS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"guards has no threshold {name!r}. Did you mean {near!r}? There are {', '.join(GUARDS)}; docs/metrics.md "
+                "says what they are."
+            )
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not (number and GUARDS[name].test(value)):
+            raise ValueError(f"guards[{name!r}] must be {GUARDS[name].must_be}, or null for none, got {value!r}.")
+    return {**{name: guard.default for name, guard in GUARDS.items()}, **(given or {})}
+
+
+_EXAMPLE = """--guards '{"log_prob": 0.1, "entropy": null}'"""
+
+
+def stop(name: str, limit: float, what: str) -> GuardError:
+    """The error of a guard: what is wrong, its threshold, and how to go on regardless."""
+    return GuardError(
+        f"{what}. That is beyond guards[{name!r}]={limit:g}. The last checkpoint is from before it. To go on regardless, "
+        f"set another threshold, or guards: {{{name}: null}} for none."
+    )

@@ -1,0 +1,550 @@
+"""Guards on a run's numbers: each stops, skips or warns where a fault is put in, and is silent on a healthy run.
+
+As a script for torchrun: tests/test_guards.py FOLDER
+"""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_forward, make_model, make_summary, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from steps import FakeSampler, use_sampler
+from trainers import BrokenTeacher, lines, make_trainer
+from trl import TrlParser
+
+from camopd import CaMOPDConfig
+from camopd.callbacks.guards import Guards, says_nothing
+from camopd.errors import CaMOPDError, GuardError
+from camopd.guards import GUARDS, settle
+from camopd.metrics import of_branch
+from camopd.rollouts import load_rollouts
+from camopd.samples import Sample
+from camopd.scoring import Scorer
+from camopd.step import StepCallback
+from camopd.teachers.local import LocalTeacher
+
+
+TESTS = Path(__file__).parent
+NAN = math.nan
+
+
+class BreakLosses(StepCallback):
+    """Makes the loss of steps, counted from 0, a number that is none: that of the last micro-batch."""
+
+    def __init__(self, steps, value=NAN):
+        self.steps, self.value = steps, value
+
+    def on_step_ready(self, step):
+        if step.number in self.steps:
+            step.micro_batches[-1].gaps.fill_(self.value)
+
+
+class BreakGradients(StepCallback):
+    """Makes the gradient of one parameter NaN in some steps; the loss is finite."""
+
+    def __init__(self, steps):
+        self.steps, self.broken = steps, False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        parameter = model.model.layers[1].mlp.up_proj.weight
+        parameter.register_hook(lambda grad: grad * NAN if self.broken else grad)
+
+    def on_step_started(self, step):
+        self.broken = step.number in self.steps
+
+
+def state_of(model, optimizer):
+    """Weights and the optimizer's state, as a flat mapping of copies."""
+    found = {f"weight {place}": param.detach().clone() for place, param in enumerate(model.parameters())}
+    for place, state in optimizer.state_dict()["state"].items():
+        found.update({f"{place} {name}": copy.deepcopy(value) for name, value in state.items()})
+    return found
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        for name, value in one.items()
+    )
+
+
+class Moves(StepCallback):
+    """Whether weights or moments have changed in each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.before = state_of(model, optimizer)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.found.append(not same(self.before, state_of(model, optimizer)))
+
+
+@pytest.fixture
+def warnings(caplog):
+    """A function that gives what the guards have warned of so far."""
+    caplog.set_level(logging.WARNING, logger="camopd")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "camopd.callbacks.guards"]
+
+
+# ----------------------------------------------------------------------------------------------- loss and gradient
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optim": "adamw_torch"},
+        {"optimizer_moments": "per_branch"},
+        {"optim": "adafactor"},
+        {"max_grad_norm": 0.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fault", [BreakLosses, BreakGradients])
+def test_step_that_is_not_finite_leaves_weights_and_moments_as_they_are(
+    fault, settings, tmp_path, tokenizer, warnings
+):
+    moves = Moves()
+    callbacks = [fault({1}), moves]
+    settings = {"schedule": "general:9,domain:1", "guards": {"truncated": None}, **settings}
+    trainer = make_trainer(tmp_path, tokenizer, callbacks=callbacks, **settings)
+    trainer.train()
+    assert moves.found == [True, False, True, True]
+    assert [line["guard/skipped"] for line in lines(tmp_path)] == [0, 1, 0, 0]
+    assert lines(tmp_path)[1]["grad_norm"] is None
+    assert lines(tmp_path)[1]["update/changed_share"] == 0
+    assert all(math.isfinite(line["grad_norm"]) for place, line in enumerate(lines(tmp_path)) if place != 1)
+    (text,) = warnings()
+    kept = trainer.checkpoints and tmp_path / "rejected" / "step-2-rank-0.safetensors"
+    what = r"the norm of the gradient is nan" if fault is BreakGradients else r"the loss of positions \d(, \d)* is nan"
+    assert re.match(rf"step 2 \(general\): {what}", text) and str(kept) in text
+    record = json.loads(kept.with_suffix(".json").read_text())
+    assert record["step"] == 2 and record["branch"] == "general" and record["why"] in text
+    assert {"token_ids", "mask", "gaps", "teacher_logps", "student_logps"} <= set(load_file(kept))
+
+
+def test_skipped_steps_stop_the_run_at_the_third_in_a_row_and_a_finite_one_between_counts_anew(tmp_path, tokenizer):
+    make_trainer(tmp_path / "twice", tokenizer, callbacks=[BreakLosses({0, 1, 3, 4})], max_steps=6).train()
+    assert [line["guard/skipped"] for line in lines(tmp_path / "twice")] == [1, 1, 0, 1, 1, 0]
+
+    model = make_model(1)
+    before = copy.deepcopy(model.state_dict())
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        model=model,
+        callbacks=[BreakLosses({0, 1, 2}, math.inf)],
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.raises(
+        GuardError, match=r"step 3 \(general\): the loss of .* is -?inf, after 2 skipped steps"
+    ) as caught:
+        trainer.train()
+    assert "guards: {skipped_steps: null}" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert len(list((tmp_path / "rejected").glob("*.safetensors"))) == 3
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_skipping_can_be_switched_off_and_allowed_for_no_step(tmp_path, tokenizer):
+    with pytest.raises(GuardError, match=r"step 1 \(general\): the loss of positions .* is nan\. Look at"):
+        make_trainer(tmp_path / "never", tokenizer, callbacks=[BreakLosses({0})], guards={"skipped_steps": 0}).train()
+    trainer = make_trainer(
+        tmp_path, tokenizer, callbacks=[BreakLosses({0})], guards={"skipped_steps": None}, max_steps=1
+    )
+    trainer.train()
+    assert not any(param.isfinite().all() for param in trainer.model.parameters())
+
+
+def test_learning_rate_far_too_large_saves_no_weights_that_are_not_finite(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, learning_rate=1e3, save_strategy="steps", save_steps=1, max_steps=8)
+    with contextlib.suppress(CaMOPDError, RuntimeError):  # torch cannot draw from probabilities that are NaN
+        trainer.train()
+    saved = sorted(tmp_path.glob("checkpoint-*"))
+    for folder in saved:
+        assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values()), folder
+
+
+# ------------------------------------------------------------------------------------------------------- log-probs
+
+
+class Louder(FakeSampler):
+    """A rollout engine whose log-probs are off by so many nats."""
+
+    def __init__(self, nats):
+        self.nats = nats
+
+    def generate(self, *args, **kwargs):
+        prompts, completions, logprobs, more = super().generate(*args, **kwargs)
+        return prompts, completions, [[[token[0] + self.nats] for token in row] for row in logprobs], more
+
+
+def test_log_prob_of_a_teacher_above_0_stops_the_run_and_one_of_rounding_does_not(tmp_path, tokenizer):
+    def run(value, **settings):
+        teachers = {"general": BrokenTeacher(value), "domain": make_model(1)}
+        model = make_model(1)
+        before = copy.deepcopy(model.state_dict())
+        trainer = make_trainer(tmp_path, tokenizer, teachers=teachers, model=model, max_steps=1, **settings)
+        try:
+            trainer.train()
+        finally:
+            moved = any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+            assert moved == (trainer.state.global_step > 0)
+
+    wanted = r"step 1 \(general\): teacher 'general' \(broken\) gave (\d) of \1 tokens of sample 0 .* up to 0\.5: "
+    with pytest.raises(GuardError, match=wanted) as caught:
+        run(0.5)
+    assert str(tmp_path / "rejected" / "step-1-rank-0.safetensors") in str(caught.value)
+    assert (load_file(tmp_path / "rejected" / "step-1-rank-0.safetensors")["teacher_logps"] == 0.5).all()
+    run(0.0099)
+    run(0.5, guards={"log_prob": 0.6})
+    run(0.5, guards={"log_prob": None})
+
+
+def test_log_prob_of_the_rollout_engine_above_0_stops_the_run(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    use_sampler(trainer, Louder(20.0))
+    with pytest.raises(GuardError, match=r"the rollout engine gave .* log-prob above 0"):
+        trainer.train()
+
+
+def test_log_prob_of_the_student_above_0_is_an_error_of_every_rank():
+    student = make_forward(make_model(1))
+    rows = student.rows
+    student.rows = lambda *args, **kwargs: [(logps * 0 + 3.0, entropy) for logps, entropy in rows(*args, **kwargs)]
+    sample = Sample("general", 4, [5, 6, 7], 2, torch.ones(1, dtype=torch.bool), 1, False)
+    teachers = {"general": LocalTeacher(make_model(2), "t", "cpu", 2)}
+
+    def scorer(gather):
+        return Scorer(student, teachers, 2, gather, settle(None))
+
+    with pytest.raises(GuardError, match=r"student gave 1 of 1 tokens of sample 4 \(branch 'general'\)"):
+        scorer(list).score([sample], ["general"])
+    student.rows = rows
+    scorer(list).score([sample], ["general"])
+
+    def gather(mine):  # another rank has met an error
+        return [*mine, (GuardError, "of rank 1")] if mine == [None] else mine
+
+    with pytest.raises(GuardError, match="of rank 1"):
+        scorer(gather).score([sample], ["general"])
+
+
+def test_log_prob_far_below_0_is_a_number(tmp_path, tokenizer):
+    class Refuses(BrokenTeacher):
+        def score(self, token_ids, prompt_lens, top_k=0):
+            scores = super().score(token_ids, prompt_lens)
+            for score in scores:
+                score.logps[0] = -9999.0
+            return scores
+
+    teachers = {"general": Refuses(-1.0), "domain": make_model(1)}
+    make_trainer(tmp_path, tokenizer, teachers=teachers, max_steps=1).train()
+    (line,) = lines(tmp_path)
+    assert line["teacher/general/perplexity"] is None and line["gap/general/mean"] < -1000
+
+
+@given(st.floats(-1e30, 0), st.integers(1, 1000))
+def test_perplexity_is_that_of_any_log_prob(logp, tokens):
+    row = make_summary(
+        num_tokens=tokens, length=tokens, num_ids=tokens + 1, teacher_logp=logp * tokens, gap_samples=(0.0,)
+    )
+    found = of_branch("b", [row], {0}, False)["teacher/b/perplexity"]
+    assert found == math.inf if logp < -710 else found >= 1
+
+
+# ------------------------------------------------------------------------------------------------------ completions
+
+
+class Says(FakeSampler):
+    """A rollout engine that gives the same completions in every step."""
+
+    def __init__(self, *completions):
+        self.completions = completions
+
+    def generate(self, prompts, images, num_generations, profiler):
+        found = [list(self.completions[place % len(self.completions)]) for place in range(len(prompts))]
+        return prompts, found, [[[-1.0] for _ in row] for row in found], None
+
+
+EMPTY, END, REPEATED, ANSWER = [], [2], [7] * 8, [7] * 7 + [8]
+
+
+@pytest.mark.parametrize(
+    ("completions", "stops"),
+    [
+        ([EMPTY], True),
+        ([END], True),
+        ([REPEATED], True),
+        ([[7] * 8 + [2]], True),
+        ([EMPTY, END, REPEATED], True),
+        ([EMPTY, END, REPEATED, ANSWER], False),
+        ([[7] * 7 + [2]], False),
+        ([[7, 2]], False),
+    ],
+    ids=str,
+)
+def test_completions_that_say_nothing_stop_the_run(completions, stops, tmp_path, tokenizer):
+    settings = {"max_completion_length": 12, "max_steps": 1, "prompts_per_step": 4, "importance_sampling_mode": "none"}
+    trainer = make_trainer(tmp_path / "run", tokenizer, **settings)
+    use_sampler(trainer, Says(*completions))
+    if not stops:
+        trainer.train()
+        return
+    with pytest.raises(GuardError, match=r"step 1 \(general\): 4 of 4 completions .*positions 0, 1, 2, 3.*degenerate"):
+        trainer.train()
+    assert (tmp_path / "run" / "rejected" / "step-1-rank-0.json").is_file()
+    trainer = make_trainer(tmp_path / "off", tokenizer, guards={"degenerate": None}, **settings)
+    use_sampler(trainer, Says(*completions))
+    trainer.train()
+
+
+def test_share_of_completions_that_say_nothing_can_be_set(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, guards={"degenerate": 0.5}, max_completion_length=12)
+    use_sampler(trainer, Says(END, ANSWER))
+    with pytest.raises(GuardError, match="2 of 4 completions"):
+        trainer.train()
+
+
+@given(st.integers(0, 20), st.booleans(), st.booleans())
+def test_says_nothing_is_empty_or_one_token(length, truncated, repeats):
+    row = make_summary(length=length, truncated=truncated, repeats=repeats)
+    assert says_nothing(row) == (repeats or length == 0 or (length == 1 and not truncated))
+
+
+# --------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_truncation_of_all_completions_is_warned_of_once(tmp_path, tokenizer, warnings):
+    trainer = make_trainer(tmp_path / "run", tokenizer, max_completion_length=3)
+    use_sampler(trainer, Says([5, 6, 7]))
+    trainer.train()
+    (text,) = [text for text in warnings() if "truncated" in text]
+    assert text.startswith("step 1 (general): 4 of 4 completions are cut at max_completion_length")
+    trainer = make_trainer(tmp_path / "some", tokenizer, max_completion_length=3)
+    use_sampler(trainer, Says([5, 6, 7], [5, 6, 2]))
+    trainer.train()
+    assert len([text for text in warnings() if "truncated" in text]) == 1
+
+
+def test_gaps_of_exactly_0_are_warned_of_from_a_branchs_second_step_on(tmp_path, tokenizer, warnings):
+    class ByHand(BrokenTeacher):
+        def score(self, token_ids, prompt_lens, top_k=0):
+            return self.student.score(token_ids, prompt_lens, top_k)
+
+    def run(folder, teacher, **settings):
+        teachers = {"general": teacher, "domain": make_model(2)}
+        make_trainer(folder, tokenizer, teachers=teachers, schedule="general:1,domain:1", **settings).train()
+        return [text for text in warnings() if "zero_gap" in text]
+
+    # The general teacher is the student's start: 0 in its first step alone.
+    assert run(tmp_path / "start", make_model(1), max_steps=6) == []
+    (text,) = run(tmp_path / "same", make_model(1), learning_rate=0.0, max_steps=6)
+    assert text.startswith("step 3 (general): all gaps of branch 'general' are exactly 0")
+    found = run(tmp_path / "off", make_model(1), learning_rate=0.0, max_steps=6, guards={"zero_gap": None})
+    assert len(found) == 1
+
+
+class Rewrite(StepCallback):
+    """Writes over a metric of a step before the guards see it."""
+
+    def __init__(self, name, values):
+        self.name, self.values = name, values
+
+    def on_step_ready(self, step):
+        step.metrics[self.name] = self.values[step.number]
+
+
+def test_entropy_that_collapses_is_warned_of_once(tmp_path, tokenizer, warnings):
+    name = "rollout/general/entropy"
+    callbacks = [Rewrite(name, [2.0, 0.21, 0.19, 0.1])]
+    make_trainer(tmp_path, tokenizer, callbacks=callbacks, schedule="general:9,domain:1").train()
+    (text,) = [text for text in warnings() if "entropy" in text]
+    assert text.startswith("step 3 (general): the entropy of branch 'general' is 0.19 nats per token, 9.5% of")
+    make_trainer(tmp_path, tokenizer, callbacks=[Rewrite(name, [2.0, NAN, NAN, 0.0])], schedule="general:9,domain:1",
+                 guards={"entropy": None}).train()  # fmt: skip
+    assert len([text for text in warnings() if "entropy" in text]) == 1
+
+
+BAND = {"importance_sampling_low": 0.3, "importance_sampling_high": 3.5}  # around the noise of `FakeSampler`
+
+
+def test_tokens_outside_the_band_are_warned_of_once(tmp_path, tokenizer, warnings):
+    for nats, mode, count in ((0.0, "mask", 0), (-2.0, "none", 0), (-2.0, "mask", 1), (-2.0, "truncate", 2)):
+        settings = {"learning_rate": 1e-4, "importance_sampling_mode": mode, "prompts_per_step": 8, **BAND}
+        trainer = make_trainer(tmp_path, tokenizer, **settings)
+        use_sampler(trainer, Louder(nats))
+        trainer.train()
+        found = [text for text in warnings() if "outside_band" in text]
+        assert len(found) == count, (nats, mode)
+    assert "% of the tokens have an importance ratio outside" in found[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ healthy runs
+
+
+@pytest.mark.parametrize("engine", ["transformers", "sampler"])
+def test_guards_are_silent_on_a_healthy_run_and_cost_less_than_a_hundredth_of_it(
+    engine, tmp_path, tokenizer, warnings, monkeypatch
+):
+    spent = []
+
+    def timed(method):
+        def inside(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - start)
+
+        return inside
+
+    for name in ("on_step_ready", "on_loss_ready", "on_pre_optimizer_step", "on_step_closed"):
+        monkeypatch.setattr(Guards, name, timed(getattr(Guards, name)))
+    settings = {"max_steps": 8, "prompts_per_step": 8, "max_completion_length": 48, "learning_rate": 1e-4}
+    if engine == "sampler":
+        settings.update(BAND, guards={"truncated": None})  # none of its completions ends
+    trainer = make_trainer(tmp_path, tokenizer, **settings)
+    if engine == "sampler":
+        use_sampler(trainer, FakeSampler())
+    start = time.perf_counter()
+    trainer.train()
+    share = sum(spent) / (time.perf_counter() - start)
+    print(f"guards: {share:.4%} of a step of {(time.perf_counter() - start) / 8:.3f} s")
+    assert share < 0.01
+    assert warnings() == []
+    assert not (tmp_path / "rejected").exists()
+    assert {line["guard/skipped"] for line in lines(tmp_path)} == {0}
+
+
+# ----------------------------------------------------------------------------------------------- what is kept of it
+
+
+def test_rejected_batch_can_be_read_and_only_the_latest_are_kept(tmp_path, tokenizer):
+    folder = tmp_path / "rejected"
+    folder.mkdir()
+    for step in range(101, 125):
+        for suffix in ("safetensors", "json"):
+            path = folder / f"step-{step}-rank-0.{suffix}"
+            path.write_bytes(b"")
+            os.utime(path, (step, step))
+    (folder / "step-1-rank-1.safetensors").write_bytes(b"")  # of another rank
+    teachers = {"general": BrokenTeacher(NAN), "domain": make_model(1)}
+    trainer = make_trainer(tmp_path, tokenizer, teachers=teachers)
+    with pytest.raises(
+        CaMOPDError, match=r"step 1 \(general\): teacher 'general' .*non-finite[^\n]*\nThe batch is in"
+    ) as caught:
+        trainer.train()
+    assert not isinstance(caught.value, GuardError)
+    mine = sorted(path.name for path in folder.glob("*-rank-0.safetensors"))
+    assert len(mine) == 20 and "step-1-rank-0.safetensors" in mine and "step-106-rank-0.safetensors" in mine
+    assert {path.stem for path in folder.glob("*-rank-0.json")} == {Path(name).stem for name in mine}
+    assert (folder / "step-1-rank-1.safetensors").exists()
+    path = folder / "step-1-rank-0.safetensors"
+    rows = [{"branch": sample.branch, "position": sample.position} for sample in trainer.step.samples]
+    samples, _ = load_rollouts(path, rows)
+    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in trainer.step.samples]
+    assert load_file(path)["teacher_logps"].isnan().all()
+    assert "gaps" not in load_file(path)  # not there yet
+
+
+def test_rejected_batch_that_cannot_be_kept_hides_no_error(tmp_path, tokenizer):
+    (tmp_path / "rejected").write_text("a file")
+    teachers = {"general": BrokenTeacher(0.5), "domain": make_model(1)}
+    with pytest.raises(GuardError, match=r"log-prob above 0[\s\S]*could not be kept"):
+        make_trainer(tmp_path, tokenizer, teachers=teachers).train()
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def test_thresholds_are_merged_over_the_defaults_and_come_from_the_command_line(tmp_path):
+    defaults = {name: guard.default for name, guard in GUARDS.items()}
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    (args,) = TrlParser([CaMOPDConfig]).parse_args_and_config(words)
+    assert args.guards == defaults
+    (args,) = TrlParser([CaMOPDConfig]).parse_args_and_config([*words, "--guards", '{"log_prob": null, "entropy": 0}'])
+    assert args.guards == {**defaults, "log_prob": None, "entropy": 0}
+    assert CaMOPDConfig(**{**args.to_dict(), "hub_token": None}).guards == args.guards  # a copy
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"logprob": 1}, "no threshold 'logprob'. Did you mean 'log_prob'"),
+        ({7: 1}, "no threshold 7"),
+        ({"skipped_steps": 1.5}, r"guards\['skipped_steps'\] must be a whole number"),
+        ({"skipped_steps": True}, "got True"),
+        ({"degenerate": 0}, "above 0"),
+        ({"outside_band": 1.1}, "a share, 0 to 1"),
+        ({"entropy": math.nan}, "got nan"),
+        ({"log_prob": "0.1"}, "or null for none, got '0.1'"),
+        ({"zero_gap": -1}, "at least 1"),
+        ([1], "must be a mapping"),
+        ("{log_prob: 1}", "not valid JSON"),
+    ],
+)
+def test_thresholds_that_there_are_not_are_refused(given, message, make_config):
+    with pytest.raises(ValueError, match=message):
+        make_config(guards=given)
+
+
+# ----------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.slow
+def test_ranks_skip_and_stop_together(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, each in enumerate(found):
+        assert each["moved"] == [True, False, True]
+        assert (
+            "step 1 (general): teacher 'general' (broken) gave" in each["error"]
+            and "log-prob above 0" in each["error"]
+        )
+        assert (tmp_path / "skip" / "rejected" / f"step-2-rank-{rank}.safetensors").is_file()
+        assert (tmp_path / "stop" / "rejected" / f"step-1-rank-{rank}.safetensors").is_file()
+    assert found[0]["weights"] == found[1]["weights"]
+    assert [line["guard/skipped"] for line in lines(tmp_path / "skip")] == [0, 1, 0]
+
+
+def _on_two_processes(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    moves = Moves()
+    callbacks = [moves, *([BreakLosses({1})] if rank == 1 else [])]
+    settings = {"schedule": "general:9,domain:1", "max_steps": 3, "prompts_per_step": 8}
+    trainer = make_trainer(folder / "skip", make_tokenizer(), callbacks=callbacks, **settings)
+    trainer.train()
+    weights = [param.double().sum().item() for param in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+    found = {"moved": moves.found, "weights": weights}
+    teachers = {"general": BrokenTeacher(0.5 if rank == 1 else -1.0), "domain": make_model(1)}
+    try:
+        make_trainer(folder / "stop", make_tokenizer(), teachers=teachers, **settings).train()
+    except GuardError as error:
+        found["error"] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _on_two_processes(Path(sys.argv[1]))
