@@ -33,10 +33,10 @@ demo: install  ## Specialise a small real model and bring its general abilities 
 	$(BIN)/camopd demo $(ARGS)
 
 test: install  ## Run the tests that need no processes of their own and no server
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: install  ## Run the tests that start several processes or whole runs
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $(ARGS)
 
 test-faults: install  ## Kill runs, fill disks, and train for long with a bad teacher (ten minutes; as root for the disks)
 	$(BIN)/python tests/faults/kills.py

@@ -8,8 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-EXTENSIONS = tempfile.TemporaryDirectory()
 # Adam divides by a gradient that may be nothing but rounding; not with an epsilon as large as gradients are.
 LEARNING_RATE, ADAM_EPSILON, STEPS = 0.01, 0.01, 3
 WEIGHT = STEPS * (LEARNING_RATE * rounding(1) / ADAM_EPSILON + rounding(1, sums=1))  # gradients are clipped to 1
@@ -51,7 +50,27 @@ COMPARED = (
 )  # fmt: skip
 
 
-def launch(config: str, folder: Path, runs: dict[str, list[str]]) -> None:
+pytestmark = pytest.mark.xdist_group("launches")  # on one worker, where they share their launches
+
+
+@pytest.fixture(scope="module")
+def extensions(pytestconfig, tmp_path_factory):
+    """Where DeepSpeed compiles an extension, for a minute, or finds it as the tests before have left it.
+
+    The folder is this run's own: one that was killed while it compiled leaves a lock that others wait for, for ever.
+    """
+    folder = tmp_path_factory.mktemp("extensions")
+    kept = pytestconfig.cache.mkdir("torch_extensions") / f"{torch.__version__}-{version('deepspeed')}"
+    if kept.exists():
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    yield folder
+    if not kept.exists() and list(folder.glob("*/*.so")):
+        made = kept.with_name(f"{os.getpid()}")
+        shutil.copytree(folder, made, ignore=shutil.ignore_patterns("lock"))
+        made.rename(kept)
+
+
+def launch(config: str, folder: Path, extensions: Path, runs: dict[str, list[str]]) -> None:
     """Runs of train_tiny.py, one after the other in the same two processes, each in `folder`/NAME."""
     words = [
         "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "3", "--schedule",
@@ -70,8 +89,7 @@ def launch(config: str, folder: Path, runs: dict[str, list[str]]) -> None:
         "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        # DeepSpeed compiles an extension; a run that was killed while it did leaves a lock that others wait for, for ever.
-        "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
+        "TORCH_EXTENSIONS_DIR": str(extensions),
     }
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
@@ -87,7 +105,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+def launched(extensions, tmp_path_factory):
     """The runs of a launch file, in one launch: the folder that has them by name, or `data_parallel`'s."""
 
     @cache
@@ -96,16 +114,16 @@ def launched(tmp_path_factory):
         make_model(1).save_pretrained(folder / "student")
         make_tokenizer().save_pretrained(folder / "student")
         if config == "ddp":
-            launch("ddp", folder, {"full": FULL, "lora": LORA})
+            launch("ddp", folder, extensions, {"full": FULL, "lora": LORA})
             return folder
-        launch(config, folder, {**settings_of(config), **({} if config == "zero3" else {"bf16": BF16})})
+        launch(config, folder, extensions, {**settings_of(config), **({} if config == "zero3" else {"bf16": BF16})})
         return folder
 
     return launched
 
 
 @pytest.fixture(scope="module")
-def resumed(launched, tmp_path_factory):
+def resumed(launched, extensions, tmp_path_factory):
     """The same runs stopped after step 2, and resumed in processes of their own."""
 
     @cache
@@ -117,7 +135,7 @@ def resumed(launched, tmp_path_factory):
             left_out = shutil.ignore_patterns("checkpoint-3", "final")
             shutil.copytree(launched(config) / name, folder / name, ignore=left_out)
             runs[name] = [*runs[name], "--resume_from_checkpoint", str(folder / name / "checkpoint-2")]
-        launch(config, folder, runs)
+        launch(config, folder, extensions, runs)
         return folder
 
     return resumed
