@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from . import atomic
 from .best import history_of_model
 from .hub import is_hub_id, public_name
 from .schedule import Schedule
@@ -108,7 +109,7 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
         *_citations(PAPER["citation"]),
     ]
     path = out / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)).save(path)
+    atomic.write(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body))))
     return path
 
 
@@ -291,5 +292,5 @@ def _source(dataset: Any, branch: str, out: Path) -> tuple[str, str]:
     if not made_here:  # the README of something else
         return name, ""
     (out / DATA_CARDS).mkdir(exist_ok=True)
-    (out / DATA_CARDS / f"{branch}.md").write_text(text, encoding="utf-8")
+    atomic.write(out / DATA_CARDS / f"{branch}.md", text)
     return name, f"{DATA_CARDS}/{branch}.md"

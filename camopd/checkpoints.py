@@ -18,49 +18,23 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import manifest
+from . import manifest, record
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
-from .hub import explain_hub_error, hub_errors, is_hub_id, public_name
+from .hub import explain_hub_error, hub_errors, is_hub_id
 from .manifest import SAVING, clean_up, put_in_place, rotate, step_of
 from .optimizer import local
-from .prompts import fingerprint
 from .rollouts import load_rollouts, save_rollouts, set_rng_state
+from .record import RUN_RECORD
+from .run_folder import is_own
 from .samples import Sample
-from .schedule import Schedule
-from .settings import OLD_NAMES
 from .signals import StopAsked, interrupted
 from .step import Step
-from .teachers.base import Teacher
 
 
 logger = logging.getLogger(__name__)
 
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
-RUN_RECORD = "camopd.json"  # in every checkpoint
-_RECORDED = (
-    "prompts_per_step", "seed", "data_seed", "max_prompt_length", "max_completion_length", "learning_rate",
-    "importance_sampling_mode", "importance_sampling_low", "importance_sampling_high", "loss_prefix_tokens",
-    "optimizer_moments", "student_logps", "token_rule", "relaxed_mixture", "relaxed_entropy_share",
-    "relaxed_exploration_steps", "selectkd_reject_weight", "loss_normalization", "branch_weights",
-)  # fmt: skip
-
-
-def record_of(
-    args: CaMOPDConfig, schedule: Schedule, teachers: dict[str, Teacher], prompts: dict[str, Any]
-) -> dict[str, Any]:
-    """What a run must still be when it goes on, as it is written into every checkpoint."""
-    return {
-        "schedule": str(schedule),
-        "branches": list(schedule.branches),
-        # Without folders: a checkpoint may be published, and go on where the same model lies elsewhere.
-        "teachers": {branch: public_name(teacher.name) for branch, teacher in teachers.items()},
-        "prompts": {branch: fingerprint(dataset) for branch, dataset in prompts.items()},
-        **{name: args.per_branch(name) for name in ("mass_target", "scale", "score", "selection")},
-        # learning_rate, too: the optimizer state of a checkpoint would go on at its own
-        **{name: getattr(args, name) for name in _RECORDED},
-        "completion_lengths": args.completion_lengths and str(args.completion_lengths),
-    }
 
 
 class RunCheckpoints:
@@ -69,9 +43,9 @@ class RunCheckpoints:
     `staging` is the folder in which one is being made, see `manifest`.
     """
 
-    def __init__(self, args: CaMOPDConfig, record: dict[str, Any]):
-        """`record` as `record_of` makes it."""
-        self.args, self.record = args, record
+    def __init__(self, args: CaMOPDConfig, own: dict[str, Any]):
+        """`own` is the run's record, as `record_of` makes it."""
+        self.args, self.record = args, own
         self.latest: Path | None = None
         self.staging: Path | None = None
         self._under_way: tuple[Sequence[Sample] | None, int] | None = None  # of a step that the next save is to keep
@@ -84,7 +58,7 @@ class RunCheckpoints:
 
         `True` is the newest whole one in `output_dir`, and "auto" is that or, where there is none yet, a start.
         `unpickles` says that loading it unpickles it. Raises `ResumeError` when there is none, it is not whole, or it
-        belongs to a run with other settings, teachers, prompts or seed, before anything is loaded.
+        belongs to a run with other settings, student, teachers or prompts, before anything is loaded.
         """
         if self.args.local_process_index == 0:
             clean_up(Path(self.args.output_dir))
@@ -100,7 +74,7 @@ class RunCheckpoints:
             self._need_whole(checkpoint)
         if checkpoint is None:
             return None
-        self._check_record(checkpoint)
+        record.check(checkpoint, self.record)
         self._compare_processes(checkpoint)
         self.latest = self._resumed_from = checkpoint
         return str(checkpoint)
@@ -111,9 +85,11 @@ class RunCheckpoints:
         found = {step_of(path): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0}
         left_out: list[str] = []
         for step in sorted({step for steps in gather_object([list(found)]) for step in steps}, reverse=True):
-            fault = self._fault(self.folder(str(folder), step))
+            chosen = self.folder(str(folder), step)
+            fault = self._fault(chosen)
+            if fault is None and not all(gather_object([is_own(chosen)])):
+                fault = "it is of another run"
             if fault is None:
-                chosen = self.folder(str(folder), step)
                 logger.info("going on from %s%s", chosen, "".join(f"; {text}" for text in left_out))
                 return chosen
             left_out.append(f"{PREFIX_CHECKPOINT_DIR}-{step} is left out: {fault}")
@@ -190,24 +166,6 @@ class RunCheckpoints:
                 "To start from its weights, pass it as `model`."
             )
         return str(Path(folder) / HUB_CHECKPOINT)
-
-    def _check_record(self, checkpoint: Path) -> None:
-        path = checkpoint / RUN_RECORD
-        then = {
-            OLD_NAMES.get(name, name): value for name, value in json.loads(path.read_text(encoding="utf-8")).items()
-        }
-        differences = [
-            f"  {name}: {then.get(name)!r} then, {now!r} now"
-            for name, now in self.record.items()
-            if then.get(name) != now
-        ]
-        if differences:
-            raise ResumeError(
-                f"{str(checkpoint)!r} belongs to another run:\n"
-                + "\n".join(differences)
-                + "\nRestore these settings to go "
-                "on, or pass the checkpoint as `model` to start a new run from its weights."
-            )
 
     # --------------------------------------------------------------------------------------------------------- saving
 

@@ -138,6 +138,12 @@ class CaMOPDConfig(DistillationConfig):
             Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
             checkpoint and training stops.
 
+        > Parameters of the run's folder
+
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a new run may begin in an `output_dir` with the files of another one, which is refused otherwise: its
+            checkpoints and `rejected/` go, its `metrics.jsonl` is renamed. To go on, `resume_from_checkpoint="auto"`.
+
         > Old names of settings, accepted with a warning for one release
 
         gap_student (`str`, *optional*):
@@ -323,6 +329,12 @@ class CaMOPDConfig(DistillationConfig):
         metadata={"help": "Seconds to wait when every replica of a teacher is gone, before training stops."},
     )
 
+    # Parameters of the run's folder
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove the checkpoints of an earlier run in output_dir, which is refused otherwise."},
+    )
+
     # Old names, for one release
     gap_student: str | None = field(default=None, metadata={"help": "Old name of student_logps."})
     exchange: bool | None = field(default=None, metadata={"help": "Old name of rebalance."})
@@ -345,8 +357,9 @@ class CaMOPDConfig(DistillationConfig):
             self.gradient_accumulation_steps = None
             method_rules.derive_accumulation(self, self.world_size)
 
-        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # on the command line
-            self.resume_from_checkpoint: Any = str(self.resume_from_checkpoint).lower() == "true"
+        words = {"true": True, "false": False, "auto": "auto"}  # on the command line
+        given: Any = self.resume_from_checkpoint
+        self.resume_from_checkpoint: Any = words.get(str(given).lower(), given)
         if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_max_model_length is None:
             # Else vLLM wants room for the longest sequence that the model can take.
             self.vllm_max_model_length = self.max_prompt_length + longest

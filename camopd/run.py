@@ -183,7 +183,14 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
         metavar="YAML",
         help="settings that win over the run's, as those of configs/methods/vanilla_mopd.yaml",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|CHECKPOINT",
+        help="as --resume_from_checkpoint; `auto` goes on with the run in output_dir, or starts it",
+    )
     options, overrides = parser.parse_known_args(config_first(argv))
+    if options.resume is not None:
+        overrides += ["--resume_from_checkpoint", options.resume]
     if options.method is not None:
         overrides = as_words(_read(options.method)) + overrides
     return options.config, overrides

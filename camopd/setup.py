@@ -64,6 +64,7 @@ class Run:
     adapters: dict[int, torch.Tensor]  # weights that TRL would cast to 16 bits
     student_name: str  # empty where the model was passed as an object
     max_tokens: int  # of a prompt and its completion
+    adapter_loaded: bool  # whether the student's adapter is a saved one
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -124,14 +125,15 @@ def prepare(
             "at True with use_vllm=True."
         )
     student_name = model if isinstance(model, str) else ""
-    if student_name and has_adapter(student_name) and peft_config is None:
+    adapter_loaded = bool(student_name) and has_adapter(student_name) and peft_config is None
+    if adapter_loaded:
         model = _load_adapter(student_name, args, quantization_config)
         quantization_config = None
     if "adapter_start" in [spec for spec in specs.values() if isinstance(spec, str)]:
         _keep_start(model, args)
     return Run(
         model, quantization_config, schedule, streams, dataset, held, specs, quantised_adapters(model), student_name,
-        max_tokens,
+        max_tokens, adapter_loaded,
     )  # fmt: skip
 
 
@@ -251,7 +253,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
         run.student_name, gather_object,
     )  # fmt: skip
     yield StepEnd(trainer.end_step)
-    yield MetricsFile()  # after `StepEnd`, in which all of them measure
+    yield MetricsFile(gather_object)  # after `StepEnd`, in which all of them measure
 
 
 def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:

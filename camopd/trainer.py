@@ -30,7 +30,7 @@ from trl import DistillationTrainer
 from . import setup
 from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
-from .checkpoints import RunCheckpoints, check_finite, record_of
+from .checkpoints import RunCheckpoints, check_finite
 from .config import CaMOPDConfig
 from .evaluation import HeldOutResults, by_prefix, check_name
 from .forward import Forward
@@ -38,8 +38,10 @@ from .hub import CheckpointPushes
 from .objective import distillation_loss, importance_weights, token_gaps
 from .optimizer import kind_and_settings
 from .prompts import StepDataset, one_item_per_micro_step
+from .record import record_of
 from .rejected import kept
 from .rollouts import TRLEngine, rng_state
+from .run_folder import RunFolder
 from .samples import MicroBatch, Sample
 from .scoring import Scorer
 from .selection import Branch, select_samples
@@ -142,7 +144,9 @@ class CaMOPDTrainer(DistillationTrainer):
         self.rule = TOKEN_RULES[args.token_rule](args)
         self.scorer = Scorer(self.student, self.teachers, self._tokenizer.eos_token_id, gather_object, args.guards)
         self.batcher = Batcher(args, self.student, self._tokenizer.eos_token_id, gather_object)
-        self.checkpoints = RunCheckpoints(args, record_of(args, self.schedule, self.teachers, run.prompts))
+        facts = args, self.schedule, self.teachers, run.prompts, student, run.student_name, run.adapter_loaded
+        self.checkpoints = RunCheckpoints(args, record_of(*facts, optimizers))
+        self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.stops = StopRequests(gather_object, self.is_world_process_zero())
         self.step: Any = None  # the `Step` under way, or the last one
@@ -396,16 +400,19 @@ class CaMOPDTrainer(DistillationTrainer):
     @watching()
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, and `resume_from_checkpoint` may be the id of a model of the Hub to which a run with
-        `hub_strategy="checkpoint"` has sent its last one.
+        `hub_strategy="checkpoint"` has sent its last one, or "auto": the newest one in `output_dir`, or a start.
 
-        Raises `ResumeError` when the checkpoint belongs to a run with another schedule, other teachers, prompts, seed or
-        settings of the method, before anything is loaded.
+        Raises `ResumeError` when the checkpoint belongs to a run with other settings, student, teachers or prompts, and
+        `CaMOPDError` when `output_dir` has the files of another run or one trains in it, before anything is loaded.
         """
         self.step = None
-        checkpoint = self.checkpoints.find(resume_from_checkpoint, self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        with self.stops.listening():
-            output = super().train(checkpoint, *args, **kwargs)
-        self.pushes.finish()
+        given, overwrite, student = resume_from_checkpoint, self.args.overwrite_output_dir, self.run.student_name
+        with self.run_folder.locked():
+            checkpoint = self.checkpoints.find(given, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            self.checkpoints.record["run_id"] = self.run_folder.begin(checkpoint, given, overwrite, student)
+            with self.stops.listening():
+                output = super().train(checkpoint, *args, **kwargs)
+            self.pushes.finish()
         return output
 
     @phase("save")

@@ -240,6 +240,15 @@ def test_default_command_trains_with_the_common_settings(write):
     read = read_settings("one.yaml", words[5:])
     assert read == {**ONE, **common, "seed": 1, "output_dir": "the out/one/seed-1", "resume_from_checkpoint": True}
     assert "--resume_from_checkpoint" not in sweep.words(sweep.runs[1], resume=False)
+    assert sweep.words(sweep.runs[1], resume="auto")[-2:] == ["--resume_from_checkpoint", "auto"]
+
+
+def test_run_that_was_stopped_before_its_first_checkpoint_starts_in_its_used_folder(write):
+    write({"one": ONE}, seeds=[0], command=f"{COMMAND} {{resume}}")
+    Path("out/one/seed-0").mkdir(parents=True)
+    Path("out/one/seed-0/metrics.jsonl").write_text("")
+    assert exit_code("sweep.yaml") == 0
+    assert order() == ["one 0 --resume_from_checkpoint auto"]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,21 @@ def test_train_goes_on_from_a_checkpoint(run, tmp_path, where):
     assert not (out / "metrics-1.jsonl").exists()  # where a run from the beginning would have put the first one's
 
 
+def test_train_refuses_a_used_folder_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr("camopd.files.load_all", None)
+        cli.main(["train", run])
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has the files of another run: metrics.jsonl. Go on with that run by `--resume auto`" in said
+    cli.main(["train", run, "--resume", "auto"])
+    assert [step["step"] for step in steps(tmp_path / "out")] == [1, 2]
+    cli.main(["train", run, "--overwrite_output_dir", "true", "--max_steps", "1"])
+    assert not (tmp_path / "out" / "checkpoint-2").exists() and (tmp_path / "out" / "checkpoint-1").exists()
+
+
 def test_train_asks_the_teachers_that_camopd_serve_has_started(run, tmp_path, start_server, models):
     server = start_server(name="served-general", root=str(models / "general"))
     (tmp_path / "out").mkdir()

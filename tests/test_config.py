@@ -33,6 +33,7 @@ OTHER_VALUES = {
     "split_special_tokens": (True, "true"),
     "trust_checkpoint": (True, "true"),
     "teacher_timeout": (60.0, "60"),
+    "overwrite_output_dir": (True, "true"),
     "rebalance": (False, "false"),
     "teachers": (
         {"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"},

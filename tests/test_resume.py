@@ -88,8 +88,31 @@ def test_resume_with_a_dealer_that_forgets_the_step_is_caught_by_its_branch(
             {"train_dataset": {name: make_prompts(name, 5) for name in ("general", "domain")}},
             r"prompts: .*11 rows.*5 rows",
         ),
+        ({"model": make_model(3)}, r"student: .* then, .* now"),
+        ({"max_grad_norm": 0.5}, r"max_grad_norm: 1.0 then, 0.5 now"),
+        ({"optim": "sgd"}, r"optim: 'adamw_torch_fused' then, 'sgd' now"),
+        ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type: 'constant' then, 'linear' now"),
+        ({"per_device_train_batch_size": 4}, r"per_device_train_batch_size: 2 then, 4 now"),
+        (
+            {"weight_decay": 0.1, "adam_beta2": 0.9},
+            r"weight_decay: 0.0 then, 0.1 now\n  adam_beta2: 0.999 then, 0.9 now",
+        ),
     ],
-    ids=["schedule", "seed", "prompts_per_step", "scale", "mass_target", "learning_rate", "prompts"],
+    ids=[
+        "schedule",
+        "seed",
+        "prompts_per_step",
+        "scale",
+        "mass_target",
+        "learning_rate",
+        "prompts",
+        "student",
+        "clipping",
+        "optim",
+        "lr_scheduler_type",
+        "batch size",
+        "weight decay",
+    ],
 )
 def test_resume_of_another_run_is_refused(kwargs, message, undisturbed, tmp_path, tokenizer):
     folder, _, _ = undisturbed
@@ -216,7 +239,7 @@ def test_resume_does_not_use_rollouts_that_another_run_has_left(as_checkpoint, s
     assert list((tmp_path / "two" / "checkpoint-2").glob("rollouts-*"))
     again = start_server(port=server.port)
     expected, _ = train_with(again, tmp_path / "one", tokenizer, **kwargs)
-    found, generated = train_with(again, tmp_path / "two", tokenizer, **kwargs)  # writes the same checkpoints again
+    found, generated = train_with(again, tmp_path / "two", tokenizer, overwrite_output_dir=True, **kwargs)
     if as_checkpoint:
         checkpoint = str(tmp_path / "two" / "checkpoint-2")
         found, generated = train_with(again, tmp_path / "two", tokenizer, resume=checkpoint, **kwargs)

@@ -160,6 +160,24 @@ def test_resume_from_checkpoint_true_is_no_path(write, settings, place):
     assert parse(write(settings), overrides)[2].resume_from_checkpoint is True
 
 
+@pytest.mark.parametrize("place", ["file", "command line", "short"])
+def test_resume_from_checkpoint_auto_is_a_word(write, settings, place):
+    if place == "file":
+        settings["resume_from_checkpoint"] = "auto"
+    words = {"file": [], "command line": ["--resume_from_checkpoint=Auto"], "short": ["--resume", "auto"]}[place]
+    config, overrides = config_and_overrides("camopd train", [write(settings), *words])
+    assert parse(config, overrides)[2].resume_from_checkpoint == "auto"
+
+
+def test_resume_takes_a_checkpoint_and_wins_over_the_file(write, settings):
+    settings["resume_from_checkpoint"] = True
+    config, overrides = config_and_overrides(
+        "camopd train", [write(settings), "--resume=out/checkpoint-3", "--seed", "1"]
+    )
+    assert parse(config, overrides)[2].resume_from_checkpoint == "out/checkpoint-3"
+    assert read_settings(config, overrides)["resume_from_checkpoint"] == "out/checkpoint-3"
+
+
 # --- teachers ----------------------------------------------------------------------------------------------------
 
 

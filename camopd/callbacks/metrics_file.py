@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import atomic
+from ..errors import CaMOPDError
+from ..run_folder import METRICS, set_aside
 from ..step import Step, StepCallback
+
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsFile(StepCallback):
     """Appends one line per optimizer step to `output_dir/metrics.jsonl`, on the first process.
 
     A resumed run drops the lines after its checkpoint, which it is about to write again. A new run in a folder that has
-    such a file renames it to `metrics-1.jsonl`, `metrics-2.jsonl`, ... first.
+    such a file renames it to `metrics-1.jsonl`, `metrics-2.jsonl`, ... first. Where the file cannot be written, all ranks
+    raise `CaMOPDError`, and what was in it is as it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gather: Callable[[list[Any]], list[Any]]) -> None:
+        """`gather`: of a list over all ranks."""
+        self._gather = gather
         self._path: Path | None = None  # of the first process
         self._step: Step | None = None  # that is closed and not written
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make room for the run's own lines."""
-        if not state.is_world_process_zero:
-            return
-        path = self._path = Path(args.output_dir) / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        if state.global_step == 0:
-            number = 1
-            while path.with_name(f"metrics-{number}.jsonl").exists():
-                number += 1
-            path.rename(path.with_name(f"metrics-{number}.jsonl"))
-            return
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= state.global_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._path = Path(args.output_dir) / METRICS if state.is_world_process_zero else None
+        self._on_first(lambda path: _make_room(path, state.global_step))
 
     def on_step_closed(self, step: Step) -> None:
         """Wait until all callbacks have been told, those that come after this one, too."""
@@ -45,19 +47,80 @@ class MetricsFile(StepCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the line of the step; what is not finite is null."""
         step, self._step = self._step, None
-        if self._path is None or step is None:
+        if step is None:
             return
         record = {"step": step.number + 1, **step.metrics}
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        self._on_first(lambda path: _append(path, f"{json.dumps(finite)}\n".encode()))
+
+    def _on_first(self, work: Callable[[Path], None]) -> None:
+        """`work` on the first process; where it fails, all raise, so that none waits for the others."""
+        failure = None
+        if self._path is not None:
+            try:
+                work(self._path)
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                failure = (
+                    f"{str(self._path)!r} cannot be written: {error.strerror or error}. "
+                    + (
+                        f"The disk or quota of {str(self._path.parent)!r} is full: free some, "
+                        if full
+                        else "Repair it, "
+                    )
+                    + "and go on from the last checkpoint by `--resume auto` (resume_from_checkpoint='auto'). The lines "
+                    "before are as they were."
+                )
+        for text in self._gather([failure]):
+            if text:
+                raise CaMOPDError(text)
 
 
-def _step_of(line: str) -> float:
+def _make_room(path: Path, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    if step == 0:
+        set_aside(path)
+        return
+    kept, strange = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        found = _step_of(line)
+        if found is None and line.strip() and number < len(lines):  # the last one was cut short; its step comes again
+            strange.append(f"line {number} ({line[:60]!r})")
+        elif found is not None and found <= step:
+            kept.append(line + b"\n")
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        logger.warning(
+            "%s: %s%s, not a JSON object with a number `step`, left out", path, ", ".join(strange[:3]), more
+        )
+    atomic.write(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float | None:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # a line cut short by a crash; its step will be written again
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError: also of UTF-8
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    if not isinstance(step, (int, float)) or isinstance(step, bool) or step != step or abs(step) == math.inf:
+        return None
+    return step
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a whole line, or nothing: half of one would be read as a step. Raises `OSError`."""
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            while line:  # of a full disk the first write may take a part, and the second says why
+                line = line[file.write(line) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise

@@ -28,6 +28,7 @@ import trl
 from rich.table import Table
 from transformers import set_seed
 
+from .. import atomic
 from ..demo_data import BRANCHES, write_prompts
 from ..errors import CaMOPDError
 from ..report import page
@@ -79,7 +80,7 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     result = results[0]
     if len(results) > 1:
         result = {**result, "seeds": results}
-    (output_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    atomic.write(output_dir / "result.json", json.dumps(result, indent=2) + "\n")
     _print_result(results)
     paths = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" / "metrics.jsonl" for run in runs}
     for line in page.write_report(paths, output_dir, "camopd demo", *_blocks(results)):
@@ -96,7 +97,7 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
         _remove_own(folder)
         console.print(f"Settings, code or libraries changed since {folder} was made: starting over.")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "key").write_text(key, encoding="utf-8")
+    atomic.write(folder / "key", key)
     set_seed(settings.seed)
 
     models = {
@@ -131,7 +132,7 @@ def _stage(folder: Path, name: str, run: Callable[[], Any], made: Path | None = 
     if not done:
         started = time.perf_counter()
         kept[name] = {"result": run(), "seconds": time.perf_counter() - started}
-        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        atomic.write(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     return kept[name]["result"]
 
 

@@ -117,7 +117,6 @@ def specialise(models: dict[str, Path], settings: DemoSettings) -> None:
 
 def recover(models: dict[str, Path], run: Path, settings: DemoSettings) -> None:
     """CaMOPD, into the folder of the recovered model. Ctrl-C leaves a checkpoint that the next call goes on from."""
-    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
     with _progress() as progress:
         trainer = make_trainer("specialised", models, run, settings)
         _replace_progress(
@@ -134,7 +133,7 @@ def recover(models: dict[str, Path], run: Path, settings: DemoSettings) -> None:
         stop = _StopOnCtrlC()
         trainer.add_callback(stop)
         with stop:
-            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+            trainer.train(resume_from_checkpoint="auto")
     if stop.asked:
         console.print(
             f"\nCheckpoint of step {trainer.state.global_step} of {settings.steps} is in {run}. Run the same command again "

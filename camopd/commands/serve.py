@@ -25,6 +25,7 @@ from threading import Thread
 
 import httpx
 
+from .. import atomic
 from ..errors import CaMOPDError, TeacherError
 from ..run import SERVED_TEACHERS, check_names, config_first, longest_sequence, named_teachers, read_settings
 from ..schedule import Schedule
@@ -286,9 +287,7 @@ def _run(servers: Sequence[Running], served: Path) -> None:
                     break
                 running.start()
             if _wait_until_up(servers, signals):
-                temporary = served.with_name(f"{served.name}.{os.getpid()}")
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, served)
+                atomic.write(served, text)
                 for branch, addresses in urls.items():
                     _say(f"{branch}: {' '.join(addresses)}")
                 _say(f"all teachers are up, see {served}. Ctrl-C stops them.")

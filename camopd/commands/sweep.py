@@ -31,6 +31,7 @@ from typing import Any
 
 import pandas as pd
 
+from .. import atomic
 from ..errors import CaMOPDError
 from ..report.charts import draw_bars, png
 from ..report.page import table as markdown_table
@@ -71,11 +72,11 @@ class Sweep:
     columns: tuple[str, ...]
     output_dir: Path
 
-    def words(self, run: Run, resume: bool) -> list[str]:
-        """The command of a run, as the words that start it."""
+    def words(self, run: Run, resume: bool | str) -> list[str]:
+        """The command of a run, as the words that start it; `resume` is a value of `resume_from_checkpoint`."""
         several = {
             "{set}": as_words(self.settings),
-            "{resume}": ["--resume_from_checkpoint", "true"] if resume else [],
+            "{resume}": ["--resume_from_checkpoint", "true" if resume is True else resume] if resume else [],
         }
         single = {
             "{python}": sys.executable, "{config}": run.config, "{seed}": str(run.seed), "{output_dir}": str(run.folder),
@@ -256,10 +257,13 @@ def _made_by(sweep: Sweep, run: Run) -> dict[str, str]:
 def _do(sweep: Sweep, run: Run, label: str) -> bool:
     """Start a run, or go on with it from its last checkpoint, and wait for its end. Returns whether it ended well."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    resume = any(run.folder.glob("checkpoint-*")) and "{resume}" in sweep.command
+    resume: bool | str = any(run.folder.glob("checkpoint-*"))
+    if not resume and (run.folder / "metrics.jsonl").exists():  # stopped before its first checkpoint
+        resume = "auto"
+    resume = "{resume}" in sweep.command and resume
     words, log = sweep.words(run, resume), run.folder / LOG
     made_by = _made_by(sweep, run)  # of the config that is read now, not of one that is edited meanwhile
-    print(f"{label}: {'going on from its checkpoint' if resume else 'started'}, log in {log}", flush=True)
+    print(f"{label}: {'going on from its checkpoint' if resume is True else 'started'}, log in {log}", flush=True)
     started = time.monotonic()
     with open(log, "ab") as file, processes.noted_signals() as signals:
         file.write(f"$ {shlex.join(words)}\n".encode())
@@ -279,7 +283,7 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
     seconds = time.monotonic() - started
     if child.returncode == 0:
         text = json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n"
-        (run.folder / MARK).write_text(text, encoding="utf-8")
+        atomic.write(run.folder / MARK, text)
         print(f"{label}: done in {seconds:.0f} s", flush=True)
         return True
     how = processes.how_it_ended(child.returncode)
@@ -345,8 +349,8 @@ def _write_results(sweep: Sweep) -> None:
         print("No run has ended well; there is no table.")
         return
     means = table(sweep, frame)
-    frame.to_csv(sweep.output_dir / "runs.csv", index=False)
-    means.to_csv(sweep.output_dir / "results.csv", index=False)
+    atomic.write(sweep.output_dir / "runs.csv", frame.to_csv(index=False))
+    atomic.write(sweep.output_dir / "results.csv", means.to_csv(index=False))
     columns = list(frame.columns[2:])
     lines = [["config", "seeds", *columns]]
     for row in means.to_dict("records"):
@@ -365,9 +369,9 @@ def _write_results(sweep: Sweep) -> None:
         if frame[column].notna().any()
     }
     if bars:
-        (sweep.output_dir / "results.png").write_bytes(png(draw_bars(bars)))
+        atomic.write(sweep.output_dir / "results.png", png(draw_bars(bars)))
         image = "\n![Mean and standard deviation over seeds](results.png)\n"
-    (sweep.output_dir / "results.md").write_text(f"{head}\n\n{text}\n{image}", encoding="utf-8")
+    atomic.write(sweep.output_dir / "results.md", f"{head}\n\n{text}\n{image}")
     print(
         f"\n{text}\n\n{head}\nTable, runs and figure: {sweep.output_dir}/results.md, results.csv, runs.csv, results.png"
     )

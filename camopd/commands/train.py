@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TeacherError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] | None = None) -> None:
-    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`.
+    """Train as a YAML file says, with `--name value` overrides; goes on from `--resume_from_checkpoint`, or `--resume`.
 
     `to_prompt` makes a prompt of a row of a branch, as in [`camopd.files.load_prompts`]. Raises `ValueError` for settings
     that cannot be, `TeacherError` for a server that does not answer.
@@ -59,9 +60,14 @@ def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToP
     from trl import get_peft_config, get_quantization_config
 
     from ..files import load_all
+    from ..run_folder import need_unused
     from ..trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
+    if not args.resume_from_checkpoint:
+        need_unused(
+            Path(args.output_dir), args.overwrite_output_dir
+        )  # the trainer would say it after models are loaded
     need_prompts(prompts, args)
     warn_of_unused(prompts, args)
     for branch, teacher in teachers.items():

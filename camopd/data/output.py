@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 import yaml
 
+from .. import atomic
 from ..errors import DataError
 from ..hub import explain_hub_error, hub_errors
 from ..version import __version__
@@ -35,7 +36,7 @@ class Build:
 
     def save(self, part: str, state: dict[str, Any]) -> None:
         """Save the state of a part in place of the one before, in one step."""
-        _replace(self.kept / f"{part}.json", orjson.dumps(state))
+        atomic.write(self.kept / f"{part}.json", orjson.dumps(state))
 
 
 @contextmanager
@@ -190,10 +191,3 @@ def push(folder: Path, repo: str) -> str:
             f"Then send it: hf upload {repo} {folder} --repo-type dataset"
         ) from error
     return str(url)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: a reader finds the old one or the new one."""
-    beside = path.with_suffix(".new")
-    beside.write_bytes(content)
-    os.replace(beside, path)

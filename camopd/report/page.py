@@ -13,6 +13,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
+from .. import atomic
 from ..errors import CaMOPDError
 from .charts import SMOOTH_FROM, draw_all, png
 from .read import read_run
@@ -69,7 +70,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}
     for name, image in images.items():
-        (out / name).write_bytes(image)
+        atomic.write(out / name, image)
 
     blocks = [f"# {title}", *before, "## Which of my branches is hurting?", *_answers(signs)]
     blocks += [f"**Note.** `{name}`: {note}" for name, (_, note) in read.items() if note]
@@ -90,8 +91,8 @@ def write_report(
             blocks += [f"### `{name}`", found[0].text, _numbers(found)]
     rows = [[f"`{name}`", str(len(frame)), f"`{paths[name]}`"] for name, frame in runs.items()]
     blocks += ["## Runs", table([["run", "optimizer steps", "metrics"], *rows]), *after]
-    (out / "report.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(to_html(title, blocks, images), encoding="utf-8")
+    atomic.write(out / "report.md", "\n\n".join(blocks) + "\n")
+    atomic.write(out / "report.html", to_html(title, blocks, images))
     lead = {name: found[0].text.replace("**", "").replace("`", "") for name, found in signs.items()}
     return [text if len(runs) == 1 else f"{name}: {text}" for name, text in lead.items()]
 

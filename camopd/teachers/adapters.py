@@ -145,24 +145,28 @@ def _changes_of_base(config: Any) -> str | None:
     return None
 
 
-def trained_base_weights(model: Any) -> list[str]:
-    """Names of the weights of a `PeftModel` that are trained and still stand there when its adapters are switched off."""
+def base_weights(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights of a `PeftModel` that still stand there when its adapters are switched off, by the names of the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    def of_base(module: nn.Module, name: str) -> Iterator[str]:
+    def of_base(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         if isinstance(module, BaseTunerLayer):
             yield from of_base(module.get_base_layer(), name)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield from of_base(module.original_module, name)
         else:
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield f"{name}.{own}".lstrip(".")
+                yield f"{name}.{own}".lstrip("."), parameter
             for child_name, child in module.named_children():
                 yield from of_base(child, f"{name}.{child_name}")
 
-    return list(of_base(model.get_base_model(), ""))
+    return of_base(model.get_base_model(), "")
+
+
+def trained_base_weights(model: Any) -> list[str]:
+    """Names of the weights of a `PeftModel` that are trained and still stand there when its adapters are switched off."""
+    return [name for name, parameter in base_weights(model) if parameter.requires_grad]
 
 
 class AdapterTeacher:

@@ -1,0 +1,277 @@
+"""One run, one folder: what is there of another run is neither taken, mixed in nor lost."""
+
+import json
+import os
+
+import pytest
+from conftest import make_model
+from trainers import lines, make_trainer
+from transformers import TrainerCallback
+
+from camopd.errors import CaMOPDError, ResumeError
+from camopd.folder_lock import LOCK_FILE
+from camopd.run_folder import RUN_FILE, RunFolder, is_own, need_unused, run_id_of
+
+
+def make_checkpoint(folder, step=2, run_id=None):
+    """A folder that is named like a checkpoint, with the record of a run."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "camopd.json").write_text(json.dumps({"seed": 42, **({"run_id": run_id} if run_id else {})}))
+    return path
+
+
+def use(folder, run_id="one"):
+    """A folder as a run leaves it."""
+    make_checkpoint(folder, 2, run_id)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "rejected").mkdir()
+    (folder / "model.safetensors").write_text("weights")
+    (folder / RUN_FILE).write_text(json.dumps({"run_id": run_id}))
+    return folder
+
+
+def begin(folder, checkpoint=None, given=None, overwrite=False, student=""):
+    return RunFolder(folder).begin(checkpoint, given, overwrite, student)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rules
+
+
+def test_new_folder_is_that_of_a_new_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("of the user")
+    ids = {begin(tmp_path / name) for name in "ab" if (tmp_path / name).mkdir() is None} | {begin(tmp_path)}
+    assert len(ids) == 3 and all(len(each) == 32 for each in ids)
+    assert run_id_of(tmp_path) in ids
+
+
+@pytest.mark.parametrize("left", ["checkpoint-2", "metrics.jsonl"])
+def test_used_folder_is_refused_with_the_choice(left, tmp_path):
+    (tmp_path / left).mkdir() if left.startswith("c") else (tmp_path / left).write_text("")
+    with pytest.raises(
+        CaMOPDError,
+        match=rf"has the files of another run: {left}. Go on with that run by `--resume auto` .*'auto'\), give this one "
+        "another output_dir, or set overwrite_output_dir=True, which removes its checkpoints and renames",
+    ):
+        begin(tmp_path)
+    assert (tmp_path / left).exists() and not (tmp_path / RUN_FILE).exists()
+
+
+def test_used_folder_may_be_overwritten(tmp_path):
+    use(tmp_path)
+    assert begin(tmp_path, overwrite=True) == run_id_of(tmp_path) != "one"
+    assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics.jsonl", "model.safetensors"]  # the callback renames it
+
+
+def test_student_in_the_folder_is_not_overwritten(tmp_path):
+    use(tmp_path)
+    with pytest.raises(
+        CaMOPDError, match=r"would remove the student itself, '.*checkpoint-2'. Give another output_dir"
+    ):
+        begin(tmp_path, overwrite=True, student=str(tmp_path / "checkpoint-2"))
+    assert (tmp_path / "checkpoint-2").is_dir() and run_id_of(tmp_path) == "one"
+
+
+@pytest.mark.parametrize("given", [True, "auto", "path"])
+def test_what_is_gone_on_with_is_not_overwritten(given, tmp_path):
+    checkpoint = use(tmp_path) / "checkpoint-2"
+    with pytest.raises(
+        ResumeError, match=r"goes on with the run in .*, and overwrite_output_dir=True removes it. Leave"
+    ):
+        begin(tmp_path, checkpoint, str(checkpoint) if given == "path" else given, overwrite=True)
+    assert checkpoint.is_dir()
+
+
+def test_auto_starts_where_a_run_was_killed_before_its_first_checkpoint(tmp_path):
+    use(tmp_path)
+    os.remove(tmp_path / "checkpoint-2" / "camopd.json")
+    os.rmdir(tmp_path / "checkpoint-2")
+    assert begin(tmp_path, given="auto") == run_id_of(tmp_path) != "one"
+
+
+def test_auto_does_not_start_beside_the_checkpoints_of_another_run(tmp_path):
+    use(tmp_path)
+    (tmp_path / RUN_FILE).write_text('{"run_id": "two"}')
+    with pytest.raises(CaMOPDError, match=r"has the files of another run: checkpoint-2, metrics\.jsonl"):
+        begin(tmp_path, given="auto")
+
+
+def test_run_that_goes_on_keeps_its_id(tmp_path):
+    checkpoint = use(tmp_path) / "checkpoint-2"
+    assert begin(tmp_path, checkpoint, True) == "one"
+    os.remove(tmp_path / RUN_FILE)
+    assert begin(tmp_path, str(checkpoint), str(checkpoint)) == "one" == run_id_of(tmp_path)
+
+
+def test_run_of_an_older_version_goes_on_with_an_id_of_the_folder(tmp_path):
+    checkpoint = make_checkpoint(tmp_path)
+    run_id = begin(tmp_path, checkpoint, True)
+    assert begin(tmp_path, checkpoint, True) == run_id == run_id_of(tmp_path)
+    assert is_own(checkpoint)
+
+
+def test_checkpoint_from_elsewhere_begins_with_its_runs_id_in_an_empty_folder(tmp_path):
+    checkpoint, here = use(tmp_path / "there") / "checkpoint-2", tmp_path / "here"
+    here.mkdir()
+    assert begin(here, checkpoint, str(checkpoint)) == "one" == run_id_of(here)
+    (here / "metrics.jsonl").write_text("")
+    assert begin(here, checkpoint, str(checkpoint)) == "one"  # killed, and the same command again
+
+
+def test_checkpoint_from_elsewhere_is_not_mixed_with_another_run(tmp_path):
+    checkpoint, here = use(tmp_path / "there") / "checkpoint-2", use(tmp_path / "here", "two")
+    with pytest.raises(CaMOPDError, match="has the files of another run"):
+        begin(here, checkpoint, str(checkpoint))
+    assert begin(here, checkpoint, str(checkpoint), overwrite=True) == "one"
+    assert sorted(os.listdir(here)) == [RUN_FILE, "metrics-1.jsonl", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("of_checkpoint", "of_folder", "expected"),
+    [("one", "one", True), ("one", "two", False), (None, "two", True), ("one", None, True), (None, None, True)],
+)
+def test_checkpoint_is_own_unless_it_says_otherwise(of_checkpoint, of_folder, expected, tmp_path):
+    checkpoint = make_checkpoint(tmp_path, run_id=of_checkpoint)
+    if of_folder:
+        (tmp_path / RUN_FILE).write_text(json.dumps({"run_id": of_folder}))
+    assert is_own(checkpoint) is expected
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"run_id": 3}', "[" * 100_000])
+def test_folder_whose_id_cannot_be_read_has_none(content, tmp_path):
+    (tmp_path / RUN_FILE).write_text(content)
+    assert run_id_of(tmp_path) is None
+
+
+def test_what_the_main_rank_finds_is_found_by_all(tmp_path, monkeypatch):
+    """A rank that raised alone would leave the others in the next collective."""
+    sent = []
+    monkeypatch.setattr("camopd.run_folder.gather_object", lambda mine: sent.append(mine[0]) or [sent[0], *mine])
+    ids = [RunFolder(tmp_path, is_main).begin(None, None, False) for is_main in (True, False)]
+    assert ids == [run_id_of(tmp_path)] * 2
+    (tmp_path / "metrics.jsonl").write_text("")
+    sent.clear()
+    for is_main in (True, False):
+        with pytest.raises(CaMOPDError, match="has the files of another run"):
+            RunFolder(tmp_path, is_main).begin(None, None, False)
+
+
+def test_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(
+            CaMOPDError, match=r"the output_dir '.*file/out' cannot be used: .*Not a directory.* Give another one"
+        ),
+        RunFolder(tmp_path / "file" / "out").locked(),
+    ):
+        pass
+
+
+def test_what_is_not_of_a_run_does_not_make_a_folder_used(tmp_path):
+    for name in ("checkpoint-best", "completions", "_saving"):
+        (tmp_path / name).mkdir()
+    for name in ("README.md", "metrics-1.jsonl", RUN_FILE, LOCK_FILE):
+        (tmp_path / name).write_text("")
+    need_unused(tmp_path, overwrite=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- real runs
+
+
+class StopAt(TrainerCallback):
+    """As a kill does, after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in lines(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("finished")
+    make_trainer(folder, tokenizer, **SAVING).train()
+    return folder
+
+
+def copy_of(finished, folder):
+    import shutil
+
+    return shutil.copytree(finished, folder / "out")
+
+
+def test_another_student_does_not_take_a_finished_runs_checkpoint(finished, tmp_path, tokenizer):
+    out = copy_of(finished, tmp_path)
+    with pytest.raises(
+        CaMOPDError, match="has the files of another run: checkpoint-2, checkpoint-4, checkpoint-6 and 1"
+    ):
+        make_trainer(out, tokenizer, model=make_model(3), **SAVING).train()
+    for resume in (True, "auto"):
+        with pytest.raises(ResumeError, match=r"(?s)belongs to another run:\n  student: "):
+            make_trainer(out, tokenizer, model=make_model(3), **SAVING).train(resume_from_checkpoint=resume)
+    assert losses(out) == losses(finished)
+
+
+def test_second_run_of_the_same_settings_goes_on_from_its_own_checkpoint(finished, tmp_path, tokenizer):
+    """Stopped after step 3, it would have gone on from the checkpoint-6 of the first one, and so have ended."""
+    out = copy_of(finished, tmp_path)
+    again = make_trainer(out, tokenizer, **SAVING, overwrite_output_dir=True, callbacks=[StopAt(3)])
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert (out / LOCK_FILE).read_text() == ""
+    resumed = make_trainer(out, tokenizer, **SAVING)
+    resumed.train(resume_from_checkpoint="auto")
+    assert losses(out) == losses(finished)
+    assert losses_of(out / "metrics-1.jsonl") == losses(finished)
+    assert run_id_of(out) != run_id_of(finished)
+    for step in (2, 4, 6):
+        record = json.loads((out / f"checkpoint-{step}" / "camopd.json").read_text())
+        assert record["run_id"] == run_id_of(out)
+
+
+def losses_of(path):
+    return [(line["step"], line["loss"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+def test_two_runs_at_once_are_refused_and_the_first_goes_on(tmp_path, tokenizer):
+    refused = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                with pytest.raises(CaMOPDError, match=f"is in use: a run trains in it, process {os.getpid()} on"):
+                    make_trainer(tmp_path, tokenizer, max_steps=4).train(resume_from_checkpoint="auto")
+                refused.append(state.global_step)
+
+    make_trainer(tmp_path, tokenizer, max_steps=4, callbacks=[Second()]).train()
+    assert refused == [2] and [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_trainer_may_train_twice(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, save_strategy="steps", save_steps=1)
+    ids = set()
+    for _ in range(2):
+        trainer.train()
+        ids.add(json.loads((tmp_path / "checkpoint-1" / "camopd.json").read_text())["run_id"])
+    assert len(ids) == 2
+    assert len(lines(tmp_path)) == 1 and (tmp_path / "metrics-1.jsonl").exists()
+
+
+def test_auto_starts_goes_on_and_ends_with_the_losses_of_one_run(finished, tmp_path, tokenizer):
+    for stop in (1, 3, None):  # before the first checkpoint, and after it
+        callbacks = [] if stop is None else [StopAt(stop)]
+        trainer = make_trainer(tmp_path, tokenizer, **SAVING, callbacks=callbacks)
+        try:
+            trainer.train(resume_from_checkpoint="auto")
+        except KeyboardInterrupt:
+            assert stop is not None
+    assert losses(tmp_path) == losses(finished)
