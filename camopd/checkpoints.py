@@ -24,8 +24,8 @@ from .errors import CaMOPDError, ResumeError, TeacherError
 from .hub import explain_hub_error, hub_errors, is_hub_id
 from .manifest import SAVING, clean_up, put_in_place, rotate, step_of
 from .optimizer import local
-from .rollouts import load_rollouts, save_rollouts, set_rng_state
 from .record import RUN_RECORD
+from .rollouts import load_rollouts, save_rollouts, set_rng_state
 from .run_folder import is_own
 from .samples import Sample
 from .signals import StopAsked, interrupted
