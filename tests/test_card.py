@@ -95,7 +95,7 @@ def test_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, 
 def test_readme_that_is_no_card_is_left_alone(run, tmp_path):
     for text in ("---\ntags: [camopd\n---\n", "---\n- camopd\n---\n", "# Notes\n"):
         (tmp_path / "domain" / "README.md").write_text(text)
-        cli.main(["train", str(run), "--max_steps", "1", "--save_strategy", "no"])
+        cli.main(["train", str(run), "--max_steps", "1", "--save_strategy", "no", "--overwrite_output_dir", "true"])
         assert "| on | 11 prompts of prompts.jsonl |" in card_of(tmp_path / "tiny")
         assert not (tmp_path / "tiny" / "data_cards" / "domain.md").exists()
 

@@ -121,7 +121,7 @@ def test_upload_that_fails_is_tried_again_and_said(train, hub, caplog):
     assert "checkpoint-4 is not on the Hub: " in caplog.text and "tried again now" in caplog.text
     hub.fail = {hub.count + 1, hub.count + 2, hub.count + 3}
     with caplog.at_level(logging.WARNING, logger="camopd"):
-        train(hub_strategy="checkpoint", max_steps=1)
+        train(hub_strategy="checkpoint", max_steps=1, overwrite_output_dir=True)
     assert "By hand: hf upload me/tiny" in caplog.text
     assert "hf_secret" not in caplog.text
 

@@ -757,12 +757,17 @@ def test_band_and_the_reject_weight_reach_the_loss(tmp_path):
     uneven, selectkd = CASES[0], next(case for case in BASELINES if case.name == "selectkd")
     for low, high, outside in ((0.0, 1e9, 0.0), (1.0, 1.0, 1.0)):
         band = {"importance_sampling_low": low, "importance_sampling_high": high}
-        _, step = trainer_step(uneven, str(tmp_path), 2, **band, diagnostics_steps=0)
+        _, step = trainer_step(uneven, str(tmp_path / f"low-{low}"), 2, **band, diagnostics_steps=0)
         assert step["importance/outside_band"] == outside
         assert (step["loss"] == 0) == (outside == 1.0)
     losses = {
         weight: trainer_step(
-            selectkd, str(tmp_path), 2, loss_normalization="sample", selectkd_reject_weight=weight, diagnostics_steps=0
+            selectkd,
+            str(tmp_path / f"weight-{weight}"),
+            2,
+            loss_normalization="sample",
+            selectkd_reject_weight=weight,
+            diagnostics_steps=0,
         )[1]["loss"]
         for weight in (0.0, 0.25, 0.5)
     }
