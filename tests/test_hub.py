@@ -219,7 +219,8 @@ def test_push_sends_what_the_run_has_written_and_nothing_beside_it(
     assert hub.sent[""] >= wanted
     top = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     left_out = {name for name in top - hub.sent[""] if not name.startswith("checkpoint-")}
-    assert left_out == {*STRAY, "completions/completions_00001.parquet", "completions/completions_00002.parquet"}
+    own = {"_run.json", "completions/completions_00001.parquet", "completions/completions_00002.parquet"}
+    assert left_out == {*STRAY, *own}
     warnings = [r.getMessage() for r in caplog.records if "are not sent to the Hub" in r.getMessage()]
     assert len(warnings) == 1 and "sk-secret" not in caplog.text
     folder = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-2"}.get(strategy)
