@@ -26,7 +26,6 @@ from .errors import ResumeError
 from .hub import public_name
 from .learning_rate import FOLLOWS_METRIC, of_deepspeed
 from .prompts import fingerprint
-from .schedule import Schedule
 from .setting_rules import WITHOUT_EFFECT
 from .settings import OLD_NAMES
 from .teachers.adapters import START, base_weights
@@ -44,7 +43,7 @@ PROBED_VALUES = 16  # of each weight
 # here is compared, and at worst refuses a resume that could have been.
 LEFT_OUT = {
     "where the run lies, and what it keeps and when": "output_dir overwrite_output_dir resume_from_checkpoint "
-    "save_strategy save_steps save_on_each_node save_total_limit save_only_model enable_jit_checkpoint "
+    "trust_checkpoint save_strategy save_steps save_on_each_node save_total_limit save_only_model enable_jit_checkpoint "
     "load_best_model_at_end restore_callback_states_from_checkpoint",
     "what is told, and to whom": "logging_strategy logging_steps logging_first_step log_on_each_node "
     "logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id "
@@ -70,9 +69,9 @@ LEFT_OUT = {
     "no effect here": " ".join(name for rule in WITHOUT_EFFECT for name in rule.names.split() if "." not in name),
 }
 # Recorded, but a run that must make do with other memory or machines may change them, and is told: sums come in another
-# order, and a sampler on other processes draws other tokens of the same distribution.
+# order, and a sampler elsewhere draws other tokens of the same distribution. So may one that a guard has stopped.
 NOTED = (
-    "use_cpu", "full_determinism", "score_tokens", "max_tokens_per_micro_batch", "padding_free", "rebalance",
+    "guards", "use_cpu", "full_determinism", "score_tokens", "max_tokens_per_micro_batch", "padding_free", "rebalance",
     "cache_implementation", "vllm_mode", "vllm_model_impl", "vllm_tensor_parallel_size", "vllm_max_model_length",
 )  # fmt: skip
 _PER_BRANCH = ("mass_target", "scale", "score", "selection")
@@ -93,24 +92,16 @@ _PATH = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]).*|.*://.*", re.DOTALL)
 
 
 def record_of(
-    args: CaMOPDConfig,
-    schedule: Schedule,
-    teachers: Mapping[str, Teacher],
-    prompts: Mapping[str, Any],
-    student: Any,
-    student_name: str = "",
-    adapter_loaded: bool = False,
-    optimizers: tuple[Any, Any] = (None, None),
+    args: CaMOPDConfig, run: Any, teachers: Mapping[str, Teacher], student: Any, optimizers: tuple[Any, Any]
 ) -> dict[str, Any]:
     """What a run is, as it is written into every checkpoint. Called by all ranks; the same on each, as JSON has it.
 
     Args:
+        run: as `setup.prepare` makes it: schedule, prompts by branch, the student's name or "", and whether its adapter is
+            a saved one, and so a part of the starting weights.
         teachers: by branch. Of one in this process its starting weights count as well as its public name. A server shows
             no weights and may be started elsewhere: it is the model whose name it serves.
-        prompts: datasets by branch.
         student: the model outside wrappers, before training.
-        student_name: id or path; by default that of its config.
-        adapter_loaded: whether the student's adapter is a saved one, and so a part of the starting weights.
         optimizers: optimizer and scheduler that were passed to the trainer.
     """
     left_out = {name for names in LEFT_OUT.values() for name in names.split()}
@@ -121,18 +112,18 @@ def record_of(
     weights = None
     if args.process_index == 0:  # a launcher may leave the others without weights until training begins
         weights = {
-            "student": fingerprint_of(student, adapter_loaded),
+            "student": fingerprint_of(student, run.adapter_loaded),
             **{name: fingerprint_of(each.model) for name, each in teachers.items() if isinstance(each, LocalTeacher)},
         }
     weights = next(each for each in gather_object([weights]) if each is not None)
     record = {
-        "schedule": str(schedule),
-        "branches": list(schedule.branches),
+        "schedule": str(run.schedule),
+        "branches": list(run.schedule.branches),
         "teachers": {branch: public_name(teacher.name) for branch, teacher in teachers.items()},
         "teacher_weights": {branch: weights.get(branch) for branch in teachers},
-        "prompts": {branch: fingerprint(dataset) for branch, dataset in prompts.items()},
+        "prompts": {branch: fingerprint(dataset) for branch, dataset in run.prompts.items()},
         "student": {
-            "name": public_name(student_name or get_config_model_id(student.config) or ""), **weights["student"],
+            "name": public_name(run.student_name or get_config_model_id(student.config) or ""), **weights["student"],
         },
         "adapter": _adapter_of(student),
         "optimizers": _passed(*optimizers),
@@ -142,7 +133,7 @@ def record_of(
         "warmup_steps": args.get_warmup_steps(args.max_steps),  # which may be a share of max_steps
         "completion_lengths": args.completion_lengths and str(args.completion_lengths),
     }  # fmt: skip
-    record["schedule"] = str(schedule)  # the field is as the user has spelt it
+    record["schedule"] = str(run.schedule)  # the field is as the user has spelt it
     return as_json(record)
 
 

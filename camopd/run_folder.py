@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
-from . import atomic, record
+from . import atomic, record, rejected
 from .errors import CaMOPDError, ResumeError
 from .folder_lock import FolderLock
 
@@ -21,7 +21,6 @@ from .folder_lock import FolderLock
 T = TypeVar("T")
 
 RUN_FILE = "_run.json"  # what begins with _ is never sent to the Hub
-REJECTED = "rejected"  # batches that a guard has kept
 METRICS = "metrics.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -42,6 +41,16 @@ class RunFolder:
             yield
         finally:
             self._lock.release()
+
+    @contextmanager
+    def entered(self, trainer: Any, given: str | bool | None) -> Iterator[str | None]:
+        """The folder is `locked` inside and that of the trainer's run. Yields the checkpoint that it goes on from."""
+        with self.locked():
+            checkpoint = trainer.checkpoints.find(given, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+            trainer.checkpoints.record[record.RUN_ID] = self.begin(
+                checkpoint, given, trainer.args.overwrite_output_dir, trainer.run.student_name
+            )
+            yield checkpoint
 
     def begin(
         self, checkpoint: str | Path | None, given: str | bool | None, overwrite: bool, student: str = ""
@@ -81,7 +90,7 @@ class RunFolder:
         if not own:
             need_unused(self.path, overwrite)
         # First the new id: what is not removed in time is no longer this run's.
-        leftover = [*checkpoints_in(self.path), self.path / REJECTED] if overwrite else []
+        leftover = [*checkpoints_in(self.path), self.path / rejected.FOLDER] if overwrite else []
         if student and any(Path(student).resolve().is_relative_to(path.resolve()) for path in leftover):
             raise CaMOPDError(
                 f"overwrite_output_dir=True would remove the student itself, {student!r}. Give another output_dir."

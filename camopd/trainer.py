@@ -144,8 +144,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.rule = TOKEN_RULES[args.token_rule](args)
         self.scorer = Scorer(self.student, self.teachers, self._tokenizer.eos_token_id, gather_object, args.guards)
         self.batcher = Batcher(args, self.student, self._tokenizer.eos_token_id, gather_object)
-        facts = args, self.schedule, self.teachers, run.prompts, student, run.student_name, run.adapter_loaded
-        self.checkpoints = RunCheckpoints(args, record_of(*facts, optimizers))
+        self.checkpoints = RunCheckpoints(args, record_of(args, run, self.teachers, student, optimizers))
         self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.stops = StopRequests(gather_object, self.is_world_process_zero())
@@ -406,10 +405,7 @@ class CaMOPDTrainer(DistillationTrainer):
         `CaMOPDError` when `output_dir` has the files of another run or one trains in it, before anything is loaded.
         """
         self.step = None
-        given, overwrite, student = resume_from_checkpoint, self.args.overwrite_output_dir, self.run.student_name
-        with self.run_folder.locked():
-            checkpoint = self.checkpoints.find(given, self.is_deepspeed_enabled or self.is_fsdp_enabled)
-            self.checkpoints.record["run_id"] = self.run_folder.begin(checkpoint, given, overwrite, student)
+        with self.run_folder.entered(self, resume_from_checkpoint) as checkpoint:
             with self.stops.listening():
                 output = super().train(checkpoint, *args, **kwargs)
             self.pushes.finish()
