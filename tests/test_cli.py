@@ -71,6 +71,7 @@ def test_unknown_command_names_the_known_ones():
     assert re.search(r"invalid choice: 'dmeo' \(choose from '?demo", found.stderr)
 
 
+@pytest.mark.slow
 def test_count_of_seeds_below_one_is_refused():
     found = run("demo", "--seeds", "0")
     assert found.returncode == 2

@@ -510,6 +510,7 @@ def run(path):
     )
 
 
+@pytest.mark.slow
 def test_command_says_that_nothing_listens(start_server, config):
     server = start_server()
     server.close()
@@ -523,6 +524,7 @@ def test_command_says_that_nothing_listens(start_server, config):
     assert re.search(rf"general +reachable +error +teacher 'general' at {server.url}", found.stdout)
 
 
+@pytest.mark.slow
 def test_command_exits_with_2_when_the_tokenizer_is_another(start_server, config, student):
     general = start_server(tokenizer=other_tokenizer())
     found = run(config(teachers={"general": general.url, "domain": str(student)}))

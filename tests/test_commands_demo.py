@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 from conftest import make_model
@@ -16,19 +18,37 @@ from camopd.demo_data import BRANCHES, load_prompts
 from camopd.errors import CaMOPDError
 
 
-@pytest.fixture
-def settings(tmp_path, tokenizer):
-    make_model(1).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return DemoSettings(
-        model=str(tmp_path / "tiny"), finetune_steps=2, finetune_batch=2, finetune_learning_rate=1e-2, steps=4,
+        model=str(folder), finetune_steps=2, finetune_batch=2, finetune_learning_rate=1e-2, steps=4,
         prompts_per_step=4, completion_length=5, heldout=3, answer_length=4,
     )  # fmt: skip
 
 
-def test_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
-    returned = run_demo(tmp_path / "out", [settings])
-    assert "recover 4/4 domain: gap" in capsys.readouterr().out  # a line per step where there is no terminal
+@pytest.fixture(scope="module")
+def first(settings, tmp_path_factory):
+    """A demo: its folder, what it returned and what it printed."""
+    folder = tmp_path_factory.mktemp("first") / "out"
+    with redirect_stdout(StringIO()) as printed:
+        returned = run_demo(folder, [settings])
+    return folder, returned, printed.getvalue()
+
+
+@pytest.fixture
+def again(first, tmp_path):
+    """A copy of it to run the demo in again, and what the first time returned."""
+    folder, returned, _ = first
+    shutil.copytree(folder, tmp_path / "out")
+    return returned
+
+
+def test_demo_writes_what_other_tools_read(first, again, tmp_path):
+    _, returned, printed = first
+    assert "recover 4/4 domain: gap" in printed  # a line per step where there is no terminal
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result == returned
     for name in MODELS:
@@ -60,21 +80,18 @@ def test_demo_writes_what_other_tools_read(settings, tmp_path, capsys):
             assert roles == (["system", "user"] if branch == "domain" else ["user"])
 
 
-def test_demo_that_runs_again_trains_nothing_and_gives_the_same_numbers(settings, tmp_path, monkeypatch):
-    first = run_demo(tmp_path / "out", [settings])
+def test_demo_that_runs_again_trains_nothing_and_gives_the_same_numbers(again, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_stages, "SFTTrainer", None)  # calling either would fail
     monkeypatch.setattr(demo_stages, "CaMOPDTrainer", None)
-    assert run_demo(tmp_path / "out", [settings]) == first
+    assert run_demo(tmp_path / "out", [settings]) == again
 
 
-def test_demo_makes_a_model_again_that_is_gone(settings, tmp_path, capsys):
-    first = run_demo(tmp_path / "out", [settings])
+def test_demo_makes_a_model_again_that_is_gone(again, settings, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / "seed-0" / "recovered")
-    capsys.readouterr()
     second = run_demo(tmp_path / "out", [settings])
     said = capsys.readouterr().out
     assert "recover 4/4" in said and "specialise  (kept from an earlier run)" in said
-    assert [second[name] for name in MODELS] == [first[name] for name in MODELS]
+    assert [second[name] for name in MODELS] == [again[name] for name in MODELS]
     lines = (tmp_path / "out" / "seed-0" / "recovered" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == settings.steps
 
@@ -100,9 +117,9 @@ def test_demo_counts_seeds_from_the_first(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbed_one_does(
-    settings, tmp_path, monkeypatch, capsys
+    first, settings, tmp_path, monkeypatch, capsys
 ):
-    undisturbed = run_demo(tmp_path / "one", [settings])
+    _, undisturbed, _ = first
 
     class CtrlC(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -131,10 +148,9 @@ def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbe
 
 
 @pytest.mark.slow
-def test_demo_with_changed_settings_starts_over(settings, tmp_path, capsys):
+def test_demo_with_changed_settings_starts_over(again, settings, tmp_path, capsys):
     from dataclasses import replace
 
-    run_demo(tmp_path / "out", [settings])
     run_demo(tmp_path / "out", [replace(settings, learning_rate=1e-3)])
     assert "starting over" in " ".join(capsys.readouterr().out.split())
 

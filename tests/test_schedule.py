@@ -332,6 +332,7 @@ def test_importing_the_schedule_does_not_import_torch():
     assert not modules & {"torch", "transformers", "trl", "datasets", "accelerate", "numpy"}
 
 
+@pytest.mark.slow
 def test_importing_the_objective_needs_torch_alone():
     modules = modules_after("import camopd.objective")
     assert "torch" in modules

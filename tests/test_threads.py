@@ -59,6 +59,7 @@ def test_wait_is_none_where_threads_cannot_be_looked_at(monkeypatch, tmp_path):
     processes.let_threads_rest()
 
 
+@pytest.mark.slow
 def test_process_waits_for_the_threads_of_gloo_and_ends_with_0():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
