@@ -22,6 +22,17 @@ def modules() -> dict[str, Path]:
     return found
 
 
+# Modules without a test file of their own, and why.
+UNTESTED = {
+    "callbacks.guards": "applies guards.py in a run: test_guards.py",
+    "commands.demo_stages": "the stages of `camopd demo`: test_commands_demo.py",
+    "precision": "shows only under the launchers: test_distributed.py",
+    "rejected": "what guards keep of a step: test_guards.py",
+    "token_rules.base": "what every rule must give, with the table of them: test_token_rules.py",
+    "version": "one text",
+}
+
+
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     """Modules of the package that a file imports anywhere: at its top, in functions, and for types."""
     package = ["camopd", *name.split(".")]
@@ -89,3 +100,28 @@ def test_files_and_functions_stay_short_enough_to_read():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
+
+
+def has_code(path: Path) -> bool:
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(path.read_text()).body)
+
+
+def test_modules_have_a_test_file_named_after_them():
+    """`teachers.vllm.http` is tested in test_http.py, test_vllm_http.py or test_teachers_vllm_http.py."""
+    files = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    whole = {name.replace(".", "_") for name in KNOWN}
+    for name, path in KNOWN.items():
+        parts = name.split(".")
+        names = ["_".join(parts[start:]) for start in range(len(parts))]
+        found = [each for each in names if each in files and (each == names[0] or each not in whole)]
+        if name in UNTESTED:
+            assert not found, f"{name} has test_{found[0]}.py and need not stand in UNTESTED"
+        elif path.name != "__init__.py" or has_code(path):
+            assert found, f"no test_{names[-1]}.py for {name}: see UNTESTED"
+
+
+def test_helpers_of_tests_stand_in_files_without_tests():
+    for path in Path(__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (name or "").startswith("test_"), f"{path.name} imports from {name}.py"

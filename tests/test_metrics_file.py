@@ -192,3 +192,13 @@ def test_run_whose_disk_is_full_stops_with_the_lines_before(tmp_path, tokenizer,
     with pytest.raises(CaMOPDError, match="No space left on device"):
         make_trainer(tmp_path, tokenizer, max_steps=3, callbacks=[FullAfterStep1()]).train()
     assert [each["step"] for each in lines(tmp_path)] == [1]
+
+
+def test_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
+    for _ in range(3):
+        make_trainer(tmp_path, tokenizer, max_steps=1, overwrite_output_dir=True).train()
+    assert sorted(path.name for path in tmp_path.glob("metrics*.jsonl")) == [
+        "metrics-1.jsonl",
+        "metrics-2.jsonl",
+        "metrics.jsonl",
+    ]

@@ -293,16 +293,6 @@ def test_prefix_of_the_completions_is_scored_and_trained(tmp_path, tokenizer):
 # ------------------------------------------------------------------------------------------------- evaluation, metrics
 
 
-def test_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
-    for _ in range(3):
-        make_trainer(tmp_path, tokenizer, max_steps=1, overwrite_output_dir=True).train()
-    assert sorted(path.name for path in tmp_path.glob("metrics*.jsonl")) == [
-        "metrics-1.jsonl",
-        "metrics-2.jsonl",
-        "metrics.jsonl",
-    ]
-
-
 def test_gradient_checkpointing_gives_the_same_losses(tmp_path, tokenizer):
     losses = []
     for checkpointing in (False, True):
