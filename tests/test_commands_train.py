@@ -1,6 +1,10 @@
 """`camopd train`: the run of a file, with prompts, teachers and checkpoints as it says."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,3 +138,44 @@ def test_train_without_prompts_is_an_error_that_shows_the_form(run, capsys, give
     assert (
         f"camopd: prompts must map each branch to its prompts, got {given!r}. In YAML:\nprompts:\n  general: " in said
     )
+
+
+@pytest.mark.slow
+def test_train_survives_a_day_of_signals_and_ends_as_if_undisturbed(run, tmp_path):
+    """Ctrl-C, SIGTERM, and kill -9 in a save, each followed by the same command."""
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    words = ["--max_steps", "24", "--save_steps", "2", "--log_level", "warning", "--resume", "auto", "--output_dir"]
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "camopd.cli", "train", run, *words, str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def lines_of(folder: Path) -> list[dict]:
+        path = folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    said, code = start(undisturbed).communicate(timeout=300), 0
+    assert len(lines_of(undisturbed)) == 24, said
+    for number, done, expected in (
+        (signal.SIGINT, 3, 75), (signal.SIGTERM, 9, 75), (signal.SIGKILL, 15, -signal.SIGKILL), (0, 24, 0),
+    ):  # fmt: skip
+        process = start(out)
+        end = time.monotonic() + 300
+        while number and process.poll() is None and time.monotonic() < end:
+            # Killed in a save, as far as this process can see one.
+            if len(lines_of(out)) >= done and (number != signal.SIGKILL or (out / "_saving").exists()):
+                process.send_signal(number)
+                break
+        _, stderr = process.communicate(timeout=300)
+        code = process.returncode
+        assert code == expected, stderr
+        assert "Traceback" not in stderr
+        if code == 75:
+            name = signal.Signals(number).name
+            assert f"{name}: stopped; the weights" in stderr and "--resume auto" in stderr
+    keys = ("step", "branch", "loss", "grad_norm")
+    assert [[line[key] for key in keys] for line in lines_of(out)] == [
+        [line[key] for key in keys] for line in lines_of(undisturbed)
+    ]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, undisturbed)]
+    assert weights[0] == weights[1]
