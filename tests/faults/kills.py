@@ -147,7 +147,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=2, target_modules="all-linear") if lora else None,
     )
-    trainer.train(resume_from_checkpoint="auto")
+    trainer.train(resume_from_checkpoint=None if job["used"] else "auto")
     digest = hashlib.sha256()
     for name, weight in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         digest.update(name.encode() + weight.detach().numpy().tobytes())
@@ -250,7 +250,7 @@ def trial(
         allowed.append(1)  # the one that is left finds the other gone
     if any(code not in allowed for code in codes) or (REQUEUE in codes and set(codes) != {REQUEUE}):
         return f"stuck: exit {codes} where it was killed: {answers[0][-800:]}"
-    job = {key: value for key, value in job.items() if key not in ("deadly", "moment", "signal")}
+    job = {key: value for key, value in job.items() if key not in ("deadly", "moment", "signal")} | {"used": False}
     codes, answers = run(job, folder)
     if any(codes):
         return f"stuck: {answers[0][-1500:]}"
