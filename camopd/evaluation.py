@@ -59,7 +59,7 @@ def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[s
     """Held-out prompts that a user passes, by the prefix of their metrics: `<prefix>_<branch>`, or `prefix` where they are
     of one branch and not in a mapping."""
     by_branch = held_out(datasets, trainer.schedule, argument)
-    trainer.reader.check(by_branch.values())
+    trainer.reader.check(by_branch)
     if not isinstance(datasets, dict) and len(by_branch) == 1:
         return {prefix: next(iter(by_branch.values()))}
     return {f"{prefix}_{branch}": prompts for branch, prompts in by_branch.items()}
