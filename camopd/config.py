@@ -12,7 +12,7 @@ from . import method_rules, setting_rules
 from .best import settle_metric
 from .generation import check_generation_kwargs
 from .learning_rate import settle_schedule
-from .schedule import Schedule, by_step, value_at
+from .schedule import Schedule, by_step, short, value_at
 
 
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
@@ -391,7 +391,7 @@ class CaMOPDConfig(DistillationConfig):
                 steps = known
             elif given == CaMOPDConfig.max_completion_length:
                 raise ValueError(
-                    f"completion_lengths={self.completion_lengths!r} is derived; give the schedule as {name}."
+                    f"completion_lengths={short(self.completion_lengths)} is derived; give the schedule as {name}."
                 )
         if isinstance(self.max_steps, int) and 0 < self.max_steps <= max(steps):
             raise ValueError(

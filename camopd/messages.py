@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
-MOST_CHARACTERS = 1 << 20  # of a prompt; a tokenizer that is given ten times as many may take all memory
+MOST_BYTES = 1 << 19  # of a prompt in UTF-8; a tokenizer takes up to 200 for each of them, and seconds for a megabyte
 COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs")  # of a row, which the model sees
 
 Messages = list[dict[str, Any]]
@@ -111,7 +111,7 @@ def tokenize(
     tools: Sequence[Callable[..., Any]] = (),
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
-    most: int = MOST_CHARACTERS,
+    most: int = MOST_BYTES,
 ) -> list[int]:
     """Token ids of a row as [`read_row`] gives it, and as TRL makes them: of a text with the tokenizer's special tokens, of
     messages those of [`render`]. Raises `ValueError` as [`render`] and [`check_text`], and where there are none."""
@@ -134,21 +134,21 @@ def need_tokens(row: Mapping[str, Any], ids: Sequence[int]) -> list[int]:
     return list(ids)
 
 
-def check_text(text: str, most: int = MOST_CHARACTERS) -> None:
-    """Raise `ValueError` for a prompt, as a tokenizer would get it, that is longer than `most` characters or no text."""
-    if len(text) > most:
-        raise ValueError(
-            f"has a prompt of {len(text)} characters, and {most} are the most: a tokenizer that is given more may take all "
-            "memory and end the process. Cut the prompt, leave the row out, or raise max_prompt_length, with which this "
-            "bound grows."
-        )
+def check_text(text: str, most: int = MOST_BYTES) -> None:
+    """Raise `ValueError` for a prompt, as a tokenizer would get it, of more than `most` bytes, or that is not Unicode."""
     try:
-        text.encode()
+        too_long = len(text) > most or len(text.encode()) > most
     except UnicodeEncodeError as error:  # which a tokenizer calls a wrong type
         raise ValueError(
             f"has {text[error.start]!r} at character {error.start} of its prompt, one half of a surrogate pair. Take it "
             "out; a file that has been read in the wrong encoding has such."
         ) from None
+    if too_long:
+        raise ValueError(
+            f"has a prompt of {len(text)} characters, and {most} bytes are the most: a tokenizer that is given more may "
+            "take all memory and end the process. Cut the prompt, leave the row out, or raise max_prompt_length, with "
+            "which this bound grows."
+        )
 
 
 def render(
@@ -210,8 +210,8 @@ def _check_nothing_left_out(row: Mapping[str, Any], text: str, template: str) ->
         name = str(tool.get("function", tool).get("name", ""))
         if not _is_in(name, text):
             raise ValueError(
-                f"has the tool {name!r} in 'tools', which the chat template leaves out. Write the tools into the system "
-                "message, or use a template that knows tools."
+                f"has the tool {name[:80]!r} in 'tools', which the chat template leaves out. Write the tools into the "
+                "system message, or use a template that knows tools."
             )
     for name in row.get("chat_template_kwargs") or {}:
         if name not in template and name not in _unread:
@@ -259,15 +259,15 @@ def _message(message: Any, place: int) -> dict[str, Any]:
         sender = message.pop("from")
         if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
             raise ValueError(
-                f"has message {place} from {sender!r}; known are {', '.join(SHAREGPT_ROLES)}. Write it with 'role' and "
-                f"'content', the role one of {', '.join(ROLES)}."
+                f"has message {place} from {repr(sender)[:80]}; known are {', '.join(SHAREGPT_ROLES)}. Write it with "
+                f"'role' and 'content', the role one of {', '.join(ROLES)}."
             )
         message = {"role": SHAREGPT_ROLES[sender], "content": message.pop("value", None), **message}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(
-            f"has {'no role' if role is None else f'the role {role!r}'} in message {place} of its prompt. Use one of "
-            f"{', '.join(ROLES)}; chat templates leave out other roles, or write them as they are. {_FORM}"
+            f"has {'no role' if role is None else f'the role {repr(role)[:80]}'} in message {place} of its prompt. Use one "
+            f"of {', '.join(ROLES)}; chat templates leave out other roles, or write them as they are. {_FORM}"
         )
     calls = message.get("tool_calls")
     if isinstance(content, list) and content:
@@ -287,8 +287,8 @@ def _text_of(part: Any, place: int) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise ValueError(
-        f"has a part of type {kind!r} in message {place} of its prompt. Only text can be read: images are not supported, "
-        "because no teacher can score them yet. Leave the part or the row out."
+        f"has a part of type {repr(kind)[:80]} in message {place} of its prompt. Only text can be read: images are not "
+        "supported, because no teacher can score them yet. Leave the part or the row out."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from . import guards
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
-from .schedule import Schedule, mapping_form, number_of
+from .schedule import Schedule, mapping_form, number_of, short
 from .settings import OLD_NAMES
 from .teachers.address import is_server, key_variables, public_url, urls_and_model, without_secrets
 from .teachers.limits import most_tokens_in_flight, request_seconds
@@ -78,8 +78,10 @@ RANGES = (
     ),
     Range("teacher_timeout", _number(lambda value: 0 < value < math.inf), "a positive number of seconds"),
     Range("importance_sampling_low importance_sampling_high", _number(lambda value: True), "a number"),
-    Range("gradient_accumulation_steps", lambda value: type(value) is int, "a whole number; it is derived, leave it out"),
-    Range("rebalance padding_free split_special_tokens trust_checkpoint", _is_bool, "true or false"),
+    Range("gradient_accumulation_steps", _whole(-(2**53)), "a whole number; it is derived, leave it out"),
+    Range("lr_scheduler_type", lambda value: isinstance(value, str), "the name of a schedule"),
+    Range("learning_rate logging_steps save_steps", _number(lambda value: value < math.inf), "a number"),
+    Range("disable_dropout rebalance padding_free split_special_tokens trust_checkpoint", _is_bool, "true or false"),
 )  # fmt: skip
 PER_BRANCH = (
     Range(
@@ -141,15 +143,7 @@ def _check(rule: Range, name: str, value: Any) -> None:
     except (TypeError, OverflowError):  # a list where a text should be, a number beyond all floats
         allowed = False
     if not allowed:
-        raise ValueError(f"{name} must be {rule.must_be}, got {_shown(value)}.{rule.why}")
-
-
-def _shown(value: Any) -> str:
-    """A value in an error: not all of a long one."""
-    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out very long ones
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
+        raise ValueError(f"{name} must be {rule.must_be}, got {short(value)}.{rule.why}")
 
 
 def derive_accumulation(args: Any, world_size: int) -> None:
@@ -307,4 +301,4 @@ def _parse(shown: str, name: str, value: Any) -> Any:
         return number_of(value) if isinstance(value, str) else float(value)
     except (KeyError, TypeError, ValueError, OverflowError):
         kind = "true or false" if name == "selection" else "a number"
-        raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {_shown(value)}.") from None
+        raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {short(value)}.") from None

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 
-from .messages import COLUMNS, MOST_CHARACTERS, check_text, read_row, render, tokenize
+from .messages import COLUMNS, MOST_BYTES, check_text, read_row, render, tokenize
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
 from .tokens import check_known
@@ -343,24 +343,25 @@ class PromptReader:
         chat_template: Any,
         template_kwargs: Any,
         split_special_tokens: bool = False,
-        most_characters: int = MOST_CHARACTERS,
+        most_bytes: int = MOST_BYTES,
     ):
         """
         Args:
             known_tokens: rows of the model's embedding.
             split_special_tokens: whether special tokens in the text of a prompt are encoded as text.
-            most_characters: of a prompt; longer ones are refused before the tokenizer gets them.
+            most_bytes: of a prompt in UTF-8; longer ones are refused before the tokenizer gets them.
 
         The rest is as the trainer has it.
         """
         self._tokenizer, self._known_tokens = tokenizer, known_tokens
         self._how = (processing_class, tools, chat_template, template_kwargs)
-        self._special, self._split, self._most = SpecialTokens(tokenizer), split_special_tokens, most_characters
+        self._special, self._split, self._most = SpecialTokens(tokenizer), split_special_tokens, most_bytes
 
     def ids(self, rows: Iterable[dict[str, Any]]) -> list[list[int]]:
         """Token ids of rows that were read, not cut. Raises `ValueError` for one that cannot be used, with its name."""
 
         def read(row: dict[str, Any]) -> list[int]:
+            self._check_size(row)
             if self._split and self._special.first(row):
                 self._seen(row)
                 ids = self._special.encode_as_text(row, self._render)
@@ -396,7 +397,13 @@ class PromptReader:
 
     def _seen(self, row: dict[str, Any]) -> None:
         """Check a prompt as the tokenizer will get it."""
+        self._check_size(row)
         check_text(row["prompt"] if isinstance(row["prompt"], str) else self._render(row), self._most)
+
+    def _check_size(self, row: dict[str, Any]) -> None:
+        """Before a template is filled with a text that it would multiply."""
+        for message in [] if isinstance(row["prompt"], str) else row["prompt"]:
+            check_text(message["content"], self._most)
 
     def _render(self, row: Mapping[str, Any]) -> str:
         return render(row, *self._how)

@@ -44,7 +44,7 @@ class Schedule:
         Raises `ValueError` that points at the offending part.
         """
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"schedule must be a text such as 'general:3,domain:1', got {text!r}.")
+            raise ValueError(f"schedule must be a text such as 'general:3,domain:1', got {repr(text)[:80]}.")
         if len(text) > MOST_CHARACTERS:
             raise ValueError(
                 f"schedule {text[:80]!r}... has {len(text)} characters, and {MOST_CHARACTERS} are the most. Write steps of "
@@ -158,10 +158,18 @@ def by_step(name: str, value: Any) -> dict[int, int]:
         steps = {}
     if 0 not in steps or min(steps) < 0 or min(steps.values()) < 1:
         raise ValueError(
-            f"{name} must be a whole number of at least 1, got {value!r}. A mapping from optimizer steps to such numbers "
-            "begins at step 0: {0: 2048, 40: 8192}."
+            f"{name} must be a whole number of at least 1, got {short(value)}. A mapping from optimizer steps to such "
+            "numbers begins at step 0: {0: 2048, 40: 8192}."
         )
     return dict(sorted(steps.items()))
+
+
+def short(value: Any) -> str:
+    """A value in an error: not all of a long one."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out very long ones
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def value_at(steps: dict[int, int], step: int) -> int:
@@ -184,6 +192,8 @@ def _whole(value: Any) -> int:
         raise ValueError(value)
     if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
         raise ValueError(value)  # `int` also takes 1_000 and digits of every script
+    if isinstance(value, int) and abs(value) >= 2**53:
+        raise ValueError(value)
     return int(value)
 
 

@@ -491,7 +491,7 @@ def test_prompt_of_ten_megabytes_is_refused_before_the_tokenizer_gets_it(form):
     ):
         with pytest.raises(
             ValueError,
-            match=r"^row 1 of branch 'general' has a prompt of 10000000 characters, and 1048576 are the most",
+            match=r"^row 1 of branch 'general' has a prompt of 10000000 characters, and 524288 bytes are the most",
         ):
             call()
 
@@ -501,7 +501,7 @@ def test_bound_of_a_prompt_grows_with_the_tokens_it_may_have(tmp_path, tokenizer
     model.config.max_position_embeddings = 10**6
     trainer = make_trainer(tmp_path, tokenizer, model=model, teachers={"general": model_like(2), "domain": model_like(3)},
                            max_prompt_length=100_000)  # fmt: skip
-    with pytest.raises(ValueError, match="1600001 characters, and 1600000 are the most"):
+    with pytest.raises(ValueError, match="1600001 characters, and 1600000 bytes are the most"):
         trainer.reader.ids([{"prompt": "a" * 1_600_001}])
 
 
