@@ -25,7 +25,8 @@ from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from camopd import CaMOPDConfig
+from camopd import CaMOPDConfig, manifest
+from camopd.checkpoints import RunCheckpoints
 from camopd.errors import CaMOPDError, TeacherError
 from camopd.messages import read_row
 from camopd.prompts import PromptReader, named
@@ -36,9 +37,10 @@ from camopd.teachers.vllm.teacher import ServerTeacher
 from camopd.teachers.vllm.transports import MOST_LOGP
 
 
-SHARES = {"schedule": 0.4, "prompts": 0.25, "answers": 0.2, "rollouts": 0.1, "config": 0.05}
+SHARES = {"schedule": 0.4, "prompts": 0.2, "answers": 0.2, "rollouts": 0.1, "checkpoints": 0.05, "config": 0.05}
 CASES = int(os.environ.get("CAMOPD_FUZZ_CASES", "3000"))
 MOST_MEMORY = 100  # MiB that the process may grow by over all cases of a target
+BASE = {"use_cpu": True, "bf16": False, "report_to": "none"}
 taken, refused, crashed = Counter(), Counter(), Counter()
 
 
@@ -107,7 +109,12 @@ branch = st.sampled_from(["general", "domain", "a", "_", "2nd", "", "do main", "
 part = st.builds(
     lambda name, colon, count: name + colon + count, branch, st.sampled_from([":", "", "::", " : "]), number
 )
+sound = st.builds("{}:{}".format, st.sampled_from(["general", "domain", "a", "b-2", "_"]), st.integers(1, 99))
 schedules = st.one_of(
+    st.lists(
+        st.lists(sound, min_size=1, max_size=3, unique_by=lambda part: part.partition(":")[0]).map("+".join),
+        min_size=1, max_size=9,
+    ).map(",".join),
     st.lists(st.lists(part, min_size=1, max_size=3).map("+".join), min_size=1, max_size=5).map(",".join),
     st.text("ab:+,.eE0123456789- \n\0", max_size=30),
     st.builds(str.__mul__, st.sampled_from(["a,", "a+", "a:1,", "9", "a:9", "\n"]), st.integers(1, 9000)),
@@ -220,7 +227,8 @@ def changes(draw):
             st.lists(st.tuples(st.integers(0, 50), st.sampled_from(["set", "drop", "copy"]), value), max_size=2)
         ),
         "bytes": draw(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=2)),
-        "cut": draw(st.none() | st.integers(0, 600)),
+        "cut": draw(st.sampled_from([None] * 9 + [5, 50, 200])),
+        "value": draw(st.binary(max_size=9)),
         "array": draw(st.none() | st.lists(st.floats(width=32), max_size=4)),
         "status": draw(st.sampled_from([200] * 12 + [400, 401, 404, 302, 204])),
         "encoding": draw(st.sampled_from([None] * 9 + ["gzip", "gzip, gzip", "\xff", "identity"])),
@@ -242,7 +250,7 @@ def apply(answer, change):
         elif kind == "copy" and isinstance(parent, list):
             parent.append(copy.deepcopy(parent[key]))
         else:
-            parent[key] = new
+            parent[key] = copy.deepcopy(new)
     data = bytearray(json.dumps(answer).encode(errors="replace"))
     for place, byte in change["bytes"]:
         if data:
@@ -339,18 +347,19 @@ ROWS = [{"branch": "general", "position": 3}, {"branch": "domain", "position": 5
 @cases("rollouts")
 @given(
     st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6),
-    st.none() | st.integers(0, 1200),
+    st.sampled_from([None] * 9) | st.integers(0, 1200),
     st.binary(max_size=40),
-    st.sampled_from(["all", "header"]),
+    st.sampled_from(["all", "header", "tensors"]),
 )
 def test_fuzz_rollouts(tmp_path_factory, edits, cut, more, where):
     logging.getLogger("camopd").setLevel(logging.ERROR)
     path = tmp_path_factory.getbasetemp() / "rollouts-0-of-1.safetensors"
     save_rollouts(SAMPLES, 1, path)
     data = bytearray(path.read_bytes())
-    size = len(data) if where == "all" else 8 + int.from_bytes(data[:8], "little")
+    header = 8 + int.from_bytes(data[:8], "little")
+    first, last = {"all": (0, len(data)), "header": (0, header), "tensors": (header, len(data))}[where]
     for place, byte in edits:
-        data[place % size] = byte
+        data[first + place % (last - first)] = byte
     path.write_bytes(bytes(data[:cut]) + (more if cut is not None else b""))
     with in_words("rollouts"):
         found = load_rollouts(path, ROWS)
@@ -367,6 +376,53 @@ def test_fuzz_rollouts(tmp_path_factory, edits, cut, more, where):
             assert (sample.branch, sample.position) == (asked["branch"], asked["position"])
             assert sample.prompt_len >= 1 and sample.mask.shape == (length,) and min(sample.token_ids) >= 0
             assert sample.rollout_logps is None or sample.rollout_logps.shape == (length,)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder and the config of a run, and what its checkpoints record."""
+    folder = tmp_path_factory.mktemp("run")
+    return (
+        folder,
+        CaMOPDConfig(**BASE, output_dir=str(folder)),
+        {"schedule": "general:3,domain:1", "seed": 42, "scale": {"a": 1.0}},
+    )
+
+
+def write_checkpoint(folder, record, rehash, change):
+    """A whole checkpoint, of which one file is changed before (`rehash`) or after its manifest is written."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    text = json.dumps(record).encode()
+    (folder / "camopd.json").write_bytes(change(text) if rehash else text)
+    found = manifest.entries(folder, manifest.files_in(folder))
+    manifest.write(folder, found, step=4, processes=1, resumable=True)
+
+
+@cases("checkpoints")
+@given(
+    changes(),
+    st.sampled_from(["camopd.json", "manifest.json", "model.safetensors", "rehashed"]),
+    st.sampled_from([True, "auto", "path"]),
+)
+def test_fuzz_checkpoints(run, change, which, given_as):
+    output_dir, args, record = run
+    folder = output_dir / "checkpoint-4"
+    write_checkpoint(folder, record, which == "rehashed", lambda text: apply(json.loads(text), change))
+    if which != "rehashed":
+        before = (folder / which).read_bytes()
+        tree = json.loads(before) if which.endswith("json") else {}
+        after = apply(tree, change) if which.endswith("json") else change["value"]
+        (folder / which).write_bytes(after)
+    with in_words("checkpoints", "checkpoint-4"):
+        found = RunCheckpoints(args, record).find(str(folder) if given_as == "path" else given_as, unpickles=False)
+        assert found == str(folder)
+        kept = json.loads((folder / "camopd.json").read_bytes())
+        assert {name: kept.get(name) for name in record} == record
+        assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
 # --- config --------------------------------------------------------------------------------------------------------
@@ -387,7 +443,6 @@ SPEAKS_OF = {
     "gap_student": "student_logps", "exchange": "rebalance", "teacher_patience": "teacher_timeout",
     "score_batch_size": "score_tokens", "num_train_epochs": "epoch", "lr_scheduler_type": "SchedulerType",
 }  # fmt: skip
-BASE = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
 
 @cases("config")

@@ -71,8 +71,8 @@ class Client:
         try:
             model = answer["data"][0]
             name, length = str(model["id"]), model.get("max_model_len")
-            if length is not None and type(length) is not int:
-                raise TypeError(length)
+            if (length is not None and type(length) is not int) or len(name) > 500:
+                raise TypeError(name)
             return ServedModel(name, str(model.get("root") or name), length)
         except (KeyError, IndexError, TypeError, AttributeError):
             raise TeacherError(

@@ -191,7 +191,7 @@ class ServerTeacher:
                 raise UnusableAnswer(f"answered as {name!r} and not as {self.name!r}")
             return request.read(answer)
         except UnusableAnswer as error:
-            text = f"teacher {self.branch!r} at {replica.url} {error}."
+            text = f"teacher {self.branch!r} at {replica.url} {str(error)[:500]}."
             raise TeacherError(self._client.without_key(text)) from None
 
 
