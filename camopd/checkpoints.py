@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import manifest, record
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
-from .hub import explain_hub_error, hub_errors, is_hub_id
+from .hub import check_trusted, explain_hub_error, hub_errors, is_hub_id
 from .manifest import SAVING, clean_up, put_in_place, rotate, step_of
 from .optimizer import local
 from .record import RUN_RECORD
@@ -74,6 +74,7 @@ class RunCheckpoints:
             self._need_whole(checkpoint)
         if checkpoint is None:
             return None
+        check_trusted(checkpoint, self.args.output_dir, unpickles, self.args.trust_checkpoint)
         record.check(checkpoint, self.record)
         self._compare_processes(checkpoint)
         self.latest = self._resumed_from = checkpoint
@@ -125,10 +126,10 @@ class RunCheckpoints:
         return next((fault for fault in gather_object([mine]) if fault), None)
 
     def _compare_processes(self, checkpoint: Path) -> None:
-        then = manifest.read(checkpoint)["processes"]
+        then = manifest.read(checkpoint).get("processes")
         if then != self.args.world_size:
             logger.warning(
-                "%s was written by %d processes and the run goes on with %d: each draws other random numbers, so the "
+                "%s was written by %s processes and the run goes on with %d: each draws other random numbers, so the "
                 "rollouts are not those of a run that was not stopped",
                 checkpoint, then, self.args.world_size,
             )  # fmt: skip

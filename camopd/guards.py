@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .errors import GuardError
+from .schedule import short
 
 
 class Guard(NamedTuple):
@@ -59,20 +60,22 @@ def settle(given: Any) -> dict[str, float | None]:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"guards is not valid JSON: {given} ({error}). For example: {_EXAMPLE}.") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"guards is not valid JSON: {short(given)} ({error}). For example: {_EXAMPLE}.") from None
     if given is not None and not isinstance(given, dict):
-        raise ValueError(f"guards must be a mapping from names to thresholds, got {given!r}. For example: {_EXAMPLE}.")
+        raise ValueError(
+            f"guards must be a mapping from names to thresholds, got {short(given)}. For example: {_EXAMPLE}."
+        )
     for name, value in (given or {}).items():
         if name not in GUARDS:
             near = difflib.get_close_matches(str(name), GUARDS, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"guards has no threshold {name!r}. Did you mean {near!r}? There are {', '.join(GUARDS)}; docs/metrics.md "
-                "says what they are."
+                f"guards has no threshold {short(name)}. Did you mean {near!r}? There are {', '.join(GUARDS)}; "
+                "docs/metrics.md says what they are."
             )
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         if value is not None and not (number and GUARDS[name].test(value)):
-            raise ValueError(f"guards[{name!r}] must be {GUARDS[name].must_be}, or null for none, got {value!r}.")
+            raise ValueError(f"guards[{name!r}] must be {GUARDS[name].must_be}, or null for none, got {short(value)}.")
     return {**{name: guard.default for name, guard in GUARDS.items()}, **(given or {})}
 
 

@@ -79,7 +79,7 @@ RANGES = (
     Range("teacher_timeout", _number(lambda value: 0 < value < math.inf), "a positive number of seconds"),
     Range("importance_sampling_low importance_sampling_high", _number(lambda value: True), "a number"),
     Range("gradient_accumulation_steps", _whole(-(2**53)), "a whole number; it is derived, leave it out"),
-    Range("lr_scheduler_type", lambda value: isinstance(value, str), "the name of a schedule"),
+    Range("lr_scheduler_type", lambda value: isinstance(value, str) and len(value) < 100, "the name of a schedule"),
     Range("learning_rate", _number(lambda value: 0 <= value < math.inf), "a number of at least 0"),
     Range("logging_steps save_steps", _number(lambda value: value < math.inf), "a number"),
     Range("disable_dropout rebalance padding_free split_special_tokens trust_checkpoint", _is_bool, "true or false"),

@@ -181,3 +181,18 @@ def test_the_best_checkpoint_is_known_by_its_own_folder(tmp_path, tokenizer):
     found = weights_of(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
     assert all(torch.equal(found[name], value) for name, value in trainer.model.state_dict().items() if name in found)
     assert not (tmp_path / "_saving").exists() or list((tmp_path / "_saving").iterdir()) == []
+
+
+def test_checkpoint_of_another_folder_is_unpickled_only_when_it_is_trusted(finished, tmp_path, tokenizer):
+    """As DeepSpeed and FSDP do."""
+    other = str(finished / "checkpoint-2")
+    for trusted in (False, True):
+        trainer = make_trainer(tmp_path / str(trusted), tokenizer, max_steps=STEPS, trust_checkpoint=trusted)
+        assert trainer.checkpoints.find(other, unpickles=False) == other
+        if trusted:
+            assert trainer.checkpoints.find(other, unpickles=True) == other
+        else:
+            with pytest.raises(ResumeError, match="set trust_checkpoint=True"):
+                trainer.checkpoints.find(other, unpickles=True)
+    own = copy_of(finished, tmp_path / "own", 2)
+    assert find(own, tokenizer, True, resume_from_checkpoint=True) == str(own / "checkpoint-2")
