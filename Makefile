@@ -11,7 +11,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-oldest test-newest test-vllm check style benchmarks package clean
+.PHONY: help install demo test test-slow test-faults test-fuzz test-oldest test-newest test-vllm check style benchmarks package clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -48,6 +48,9 @@ test-oldest:  ## Run the quick tests with the oldest versions that pyproject.tom
 
 test-newest:  ## Run the quick tests with the newest ones, in .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
+test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers of servers, checkpoints, configs (ten minutes)
+	CAMOPD_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py -s $(ARGS)
 
 .venv-vllm/installed: constraints-vllm.txt
 	@echo "==> Making .venv-vllm with the CPU build of vLLM (a few minutes the first time)"
