@@ -1,10 +1,11 @@
 """Guards on a run's numbers: each stops, skips or warns where a fault is put in, and is silent on a healthy run.
 
-As a script for torchrun: tests/test_guards.py FOLDER
+As a script for `accelerate launch`: tests/test_guards.py FOLDER LAUNCH_FILE
 """
 
 import contextlib
 import copy
+import importlib
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from steps import FakeSampler, use_sampler
+from train_tiny import fsdp_on_cpu
 from trainers import BrokenTeacher, lines, make_trainer
 from trl import TrlParser
 
@@ -30,6 +32,7 @@ from camopd.callbacks.guards import Guards, says_nothing
 from camopd.errors import CaMOPDError, GuardError
 from camopd.guards import GUARDS, settle
 from camopd.metrics import of_branch
+from camopd.optimizer import local
 from camopd.rollouts import load_rollouts
 from camopd.samples import Sample
 from camopd.scoring import Scorer
@@ -38,6 +41,7 @@ from camopd.teachers.local import LocalTeacher
 
 
 TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs" / "accelerate"
 NAN = math.nan
 
 
@@ -68,9 +72,10 @@ class BreakGradients(StepCallback):
 
 def state_of(model, optimizer):
     """Weights and the optimizer's state, as a flat mapping of copies."""
-    found = {f"weight {place}": param.detach().clone() for place, param in enumerate(model.parameters())}
+    found = {f"weight {place}": local(param.detach()).clone() for place, param in enumerate(model.parameters())}
     for place, state in optimizer.state_dict()["state"].items():
         found.update({f"{place} {name}": copy.deepcopy(value) for name, value in state.items()})
+    found = {name: local(value) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
     return found
 
 
@@ -200,7 +205,8 @@ def test_log_prob_of_a_teacher_above_0_stops_the_run_and_one_of_rounding_does_no
         teachers = {"general": BrokenTeacher(value), "domain": make_model(1)}
         model = make_model(1)
         before = copy.deepcopy(model.state_dict())
-        trainer = make_trainer(tmp_path, tokenizer, teachers=teachers, model=model, max_steps=1, **settings)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        trainer = make_trainer(folder, tokenizer, teachers=teachers, model=model, max_steps=1, **settings)
         try:
             trainer.train()
         finally:
@@ -210,8 +216,8 @@ def test_log_prob_of_a_teacher_above_0_stops_the_run_and_one_of_rounding_does_no
     wanted = r"step 1 \(general\): teacher 'general' \(broken\) gave (\d) of \1 tokens of sample 0 .* up to 0\.5: "
     with pytest.raises(GuardError, match=wanted) as caught:
         run(0.5)
-    assert str(tmp_path / "rejected" / "step-1-rank-0.safetensors") in str(caught.value)
-    assert (load_file(tmp_path / "rejected" / "step-1-rank-0.safetensors")["teacher_logps"] == 0.5).all()
+    assert str(tmp_path / "0" / "rejected" / "step-1-rank-0.safetensors") in str(caught.value)
+    assert (load_file(tmp_path / "0" / "rejected" / "step-1-rank-0.safetensors")["teacher_logps"] == 0.5).all()
     run(0.0099)
     run(0.5, guards={"log_prob": 0.6})
     run(0.5, guards={"log_prob": None})
@@ -374,7 +380,7 @@ class Rewrite(StepCallback):
 def test_entropy_that_collapses_is_warned_of_once(tmp_path, tokenizer, warnings):
     name = "rollout/general/entropy"
     callbacks = [Rewrite(name, [2.0, 0.21, 0.19, 0.1])]
-    make_trainer(tmp_path, tokenizer, callbacks=callbacks, schedule="general:9,domain:1").train()
+    make_trainer(tmp_path / "collapse", tokenizer, callbacks=callbacks, schedule="general:9,domain:1").train()
     (text,) = [text for text in warnings() if "entropy" in text]
     assert text.startswith("step 3 (general): the entropy of branch 'general' is 0.19 nats per token, 9.5% of")
     make_trainer(tmp_path, tokenizer, callbacks=[Rewrite(name, [2.0, NAN, NAN, 0.0])], schedule="general:9,domain:1",
@@ -388,7 +394,7 @@ BAND = {"importance_sampling_low": 0.3, "importance_sampling_high": 3.5}  # arou
 def test_tokens_outside_the_band_are_warned_of_once(tmp_path, tokenizer, warnings):
     for nats, mode, count in ((0.0, "mask", 0), (-2.0, "none", 0), (-2.0, "mask", 1), (-2.0, "truncate", 2)):
         settings = {"learning_rate": 1e-4, "importance_sampling_mode": mode, "prompts_per_step": 8, **BAND}
-        trainer = make_trainer(tmp_path, tokenizer, **settings)
+        trainer = make_trainer(tmp_path / f"{mode}{nats}", tokenizer, **settings)
         use_sampler(trainer, Louder(nats))
         trainer.train()
         found = [text for text in warnings() if "outside_band" in text]
@@ -508,43 +514,79 @@ def test_thresholds_that_there_are_not_are_refused(given, message, make_config):
 # ----------------------------------------------------------------------------------------------------- two processes
 
 
-@pytest.mark.slow
-def test_ranks_skip_and_stop_together(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+def launch(config, folder):
+    """This file as a script on two processes, under a launch file; what each of them has found."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
+        "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no", __file__, str(folder), config,
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+    }
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-4000:]
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_ranks_skip_and_stop_together(config, tmp_path):
+    found = launch(config, tmp_path)
     for rank, each in enumerate(found):
         assert each["moved"] == [True, False, True]
-        assert (
-            "step 1 (general): teacher 'general' (broken) gave" in each["error"]
-            and "log-prob above 0" in each["error"]
-        )
+        assert "step 1 (general): teacher 'general' (broken) gave" in each["log_prob"]
+        assert "log-prob above 0" in each["log_prob"]
         assert (tmp_path / "skip" / "rejected" / f"step-2-rank-{rank}.safetensors").is_file()
-        assert (tmp_path / "stop" / "rejected" / f"step-1-rank-{rank}.safetensors").is_file()
-    assert found[0]["weights"] == found[1]["weights"]
+        assert (tmp_path / "log_prob" / "rejected" / f"step-1-rank-{rank}.safetensors").is_file()
+    assert config == "fsdp2" or found[0]["weights"] == found[1]["weights"]
     assert [line["guard/skipped"] for line in lines(tmp_path / "skip")] == [0, 1, 0]
 
 
-def _on_two_processes(folder: Path) -> None:
-    rank = int(os.environ["RANK"])
-    moves = Moves()
-    callbacks = [moves, *([BreakLosses({1})] if rank == 1 else [])]
+@pytest.mark.slow
+def test_ranks_stop_under_deepspeed_which_cannot_skip(tmp_path):
+    for each in launch("zero2", tmp_path):
+        assert re.search(
+            r"step 2 \(general\): the loss of positions \d.* is nan; under DeepSpeed no step can be", each["loss"]
+        )
+        assert re.search(r"step 2 \(general\): the norm of the gradient is .*DeepSpeed", each["gradient"])
+    assert [len(lines(tmp_path / name)) for name in ("loss", "gradient")] == [1, 1]
+    assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-1"] * 2
+
+
+def _on_two_processes(folder: Path, config: str) -> None:
+    found, rank = {}, int(os.environ["RANK"])
     settings = {"schedule": "general:9,domain:1", "max_steps": 3, "prompts_per_step": 8}
-    trainer = make_trainer(folder / "skip", make_tokenizer(), callbacks=callbacks, **settings)
-    trainer.train()
-    weights = [param.double().sum().item() for param in trainer.accelerator.unwrap_model(trainer.model).parameters()]
-    found = {"moved": moves.found, "weights": weights}
-    teachers = {"general": BrokenTeacher(0.5 if rank == 1 else -1.0), "domain": make_model(1)}
-    try:
-        make_trainer(folder / "stop", make_tokenizer(), teachers=teachers, **settings).train()
-    except GuardError as error:
-        found["error"] = str(error)
+    if config == "fsdp2":
+        fsdp_on_cpu()
+
+    def stopped(name, **more):
+        try:
+            make_trainer(folder / name, make_tokenizer(), **settings, **more).train()
+        except GuardError as error:
+            found[name] = str(error)
+
+    if config == "zero2":
+        backend = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None  # else a compiler takes minutes
+        saves = {"save_strategy": "steps", "save_steps": 1}
+        stopped("loss", callbacks=[BreakLosses({1})] if rank == 1 else [], **saves)
+        stopped("gradient", callbacks=[BreakGradients({1})], **saves)
+    else:
+        moves = Moves()
+        callbacks = [moves, *([BreakLosses({1})] if rank == 1 else [])]
+        trainer = make_trainer(folder / "skip", make_tokenizer(), callbacks=callbacks, **settings)
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        found["weights"] = [local(param).double().sum().item() for param in model.parameters()]
+        found["moved"] = moves.found
+        stopped("log_prob", teachers={"general": BrokenTeacher(0.5 if rank == 1 else -1.0), "domain": make_model(1)})
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _on_two_processes(Path(sys.argv[1]))
+    _on_two_processes(Path(sys.argv[1]), sys.argv[2])

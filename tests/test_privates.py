@@ -71,8 +71,8 @@ ATTRIBUTES = {
 # Privates of anything else, and who has them.
 ELSEWHERE = {
     "_attn_implementation": lambda: PreTrainedConfig(),
-    "_get_default_store": lambda: torch.distributed.distributed_c10d,
     "_distributed": lambda: IterableDataset.from_generator(lambda: iter(())),
+    "_get_default_store": lambda: torch.distributed.distributed_c10d,
     "_hf_deepspeed_config_weak_ref": lambda: deepspeed,
     "_is_stateful": lambda: PreTrainedModel,
     "_supports_attention_backend": lambda: PreTrainedModel,
