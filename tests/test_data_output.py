@@ -10,6 +10,7 @@ import pytest
 from data_rows import FEATURES, raw, talk, tool
 from datasets import Dataset
 
+from camopd.commands.ctrl_c import STOPPED
 from camopd.data import nemotron, sampling
 from camopd.data.coser import build_roleplay
 from camopd.data.nemotron import ROWS, build_general
@@ -109,15 +110,15 @@ def test_build_does_not_use_what_was_kept_for_other_settings(general, tmp_path, 
 
 SLOW = """
 import sys, time
-from camopd.commands.data import data
+from camopd import cli
 from camopd.data import nemotron, sampling
 sampling.SAVE_EVERY, convert = 20, nemotron._convert
 nemotron._convert = lambda *arguments: (time.sleep(0.01), convert(*arguments))[1]
-data(sys.argv[1:])
+cli.main(["data", *sys.argv[1:]])
 """
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_build_leaves_no_output_and_goes_on(general, tmp_path, sign):
     general("whole")
     words = [
@@ -130,12 +131,14 @@ def test_killed_build_leaves_no_output_and_goes_on(general, tmp_path, sign):
         f"nemotron={tmp_path / 'nemotron'}",
     ]
     words += ["--source", "code_contests=none", "--source", "codeforces=none"]
-    build = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.DEVNULL)
+    build = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not (tmp_path / "out.partial" / "kept" / "code.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     build.send_signal(sign)
-    assert build.wait(30) == (-9 if sign == signal.SIGKILL else 143)
+    _, said = build.communicate(timeout=30)
+    assert build.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sign]
+    assert "Traceback" not in said and said.endswith(f"{STOPPED}\n") == (sign == signal.SIGINT)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / "data").exists() == (sign == signal.SIGKILL)
     general("out")

@@ -71,6 +71,12 @@ def test_tested_versions_are_in_the_ranges_of_pyproject():
             assert wanted.specifier.contains(pins[name]), name
 
 
+def test_wheel_has_all_packages():
+    setuptools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
+    found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("camopd/**/__init__.py")}
+    assert set(setuptools["packages"]) == found
+
+
 def test_ci_runs_every_python_that_the_package_says_it_supports():
     (job,) = yaml.safe_load(read(".github/workflows/tests.yml"))["jobs"].values()
     said = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", text)]
