@@ -249,7 +249,7 @@ def without_encoding(tree: ast.AST):
         as_text = any(word.arg == "text" for word in node.keywords)
         if (
             name in ("read_text", "write_text")
-            or (name == "open" and not binary)
+            or (name == "open" and not binary and ast.unparse(node.func) != "os.open")  # a descriptor: bytes
             or (name in ("run", "Popen", "check_output") and as_text)
         ):
             yield ast.unparse(node)
