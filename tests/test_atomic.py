@@ -30,7 +30,7 @@ def test_file_that_cannot_be_replaced_is_as_it_was(call, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["table.md"]
 
 
-def test_what_is_written_beside_a_file_is_not_sent_to_the_hub(tmp_path, monkeypatch):
+def test_hub_gets_nothing_of_what_is_written_beside_a_file(tmp_path, monkeypatch):
     """transformers leaves out what begins with an underscore."""
     names = []
     monkeypatch.setattr(os, "replace", lambda source, target: names.append(source.name) or os.rename(source, target))

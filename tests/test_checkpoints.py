@@ -119,7 +119,7 @@ def full_disk(monkeypatch, after):
 
 
 @pytest.mark.parametrize("after", range(5))
-def test_a_save_on_a_full_disk_leaves_the_checkpoint_before_it(after, finished, tmp_path, tokenizer, monkeypatch):
+def test_save_on_a_full_disk_leaves_the_checkpoint_before_it(after, finished, tmp_path, tokenizer, monkeypatch):
     class FullFromStepThree(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -141,7 +141,7 @@ def test_a_save_on_a_full_disk_leaves_the_checkpoint_before_it(after, finished, 
 
 
 @pytest.mark.parametrize("what", ["weight", "moment"])
-def test_a_save_of_numbers_that_are_not_finite_writes_nothing(what, tmp_path, tokenizer):
+def test_save_of_numbers_that_are_not_finite_writes_nothing(what, tmp_path, tokenizer):
     class Ruin(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -157,7 +157,7 @@ def test_a_save_of_numbers_that_are_not_finite_writes_nothing(what, tmp_path, to
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "checkpoint-1").values())
 
 
-def test_the_finished_model_is_not_saved_with_numbers_that_are_not_finite(tmp_path, tokenizer):
+def test_finished_model_is_not_saved_with_numbers_that_are_not_finite(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer)
     next(trainer.model.parameters()).data.view(-1)[3] = float("inf")
     with pytest.raises(CaMOPDError, match=r"1 of .* weights of the finished model are not finite"):
@@ -165,7 +165,7 @@ def test_the_finished_model_is_not_saved_with_numbers_that_are_not_finite(tmp_pa
     assert not (tmp_path / "model").exists()
 
 
-def test_the_best_checkpoint_is_known_by_its_own_folder(tmp_path, tokenizer):
+def test_best_checkpoint_is_known_by_its_own_folder(tmp_path, tokenizer):
     """And not by the one that it was made in."""
     trainer = make_trainer(
         tmp_path, tokenizer, max_steps=STEPS, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,

@@ -56,7 +56,7 @@ def test_handler_of_the_program_stays():
         signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_may_import_too():
+def test_imports_may_go_on_in_other_threads():
     entered = []
 
     def work():

@@ -25,6 +25,6 @@ def test_error_of_another_rank_is_raised_with_its_text(ours, kind):
         pass
 
 
-def test_without_an_error_nothing_is_raised():
+def test_ranks_without_an_error_raise_nothing():
     with on_all_ranks(lambda mine: [*mine, None]):
         pass

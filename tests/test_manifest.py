@@ -66,14 +66,14 @@ def test_manifest_that_is_damaged_is_a_fault_and_no_crash(tmp_path_factory, cont
     assert found is None if content == b'{"files": {}}' else found or content == b"{}"
 
 
-def test_a_folder_without_a_manifest_was_not_finished(tmp_path):
+def test_folder_without_a_manifest_was_not_finished(tmp_path):
     folder = make_checkpoint(tmp_path / "checkpoint-1")
     (folder / manifest.MANIFEST).unlink()
     assert "manifest.json" in manifest.fault(folder) and "written last" in manifest.fault(folder)
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_checkpoint_takes_its_place_whole_whatever_rename_is_the_last(there, tmp_path, monkeypatch):
+def test_checkpoint_takes_its_place_whole_whatever_rename_is_the_last(there, tmp_path, monkeypatch):
     """Killed before, between or after the renames: `clean_up` leaves a whole checkpoint of the new or the old content."""
 
     class Killed(BaseException):

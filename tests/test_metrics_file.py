@@ -36,7 +36,7 @@ def line(step, **more):
     return json.dumps({"step": step, "loss": 0.5, **more})
 
 
-def test_every_step_is_a_line_and_what_is_not_finite_is_null(tmp_path):
+def test_metrics_file_has_a_line_per_step_and_null_for_what_is_not_finite(tmp_path):
     callback = file_of(tmp_path)
     for step in range(2):
         write(callback, step, grad_norm=float("inf"))
@@ -93,7 +93,7 @@ def test_last_line_that_was_cut_short_is_left_out_without_a_word(tmp_path, caplo
     st.lists(st.one_of(st.binary(max_size=12), st.integers(-3, 9).map(lambda step: line(step).encode()))),
     st.integers(1, 9),
 )
-def test_whatever_is_in_the_file_whole_lines_up_to_the_checkpoint_are_kept_in_order(tmp_path, content, step):
+def test_metrics_file_keeps_whole_lines_up_to_the_checkpoint_in_order(tmp_path, content, step):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(content))
     file_of(tmp_path, step=step)
     found = (tmp_path / "metrics.jsonl").read_bytes().splitlines()

@@ -511,7 +511,7 @@ def model_like(seed):
     return model
 
 
-def test_half_a_surrogate_pair_is_refused_in_words(tokenizer):
+def test_surrogate_pair_cut_in_half_is_refused_in_words(tokenizer):
     reader = PromptReader(tokenizer, tokenizer, 100, (), None, {})
     for prompt in ("a\ud800", [{"role": "user", "content": "a\ud800"}], '[{"role": "user", "content": "a\\ud800"}]'):
         with pytest.raises(ValueError, match=r"a row has '\\ud800' at character \d of its prompt, one half"):

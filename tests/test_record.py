@@ -46,7 +46,7 @@ def names(lines: list[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------- what is in the record
 
 
-def test_every_field_of_the_config_is_recorded_or_left_out_with_a_reason(record):
+def test_record_has_every_field_of_the_config_or_a_reason_to_leave_it_out(record):
     left_out = [name for text in LEFT_OUT.values() for name in text.split()]
     assert len(left_out) == len(set(left_out))
     known = {each.name for each in fields(CaMOPDConfig)}
@@ -78,7 +78,7 @@ def test_every_field_of_the_config_is_recorded_or_left_out_with_a_reason(record)
     ],
     ids=lambda value: "-".join(value),
 )  # fmt: skip
-def test_another_setting_student_or_teacher_is_a_difference(changes, names_of_settings, record, record_with):
+def test_record_of_another_setting_student_or_teacher_is_a_difference(changes, names_of_settings, record, record_with):
     assert sorted(names(differences(record, record_with(**changes)))) == sorted(names_of_settings)
 
 
@@ -92,7 +92,7 @@ def test_another_setting_student_or_teacher_is_a_difference(changes, names_of_se
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_what_does_not_change_the_numbers_is_no_difference(changes, record, record_with):
+def test_record_without_a_change_of_numbers_is_not_a_difference(changes, record, record_with):
     now = record_with(**changes)
     assert differences(record, now) == notes(record, now) == []
 
@@ -105,7 +105,7 @@ def test_what_does_not_change_the_numbers_is_no_difference(changes, record, reco
         ({}, {"target_modules": ["q_proj"]}),
     ],
 )
-def test_another_adapter_is_a_difference_and_its_random_weights_are_not(one, other, record_with):
+def test_record_of_another_adapter_is_a_difference_and_of_random_weights_is_not(one, other, record_with):
     first, again, changed = (record_with(peft_config=LoraConfig(**{**LORA, **each})) for each in (one, one, other))
     assert differences(first, again) == []
     assert names(differences(first, changed)) == ["adapter"]
@@ -145,7 +145,7 @@ def test_optimizer_that_is_passed_is_recorded_with_its_settings(tmp_path, tokeni
     assert names(differences(then, now)) == ["optimizers"]
 
 
-def test_no_folder_and_no_secret_is_recorded(tmp_path, tokenizer, record_with):
+def test_record_has_no_folder_and_no_secret(tmp_path, tokenizer, record_with):
     for name in ("student", "teacher"):
         make_model(1).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -277,7 +277,7 @@ OF_AN_OLD_RECORD = (
 )  # fmt: skip
 
 
-def test_what_an_old_record_lacks_is_no_difference_but_for_what_it_always_had(record):
+def test_record_that_is_old_may_lack_what_it_did_not_always_have(record):
     old = {name: record[name] for name in OF_AN_OLD_RECORD}
     assert differences(old, record) == notes(old, record) == []
     for name in ("schedule", "seed", "teachers", "scale"):

@@ -73,7 +73,7 @@ def test_student_in_the_folder_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("given", [True, "path"])
-def test_what_is_gone_on_with_is_not_overwritten(given, tmp_path):
+def test_overwriting_spares_the_run_that_is_gone_on_with(given, tmp_path):
     checkpoint = use(tmp_path) / "checkpoint-2"
     with pytest.raises(
         ResumeError, match=r"goes on with the run in .*, and overwrite_output_dir=True removes it. Leave"
@@ -143,7 +143,7 @@ def test_folder_whose_id_cannot_be_read_has_none(content, tmp_path):
     assert run_id_of(tmp_path) is None
 
 
-def test_what_the_main_rank_finds_is_found_by_all(tmp_path, monkeypatch):
+def test_folder_is_looked_at_by_the_main_rank_for_all(tmp_path, monkeypatch):
     """A rank that raised alone would leave the others in the next collective."""
     sent = []
     monkeypatch.setattr("camopd.run_folder.gather_object", lambda mine: sent.append(mine[0]) or [sent[0], *mine])
@@ -167,7 +167,7 @@ def test_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
         pass
 
 
-def test_what_is_not_of_a_run_does_not_make_a_folder_used(tmp_path):
+def test_folder_is_not_used_by_files_of_no_run(tmp_path):
     for name in ("checkpoint-best", "completions", "_saving"):
         (tmp_path / name).mkdir()
     for name in ("README.md", "metrics-1.jsonl", RUN_FILE, LOCK_FILE):
@@ -209,7 +209,7 @@ def copy_of(finished, folder):
     return shutil.copytree(finished, folder / "out")
 
 
-def test_another_student_does_not_take_a_finished_runs_checkpoint(finished, tmp_path, tokenizer):
+def test_finished_run_is_not_taken_by_another_student(finished, tmp_path, tokenizer):
     out = copy_of(finished, tmp_path)
     with pytest.raises(
         CaMOPDError, match="has the files of another run: checkpoint-2, checkpoint-4, checkpoint-6 and 1"
@@ -257,7 +257,7 @@ def test_auto_overwrites_another_run_and_never_its_own(finished, tmp_path, token
     assert losses(out) == losses(tmp_path / "expected")
 
 
-def test_two_runs_at_once_are_refused_and_the_first_goes_on(tmp_path, tokenizer):
+def test_runs_at_once_are_refused_and_the_first_goes_on(tmp_path, tokenizer):
     refused = []
 
     class Second(TrainerCallback):

@@ -68,7 +68,8 @@ def test_stop_requests_in_a_thread_set_no_handlers():
     assert failures == []
 
 
-def test_a_second_signal_ends_the_process_at_once():
+@pytest.mark.slow
+def test_second_signal_ends_the_process_at_once():
     script = (
         "import os, signal, sys\nfrom camopd.signals import StopRequests\n"
         "with StopRequests(lambda mine: mine, True).listening():\n"
@@ -114,7 +115,7 @@ def undisturbed(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("place", ["begin", "rollout", "score", "loss", "update"])
-def test_a_run_that_a_signal_has_stopped_goes_on_as_if_it_had_not(place, step, undisturbed, tmp_path, tokenizer):
+def test_run_that_a_signal_has_stopped_goes_on_as_if_it_had_not(place, step, undisturbed, tmp_path, tokenizer):
     stopped = make_trainer(tmp_path, tokenizer, max_steps=STEPS)
     strike(place, stopped, step)
     with pytest.raises(RunInterrupted, match="SIGTERM: stopped") as ended:
@@ -137,7 +138,7 @@ def test_a_run_that_a_signal_has_stopped_goes_on_as_if_it_had_not(place, step, u
     assert all(torch.equal(weights[name], value) for name, value in again.model.state_dict().items())
 
 
-def test_a_signal_during_a_save_lets_it_finish(undisturbed, tmp_path, tokenizer):
+def test_signal_during_a_save_lets_it_finish(undisturbed, tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=STEPS, save_strategy="steps", save_steps=2)
     strike("save", trainer, 2)
     with pytest.raises(RunInterrupted, match=r"the weights after step 2 are in '.*checkpoint-2'"):
@@ -145,7 +146,7 @@ def test_a_signal_during_a_save_lets_it_finish(undisturbed, tmp_path, tokenizer)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-def test_a_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, tokenizer):
+def test_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, tokenizer):
     held_out = {"general": make_prompts("general", 4)}
     kwargs = {"max_steps": STEPS, "eval_dataset": held_out, "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(tmp_path, tokenizer, **kwargs)
@@ -159,7 +160,7 @@ def test_a_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, 
     assert all(torch.equal(weights[name], value) for name, value in again.model.state_dict().items())
 
 
-def test_a_signal_in_the_last_update_ends_a_run_that_is_done(tmp_path, tokenizer):
+def test_signal_in_the_last_update_ends_a_run_that_is_done(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, max_steps=2)
     strike("update", trainer, 1)
     trainer.train()

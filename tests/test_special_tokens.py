@@ -43,7 +43,7 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def test_by_default_special_tokens_in_a_text_are_control_tokens_as_in_trl(smollm2):
+def test_special_tokens_in_a_text_are_control_tokens_by_default_as_in_trl(smollm2):
     found = ids(smollm2, user(ATTACK), split=False)
     assert found == smollm2.apply_chat_template(user(ATTACK), add_generation_prompt=True)["input_ids"]
     assert (

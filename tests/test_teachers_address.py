@@ -124,14 +124,14 @@ secrets = st.text(st.characters(codec="ascii", exclude_characters="'\"", exclude
     secrets.map(lambda text: f"!{text}!"),
     st.sampled_from(["http://user:{}@host", "http://host/v1?key={}", "http://host#{}"]),
 )
-def test_no_part_of_a_password_or_key_is_in_a_public_url(secret, form):
+def test_public_url_has_no_part_of_a_password_or_key(secret, form):
     shown = public_url(form.format(secret))
     assert "!" not in shown
     assert "!" not in without_secrets(repr([form.format(secret), "a"]))
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_no_error_of_a_run_shows_the_secrets_of_a_url(url, make_config, tmp_path, tokenizer, capsys):
+def test_errors_of_a_run_show_no_secret_of_a_url(url, make_config, tmp_path, tokenizer, capsys):
     """Whatever is wrong with the teachers of a config, a file, a trainer or of `camopd serve`."""
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps([url]))

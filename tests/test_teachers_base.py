@@ -51,7 +51,7 @@ WRONG = {  # what a teacher has returned for two completions of 3 and 2 tokens -
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_not_an_answer_is_a_teacher_error_that_says_what_it_is(case):
+def test_answer_of_another_kind_is_a_teacher_error_that_says_what_it_is(case):
     answers, said = WRONG[case]
     with pytest.raises(TeacherError, match=rf"^teacher 'mine'.* {said}"):
         read_answers(answers, 2, [(5, 3), (9, 2)], 0, "mine", "general")

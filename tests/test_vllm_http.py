@@ -234,7 +234,7 @@ def test_packed_refusal_is_told_by_its_status(connect):
         connect(url)
 
 
-def test_every_request_asks_for_an_answer_that_is_not_packed(start_server, connect):
+def test_requests_ask_for_answers_that_are_not_packed(start_server, connect):
     server = start_server(compact=True)
     connect(server).score(TOKEN_IDS, PROMPT_LENS)
     assert {headers["Accept-Encoding"] for _, headers, _ in server.requests} == {"identity"}

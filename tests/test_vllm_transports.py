@@ -521,7 +521,7 @@ def change(place, value):
 
 
 @both_transports
-def test_what_rounding_leaves_above_0_is_taken(start_server, connect, compact):
+def test_log_prob_above_0_by_rounding_is_taken(start_server, connect, compact):
     server = start_server(compact=compact)
     server.edit = change(4, 0.007)
     server.edit_logps = lambda logps, body: np.full_like(logps, 0.007)
@@ -531,7 +531,7 @@ def test_what_rounding_leaves_above_0_is_taken(start_server, connect, compact):
 
 @pytest.mark.parametrize("top_k", [0, 2])
 @pytest.mark.parametrize("value", [True, False, "-0.5", [-0.5]])
-def test_what_is_not_a_number_in_json_is_refused_with_server_token_and_value(server, connect, value, top_k):
+def test_json_value_that_is_not_a_number_is_refused_with_server_token_and_value(server, connect, value, top_k):
     teacher = connect(server)
     server.edit = change(3, value)
     with pytest.raises(
