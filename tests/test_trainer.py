@@ -91,7 +91,7 @@ def test_step_of_several_processes_is_the_step_by_hand(processes, tmp_path):
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=LOSS)
         seen = {name: found.pop(name) for name in list(found) if name not in expected}
         if variant == "exchange":
-            _, metrics = trainer_step(case, str(tmp_path / "alone"), batch_size=2)
+            _, metrics = trainer_step(case, str(tmp_path / f"alone-{case.name}"), batch_size=2)
             for name, value in measured(metrics).items():
                 torch.testing.assert_close(seen[name], value, atol=1e-3, rtol=1e-3, equal_nan=True, msg=name)
         for name, value in found.items():
