@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ...errors import TeacherError
@@ -80,9 +81,10 @@ class ServerTeacher:
             await asyncio.gather(*tasks, return_exceptions=True)  # their futures end with them
             await self._client.close()
 
-        self._wait(shut())
+        with suppress(TimeoutError):  # the thread is a daemon, and what it does not end ends with the process
+            self._wait(shut(), limits.ANSWER_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._thread.join(limits.ANSWER_SECONDS)
 
     def _run_loop(self) -> None:
         try:
@@ -90,8 +92,9 @@ class ServerTeacher:
         finally:
             self._loop.close()
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+    def _wait(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        """What a piece of work on the loop gives. Requests have time limits of their own."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 
     @property
     def has_key(self) -> bool:
