@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from camopd import CaMOPDConfig, manifest
@@ -39,22 +39,38 @@ from camopd.teachers.vllm.transports import MOST_LOGP
 
 SHARES = {"schedule": 0.4, "prompts": 0.2, "answers": 0.2, "rollouts": 0.1, "checkpoints": 0.05, "config": 0.05}
 CASES = int(os.environ.get("CAMOPD_FUZZ_CASES", "3000"))
+BATCH = 2000
 MOST_MEMORY = 100  # MiB that the process may grow by over all cases of a target
 BASE = {"use_cpu": True, "bf16": False, "report_to": "none"}
 taken, refused, crashed = Counter(), Counter(), Counter()
 
 
-def cases(target):
-    """Settings for so many cases of a target, the same ones whenever they run."""
-    return settings(
-        max_examples=max(1, round(CASES * SHARES[target])), deadline=None, derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck), print_blob=False,
+def cases(target, share=1.0):
+    """A parameter `batch` for so many cases of a target: Hypothesis remembers all of a batch, which takes memory."""
+    return pytest.mark.parametrize("batch", range(-(-round(CASES * SHARES[target] * share) // BATCH)))
+
+
+def try_all(target, batch, check, *strategies, share=1.0):
+    """Call `check` with what the strategies draw, the same cases whenever they run."""
+    left = round(CASES * SHARES[target] * share) - batch * BATCH
+    how = settings(
+        max_examples=min(BATCH, left), deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        print_blob=False,
     )  # fmt: skip
+
+    def one(drawn):
+        check(*drawn)
+
+    seed(batch)(how(given(st.tuples(*strategies))(one)))()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def table():
+    log = logging.getLogger("camopd")
+    level = log.level
+    log.setLevel(logging.ERROR)
     yield
+    log.setLevel(level)
     print(f"\n{'target':<10}{'cases':>9}{'taken':>9}{'refused':>9}{'crashes':>9}")
     for target in SHARES:
         row = (taken[target], refused[target], crashed[target])
@@ -123,8 +139,11 @@ schedules = st.one_of(
 
 
 @cases("schedule")
-@given(schedules, st.integers(1, 4096))
-def test_fuzz_schedule(text, rows):
+def test_fuzz_schedule(batch):
+    try_all("schedule", batch, parse, schedules, st.integers(1, 4096))
+
+
+def parse(text, rows):
     with in_words("schedule", "schedule"):
         schedule = Schedule.parse(text)
         assert str(schedule) == text and 1 <= schedule.period <= 1_000_000
@@ -164,9 +183,11 @@ PLAIN, SPLIT = READERS
 
 
 @cases("prompts")
-@given(row)
-def test_fuzz_prompts(row):
-    logging.getLogger("camopd").setLevel(logging.ERROR)  # of chat_template_kwargs that no template reads
+def test_fuzz_prompts(batch):
+    try_all("prompts", batch, read_prompt, row)
+
+
+def read_prompt(row):
     with in_words("prompts", "row 3"):
         found = named(read_row, {**row, "row": "row 3"})
         (ids,) = PLAIN.ids([found])
@@ -304,7 +325,6 @@ def stranger(request, monkeypatch):
     """A teacher whose server answers what it is told to, with one attempt."""
     for name, number in (("QUESTION_PAUSE", 0.0), ("SCORE_PAUSE", 0.0), ("HEALTH_SECONDS", 0.0), ("ATTEMPTS", 1)):
         monkeypatch.setattr(f"camopd.teachers.limits.{name}", number)
-    monkeypatch.setattr(logging.getLogger("camopd"), "level", logging.ERROR)
     server, client = Stranger(), httpx.AsyncClient
 
     def answer(question):
@@ -329,10 +349,9 @@ def score(server, teacher, change):
             assert found.logps.tolist() == LOGPS
 
 
-@settings(parent=cases("answers"), max_examples=max(1, round(CASES * SHARES["answers"] / 2)))
-@given(change=changes())
-def test_fuzz_answers(stranger, change):
-    score(*stranger, change)
+@cases("answers", share=0.5)
+def test_fuzz_answers(stranger, batch):
+    try_all("answers", batch, lambda change: score(*stranger, change), changes(), share=0.5)
 
 
 # --- kept rollouts -------------------------------------------------------------------------------------------------
@@ -345,15 +364,17 @@ ROWS = [{"branch": "general", "position": 3}, {"branch": "domain", "position": 5
 
 
 @cases("rollouts")
-@given(
-    st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6),
-    st.sampled_from([None] * 9) | st.integers(0, 1200),
-    st.binary(max_size=40),
-    st.sampled_from(["all", "header", "tensors"]),
-)
-def test_fuzz_rollouts(tmp_path_factory, edits, cut, more, where):
-    logging.getLogger("camopd").setLevel(logging.ERROR)
-    path = tmp_path_factory.getbasetemp() / "rollouts-0-of-1.safetensors"
+def test_fuzz_rollouts(tmp_path, batch):
+    try_all(
+        "rollouts", batch, lambda *drawn: load(tmp_path / "rollouts-0-of-1.safetensors", *drawn),
+        st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6),
+        st.sampled_from([None] * 9) | st.integers(0, 1200),
+        st.binary(max_size=40),
+        st.sampled_from(["all", "header", "tensors"]),
+    )  # fmt: skip
+
+
+def load(path, edits, cut, more, where):
     save_rollouts(SAMPLES, 1, path)
     data = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(data[:8], "little")
@@ -403,12 +424,13 @@ def write_checkpoint(folder, record, rehash, change):
 
 
 @cases("checkpoints")
-@given(
-    changes(),
-    st.sampled_from(["camopd.json", "manifest.json", "model.safetensors", "rehashed"]),
-    st.sampled_from([True, "auto", "path"]),
-)
-def test_fuzz_checkpoints(run, change, which, given_as):
+def test_fuzz_checkpoints(run, batch):
+    files = st.sampled_from(["camopd.json", "manifest.json", "model.safetensors", "rehashed"])
+    given_as = st.sampled_from([True, "auto", "path"])
+    try_all("checkpoints", batch, lambda *drawn: find(run, *drawn), changes(), files, given_as)
+
+
+def find(run, change, which, given_as):
     output_dir, args, record = run
     folder = output_dir / "checkpoint-4"
     write_checkpoint(folder, record, which == "rehashed", lambda text: apply(json.loads(text), change))
@@ -446,10 +468,12 @@ SPEAKS_OF = {
 
 
 @cases("config")
-@given(st.sampled_from(OWN), setting)
-def test_fuzz_config(tmp_path_factory, name, value):
-    logging.getLogger("camopd").setLevel(logging.ERROR)
-    values = {**BASE, "output_dir": str(tmp_path_factory.getbasetemp())}
+def test_fuzz_config(tmp_path, batch):
+    try_all("config", batch, lambda *drawn: make(tmp_path, *drawn), st.sampled_from(OWN), setting)
+
+
+def make(folder, name, value):
+    values = {**BASE, "output_dir": str(folder)}
     with in_words("config"):
         try:
             args = CaMOPDConfig(**{**values, name: value})
