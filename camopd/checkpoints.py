@@ -327,17 +327,25 @@ def check_finite(model: Any, optimizer: Any, when: str, latest: Path | None) -> 
     moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
     broken = []
     for tensors in (weights, moments):
-        floats = [local(tensor.detach()) for tensor in tensors if tensor.is_floating_point()]
+        parts = [part for tensor in tensors for part in _parts(local(tensor.detach()))]
+        floats = [part for part in parts if part.is_floating_point()]
         broken.append((sum(int((~tensor.isfinite()).sum()) for tensor in floats), sum(map(torch.numel, floats))))
-    parts = gather_object([broken])
+    found = gather_object([broken])
     for place, name in enumerate(("weights", "moments of the optimizer")):
-        bad, total = (max(part[place][which] for part in parts) for which in range(2))
+        bad, total = (max(counts[place][which] for counts in found) for which in range(2))
         if bad:
             way = f"Go on from {str(latest)!r}" if latest else "Start again"
             raise CaMOPDError(
                 f"{bad} of {total} {name} {when} are not finite, so nothing is saved: the model is ruined. {way} with a "
                 "lower learning_rate or max_grad_norm, and look at loss and grad_norm in metrics.jsonl."
             )
+
+
+def _parts(tensor: Any) -> list[torch.Tensor]:
+    """A tensor, or those that one of 8 bits is made of, which says that it is float32 and knows no `isfinite`."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def local_world_size(args: CaMOPDConfig) -> int:

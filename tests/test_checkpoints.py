@@ -8,9 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_prompts
+from torchao.optim import AdamW8bit
 from trainers import lines, make_trainer
 from transformers import TrainerCallback
 
+from camopd.checkpoints import check_finite
 from camopd.errors import CaMOPDError, ResumeError
 
 
@@ -196,3 +198,15 @@ def test_checkpoint_of_another_folder_is_unpickled_only_when_it_is_trusted(finis
                 trainer.checkpoints.find(other, unpickles=True)
     own = copy_of(finished, tmp_path / "own", 2)
     assert find(own, tokenizer, True, resume_from_checkpoint=True) == str(own / "checkpoint-2")
+
+
+def test_check_looks_into_moments_of_8_bits(without_compiler):
+    """They say that they are float32, and know no `isfinite`."""
+    model = torch.nn.Linear(64, 64, bias=False)
+    optimizer = AdamW8bit(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    check_finite(model, optimizer, "after step 1", None)
+    optimizer.state[model.weight]["exp_avg"].scale[3] = float("nan")
+    with pytest.raises(CaMOPDError, match=r"^1 of \d+ moments of the optimizer after step 1 are not finite"):
+        check_finite(model, optimizer, "after step 1", None)
