@@ -16,6 +16,7 @@ from datasets import IterableDataset
 from torch import nn
 
 from .learning_rate import of_deepspeed
+from .schedule import short
 from .teachers.address import ADAPTER_TEACHERS, is_server
 
 
@@ -434,4 +435,4 @@ def _is_adam(args: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(getattr(value, "value", value))
+    return short(getattr(value, "value", value))
