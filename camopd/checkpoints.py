@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,7 +24,8 @@ from . import manifest, record
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, ResumeError, TeacherError
 from .hub import check_trusted, explain_hub_error, hub_errors, is_hub_id
-from .manifest import SAVING, clean_up, put_in_place, rotate, step_of
+from .machines import Machine, OtherRankError, raise_of_any, raise_own
+from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
 from .optimizer import local
 from .record import RUN_RECORD
 from .rollouts import load_rollouts, save_rollouts, set_rng_state
@@ -34,6 +37,7 @@ from .step import Step
 
 logger = logging.getLogger(__name__)
 
+FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of writing; the last is FSDP2's
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 
 
@@ -46,6 +50,7 @@ class RunCheckpoints:
     def __init__(self, args: CaMOPDConfig, own: dict[str, Any]):
         """`own` is the run's record, as `record_of` makes it."""
         self.args, self.record = args, own
+        self._machine = Machine()
         self.latest: Path | None = None
         self.staging: Path | None = None
         self._under_way: tuple[Sequence[Sample] | None, int] | None = None  # of a step that the next save is to keep
@@ -60,8 +65,7 @@ class RunCheckpoints:
         `unpickles` says that loading it unpickles it. Raises `ResumeError` when there is none, it is not whole, or it
         belongs to a run with other settings, student, teachers or prompts, before anything is loaded.
         """
-        if self.args.local_process_index == 0:
-            clean_up(Path(self.args.output_dir))
+        self._machine.in_turn(partial(clean_up, Path(self.args.output_dir)))
         if given in (None, False):
             return None
         if given is True or given == "auto":
@@ -71,11 +75,11 @@ class RunCheckpoints:
             if all(gather_object([is_hub_id(str(given))])):
                 # Of all machines: where one has such a folder and another lacks it, the other would wait in the fetch.
                 checkpoint = Path(self._fetch(str(given), unpickles))
-            self._need_whole(checkpoint)
+            self.need_whole(checkpoint, to_go_on=True)
         if checkpoint is None:
             return None
         check_trusted(checkpoint, self.args.output_dir, unpickles, self.args.trust_checkpoint)
-        record.check(checkpoint, self.record)
+        raise_of_any(partial(record.check, checkpoint, self.record))
         self._compare_processes(checkpoint)
         self.latest = self._resumed_from = checkpoint
         return str(checkpoint)
@@ -83,9 +87,11 @@ class RunCheckpoints:
     def _newest(self, required: bool) -> Path | None:
         """The newest whole checkpoint in `output_dir`, whatever a rank may lack of the newer ones."""
         folder = Path(self.args.output_dir)
-        found = {step_of(path): path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0}
+        mine = {step: saved_at(path) for path in folder.glob("checkpoint-*") if (step := step_of(path)) >= 0}
+        # Of the first process, and then what others have beside it. By time: a run may have gone on from an earlier one.
+        known = {step: at for steps in gather_object([mine])[::-1] for step, at in steps.items()}
         left_out: list[str] = []
-        for step in sorted({step for steps in gather_object([list(found)]) for step in steps}, reverse=True):
+        for step in sorted(known, key=lambda step: (known[step], step), reverse=True):
             chosen = self.folder(str(folder), step)
             fault = self._fault(chosen)
             if fault is None and not all(gather_object([is_own(chosen)])):
@@ -106,22 +112,23 @@ class RunCheckpoints:
             )
         return None
 
-    def _need_whole(self, checkpoint: Path) -> None:
-        fault = self._fault(checkpoint)
+    def need_whole(self, checkpoint: Path, to_go_on: bool = False) -> None:
+        """Raise `ResumeError` on all ranks unless a checkpoint can be loaded, or gone on from."""
+        fault = self._fault(checkpoint, to_go_on)
         if fault is not None:
+            what = "a run cannot go on from" if to_go_on else "the best model cannot be loaded from"
             raise ResumeError(
-                f"a run cannot go on from {str(checkpoint)!r}: {fault}. resume_from_checkpoint=True takes the newest whole "
-                "checkpoint of output_dir. To start from its weights, pass it as `model`."
+                f"{what} {str(checkpoint)!r}: {fault}. resume_from_checkpoint=True takes the newest whole checkpoint of "
+                "output_dir. To start from its weights, pass it as `model`."
             )
 
-    def _fault(self, checkpoint: Path) -> str | None:
-        """Why a run cannot go on from a checkpoint, as any rank finds it; the ranks of a machine share the reading."""
-        part, parts = self.args.local_process_index, local_world_size(self.args)
+    def _fault(self, checkpoint: Path, to_go_on: bool = True) -> str | None:
+        """Why a run cannot go on from a checkpoint, or load it, as any rank finds it; those of a machine share it."""
         if not (checkpoint / RUN_RECORD).is_file():
             mine: str | None = f"it has no {RUN_RECORD}: it is not a checkpoint of CaMOPDTrainer"
         else:
-            mine = manifest.fault(checkpoint, part, parts)
-        if mine is None and not manifest.read(checkpoint).get("resumable"):
+            mine = manifest.fault(checkpoint, self._machine.part, self._machine.parts)
+        if mine is None and to_go_on and not manifest.read(checkpoint).get("resumable"):
             mine = "it was saved with save_only_model=True and has the weights alone"
         return next((fault for fault in gather_object([mine]) if fault), None)
 
@@ -184,20 +191,20 @@ class RunCheckpoints:
         final = self.folder(args.output_dir, state.global_step)
         check_finite(trainer.model, trainer.optimizer, f"after step {state.global_step}", self.latest)
         folder = final.parent / SAVING / final.name
+        # Where writing has collectives of its own, ranks that wait in them cannot be asked: the launcher ends them.
+        raise_together = raise_own if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else raise_of_any
         try:
-            if args.local_process_index == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
+            raise_together(partial(self._machine.prepare, folder), FAILURES)
             trainer.accelerator.wait_for_everyone()
-            self._write(trainer, folder, final, write)
+            raise_together(partial(self._write, trainer, folder, final, write), FAILURES)
             self._commit(trainer, folder, final)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+        except FAILURES as error:
+            if isinstance(error, RuntimeError) and not (
+                isinstance(error, OtherRankError) or "inline_container" in str(error)
+            ):
                 raise  # of another rank that is gone, say; torch.save raises a RuntimeError of this file for a full disk
             free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else ".").free / 2**30
-            before = (
-                f"the checkpoint before it, {str(self.latest)!r}, is whole" if self.latest else "there is none yet"
-            )
+            before = f"the one before, {str(self.latest)!r}, is whole" if self.latest else "there is none yet"
             shutil.rmtree(folder, ignore_errors=True)
             raise CaMOPDError(
                 f"the checkpoint of step {state.global_step} cannot be written to {args.output_dir!r}, where {free:.2f} "
@@ -207,9 +214,21 @@ class RunCheckpoints:
         finally:
             self.staging = None
         self.latest = final
-        trainer.pushes.add(str(final), last=self._under_way is not None)
-        if args.should_save:
-            rotate(final, args.save_total_limit, state.best_model_checkpoint)
+        try:
+            trainer.pushes.add(str(final), last=self._under_way is not None)
+            if args.should_save:
+                rotate(final, args.save_total_limit, state.best_model_checkpoint)
+        except OSError as error:  # the checkpoint is there
+            logger.warning("after the save of %s: %s", final, error)
+        trainer.accelerator.wait_for_everyone()  # a rank that ends would have its launcher end one that still sends
+
+    def check_finished(self, trainer: Any) -> None:
+        """Raise `CaMOPDError` where the weights of the model in hand are not finite.
+
+        Unless they are in shards, each rank looks for itself: the main process may save them alone.
+        """
+        alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        check_finite(trainer.model, None, "of the finished model", self.latest, alone=alone)
 
     def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None]) -> None:
         state = trainer.state
@@ -232,23 +251,21 @@ class RunCheckpoints:
     def _commit(self, trainer: Any, folder: Path, final: Path) -> None:
         """Manifest and rename. The ranks of a machine share the hashing; where machines have disks of their own, each has a
         checkpoint of what its ranks have written."""
-        args = self.args
-        part, parts = args.local_process_index, local_world_size(args)
-        machine = args.process_index // parts
-        mine = manifest.entries(folder, manifest.files_in(folder)[part::parts], flush=True)
-        found = {name: entry for place, each in gather_object([(machine, mine)]) if place == machine
+        mine = self._machine
+        names = manifest.files_in(folder)[mine.part :: mine.parts] if mine.commits or mine.part else []
+        entries = raise_of_any(partial(manifest.entries, folder, names, flush=True), FAILURES)
+        found = {name: entry for place, each in gather_object([(mine.name, entries)]) if place == mine.name
                  for name, entry in each.items()}  # fmt: skip
-        for turn in (
-            args.process_index == 0,
-            part == 0,
-        ):  # the second is for disks that the first process does not see
-            if turn and folder.is_dir():
+
+        def commit() -> None:
+            if mine.commits and folder.is_dir():
                 manifest.write(
-                    folder, found, step=trainer.state.global_step, processes=args.world_size,
-                    resumable=not args.save_only_model,
+                    folder, found, step=trainer.state.global_step, processes=self.args.world_size,
+                    resumable=not self.args.save_only_model, saved=time.time(),
                 )  # fmt: skip
                 put_in_place(folder, final)
-            trainer.accelerator.wait_for_everyone()
+
+        raise_of_any(commit, FAILURES)
 
     # ------------------------------------------------------------------------------------- a step that is not trained yet
 
@@ -261,8 +278,10 @@ class RunCheckpoints:
             return folder
         only_model, args.save_only_model = args.save_only_model, False  # this one is there to go on from
         self._under_way = (samples, prompts_cut)
-        trainer._save_checkpoint(trainer.model, trial=None)
-        args.save_only_model, self._under_way = only_model, None
+        try:
+            trainer._save_checkpoint(trainer.model, trial=None)
+        finally:
+            args.save_only_model, self._under_way = only_model, None
         return folder
 
     def saved_rollouts(
@@ -273,7 +292,9 @@ class RunCheckpoints:
         if self._resumed_from is None:
             return None
         folder, self._resumed_from = self._resumed_from, None  # for the first step after resume, and no other
-        found = load_rollouts(self._rollouts_file(folder), rows)
+        path = self._rollouts_file(folder)
+        listed = path.name in manifest.read(folder)["files"]  # one that is not was left by another checkpoint
+        found = load_rollouts(path, rows) if listed else None
         all_found = all(gather_object([found is not None]))
         if found is None or not all_found:
             return None
@@ -292,21 +313,24 @@ class RunCheckpoints:
         try:
             yield
         except (TeacherError, StopAsked) as error:
-            stopped, done = isinstance(error, StopAsked), trainer.state.global_step
-            samples = None
+            done, samples = trainer.state.global_step, None
+            signals = [name for name in gather_object([trainer.stops.heard]) if name]
             if step is not None:
                 cut = isinstance(error, StopAsked) and error.cut
                 samples = step.samples if step.rng_after and not cut else None
                 set_rng_state(step.rng_before if samples is None else step.rng_after)
-            if stopped and samples is None and not done:
-                raise interrupted(f"{error}: stopped before the first rollouts were there; start again.") from None
+            # FSDP2 makes moments to save by a step without gradients, which the first one would be counted after.
+            if not done and (samples is None or trainer.is_fsdp_enabled):
+                if not signals:
+                    raise
+                raise interrupted(f"{signals[0]}: stopped before the first step was made; start again.") from None
             folder = self.keep_step(trainer, samples, 0 if step is None else step.prompts_cut)
             what = f"the weights after step {done} are"
             if samples is not None:
                 what = f"the weights before step {done + 1} and its rollouts are"
-            if stopped:
+            if signals:
                 raise interrupted(
-                    f"{error}: stopped; {what} in {str(folder)!r}. Go on with `camopd train ... --resume auto` or "
+                    f"{signals[0]}: stopped; {what} in {str(folder)!r}. Go on with `camopd train ... --resume auto` or "
                     "trainer.train(resume_from_checkpoint='auto')."
                 ) from None
             raise TeacherError(
@@ -318,8 +342,11 @@ class RunCheckpoints:
         return folder / f"rollouts-{self.args.process_index}-of-{self.args.world_size}.safetensors"
 
 
-def check_finite(model: Any, optimizer: Any, when: str, latest: Path | None) -> None:
-    """Raise `CaMOPDError` on all ranks unless all weights and the optimizer's moments are finite. One pass over them."""
+def check_finite(model: Any, optimizer: Any, when: str, latest: Path | None, alone: bool = False) -> None:
+    """Raise `CaMOPDError` on all ranks unless all weights and the optimizer's moments are finite. One pass over them.
+
+    `alone` is for what one rank may call, which then raises there.
+    """
     states = getattr(optimizer, "state", None) or {}
     # ZeRO-3 has shards in `ds_tensor`.
     weights = [getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad]
@@ -330,7 +357,7 @@ def check_finite(model: Any, optimizer: Any, when: str, latest: Path | None) -> 
         parts = [part for tensor in tensors for part in _parts(local(tensor.detach()))]
         floats = [part for part in parts if part.is_floating_point()]
         broken.append((sum(int((~tensor.isfinite()).sum()) for tensor in floats), sum(map(torch.numel, floats))))
-    found = gather_object([broken])
+    found = [broken] if alone else gather_object([broken])
     for place, name in enumerate(("weights", "moments of the optimizer")):
         bad, total = (max(counts[place][which] for counts in found) for which in range(2))
         if bad:
@@ -346,8 +373,3 @@ def _parts(tensor: Any) -> list[torch.Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-
-
-def local_world_size(args: CaMOPDConfig) -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(args.world_size)))

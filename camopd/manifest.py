@@ -7,8 +7,10 @@ short or changed afterwards is found by size and hash.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -56,13 +58,12 @@ def write(folder: Path, found: dict[str, dict[str, Any]], **facts: Any) -> None:
 
 def flush_folder(folder: Path) -> None:
     """See to it that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # of file systems that cannot, where a rename is as durable as it gets
-        pass
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):  # of file systems that cannot, where a rename is as durable as it gets
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -106,22 +107,38 @@ def step_of(folder: Path) -> int:
     return int(found[1]) if found and folder.is_dir() else -1
 
 
+def saved_at(folder: Path) -> float:
+    """When a checkpoint was saved, in seconds since 1970; without a manifest that says so, after all others."""
+    try:
+        at = read(folder).get("saved")
+    except ValueError:
+        return math.inf
+    return float(at) if isinstance(at, int | float) else math.inf
+
+
 def put_in_place(folder: Path, final: Path) -> None:
     """Rename a whole checkpoint to what it is called; one of that name that is there goes."""
     old = folder.with_name(f"replaced-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
-    folder.rename(final)
+    try:
+        folder.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     flush_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def clean_up(output_dir: Path) -> None:
     """Finish what a process that was killed has left in `_saving`: put a whole checkpoint in place, remove the rest."""
-    for folder in (output_dir / SAVING).glob("checkpoint-*"):
-        if not (output_dir / folder.name).exists() and fault(folder) is None:
-            put_in_place(folder, output_dir / folder.name)
+    for prefix in ("", "replaced-"):  # the new one before the one that it was to replace
+        for folder in (output_dir / SAVING).glob(f"{prefix}checkpoint-*"):
+            final = output_dir / folder.name.removeprefix(prefix)
+            if not final.exists() and fault(folder) is None:
+                put_in_place(folder, final)
     shutil.rmtree(output_dir / SAVING, ignore_errors=True)
 
 

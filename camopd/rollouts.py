@@ -99,7 +99,10 @@ class TRLEngine:
         else:
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
             wanted = trainer.args.student_logps == "engine"
-            with neutral_generation(model), recorded(model, wanted, trainer.stops.ends_generation) as rows:
+            # An evaluation that decides something is finished, see `trainer.prediction_step`.
+            cut_short = trainer.model.training or trainer.args.metric_for_best_model is None
+            stop = trainer.stops.ends_generation if cut_short else None
+            with neutral_generation(model), recorded(model, wanted, stop) as rows:
                 completion_ids = generate()
             self.add(prompt_ids, completion_ids, rows())
         return self.without_empty(completion_ids, trainer._tokenizer.eos_token_id)
@@ -179,7 +182,9 @@ def generate_with_vllm(trainer: Any, prompt_ids: list[list[int]]) -> tuple[list[
 
 
 @contextmanager
-def recorded(model: Any, wanted: bool, stop: Callable[..., Tensor]) -> Iterator[Callable[[], list[list[float]]]]:
+def recorded(
+    model: Any, wanted: bool, stop: Callable[..., Tensor] | None
+) -> Iterator[Callable[[], list[list[float]]]]:
     """A call of `model.generate` inside keeps the log-prob of each token as it is drawn, where that is `wanted`, and ends
     by the stopping criterion `stop` as well.
 
@@ -192,7 +197,7 @@ def recorded(model: Any, wanted: bool, stop: Callable[..., Tensor]) -> Iterator[
 
     def generate_and_record(*args: Any, **kwargs: Any) -> Any:
         processors = {"logits_processor": [recorder]} if wanted else {}
-        sequences = generate(*args, stopping_criteria=[stop], **processors, **kwargs)
+        sequences = generate(*args, stopping_criteria=[stop] if stop else [], **processors, **kwargs)
         if wanted:
             recorder.finish(sequences)
         return sequences

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import uuid
@@ -19,7 +18,6 @@ from .errors import CaMOPDError, ResumeError
 from .folder_lock import FolderLock
 
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RUN_FILE = "_run.json"  # what begins with _ is never sent to the Hub
@@ -46,20 +44,11 @@ class RunFolder:
 
     @contextmanager
     def entered(self, trainer: Any, given: str | bool | None) -> Iterator[str | None]:
-        """The folder is `locked` inside and that of the trainer's run. Yields the checkpoint that it goes on from.
-
-        "auto" with `overwrite_output_dir` goes on with the trainer's own run, and overwrites any other.
-        """
-        overwrite, checkpoint = trainer.args.overwrite_output_dir, None
+        """The folder is `locked` inside and that of the trainer's run. Yields the checkpoint that it goes on from."""
         with self.locked():
-            try:
-                checkpoint = trainer.checkpoints.find(given, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
-            except ResumeError as error:  # on all ranks
-                if not (overwrite and given == "auto"):
-                    raise
-                logger.warning("%s\noverwrite_output_dir=True: that run is removed, and a new one starts.", error)
+            checkpoint = trainer.checkpoints.find(given, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
             trainer.checkpoints.record[record.RUN_ID] = self.begin(
-                checkpoint, given, overwrite, trainer.run.student_name
+                checkpoint, given, trainer.args.overwrite_output_dir, trainer.run.student_name
             )
             yield checkpoint
 
@@ -78,9 +67,7 @@ class RunFolder:
         are to be overwritten, before anything is changed.
         """
         from_here = checkpoint is not None and Path(checkpoint).resolve().parent == self.path.resolve()
-        if given == "auto":
-            overwrite = overwrite and checkpoint is None
-        if overwrite and (given is True or from_here):
+        if overwrite and (given is True or given == "auto" or from_here):
             raise ResumeError(
                 f"resume_from_checkpoint={given!r} goes on with the run in {str(self.path)!r}, and "
                 "overwrite_output_dir=True removes it. Leave one of them out."

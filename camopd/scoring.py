@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from .forward import Forward, evaluating
 from .guards import stop
 from .objective import token_gaps
 from .samples import Sample
+from .signals import StopRequests
 from .step import Clock
 from .teachers.adapters import AdapterTeacher
 from .teachers.base import RemoteTeacher, Teacher, TokenScores, read_answers
@@ -28,6 +29,7 @@ from .watchdog import current, phase
 
 logger = logging.getLogger(__name__)
 CAMOPD = TokenRule(None)
+POLL = 0.5  # seconds between two looks whether a signal ends the wait for a teacher
 
 
 class Scorer:
@@ -40,6 +42,7 @@ class Scorer:
         dummy: int,
         gather: Callable[[list[Any]], list[Any]],
         guards: Any = None,
+        stops: StopRequests | None = None,
     ):
         """
         Args:
@@ -48,9 +51,10 @@ class Scorer:
             dummy: a token of the vocabulary, of which rows without a sample are made.
             gather: of a list over all ranks.
             guards: thresholds by name, of which `log_prob` is read.
+            stops: what ends a wait for a teacher.
         """
         self.student, self.teachers, self.dummy, self._gather = student, teachers, dummy, gather
-        self._highest = (guards or {}).get("log_prob")
+        self._highest, self._stops = (guards or {}).get("log_prob"), stops
 
     def probe(self) -> None:
         """See once that the log-probs of the student and of teachers in the process are those of their own logits."""
@@ -100,7 +104,7 @@ class Scorer:
             clocks[branch].waited_for()
             with caught(failures, self.teachers[branch]), self._asking(branch):
                 group = groups[branch]
-                answers[branch] = self._read(branch, group, future.result(), len(group), rule)
+                answers[branch] = self._read(branch, group, self._wait(future), len(group), rule)
                 clocks[branch].stop()  # where the future has not come to its callback yet
         with caught(failures):
             for branch, group in groups.items() if not failures else ():
@@ -111,6 +115,13 @@ class Scorer:
                 self._close(samples, engine)
         raise_together(failures[0] if failures else None, self._gather)
         return clocks
+
+    def _wait(self, future: Future[list[TokenScores]]) -> list[TokenScores]:
+        while not future.done() and not (self._stops is not None and self._stops.heard):
+            wait([future], timeout=POLL)
+        if not future.done():
+            raise TeacherError("a signal has ended the wait for its answers")
+        return future.result()
 
     def _asking(self, branch: str) -> AbstractContextManager[None]:
         """For the watchdog: this process waits for the teacher of a branch."""

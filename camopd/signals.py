@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. What a scheduler is told to requeue.
 REQUEUE = 75
+# Seconds in which a signal that comes again is the same one: a scheduler sends it to a launcher and its workers, and the
+# launcher hands it on.
+REPEATS = 2.0
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGHUP: the terminal is gone
 
 
@@ -48,7 +52,10 @@ class StopAsked(Exception):
 
 
 class StopRequests:
-    """Whether a signal has asked one of the processes of a run to stop. A second one ends the process at once."""
+    """Whether a signal has asked one of the processes of a run to stop. A later one ends the process at once.
+
+    A thread speaks and ends: Python runs no handler while the main thread is inside a collective.
+    """
 
     def __init__(self, gather: Callable[[list[Any]], list[Any]], announces: bool) -> None:
         """
@@ -63,31 +70,49 @@ class StopRequests:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear signals inside. Those that the program handles or ignores itself are left to it."""
-        before = {}
+        self.heard, self._cut = None, False
         usual = (signal.SIG_DFL, signal.default_int_handler)
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-            before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in usual}
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in usual}
+        if threading.current_thread() is not threading.main_thread() or not before:  # no other may set handlers
+            yield
+            return
+        heard, woken = socket.socketpair()
+        woken.setblocking(False)
+        thread = threading.Thread(target=self._listen, args=(heard, set(before)), name="camopd-signals", daemon=True)
+        thread.start()
+        fd_before = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         for number in before:
             signal.signal(number, self._hear)
-        self.heard, self._cut = None, False
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(fd_before)
+            woken.close()  # which ends the thread
+            thread.join()
+            heard.close()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.heard is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        self.heard = name
-        if self._announces:  # by a plain write: a signal may come in the middle of another print
-            again = "Ctrl-C" if name == "SIGINT" else name
-            text = f"\ncamopd: {name}: the run will be saved and stop; a second {again} stops it at once, unsaved\n"
-            os.write(2, text.encode())
+    def _hear(self, number: int, _: Any = None) -> None:
+        self.heard = self.heard or signal.Signals(number).name
+
+    def _listen(self, heard: socket.socket, mine: set[int]) -> None:
+        first = None
+        while byte := heard.recv(1):
+            if byte[0] in mine and first is None:
+                first = time.monotonic()
+                self._hear(byte[0])
+                again = "Ctrl-C" if self.heard == "SIGINT" else self.heard
+                self._say(f"{self.heard}: the run will be saved and stop; another {again} stops it at once, unsaved")
+            elif byte[0] in mine and time.monotonic() - (first or 0.0) > REPEATS:
+                self._say("stopped at once, unsaved")
+                os._exit(128 + byte[0])
+
+    def _say(self, text: str) -> None:
+        if self._announces:
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, f"\ncamopd: {text}\n".encode())
 
     def check(self) -> None:
         """Raise `StopAsked` on all ranks where one of them has heard a signal. Called by all."""

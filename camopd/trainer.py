@@ -30,7 +30,7 @@ from trl import DistillationTrainer
 from . import setup
 from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
-from .checkpoints import RunCheckpoints, check_finite
+from .checkpoints import RunCheckpoints
 from .config import CaMOPDConfig
 from .evaluation import HeldOutResults, by_prefix, check_name
 from .forward import Forward
@@ -142,12 +142,13 @@ class CaMOPDTrainer(DistillationTrainer):
         )  # fmt: skip
         self.teachers = setup.load_teachers(self, run)
         self.rule = TOKEN_RULES[args.token_rule](args)
-        self.scorer = Scorer(self.student, self.teachers, self._tokenizer.eos_token_id, gather_object, args.guards)
-        self.batcher = Batcher(args, self.student, self._tokenizer.eos_token_id, gather_object)
+        self.stops = StopRequests(gather_object, self.is_world_process_zero())
+        end = self._tokenizer.eos_token_id
+        self.scorer = Scorer(self.student, self.teachers, end, gather_object, args.guards, self.stops)
+        self.batcher = Batcher(args, self.student, end, gather_object)
         self.checkpoints = RunCheckpoints(args, record_of(args, run, self.teachers, student, optimizers))
         self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
-        self.stops = StopRequests(gather_object, self.is_world_process_zero())
         self.step: Any = None  # the `Step` under way, or the last one
         self.engine = TRLEngine(self, ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
@@ -389,7 +390,8 @@ class CaMOPDTrainer(DistillationTrainer):
         """One evaluation batch; its loss is the sampled reverse KL."""
         with torch.no_grad():
             samples, _ = self.roll_out(inputs, self.args.longest_completion)
-            self.stops.check()
+            if self.args.metric_for_best_model is None:  # else what it decides would not be decided after resume
+                self.stops.check()
             self.scorer.score(samples, [samples[0].branch])  # an evaluation set is one branch
         loss = self._held_out_results.add(samples, self.args.process_index, gather_object)
         return loss.to(self.args.device), None, None
@@ -401,8 +403,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """As in the parent, and `resume_from_checkpoint` may be the id of a model of the Hub to which a run with
         `hub_strategy="checkpoint"` has sent its last one, or "auto": the newest one in `output_dir`, or a start.
 
-        Raises `ResumeError` when the checkpoint belongs to a run with other settings, student, teachers or prompts, and
-        `CaMOPDError` when `output_dir` has the files of another run or one trains in it, before anything is loaded.
+        Raises `ResumeError` for a checkpoint of another run, and `CaMOPDError` for an `output_dir` of another run.
         """
         self.step = None
         with self.run_folder.entered(self, resume_from_checkpoint) as checkpoint:
@@ -424,7 +425,7 @@ class CaMOPDTrainer(DistillationTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in the parent. Raises `CaMOPDError` where the weights are not finite, before it writes."""
         if not _internal_call:
-            check_finite(self.model, None, "of the finished model", self.checkpoints.latest)
+            self.checkpoints.check_finished(self)
         super().save_model(output_dir, _internal_call)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -433,12 +434,11 @@ class CaMOPDTrainer(DistillationTrainer):
             return super().push_to_hub(*args, **kwargs)
 
     def _load_best_model(self) -> None:
+        self.checkpoints.need_whole(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
         self._best = (self.state.best_global_step, len(self.state.log_history))
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
+    def create_model_card(self, model_name=None, dataset_name=None, tags: Any = None) -> None:
         """Write the model card, `README.md` in `output_dir`: teachers, schedule, prompts, and the gaps before and after.
 
         As in the parent, checkpoints and pushes call it. `dataset_name` is named beside the datasets of the Hub that the

@@ -72,7 +72,7 @@ def test_student_in_the_folder_is_not_overwritten(tmp_path):
     assert (tmp_path / "checkpoint-2").is_dir() and run_id_of(tmp_path) == "one"
 
 
-@pytest.mark.parametrize("given", [True, "path"])
+@pytest.mark.parametrize("given", [True, "auto", "path"])
 def test_overwriting_spares_the_run_that_is_gone_on_with(given, tmp_path):
     checkpoint = use(tmp_path) / "checkpoint-2"
     with pytest.raises(
@@ -240,21 +240,6 @@ def test_second_run_of_the_same_settings_goes_on_from_its_own_checkpoint(finishe
 
 def losses_of(path):
     return [(line["step"], line["loss"]) for line in map(json.loads, path.read_text().splitlines())]
-
-
-def test_auto_overwrites_another_run_and_never_its_own(finished, tmp_path, tokenizer):
-    """One command line for a scheduler, in a folder that another run has used."""
-    out = copy_of(finished, tmp_path)
-    settings = {**SAVING, "seed": 7, "overwrite_output_dir": True}
-    for stop in (1, 3, None):
-        trainer = make_trainer(out, tokenizer, **settings, callbacks=[StopAt(stop)])
-        try:
-            trainer.train(resume_from_checkpoint="auto")
-        except KeyboardInterrupt:
-            assert stop is not None
-        assert (out / "checkpoint-2").exists() == (stop != 1) and (out / "checkpoint-6").exists() == (stop is None)
-    make_trainer(tmp_path / "expected", tokenizer, **SAVING, seed=7).train()
-    assert losses(out) == losses(tmp_path / "expected")
 
 
 def test_runs_at_once_are_refused_and_the_first_goes_on(tmp_path, tokenizer):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import make_prompts
+from conftest import make_model, make_prompts
 from trainers import lines, make_trainer
 from transformers import TrainerCallback
 
@@ -71,14 +71,18 @@ def test_stop_requests_in_a_thread_set_no_handlers():
 @pytest.mark.slow
 def test_second_signal_ends_the_process_at_once():
     script = (
-        "import os, signal, sys\nfrom camopd.signals import StopRequests\n"
-        "with StopRequests(lambda mine: mine, True).listening():\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n    print('still here', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n    print('not any more')\n"
+        "import os, signal, threading, time\nfrom camopd import signals\n"
+        "def send(): os.kill(os.getpid(), signal.SIGINT)\n"
+        "with signals.StopRequests(lambda mine: mine, True).listening():\n"
+        "    send(); send()\n    print('still here', flush=True)\n    time.sleep(signals.REPEATS + 0.5)\n"
+        "    print('and here', flush=True)\n"
+        "    threading.Timer(0.5, send).start()\n"
+        # As a collective does: no handler of Python runs in here.
+        "    __import__('ctypes').PyDLL(None).sleep(20)\n    print('not any more', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGINT and done.stdout == "still here\n"
-    assert "a second Ctrl-C" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 128 + signal.SIGINT and done.stdout == "still here\nand here\n"
+    assert "another Ctrl-C stops it at once" in done.stderr and "Traceback" not in done.stderr
 
 
 def strike(place, trainer, step):
@@ -158,6 +162,27 @@ def test_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, to
     again.train(resume_from_checkpoint="auto")
     _, weights = undisturbed
     assert all(torch.equal(weights[name], value) for name, value in again.model.state_dict().items())
+
+
+def test_signal_ends_the_wait_for_a_server(undisturbed, start_server, tmp_path, tokenizer):
+    """That does not answer; the rollouts are kept, and scored by one that does."""
+    server = start_server(model=make_model(2))
+    kwargs = {"max_steps": STEPS, "teachers": {"general": server.url, "domain": make_model(1)}}
+    trainer = make_trainer(tmp_path, tokenizer, **kwargs)
+
+    def hang():
+        if trainer.state.global_step == 1 and trainer.step is not None:
+            server.before = lambda: None
+            server.answers.append("hang")
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    server.before = hang
+    with pytest.raises(RunInterrupted, match=r"the weights before step 2 and its rollouts are in '.*checkpoint-1'"):
+        trainer.train()
+    server.released.set()
+    again = make_trainer(tmp_path, tokenizer, **kwargs)
+    again.train(resume_from_checkpoint="auto")
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_signal_in_the_last_update_ends_a_run_that_is_done(tmp_path, tokenizer):

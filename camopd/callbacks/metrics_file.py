@@ -54,7 +54,8 @@ class MetricsFile(StepCallback):
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        self._on_first(lambda path: _append(path, f"{json.dumps(finite)}\n".encode()))
+        line = f"{json.dumps(finite, default=str)}\n"  # of a user's callback, anything
+        self._on_first(lambda path: _append(path, line.encode()))
 
     def _on_first(self, work: Callable[[Path], None]) -> None:
         """`work` on the first process; where it fails, all raise, so that none waits for the others."""
