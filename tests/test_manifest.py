@@ -66,6 +66,13 @@ def test_manifest_that_is_damaged_is_a_fault_and_no_crash(tmp_path_factory, cont
     assert found is None if content == b'{"files": {}}' else found or content == b"{}"
 
 
+def test_manifest_of_others_reads_no_file_outside_of_its_folder(tmp_path):
+    folder = make_checkpoint(tmp_path / "checkpoint-1")
+    for name in ("/dev/zero", "../../secret", str(tmp_path / "other")):
+        (folder / manifest.MANIFEST).write_text(json.dumps({"files": {name: {"size": 0, "sha256": ""}}}))
+        assert "not in it" in manifest.fault(folder)
+
+
 def test_folder_without_a_manifest_was_not_finished(tmp_path):
     folder = make_checkpoint(tmp_path / "checkpoint-1")
     (folder / manifest.MANIFEST).unlink()
