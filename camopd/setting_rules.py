@@ -202,7 +202,8 @@ NEEDS = (
         "it thins out the tables of log_completions in W&B and Trackio, and there are none",
     ),
     Need(
-        "activation_checkpointing_kwargs gradient_checkpointing_kwargs", lambda a: a.activation_checkpointing,
+        "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+        lambda a: getattr(a, "activation_checkpointing", a.gradient_checkpointing),  # its old name, below transformers 5.23
         "activation_checkpointing is False",
     ),
     Need(
@@ -389,7 +390,9 @@ def warn(found: Iterable[tuple[str, Any, str]], args: Any) -> None:
 
 
 def is_set(args: Any, name: str) -> bool:
-    """Whether a setting has another value than its default."""
+    """Whether a setting has another value than its default; not, where this version of transformers does not have it."""
+    if name not in args.__dataclass_fields__:
+        return False
     default = args.__dataclass_fields__[name]
     usual = default.default_factory() if callable(default.default_factory) else default.default
     value = getattr(args, name)
