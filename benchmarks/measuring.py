@@ -116,6 +116,8 @@ class Scripted:
     def hand_out(self, trainer: Any) -> None:
         """To a trainer of camopd or TRL that is made, which then generates nothing."""
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, self, -1
+        if hasattr(trainer.args, "guards"):
+            trainer.args.guards["log_ratio"] = None  # these log-probs are of no model
 
 
 def log_normal_lengths(count: int, median: int, cap: int) -> list[int]:

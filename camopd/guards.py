@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from .errors import GuardError
 from .schedule import short
 
@@ -37,6 +39,8 @@ GUARDS = {
     # bfloat16, what is not above 0 stays so. 0.01 is hundreds of times that. An engine that does the whole softmax in
     # bfloat16 may come above it, with an error of 2**-9 of the logits in every gap.
     "log_prob": Guard(0.01, lambda value: value >= 0, "a number of nats, at least 0"),
+    # Nats per token between the trainer's log-probs and the rollout engine's, of the same tokens. 0: `LOG_RATIO`.
+    "log_ratio": Guard(0, lambda value: value >= 0, "a number of nats, or 0 for that of the dtype"),
     # Share of the step's tokens with an importance ratio outside the band: trainer and rollout engine then disagree about
     # most of what is trained.
     "outside_band": Guard(0.5, lambda value: 0 <= value <= 1, "a share, 0 to 1"),
@@ -50,6 +54,23 @@ GUARDS = {
     # student has all but stopped sampling.
     "entropy": Guard(0.1, lambda value: 0 <= value < 1, "a share, at least 0 and below 1"),
 }
+
+# Of two computations of one model, by the type that the student's matrix products round to. A log-prob is a difference of
+# logits. They are sums over the residual stream, which each of 2 L blocks has rounded: by 2**-9 of itself in bfloat16,
+# 2**-12 in float16, independently, so that 64 blocks make sqrt(128) times that. With logits that spread by 8 nats, the
+# widest of language models, these are 0.18 and 0.022 nats; the bound is about one and a half times, and twice, that. In
+# float32 it is the inner sums that round, of 2**13 terms each: sqrt(128 * 2**13) * 2**-24 * 8 = 0.0005; 0.01 is twenty
+# times that, and a quarter of what a float32 model drawn from in bfloat16 shows.
+LOG_RATIO = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+
+def log_ratio_bound(limit: float | None, dtype: torch.dtype) -> float | None:
+    """The threshold `log_ratio` in nats per token, for a student that computes in `dtype`; `None` for none."""
+    if limit != 0:
+        return limit
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        dtype = torch.float16  # TF32 rounds as float16 does
+    return LOG_RATIO.get(dtype, LOG_RATIO[torch.bfloat16])
 
 
 def settle(given: Any) -> dict[str, float | None]:

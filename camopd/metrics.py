@@ -23,6 +23,9 @@ def summary(
     """A scored sample's sums over its sampled tokens: what the means over a branch, of any grouping, are made from."""
     gaps = sample.gaps[sample.mask].double()
     stride = max(1, math.ceil(len(gaps) / GAP_SAMPLES))
+    ratios = gaps[:0]  # of the trainer to the engine
+    if sample.rollout_logps is not None:
+        ratios = (sample.student_logps - sample.rollout_logps)[sample.mask & ~sample.rollout_logps.isnan()].double()
     return SampleSummary(
         position=sample.position,
         branch=sample.branch,
@@ -43,6 +46,8 @@ def summary(
         gap_samples=tuple(gaps[::stride].tolist()) if gap_samples else (),  # most of what there is to send
         rule=rule or {},
         repeats=_repeats(sample),
+        log_ratio=ratios.abs().sum().item(),
+        num_ratios=len(ratios),
     )
 
 

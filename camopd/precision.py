@@ -31,6 +31,12 @@ def forward_dtype(accelerator: Any, student: Any) -> torch.dtype:
     return student.get_input_embeddings().weight.dtype
 
 
+def compute_dtype(accelerator: Any, student: Any) -> torch.dtype:
+    """Type that the student's matrix products are computed in: that of its weights in the forward, or autocast's."""
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return autocast or forward_dtype(accelerator, student)
+
+
 def _fsdp2_policy(accelerator: Any) -> Any:
     """FSDP2's `MixedPrecisionPolicy`, or `None` where there is none."""
     return accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None

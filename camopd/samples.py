@@ -94,6 +94,8 @@ class SampleSummary:
     gap_samples: tuple[float, ...] = ()  # evenly spaced over its tokens
     rule: dict[str, int] = field(default_factory=dict)  # what a token rule counts of it
     repeats: bool = False  # one token, and no other, up to the end of sequence
+    log_ratio: float = 0.0  # sum of |student's log-prob at scoring - engine's|, over `num_ratios` of its tokens
+    num_ratios: int = 0  # for which the engine gave one
 
 
 class LossTerms(NamedTuple):

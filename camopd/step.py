@@ -40,6 +40,7 @@ class Step:
     loss: Tensor | float = 0.0  # this rank's sum over micro-batches
     losses: list[tuple[list[int], Tensor]] = field(default_factory=list)  # of each of these, with positions of samples
     broken_losses: list[tuple[list[int], float]] = field(default_factory=list)  # of all ranks, those not finite
+    log_ratio: float = 0.0  # of all ranks' losses, nats per token
     clocks: dict[str, Clock] = field(default_factory=dict)  # of the teachers that have worked for this rank
 
     def __post_init__(self) -> None:
@@ -93,10 +94,13 @@ class Step:
         return [(list(positions), float(loss)) for positions, loss in losses if not torch.isfinite(loss)]
 
     def check_trained(self, gather: Callable[[list[Any]], list[Any]]) -> None:
-        """After the last micro-batch: `check_trained` of all ranks, and which of their losses are not finite."""
-        parts = gather([(self.trained.rows, self.not_finite())])
-        check_trained(self.kept, [row for rows, _ in parts for row in rows])
-        self.broken_losses = [place for _, found in parts for place in found]
+        """After the last micro-batch: `check_trained` of all ranks, which of their losses are not finite, and how far the
+        loss's log-probs are from the engine's."""
+        parts = gather([(self.trained.rows, self.not_finite(), (self.importance.log_ratio, self.importance.count))])
+        check_trained(self.kept, [row for rows, _, _ in parts for row in rows])
+        self.broken_losses = [place for _, found, _ in parts for place in found]
+        total, count = (sum(part[index] for _, _, part in parts) for index in range(2))
+        self.log_ratio = total / count if count else 0.0
 
     def close(self, branches: Iterable[str], gather: Callable[[list[Any]], list[Any]]) -> None:
         """Put what all ranks have counted into the metrics; the loss is the mean over ranks, as the parent logs it.

@@ -85,8 +85,9 @@ RUNS = [*itertools.product(VARIANTS, CASES), *itertools.product(("exchange",), B
 
 
 def use_sampler(trainer, sampler):
-    """Let a trainer roll out with `sampler`, as if it were TRL's `VLLMGeneration`."""
-    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, sampler, -1
+    """Let a trainer roll out with `sampler`, as if it were TRL's `VLLMGeneration`; it may draw from another model."""
+    trainer.use_vllm, trainer.vllm_generation = True, sampler
+    trainer.args.guards["log_ratio"] = None
 
 
 class FakeSampler:

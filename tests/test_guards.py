@@ -30,7 +30,7 @@ from trl import TrlParser
 from camopd import CaMOPDConfig
 from camopd.callbacks.guards import Guards, says_nothing
 from camopd.errors import CaMOPDError, GuardError
-from camopd.guards import GUARDS, settle
+from camopd.guards import GUARDS, log_ratio_bound, settle
 from camopd.metrics import of_branch
 from camopd.optimizer import local
 from camopd.rollouts import load_rollouts
@@ -273,6 +273,54 @@ def test_perplexity_is_that_of_any_log_prob(logp, tokens):
     )
     found = of_branch("b", [row], {0}, False)["teacher/b/perplexity"]
     assert found == math.inf if logp < -710 else found >= 1
+
+
+class Off(FakeSampler):
+    """A rollout engine whose log-probs are the student's, but for so many nats."""
+
+    def __init__(self, trainer, nats):
+        self.trainer, self.nats = trainer, nats
+
+    def generate(self, prompts, images, num_generations, profiler):
+        completions = [[5, 6, 7]] * len(prompts)
+        rows = [[*prompt, 5, 6, 7] for prompt in prompts]
+        logps, _ = make_forward(self.trainer.model).logps(rows, [len(prompt) for prompt in prompts])
+        found = [[[value + self.nats] for value in row[:3]] for row in logps.tolist()]
+        return prompts, completions, found, None
+
+
+@pytest.mark.parametrize("student_logps", ["trainer", "engine"])
+def test_rollout_engine_that_is_another_model_stops_the_run_before_the_optimizer(student_logps, tmp_path, tokenizer):
+    def run(folder, nats, limit=0, **settings):
+        trainer = make_trainer(tmp_path / folder, tokenizer, max_steps=1, student_logps=student_logps, **settings)
+        use_sampler(trainer, Off(trainer, nats))
+        trainer.args.guards["log_ratio"] = limit
+        before = copy.deepcopy(trainer.model.state_dict())
+        try:
+            trainer.train()
+        finally:
+            moved = any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+            assert moved == (trainer.state.global_step > 0)
+
+    wanted = r"step 1 \(general\): the log-probs of the trainer .* 0\.02 nats per token .*guards\['log_ratio'\]=0\.01"
+    with pytest.raises(GuardError, match=wanted):
+        run("off", -0.02)
+    run("rounding", -0.005)
+    run("allowed", -0.02, 0.03)
+    run("switched_off", -0.02, None)
+    with pytest.raises(GuardError, match=wanted):
+        run("without_weights", -0.02, importance_sampling_mode="none")
+
+
+def test_bound_of_the_log_ratio_follows_from_the_type():
+    types = (torch.float32, torch.float16, torch.bfloat16)
+    assert [log_ratio_bound(0, dtype) for dtype in types] == [0.01, 0.05, 0.25]
+    assert log_ratio_bound(0.5, torch.float32) == 0.5 and log_ratio_bound(None, torch.float32) is None
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert log_ratio_bound(0, torch.float32) == 0.05
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # ------------------------------------------------------------------------------------------------------ completions

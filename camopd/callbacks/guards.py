@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..guards import stop
+import torch
+
+from ..guards import log_ratio_bound, stop
 from ..rejected import keep, keeping, said
 from ..samples import SampleSummary
 from ..step import Step, StepCallback
@@ -30,7 +32,12 @@ class Guards(StepCallback):
     """
 
     def __init__(
-        self, args: Any, scores: Mapping[str, str], deepspeed: bool, gather: Callable[[list[Any]], list[Any]]
+        self,
+        args: Any,
+        scores: Mapping[str, str],
+        deepspeed: bool,
+        gather: Callable[[list[Any]], list[Any]],
+        dtype: torch.dtype = torch.float32,
     ):
         """
         Args:
@@ -38,7 +45,9 @@ class Guards(StepCallback):
             scores: kind of each branch's score, "absolute" or "positive".
             deepspeed: whether DeepSpeed steps the optimizer.
             gather: of a list over all ranks.
+            dtype: that the student computes in.
         """
+        self._dtype = dtype
         self._args, self._limits, self._scores = args, args.guards, scores
         self._deepspeed, self._gather = deepspeed, gather
         self._skipped = 0  # steps in a row
@@ -53,11 +62,27 @@ class Guards(StepCallback):
         """Look at completions, gaps and entropies of all ranks."""
         self._step = step
         step.metrics["guard/skipped"] = 0.0
+        tokens = sum(row.num_ratios for row in step.summaries)
+        self._look_at_sampler(step, sum(row.log_ratio for row in step.summaries) / max(1, tokens))
         self._look_at_completions(step)
         for branch in step.branches:
             self._steps[branch] += 1
             self._look_at_gaps(step, branch)
             self._look_at_entropy(step, branch)
+
+    def _look_at_sampler(self, step: Step, log_ratio: float) -> None:
+        """Stop where the tokens were not drawn from the student that is trained. With the trainer's log-probs scoring knows
+        it, with the engine's the loss's forwards."""
+        limit = log_ratio_bound(self._limits["log_ratio"], self._dtype)
+        if limit is not None and log_ratio > limit:
+            raise stop(
+                "log_ratio", limit,
+                f"the log-probs of the trainer and of the rollout engine, for the same tokens, are "
+                f"{log_ratio:.3g} nats per token apart, more than rounding to {str(self._dtype).removeprefix('torch.')} "
+                "makes. The completions are drawn from another model than the one that is trained. Look at the engine's "
+                "weights (the student of before, or without its LoRA adapter: were they synced?), its dtype and "
+                "quantization, and its version, in this order",
+            )  # fmt: skip
 
     def _look_at_completions(self, step: Step) -> None:
         rows = step.summaries
@@ -119,6 +144,9 @@ class Guards(StepCallback):
         Raises `GuardError` where as many have been skipped in a row as may be.
         """
         step, limit = self._step, self._limits["skipped_steps"]
+        if step is not None:
+            with keeping(step, self._args):
+                self._look_at_sampler(step, step.log_ratio)
         if step is None or limit is None or self._deepspeed:
             return
         wrong = _of_losses(step.broken_losses) or _of_norm(step.metrics.get("grad_norm", 0.0))
@@ -144,6 +172,9 @@ class Guards(StepCallback):
     def on_step_closed(self, step: Step) -> None:
         """The band, which is known after the update; and under DeepSpeed a gradient that has been stepped with."""
         self._step = None  # and with it its samples
+        if self._deepspeed:
+            with keeping(step, self._args):
+                self._look_at_sampler(step, step.log_ratio)
         limit = self._limits["outside_band"]
         outside = step.metrics.get("importance/outside_band", 0.0)
         if limit is not None and step.metrics["importance/active"] and outside > limit:
