@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from trl.extras.profiling import profiling_context
 
 from .errors import on_all_ranks
 from .generation import neutral_generation
@@ -26,6 +25,7 @@ from .logprobs import SampledLogps
 from .messages import read_row
 from .prompts import named
 from .samples import Sample
+from .vllm_rollouts import VLLMTurns
 
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TRLEngine:
 
     def __init__(self, trainer: Any, ends: Collection[int]) -> None:
         """`ends`: tokens that end a completion."""
-        self._trainer, self._ends = trainer, ends
+        self._trainer, self._ends, self._vllm = trainer, ends, VLLMTurns(trainer)
         self.rows: list[dict[str, Any]] = []  # that are rolled out, with what they have beside their prompts
         self.prompt_ids: list[list[int]] = []  # of these prompts, not cut
         self.start(0)
@@ -94,7 +94,7 @@ class TRLEngine:
         """Completions of one batch of requests, by vLLM or else the parent trainer's `generate`."""
         trainer = self._trainer
         if trainer.use_vllm:  # every request names its sampling parameters, so that none is the server's default
-            completion_ids, logps = generate_with_vllm(trainer, prompt_ids)
+            completion_ids, logps = self._vllm.generate(prompt_ids)
             self.add(prompt_ids, completion_ids, logps)
         else:
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -163,22 +163,6 @@ def logps_of_turns(turns: Sequence[Turn], row: int, num_rows: int, prompt: list[
         if sequence[:start] == turn.prompt and sequence[start:end] == turn.completion[: end - start]:
             logps[start - len(prompt) : end - len(prompt)] = torch.tensor(turn.logps[: end - start])
     return logps
-
-
-def generate_with_vllm(trainer: Any, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
-    """The parent trainer's vLLM branch, keeping the sampler's log-probs, which it throws away.
-
-    Returns the completions and the sampled token's log-prob at each of their positions. vLLM's NaN arrives as `None`, and
-    is NaN again: no weight for this token.
-    """
-    if trainer.state.global_step != trainer._last_loaded_step:
-        with profiling_context(trainer, "sync_weights"):
-            trainer.vllm_generation.sync_weights()
-        trainer._last_loaded_step = trainer.state.global_step
-    _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(
-        prompts=prompt_ids, images=None, num_generations=1, profiler=profiling_context(trainer, "vLLM.generate")
-    )
-    return completion_ids, [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
 
 
 @contextmanager

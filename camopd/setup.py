@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
 
-from . import setting_rules
+from . import setting_rules, vllm_rollouts
 from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
 from .callbacks.completions import CompletionsTable
@@ -30,7 +30,7 @@ from .masters import check_masters, quantised_adapters, restore_adapters, round_
 from .messages import MOST_BYTES
 from .method_rules import check_ddp_timeout
 from .packing import packing_pays
-from .precision import forward_dtype, keep_outputs_whole
+from .precision import compute_dtype, forward_dtype, keep_outputs_whole
 from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out, rows_to_check
 from .samples import MicroBatch
 from .schedule import Schedule
@@ -113,6 +113,9 @@ def prepare(
     if isinstance(processing_class, PreTrainedTokenizerBase):
         need_end(processing_class)
     setting_rules.refuse_arguments(model, quantization_config)
+    vllm_rollouts.check_length(args, args.max_prompt_length + args.longest_completion)
+    vllm_rollouts.check_student(model, args)
+    vllm_rollouts.refuse_tools(args, tools)
     setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], peft_config, tools), args)
     max_tokens = args.max_prompt_length + args.longest_completion
     specs = connect_servers(specs, max_tokens, args.teacher_timeout)
@@ -165,8 +168,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
     trainer.reader.check(run.held_out or {})
     _check_prompt_lengths(trainer, run.streams)
     if trainer.use_vllm:
-        # The parent asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
-        trainer.vllm_generation.logprobs = 0
+        vllm_rollouts.settle(trainer, run.max_tokens)
     run.model, run.adapters = None, {}  # nothing else needs them
     unended = unended_turn(tokenizer, trainer.eos_token_ids)
     if unended:
@@ -238,7 +240,8 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     """Of these all but the first and `StepEnd` can be left out, and the trainer trains as before."""
     args, student = trainer.args, trainer.student.model
     yield BranchMoments(run.schedule)
-    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, gather_object)
+    dtype = compute_dtype(trainer.accelerator, student)
+    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, gather_object, dtype)
     if args.diagnostics_steps:
 
         def loss_of(batch: MicroBatch) -> torch.Tensor:

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 from trl import DistillationTrainer
 
-from . import setup
+from . import setup, vllm_rollouts
 from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
 from .checkpoints import RunCheckpoints
@@ -127,11 +127,12 @@ class CaMOPDTrainer(DistillationTrainer):
             model, teachers, args, train_dataset, eval_dataset, processing_class, callbacks or [], optimizers,
             quantization_config, peft_config, tools,
         )  # fmt: skip
-        super().__init__(
-            model=run.model, args=args, train_dataset=run.dataset, eval_dataset=run.held_out, callbacks=callbacks,
-            processing_class=processing_class, optimizers=optimizers, peft_config=peft_config, tools=tools,
-            quantization_config=run.quantization_config,
-        )  # fmt: skip
+        with vllm_rollouts.starting(self, args):
+            super().__init__(
+                model=run.model, args=args, train_dataset=run.dataset, eval_dataset=run.held_out, callbacks=callbacks,
+                processing_class=processing_class, optimizers=optimizers, peft_config=peft_config, tools=tools,
+                quantization_config=run.quantization_config,
+            )  # fmt: skip
         self.schedule, self.branches, self.run = run.schedule, Branch.all_of(args), run
         student = self.accelerator.unwrap_model(self.model)
         self.reader = setup.make_reader(self, student)
@@ -150,9 +151,9 @@ class CaMOPDTrainer(DistillationTrainer):
         self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.step: Any = None  # the `Step` under way, or the last one
-        self.engine = TRLEngine(self, ends={*self.eos_token_ids, self._tokenizer.pad_token_id})
+        self.engine = TRLEngine(self, ends={*vllm_rollouts.ends_of(self), self._tokenizer.pad_token_id})
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
-        self._held_out_results = HeldOutResults()
+        self.held_out_results = HeldOutResults()
         self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
         self.observed_optimizer: Any = None
         setup.add_measures(self, run)
@@ -375,16 +376,15 @@ class CaMOPDTrainer(DistillationTrainer):
         prompts: `kl`, the sampled reverse KL to the teacher (the negative of Eq. 1), and `gap`, `gap_abs`, `gap_positive`
         of Eq. 1.
 
-        With transformers' generation every evaluation draws with the same random numbers, and leaves those of training
-        as they were; vLLM has random numbers of its own.
+        Every evaluation draws the same random numbers and leaves those of training alone; a vLLM server has its own.
         """
-        self._held_out_results = HeldOutResults()
+        self.held_out_results = HeldOutResults()
         self._metrics["eval"].clear()  # of a `predict`, which logs nothing
         keeping = self.checkpoints.keeping(self) if self.is_in_train else nullcontext()
         with keeping, torch.random.fork_rng():
             torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        return self._held_out_results.fill(output, metric_key_prefix, len(dataloader.dataset), self._metrics["eval"])
+        return self.held_out_results.fill(output, metric_key_prefix, len(dataloader.dataset), self._metrics["eval"])
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None):
         """One evaluation batch; its loss is the sampled reverse KL."""
@@ -393,7 +393,7 @@ class CaMOPDTrainer(DistillationTrainer):
             if self.args.metric_for_best_model is None:  # else what it decides would not be decided after resume
                 self.stops.check()
             self.scorer.score(samples, [samples[0].branch])  # an evaluation set is one branch
-        loss = self._held_out_results.add(samples, self.args.process_index, gather_object)
+        loss = self.held_out_results.add(samples, self.args.process_index, gather_object)
         return loss.to(self.args.device), None, None
 
     # ---------------------------------------------------------------------------------------- checkpoints and card

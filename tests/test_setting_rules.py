@@ -805,7 +805,7 @@ def test_vllm_is_started_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.trainer.distillation_trainer.is_vllm_available", lambda: True)
     monkeypatch.setattr(
         "trl.trainer.distillation_trainer.VLLMGeneration",
-        lambda **kwargs: told.update(kwargs) or types.SimpleNamespace(logprobs=None),
+        lambda **kwargs: told.update(kwargs) or types.SimpleNamespace(_iter_named_params=None),
     )
     given = {
         "mode": "server", "model_impl": "transformers", "enable_sleep_mode": True, "server_base_url": "http://host:1",

@@ -1,0 +1,229 @@
+"""Rollouts by vLLM, through TRL's `VLLMGeneration`, with the trainer's own type, weights, random numbers, ends and limits.
+
+TRL leaves each of them to vLLM's own choice, and nothing fails where that is another: the run just samples from another
+model than the one that it trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import set_seed
+from trl.extras.profiling import profiling_context
+from trl.generation import vllm_generation
+
+from .errors import CaMOPDError, on_all_ranks
+from .precision import compute_dtype
+
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_PER_REQUEST = 1024  # vLLM refuses more: VLLM_MAX_COMPLETION_PROMPTS of its environment
+
+
+# ------------------------------------------------------------------------------------------------------- at the start
+
+
+@contextmanager
+def starting(trainer: Any, args: Any) -> Iterator[None]:
+    """Inside, TRL starts vLLM in this process with the type that the student computes in.
+
+    TRL names none: vLLM then takes bfloat16 or float16 for a float32 checkpoint. Loading also seeds the random numbers of
+    this process, the same for every `seed`; those of before are there again afterwards.
+    """
+    make = getattr(vllm_generation, "LLM", None)
+    if not args.use_vllm or make is None:
+        yield
+        return
+
+    def make_in_type(**given: Any) -> Any:
+        dtype = compute_dtype(trainer.accelerator, trainer.model)
+        with random_numbers():
+            return make(**{**given, "dtype": str(dtype).removeprefix("torch.")})
+
+    vllm_generation.LLM = make_in_type
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = make
+
+
+def check_student(model: Any, args: Any) -> None:
+    """Raise `ValueError` for a student object that vLLM in this process could not load: it has no folder or id."""
+    named = isinstance(model, str) or bool(getattr(model, "name_or_path", None))
+    if args.use_vllm and args.vllm_mode == "colocate" and not named:
+        raise ValueError(
+            f"use_vllm=True with vllm_mode='colocate' loads the student from its folder or id, and this "
+            f"{type(model).__name__} has none. Save it and its tokenizer with save_pretrained, and pass the folder as "
+            "`model`."
+        )
+
+
+def check_length(args: Any, longest: int) -> None:
+    """Raise `ValueError` where vLLM in this process has no room for the longest prompt and completion, and would cut it."""
+    given = args.vllm_max_model_length
+    if args.use_vllm and args.vllm_mode == "colocate" and given is not None and given < longest:
+        raise ValueError(
+            f"vllm_max_model_length={given} is less than max_prompt_length + max_completion_length = {longest}: vLLM would "
+            "cut completions before max_completion_length, and refuse long prompts. Leave it out, and it is just that."
+        )
+
+
+def refuse_tools(args: Any, tools: Any) -> None:
+    """Raise `ValueError` for tools where ranks ask one server together: the number of turns differs between them."""
+    if tools and args.use_vllm and args.vllm_mode == "server" and args.world_size > 1:
+        raise ValueError(
+            f"tools with vllm_mode='server' cannot be used on {args.world_size} ranks: TRL has all ranks ask the server "
+            "together, and conversations of some ranks have more turns than those of others, which then wait for ever. Use "
+            "vllm_mode='colocate', or one rank."
+        )
+
+
+def settle(trainer: Any, longest: int) -> None:
+    """Ready TRL's `VLLMGeneration` for rollouts. Called on all ranks; raises `CaMOPDError` for a server that cannot.
+
+    Args:
+        trainer: whose `vllm_generation` is there.
+        longest: tokens of a prompt and its completion.
+    """
+    generation, args = trainer.vllm_generation, trainer.args
+    # TRL asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
+    generation.logprobs = 0
+    # The trainer's own ends, and with `ignore_eos` no other: vLLM knows those of its folder, which may be fewer or more.
+    generation.generation_kwargs = {
+        **(args.generation_kwargs or {}), "stop_token_ids": ends_of(trainer), "ignore_eos": True,
+    }  # fmt: skip
+    if args.vllm_mode != "server":
+        return
+    send = generation._iter_named_params
+    # The sender packs tensors and copies them once many are together. By then TRL has taken the adapter out of the last of
+    # them again, in place: without a copy of its own the server gets the student without its adapter.
+    generation._iter_named_params = lambda: ((name, weight.clone()) for name, weight in send())
+    with on_all_ranks(gather_object):
+        client = getattr(generation, "vllm_client", None)  # of the first rank alone
+        if client is not None:
+            client.generate = in_requests(client.generate)
+            check_server(client, longest, compute_dtype(trainer.accelerator, trainer.model))
+
+
+def ends_of(trainer: Any) -> list[int]:
+    """Tokens that end a completion: the trainer's, and `stop_token_ids` of `generation_kwargs`."""
+    asked = (trainer.args.generation_kwargs or {}).get("stop_token_ids") or []
+    return sorted({*trainer.eos_token_ids, *asked})
+
+
+def check_server(client: Any, longest: int, dtype: torch.dtype) -> None:
+    """Raise `CaMOPDError` unless a rollout server takes `longest` tokens; warn of another type than the student's.
+
+    vLLM cuts completions at its own limit without a word.
+    """
+    model = client.get_server_info().get("model_config") or {}
+    length = model.get("max_model_len")
+    if isinstance(length, int) and length < longest:
+        raise CaMOPDError(
+            f"the rollout server at {client.base_url} takes sequences of {length} tokens, and max_prompt_length + "
+            f"max_completion_length is {longest}: it would cut completions before max_completion_length. Start it with "
+            f"--max-model-len {longest}, or lower max_completion_length."
+        )
+    theirs, ours = str(model.get("dtype", "")).removeprefix("torch."), str(dtype).removeprefix("torch.")
+    if theirs and theirs != ours:
+        logger.warning(
+            "the rollout server at %s computes in %s, the student in %s: importance/log_ratio grows by the rounding. Start "
+            "it with --dtype %s.", client.base_url, theirs, ours, ours,
+        )  # fmt: skip
+
+
+def in_requests(generate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`VLLMClient.generate` in as many requests as vLLM's limit of prompts asks for, all at once."""
+
+    def generate_all(prompts: Sequence[list[int]], **settings: Any) -> dict[str, Any]:
+        if len(prompts) <= PROMPTS_PER_REQUEST:
+            return generate(prompts=prompts, **settings)
+        pieces = [
+            prompts[start : start + PROMPTS_PER_REQUEST] for start in range(0, len(prompts), PROMPTS_PER_REQUEST)
+        ]
+        with ThreadPoolExecutor(len(pieces)) as pool:
+            answers = list(pool.map(lambda piece: generate(prompts=piece, **settings), pieces))
+        return {name: [row for answer in answers for row in answer[name]] for name in answers[0]}
+
+    return generate_all
+
+
+# --------------------------------------------------------------------------------------------------------- each turn
+
+
+class VLLMTurns:
+    """Batches of requests to TRL's `VLLMGeneration`, with the weights and random numbers of the step or evaluation."""
+
+    def __init__(self, trainer: Any):
+        """`trainer` is asked at each turn which step or evaluation is under way."""
+        self._trainer = trainer
+        self._under_way: Callable[[], Any] = lambda: None
+        self._turns = 0  # of the step or evaluation under way
+
+    def generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+        """The completions, and the sampled token's log-prob at each of their positions. Called on all ranks.
+
+        vLLM's NaN arrives as `None`, and is NaN again: no weight for this token.
+        """
+        trainer = self._trainer
+        step = trainer.step if trainer.model.training else None
+        self._sync(trainer.held_out_results if step is None else step)
+        self._turns += 1
+        numbers = random_numbers(self._seed(step)) if trainer.args.vllm_mode == "colocate" else nullcontext()
+        with numbers:
+            _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(
+                prompts=prompt_ids,
+                images=None,
+                num_generations=1,
+                profiler=profiling_context(trainer, "vLLM.generate"),
+            )
+        return completion_ids, [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
+
+    def _sync(self, under_way: Any) -> None:
+        """Give vLLM the student's weights, once for each step and for each evaluation.
+
+        TRL does it once per `global_step`, which stays where it is when the best checkpoint is loaded, when `train` is
+        called again, and when a schedule-free optimizer changes between its two sets of weights.
+        """
+        if self._under_way() is under_way:
+            return
+        with profiling_context(self._trainer, "sync_weights"):
+            self._trainer.vllm_generation.sync_weights()
+        # Weak: the samples of a step are gone before the next ones are rolled out.
+        self._under_way, self._turns = weakref.ref(under_way), 0
+
+    def _seed(self, step: Any) -> int:
+        """Of this turn. Ranks that share an engine by tensor parallelism have to draw the same tokens."""
+        args = self._trainer.args
+        group = args.process_index // args.vllm_tensor_parallel_size
+        where = "evaluation" if step is None else step.number
+        digest = hashlib.blake2b(repr((args.seed, where, self._turns, group)).encode(), digest_size=4)
+        return int.from_bytes(digest.digest(), "little")  # 32 bits, numpy's limit
+
+
+@contextmanager
+def random_numbers(seed: int | None = None) -> Iterator[None]:
+    """Inside, random numbers are those of `seed`; afterwards those of before: Python's, numpy's, and torch's on the CPU and
+    on this process's GPU. vLLM in this process draws from torch's, or seeds its own from numpy's."""
+    before = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        if seed is not None:
+            set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])

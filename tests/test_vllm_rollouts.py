@@ -1,0 +1,459 @@
+"""Rollouts by the real vLLM, in the trainer's process and on a server: `make test-vllm`, in .venv-vllm."""
+
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, make_prompts, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from trainers import make_trainer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd.errors import CaMOPDError, GuardError
+from camopd.evaluation import HeldOutResults
+from camopd.step import Step
+from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests
+
+
+real = pytest.mark.vllm
+ENDS = [2, 5]  # of the student that is made here; that of its folder is 2
+CONTEXT = 128  # of the servers
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of three tiny models that vLLM's CPU attention takes: heads of 32."""
+    folders = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(VOCAB), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            initializer_range=0.15,
+        )  # fmt: skip
+        folders.append(str(tmp_path_factory.mktemp("models") / f"tiny-{seed}"))
+        LlamaForCausalLM(config).save_pretrained(folders[-1])
+        make_tokenizer().save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def processes(models, tmp_path_factory):
+    """Servers of the three models, as they start; the first takes weights."""
+    pytest.importorskip("vllm_on_cpu")
+    found = []
+    for place, model in enumerate(models):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
+            "--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--enforce-eager",
+            "--enable-scale-out", "--kv-cache-memory-bytes", str(16 << 20), "--logprobs-mode", "processed_logprobs",
+            "--max-logprobs", "-1",
+        ]  # fmt: skip
+        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        if place == 0:
+            command += ["--weight-transfer-config", '{"backend": "nccl"}']
+            environment["VLLM_SERVER_DEV_MODE"] = "1"
+        log = tmp_path_factory.mktemp("logs") / f"{place}.log"
+        with open(log, "w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        found.append((process, f"http://127.0.0.1:{port}", log))
+    yield found
+    for process, _, _ in found:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def urls(processes):
+    deadline = time.monotonic() + 200
+    for process, url, log in processes:
+        while True:
+            try:
+                if httpx.get(url + "/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+    return [url for _, url, _ in processes]
+
+
+@pytest.fixture
+def make(processes, models, tmp_path):  # the servers start while the tests in this process run
+    """A trainer with vLLM's rollouts, in this process unless the settings say otherwise."""
+
+    def make(teachers=None, folder="", model=None, peft_config=None, evaluated=False, **settings):
+        values = {
+            "output_dir": str(tmp_path / folder), "use_cpu": True, "bf16": False, "report_to": "none",
+            "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True,
+            "schedule": "general:1,domain:1", "max_steps": 2, "prompts_per_step": 8, "per_device_train_batch_size": 2,
+            "max_completion_length": 12, "max_prompt_length": 64, "learning_rate": 1e-2, "use_vllm": True,
+            "diagnostics_steps": 0,
+        }  # fmt: skip
+        return CaMOPDTrainer(
+            model=model or AutoModelForCausalLM.from_pretrained(models[0]),
+            teachers=teachers or {"general": models[1], "domain": models[2]},
+            args=CaMOPDConfig(**{**values, **settings}),
+            train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")},
+            eval_dataset={"general": make_prompts("general", 5)} if evaluated else None,
+            processing_class=make_tokenizer(),
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def lines(trainer):
+    with open(os.path.join(trainer.args.output_dir, "metrics.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def watch(trainer):
+    """Record, for each batch of rollouts, the samples, and the largest distance between the sampler's log-prob of a token
+    and that of a float64 forward of the student's present weights."""
+    made, roll_out = [], trainer.roll_out
+
+    def watched(rows, max_tokens, *more):
+        samples, cut = roll_out(rows, max_tokens, *more)
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        worst = 0.0
+        for sample in samples:
+            ids, start = sample.token_ids, sample.prompt_len
+            with torch.no_grad():
+                found = student(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            found = found[range(start - 1, len(ids) - 1), ids[start:]]
+            worst = max(worst, (found - sample.rollout_logps).abs().max().item())
+        made.append((worst, [sample.token_ids for sample in samples]))
+        return samples, cut
+
+    trainer.roll_out = watched
+    return made
+
+
+# -------------------------------------------------------------------------------------------------- without vLLM
+
+
+class Draws:
+    """Stands in for TRL's `VLLMGeneration`: completions of torch's random numbers, and a count of its syncs."""
+
+    synced = 0
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        found = torch.rand(len(prompts), 4).tolist()
+        return prompts, found, [[[None, None]] * 4 for _ in found], None
+
+
+def rank(index, parallel=1, mode="colocate", seed=0):
+    """What `VLLMTurns` asks of a trainer, on one of several ranks."""
+    args = SimpleNamespace(
+        seed=seed, process_index=index, vllm_tensor_parallel_size=parallel, vllm_mode=mode, report_to=[]
+    )
+    return SimpleNamespace(
+        args=args, model=torch.nn.Identity(), step=Step(3, ("general",)), held_out_results=HeldOutResults(),
+        vllm_generation=Draws(), accelerator=SimpleNamespace(is_main_process=True), state=SimpleNamespace(global_step=3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_ranks_that_share_an_engine_draw_the_same_tokens_and_others_do_not(training):
+    drawn = []
+    for index in range(4):
+        trainer = rank(index, parallel=2)
+        trainer.model.train(training)
+        torch.manual_seed(index)  # as each rank has its own
+        turns = VLLMTurns(trainer)
+        drawn.append([turns.generate([[1], [1]])[0] for _ in range(2)])
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]
+    first, second = drawn[0]
+    assert first != second and first[0] != first[1]
+
+
+def test_random_numbers_are_those_of_seed_and_step_and_leave_others_alone():
+    def draw(seed=0, number=3, mode="colocate"):
+        trainer = rank(0, seed=seed, mode=mode)
+        trainer.step.number = number
+        return VLLMTurns(trainer).generate([[1]])[0]
+
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert draw() == draw() and len({str(draw(seed, number)) for seed in (0, 1) for number in (3, 4)}) == 4
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+def test_weights_are_given_once_for_each_step_and_each_evaluation():
+    trainer = rank(0)
+    turns, counts = VLLMTurns(trainer), []
+    for training, change in (
+        (True, "step"), (True, None), (False, "held_out_results"), (False, None), (True, "step"), (True, "step"),
+    ):  # fmt: skip
+        trainer.model.train(training)
+        if change:
+            setattr(trainer, change, Step(3, ("general",)) if training else HeldOutResults())
+        _, logps = turns.generate([[1]])
+        counts.append(trainer.vllm_generation.synced)
+    assert counts == [1, 1, 2, 2, 3, 4]
+    assert all(math.isnan(value) for row in logps for value in row)
+
+
+@given(st.integers(0, 5000))
+def test_requests_have_no_more_prompts_than_vllm_takes_and_answers_keep_their_order(count):
+    sizes = []
+
+    def generate(prompts, max_tokens):
+        sizes.append(len(prompts))
+        return {"completion_ids": [[*ids, max_tokens] for ids in prompts], "logprobs": [[ids] for ids in prompts]}
+
+    prompts = [[place] for place in range(count)]
+    found = in_requests(generate)(prompts=prompts, max_tokens=7)
+    assert found == generate(prompts, 7)
+    assert max(sizes[:-1]) <= 1024 and sum(sizes[:-1]) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"loads the student from its folder or id, and this LlamaForCausalLM has none\. Save it"),
+        ({"vllm_max_model_length": 69}, r"vllm_max_model_length=69 is less than .* = 70: .* Leave it out"),
+        ({"vllm_mode": "server", "tools": [print]}, r"tools with vllm_mode='server' cannot be used on 2 ranks"),
+    ],
+    ids=str,
+)
+def test_run_that_vllm_could_not_do_is_refused_before_it_is_started(settings, message, tmp_path, monkeypatch):
+    tools = settings.pop("tools", None)
+    if tools:
+        monkeypatch.setattr(CaMOPDConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, make_tokenizer(), use_vllm=True, max_prompt_length=64, tools=tools, **settings)
+
+
+def test_server_that_computes_in_another_type_is_warned_of(caplog):
+    client = SimpleNamespace(
+        base_url="http://host", get_server_info=lambda: {"model_config": {"dtype": "torch.bfloat16"}}
+    )
+    check_server(client, 10, torch.float32)
+    assert "computes in bfloat16, the student in float32" in caplog.text
+    caplog.clear()
+    check_server(client, 10, torch.bfloat16)
+    assert not caplog.text
+
+
+# ---------------------------------------------------------------------------------------- the sampler is looked at
+
+
+@real
+def test_colocated_sampler_has_the_students_weights_at_every_step_and_a_run_with_old_ones_stops(make):
+    trainer = make(max_steps=4)
+    made, sync = watch(trainer), trainer.vllm_generation.sync_weights
+    trainer.vllm_generation.sync_weights = lambda: trainer.state.global_step == 3 or sync()
+    with pytest.raises(
+        GuardError, match=r"step 4 \(domain\): the log-probs .* float32 .* weights .*'log_ratio'\]=0\.01"
+    ):
+        trainer.train()
+    *synced, (stale, _) = made
+    assert max(worst for worst, _ in synced) < 1e-4 and stale > 0.1
+    assert all(line["importance/log_ratio"] < 1e-5 and line["importance/outside_band"] == 0 for line in lines(trainer))
+    assert len(lines(trainer)) == trainer.state.global_step == 3
+
+
+@real
+def test_sampler_with_old_weights_is_seen_with_the_engines_log_probs_too(make):
+    trainer = make(student_logps="engine")
+    sync, before = trainer.vllm_generation.sync_weights, {}
+
+    def sync_once():
+        before.update({name: weight.clone() for name, weight in trainer.model.state_dict().items()})
+        return trainer.state.global_step == 1 or sync()
+
+    trainer.vllm_generation.sync_weights = sync_once
+    with pytest.raises(GuardError, match=r"step 2 \(domain\): the log-probs"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------- whose weights it has
+
+
+@real
+def test_colocated_sampler_gets_the_best_checkpoint_and_what_a_user_loads(make, models):
+    trainer = make(
+        max_steps=4, evaluated=True, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_general_kl", learning_rate=0.3,
+    )  # fmt: skip
+    made = watch(trainer)
+    trainer.train()
+    logged = [entry["eval_general_kl"] for entry in trainer.state.log_history if "eval_general_kl" in entry]
+    again = trainer.evaluate()["eval_general_kl"]
+    assert again == pytest.approx(min(logged), abs=1e-4) and logged[-1] > min(logged) + 0.01
+    trainer.model.load_state_dict(AutoModelForCausalLM.from_pretrained(models[1]).state_dict())
+    trainer.evaluate()
+    trainer.model.load_state_dict(AutoModelForCausalLM.from_pretrained(models[2]).state_dict())
+    trainer.train()
+    assert max(worst for worst, _ in made) < 1e-4
+
+
+@real
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_sampler_has_the_students_adapter(mode, make, urls):
+    where = {"vllm_mode": "server", "vllm_server_base_url": urls[0]} if mode == "server" else {}
+    adapter = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    trainer = make(peft_config=adapter, max_steps=3, **where)
+    made = watch(trainer)
+    trainer.train()
+    assert max(worst for worst, _ in made) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ random numbers
+
+
+@real
+def test_seed_reaches_the_colocated_sampler_and_equal_prompts_draw_different_completions(make):
+    def completions(seed, folder):
+        trainer = make(seed=seed, data_seed=0, learning_rate=0.0, folder=folder, max_steps=4)
+        made = watch(trainer)
+        trainer.train()
+        return [rows for _, rows in made]
+
+    one, other, again = completions(1, "one"), completions(2, "other"), completions(1, "again")
+    assert one == again
+    assert not any(row in rows for row, rows in zip(one[0], [other[0]] * 8, strict=True))
+    trainer = make(seed=1)
+    prompt = {"branch": "general", "prompt": "general 1"}
+    samples, _ = trainer.roll_out([{**prompt, "position": place} for place in range(8)], 12)
+    assert len({tuple(sample.token_ids) for sample in samples}) == 8
+
+
+@real
+def test_evaluation_draws_the_same_every_time_and_leaves_the_run_as_it_was(make):
+    def run(folder, **settings):
+        trainer = make(folder=folder, evaluated=True, learning_rate=0.0, max_steps=4, **settings)
+        made = watch(trainer)
+        trainer.train()
+        return trainer, [rows for _, rows in made]
+
+    trainer, with_evaluations = run("with", eval_strategy="steps", eval_steps=1)
+    _, without = run("without")
+    size = len(without[0])
+    steps = [rows for rows in with_evaluations if len(rows) == size and rows in without]
+    assert steps == without
+    evaluations = [rows for rows in with_evaluations if rows not in without]
+    assert len(evaluations) == 4 and all(one == other for one, other in pairwise(evaluations))
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    trainer.evaluate()
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+@real
+def test_a_resumed_run_is_the_run(make, tmp_path):
+    trainer = make(folder="run", max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    losses = [line["loss"] for line in lines(trainer)]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
+    trainer = make(folder="again", max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert [line["loss"] for line in lines(trainer)][-2:] == losses[2:]
+
+
+# --------------------------------------------------------------------------------------- ends, types and limits
+
+
+@real
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_completions_end_where_the_trainer_says(mode, make, models, urls):
+    model = AutoModelForCausalLM.from_pretrained(models[0])
+    model.generation_config.eos_token_id = ENDS
+    where = {"vllm_mode": "server", "vllm_server_base_url": urls[0]} if mode == "server" else {}
+    trainer = make(model=model, max_completion_length=32, generation_kwargs={"stop_token_ids": [7]}, **where)
+    prompts = [{"branch": "general", "prompt": f"general {place}", "position": place} for place in range(64)]
+    samples, _ = trainer.roll_out(prompts, 32)
+    completions = [sample.token_ids[sample.prompt_len :] for sample in samples]
+    ends = {*ENDS, 7}
+    assert all(not ends & set(ids[:-1]) for ids in completions)
+    assert {ids[-1] for ids in completions} > ends
+    assert all(sample.truncated == (ids[-1] not in ends) for sample, ids in zip(samples, completions, strict=True))
+
+
+@real
+def test_colocated_sampler_computes_in_the_students_type(make, models):
+    trainer = make()
+    assert trainer.vllm_generation.llm.llm_engine.model_config.dtype == torch.float32
+    model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
+    trainer = make(model=model, optim="adamw_torch_8bit", optim_args="bf16_stochastic_round=True")
+    assert trainer.vllm_generation.llm.llm_engine.model_config.dtype == torch.bfloat16
+
+
+@real
+def test_more_prompts_than_a_request_takes_are_rolled_out(make, urls):
+    trainer = make(vllm_mode="server", vllm_server_base_url=urls[0])
+    prompts = [{"branch": "general", "prompt": f"general {place}", "position": place} for place in range(1100)]
+    samples, _ = trainer.roll_out(prompts, 2)
+    assert [sample.position for sample in samples] == list(range(1100))
+    ids = trainer.reader.ids(prompts)
+    assert [sample.token_ids[: sample.prompt_len] for sample in samples] == ids
+
+
+@real
+def test_server_with_a_shorter_context_is_refused(make, urls):
+    with pytest.raises(
+        CaMOPDError, match=rf"{urls[0]} takes sequences of {CONTEXT} tokens, .* is 264: .*--max-model-len 264"
+    ):
+        make(vllm_mode="server", vllm_server_base_url=urls[0], max_completion_length=200)
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+@real
+def test_gaps_of_the_engine_are_those_of_the_trainer(make):
+    runs = []
+    for student_logps in ("trainer", "engine"):
+        trainer = make(student_logps=student_logps, folder=student_logps, max_steps=4)
+        trainer.train()
+        runs.append([line["loss"] for line in lines(trainer)])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+
+
+@real
+def test_colocated_rollouts_with_both_teachers_on_servers(make, urls):
+    on_servers = make({"general": urls[1], "domain": urls[2]}, "servers")
+    on_servers.train()
+    here = make(folder="here")
+    here.train()
+    losses = [[line["loss"] for line in lines(trainer)] for trainer in (on_servers, here)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@real
+def test_rollouts_and_both_teachers_on_servers(make, urls):
+    trainer = make(
+        {"general": urls[1], "domain": urls[2]}, vllm_mode="server", vllm_server_base_url=urls[0], max_steps=4,
+        max_completion_length={0: 6, 2: 12},
+    )  # fmt: skip
+    made = watch(trainer)
+    trainer.train()
+    assert max(worst for worst, _ in made) < 1e-4
+    assert [line["rollout/max_length"] for line in lines(trainer)] == [6, 6, 12, 12]
+    assert all(line["importance/log_ratio"] < 1e-5 for line in lines(trainer))
