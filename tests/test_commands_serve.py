@@ -20,7 +20,7 @@ import yaml
 from camopd.commands import serve as command
 from camopd.commands.serve import Running, check_ports, find_vllm, gpus_of_machine
 from camopd.errors import CaMOPDError
-from camopd.teachers.vllm.plan import VLLM, Server
+from camopd.teachers.vllm.plan import VLLM, Server, environment_of, plan_student
 
 
 # Plays `python -m vllm.entrypoints.openai.api_server`: notes how it was started, has an engine in a process of its own
@@ -192,6 +192,30 @@ def test_print_shows_a_line_per_process_with_every_flag_scoring_needs(write, cap
         ["vllm", "serve", model, "--host", "127.0.0.1", "--port", port, *common]
         for model, port in (("org/general", "8001"), ("org/general", "8002"), ("org/domain", "8003"))
     ]
+
+
+def test_student_is_served_as_trls_client_wants_it(write, capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")  # of the teachers; the client of TRL sends none
+    asked = ["--use_vllm", "true", "--vllm_mode", "server", "--model_name_or_path", "org/student"]
+    (line,) = printed(capsys, write({"general": "org/one"}), "--student", *asked)
+    assert line[:4] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "org/student"]
+    wanted = {"port": "8000", "dtype": "bfloat16", "max-logprobs": "-1", "logprobs-mode": "processed_logprobs"}
+    assert {name: line[line.index(f"--{name}") + 1] for name in wanted} == wanted
+    assert json.loads(line[line.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    assert (
+        "--enable-scale-out" in line
+        and "--no-enable-prefix-caching" not in line
+        and "--max-num-batched-tokens" not in line
+    )
+    server = plan_student({"model_name_or_path": "x", "use_vllm": True, "vllm_mode": "server"}, "localhost", 9)
+    environment = environment_of(server, VLLM("python", "0.32", cpu=True))
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1" and "VLLM_API_KEY" not in environment
+    with pytest.raises(ValueError, match="no `use_vllm: true` with `vllm_mode: server`"):
+        command.serve([write({"general": "org/one"}), "--student", "--print", "--model_name_or_path", "org/student"])
+    with pytest.raises(ValueError, match="does not have"):
+        command.serve([write({"general": "org/one"}), "--student", "--print"])
+    command.serve([write({"general": "org/one"}), "--student", "--print", "--host", "0.0.0.0", *asked])
+    assert "write over its weights" in capsys.readouterr().err
 
 
 def test_mistyped_setting_in_the_config_is_refused_before_anything_starts(write):

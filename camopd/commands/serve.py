@@ -1,4 +1,4 @@
-"""`camopd serve`: the teachers of a YAML config as vLLM servers, a process per teacher and replica.
+"""`camopd serve`: the teachers of a YAML config as vLLM servers, a process per teacher and replica, or its student as one.
 
 It starts the processes, forwards their logs, and says in `{output_dir}/_teachers.json` where they listen, which
 `camopd train` and `camopd check` read. It lives as long as they do: Ctrl-C stops them, and the end of one is the end of
@@ -41,6 +41,7 @@ from ..teachers.vllm.plan import (
     key_of,
     models_of,
     plan_servers,
+    plan_student,
     replicas_of,
 )
 from . import processes
@@ -48,6 +49,7 @@ from .ctrl_c import ends_at_once
 
 
 PAPER_SCHEDULE = "general:3,domain:1"  # where the config says nothing
+FIRST_PORT = 8001  # of the teachers
 GRACE_SECONDS = 20.0  # between SIGTERM and SIGKILL; vLLM takes one or two
 REMINDER_SECONDS = 30.0  # between two lines that say what is being waited for
 LOG_LINES = 15  # of a process that died, in the error
@@ -73,23 +75,25 @@ def serve(argv: list[str]) -> None:
     """
     options, overrides, vllm_flags = _parse(argv)
     settings = read_settings(options.config, overrides)
-    teachers = named_teachers(settings)
     notes: list[str] = []
-    models = models_of(teachers, notes)
-    replicas = replicas_of(options.replicas, models, [str(branch) for branch in teachers])
-    servers = plan_servers(models, replicas, options.host, options.port)
+    if options.student:
+        servers = [plan_student(settings, options.host, options.port)]
+    else:
+        servers = _teachers_of(settings, options, notes)
     if options.gpus is not None:
         assign_gpus(servers, _split(options.gpus), options.tensor_parallel_size)
     without_key = [server.name for server in servers if key_of(server) is None]
-    if without_key and not is_loopback(options.host):
+    if options.student and not is_loopback(options.host):
+        notes.append(
+            f"warning: anyone who can reach {options.host}:{servers[0].port} can use the model and write over its weights: "
+            "TRL's client has no key. Keep the port in a network of your own."
+        )
+    elif without_key and not is_loopback(options.host):
         notes.append(
             f"warning: {', '.join(without_key)} will listen on {options.host} without a key: anyone who can reach the port "
             "can use the model. Set CAMOPD_TEACHER_API_KEY (or CAMOPD_TEACHER_API_KEY_<BRANCH>) here and where the "
             "trainer runs."
         )
-    missing = set(Schedule.parse(str(settings.get("schedule") or PAPER_SCHEDULE)).branches) - set(teachers)
-    if missing:
-        notes.append(f"warning: the schedule visits {sorted(missing)}, for which the config has no teacher.")
     if options.print and len(without_key) < len(servers):
         notes.append("the key is not in the lines: set VLLM_API_KEY to it where they run.")
     for note in notes:
@@ -97,8 +101,9 @@ def serve(argv: list[str]) -> None:
 
     vllm = None if options.print else _ready_vllm(servers, options)
     max_model_len = _max_model_len(options.config, settings)
+    dtype = options.dtype or (_student_dtype(settings) if options.student else None)
     flags = [
-        flags_of(server, servers, vllm, max_model_len, options.dtype, options.tensor_parallel_size) + vllm_flags
+        flags_of(server, servers, vllm, max_model_len, dtype, options.tensor_parallel_size) + vllm_flags
         for server in servers
     ]
     if vllm is None:
@@ -106,7 +111,24 @@ def serve(argv: list[str]) -> None:
             print(command_line(server, own))
         return
     started = [Running(server, own, vllm) for server, own in zip(servers, flags, strict=True)]
-    _run(started, Path(str(settings.get("output_dir") or "trainer_output")) / SERVED_TEACHERS)
+    folder = Path(str(settings.get("output_dir") or "trainer_output"))
+    _run(started, None if options.student else folder / SERVED_TEACHERS)
+
+
+def _teachers_of(settings: dict, options: argparse.Namespace, notes: list[str]) -> list[Server]:
+    """The servers of the config's teachers."""
+    teachers = named_teachers(settings)
+    models = models_of(teachers, notes)
+    replicas = replicas_of(options.replicas, models, [str(branch) for branch in teachers])
+    missing = set(Schedule.parse(str(settings.get("schedule") or PAPER_SCHEDULE)).branches) - set(teachers)
+    if missing:
+        notes.append(f"warning: the schedule visits {sorted(missing)}, for which the config has no teacher.")
+    return plan_servers(models, replicas, options.host, FIRST_PORT if options.port is None else options.port)
+
+
+def _student_dtype(settings: dict) -> str:
+    """What the student computes in: rollouts are to round as the trainer does."""
+    return "bfloat16" if settings.get("bf16", True) else str(settings.get("dtype") or "float32")
 
 
 def _max_model_len(config: str, settings: dict) -> int:
@@ -269,14 +291,16 @@ class Running:
         )
 
 
-def _run(servers: Sequence[Running], served: Path) -> None:
-    """Start the processes, wait until they answer, and stay until a signal comes or one of them dies."""
+def _run(servers: Sequence[Running], served: Path | None) -> None:
+    """Start the processes, wait until they answer, and stay until a signal comes or one of them dies. `served` is the file
+    that then says where teachers listen."""
     urls: dict[str, list[str]] = {}
     for running in servers:
         for branch in running.server.branches:
             urls.setdefault(branch, []).append(running.server.url)
     text = json.dumps(urls, indent=2) + "\n"
-    served.parent.mkdir(parents=True, exist_ok=True)
+    if served is not None:
+        served.parent.mkdir(parents=True, exist_ok=True)
     with processes.noted_signals() as signals:
         try:
             for running in servers:
@@ -287,17 +311,21 @@ def _run(servers: Sequence[Running], served: Path) -> None:
                     break
                 running.start()
             if _wait_until_up(servers, signals):
-                atomic.write(served, text)
+                if served is not None:
+                    atomic.write(served, text)
                 for branch, addresses in urls.items():
                     _say(f"{branch}: {' '.join(addresses)}")
-                _say(f"all teachers are up, see {served}. Ctrl-C stops them.")
+                what = "the student's rollout server is up" if served is None else f"all teachers are up, see {served}"
+                _say(f"{what}. Ctrl-C stops them.")
                 while not signals:
                     for running in servers:
                         running.raise_if_dead()
                     time.sleep(0.2)
         finally:
             with contextlib.suppress(OSError):
-                if served.read_text(encoding="utf-8") == text:  # another `camopd serve` may have written its own
+                if (
+                    served is not None and served.read_text(encoding="utf-8") == text
+                ):  # another `camopd serve` may have written its own
                     served.unlink()
             processes.end([running.process for running in servers if running.process], signals, grace=GRACE_SECONDS)
     _say("stopped.")
@@ -353,7 +381,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
         help="GPUs to use, as in 0,1,2,3; a GPU named twice is shared (default: CUDA_VISIBLE_DEVICES, or all)",
     )
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
-    add("--port", type=int, default=8001, help="first port; the others follow (default: 8001)")
+    add("--port", type=int, help=f"first port; the others follow (default: {FIRST_PORT}; --student: vllm_server_port)")
+    add("--student", action="store_true", help="the rollout server of the student, in place of the teachers'")
     add("--dtype", help="of the teachers (default: auto, or float32 on a CPU)")
     add("--vllm-python", help="python that has vLLM (default: CAMOPD_VLLM_PYTHON, or where it is found)")
     add("--print", action="store_true", help="show the command lines and start nothing")

@@ -25,6 +25,7 @@ class Server:
     host: str
     port: int
     gpus: list[str] = field(default_factory=list)  # as CUDA_VISIBLE_DEVICES names them
+    student: bool = False  # it writes rollouts, by TRL's client, and takes the weights of the trainer
 
     @property
     def name(self) -> str:
@@ -126,6 +127,25 @@ def plan_servers(models: dict[str, list[str]], replicas: dict[str, int], host: s
     ]
 
 
+def plan_student(settings: Mapping[str, Any], host: str, port: int | None) -> Server:
+    """The student's rollout server, on the port where TRL's client looks for it unless another one is given.
+
+    Raises `ValueError` for a config without a student, or whose runs would ask no such server.
+    """
+    model = settings.get("model_name_or_path")
+    if not isinstance(model, str) or not model:
+        raise ValueError(
+            "--student starts the rollout server of `model_name_or_path`, which the config does not have."
+        )
+    if settings.get("use_vllm") is not True or settings.get("vllm_mode") != "server":
+        raise ValueError(
+            "--student starts a rollout server, and the config has no `use_vllm: true` with `vllm_mode: server`: training "
+            "would not ask it. Set both."
+        )
+    port = int(settings.get("vllm_server_port") or 8000) if port is None else port
+    return Server(["student"], 0, os.path.expanduser(model), host, port, student=True)
+
+
 def assign_gpus(servers: Sequence[Server], gpus: list[str], tensor_parallel_size: int) -> None:
     """Give each process the next `tensor_parallel_size` GPUs. Raises `ValueError` when there are too few."""
     needed = len(servers) * tensor_parallel_size
@@ -150,6 +170,8 @@ def key_of(server: Server, environment: Mapping[str, str] = os.environ) -> str |
 
     Raises `ValueError` when branches of one server have different keys: it takes one.
     """
+    if server.student:
+        return None  # TRL's client sends none
     keys = {}
     for branch in server.branches:
         values = [environment.get(name, "").strip() for name in (*key_variables(branch), "VLLM_API_KEY")]
@@ -173,20 +195,25 @@ def flags_of(
     """vLLM's flags for one of the `servers`; `vllm` is None where it is not known what will run it."""
     cpu = vllm is not None and vllm.cpu
     flags = ["--host", server.host, "--port", str(server.port), "--max-model-len", str(max_model_len)]
-    # vLLM's V1 runner computes prompt log-probs for a whole batch at once and does not count them when it measures what
-    # the cache may take. Logits in bfloat16 and log-probs in float32 are 6 bytes per token and vocabulary entry: 8192
-    # tokens x 152k x 6 are 7.5 GB, 2048 tokens 1.9 GB.
-    flags += ["--max-num-batched-tokens", "2048"]
+    if not server.student:
+        # vLLM's V1 runner computes prompt log-probs for a whole batch at once and does not count them when it measures
+        # what the cache may take. Logits in bfloat16 and log-probs in float32 are 6 bytes per token and vocabulary entry:
+        # 8192 tokens x 152k x 6 are 7.5 GB, 2048 tokens 1.9 GB.
+        flags += ["--max-num-batched-tokens", "2048"]
     # Opens /inference/v1/generate, which takes 5 bytes per scored token where JSON takes 82.
     if vllm is None or vllm.has_scale_out:
         flags += ["--enable-scale-out"]
-    flags += ["--max-logprobs", "20"]
-    # The model's own distribution, before any sampling setting.
-    flags += ["--logprobs-mode", "raw_logprobs"]
+    if server.student:  # as TRL's documentation has it
+        flags += ["--weight-transfer-config", '{"backend": "nccl"}', "--max-logprobs", "-1"]
+        flags += ["--logprobs-mode", "processed_logprobs"]  # of what it draws from
+    else:
+        flags += ["--max-logprobs", "20"]
+        # The model's own distribution, before any sampling setting.
+        flags += ["--logprobs-mode", "raw_logprobs"]
     # Without it the model's generation_config.json sets temperature and penalties that no request asked for.
     flags += ["--generation-config", "vllm"]
-    # Scoring needs every position computed and so never reads the cache, only fills it.
-    flags += ["--no-enable-prefix-caching"]
+    if not server.student:  # scoring needs every position computed and so never reads the cache, only fills it
+        flags += ["--no-enable-prefix-caching"]
     flags += ["--dtype", dtype or ("float32" if cpu else "auto")]
     flags += ["--tensor-parallel-size", str(tensor_parallel_size)]
     if cpu:  # compiling takes minutes and a C++ compiler
@@ -201,6 +228,8 @@ def flags_of(
 def command_line(server: Server, flags: list[str]) -> str:
     """The process as a line for a shell."""
     devices = [f"CUDA_VISIBLE_DEVICES={shlex.quote(','.join(server.gpus))}"] if server.gpus else []
+    if server.student:
+        devices.append("VLLM_SERVER_DEV_MODE=1")
     return " ".join([*devices, shlex.join(["vllm", "serve", server.model, *flags])])
 
 
@@ -213,6 +242,9 @@ def environment_of(server: Server, vllm: VLLM, environment: Mapping[str, str] = 
     key = key_of(server, environment)
     if key is not None:
         found["VLLM_API_KEY"] = key
+    if server.student:
+        found["VLLM_SERVER_DEV_MODE"] = "1"  # opens the requests that weights are sent with
+        found.pop("VLLM_API_KEY", None)
     if server.gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(server.gpus)
     if vllm.cpu:  # GiB; scoring keeps no more than the sequences in flight
