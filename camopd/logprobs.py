@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import LogitsProcessor, PretrainedConfig
 from trl.kernels import ChunkedLogProbFunction
@@ -156,7 +155,9 @@ def _completion_hidden_states(
 
 
 def causal_lm_of(model: Any) -> Any:
-    return model.get_base_model() if is_peft_model(model) else model
+    # Of a PeftModel; accelerate's `is_peft_model` looks for the package on the disk, in each forward.
+    base = getattr(model, "get_base_model", None)
+    return model if base is None else base()
 
 
 class _HeadReachedError(Exception):

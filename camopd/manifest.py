@@ -87,7 +87,8 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     try:
         listed = read(folder)["files"]
         for name, entry in listed.items():
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):  # of a file that others have made
+            # By name: what the Hub's client has fetched are links to elsewhere.
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"its {MANIFEST} lists {name!r}, which is not in it"
             size, wanted = (folder / name).stat().st_size, entry["size"]
             if size != wanted:

@@ -73,6 +73,13 @@ def test_manifest_of_others_reads_no_file_outside_of_its_folder(tmp_path):
         assert "not in it" in manifest.fault(folder)
 
 
+def test_manifest_takes_links_as_the_hub_has_them(tmp_path):
+    folder = make_checkpoint(tmp_path / "checkpoint-1")
+    (folder / "weights.bin").rename(tmp_path / "blob")
+    (folder / "weights.bin").symlink_to(tmp_path / "blob")
+    assert manifest.fault(folder) is None
+
+
 def test_folder_without_a_manifest_was_not_finished(tmp_path):
     folder = make_checkpoint(tmp_path / "checkpoint-1")
     (folder / manifest.MANIFEST).unlink()
