@@ -29,7 +29,7 @@ from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
 from .optimizer import local
 from .record import RUN_RECORD
 from .rollouts import load_rollouts, save_rollouts, set_rng_state
-from .run_folder import is_own
+from .run_folder import METRICS, is_own
 from .samples import Sample
 from .signals import StopAsked, interrupted
 from .step import Step
@@ -245,6 +245,7 @@ class RunCheckpoints:
             if best == final or best.is_dir():
                 state.best_model_checkpoint = str(best)
         if self.args.should_save:
+            manifest.flush(final.parent / METRICS)  # so that no line before the checkpoint is lost with the power
             state.save_to_json(str(folder / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
 

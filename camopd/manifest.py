@@ -53,13 +53,13 @@ def write(folder: Path, found: dict[str, dict[str, Any]], **facts: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     for inner in {folder, *(folder / name for name in found)}:
-        flush_folder(inner if inner.is_dir() else inner.parent)
+        flush(inner if inner.is_dir() else inner.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on the disk."""
-    with contextlib.suppress(OSError):  # of file systems that cannot, where a rename is as durable as it gets
-        descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """See to it that a file, or the names in a folder, are on the disk, where the file system has it."""
+    with contextlib.suppress(OSError):  # a file that is not there, or folders that cannot: a rename is all there is
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -131,7 +131,7 @@ def put_in_place(folder: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    flush_folder(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -107,6 +107,8 @@ def record_of(
     left_out = {name for names in LEFT_OUT.values() for name in names.split()}
     if args.lr_scheduler_type in FOLLOWS_METRIC:
         left_out -= set(_FOLLOWED)
+    if args.metric_for_best_model is not None:  # a checkpoint has the best value so far
+        left_out -= {"metric_for_best_model"}
     if args.lr_scheduler_type in _ANY_LENGTH and of_deepspeed(args, "scheduler") is None:
         left_out.add("max_steps")
     weights = None
