@@ -1,6 +1,7 @@
 """Teachers in the process: plain log-probs, frozen, and on the accelerator only while they score."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from conftest import LOGP, make_model
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores, reference_logps
 
 from camopd.teachers.base import Teacher
-from camopd.teachers.local import LocalTeacher
+from camopd.teachers.local import LocalTeacher, load_teacher_model
 
 
 def test_local_scores_equal_a_plain_log_softmax(teacher_model):
@@ -89,3 +90,20 @@ def test_local_teacher_is_moved_once_per_score_and_not_for_a_probe_that_is_done(
         teacher.probe()
         teacher.score(TOKEN_IDS, PROMPT_LENS)
     assert len(moves) == 6
+
+
+def test_teacher_is_loaded_on_every_rank_where_fsdp_loads_the_student_on_the_first(
+    teacher_model, tmp_path, monkeypatch
+):
+    teacher_model.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        loaded = load_teacher_model(str(tmp_path / "teacher"), {"dtype": torch.float32}, "general")
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, weight in teacher_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,6 +15,9 @@ from trl.trainer.utils import create_model_from_path
 
 from ..forward import Forward
 from .base import TokenScores
+
+
+_FSDP_LOADS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's, which transformers reads
 
 
 class LocalTeacher:
@@ -86,6 +90,8 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
     # Under ZeRO-3 transformers would shard it over the ranks at load time, outside any DeepSpeed engine.
     zero_config = hf_deepspeed.deepspeed_config() and hf_deepspeed._hf_deepspeed_config_weak_ref()
     hf_deepspeed.unset_hf_deepspeed_config()
+    # Under FSDP it would load weights on the first rank alone, for FSDP to hand them on, which shards no teacher.
+    efficient = os.environ.pop(_FSDP_LOADS_ONCE, None)
     try:
         return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
     except (OSError, ValueError) as error:
@@ -95,6 +101,8 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
             "or 'adapter_off'."
         ) from error
     finally:
+        if efficient is not None:
+            os.environ[_FSDP_LOADS_ONCE] = efficient
         if zero_config:
             hf_deepspeed.set_hf_deepspeed_config(zero_config)
 
