@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def settle(given: Any) -> dict[str, float | None]:
                 f"guards has no threshold {short(name)}. Did you mean {near!r}? There are {', '.join(GUARDS)}; "
                 "docs/metrics.md says what they are."
             )
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if value is not None and not (number and GUARDS[name].test(value)):
             raise ValueError(f"guards[{name!r}] must be {GUARDS[name].must_be}, or null for none, got {short(value)}.")
     return {**{name: guard.default for name, guard in GUARDS.items()}, **(given or {})}
@@ -106,6 +107,6 @@ _EXAMPLE = """--guards '{"log_prob": 0.1, "entropy": null}'"""
 def stop(name: str, limit: float, what: str) -> GuardError:
     """The error of a guard: what is wrong, its threshold, and how to go on regardless."""
     return GuardError(
-        f"{what}. That is beyond guards[{name!r}]={limit:g}. The last checkpoint is from before it. To go on regardless, "
+        f"{what}. That is beyond guards[{name!r}]={limit:g}. What has been saved is from before it. To go on regardless, "
         f"set another threshold, or guards: {{{name}: null}} for none."
     )

@@ -241,7 +241,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     args, student = trainer.args, trainer.student.model
     yield BranchMoments(run.schedule)
     dtype = compute_dtype(trainer.accelerator, student)
-    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, gather_object, dtype)
+    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, dtype)
     if args.diagnostics_steps:
 
         def loss_of(batch: MicroBatch) -> torch.Tensor:

@@ -88,10 +88,9 @@ class Step:
         self.trained.add(batch.positions, batch.mask)
         self.losses.append((batch.positions, loss.detach()))
 
-    def not_finite(self, latest: bool = False) -> list[tuple[list[int], float]]:
-        """This rank's micro-batches with a loss that is not finite, of all or of the latest one: positions and loss."""
-        losses = self.losses[-1:] if latest else self.losses
-        return [(list(positions), float(loss)) for positions, loss in losses if not torch.isfinite(loss)]
+    def not_finite(self) -> list[tuple[list[int], float]]:
+        """This rank's micro-batches with a loss that is not finite: positions and loss."""
+        return [(list(positions), float(loss)) for positions, loss in self.losses if not torch.isfinite(loss)]
 
     def check_trained(self, gather: Callable[[list[Any]], list[Any]]) -> None:
         """After the last micro-batch: `check_trained` of all ranks, which of their losses are not finite, and how far the
@@ -259,9 +258,6 @@ class StepCallback(TrainerCallback):
 
     def on_step_ready(self, step: Step) -> None:
         """Rolled out, scored and selected; before the first forward of the loss."""
-
-    def on_loss_ready(self, step: Step) -> None:
-        """After the loss of a micro-batch, the last of `step.losses`, and before its backward."""
 
     def on_optimizer_stepped(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         """After an update, with the gradients still there. ZeRO-3 makes several in a step."""

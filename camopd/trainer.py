@@ -222,7 +222,6 @@ class CaMOPDTrainer(DistillationTrainer):
         """
         loss, logps, importance = self.loss_of(inputs, model=model)
         self.step.add_loss(inputs, loss, logps, importance)
-        self.notify("on_loss_ready", self.step)
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 

@@ -3,8 +3,8 @@
 As a script for `accelerate launch`: tests/test_guards.py FOLDER LAUNCH_FILE
 """
 
-import contextlib
 import copy
+import dataclasses
 import importlib
 import json
 import logging
@@ -99,6 +99,37 @@ class Moves(StepCallback):
         self.found.append(not same(self.before, state_of(model, optimizer)))
 
 
+class Weights(StepCallback):
+    """Whether the weights of this process, whole or in shards, have changed in each step."""
+
+    def __init__(self):
+        self.found = []
+
+    @staticmethod
+    def of(model):
+        return [getattr(weight, "ds_tensor", weight).detach().clone() for weight in model.parameters()]
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before = self.of(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.found.append(not all(map(torch.equal, self.before, self.of(model))))
+
+
+class ClaimsLoss(StepCallback):
+    """Says of a step that a loss is NaN when it has been stepped with its gradient, which is finite."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_ready(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.step.number in self.steps:
+            self.step.broken_losses = [([0], NAN)]
+
+
 @pytest.fixture
 def warnings(caplog):
     """A function that gives what the guards have warned of so far."""
@@ -178,10 +209,27 @@ def test_skipping_can_be_switched_off_and_allowed_for_no_step(tmp_path, tokenize
 
 
 def test_learning_rate_far_too_large_saves_no_weights_that_are_not_finite(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, learning_rate=1e3, save_strategy="steps", save_steps=1, max_steps=8)
-    with contextlib.suppress(CaMOPDError, RuntimeError):  # torch cannot draw from probabilities that are NaN
+    """The loss of the first step is finite: its update alone makes the weights infinite, and none of them is saved."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, learning_rate=1e39, save_strategy="steps", save_steps=1, max_steps=8, max_grad_norm=0.0
+    )
+    with pytest.raises(CaMOPDError, match=r"weights .*step 1.* are not finite, so nothing is saved"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_learning_rate_that_grows_far_too_large_leaves_the_checkpoint_from_before_it(tmp_path, tokenizer):
+    class Grows(StepCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 2:
+                optimizer.param_groups[0]["lr"] = 1e39
+
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8}
+    trainer = make_trainer(tmp_path, tokenizer, callbacks=[Grows()], **settings)
+    with pytest.raises(CaMOPDError, match=r"weights .*step 3.* are not finite.*Go on from '.*checkpoint-2'"):
         trainer.train()
     saved = sorted(tmp_path.glob("checkpoint-*"))
+    assert [folder.name for folder in saved] == ["checkpoint-1", "checkpoint-2"]
     for folder in saved:
         assert all(value.isfinite().all() for value in load_file(folder / "model.safetensors").values()), folder
 
@@ -369,6 +417,34 @@ def test_completions_that_say_nothing_stop_the_run(completions, stops, tmp_path,
     trainer.train()
 
 
+def test_completions_of_one_branch_of_a_mixed_step_stop_the_run_by_themselves(tmp_path, tokenizer, warnings):
+    class Mute(StepCallback):
+        """Cuts the completions of a branch, or leaves nothing of them."""
+
+        def __init__(self, branch, **values):
+            self.branch, self.values = branch, values
+
+        def on_step_ready(self, step):
+            step.summaries = [
+                dataclasses.replace(row, **(self.values if row.branch == self.branch else {"truncated": False}))
+                for row in step.summaries
+            ]
+
+    def run(folder, branch, rows, **values):
+        make_trainer(
+            tmp_path / folder, tokenizer, schedule="general:1+domain:1", prompts_per_step=rows, max_steps=1,
+            callbacks=[Mute(branch, **values)],
+        ).train()  # fmt: skip
+
+    with pytest.raises(GuardError, match=r"step 1 \(general\+domain\): 8 of 8 completions of branch 'domain' are empty"):
+        run("empty", "domain", 16, length=0)
+    run("few", "domain", 8, length=0)
+    assert not warnings()
+    run("cut", "general", 16, truncated=True)
+    (text,) = warnings()
+    assert "8 of 8 completions of branch 'general' are cut at max_completion_length" in text
+
+
 def test_share_of_completions_that_say_nothing_can_be_set(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, guards={"degenerate": 0.5}, max_completion_length=12)
     use_sampler(trainer, Says(END, ANSWER))
@@ -413,6 +489,20 @@ def test_gaps_of_exactly_0_are_warned_of_from_a_branchs_second_step_on(tmp_path,
     assert text.startswith("step 3 (general): all gaps of branch 'general' are exactly 0")
     found = run(tmp_path / "off", make_model(1), learning_rate=0.0, max_steps=6, guards={"zero_gap": None})
     assert len(found) == 1
+
+
+def test_gaps_of_exactly_0_before_the_first_update_of_a_warm_up_are_not_warned_of(tmp_path, tokenizer, warnings):
+    """The first learning rate of a warm-up is 0: the student is its start in the second step of a branch, too."""
+    teachers = {"general": make_model(1), "domain": make_model(2)}
+    settings = {"schedule": "general:1+domain:1", "warmup_steps": 2, "teachers": teachers, "guards": {"truncated": None}}
+    make_trainer(tmp_path / "healthy", tokenizer, **settings).train()
+    found = lines(tmp_path / "healthy")
+    assert [line["learning_rate"] > 0 for line in found[:3]] == [False, True, True]
+    assert [line["gap/general/abs_mean"] > 0 for line in found[:3]] == [False, False, True]
+    assert not warnings()
+    make_trainer(tmp_path / "same", tokenizer, **settings, learning_rate=1e-30).train()
+    (text,) = warnings()
+    assert text.startswith("step 3 (general+domain): all gaps of branch 'general' are exactly 0")
 
 
 class Rewrite(StepCallback):
@@ -469,7 +559,7 @@ def test_guards_are_silent_on_a_healthy_run_and_cost_less_than_a_hundredth_of_it
 
         return inside
 
-    for name in ("on_step_ready", "on_loss_ready", "on_pre_optimizer_step", "on_step_closed"):
+    for name in ("on_step_ready", "on_pre_optimizer_step", "on_step_closed"):
         monkeypatch.setattr(Guards, name, timed(getattr(Guards, name)))
     settings = {"max_steps": 8, "prompts_per_step": 8, "max_completion_length": 48, "learning_rate": 1e-4}
     if engine == "sampler":
@@ -545,6 +635,8 @@ def test_thresholds_are_merged_over_the_defaults_and_come_from_the_command_line(
         ({7: 1}, "no threshold 7"),
         ({"skipped_steps": 1.5}, r"guards\['skipped_steps'\] must be a whole number"),
         ({"skipped_steps": True}, "got True"),
+        ({"skipped_steps": 10**400}, "got a number of 1329 bits"),
+        ({"log_prob": 10**309}, "or null for none"),
         ({"degenerate": 0}, "above 0"),
         ({"outside_band": 1.1}, "a share, 0 to 1"),
         ({"entropy": math.nan}, "got nan"),
@@ -595,14 +687,18 @@ def test_ranks_skip_and_stop_together(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_stop_under_deepspeed_which_cannot_skip(tmp_path):
-    for each in launch("zero2", tmp_path):
-        assert re.search(
-            r"step 2 \(general\): the loss of positions \d.* is nan; under DeepSpeed no step can be", each["loss"]
-        )
-        assert re.search(r"step 2 \(general\): the norm of the gradient is .*DeepSpeed", each["gradient"])
-    assert [len(lines(tmp_path / name)) for name in ("loss", "gradient")] == [1, 1]
-    assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-1"] * 2
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_steps_that_deepspeed_skips_are_counted_and_one_that_it_has_made_stops_the_run(config, tmp_path):
+    for rank, each in enumerate(launch(config, tmp_path)):
+        assert each["loss moved"] == each["gradient moved"] == [True, False, True]
+        assert re.search(r"step 3 \(general\): the norm of the gradient is inf.*after 1 skipped", each["often"])
+        assert re.search(r"step 2 \(general\): the loss of positions 0 is nan, and DeepSpeed has stepped", each["made"])
+        for name in ("loss", "gradient", "often", "made"):
+            assert (tmp_path / name / "rejected" / f"step-2-rank-{rank}.safetensors").is_file()
+    for name in ("loss", "gradient"):
+        assert [line["guard/skipped"] for line in lines(tmp_path / name)] == [0, 1, 0]
+        assert "the loss of positions" in (tmp_path / "loss" / "rejected" / "step-2-rank-0.json").read_text()
+    assert [path.name for path in (tmp_path / "made").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def _on_two_processes(folder: Path, config: str) -> None:
@@ -617,12 +713,18 @@ def _on_two_processes(folder: Path, config: str) -> None:
         except GuardError as error:
             found[name] = str(error)
 
-    if config == "zero2":
+    if config.startswith("zero"):
         backend = importlib.import_module("deepspeed.comm.torch")
         backend.build_shm_op = lambda: None  # else a compiler takes minutes
-        saves = {"save_strategy": "steps", "save_steps": 1}
-        stopped("loss", callbacks=[BreakLosses({1})] if rank == 1 else [], **saves)
-        stopped("gradient", callbacks=[BreakGradients({1})], **saves)
+        for name, faults in (
+            ("loss", [BreakLosses({1})] if rank == 1 else []),
+            ("gradient", [BreakGradients({1})]),
+        ):
+            moves = Weights()
+            stopped(name, callbacks=[*faults, moves])
+            found[f"{name} moved"] = moves.found
+        stopped("often", callbacks=[BreakGradients({1, 2})], guards={"skipped_steps": 1})
+        stopped("made", callbacks=[ClaimsLoss({1})], save_strategy="steps", save_steps=1)
     else:
         moves = Moves()
         callbacks = [moves, *([BreakLosses({1})] if rank == 1 else [])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,35 +22,31 @@ from ..step import Step, StepCallback
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # positions in a message
+FEW = 8  # completions of a branch in a mixed step, below which all of them may be alike by chance
 
 
 class Guards(StepCallback):
     """Skips optimizer steps that are not finite, stops a run whose numbers are surely wrong, and warns once of odd ones.
 
-    Under DeepSpeed, which steps inside the last backward, no step can be skipped: a loss that is not finite stops the run
-    before its backward, and a gradient before anything is saved.
+    DeepSpeed steps inside the last backward, and skips a step by itself where its norm of the gradient is not finite, but
+    with `bf16: {check_grad_overflow: false}`. Where it has stepped with such numbers, the run stops before anything is
+    saved.
     """
 
     def __init__(
-        self,
-        args: Any,
-        scores: Mapping[str, str],
-        deepspeed: bool,
-        gather: Callable[[list[Any]], list[Any]],
-        dtype: torch.dtype = torch.float32,
+        self, args: Any, scores: Mapping[str, str], deepspeed: bool, dtype: torch.dtype = torch.float32
     ):
         """
         Args:
             args: of the run; `args.guards` has the thresholds.
             scores: kind of each branch's score, "absolute" or "positive".
             deepspeed: whether DeepSpeed steps the optimizer.
-            gather: of a list over all ranks.
             dtype: that the student computes in.
         """
-        self._dtype = dtype
         self._args, self._limits, self._scores = args, args.guards, scores
-        self._deepspeed, self._gather = deepspeed, gather
+        self._deepspeed, self._dtype = deepspeed, dtype
         self._skipped = 0  # steps in a row
+        self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
         self._steps: Counter[str] = Counter()  # of each branch, since the start or resume
         self._entropy: dict[str, float] = {}  # of each branch's first one
@@ -66,7 +62,7 @@ class Guards(StepCallback):
         self._look_at_sampler(step, sum(row.log_ratio for row in step.summaries) / max(1, tokens))
         self._look_at_completions(step)
         for branch in step.branches:
-            self._steps[branch] += 1
+            self._steps[branch] += 1 if self._updated or not self._steps[branch] else 0
             self._look_at_gaps(step, branch)
             self._look_at_entropy(step, branch)
 
@@ -85,24 +81,26 @@ class Guards(StepCallback):
             )  # fmt: skip
 
     def _look_at_completions(self, step: Step) -> None:
-        rows = step.summaries
-        limit = self._limits["degenerate"]
-        silent = [row.position for row in rows if says_nothing(row)]
-        if limit is not None and len(silent) >= limit * len(rows):
-            raise stop(
-                "degenerate", limit,
-                f"{len(silent)} of {len(rows)} completions are empty, an end of sequence alone, or one token repeated "
-                f"({places(silent)}): the student says nothing that it could be trained by. Look at the completions, the "
-                "chat template and the learning rate",
-            )  # fmt: skip
-        limit = self._limits["truncated"]
-        cut = sum(row.truncated for row in rows)
-        if limit is not None and cut >= limit * len(rows):
-            self._warn(
-                "truncated", step,
-                f"{cut} of {len(rows)} completions are cut at max_completion_length: the student does not get to learn "
-                "how to end. Raise max_completion_length, unless this is meant",
-            )  # fmt: skip
+        of_branch = {branch: [row for row in step.summaries if row.branch == branch] for branch in step.branches}
+        parts = [(f" of branch {branch!r}", rows) for branch, rows in of_branch.items() if len(rows) >= FEW]
+        for whose, rows in [("", step.summaries), *(parts if len(step.branches) > 1 else ())]:
+            limit = self._limits["degenerate"]
+            silent = [row.position for row in rows if says_nothing(row)]
+            if limit is not None and len(silent) >= limit * len(rows):
+                raise stop(
+                    "degenerate", limit,
+                    f"{len(silent)} of {len(rows)} completions{whose} are empty, an end of sequence alone, or one token "
+                    f"repeated ({places(silent)}): the student says nothing that it could be trained by. Look at the "
+                    "completions, the chat template and the learning rate",
+                )  # fmt: skip
+            limit = self._limits["truncated"]
+            cut = sum(row.truncated for row in rows)
+            if limit is not None and cut >= limit * len(rows):
+                self._warn(
+                    "truncated", step,
+                    f"{cut} of {len(rows)} completions{whose} are cut at max_completion_length: the student does not get "
+                    "to learn how to end. Raise max_completion_length, unless this is meant",
+                )  # fmt: skip
 
     def _look_at_gaps(self, step: Step, branch: str) -> None:
         limit = self._limits["zero_gap"]
@@ -130,38 +128,37 @@ class Guards(StepCallback):
 
     # ------------------------------------------------------------------------------------------------ loss and gradient
 
-    def on_loss_ready(self, step: Step) -> None:
-        """Under DeepSpeed, stop before a backward that would step with a loss that is not finite, on any rank."""
-        limit = self._limits["skipped_steps"]
-        if self._deepspeed and limit is not None:
-            found = [place for part in self._gather([step.not_finite(latest=True)]) for place in part]
-            if found:
-                raise stop("skipped_steps", limit, f"{_of_losses(found)}; under DeepSpeed no step can be skipped")
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Skip a step whose loss or gradient is not finite: without gradients no optimizer moves a weight or a moment.
 
-        Raises `GuardError` where as many have been skipped in a row as may be.
+        Raises `GuardError` where as many have been skipped in a row as may be, and where DeepSpeed has not skipped it.
         """
         step, limit = self._step, self._limits["skipped_steps"]
-        if step is not None:
-            with keeping(step, self._args):
-                self._look_at_sampler(step, step.log_ratio)
-        if step is None or limit is None or self._deepspeed:
+        if step is None:
             return
-        wrong = _of_losses(step.broken_losses) or _of_norm(step.metrics.get("grad_norm", 0.0))
+        with keeping(step, self._args):
+            self._look_at_sampler(step, step.log_ratio)
+            return
+        skipped = self._deepspeed and bool(optimizer.step_was_skipped)
+        step.metrics["guard/skipped"] = float(skipped)
+        if limit is None:
+            return
+        wrong = _of_losses(step.broken_losses) or _of_norm(math.inf if skipped else step.metrics.get("grad_norm", 0.0))
         if not wrong:
             self._skipped = 0
             return
         if not step.broken_losses:
             wrong += f", of the {len(step.kept)} samples that were kept ({places(list(step.kept))})"
         self._skipped += 1
-        if self._skipped > limit:
-            wrong += f", after {limit:g} skipped steps" if limit else ""
+        stepped = self._deepspeed and not skipped
+        if stepped or self._skipped > limit:
+            wrong += f", after {limit:g} skipped steps" if limit and not stepped else ""
+            wrong += ", and DeepSpeed has stepped with it; nothing has been saved since" if stepped else ""
             with keeping(step, self._args):
                 raise stop("skipped_steps", limit, f"{wrong}. Look at the learning rate, the weights and the teachers")
-        for param in (param for group in optimizer.param_groups for param in group["params"]):
-            param.grad = None
+        if not self._deepspeed:
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
+                param.grad = None
         step.metrics["guard/skipped"] = 1.0
         logger.warning(
             "%s: %s. This optimizer step is skipped, weights and moments stay as they are; %s%s", said(step), wrong,
@@ -170,11 +167,12 @@ class Guards(StepCallback):
         )  # fmt: skip
 
     def on_step_closed(self, step: Step) -> None:
-        """The band, which is known after the update; and under DeepSpeed a gradient that has been stepped with."""
+        """The band, which is known after the update."""
         self._step = None  # and with it its samples
         if self._deepspeed:
             with keeping(step, self._args):
                 self._look_at_sampler(step, step.log_ratio)
+        self._updated |= step.metrics["learning_rate"] > 0 and not step.metrics["guard/skipped"]
         limit = self._limits["outside_band"]
         outside = step.metrics.get("importance/outside_band", 0.0)
         if limit is not None and step.metrics["importance/active"] and outside > limit:
@@ -184,11 +182,6 @@ class Guards(StepCallback):
                 "importance_sampling_high]: trainer and rollout engine disagree. Compare their weights, dtype and versions "
                 "(importance/log_ratio in metrics.jsonl)",
             )  # fmt: skip
-        limit = self._limits["skipped_steps"]
-        wrong = _of_norm(step.metrics.get("grad_norm", 0.0))
-        if self._deepspeed and limit is not None and wrong:
-            with keeping(step, self._args):
-                raise stop("skipped_steps", limit, f"{wrong}, and DeepSpeed has stepped; nothing has been saved since")
 
     def _warn(self, name: str, step: Step, text: str) -> None:
         if name not in self._warned:
