@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -102,6 +101,21 @@ def settle(given: Any) -> dict[str, float | None]:
 
 
 _EXAMPLE = """--guards '{"log_prob": 0.1, "entropy": null}'"""
+
+
+def without_effect(args: Any) -> list[tuple[str, Any, str]]:
+    """Thresholds that were set for a number that the run does not have: name, value and reason."""
+    engine, band = args.student_logps == "engine", args.importance_sampling_mode != "none"
+    reasons = {}
+    if engine and args.token_rule != "relaxed_opd":
+        reasons["entropy"] = "with student_logps='engine' no entropy is computed"
+    if not (band and (engine or args.use_vllm)):
+        reasons["outside_band"] = "importance_sampling_mode is 'none', or the rollout engine gives no log-probs"
+    return [
+        (f"guards[{name!r}]", args.guards[name], reason)
+        for name, reason in reasons.items()
+        if args.guards[name] not in (None, GUARDS[name].default)
+    ]
 
 
 def stop(name: str, limit: float, what: str) -> GuardError:

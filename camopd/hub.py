@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ResumeError
+from .watchdog import PUSH, phase
 
 
 logger = logging.getLogger(__name__)
@@ -232,6 +233,7 @@ class CheckpointPushes:
         if last:
             self.finish()
 
+    @phase(PUSH)
     def finish(self) -> None:
         """Wait for what is on its way, and send the latest checkpoint if it is not on the Hub."""
         self._wait()

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
 MOST_BYTES = 1 << 19  # of a prompt in UTF-8; a tokenizer takes up to 200 for each of them, and seconds for a megabyte
+BYTES_PER_TOKEN = 16  # of `max_prompt_length`, more than any text has on average; English has 4 to 5
 COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs")  # of a row, which the model sees
 
 Messages = list[dict[str, Any]]
@@ -146,8 +147,8 @@ def check_text(text: str, most: int = MOST_BYTES) -> None:
     if too_long:
         raise ValueError(
             f"has a prompt of {len(text)} characters, and {most} bytes are the most: a tokenizer that is given more may "
-            "take all memory and end the process. Cut the prompt, leave the row out, or raise max_prompt_length, with "
-            "which this bound grows."
+            "take all memory and end the process. Cut the prompt, or leave the row out. Only a max_prompt_length above "
+            f"{MOST_BYTES // BYTES_PER_TOKEN} moves this bound, to {BYTES_PER_TOKEN} bytes for each of its tokens."
         )
 
 

@@ -15,7 +15,7 @@ from . import guards
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, mapping_form, number_of, short
 from .settings import OLD_NAMES
-from .teachers.address import is_server, key_variables, public_url, urls_and_model, without_secrets
+from .teachers.address import is_server, key_variables, public_url, refuse_secrets, urls_and_model, without_secrets
 from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
 
@@ -261,6 +261,9 @@ def _check_teachers(args: Any) -> None:
     if args.teachers is not None and not isinstance(args.teachers, dict):
         raise ValueError(without_secrets(mapping_form("teachers", args.teachers)))
     servers = {branch: teacher for branch, teacher in (args.teachers or {}).items() if is_server(teacher)}
+    for branch, teacher in (args.teachers or {}).items():
+        if isinstance(teacher, str) and branch not in servers:
+            refuse_secrets(branch, teacher)
     for branch, teacher in servers.items():
         for url in urls_and_model(teacher)[0]:
             if public_url(url) != url:  # it would be in training_args.bin, which is sent to the Hub

@@ -20,7 +20,7 @@ import yaml
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
 from .settings import OLD_NAMES, list_of_settings
-from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder, without_secrets
+from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder, refuse_secrets, without_secrets
 
 
 if TYPE_CHECKING:
@@ -314,6 +314,8 @@ def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
                 f"the teacher of branch {branch!r} is {without_secrets(repr(teacher))}. A mapping must have "
                 "`urls`, the URL of a vLLM server or a list of them, and `model`, what they serve."
             )
+        if isinstance(teacher, str) and not is_server(teacher):
+            refuse_secrets(branch, teacher)
         if isinstance(teacher, str) and names_missing_folder(teacher):
             raise ValueError(
                 f"the teacher of branch {branch!r} is to be in {teacher!r}, but there is no such path on this machine. "

@@ -13,8 +13,11 @@ no state to lose: after a resume, step `t` is what it would have been.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 
@@ -75,7 +78,7 @@ class Schedule:
     def __str__(self) -> str:
         return self.text
 
-    @property
+    @cached_property
     def branches(self) -> tuple[str, ...]:
         """Every branch, in order of appearance."""
         return tuple(dict.fromkeys(name for shares in self.steps for name in shares))
@@ -125,11 +128,36 @@ class Schedule:
     def rows_before(self, step: int, rows_per_step: int) -> dict[str, int]:
         """Rows of each branch that all steps before `step` have drawn: where its stream stands after a resume."""
         periods, rest = divmod(step, self.period)
-        drawn = dict.fromkeys(self.branches, 0)
-        for offset in range(self.period):
-            for name, count in self.rows(offset, rows_per_step).items():
-                drawn[name] += count * (periods + (offset < rest))
-        return drawn
+        if rows_per_step not in self._stretches:
+            self._stretches[rows_per_step] = self._of_period(rows_per_step)
+        return {
+            name: periods * _rows_until(self.period, stretches) + _rows_until(rest, stretches)
+            for name, stretches in self._stretches[rows_per_step].items()
+        }
+
+    @cached_property
+    def _stretches(self) -> dict[int, dict[str, list[tuple[int, int, int, int]]]]:
+        return {}  # by rows per step
+
+    def _of_period(self, rows_per_step: int) -> dict[str, list[tuple[int, int, int, int]]]:
+        """For each branch the stretches of a period in which every step draws as much of it: the first step, the number of
+        steps, the rows of it in each, and those before. The first one is empty."""
+        found = {name: [(0, 0, 0, 0)] for name in self.branches}
+        start = 0
+        for _, steps in groupby(self.steps, key=id):  # `parse` has one mapping for steps that are written as one part
+            length = sum(1 for _ in steps)
+            for name, count in self.rows(start, rows_per_step).items():
+                _, last, rows, before = found[name][-1]
+                found[name].append((start, length, count, before + last * rows))
+            start += length
+        return found
+
+
+def _rows_until(step: int, stretches: list[tuple[int, int, int, int]]) -> int:
+    """Rows of a branch in the steps of a period before `step`."""
+    place = bisect_left(stretches, step, key=lambda stretch: stretch[0]) - 1
+    start, length, count, before = stretches[max(0, place)]
+    return before + min(step - start, length) * count
 
 
 def mapping_form(name: str, value: Any) -> str:

@@ -125,9 +125,11 @@ class Scorer:
 
     def _asking(self, branch: str) -> AbstractContextManager[None]:
         """For the watchdog: this process waits for the teacher of a branch."""
+        return phase(f"{current().what}: teacher {branch!r} ({self._where(branch)})")
+
+    def _where(self, branch: str) -> str:
         teacher = self.teachers[branch]
-        where = ", ".join(getattr(teacher, "urls", ())) or teacher.name
-        return phase(f"{current().what}: teacher {branch!r} ({where})")
+        return ", ".join(getattr(teacher, "urls", ())) or teacher.name
 
     def _submit(
         self,
@@ -163,7 +165,7 @@ class Scorer:
     def _close(self, samples: Sequence[Sample], engine: bool) -> None:
         """Gaps of samples whose log-probs are there."""
         for sample in samples:
-            teacher = f"teacher {sample.branch!r} ({self.teachers[sample.branch].name})"
+            teacher = f"teacher {sample.branch!r} ({self._where(sample.branch)})"
             _check_logps(sample, sample.teacher_logps, teacher, self._highest)
             if sample.rollout_logps is not None and self._highest is not None:
                 _check_highest(sample, sample.rollout_logps, "the rollout engine", self._highest)
@@ -237,7 +239,8 @@ def _check_highest(sample: Sample, logps: Tensor, name: str, limit: float) -> No
             "log_prob", limit,
             f"{name} gave {int(above.sum())} of {int(sample.mask.sum())} tokens of sample {sample.position} (branch "
             f"{sample.branch!r}) a log-prob above 0, up to {float(logps[above].max()):g}: a probability above 1, which "
-            "rounding does not reach. These are logits, scores with a penalty, or of a faulty server",
+            "rounding does not reach. These are logits (a vLLM server needs --logprobs-mode raw_logprobs), scores with a "
+            "penalty, or of a faulty server",
         )  # fmt: skip
 
 

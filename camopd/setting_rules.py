@@ -15,6 +15,7 @@ from accelerate import ParallelismConfig
 from datasets import IterableDataset
 from torch import nn
 
+from . import guards
 from .learning_rate import of_deepspeed
 from .schedule import short
 from .teachers.address import ADAPTER_TEACHERS, is_server
@@ -250,6 +251,11 @@ NEEDS = (
         "token_rule is not 'relaxed_opd'",
     ),
     Need("selectkd_reject_weight", lambda a: a.token_rule == "selectkd", "token_rule is not 'selectkd'"),
+    Need(
+        "trust_checkpoint",
+        lambda a: bool(a.fsdp or a.deepspeed or {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)),
+        "only DeepSpeed and FSDP unpickle a checkpoint",
+    ),
     Need("mass_target", lambda a: any(a.per_branch("selection").values()), "selection is off in every branch"),
 )  # fmt: skip
 
@@ -357,7 +363,7 @@ def without_effect(args: Any) -> list[tuple[str, Any, str]]:
             for name in names.split():
                 if is_set(args, name):
                     found.setdefault(name, reason)
-    return [(name, _value(args, name), reason) for name, reason in found.items()]
+    return [(name, _value(args, name), reason) for name, reason in found.items()] + guards.without_effect(args)
 
 
 def arguments_without_effect(

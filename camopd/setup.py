@@ -27,7 +27,7 @@ from .config import CaMOPDConfig
 from .forward import disable_functional_dropout
 from .learning_rate import check_passed
 from .masters import check_masters, quantised_adapters, restore_adapters, round_by_step
-from .messages import MOST_BYTES
+from .messages import BYTES_PER_TOKEN, MOST_BYTES
 from .method_rules import check_ddp_timeout
 from .packing import packing_pays
 from .precision import compute_dtype, forward_dtype, keep_outputs_whole
@@ -47,7 +47,6 @@ from .tokens import embedding_size, head_size, need_end, unended_turn
 logger = logging.getLogger(__name__)
 
 PROBED_PROMPTS = 64  # of a branch, whose lengths are looked at before training
-BYTES_PER_TOKEN = 16  # more than any text has on average; English has 4 to 5
 
 
 @dataclass

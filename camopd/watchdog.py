@@ -31,6 +31,7 @@ END = 5.0  # that the end of a run waits for a thread which a frozen store may h
 
 SHOWN = 8  # ranks in a message
 ENDED = "ended"
+PUSH = "push to the Hub"  # of the first process, for which the others do not wait
 
 
 class Phase(NamedTuple):
@@ -119,7 +120,7 @@ class Watchdog:
         self._end = threading.Event()
         self._others: dict[int, Beat] = {}
         self._answered = time.monotonic()  # when the board last has
-        self._told: tuple[Phase | None, int] = (None, 0)
+        self._told: tuple[Phase | None, int, bool] = (None, 0, False)  # phase, times, whether it was an alarm
         work = [self._look_often, *([self._beat_often] if board is not None else [])]
         self._threads = [threading.Thread(target=each, name="camopd-watchdog", daemon=True) for each in work]
 
@@ -136,13 +137,20 @@ class Watchdog:
 
     def _beat_often(self) -> None:
         assert self._board is not None
-        try:
-            self.beat()
-            while not self._end.wait(BEAT):
-                self.beat()
-            self._board.put(Phase(ENDED, time.monotonic()))
-        except RuntimeError as error:  # the store is gone, and with it the run
-            logger.debug("no signs of life any more: %s", error)
+        while True:
+            done = self._end.is_set()
+            try:
+                if done:
+                    self._board.put(Phase(ENDED, time.monotonic()))
+                else:
+                    self.beat()
+            except (
+                RuntimeError
+            ) as error:  # it may pass; where it does not, `report` says that the store does not answer
+                logger.debug("no sign of life: %s", error)
+            if done:
+                return
+            self._end.wait(BEAT)
 
     def _look_often(self) -> None:
         while not self._end.wait(LOOK):
@@ -159,26 +167,34 @@ class Watchdog:
         self._answered = time.monotonic()
 
     def report(self) -> tuple[str, bool]:
-        """What there is to tell now, or "", and whether a rank is silent. Of a phase once at each of `REPORTS`."""
+        """What there is to tell now, or "", and whether a rank is silent or has left. Of a phase once at each of `REPORTS`,
+        and once when that begins."""
         now = current()
-        told = self._told[1] if self._told[0] == now else 0
+        told, alarmed = self._told[1:] if self._told[0] == now else (0, False)
         lasts = time.monotonic() - now.since
-        if lasts < report_at(told):
+        due = lasts >= report_at(told)
+        if not due and (alarmed or not told):
             return "", False
-        self._told = (now, told + 1)
+        self._told = (now, told + due, alarmed)
         unanswered = 0.0 if self._board is None else time.monotonic() - self._answered
         if unanswered > SILENCE:  # then nothing is known of the others
             text = (
                 f"{now.what}, for {lasts:.0f} s so far. The store of the process group has not answered for "
                 f"{unanswered:.0f} s: the process that has it, rank 0 or the launcher, is stopped or gone"
             )
+            self._told = (now, told + due, True)
             return (text, True) if self._rank < 2 else ("", False)
         others = self._others
-        silent = [rank for rank, beat in others.items() if beat.what != ENDED and beat.unchanged > SILENCE]
-        if set(range(self._rank)) - set(silent):
+        ended = [rank for rank, beat in others.items() if beat.what == ENDED]
+        silent = [rank for rank, beat in others.items() if rank not in ended and beat.unchanged > SILENCE]
+        if set(range(self._rank)) - set(silent) - set(ended):
             return "", False  # a rank below says it
+        alarm = bool(silent or (ended and now.what != PUSH))
+        if not alarm and (not due or (not told and now.what.endswith("rollout"))):  # which may well take a minute
+            return "", False
+        self._told = (now, told + due, alarmed or alarm)
         lines = [f"{now.what}, for {lasts:.0f} s so far", *self._of_others(now, others, silent)]
-        return ". ".join(lines), bool(silent)
+        return ". ".join(lines), alarm
 
     def _of_others(self, now: Phase, others: dict[int, Beat], silent: Sequence[int]) -> list[str]:
         lines = [

@@ -436,7 +436,9 @@ def test_completions_of_one_branch_of_a_mixed_step_stop_the_run_by_themselves(tm
             callbacks=[Mute(branch, **values)],
         ).train()  # fmt: skip
 
-    with pytest.raises(GuardError, match=r"step 1 \(general\+domain\): 8 of 8 completions of branch 'domain' are empty"):
+    with pytest.raises(
+        GuardError, match=r"step 1 \(general\+domain\): 8 of 8 completions of branch 'domain' are empty"
+    ):
         run("empty", "domain", 16, length=0)
     run("few", "domain", 8, length=0)
     assert not warnings()
@@ -494,7 +496,12 @@ def test_gaps_of_exactly_0_are_warned_of_from_a_branchs_second_step_on(tmp_path,
 def test_gaps_of_exactly_0_before_the_first_update_of_a_warm_up_are_not_warned_of(tmp_path, tokenizer, warnings):
     """The first learning rate of a warm-up is 0: the student is its start in the second step of a branch, too."""
     teachers = {"general": make_model(1), "domain": make_model(2)}
-    settings = {"schedule": "general:1+domain:1", "warmup_steps": 2, "teachers": teachers, "guards": {"truncated": None}}
+    settings = {
+        "schedule": "general:1+domain:1",
+        "warmup_steps": 2,
+        "teachers": teachers,
+        "guards": {"truncated": None},
+    }
     make_trainer(tmp_path / "healthy", tokenizer, **settings).train()
     found = lines(tmp_path / "healthy")
     assert [line["learning_rate"] > 0 for line in found[:3]] == [False, True, True]
@@ -692,7 +699,9 @@ def test_steps_that_deepspeed_skips_are_counted_and_one_that_it_has_made_stops_t
     for rank, each in enumerate(launch(config, tmp_path)):
         assert each["loss moved"] == each["gradient moved"] == [True, False, True]
         assert re.search(r"step 3 \(general\): the norm of the gradient is inf.*after 1 skipped", each["often"])
-        assert re.search(r"step 2 \(general\): the loss of positions 0 is nan, and DeepSpeed has stepped", each["made"])
+        assert re.search(
+            r"step 2 \(general\): the loss of positions 0 is nan, and DeepSpeed has stepped", each["made"]
+        )
         for name in ("loss", "gradient", "often", "made"):
             assert (tmp_path / name / "rejected" / f"step-2-rank-{rank}.safetensors").is_file()
     for name in ("loss", "gradient"):

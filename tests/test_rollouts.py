@@ -211,7 +211,6 @@ CHANGES = {
     "negative tokens": lambda t, m: t.update(token_ids=-t["token_ids"]),
     "nothing sampled": lambda t, m: t.update(mask=torch.zeros(4, dtype=torch.bool)),
     "more marked than sampled": lambda t, m: t.update(sampled=torch.tensor([1, 1])),
-    "log-probs above 0": lambda t, m: t.update(rollout_logps=-t["rollout_logps"]),
     "log-probs infinite": lambda t, m: t.update(rollout_logps=-torch.full((4,), math.inf)),
     "no branches": lambda t, m: m.pop("branch"),
     "branches null": lambda t, m: m.update(branch="null"),

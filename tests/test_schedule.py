@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
@@ -174,6 +175,25 @@ def test_rows_before_is_the_sum_of_all_earlier_steps(text, rows_per_step):
 def test_rows_before_of_the_whole_run_of_the_paper():
     assert Schedule.parse("general:3,domain:1").rows_before(120, 512) == {"general": 90 * 512, "domain": 30 * 512}
     assert Schedule.parse("general:3+domain:1").rows_before(120, 512) == {"general": 90 * 512, "domain": 30 * 512}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 9))
+def test_rows_before_is_the_sum_whatever_order_branches_come_in(parts, rows_per_step):
+    schedule = Schedule.parse(",".join(f"{name}:{count}" for name, count in parts) + ",a+b:2")
+    counts = [schedule.rows(step, rows_per_step) for step in range(2 * schedule.period + 2)]
+    for step in range(len(counts)):
+        wanted = {name: sum(each.get(name, 0) for each in counts[:step]) for name in schedule.branches}
+        assert schedule.rows_before(step, rows_per_step) == wanted
+
+
+def test_rows_before_of_a_period_of_a_million_steps_are_found_quickly():
+    """The first call counts a period once; the others, one in each step, take no longer than in a short one."""
+    schedule = Schedule.parse("a:499999,b,a:499999,b")
+    assert schedule.rows_before(10**6 + 600_000, 8) == {"a": 8 * (10**6 + 600_000 - 3), "b": 8 * 3}
+    start = time.perf_counter()
+    for step in range(1000):
+        schedule.rows_before(step * 999, 8)
+    assert time.perf_counter() - start < 1  # one that counts a period takes seconds by itself
 
 
 # --- errors ---

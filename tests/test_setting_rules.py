@@ -109,6 +109,7 @@ NEEDS = {
     "importance_sampling_high": (9.0, {"importance_sampling_mode": "none"}), "relaxed_mixture": (0.2, {}),
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
+    "trust_checkpoint": (True, {}),
 }  # fmt: skip
 
 
@@ -218,6 +219,26 @@ def test_setting_that_another_one_must_allow_is_warned_of_without_it(name, tmp_p
     assert name in new or name in before
     both = {"activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"}
     assert new <= {name} | (both if name in both else set())
+
+
+def test_guards_that_nothing_is_there_for_are_warned_of_where_they_are_set(tmp_path, caplog):
+    for given, settings, names in (
+        ({"entropy": 0.5}, {"student_logps": "engine"}, ["guards['entropy']"]),
+        ({"entropy": 0.5}, {"student_logps": "engine", "token_rule": "relaxed_opd"}, []),
+        ({"entropy": 0.5, "outside_band": None}, {}, []),
+        ({"outside_band": 0.2}, {}, ["guards['outside_band']"]),
+        ({"outside_band": 0.2}, {"student_logps": "engine"}, []),
+        ({"outside_band": 0.2}, {"use_vllm": True, "importance_sampling_mode": "none"}, ["guards['outside_band']"]),
+    ):
+        make_config(tmp_path, guards=given, **settings)
+        assert [name for name in warned(caplog) if name.startswith("guards")] == names, (given, settings)
+        caplog.clear()
+
+
+def test_trust_in_a_checkpoint_is_not_warned_of_under_fsdp(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    make_config(tmp_path, trust_checkpoint=True)
+    assert "trust_checkpoint" not in warned(caplog)
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "grokadamw"])

@@ -1,6 +1,7 @@
 """URLs, folders and keys of teachers: which is which."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -15,11 +16,14 @@ from camopd.teachers.address import (
     is_server,
     key_variables,
     names_missing_folder,
+    public_name,
     public_url,
+    refuse_secrets,
     same_model,
     urls_and_model,
     without_secrets,
 )
+from camopd.teachers.local import load_teacher_model
 from camopd.teachers.vllm.plan import models_of
 
 
@@ -32,6 +36,7 @@ ONE, OTHER = "http://localhost:8001", "https://host/v1"
         (ONE, True), (OTHER, True), ([ONE, OTHER], True), ((ONE,), True), ({"urls": ONE, "model": "m"}, True),
         ({"urls": [ONE, OTHER], "model": "m"}, True), ("localhost:8001", False), ("org/model", False), ([], False),
         ([ONE, "org/model"], False), ([[ONE]], False), ({"urls": ONE}, False), ({"urls": "m", "model": "m"}, False),
+        ("HTTP://h:8001", True), (["Https://h", ONE], True),
         ({"urls": ONE, "model": "m", "more": 1}, False), (None, False), (8001, False),
     ],
 )  # fmt: skip
@@ -97,7 +102,7 @@ def test_key_of_a_branch_comes_before_the_common_one():
 SECRET = "sk-secret"
 URLS = [
     f"http://host:8001/v1?api_key={SECRET}", f"http://user:{SECRET}@host:8001", f"https://{SECRET}@host/v1",
-    f"http://host:8001#{SECRET}",
+    f"http://host:8001#{SECRET}", f"HTTP://user:{SECRET}@host",
 ]  # fmt: skip
 
 
@@ -110,6 +115,9 @@ URLS = [
         ("http://host?key=x", "http://host"),
         ("http://user:pass?word@host", "http://..."),
         ("http://host/?key=a@b", "http://..."),
+        ("http://h/p@v1", "http://..."),
+        ("http://user:pass/word@host", "http://..."),
+        ("HTTP://user:password@host", "HTTP://host"),
     ],
 )
 def test_public_url_is_scheme_host_port_and_path(url, shown):
@@ -159,11 +167,49 @@ def test_errors_of_a_run_show_no_secret_of_a_url(url, make_config, tmp_path, tok
             error = error.__cause__ or error.__context__
 
 
+@pytest.mark.parametrize("name", [f"host:8001/?api_key={SECRET}", f"user:{SECRET}@host:8001", f"user:x/{SECRET}@host"])
+def test_no_error_shows_the_secrets_of_a_url_without_its_scheme(name, make_config, tmp_path, tokenizer):
+    teachers = {"general": name, "domain": "x"}
+    calls = [
+        lambda: make_config(teachers=teachers),
+        lambda: named_teachers({"teachers": teachers}),
+        lambda: make_trainer(tmp_path, tokenizer, teachers=teachers),
+        lambda: load_teacher_model(name, {}, "general"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="the teacher of branch 'general' is 'host") as raised:
+            call()
+        error = raised.value
+        while error is not None:
+            assert SECRET not in str(error)
+            error = error.__cause__ or error.__context__
+
+
 @pytest.mark.parametrize("url", URLS)
 def test_note_of_camopd_serve_shows_no_secrets(url):
     notes = []
     models_of({"general": url, "domain": "Qwen/Qwen3-8B"}, notes)
     assert "host" in notes[0] and SECRET not in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("org/model", "org/model"),
+        ("localhost:8001/?api_key=x", "localhost:8001/"),
+        ("user:pass@host:8001", "host:8001"),
+        ("user:p/a@ss@host", "host"),
+        ("a@b/model", "a@b/model"),
+    ],
+)
+def test_public_name_has_nothing_that_may_be_a_password_or_a_key(name, shown, tmp_path, monkeypatch):
+    assert public_name(name) == shown
+    if shown != name:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=re.escape(f"the teacher of branch 'general' is {shown!r} with a")):
+            refuse_secrets("general", name)
+        (tmp_path / name).mkdir(parents=True)
+    refuse_secrets("general", name)  # a folder may have any name
 
 
 def test_plain_url_is_taken_by_the_config(make_config):

@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_forward, make_model
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from camopd.errors import TeacherError
+from camopd.errors import GuardError, TeacherError
+from camopd.guards import settle
+from camopd.samples import Sample
+from camopd.scoring import Scorer
 from camopd.teachers import limits
 from camopd.teachers.base import TokenScores
 from camopd.teachers.vllm.transports import (
-    MOST_LOGP,
     Row,
     UnusableAnswer,
     compact_request,
@@ -494,19 +497,29 @@ def test_null_log_prob_in_the_prompt_does_not_matter(server, connect, local_scor
 
 
 @both_transports
-@pytest.mark.parametrize("value", [0.5, 1e30, MOST_LOGP * 1.01])
-def test_log_prob_above_0_is_refused_with_server_token_and_value(start_server, connect, compact, value):
+@pytest.mark.parametrize("value", [0.5, 1e30, 0.0101])
+def test_log_prob_above_0_stops_the_run_as_the_guards_threshold_says(start_server, connect, compact, value):
     server = start_server(compact=compact)
     teacher = connect(server)
-    shown = f"{np.float32(value):.6g}"
     server.edit = change(4, value)
     server.edit_logps = lambda logps, body: np.array([*logps[:2, 0], value, *logps[3:, 0]], "<f4")[:, None]
+    completion = len(TOKEN_IDS[0]) - PROMPT_LENS[0]
+    mask = torch.ones(completion, dtype=torch.bool)
+    sample = Sample("general", 4, TOKEN_IDS[0], PROMPT_LENS[0], mask, completion, False)
+
+    def score(**guards):
+        scorer = Scorer(make_forward(make_model(1)), {"general": teacher}, 2, list, settle(guards))
+        scorer.score([sample], ["general"])
+
     with pytest.raises(
-        TeacherError,
-        match=rf"'general' at {server.url} answers -\d+\.\d\d to .* as log-probs, the first above 0 being "
-        rf"{re.escape(shown)} for token 2 \(id 7\) of the completion in row 0: these are not normalised",
+        GuardError,
+        match=rf"'general' \({server.url}\) gave 1 of {completion} tokens of sample 4 .* up to "
+        rf"{re.escape(f'{np.float32(value):g}')}: .*--logprobs-mode raw_logprobs",
     ):
-        teacher.score(TOKEN_IDS[:1], PROMPT_LENS[:1])
+        score()
+    score(log_prob=1e31)
+    score(log_prob=None)
+    assert sample.teacher_logps[2] == np.float32(value)
 
 
 def change(place, value):

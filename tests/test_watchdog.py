@@ -4,6 +4,7 @@ As a script for torchrun: tests/test_watchdog.py FOLDER
 """
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -75,7 +76,7 @@ def test_phase_is_what_is_done_now_and_ends_with_its_block(clock):
 @pytest.mark.parametrize("seconds_per_look", [1, 7])
 def test_phase_of_one_process_is_told_after_1_5_10_20_minutes(clock, seconds_per_look):
     dog = Watchdog()
-    with phase("step 12: rollout"):
+    with phase("step 12: train"):
         start, told = clock.now, []
         while clock.now < start + 2500:
             clock.now += seconds_per_look
@@ -83,10 +84,88 @@ def test_phase_of_one_process_is_told_after_1_5_10_20_minutes(clock, seconds_per
             assert not alarm
             if text:
                 told.append(clock.now - start)
-                assert text == f"step 12: rollout, for {told[-1]:.0f} s so far"
+                assert text == f"step 12: train, for {told[-1]:.0f} s so far"
     assert [time // seconds_per_look for time in told] == [
         -(-t // seconds_per_look) for t in (60, 300, 600, 1200, 2400)
     ]
+
+
+def test_rollout_of_a_minute_is_not_told(clock):
+    dog = Watchdog()
+    with phase("step 12: rollout"):
+        for seconds, told in ((61, False), (200, False), (40, True), (100, False), (200, True)):
+            clock.now += seconds
+            assert bool(dog.report()[0]) is told
+
+
+def test_rank_that_falls_silent_after_the_first_report_is_told_of_at_once_and_once(clock):
+    store = Store()
+    dogs = [Watchdog(rank, Board(store, rank, 2)) for rank in range(2)]
+    with phase("step 2: rollout"):
+        found = []
+        for tick in range(20):
+            clock.now += 10
+            for dog in dogs[: 2 if tick < 7 else 1]:
+                dog.beat()
+            found.append(dogs[0].report())
+    alarms = [place for place, (_, alarm) in enumerate(found) if alarm]
+    assert alarms == [10] and "rank 1 (" in found[10][0] and "no sign of life for 40 s" in found[10][0]
+    assert all(text == "" for place, (text, _) in enumerate(found) if place != 10)
+
+
+def test_rank_that_has_left_is_an_alarm_and_silences_no_other(clock):
+    store = Store()
+    dogs = [Watchdog(rank, Board(store, rank, 3)) for rank in range(3)]
+    dogs[0]._board.put(watchdog.Phase(watchdog.ENDED, clock.now))
+
+    def found(what):
+        with phase(what):
+            for _ in range(7):
+                clock.now += 10
+                for dog in dogs[1:]:
+                    dog.beat()
+            return [dog.report() for dog in dogs[1:]]
+
+    (text, alarm), other = found("step 2: train")
+    assert alarm and "rank 0 (" in text and text.endswith("has left training")
+    assert other == ("", False)
+    assert found(watchdog.PUSH)[0][1] is False
+
+
+def test_store_that_fails_once_ends_no_signs_of_life(monkeypatch):
+    monkeypatch.setattr(watchdog, "BEAT", 0.01)
+    store, asked = Store(), []
+
+    def fail_once(key, value):
+        asked.append(json.loads(value)[1])
+        if len(asked) == 2:
+            raise RuntimeError("a connection was reset")
+        store[key] = value
+
+    store.set = fail_once
+    dog = Watchdog(0, Board(store, 0, 2))
+    dog.start()
+    end = time.monotonic() + 20
+    while len(asked) < 5 and time.monotonic() < end:
+        time.sleep(0.01)
+    dog.stop()
+    assert len(asked) >= 5 and asked[-1] == watchdog.ENDED
+
+
+def test_board_works_with_the_store_of_torch():
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    boards = [Board(store.clone(), rank, 3) for rank in range(3)]
+    assert boards[0].read({}) == {}  # and waits for no key
+    boards[1].put(watchdog.Phase("step 1: train", time.monotonic()))
+    assert [beat.what for beat in boards[0].read({}).values()] == ["step 1: train"]
+    boards[2].put(watchdog.Phase(watchdog.ENDED, time.monotonic()))
+    found = boards[0].read({})
+    assert store.has_extended_api() and {rank: beat.what for rank, beat in found.items()} == {
+        1: "step 1: train", 2: watchdog.ENDED,
+    }  # fmt: skip
+    assert boards[0].read(found) == found  # `seen` as before: the same sign of life
+    boards[1].put(watchdog.Phase("step 1: train", time.monotonic()))
+    assert boards[0].read(found)[1].number == 2
 
 
 def test_phase_that_moves_on_is_not_told(clock):
@@ -213,6 +292,17 @@ def test_server_that_takes_long_is_named_with_its_url(tmp_path, tokenizer, monke
     wanted = "step 1: score: teacher 'general' (http://localhost:8001, http://localhost:8002), for 0 s so far"
     assert wanted in [record.getMessage() for record in found]
     assert {record.levelname for record in found} == {"INFO"}
+
+
+def test_first_look_at_a_server_is_a_phase_with_its_url(tmp_path, tokenizer, start_server, monkeypatch):
+    seen = []
+    server = start_server(model=make_model(2))
+    trainer = make_trainer(tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(1)}, max_steps=1)
+    teacher = trainer.teachers["general"]
+    ask = teacher.score
+    monkeypatch.setattr(teacher, "score", lambda *args, **more: seen.append(current().what) or ask(*args, **more))
+    trainer.train()
+    assert set(seen[:2]) == {f"first look at teacher 'general' ({server.url})"}
 
 
 def test_evaluations_and_saves_are_phases(tmp_path, tokenizer):

@@ -13,6 +13,7 @@ from ..scoring import Scorer, raise_together
 from ..step import Step, StepCallback
 from ..teachers.check import Probe, check_scores, initial_kl, is_student_start, raise_errors
 from ..teachers.vllm.teacher import ServerTeacher
+from ..watchdog import phase
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ class TeacherWatch(StepCallback):
                 and is_student_start(teacher, self._student_name),
             )
             try:
-                raise_errors(findings, logger.warning)
+                with phase(f"first look at teacher {branch!r} ({', '.join(teacher.urls)})"):  # asked as they are read
+                    raise_errors(findings, logger.warning)
             except TeacherError as error:
                 failure = failure or error
         raise_together(failure, self._gather)

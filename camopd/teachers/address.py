@@ -22,16 +22,33 @@ def is_server(spec: Any) -> bool:
         return set(spec) == {"urls", "model"} and is_server(spec["urls"])
     if isinstance(spec, (list, tuple)):
         return bool(spec) and all(isinstance(url, str) and is_server(url) for url in spec)
-    return isinstance(spec, str) and spec.startswith(("http://", "https://"))
+    return isinstance(spec, str) and spec.lower().startswith(("http://", "https://"))
 
 
 def public_url(url: str) -> str:
     """Scheme, host, port, path of a URL: what stands before the host, or behind `?` or `#`, may be a key or a password."""
     scheme, slashes, rest = url.partition("://")
     place, *more = re.split("[?#]", rest, maxsplit=1)
-    if "@" in "".join(more):  # a password with one of these signs, perhaps
+    host, slash, path = place.partition("/")
+    if "@" in path + "".join(more):  # a password with one of these signs, perhaps
         return f"{scheme}{slashes}..."
-    return scheme + slashes + place.rpartition("@")[2]
+    return scheme + slashes + host.rpartition("@")[2] + slash + path
+
+
+def public_name(name: str) -> str:
+    """A model id or path as an error may show it: it may be a URL without scheme, `user:password@host:8001/?key=...`."""
+    shown = re.split("[?#]", name, maxsplit=1)[0]
+    return re.sub(r"^[^@]*:[^@]*@(.*@)?", "", shown)
+
+
+def refuse_secrets(branch: str, name: str) -> None:
+    """Raise `ValueError` for the name of a teacher that may hold a password or key, before a library shows it."""
+    if public_name(name) != name and not Path(name).expanduser().exists():
+        raise ValueError(
+            f"the teacher of branch {branch!r} is {public_name(name)!r} with a '?', '#' or '@', which neither the id of a "
+            f"model nor the URL of a server may have. A server is written http://host:port, and its key is set in "
+            f"{' or '.join(key_variables(str(branch)))}."
+        )
 
 
 def without_secrets(text: str) -> str:

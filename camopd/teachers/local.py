@@ -14,6 +14,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path
 
 from ..forward import Forward
+from .address import refuse_secrets
 from .base import TokenScores
 
 
@@ -87,6 +88,7 @@ class LocalTeacher:
 
 def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) -> PreTrainedModel:
     """Load a teacher on the CPU. Raises `ValueError` naming the branch when there is no such model."""
+    refuse_secrets(branch, model_id)
     # Under ZeRO-3 transformers would shard it over the ranks at load time, outside any DeepSpeed engine.
     zero_config = hf_deepspeed.deepspeed_config() and hf_deepspeed._hf_deepspeed_config_weak_ref()
     hf_deepspeed.unset_hf_deepspeed_config()

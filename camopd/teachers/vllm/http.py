@@ -192,7 +192,7 @@ def base_url(url: str, branch: str) -> str:
             f"teacher {branch!r} at {shown}: a URL shows its user and password or its query to every log. "
             f"Set {' or '.join(key_variables(branch))} instead."
         )
-    return url
+    return parts.scheme + url[len(parts.scheme) :]  # in small letters
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -29,8 +29,6 @@ from .http import no_garbage_collection
 # More than any answer needs (a token's text is spelt out in JSON); what is longer is not an answer.
 BYTES_PER_LOGPROB = 1024
 MINUS_INF = -9999.0  # how vLLM's JSON says -inf
-# Nats above 0 that rounding may leave: numbers of bfloat16 above 1 are 2**-7 apart, and log(1 + 2**-7) is 0.008.
-MOST_LOGP = 0.01
 # Sent with every request, so that a model's own generation_config.json never bends the distribution that is scored.
 PLAIN_SAMPLING = {
     "max_tokens": 1,
@@ -104,7 +102,7 @@ def compact_request(model: str, row: Row) -> Request:
         if logps is None or len(logps) != len(scored):
             found = "no array of them" if logps is None else f"{len(logps)} log-probs"
             raise UnusableAnswer(f"scored {len(scored)} completion tokens with {found}")
-        return [to_scores(_checked(logps[:, None], row))]
+        return [to_scores(logps[:, None])]
 
     body = {"model": model, "request_id": request_id, "token_ids": row.token_ids, "sampling_params": sampling}
     return Request("/inference/v1/generate", body, _max_bytes(len(scored)), read)
@@ -184,23 +182,10 @@ def from_entries(row: Row, entries: Sequence[Any], top_k: int) -> TokenScores:
             if type(value) not in _NUMBERS:  # a bool is an int, and numpy reads texts
                 raise UnusableAnswer(f"gave {value!r} as a log-prob of {_place(row, place)}, which is not a number")
     logps = np.array(found, dtype=np.float32).reshape(len(found), 1 + top_k)
-    return to_scores(_checked(logps, row), np.array(ids).reshape(len(found), top_k) if top_k else None)
+    return to_scores(logps, np.array(ids).reshape(len(found), top_k) if top_k else None)
 
 
 _NUMBERS = (float, int, type(None))
-
-
-def _checked(logps: np.ndarray, row: Row) -> np.ndarray:
-    """The log-probs (T, 1 + k) of a row. Raises `UnusableAnswer` for one above 0, which no probability has."""
-    above = np.argwhere(logps > MOST_LOGP)
-    if len(above):
-        place, column = map(int, above[0])
-        raise UnusableAnswer(
-            f"answers {logps.min():.2f} to {logps.max():.2f} as log-probs, the first above 0 being "
-            f"{logps[place, column]:.6g} for {_place(row, place)}: these are not normalised log-probs. Start the server "
-            "with --logprobs-mode raw_logprobs"
-        )
-    return logps
 
 
 def _place(row: Row, place: int) -> str:
