@@ -356,13 +356,18 @@ class PromptReader:
         self._tokenizer, self._known_tokens = tokenizer, known_tokens
         self._how = (processing_class, tools, chat_template, template_kwargs)
         self._special, self._split, self._most = SpecialTokens(tokenizer), split_special_tokens, most_bytes
+        self._counted: set[Any] = set()  # branches whose special tokens have been told of
 
     def ids(self, rows: Iterable[dict[str, Any]]) -> list[list[int]]:
         """Token ids of rows that were read, not cut. Raises `ValueError` for one that cannot be used, with its name."""
 
         def read(row: dict[str, Any]) -> list[int]:
             self._check_size(row)
-            if self._split and self._special.first(row):
+            found = self._special.first(row)
+            if found and row.get("branch") not in self._counted:  # of a stream, which `check` does not read
+                self._counted.add(row.get("branch"))
+                self._tell(f"{row.get('row', 'a prompt')} has a special token in its text, {found!r}", row)
+            if self._split and found:
                 self._seen(row)
                 ids = self._special.encode_as_text(row, self._render)
             else:
@@ -376,24 +381,27 @@ class PromptReader:
         """Raise `ValueError` for prompts of branches, with their names, that are too long or that the chat template cannot
         take, and warn of those that have special tokens in their text."""
         for branch, rows in datasets.items():
-            count, special, first = 0, 0, ""
+            count, special, first, example = 0, 0, "", {}
+            self._counted.add(branch)
             for unread in rows:
                 count += 1
                 row = named(read_row, unread)
                 named(self._seen, row)
                 found = self._special.first(row)
                 special += found is not None
-                first = first or (f"{found!r} in {row.get('row', 'a row')}" if found else "")
+                if found and not first:
+                    first, example = f"{found!r} in {row.get('row', 'a row')}", row
             if special:
-                become = (
-                    "are encoded as text" if self._split else "become control tokens, as if the chat template had "
-                )
-                become += "" if self._split else "written them. Set split_special_tokens=True to encode them as text"
-                logger.log(
-                    logging.INFO if self._split else logging.WARNING,
-                    "%d of %d prompts of branch %r have special tokens in their text (the first is %s), which %s",
-                    special, count, branch, first, become,
-                )  # fmt: skip
+                text = f"{special} of {count} prompts of branch {branch!r} have special tokens in their text (the first is"
+                self._tell(f"{text} {first})", example)
+
+    def _tell(self, what: str, row: Mapping[str, Any]) -> None:
+        """Of special tokens in texts, and what becomes of them; `row` is the first that has one."""
+        become = "encoded as text"
+        if not self._split:
+            own = ", unless you have applied the template yourself" if isinstance(row["prompt"], str) else ""
+            become = f"taken as the chat template's own: set split_special_tokens=True to encode it as text{own}"
+        logger.log(logging.INFO if self._split else logging.WARNING, "%s. Such is %s", what, become)
 
     def _seen(self, row: dict[str, Any]) -> None:
         """Check a prompt as the tokenizer will get it."""

@@ -7,7 +7,7 @@ it from what the chat template writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .messages import need_tokens
@@ -18,10 +18,13 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # Those that are not called special, as `<think>` of Qwen3, become one id of a text, too. Runs of spaces say nothing.
+        added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
         self._tokens = {**dict.fromkeys(map(str, tokenizer.all_special_tokens)), **added}
-        longest_first = sorted(filter(None, self._tokens), key=len, reverse=True)
-        self._any = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self._any = _any_of(self._tokens)
+        # What `split_special_tokens` of a tokenizer leaves whole.
+        self._whole = {name for name, token in added.items() if not token.special} - set(tokenizer.all_special_tokens)
+        self._any_whole = _any_of(self._whole)
 
     def first(self, row: Mapping[str, Any]) -> str | None:
         """The first one in the text of a row as [`read_row`] gives it, `None` where there is none."""
@@ -35,7 +38,7 @@ class SpecialTokens:
         cannot be found again, and where the tokenizer does not take what stands between special tokens piece by piece.
         """
         if isinstance(row["prompt"], str):
-            return need_tokens(row, self._tokenizer(text=row["prompt"], split_special_tokens=True)["input_ids"])
+            return need_tokens(row, self._text_prompt(row["prompt"]))
         text = render(row)
         parts = self._parts(row, text, render)
         if self._join([(text, False)]) != self._tokenizer(text, add_special_tokens=False)["input_ids"]:
@@ -44,6 +47,35 @@ class SpecialTokens:
                 "text: this tokenizer does not take what stands between special tokens by itself. Take it out of the row."
             )
         return need_tokens(row, self._join(parts))
+
+    def _text_prompt(self, text: str) -> list[int]:
+        """With what the tokenizer puts before and behind a text."""
+        whole = list(self._tokenizer(text=text, split_special_tokens=True)["input_ids"])
+        if not self._any_whole.search(text):
+            return whole
+        plain = self._tokenizer(text=text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        start = next(place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+        return [*whole[:start], *self._as_text(text), *whole[start + len(plain) :]]
+
+    def _as_text(self, text: str) -> list[int]:
+        """Ids of a text in which no added token counts: those that the tokenizer leaves whole are cut after a character."""
+        pieces, start = [], 0
+        while found := self._any_whole.search(text, start):
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 1
+        pieces.append(text[start:])
+        rows = self._tokenizer(pieces, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [token for row in rows for token in row]
+        whole = set(self._tokenizer.convert_tokens_to_ids(sorted(self._whole)))
+        if len(pieces) > 1 and (whole & set(ids) or self._decode(ids) != text):
+            raise ValueError(
+                f"has {self._any_whole.findall(text)[0]!r} in its text, which split_special_tokens=True cannot encode as "
+                "text: the tokenizer has it as one token and does not take its pieces one by one. Take it out of the row."
+            )
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _parts(
         self, row: Mapping[str, Any], text: str, render: Callable[[Mapping[str, Any]], str]
@@ -79,7 +111,7 @@ class SpecialTokens:
             nonlocal pending
             pending = pending.lstrip() if strip else pending
             if pending:
-                ids.extend(self._tokenizer(pending, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+                ids.extend(self._as_text(pending))
             pending = ""
 
         for part, is_text in parts:
@@ -95,6 +127,12 @@ class SpecialTokens:
                 strip = getattr(token, "rstrip", False)
         flush()
         return ids
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of these names."""
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def _texts(prompt: Any) -> dict[int, str]:

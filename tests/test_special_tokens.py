@@ -1,5 +1,6 @@
 """Special tokens in the text of prompts are control tokens, as in TRL, or the text they are (camopd/special_tokens.py)."""
 
+import copy
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from conftest import make_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from trainers import make_trainer
 from transformers import AutoTokenizer
 
@@ -118,6 +120,53 @@ def test_template_may_trim_a_text_but_not_change_it(tokenizer):
         ids(tokenizer, user('a "</s>"'), template=quotes)
 
 
+@pytest.fixture(scope="module")
+def thinks(smollm2):
+    """With tokens that are added and not called special, as those of Qwen3."""
+    tokenizer = copy.deepcopy(smollm2)
+    tokenizer.add_tokens(
+        [AddedToken(name, special=False, normalized=False) for name in ("<think>", "<think>>", "</think>")]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", ["a<think>b", "<think>", "<<think>>><think>", "x</think><|im_end|><think>"])
+@pytest.mark.parametrize("form", [str, user])
+def test_added_token_that_is_not_special_is_cut_like_one_that_is(thinks, text, form):
+    found = ids(thinks, form(text))
+    assert found != ids(thinks, form(text), split=False)
+    assert thinks.decode(found) == thinks.decode(ids(thinks, form(text), split=False))
+    names = {"<think>", "<think>>", "</think>"}
+    assert not names & set(thinks.convert_ids_to_tokens(found))
+    assert names & set(thinks.convert_ids_to_tokens(ids(thinks, form(text), split=False)))
+    assert SpecialTokens(thinks).first({"prompt": form(text)})
+
+
+def test_added_token_of_the_template_stays_one(thinks):
+    template = "<think>{% for m in messages %}{{ m.content }}{% endfor %}</think>"
+    found = thinks.convert_ids_to_tokens(ids(thinks, user("a</think>"), template=template))
+    assert (found.count("<think>"), found.count("</think>"), found[0], found[-1]) == (1, 1, "<think>", "</think>")
+
+
+def test_added_token_that_cannot_be_cut_is_refused_with_the_row(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("\u00a7", special=False)])
+    with pytest.raises(ValueError, match=r"a row has '\u00a7' in its text, which split_special_tokens=True cannot"):
+        ids(tokenizer, user("a\u00a7b"))
+
+
+def test_stream_with_special_tokens_is_warned_of_once_for_each_branch(tokenizer, caplog):
+    reader = make_reader(tokenizer, split=False)
+    rows = [{"prompt": "a", "branch": "b", "row": "row 0"}, *({"prompt": "a</s>", "branch": "b", "row": "row 1"},) * 2]
+    with caplog.at_level(logging.INFO, logger="camopd"):
+        reader.ids(rows)
+    (text,) = [record.getMessage() for record in caplog.records]
+    assert text.startswith("row 1 has a special token in its text, '</s>'.")
+    assert text.endswith("unless you have applied the template yourself")
+    reader.ids([{"prompt": user("</s>"), "branch": "c"}])
+    assert len(caplog.records) == 2 and "yourself" not in caplog.records[1].getMessage()
+
+
 def test_tokenizer_that_does_not_cut_at_special_tokens_is_refused(tokenizer, monkeypatch):
     class Prefixed(SpecialTokens):
         def _join(self, parts):
@@ -150,7 +199,7 @@ def test_prompts_with_special_tokens_are_counted_at_the_start(tmp_path, tokenize
             "2 of 4 prompts of branch 'general' have special tokens in their text (the first is '</s>' in row 1 of branch "
         )
     )
-    assert ("Set split_special_tokens=True" in found[0].getMessage()) is not split
+    assert ("set split_special_tokens=True" in found[0].getMessage()) is not split
 
 
 def test_rollouts_are_of_the_ids_that_the_switch_says(tmp_path, tokenizer):

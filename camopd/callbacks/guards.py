@@ -138,7 +138,6 @@ class Guards(StepCallback):
             return
         with keeping(step, self._args):
             self._look_at_sampler(step, step.log_ratio)
-            return
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
         if limit is None:
