@@ -18,7 +18,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        # Those that are not called special, as `<think>` of Qwen3, become one id of a text, too. Runs of spaces say nothing.
+        # Those that are not called special, as `<think>` of Qwen3, become one id of a text, too. Spaces are none.
         added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
         self._tokens = {**dict.fromkeys(map(str, tokenizer.all_special_tokens)), **added}
         self._any = _any_of(self._tokens)

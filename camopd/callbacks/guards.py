@@ -33,9 +33,7 @@ class Guards(StepCallback):
     saved.
     """
 
-    def __init__(
-        self, args: Any, scores: Mapping[str, str], deepspeed: bool, dtype: torch.dtype = torch.float32
-    ):
+    def __init__(self, args: Any, scores: Mapping[str, str], deepspeed: bool, dtype: torch.dtype = torch.float32):
         """
         Args:
             args: of the run; `args.guards` has the thresholds.
