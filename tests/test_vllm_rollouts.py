@@ -16,11 +16,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import VOCAB, make_prompts, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from trainers import make_trainer
+from trainers import ROUNDED, make_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
@@ -54,32 +55,36 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(models, tmp_path_factory):
-    """Servers of the three models, as they start; the first takes weights."""
+    """Servers of the three models, as they start: that of the student by `camopd serve --student`, and two teachers'."""
     pytest.importorskip("vllm_on_cpu")
+    folder = tmp_path_factory.mktemp("servers")
+    settings = {
+        "model_name_or_path": models[0], "dtype": "float32", "bf16": False, "use_vllm": True, "vllm_mode": "server",
+        "max_prompt_length": 64, "max_completion_length": CONTEXT - 65, "output_dir": str(folder),
+        "teachers": {"general": "x"},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    small = ["--kv-cache-memory-bytes", str(16 << 20)]
+    serve = [sys.executable, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
+    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "float32",
+             "--max-model-len", str(CONTEXT), "--enforce-eager", "--enable-scale-out", *small]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["CAMOPD_VLLM_PYTHON"] = sys.executable
     found = []
     for place, model in enumerate(models):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
-            "--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--enforce-eager",
-            "--enable-scale-out", "--kv-cache-memory-bytes", str(16 << 20), "--logprobs-mode", "processed_logprobs",
-            "--max-logprobs", "-1",
-        ]  # fmt: skip
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        if place == 0:
-            command += ["--weight-transfer-config", '{"backend": "nccl"}']
-            environment["VLLM_SERVER_DEV_MODE"] = "1"
-        log = tmp_path_factory.mktemp("logs") / f"{place}.log"
+            port = str(free.getsockname()[1])
+        command = [*plain, "--model", model, "--port", port] if place else [*serve, "--port", port, "--", *small]
+        log = folder / f"{place}.log"
         with open(log, "w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         found.append((process, f"http://127.0.0.1:{port}", log))
     yield found
     for process, _, _ in found:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.send_signal(signal.SIGINT)
+    for process, _, _ in found:
+        process.wait(60)
 
 
 @pytest.fixture
@@ -401,7 +406,7 @@ def test_colocated_sampler_computes_in_the_students_type(make, models):
     trainer = make()
     assert trainer.vllm_generation.llm.llm_engine.model_config.dtype == torch.float32
     model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
-    trainer = make(model=model, optim="adamw_torch_8bit", optim_args="bf16_stochastic_round=True")
+    trainer = make(model=model, **ROUNDED)
     assert trainer.vllm_generation.llm.llm_engine.model_config.dtype == torch.bfloat16
 
 
@@ -421,6 +426,15 @@ def test_server_with_a_shorter_context_is_refused(make, urls):
         CaMOPDError, match=rf"{urls[0]} takes sequences of {CONTEXT} tokens, .* is 264: .*--max-model-len 264"
     ):
         make(vllm_mode="server", vllm_server_base_url=urls[0], max_completion_length=200)
+
+
+@real
+def test_type_of_the_server_is_compared_with_the_students(make, models, urls, caplog):
+    make(vllm_mode="server", vllm_server_base_url=urls[0])
+    assert "rollout server" not in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
+    make(model=model, vllm_mode="server", vllm_server_base_url=urls[0], **ROUNDED)
+    assert "computes in float32, the student in bfloat16" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs
@@ -465,7 +479,7 @@ def test_a_run_in_this_process_ends_without_a_traceback(models, tmp_path):
     script = f"""
 import vllm_on_cpu
 from conftest import make_tokenizer
-from trainers import make_trainer
+from trainers import ROUNDED, make_trainer
 
 if __name__ == "__main__":
     trainer = make_trainer({str(tmp_path)!r}, make_tokenizer(), model={models[0]!r}, use_vllm=True, max_steps=1,
@@ -475,8 +489,10 @@ if __name__ == "__main__":
 """
     (tmp_path / "run.py").write_text(script)
     path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+    of_launchers = ("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # which TRL has set in this process
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
     found = subprocess.run(
         [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**environment, "PYTHONPATH": path},
     )  # fmt: skip
     assert found.returncode == 0 and "Traceback" not in found.stderr, found.stderr[-3000:]
