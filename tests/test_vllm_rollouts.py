@@ -473,26 +473,56 @@ def test_rollouts_and_both_teachers_on_servers(make, urls):
     assert all(line["importance/log_ratio"] < 1e-5 for line in lines(trainer))
 
 
+START = """
+import sys
+import vllm_on_cpu
+from conftest import make_prompts, make_tokenizer
+from trainers import make_trainer
+
+def make(output, student, general, domain, **settings):
+    return make_trainer(output, make_tokenizer(), model=student, teachers={"general": general, "domain": domain},
+                        use_vllm=True, diagnostics_steps=0, max_steps=1, **settings)
+
+"""
+
+
+def run_script(text, folder, models, *launcher):
+    """In processes of its own, with the folder's name and the models as arguments; returns what it says."""
+    path = folder / "run.py"
+    path.write_text(START + text)
+    of_launchers = ("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # which TRL has set in this process
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
+    places = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(places), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, *launcher, str(path), str(folder / "output"), *models]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stderr
+
+
 @real
 def test_a_run_in_this_process_ends_without_a_traceback(models, tmp_path):
-    pytest.importorskip("vllm")
-    script = f"""
-import vllm_on_cpu
-from conftest import make_tokenizer
-from trainers import ROUNDED, make_trainer
-
+    text = """
 if __name__ == "__main__":
-    trainer = make_trainer({str(tmp_path)!r}, make_tokenizer(), model={models[0]!r}, use_vllm=True, max_steps=1,
-                           teachers={{"general": {models[1]!r}, "domain": {models[2]!r}}}, diagnostics_steps=0)
+    trainer = make(*sys.argv[1:])
     trainer.train()
     trainer.accelerator.end_training()
 """
-    (tmp_path / "run.py").write_text(script)
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-    of_launchers = ("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")  # which TRL has set in this process
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
-    found = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True, timeout=300,
-        env={**environment, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert found.returncode == 0 and "Traceback" not in found.stderr, found.stderr[-3000:]
+    assert "Traceback" not in run_script(text, tmp_path, models)
+
+
+@real
+def test_ranks_that_share_an_engine_roll_out_right_in_training_and_evaluation(models, tmp_path):
+    text = """
+from test_vllm_rollouts import watch
+
+if __name__ == "__main__":
+    held_out = {"general": make_prompts("general", 8)}
+    trainer = make(*sys.argv[1:], vllm_tensor_parallel_size=2, prompts_per_step=8, max_completion_length=24,
+                   eval_dataset=held_out, ddp_timeout=7200)
+    made = watch(trainer)
+    trainer.train()
+    trainer.evaluate()
+    assert len(made) == 2 and max(worst for worst, _ in made) < 1e-4, [worst for worst, _ in made]
+"""
+    run_script(text, tmp_path, models, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
