@@ -254,7 +254,9 @@ def trial(
     codes, answers = run(job, folder)
     if any(codes):
         return f"stuck: {answers[0][-1500:]}"
-    return ended or ("same" if all(same(json.loads(answer), reference) for answer in answers) else "different")
+    if not all(same(json.loads(answer), reference) for answer in answers):
+        return "different"
+    return ended or "same"
 
 
 def serve(folder: Path) -> tuple[int, str]:
@@ -301,12 +303,15 @@ def work(scenario: Scenario, url: str, folder: Path, share: float, seed: int) ->
         before = folder / "before"
         codes, answers = run({**job, "folder": str(before), "seed": 9, "used": False}, folder)
         assert not any(codes), answers
-    if before:
-        shutil.copytree(before, folder / "reference")
-    started = time.monotonic()
-    codes, answers = run({**job, "folder": str(folder / "reference")}, folder)
-    seconds = time.monotonic() - started
-    assert not any(codes), answers
+    seconds = float(PATIENCE)
+    for number in range(2):  # the faster one counts, and a moment of it comes before the end of any other
+        output = folder / f"reference-{number}"
+        if before:
+            shutil.copytree(before, output)
+        started = time.monotonic()
+        codes, answers = run({**job, "folder": str(output)}, folder)
+        seconds = min(seconds, time.monotonic() - started)
+        assert not any(codes), answers
     reference = json.loads(answers[0])
     jobs = plan(scenario, [json.loads(answer)["ticks"] for answer in answers], seconds, share, chance)
     found: Counter[str] = Counter()
