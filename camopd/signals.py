@@ -25,6 +25,19 @@ REPEATS = 2.0
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGHUP: the terminal is gone
 
 
+END = b"\0"  # no signal has this number
+_in_child: list[Callable[[], None]] = []
+
+
+def _forget_in_child() -> None:
+    """What a worker of a data loader is sent, and it is sent SIGTERM at its end, is not for the run that has forked it."""
+    while _in_child:
+        _in_child.pop()()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 class RunInterrupted(SystemExit):
     """A signal has ended the run, and a checkpoint has been saved. Not caught, it ends the process with `REQUEUE`."""
 
@@ -84,22 +97,34 @@ class StopRequests:
         fd_before = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         for number in before:
             signal.signal(number, self._hear)
-        try:
-            yield
-        finally:
+
+        def undo() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(fd_before)
-            woken.close()  # which ends the thread
+
+        def forget() -> None:
+            undo()
+            heard.close()
+            woken.close()
+
+        _in_child.append(forget)
+        try:
+            yield
+        finally:
+            undo()
+            _in_child.remove(forget)
+            woken.send(END)  # and not its closing, as a process that was started meanwhile may have it, too
             thread.join()
             heard.close()
+            woken.close()
 
     def _hear(self, number: int, _: Any = None) -> None:
         self.heard = self.heard or signal.Signals(number).name
 
     def _listen(self, heard: socket.socket, mine: set[int]) -> None:
         first = None
-        while byte := heard.recv(1):
+        while (byte := heard.recv(1)) not in (END, b""):
             if byte[0] in mine and first is None:
                 first = time.monotonic()
                 self._hear(byte[0])

@@ -164,6 +164,30 @@ def test_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, to
     assert all(torch.equal(weights[name], value) for name, value in again.model.state_dict().items())
 
 
+def test_signals_of_a_forked_process_are_its_own():
+    """As those of a data loader's workers, which live on when training ends: no wait for them, and none is taken as ours."""
+    stops = requests()
+    ready, go = os.pipe(), os.pipe()
+    with stops.listening():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGUSR1)  # nobody handles it here, and it ends the process
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGUSR1
+        sleeper = os.fork()
+        if not sleeper:
+            os.close(go[1])
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)  # until the end of this test
+            os._exit(0)
+        os.read(ready[0], 1)
+        stops.check()
+    assert stops.heard is None
+    os.close(go[1])
+    os.waitpid(sleeper, 0)
+
+
 def test_signal_ends_the_wait_for_a_server(undisturbed, start_server, tmp_path, tokenizer):
     """That does not answer; the rollouts are kept, and scored by one that does."""
     server = start_server(model=make_model(2))
