@@ -165,7 +165,7 @@ def test_signal_during_an_evaluation_keeps_the_weights(undisturbed, tmp_path, to
 
 
 def test_signals_of_a_forked_process_are_its_own():
-    """As those of a data loader's workers, which live on when training ends: no wait for them, and none is taken as ours."""
+    """As those of a data loader's workers, which live on when training ends: nobody waits for them or hears them."""
     stops = requests()
     ready, go = os.pipe(), os.pipe()
     with stops.listening():
