@@ -33,8 +33,9 @@ pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that ass
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 collect_ignore = [
     "schema_of_vllm.py",
+    "vllm_on_cpu.py",
     "faults",
-]  # scripts: for the environment that has vLLM, and for `make test-faults`
+]  # for the environment that has vLLM, and for `make test-faults`
 VOCAB = ["<pad>", "<s>", "</s>", "<unk>", *(chr(code) for code in range(97, 123)), *"0123456789 .?"]
 
 CHAT_TEMPLATE = (
