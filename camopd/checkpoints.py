@@ -38,6 +38,7 @@ from .step import Step
 logger = logging.getLogger(__name__)
 
 FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of writing; the last is FSDP2's
+OF_TORCH_SAVE = ("inline_container", "iostream error", "PytorchStreamWriter")  # its RuntimeErrors of a full disk
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 
 
@@ -200,9 +201,9 @@ class RunCheckpoints:
             self._commit(trainer, folder, final)
         except FAILURES as error:
             if isinstance(error, RuntimeError) and not (
-                isinstance(error, OtherRankError) or "inline_container" in str(error)
+                isinstance(error, OtherRankError) or any(words in str(error) for words in OF_TORCH_SAVE)
             ):
-                raise  # of another rank that is gone, say; torch.save raises a RuntimeError of this file for a full disk
+                raise  # of another rank that is gone, say
             free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else ".").free / 2**30
             before = f"the one before, {str(self.latest)!r}, is whole" if self.latest else "there is none yet"
             shutil.rmtree(folder, ignore_errors=True)
