@@ -24,9 +24,14 @@ def write(path: str | Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
-    with contextlib.suppress(OSError):  # not every file system has it for folders
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """See to it that a file, or the names in a folder, are on the disk, where the file system has it."""
+    with contextlib.suppress(OSError):  # a file that is not there, or folders that cannot: a rename is all there is
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)

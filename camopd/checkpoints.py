@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import manifest, record
+from . import atomic, manifest, record
 from .config import CaMOPDConfig
-from .errors import CaMOPDError, ResumeError, TeacherError
+from .errors import CaMOPDError, OtherRankError, ResumeError, TeacherError, on_all_ranks
 from .hub import check_trusted, explain_hub_error, hub_errors, is_hub_id
-from .machines import Machine, OtherRankError, raise_of_any, raise_own
+from .machines import Machine, raise_of_any
 from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
 from .optimizer import local
 from .record import RUN_RECORD
@@ -40,6 +40,15 @@ logger = logging.getLogger(__name__)
 FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of writing; the last is FSDP2's
 OF_TORCH_SAVE = ("inline_container", "iostream error", "PytorchStreamWriter")  # its RuntimeErrors of a full disk
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
+
+
+def need_checkpoint(given: Any) -> None:
+    """Raise `ResumeError` where `resume_from_checkpoint` names neither a folder nor a model of the Hub."""
+    if isinstance(given, str) and given != "auto" and not Path(given).is_dir() and not is_hub_id(given):
+        raise ResumeError(
+            f"resume_from_checkpoint={given!r} is neither a folder here nor owner/name on the Hub. Give the folder of a "
+            "checkpoint, 'true' for the newest one in output_dir, or 'auto' for that or a start."
+        )
 
 
 class RunCheckpoints:
@@ -192,12 +201,9 @@ class RunCheckpoints:
         final = self.folder(args.output_dir, state.global_step)
         check_finite(trainer.model, trainer.optimizer, f"after step {state.global_step}", self.latest)
         folder = final.parent / SAVING / final.name
-        # Where writing has collectives of its own, ranks that wait in them cannot be asked: the launcher ends them.
-        raise_together = raise_own if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else raise_of_any
         try:
-            raise_together(partial(self._machine.prepare, folder), FAILURES)
-            trainer.accelerator.wait_for_everyone()
-            raise_together(partial(self._write, trainer, folder, final, write), FAILURES)
+            self._machine.prepare(folder)
+            self._write(trainer, folder, final, write)
             self._commit(trainer, folder, final)
         except FAILURES as error:
             if isinstance(error, RuntimeError) and not (
@@ -217,7 +223,7 @@ class RunCheckpoints:
         self.latest = final
         try:
             trainer.pushes.add(str(final), last=self._under_way is not None)
-            if args.should_save:
+            if self._machine.commits:
                 rotate(final, args.save_total_limit, state.best_model_checkpoint)
         except OSError as error:  # the checkpoint is there
             logger.warning("after the save of %s: %s", final, error)
@@ -232,9 +238,12 @@ class RunCheckpoints:
         check_finite(trainer.model, None, "of the finished model", self.latest, alone=alone)
 
     def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None]) -> None:
+        """What goes into a checkpoint. What fails in `write` fails on one rank alone: transformers has collectives of its
+        own in there, and the launcher ends the ranks that wait in them."""
         state = trainer.state
-        if self.args.should_save:
-            (folder / RUN_RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+        with on_all_ranks(gather_object):
+            if self.args.should_save:
+                atomic.write(folder / RUN_RECORD, json.dumps(self.record, indent=2) + "\n")
         self.staging = folder.parent  # where `write` finds its `output_dir`
         write()
         self.staging = None
@@ -246,7 +255,7 @@ class RunCheckpoints:
             if best == final or best.is_dir():
                 state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            manifest.flush(final.parent / METRICS)  # so that no line before the checkpoint is lost with the power
+            atomic.flush(final.parent / METRICS)  # so that no line before the checkpoint is lost with the power
             state.save_to_json(str(folder / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
 

@@ -27,19 +27,29 @@ class GuardError(CaMOPDError):
     """A number of an optimizer step is beyond the threshold of its guard."""
 
 
+class OtherRankError(CaMOPDError):
+    """What another rank has met, of a kind that is not made from its text alone."""
+
+
 @contextmanager
-def on_all_ranks(gather: Callable[[list[Any]], list[Any]]) -> Iterator[None]:
+def on_all_ranks(
+    gather: Callable[[list[Any]], list[Any]], kinds: tuple[type[BaseException], ...] = (Exception,)
+) -> Iterator[None]:
     """What is raised inside on one rank is raised on all of them: the others would wait for it in the next collective.
 
-    `gather` is of a list over all ranks. Of the errors of others, `ValueError` or `CaMOPDError` is raised with their text.
+    Nothing inside may wait for another rank.
+
+    Args:
+        gather: of a list over all ranks.
+        kinds: of errors.
     """
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         yield
-    except (CaMOPDError, TypeError, ValueError) as raised:
+    except kinds as raised:
         error = raised
-    found = gather([None if error is None else (isinstance(error, CaMOPDError), str(error))])
+    found = gather([None if error is None else (type(error), str(error))])
     if error is not None:
         raise error
-    for is_ours, text in filter(None, found):
-        raise (CaMOPDError if is_ours else ValueError)(text)
+    for kind, text in filter(None, found):
+        raise (kind if issubclass(kind, CaMOPDError) or kind in (TypeError, ValueError) else OtherRankError)(text)

@@ -109,6 +109,8 @@ def without_effect(args: Any) -> list[tuple[str, Any, str]]:
     reasons = {}
     if engine and args.token_rule != "relaxed_opd":
         reasons["entropy"] = "with student_logps='engine' no entropy is computed"
+    if not (engine or args.use_vllm):
+        reasons["log_ratio"] = "the rollout engine gives no log-probs"
     if not (band and (engine or args.use_vllm)):
         reasons["outside_band"] = "importance_sampling_mode is 'none', or the rollout engine gives no log-probs"
     return [

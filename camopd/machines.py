@@ -7,41 +7,21 @@ import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.utils import gather_object
 
-from .errors import CaMOPDError
+from .errors import on_all_ranks
 
 
 T = TypeVar("T")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # tells machines of one name apart
 
 
-class OtherRankError(RuntimeError):
-    """What another rank has met."""
-
-
 def raise_of_any(work: Callable[[], T], kinds: tuple[type[BaseException], ...] = (Exception,)) -> T:
-    """What `work` gives. Where it raises one of `kinds` on a rank, all raise. Called by all ranks."""
-    result: Any = None
-    failure: BaseException | None = None
-    try:
-        result = work()
-    except kinds as error:
-        failure = error
-    failures = gather_object([failure and (type(failure), str(failure))])
-    if failure is not None:
-        raise failure
-    for kind, text in filter(None, failures):
-        # Those of ours take a text; what others take is not known.
-        raise kind(text) if issubclass(kind, CaMOPDError) else OtherRankError(text)
-    return result
-
-
-def raise_own(work: Callable[[], T], kinds: tuple[type[BaseException], ...]) -> T:
-    """What `work` gives, in the place of `raise_of_any` where the others cannot be asked."""
-    return work()
+    """What `work` gives; an error of one of `kinds` is raised on all ranks. Called by all of them."""
+    with on_all_ranks(gather_object, kinds):
+        return work()
 
 
 class Machine:
@@ -57,7 +37,7 @@ class Machine:
 
     def _look(self) -> tuple[str, int, int]:
         if self._known is None:
-            boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
+            boot = _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
             name, own = f"{socket.gethostname()} {boot}", uuid.uuid4().hex
             ranks = gather_object([(name, own)])
             here = [each for place, each in ranks if place == name]

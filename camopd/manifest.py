@@ -7,7 +7,6 @@ short or changed afterwards is found by size and hash.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +17,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from . import atomic
 
 
 SAVING = "_saving"  # in output_dir; transformers sends nothing to the Hub that begins so
@@ -48,22 +49,9 @@ def entries(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str
 
 def write(folder: Path, found: dict[str, dict[str, Any]], **facts: Any) -> None:
     """Write the manifest of a folder whose files are as `entries` has `found` them; `facts` stand beside them."""
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({**facts, "files": found}, file, indent=2, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    for inner in {folder, *(folder / name for name in found)}:
-        flush(inner if inner.is_dir() else inner.parent)
-
-
-def flush(path: Path) -> None:
-    """See to it that a file, or the names in a folder, are on the disk, where the file system has it."""
-    with contextlib.suppress(OSError):  # a file that is not there, or folders that cannot: a rename is all there is
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for inner in {folder, *((folder / name).parent for name in found)}:
+        atomic.flush(inner)
+    atomic.write(folder / MANIFEST, json.dumps({**facts, "files": found}, indent=2, sort_keys=True))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -131,7 +119,7 @@ def put_in_place(folder: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    flush(final.parent)
+    atomic.flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -155,7 +143,12 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
         return
     folders = [path for path in newest.parent.glob("checkpoint-*") if step_of(path) >= 0 and path != newest]
     staying = [newest, *(path for path in folders if best and path == Path(best))]
-    others = sorted((path for path in folders if path not in staying), key=lambda path: path.stat().st_mtime)
+
+    def age(path: Path) -> float:
+        at = saved_at(path)
+        return at if math.isfinite(at) else path.stat().st_mtime
+
+    others = sorted((path for path in folders if path not in staying), key=age)
     for path in others[: max(0, len(others) + len(staying) - limit)]:
         gone = newest.parent / SAVING / f"removed-{path.name}"
         gone.parent.mkdir(exist_ok=True)

@@ -119,7 +119,6 @@ def record_of(
         }
     weights = next(each for each in gather_object([weights]) if each is not None)
     record = {
-        "schedule": str(run.schedule),
         "branches": list(run.schedule.branches),
         "teachers": {branch: public_name(teacher.name) for branch, teacher in teachers.items()},
         "teacher_weights": {branch: weights.get(branch) for branch in teachers},
@@ -134,8 +133,8 @@ def record_of(
         **{name: args.per_branch(name) for name in _PER_BRANCH},
         "warmup_steps": args.get_warmup_steps(args.max_steps),  # which may be a share of max_steps
         "completion_lengths": args.completion_lengths and str(args.completion_lengths),
+        "schedule": str(run.schedule),  # in place of the field, which is as the user has spelt it
     }  # fmt: skip
-    record["schedule"] = str(run.schedule)  # the field is as the user has spelt it
     return as_json(record)
 
 

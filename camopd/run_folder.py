@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from accelerate.utils import gather_object
 
 from . import atomic, record, rejected
-from .errors import CaMOPDError, ResumeError
+from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
 
 
@@ -108,18 +108,15 @@ class RunFolder:
     def _together(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main rank, on all of them; where it raises, all raise."""
         result: Any = None
-        failure: CaMOPDError | None = None
-        if self._is_main:
-            try:
-                result = work()
-            except CaMOPDError as error:
-                failure = error
-            except OSError as error:
-                failure = CaMOPDError(f"the output_dir {str(self.path)!r} cannot be used: {error}. Give another one.")
-        result, text = gather_object([(result, failure and str(failure))])[0]
-        if text is not None:
-            raise failure or CaMOPDError(text)
-        return result
+        with on_all_ranks(gather_object):
+            if self._is_main:
+                try:
+                    result = work()
+                except OSError as error:
+                    raise CaMOPDError(
+                        f"the output_dir {str(self.path)!r} cannot be used: {error}. Give another one."
+                    ) from error
+        return gather_object([result])[0]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

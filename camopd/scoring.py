@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CaMOPDError, TeacherError
+from .errors import CaMOPDError, TeacherError, on_all_ranks
 from .forward import Forward, evaluating
 from .guards import stop
 from .objective import token_gaps
@@ -113,7 +113,9 @@ class Scorer:
                     rule.read_teacher(sample, answers[branch][place], self.teachers[branch].name)
             if not failures:
                 self._close(samples, engine)
-        raise_together(failures[0] if failures else None, self._gather)
+        with on_all_ranks(self._gather):
+            if failures:
+                raise failures[0]
         return clocks
 
     def _wait(self, future: Future[list[TokenScores]]) -> list[TokenScores]:
@@ -191,7 +193,7 @@ class Scorer:
 
 @contextmanager
 def caught(failures: list[CaMOPDError], teacher: Teacher | None = None) -> Iterator[None]:
-    """Keep a `CaMOPDError` for `raise_together`, or as one what a teacher of the user's own raises."""
+    """Keep a `CaMOPDError` for all ranks to raise, or as one what a teacher of the user's own raises."""
     try:
         yield
     except CaMOPDError as error:
@@ -202,14 +204,6 @@ def caught(failures: list[CaMOPDError], teacher: Teacher | None = None) -> Itera
         failure = TeacherError(f"teacher {teacher.name!r} has failed ({type(error).__name__}: {str(error)[:500]}).")
         failure.__cause__ = error
         failures.append(failure)
-
-
-def raise_together(error: CaMOPDError | None, gather: Callable[[list[Any]], list[Any]]) -> None:
-    """Raise on every rank what one of them has met; the others would wait for it in the next collective."""
-    found = [each for each in gather([None if error is None else (type(error), str(error))]) if each]
-    if found:
-        kind, text = found[0]
-        raise kind(text) from error
 
 
 def _for_teacher(samples: Sequence[Sample]) -> tuple[list[list[int]], list[int]]:

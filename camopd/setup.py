@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
 
@@ -127,6 +127,8 @@ def prepare(
             "at True with use_vllm=True."
         )
     student_name = model if isinstance(model, str) else ""
+    if student_name and not has_adapter(student_name):
+        _need_student(student_name, args)
     adapter_loaded = bool(student_name) and has_adapter(student_name) and peft_config is None
     if adapter_loaded:
         model = _load_adapter(student_name, args, quantization_config)
@@ -137,6 +139,19 @@ def prepare(
         model, quantization_config, schedule, streams, dataset, held, specs, quantised_adapters(model), student_name,
         max_tokens, adapter_loaded,
     )  # fmt: skip
+
+
+def _need_student(model: str, args: CaMOPDConfig) -> None:
+    """Raise `ValueError` where the student is neither here nor on the Hub; transformers does not say which model is not."""
+    where = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code")
+    init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    try:
+        AutoConfig.from_pretrained(model, **{name: init_kwargs[name] for name in where if name in init_kwargs})
+    except OSError as error:
+        raise ValueError(
+            f"the student {model!r} cannot be loaded: {error}\nGive the folder of a model or its id on the Hub, and for a "
+            "private or gated one set HF_TOKEN or run `hf auth login`."
+        ) from error
 
 
 def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:

@@ -83,7 +83,6 @@ class StopRequests:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear signals inside. Those that the program handles or ignores itself are left to it."""
-        self.heard, self._cut = None, False
         usual = (signal.SIG_DFL, signal.default_int_handler)
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in usual}
@@ -118,6 +117,7 @@ class StopRequests:
             thread.join()
             heard.close()
             woken.close()
+            self.heard, self._cut = None, False  # an evaluation afterwards is not asked to stop
 
     def _hear(self, number: int, _: Any = None) -> None:
         self.heard = self.heard or signal.Signals(number).name

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +224,8 @@ def report_at(told: int) -> float:
 def watching() -> Iterator[None]:
     """A `Watchdog` of this process while it trains; of all ranks where there are several."""
     board, rank = None, 0
+    import torch.distributed as dist  # here, as every command imports this module
+
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         rank = dist.get_rank()
         store: Any = dist.distributed_c10d._get_default_store()

@@ -79,6 +79,23 @@ def test_train_takes_overrides_of_the_file(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model_name_or_path", "nobody/nothing"], "the student 'nobody/nothing' cannot be loaded: "),
+        (["--model_name_or_path", "./nowhere"], "the student './nowhere' cannot be loaded: "),
+        (
+            ["--resume", "nowhere"],
+            "resume_from_checkpoint='nowhere' is neither a folder here nor owner/name on the Hub.",
+        ),
+    ],
+)
+def test_train_names_what_is_not_there(words, said, run, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", run, *words])
+    assert stopped.value.code == 2 and f"camopd: {said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["true", "path"])
 def test_train_goes_on_from_a_checkpoint(run, tmp_path, where):
     out = tmp_path / "out"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from camopd import machines
-from camopd.errors import CaMOPDError
+from camopd.errors import CaMOPDError, OtherRankError
 
 
 def on_ranks(count, work, monkeypatch):
@@ -40,7 +40,7 @@ def on_ranks(count, work, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "others"),
-    [(OSError(28, "No space left"), machines.OtherRankError), (CaMOPDError("lost"), CaMOPDError)],
+    [(OSError(28, "No space left"), OtherRankError), (CaMOPDError("lost"), CaMOPDError)],
 )
 def test_raise_of_any_raises_on_all_what_one_rank_has_met(error, others, monkeypatch):
     def work(rank):

@@ -177,7 +177,7 @@ def test_error_of_the_first_rank_is_one_on_all(tmp_path):
     said = []
     callback = file_of(tmp_path, is_first=False, gather=lambda mine: [*said, *mine])
     write(callback, 0)
-    said.append("the file cannot be written")
+    said.append((CaMOPDError, "the file cannot be written"))
     with pytest.raises(CaMOPDError, match="the file cannot be written"):
         write(callback, 1)
     assert os.listdir(tmp_path) == []

@@ -145,15 +145,25 @@ def test_folder_whose_id_cannot_be_read_has_none(content, tmp_path):
 
 def test_folder_is_looked_at_by_the_main_rank_for_all(tmp_path, monkeypatch):
     """A rank that raised alone would leave the others in the next collective."""
-    sent = []
-    monkeypatch.setattr("camopd.run_folder.gather_object", lambda mine: sent.append(mine[0]) or [sent[0], *mine])
-    ids = [RunFolder(tmp_path, is_main).begin(None, None, False) for is_main in (True, False)]
-    assert ids == [run_id_of(tmp_path)] * 2
+    of_main: list = []
+
+    def begin(is_main):
+        """The main rank is the first, and the other one gets what it has sent, in turn."""
+        sent = [] if is_main else list(of_main)
+
+        def gather(mine):
+            of_main.extend(mine if is_main else [])
+            return mine + [None] if is_main else [sent.pop(0), *mine]
+
+        monkeypatch.setattr("camopd.run_folder.gather_object", gather)
+        return RunFolder(tmp_path, is_main).begin(None, None, False)
+
+    assert [begin(True), begin(False)] == [run_id_of(tmp_path)] * 2
     (tmp_path / "metrics.jsonl").write_text("")
-    sent.clear()
+    of_main.clear()
     for is_main in (True, False):
         with pytest.raises(CaMOPDError, match="has the files of another run"):
-            RunFolder(tmp_path, is_main).begin(None, None, False)
+            begin(is_main)
 
 
 def test_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):

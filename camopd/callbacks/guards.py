@@ -166,9 +166,6 @@ class Guards(StepCallback):
     def on_step_closed(self, step: Step) -> None:
         """The band, which is known after the update."""
         self._step = None  # and with it its samples
-        if self._deepspeed:
-            with keeping(step, self._args):
-                self._look_at_sampler(step, step.log_ratio)
         self._updated |= step.metrics["learning_rate"] > 0 and not step.metrics["guard/skipped"]
         limit = self._limits["outside_band"]
         outside = step.metrics.get("importance/outside_band", 0.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..errors import CaMOPDError
+from ..errors import CaMOPDError, on_all_ranks
 from ..run_folder import METRICS, set_aside
 from ..step import Step, StepCallback
 
@@ -59,25 +59,18 @@ class MetricsFile(StepCallback):
 
     def _on_first(self, work: Callable[[Path], None]) -> None:
         """`work` on the first process; where it fails, all raise, so that none waits for the others."""
-        failure = None
-        if self._path is not None:
+        with on_all_ranks(self._gather):
+            if self._path is None:
+                return
             try:
                 work(self._path)
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                failure = (
-                    f"{str(self._path)!r} cannot be written: {error.strerror or error}. "
-                    + (
-                        f"The disk or quota of {str(self._path.parent)!r} is full: free some, "
-                        if full
-                        else "Repair it, "
-                    )
-                    + "and go on from the last checkpoint by `--resume auto` (resume_from_checkpoint='auto'). The lines "
-                    "before are as they were."
-                )
-        for text in self._gather([failure]):
-            if text:
-                raise CaMOPDError(text)
+                way = f"The disk or quota of {str(self._path.parent)!r} is full: free some" if full else "Repair it"
+                raise CaMOPDError(
+                    f"{str(self._path)!r} cannot be written: {error.strerror or error}. {way}, and go on from the last "
+                    "checkpoint by `--resume auto` (resume_from_checkpoint='auto'). The lines before are as they were."
+                ) from error
 
 
 def _make_room(path: Path, step: int) -> None:

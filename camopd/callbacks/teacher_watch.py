@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import TeacherError
+from ..errors import TeacherError, on_all_ranks
 from ..forward import evaluating
 from ..schedule import Schedule
-from ..scoring import Scorer, raise_together
+from ..scoring import Scorer
 from ..step import Step, StepCallback
 from ..teachers.check import Probe, check_scores, initial_kl, is_student_start, raise_errors
 from ..teachers.vllm.teacher import ServerTeacher
@@ -79,7 +79,9 @@ class TeacherWatch(StepCallback):
                     raise_errors(findings, logger.warning)
             except TeacherError as error:
                 failure = failure or error
-        raise_together(failure, self._gather)
+        with on_all_ranks(self._gather):
+            if failure is not None:
+                raise failure
 
     def on_step_started(self, step: Step) -> None:
         """From here on the student's weights are its own."""

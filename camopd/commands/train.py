@@ -59,15 +59,16 @@ def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToP
 
     from trl import get_peft_config, get_quantization_config
 
+    from ..checkpoints import need_checkpoint
     from ..files import load_all
     from ..run_folder import need_unused
     from ..trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
+    # Both would be said by the trainer, too, after models are loaded.
+    need_checkpoint(args.resume_from_checkpoint)
     if not args.resume_from_checkpoint:
-        need_unused(
-            Path(args.output_dir), args.overwrite_output_dir
-        )  # the trainer would say it after models are loaded
+        need_unused(Path(args.output_dir), args.overwrite_output_dir)
     need_prompts(prompts, args)
     warn_of_unused(prompts, args)
     for branch, teacher in teachers.items():
