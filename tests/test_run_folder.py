@@ -153,7 +153,7 @@ def test_folder_is_looked_at_by_the_main_rank_for_all(tmp_path, monkeypatch):
 
         def gather(mine):
             of_main.extend(mine if is_main else [])
-            return mine + [None] if is_main else [sent.pop(0), *mine]
+            return [*mine, None] if is_main else [sent.pop(0), *mine]
 
         monkeypatch.setattr("camopd.run_folder.gather_object", gather)
         return RunFolder(tmp_path, is_main).begin(None, None, False)
