@@ -30,6 +30,7 @@ from measuring import RESULTS, in_fresh_process, make_tokenizer, reset_peak, run
 
 TOKEN_TILE = 4096  # rows of a tile, in trl.kernels.chunked_logprob
 CPU_COPIES = 12  # of a tile, in the torch code that stands in for the Triton kernel
+GPU_TILE, GPU_COPIES = 32768, 2  # width of a tile, and its copies in the kernel
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,38 @@ def compare() -> list[str]:
     ]
     for shape, prompt, completion in SMALL:
         found = in_fresh_process(__file__, {"shape": asdict(shape), "prompt": prompt, "completion": completion})
-        assert found["weights"] == shape.weights + shape.hidden, (found, shape.weights)  # the last norm
-        # weights 4, gradients 4, Adam 8 bytes a weight, and the teacher's weights, which stay where they are on a CPU
-        predicted = 20 * shape.weights + activations(shape, prompt + completion, completion, 4, 4096, CPU_COPIES)
-        predicted /= 2**20
-        rows.append(
-            f"| {shape.weights / 1e6:.0f} | {prompt} + {completion} | {predicted:.0f} | {found['peak']:.0f} | "
-            f"{predicted / found['peak']:.2f} |"
-        )
+        rows.append(row(shape, prompt, completion, on_cpu(shape, prompt, completion), found))
         print(rows[-1], flush=True)
     return rows
 
 
+def on_cpu(shape: Shape, prompt: int, completion: int) -> float:
+    """Bytes in float32: weights 4, gradients 4, Adam 8 a weight, and the teacher's weights, which stay where they are."""
+    return 20 * shape.weights + activations(shape, prompt + completion, completion, 4, 4096, CPU_COPIES)
+
+
+def on_gpu(shape: Shape, prompt: int, completion: int) -> float:
+    """Bytes of float32 weights under bfloat16 autocast; the teacher is on the CPU by the time of the step's peak."""
+    _, bytes_a_weight, number, _ = RECIPES[0]
+    return bytes_a_weight * shape.weights + activations(
+        shape, prompt + completion, completion, number, GPU_TILE, GPU_COPIES
+    )
+
+
+def row(shape: Shape, prompt: int, completion: int, predicted: float, found: dict[str, float]) -> str:
+    """Of the table: bytes as predicted and what `measure` has found."""
+    assert found["weights"] == shape.weights + shape.hidden, (found, shape.weights)  # the last norm
+    predicted /= 2**20
+    return (
+        f"| {shape.weights / 1e6:.0f} | {prompt} + {completion} | {predicted:.0f} | {found['peak']:.0f} | "
+        f"{predicted / found['peak']:.2f} |"
+    )
+
+
 def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Peak MiB above the process before any model was made, in the second of two updates."""
+    """Peak MiB above the process before any model was made, in the second of two updates; float32 weights, and with `bf16`
+    under autocast."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     import camopd.trainer  # noqa: F401 - its libraries take memory, too
 
@@ -114,18 +131,31 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(0)
     before = reset_peak()
     shape = Shape(**job["shape"])
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied, max_position_embeddings=8192, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config).eval().requires_grad_(False)
-    lengths = {"prompt": job["prompt"], "tokens": job["completion"], "rows": 1, "steps": 2}
+    student, teacher = make_llama(shape), make_llama(shape).eval().requires_grad_(False)
+    lengths = {
+        "prompt": job["prompt"],
+        "tokens": job["completion"],
+        "rows": 1,
+        "steps": 2,
+        "bf16": job.get("bf16", False),
+    }
     trainer = memory.camopd_trainer(student, teacher, tokenizer, lengths)
     return {
         "peak": memory.peaks(trainer)[1]["whole"] - before,
         "weights": sum(p.numel() for p in student.parameters()),
     }
+
+
+def make_llama(shape: Shape) -> Any:
+    """A model of that shape with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied, max_position_embeddings=16384, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 # Bytes of a weight: the weight, its gradient, its float32 master where there is one, Adam's two moments. torchao keeps a
@@ -173,7 +203,7 @@ def largest(shape: Shape, static: float, memory: float, number: int, trains_head
     room = 0.8 * memory - static  # the formula is up to 16 % low; CUDA takes some, too
     found = 0
     for tokens in range(1024, 131072 + 1, 1024):
-        needed = activations(shape, tokens, tokens, number, 32768, 2)
+        needed = activations(shape, tokens, tokens, number, GPU_TILE, GPU_COPIES)
         if not trains_head:
             needed -= 8 * shape.vocabulary * shape.hidden  # no gradient of the head
         if needed > room:

@@ -2,9 +2,10 @@
 
     python benchmarks/scaling.py
 
-Measures all but the rollout of a step (scores, selection, forward and backward) on a small model with scripted completions
-of log-normal length, while prompts, lengths and processes (CPU, one thread each) grow. Then it prices the paper's run (512
-prompts a step, 8B student, 32 GPUs) with a sum whose terms are marked *measured* (in this repository) or *assumed*. Writes
+Measures all but the rollout of a step (scores, selection, forward and backward) on a small model with scripted
+completions of log-normal length, while prompts, lengths and processes (CPU, one thread each) grow. Then it prices the
+paper's run (512 prompts a step, 8B student, 32 GPUs) with a sum whose terms are marked *measured* (in this repository)
+or *assumed*, and says with the model of `step_model.py` what comes of GPUs that do not wait for each other. Writes
 benchmarks/results/scaling.md.
 """
 
@@ -28,6 +29,7 @@ from measuring import (
     temporary_folder,
     write_report,
 )
+from step_model import Rates, seconds_a_step, stages
 
 
 MODEL = {
@@ -40,6 +42,10 @@ SETUPS = [
     {"prompts": 32, "median": 64, "processes": 2},
 ]
 PROMPT, CAP = 16, 1024
+# Of the paper's run, all but the first two assumed: weights, prompts, operations a second of an H100 and shares of them;
+# tokens a second that vLLM decodes for all sequences and for one, sequences at once, kept share, seconds of a weight sync.
+WEIGHTS, PROMPTS, FLOPS, TRAIN_SHARE, SCORE_SHARE = 8.19e9, 512, 989e12, 0.40, 0.50
+DECODE, ALONE, SLOTS, KEPT, SYNC = 2500, 60, 256, 0.7, 5.0
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +72,7 @@ def main(argv: list[str]) -> None:
             f"{found['train/imbalance']:.3f} |"
         )
         print(lines[-1], flush=True)
-    write_report([*lines, "", *price()], options.report)
+    write_report([*lines, "", *price(), "", *price_servers()], options.report)
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
@@ -107,10 +113,9 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
 
 def price() -> list[str]:
     """The paper's step, 512 prompts on 32 GPUs, in seconds of GPU time, term by term."""
-    weights, prompts, prompt, completion, gpus = 8.19e9, 512, 500, 6000, 32
-    kept, padding, imbalance = 0.7, 0.0, 0.03
-    flops, train_share, score_share = 989e12, 0.40, 0.50
-    decode = 2500  # tokens a second and GPU
+    weights, prompts, prompt, completion, gpus = WEIGHTS, PROMPTS, 500, 6000, 32
+    kept, padding, imbalance = KEPT, 0.0, 0.03
+    flops, train_share, score_share, decode = FLOPS, TRAIN_SHARE, SCORE_SHARE, DECODE
     rows = [
         ("prompts a step", prompts, "the paper"),
         ("tokens of a prompt, of a completion", f"{prompt}, {completion}", "assumed; the paper caps at 4096 and 32768"),
@@ -155,6 +160,57 @@ def price() -> list[str]:
         "about 7 hours for 120 steps on 32 H100, 210 s a step, without saying how long completions were: in this sum the",
         "rollout waits for no straggler, and with a few completions at the cap it would take as long as those do (32,768 "
         "tokens at 60 a second are 546 s). **No term of this table has been measured on a GPU.**",
+    ]
+
+
+def price_servers() -> list[str]:
+    """The same step with GPUs that roll out, score or train, as configs/medical.yaml has them, by the model of a step."""
+    lengths = {"all of 6,000": [6000] * PROMPTS, "log-normal": log_normal_lengths(PROMPTS, 3640, 32768)}
+    forward, trained = (
+        FLOPS * SCORE_SHARE / (2 * WEIGHTS),
+        FLOPS * TRAIN_SHARE / (8 * WEIGHTS),
+    )  # tokens a second and GPU
+
+    def cells(rollout: int, teacher: int, train: int, kept: float, lag: int, streaming: bool) -> str:
+        rates = Rates(rollout, SLOTS, ALONE, DECODE, teacher * forward, train * forward, train * trained)
+        found = []
+        for completions in lengths.values():
+            step = stages([500] * PROMPTS, completions, kept, rates, streaming, idle_trainer=streaming and not lag)
+            seconds = seconds_a_step([step], SYNC, lag, streaming)
+            found.append(
+                f"{step.rollout:.0f} | {max(step.teacher, step.student):.0f} | {step.train:.0f} | {seconds:.0f}"
+            )
+        return " | ".join(found)
+
+    rows = (
+        ("one after the other, selection off", 8, 8, 16, 1.0, 0, False),
+        ("one after the other", 8, 8, 16, KEPT, 0, False),
+        ("streaming", 8, 8, 16, KEPT, 0, True),
+        ("one step ahead", 8, 8, 16, KEPT, 1, False),
+        ("one step ahead, streaming", 8, 8, 16, KEPT, 1, True),
+        ("the same, 12 roll out, 4 score", 12, 4, 16, KEPT, 1, True),
+        ("the same, 20 roll out, 4 score, 8 train", 20, 4, 8, KEPT, 1, True),
+    )
+    longest, mean = max(lengths["log-normal"]), sum(lengths["log-normal"]) / PROMPTS
+    columns = " | ".join(f"{what} ({name})" for name in lengths for what in ("rollout", "then score", "train", "step"))
+    return [
+        "## The same with servers, and what is left when nobody waits",
+        "",
+        "16 GPUs train, 8 roll out and 8 score, as in configs/medical.yaml; the model of `benchmarks/step_model.py`, with",
+        f"the rates above and, *assumed*: {ALONE} tokens a second of a sequence alone, {SLOTS} sequences a server at once,",
+        f"{SYNC:.0f} s a weight sync. Lengths are *assumed*, too: all 6,000 tokens, or log-normal (sigma 1, median 3,640,",
+        f"cut at the paper's 32,768; mean {mean:,.0f}). Seconds; selection keeps {KEPT} of the tokens. *Then score* is",
+        "what is left of scoring when the last completion is there.",
+        "",
+        f"| | {columns} |",
+        "|---" * (1 + 4 * len(lengths)) + "|",
+        *(f"| {name} | {cells(*settings)} |" for name, *settings in rows),
+        "",
+        "One step ahead hides scoring and training behind the rollout, or the other way round; nothing hides the longest",
+        f"completion, which alone takes {longest / ALONE:.0f} s here, whatever the number of servers: then a step ahead",
+        "and streaming bring little, and shorter completions (`max_completion_length`) bring most.",
+        "**No rate of this table has been measured on a GPU**; `benchmarks/step_model.py` holds the model to the",
+        "metrics.jsonl of real runs.",
     ]
 
 

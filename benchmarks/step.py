@@ -12,7 +12,7 @@ is measured in a process of its own, once. Three workloads:
     generation   completions that the student really writes, with transformers
 
 With `--server`, the URL of a vLLM server with the teacher, `lengths` gets camopd and TRL's experimental server trainer
-on it as well. On a GPU everything runs in bfloat16 there. Writes benchmarks/results/step.md.
+on it as well. On a GPU everything runs under bfloat16 autocast. Writes benchmarks/results/step.md.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     on_gpu = torch.cuda.is_available()
     size = (ON_GPU if on_gpu else ON_CPU) | job["sizes"]
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    bf16 = job.get("bf16", on_gpu)  # autocast: weights of 16 bits without masters would be refused
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     workload, settings = job["workload"], job["settings"]
     server = settings == "server" or (isinstance(settings, dict) and "server" in settings)
-    student = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
-    teacher = None if server else AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+    student = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    teacher = None if server else AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():  # another model than the teacher
         for parameter in student.parameters():
@@ -134,7 +134,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     common = {
         "output_dir": temporary_folder(), "per_device_train_batch_size": size["batch"], "max_completion_length": cap,
         "learning_rate": 1e-6, "lr_scheduler_type": "constant", "max_steps": 1 + job["steps"], "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "bf16": on_gpu, "use_cpu": not on_gpu, "shuffle_dataset": False,
+        "report_to": "none", "disable_tqdm": True, "bf16": bf16, "use_cpu": not on_gpu, "shuffle_dataset": False,
         "logging_steps": 1000,
     }  # fmt: skip
     texts = prompts_of(workload, num_prompts * (1 + job["steps"]), tokenizer)
@@ -217,6 +217,7 @@ class Clock:
         return self.generated if self.sampler is None else self.sampler.drawn
 
     def begin(self):
+        wait_for_gpu()
         self.start_memory = reset_peak()
         self.generation = 0.0
         # Recomputation of checkpointed layers does not pass the backbone's own forward.
@@ -227,6 +228,7 @@ class Clock:
         self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
     def end(self):
+        wait_for_gpu()
         seconds, cpu = time.perf_counter() - self.started, time.process_time() - self.cpu_started
         self.steps.append(
             {
@@ -240,6 +242,14 @@ class Clock:
                 **self.counts,
             }
         )
+
+
+def wait_for_gpu() -> None:
+    """Until it has done what it was given; nothing without one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def prompts_of(workload: str, count: int, tokenizer) -> Any:

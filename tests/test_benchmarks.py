@@ -5,7 +5,9 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +22,13 @@ sys.path.insert(0, str(BENCHMARKS))
 import bf16_weights  # noqa: E402
 import coser_stream  # noqa: E402
 import diagnostics  # noqa: E402
+import gpu  # noqa: E402
 import measuring  # noqa: E402
 import memory  # noqa: E402
 import memory_formula  # noqa: E402
 import scaling  # noqa: E402
 import step  # noqa: E402
+import step_model  # noqa: E402
 import teacher_scoring  # noqa: E402
 
 
@@ -134,6 +138,22 @@ def test_scaling_prices_the_papers_step(tmp_path, monkeypatch):
     for seconds, name in ((score, "time/score"), (train, "time/train")):  # of three steps after one
         assert len(steps) == 4 and seconds == round(statistics.median(step[name] for step in steps[1:]), 2)
     assert "## The paper's step, priced" in (tmp_path / "report.md").read_text()
+    priced = scaling.price_servers()
+    step_of = {line.split(" | ")[0].strip("| "): [int(cell) for cell in line.strip("| ").split(" | ")[1:]][3::4]
+               for line in priced if re.match(r"\| [a-z]", line)}  # fmt: skip
+    waiting, ahead = step_of["one after the other"], step_of["one step ahead"]
+    assert all(one < other for one, other in zip(ahead, waiting, strict=True))
+    assert any("No rate of this table has been measured on a GPU" in line for line in priced)
+
+
+def test_scaling_prices_a_step_without_servers_that_wait_as_by_hand():
+    """512 completions of 6,000 tokens on 8 GPUs at 2,500 a second, 16 that train 0.7 of all tokens at 0.4 of the peak."""
+    rollout, train = 512 * 6000 / (8 * 2500), 8 * 8.19e9 * 0.7 * 512 * 6500 / (16 * 0.4 * 989e12)
+    teacher = 2 * 8.19e9 * 512 * 6500 / (8 * 0.5 * 989e12)
+    (line,) = [line for line in scaling.price_servers() if line.startswith("| one after the other |")]
+    found = [int(cell) for cell in line.strip("| ").split(" | ")[1:5]]
+    assert found == [round(each) for each in (rollout, teacher, train, rollout + teacher + train + scaling.SYNC)]
+    assert scaling.seconds_a_step is step_model.seconds_a_step
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):
@@ -196,6 +216,74 @@ def test_teacher_scoring_on_both_transports_and_in_replay(tiny, tmp_path, monkey
     sizes = ["--real-sequences", "3", "--real-tokens", "20", "60", "--sequences", "2", "--tokens", "64"]
     teacher_scoring.main(["--rounds", "1", *sizes, "--model", str(tiny), "--report", str(report)])
     assert report.read_text().count("| camopd compact |") == 3
+
+
+def test_gpu_adds_what_a_part_finds_as_it_comes_and_goes_on_after_failures(tmp_path, monkeypatch):
+    """Of three parts the first fails in the middle, the second hangs with a process of its own, and the third is well."""
+    script = tmp_path / "part.py"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        "name = sys.argv[2]\n"
+        "print('found by', name, flush=True)\n"
+        "if name == 'machine': sys.exit('the reason')\n"
+        "if name == 'tests': subprocess.run(['sleep', '60'])\n"
+    )
+    report = tmp_path / "new" / "gpu.md"
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "SECONDS", {"machine": 0.5, "tests": 0.5, "memory": 60})
+    monkeypatch.delenv(gpu.DRY, raising=False)
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match=r"failed: machine, tests; see .*gpu\.md"):
+        gpu.main(["--report", str(report)])
+    assert time.monotonic() - started < 30
+    text = report.read_text()
+    for part in gpu.SECONDS:
+        assert f"found by {part}" in text
+    assert "the reason" in text and "**machine has failed: exit status 1**" in text
+    assert re.search(r"\*\*tests has failed: it had no more than \d s\*\*", text)
+    assert "memory has failed" not in text and "1 of 3 parts" in text
+
+
+def test_gpu_counts_the_operations_of_a_forward():
+    """By torch's own count, of a model whose heads are as wide as its hidden state, without the mask of the attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = memory_formula.Shape(2, 32, 64, 4, 2, 8, 64, True)
+    model = memory_formula.make_llama(shape)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(10)[None], use_cache=False)
+    square = 4 * shape.layers * shape.heads * shape.head_dim * 10 * 10
+    causal = 4 * shape.layers * shape.heads * shape.head_dim * 10 * 11 / 2
+    norms = 2 * shape.layers * 2 * shape.hidden * 10  # which count as weights, and are no products of matrices
+    rotation = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0) - square
+    assert counter.get_total_flops() - rotation == gpu.forward_operations(shape, [10], 0) - causal + square - norms
+
+
+def test_gpu_budget_of_all_parts_is_within_ten_minutes():
+    assert set(gpu.SECONDS) == set(gpu.PARTS) and sum(gpu.SECONDS.values()) < 600
+
+
+def test_gpu_wheels_are_of_versions_that_are_tested():
+    names = re.search(r'^names="(.*)"$', (BENCHMARKS / "gpu_wheels.sh").read_text(), re.M)[1].split()
+    pins = dict(re.findall(r"^([\w-]+)==(.+)$", (BENCHMARKS.parent / "constraints.txt").read_text(), re.M))
+    assert "trl" in names and not set(names) - set(pins)
+
+
+@pytest.mark.slow  # all its parts, each in processes of their own
+def test_gpu_goes_through_all_parts_on_a_cpu(tmp_path):
+    report = tmp_path / "gpu.md"
+    settings = {"PYTHON": sys.executable, "WHEELS": "", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), "--dry-run", "--report", str(report)]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+    text = report.read_text()
+    assert done.returncode == 0, text[-4000:] + done.stderr[-2000:]
+    assert "A dry run on a CPU with tiny sizes: no number here is of a GPU" in text
+    assert "5 of 5 parts" in text and "failed" not in text.lower()
+    tests = len(re.findall(r"^\| test_.* \| passed \|$", text, re.M))
+    assert f" {tests} passed" in f" {text}" and tests >= 19
+    for name in gpu.CONTENDERS:
+        assert cells(report, name)[0] > 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,330 @@
+"""What only a GPU shows, held to the CPU's numbers: Triton's head, flex attention, bfloat16, teachers that move,
+rounding.
+
+Run by `benchmarks/gpu.sh`. With CAMOPD_GPU_DRY_RUN=1 everything goes on the CPU, where it proves only that it runs.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+from conftest import LOGP, LOSS, make_model, make_prompts, rounding
+from plain_logits import (
+    SIZES,
+    assert_rows_match,
+    assert_same_gradients,
+    gather,
+    gradients,
+    make_gemma2,
+    make_phi,
+    make_rows,
+    pad,
+    targets,
+    weighted_sum,
+)
+from trainers import lines, make_trainer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from camopd import logprobs
+from camopd.logprobs import check_logps, completion_logps
+from camopd.masters import round_alike
+from camopd.packing import wants_packing
+from camopd.teachers.local import LocalTeacher
+
+
+pytestmark = pytest.mark.gpu
+DRY = os.environ.get("CAMOPD_GPU_DRY_RUN") == "1"
+BF16 = torch.finfo(torch.bfloat16).eps / 2  # rounding of a number of 1
+
+
+@pytest.fixture
+def device():
+    if not DRY and not torch.cuda.is_available():
+        pytest.fail("torch finds no GPU here; CAMOPD_GPU_DRY_RUN=1 runs these tests on the CPU")
+    return torch.device("cpu" if DRY else "cuda")
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Of a dry run: none, which takes minutes on a CPU."""
+    if DRY:
+        monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda inner: inner))
+
+
+def make_wide(implementation="sdpa"):
+    """Heads of 64, which flex attention's Triton kernel takes, and a vocabulary of more than one of its blocks of 1024."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": 1500, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, head_dim=64)).eval()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+# As in conftest, of `make_wide`: in each of two layers norms of 128, projections of 128 and 64, heads of 64 and some
+# 20 tokens; a norm, a head of 128 and a softmax of 1500.
+WIDE_FORWARD = 2 * (2 * 128 + 4 * 128 + 64 + 64 + 20) + 128 + 128 + 1500
+WIDE_LOGP = rounding(12, WIDE_FORWARD)
+
+
+def scored(model, rows, **how):
+    """Log-probs and entropies on the CPU, and the gradients of a loss of them."""
+    logps, entropy = completion_logps(model, *rows, pad_token_id=0, with_entropy=True, **how)
+    found = gradients(model, weighted_sum(logps))
+    return logps.detach().cpu(), entropy.cpu(), {name: gradient.cpu() for name, gradient in found.items()}
+
+
+def plain(model, token_ids, prompt_lens, dtype=torch.float32):
+    """log_softmax in `dtype` of the logits that predict each row's completion: [(T_i, V)]."""
+    device = model.get_input_embeddings().weight.device
+    full = []
+    for ids, start in zip(token_ids, prompt_lens, strict=True):
+        logits = model(torch.tensor([ids], device=device)).logits[0]
+        full.append(logits[start - 1 : len(ids) - 1].to(dtype).log_softmax(dim=-1))
+    return full
+
+
+def plain_logps(model, rows, dtype=torch.float32):
+    full = plain(model, *rows, dtype)
+    return gather(full, [ids.to(row.device) for ids, row in zip(targets(*rows), full, strict=True)])
+
+
+# --------------------------------------------------------------------------------------------------------- one forward
+
+
+@pytest.mark.parametrize("make", [lambda: make_model(1), make_wide], ids=["tiny", "wide"])
+def test_float32_log_probs_and_gradients_are_those_of_the_cpu(make, device):
+    model = make()
+    rows = make_rows(model.config.vocab_size)
+    tolerance = max(LOGP, WIDE_LOGP)
+    expected, here = scored(model, rows), scored(copy.deepcopy(model).to(device), rows)
+    for one, other in zip(here[:2], expected[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+    assert_same_gradients(here[2], expected[2])
+
+
+@pytest.mark.parametrize("make", [make_gemma2, make_phi, make_wide], ids=["soft cap", "bias", "llama"])
+def test_chunked_head_equals_plain_logits(make, device, monkeypatch):
+    """With tiles that end inside the vocabulary and inside the tokens."""
+    from trl.kernels import chunked_logprob
+
+    for name in ("VOCAB_CHUNK", "CPU_VOCAB_CHUNK"):
+        monkeypatch.setattr(logprobs, name, 24)
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 5)
+    torch.manual_seed(0)
+    model = make().eval().to(device)
+    rows = make_rows(model.config.vocab_size)
+    logps, entropy = completion_logps(model, *rows, pad_token_id=0, with_entropy=True)
+    expected = plain_logps(model, rows)
+    assert_rows_match(logps, expected, WIDE_LOGP)
+    assert_rows_match(entropy, [-(row.exp() * row).sum(dim=-1).detach() for row in plain(model, *rows)], WIDE_LOGP)
+    ours, theirs = gradients(model, weighted_sum(logps)), gradients(model, weighted_sum(pad(expected)))
+    assert_same_gradients(ours, theirs)
+
+
+def test_chunked_head_equals_plain_logits_beyond_a_tile_of_either_side(device):
+    """More tokens than one tile has, and more vocabulary: the sizes at which a GPU's kernel loops."""
+    tokens, vocab = (70, 300) if DRY else (5000, 40_000)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": vocab, "max_position_embeddings": tokens + 8}))
+    model = model.eval().to(device)
+    rows = make_rows(vocab, [(3, tokens), (2, 9)])
+    with torch.no_grad():
+        logps, _ = completion_logps(model, *rows, pad_token_id=0)
+        assert_rows_match(logps, plain_logps(model, rows), rounding(15, 750 + tokens + vocab))
+
+
+def bf16_bound(model):
+    """How far log-probs in bfloat16 may lie from exact ones, on average, in nats.
+
+    Each layer rounds to bfloat16 some 15 times on the way of the residual stream (two norms, seven projections, the
+    rotation, weights and sum of the attention, the activation and its product, two residual sums), the rest twice (a
+    norm, the logits). Independent errors of u add up to the root of their number, relative to the hidden state; they
+    know nothing of the head, so that a logit errs by as much of a usual one (the root of the mean square). A log-prob
+    carries its logit's error and that of the sum of all.
+    """
+    exact, vocab = copy.deepcopy(model).cpu().double(), model.config.vocab_size
+    with torch.no_grad():
+        logits = torch.cat([exact(torch.tensor([ids])).logits[0] for ids in make_rows(vocab)[0]])
+    return 2 * BF16 * (15 * model.config.num_hidden_layers + 2) ** 0.5 * float(logits.pow(2).mean().sqrt())
+
+
+def test_bf16_log_probs_are_as_near_to_exact_ones_as_bf16_is(device):
+    model = make_wide().to(torch.bfloat16)
+    rows = make_rows(1500)
+    bound, exact = bf16_bound(model), copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected = torch.cat(plain_logps(exact, rows, torch.float64))
+        model = model.to(device)
+        logps, entropy = completion_logps(model, *rows, pad_token_id=0, with_entropy=True)
+    found = torch.cat([row[: len(ids)] for row, ids in zip(logps, targets(*rows), strict=True)]).double().cpu()
+    assert logps.dtype == entropy.dtype == torch.float32
+    assert (found - expected).abs().mean() <= bound
+    assert (found.roll(1) - expected).abs().mean() > bound  # it tells tokens apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_pass_the_check_that_a_run_makes_before_its_first_rollout(dtype, device):
+    model = make_wide().to(device, dtype)
+    difference = check_logps(
+        "it", lambda ids, lens: completion_logps(model, ids, lens, pad_token_id=0)[0], model, model
+    )
+    # The largest of a dozen: of errors whose mean is within the bound, none is ten times as large.
+    assert difference < (WIDE_LOGP if dtype == torch.float32 else 2 * 10 * bf16_bound(model))
+
+
+# -------------------------------------------------------------------------------------------------------- padding-free
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_free_flex_attention_equals_padded_rows(dtype, device, compiler):
+    model = make_wide().to(device, dtype)
+    rows = make_rows(1500)
+    with torch.set_grad_enabled(not DRY):  # on a CPU flex attention has no backward
+        padded = completion_logps(model, *rows, pad_token_id=0)[0]
+        expected = gradients(model, weighted_sum(padded)) if not DRY else {}
+        model.set_attn_implementation("flex_attention")
+        assert wants_packing(model, None)
+        packed = completion_logps(model, *rows, pad_token_id=0, padding_free=True)[0]
+    if dtype == torch.float32:
+        torch.testing.assert_close(packed, padded, rtol=0, atol=WIDE_LOGP)
+        if not DRY:
+            assert_same_gradients(gradients(model, weighted_sum(packed)), expected)
+    else:
+        assert (packed - padded).abs().sum() / (padded != 0).sum() < 2 * bf16_bound(model)  # either is off by one
+        for name, gradient in gradients(model, weighted_sum(packed)).items() if not DRY else ():
+            assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.99
+
+
+# ------------------------------------------------------------------------------------------------------------ teachers
+
+
+def test_teacher_is_on_the_gpu_while_it_scores_only(device):
+    teacher = make_model(2)
+    rows = make_rows(len(teacher.get_input_embeddings().weight))
+    expected = plain_logps(teacher, rows)
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    local = LocalTeacher(teacher, "teacher", device, batch_size=3)
+    seen = []
+    teacher.model.register_forward_pre_hook(lambda *_: seen.append(next(teacher.parameters()).device.type))
+    scores = local.score(*rows)
+    assert set(seen) == {device.type}
+    assert next(teacher.parameters()).device.type == "cpu" and local.rests_on_cpu == on_gpu
+    for score, logps in zip(scores, expected, strict=True):
+        assert score.logps.device.type == "cpu"
+        torch.testing.assert_close(score.logps, logps.detach(), rtol=0, atol=LOGP)
+    assert not on_gpu or torch.cuda.memory_allocated() == before
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+
+
+def test_weights_rounded_at_random_go_where_float32_ones_go(device, compiler):
+    """As on the CPU in test_masters.py: on average over many weights, by steps far below bfloat16's spacing at 1."""
+    from torchao.optim import AdamW8bit
+
+    ends = {}
+    for name, dtype in (("float32", torch.float32), ("random", torch.bfloat16)):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.ones(256, 256, dtype=dtype, device=device))
+        optimizer = AdamW8bit([param], lr=2e-6, weight_decay=0.0, bf16_stochastic_round=name == "random")
+        for step in range(50):
+            noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+            param.grad = (noise + 1).to(device, dtype)
+            optimizer.step()
+        ends[name] = param.detach().double().cpu()
+    way = 1 - ends["float32"].mean().item()
+    deviation = (way * 2**-8 / 256**2) ** 0.5  # a weight is one spacing below with probability way / spacing
+    assert 1 - ends["random"].mean().item() == pytest.approx(way, abs=5 * deviation)
+    assert way > 10 * deviation
+
+
+def test_rounding_follows_from_the_seed_alone(device, compiler):
+    from torchao.optim import AdamW8bit
+
+    ends = []
+    for other in (1, 2):  # as on two ranks, which draw different rollouts
+        param = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
+        optimizer = AdamW8bit([param], lr=1e-3, bf16_stochastic_round=True)
+        round_alike(optimizer, device, lambda: 5)
+        param.grad = torch.ones_like(param)
+        torch.manual_seed(other)
+        expected = torch.rand(3, device=device)
+        torch.manual_seed(other)
+        optimizer.step()
+        assert torch.equal(torch.rand(3, device=device), expected)
+        ends.append(param.detach().clone())
+    assert torch.equal(*ends) and len(ends[0].unique()) == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
+
+
+class FromCpu:
+    """A sampler that hands out the same completions on every device, in the place of TRL's `VLLMGeneration`."""
+
+    logprobs = None
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, **_):
+        generator = torch.Generator().manual_seed(len(prompts))
+        rows = [torch.randint(4, 40, (6,), generator=generator).tolist() for _ in prompts]
+        return prompts, rows, [[[-3.0]] * 6 for _ in rows], None
+
+
+def run(folder, tokenizer, device, **settings):
+    """Of a run with these completions: the lines of its metrics."""
+    data = {branch: make_prompts(branch) for branch in ("general", "domain")}
+    trainer = make_trainer(
+        folder, tokenizer, train_dataset=data, use_cpu=device.type == "cpu", importance_sampling_mode="none",
+        teachers={"general": make_model(2), "domain": make_model(3)}, **settings,
+    )  # fmt: skip
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FromCpu(), -1
+    trainer.args.guards["log_ratio"] = None  # these log-probs are of no model
+    trainer.train()
+    return lines(folder)
+
+
+def test_run_in_float32_has_the_losses_of_the_cpu(device, tmp_path, tokenizer):
+    """Of both branches, from one start: with a learning rate of 1e-6 the weights of the second step are the first's."""
+    here, there = (
+        run(tmp_path / name, tokenizer, where, max_steps=2, learning_rate=1e-6, schedule="general:1,domain:1")
+        for name, where in (("here", device), ("cpu", torch.device("cpu")))
+    )
+    assert {line["branch"] for line in here} == {"general", "domain"}
+    for one, other in zip(here, there, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=10 * LOSS)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * LOSS)
+        branch = one["branch"]
+        for name in (f"selection/{branch}/kept_fraction", "train/tokens"):
+            assert one[name] == other[name]
+
+
+def test_run_in_bf16_trains_and_rolls_out_by_itself(device, tmp_path, tokenizer):
+    """With checkpointing, engine's log-probs from transformers' own generation, and teachers that move."""
+    trainer = make_trainer(
+        tmp_path, tokenizer, use_cpu=device.type == "cpu", bf16=True, gradient_checkpointing=True, max_steps=3,
+        teachers={"general": make_model(2), "domain": make_model(3)},
+    )  # fmt: skip
+    trainer.train()
+    steps = lines(tmp_path)
+    assert len(steps) == 3 and all(line["train/tokens"] > 0 and line["grad_norm"] > 0 for line in steps)
+    bound = 2 * bf16_bound(make_model(1))  # the sampler's log-probs are off by one, and the trainer's
+    assert all(line["importance/log_ratio"] < bound for line in steps)
+
+
+def test_run_that_stops_draws_on_the_same_numbers(device, tmp_path, tokenizer):
+    """The state of the GPU's random numbers is part of a checkpoint: step 3 has the same completions."""
+    drawn = []
+    for folder in ("whole", "parted"):
+        trainer = make_trainer(
+            tmp_path / folder, tokenizer, use_cpu=device.type == "cpu", save_strategy="steps", save_steps=2,
+            max_steps=3, learning_rate=1e-4,
+        )  # fmt: skip
+        resume = str(tmp_path / "whole" / "checkpoint-2") if folder == "parted" else None
+        trainer.train(resume_from_checkpoint=resume)
+        drawn.append([sample.token_ids for sample in trainer.step.samples])
+    assert drawn[0] == drawn[1] and any(drawn[0])
