@@ -256,7 +256,7 @@ def throughput(deadline: float) -> Lines:
     torch.manual_seed(0)
     with device:
         model = memory_formula.make_llama(shape).to(torch.bfloat16)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     failures = Failures()
     # Of flex attention there is no backward on a CPU.
     for attention, packed in (("sdpa", False), ("sdpa" if is_dry() else "flex_attention", True)):

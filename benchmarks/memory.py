@@ -132,8 +132,11 @@ def peaks(trainer: Any) -> list[dict[str, float]]:
 
 
 def settings(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     return {
         "output_dir": temporary_folder(), "bf16": job.get("bf16", False), "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": True, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1000,
         "max_steps": job.get("steps", 1), "per_device_train_batch_size": job["rows"],
         "max_completion_length": job["tokens"],

@@ -56,7 +56,7 @@ def assert_same_gradients(actual, expected):
 
 def weighted_sum(padded):
     """A loss that gives every token another gradient."""
-    weights = torch.linspace(-1, 1, padded.numel()).view(padded.shape)
+    weights = torch.linspace(-1, 1, padded.numel(), device=padded.device).view(padded.shape)
     return (weights * padded).sum()
 
 

@@ -180,20 +180,28 @@ def test_log_probs_pass_the_check_that_a_run_makes_before_its_first_rollout(dtyp
 def test_padding_free_flex_attention_equals_padded_rows(dtype, device, compiler):
     model = make_wide().to(device, dtype)
     rows = make_rows(1500)
-    with torch.set_grad_enabled(not DRY):  # on a CPU flex attention has no backward
-        padded = completion_logps(model, *rows, pad_token_id=0)[0]
-        expected = gradients(model, weighted_sum(padded)) if not DRY else {}
-        model.set_attn_implementation("flex_attention")
-        assert wants_packing(model, None)
+    padded = completion_logps(model, *rows, pad_token_id=0)[0]
+    expected = gradients(model, weighted_sum(padded))
+    model.set_attn_implementation("flex_attention")
+    assert wants_packing(model, None)
+    with torch.no_grad():
         packed = completion_logps(model, *rows, pad_token_id=0, padding_free=True)[0]
+    if DRY:  # on a CPU flex attention has no backward
+        model.set_attn_implementation("sdpa")
+    found = gradients(model, weighted_sum(completion_logps(model, *rows, pad_token_id=0, padding_free=True)[0]))
     if dtype == torch.float32:
-        torch.testing.assert_close(packed, padded, rtol=0, atol=WIDE_LOGP)
-        if not DRY:
-            assert_same_gradients(gradients(model, weighted_sum(packed)), expected)
-    else:
-        assert (packed - padded).abs().sum() / (padded != 0).sum() < 2 * bf16_bound(model)  # either is off by one
-        for name, gradient in gradients(model, weighted_sum(packed)).items() if not DRY else ():
-            assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.99
+        torch.testing.assert_close(packed, padded.detach(), rtol=0, atol=WIDE_LOGP)
+        assert_same_gradients(found, expected)
+        return
+    assert (packed - padded).abs().sum() / (padded != 0).sum() < 2 * bf16_bound(model)  # either is off by one
+    exact_model = copy.deepcopy(model).cpu().double()
+    exact_model.set_attn_implementation("sdpa")
+    exact = gradients(exact_model, weighted_sum(pad(plain_logps(exact_model, rows, torch.float64))))
+    one, other = (
+        sum(float((grads[name].double().cpu() - exact[name]).pow(2).sum()) for name in exact) ** 0.5
+        for grads in (found, expected)
+    )
+    assert one < 2 * other  # both round alike, at other places
 
 
 # ------------------------------------------------------------------------------------------------------------ teachers
@@ -204,8 +212,9 @@ def test_teacher_is_on_the_gpu_while_it_scores_only(device):
     rows = make_rows(len(teacher.get_input_embeddings().weight))
     expected = plain_logps(teacher, rows)
     on_gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
     local = LocalTeacher(teacher, "teacher", device, batch_size=3)
+    local.score(*rows)  # what libraries keep for themselves is there from now on
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     seen = []
     teacher.model.register_forward_pre_hook(lambda *_: seen.append(next(teacher.parameters()).device.type))
     scores = local.score(*rows)
@@ -307,7 +316,7 @@ def test_run_in_bf16_trains_and_rolls_out_by_itself(device, tmp_path, tokenizer)
     """With checkpointing, engine's log-probs from transformers' own generation, and teachers that move."""
     trainer = make_trainer(
         tmp_path, tokenizer, use_cpu=device.type == "cpu", bf16=True, gradient_checkpointing=True, max_steps=3,
-        teachers={"general": make_model(2), "domain": make_model(3)},
+        student_logps="engine", teachers={"general": make_model(2), "domain": make_model(3)},
     )  # fmt: skip
     trainer.train()
     steps = lines(tmp_path)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -69,6 +69,7 @@ def test_steps_one_after_the_other_and_one_ahead_by_hand():
 # ---------------------------------------------------------------------------------------------------------- properties
 
 
+@settings(max_examples=40, deadline=None)
 @given(STEPS, SECONDS)
 def test_step_ahead_takes_the_longest_stage_at_least_and_all_of_them_at_most(steps, sync):
     after, ahead = ends(steps, sync), ends(steps, sync, lag=1)
@@ -82,12 +83,14 @@ def test_step_ahead_takes_the_longest_stage_at_least_and_all_of_them_at_most(ste
     assert sorted(ahead) == ahead
 
 
+@settings(max_examples=40, deadline=None)
 @given(STEPS, SECONDS, st.sampled_from([0, 1]))
 def test_step_is_never_longer_with_streaming(steps, sync, lag):
     plain, streamed = ends(steps, sync, lag), ends(steps, sync, lag, streaming=True)
     assert all(one <= other + 1e-9 * (1 + other) for one, other in zip(streamed, plain, strict=True))
 
 
+@settings(max_examples=40, deadline=None)
 @given(LENGTHS, RATES)
 def test_finish_times_are_never_later_with_more_servers(lengths, rates):
     few, more = finish_times(lengths, rates), finish_times(lengths, rates._replace(servers=rates.servers + 1))
@@ -96,6 +99,7 @@ def test_finish_times_are_never_later_with_more_servers(lengths, rates):
     assert max(few) >= sum(lengths) / (rates.servers * rates.server) * (1 - 1e-9)  # nothing is decoded for free
 
 
+@settings(max_examples=40, deadline=None)
 @given(LENGTHS, RATES, st.floats(0, 1))
 def test_stages_with_more_servers_or_streaming_or_fewer_kept_are_never_longer(lengths, rates, kept):
     prompts = [7] * len(lengths)
@@ -112,6 +116,7 @@ def test_stages_with_more_servers_or_streaming_or_fewer_kept_are_never_longer(le
         assert whole(kept, more, streaming) <= whole(kept, rates, streaming) + close
 
 
+@settings(max_examples=40, deadline=None)
 @given(LENGTHS, RATES)
 def test_stages_with_streaming_hide_all_but_what_comes_last(lengths, rates):
     """What is left when the last completion is there is at most all, and at least the last one itself."""
