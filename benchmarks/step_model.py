@@ -131,45 +131,51 @@ def seconds_a_step(steps: Sequence[Stages], sync: float = 0.0, lag: int = 0, str
 # run
 
 
-def of_run(metrics: Path, skip: int = 1) -> list[Stages]:
-    """What the steps of a run have taken, but the first `skip`, which warm up.
-
-    Scoring is one number there, the student's beside the teachers'. Raises `ValueError` for a file without two such
-    steps.
-    """
+def steps_of(metrics: Path, skip: int) -> list[dict[str, float]]:
+    """The lines of a run's steps but the first `skip`, which warm up. Raises `ValueError` where not two are left."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if "time/train" in line][skip:]
     if len(lines) < 2:
         raise ValueError(f"{metrics} has {len(lines)} steps after the first {skip}; at least 2 are needed")
-    return [Stages(line["time/rollout"], 0.0, line["time/score"], line["time/train"]) for line in lines]
+    return lines
 
 
-def measured(steps: Sequence[Stages]) -> float:
-    """The mean of the same steps that `seconds_a_step` speaks of, one after the other."""
-    return sum(map(sum, steps[1:])) / (len(steps) - 1)
+def of_run(metrics: Path, skip: int = 1) -> list[Stages]:
+    """What the steps of a run have taken. Scoring is one number there, the student's beside the teachers'; a rollout is
+    what the servers took to write, where that is not what the trainer waited for it."""
+    return [
+        Stages(line.get("time/rollout/writing", line["time/rollout"]), 0.0, line["time/score"], line["time/train"])
+        for line in steps_of(metrics, skip)
+    ]
+
+
+def measured(metrics: Path, skip: int = 1) -> float:
+    """The mean of the same steps that `seconds_a_step` speaks of: what the trainer waited, scored and trained."""
+    lines = steps_of(metrics, skip)[1:]
+    return sum(line[f"time/{name}"] for line in lines for name in ("rollout", "score", "train")) / len(lines)
 
 
 def compare(run: Path, against: Path | None, sync: float, skip: int) -> list[str]:
     """Of a run without lag: what a step takes, would take one step ahead, and has taken in another run."""
     steps = of_run(run, skip)
-    means = [math.fsum(column) / len(steps) for column in zip(*steps, strict=True)]
-    rollout, _, score, train = means
+    rollout, _, score, train = (math.fsum(column) / len(steps) for column in zip(*steps, strict=True))
     ahead = seconds_a_step(steps, sync, lag=1)
     rows = [
         f"{len(steps)} steps of {run}: rollout {rollout:.2f} s, score {score:.2f} s, train {train:.2f} s",
         "",
         "| | seconds a step |",
         "|---|---|",
-        f"| one after the other, measured | {measured(steps):.2f} |",
+        f"| one after the other, measured | {measured(run, skip):.2f} |",
         f"| one step ahead, predicted | {ahead:.2f} |",
         f"| the longer of rollout, score + train | {max(rollout, score + train):.2f} |",
     ]
     if against is not None:
-        lagged = measured(of_run(against, skip))
+        found, own = measured(against, skip), seconds_a_step(of_run(against, skip), sync, lag=1)
         rows += [
-            f"| one step ahead, measured in {against} | {lagged:.2f} |",
+            f"| one step ahead, measured in {against} | {found:.2f} |",
+            f"| the same, predicted from its own stages | {own:.2f} |",
             "",
-            f"measured / predicted: {lagged / ahead:.3f}",
+            f"measured / predicted: {found / ahead:.3f}; by its own stages {found / own:.3f}",
         ]
     return rows
 

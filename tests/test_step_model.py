@@ -189,25 +189,77 @@ def test_ends_are_those_of_servers_with_known_latencies(lag, streaming):
     pytest.fail(f"{found} is more than a tenth above {expected}")
 
 
-# ------------------------------------------------------------------------------------------------------------- of a
-# run
+def step_with_sleeping_servers(prompts, completions, rates, streaming):
+    """Seconds until the last completion is there, and until the teacher has scored all: every slot has a thread that sleeps
+    for a sequence's tokens, the teacher one that sleeps for those of a request."""
+    waiting, for_teacher, finished, later = queue.SimpleQueue(), queue.SimpleQueue(), [], []
+    for request in zip(prompts, completions, strict=True):
+        waiting.put(request)
+
+    def slot():
+        while True:
+            try:
+                prompt, completion = waiting.get_nowait()
+            except queue.Empty:
+                return
+            time.sleep(completion / rates.single)
+            finished.append(time.perf_counter() - started)
+            (for_teacher.put if streaming else later.append)(prompt + completion)
+
+    def teacher():
+        for _ in prompts:
+            time.sleep(for_teacher.get() / rates.teacher)
+
+    started = time.perf_counter()
+    slots = [threading.Thread(target=slot) for _ in range(rates.servers * rates.slots)]
+    scoring = threading.Thread(target=teacher)
+    for thread in [*slots, scoring]:
+        thread.start()
+    for thread in slots:
+        thread.join()
+    for tokens in later:
+        for_teacher.put(tokens)
+    scoring.join()
+    return max(finished), time.perf_counter() - started
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_stages_are_those_of_servers_with_known_latencies(streaming):
+    """Two servers of two slots each, which never slow each other down; the teacher is behind when the last one comes."""
+    rates = Rates(servers=2, slots=2, single=100, server=200, teacher=250, student=math.inf, train=1)
+    prompts, completions = [10] * 7, [5, 12, 9, 20, 7, 3, 11]
+    step = stages(prompts, completions, 1.0, rates, streaming)
+    expected = step.rollout, step.rollout + step.teacher
+    for _ in range(5):
+        found = step_with_sleeping_servers(prompts, completions, rates, streaming)
+        assert all(one >= other - 1e-3 for one, other in zip(found, expected, strict=True))
+        if all(one <= 1.1 * other for one, other in zip(found, expected, strict=True)):
+            return
+    pytest.fail(f"{found} is more than a tenth above {expected}")
+
+
+# ------------------------------------------------------------------------------------------------------------- of a run
 
 
 def write(path, rows):
-    names = ("time/rollout", "time/score", "time/train")
-    path.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows) + "\n")
+    """Lines of metrics.jsonl: rollout, score, train, and where there is a fourth what the servers took to write."""
+    names = ("time/rollout", "time/score", "time/train", "time/rollout/writing")
+    path.write_text("\n".join(json.dumps(dict(zip(names, row, strict=False))) for row in rows) + "\n")
     return path
 
 
 def test_run_without_lag_is_held_to_one_with_it(tmp_path, capsys):
-    """A warm-up and four steps; one ahead they take as long as the rollout, 10 s, of which the trainer's 7 s are a part."""
+    """A warm-up and four steps; one ahead they take as long as the rollout, 10 s, of which the trainer's 7 s are a part.
+    In the run that was one ahead, the trainer waited 4 s for what the servers took 10.5 s to write."""
     run = write(tmp_path / "run.jsonl", [(99, 99, 99), *[(10, 3, 4)] * 4])
-    lagged = write(tmp_path / "lagged.jsonl", [(99, 99, 99), *[(4, 3, 4)] * 4])
+    lagged = write(tmp_path / "lagged.jsonl", [(99, 99, 99, 99), *[(4, 3, 4, 10.5)] * 4])
     step_model.main([str(run), "--against", str(lagged)])
     printed = capsys.readouterr().out
     assert "one after the other, measured | 17.00 |" in printed
     assert "one step ahead, predicted | 10.00 |" in printed
-    assert f"measured in {lagged} | 11.00 |" in printed and "measured / predicted: 1.100" in printed
+    assert "the same, predicted from its own stages | 10.50 |" in printed
+    assert f"measured in {lagged} | 11.00 |" in printed
+    assert "measured / predicted: 1.100; by its own stages 1.048" in printed
 
 
 def test_run_of_too_few_steps_is_refused(tmp_path):
