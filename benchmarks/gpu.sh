@@ -8,11 +8,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 wheels=${WHEELS-.gpu-wheels}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+site=
 if [ -n "$wheels" ] && compgen -G "$wheels/*.whl" > /dev/null; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
-  export PYTHONPATH="$PWD:$site:${PYTHONPATH#"$PWD"}"
 fi
+export PYTHONPATH="$PWD${site:+:$site}${PYTHONPATH:+:$PYTHONPATH}"
 "$python" benchmarks/gpu.py "$@"

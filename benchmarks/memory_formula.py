@@ -131,7 +131,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(0)
     before = reset_peak()
     shape = Shape(**job["shape"])
-    student, teacher = make_llama(shape), make_llama(shape).eval().requires_grad_(False)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # where random numbers are drawn sooner
+        student, teacher = make_llama(shape), make_llama(shape).eval().requires_grad_(False)
     lengths = {
         "prompt": job["prompt"],
         "tokens": job["completion"],

@@ -123,6 +123,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     server = settings == "server" or (isinstance(settings, dict) and "server" in settings)
     student = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     teacher = None if server else AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    student.to("cuda" if on_gpu else "cpu")  # where it will be trained
     torch.manual_seed(0)
     with torch.no_grad():  # another model than the teacher
         for parameter in student.parameters():
