@@ -17,8 +17,10 @@ import yaml
 from . import atomic
 from .best import history_of_model
 from .hub import is_hub_id, public_name
+from .measured import HELD_OUT, lines_of, of_history
 from .schedule import Schedule
 from .teachers.address import ADAPTER_TEACHERS
+from .verdict import NOT_MEASURED, verdicts_of
 from .version import __version__
 
 
@@ -102,6 +104,7 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
         "bring its general abilities back and keep its domain: it wrote its own answers, and moved toward the teacher of "
         "each branch in turn, on the samples with the largest teacher-student gaps.",
         "",
+        *_recovery(facts, out),
         *_gaps(facts.history, facts.schedule.branches),
         *_training(facts, sources),
         *_use(facts.hub_model_id or model_name, facts.is_peft),
@@ -114,6 +117,24 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
+
+
+def _recovery(facts: RunFacts, out: Path) -> list[str]:
+    """The answer, in words."""
+    try:
+        lines = lines_of(out / HELD_OUT)
+    except (
+        ValueError
+    ):  # the card is written where nothing may fail any more, and the values of single prompts are extra
+        lines = []
+    found = of_history(facts.history, lines)
+    said = [f"- {verdict.text}" for verdict in verdicts_of(found, facts.step)] or [
+        f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
+    ]
+    note = ["", "Numbers are held-out gaps in nats per token, before → after training, with 95 % intervals."] * bool(
+        found
+    )
+    return ["## Did it recover?", "", *said, *note, ""]
 
 
 def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]:
@@ -145,8 +166,8 @@ def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]
             lines += ["", "The run did not measure before its first step; `eval_on_start: true` does."]
         return [*lines, ""]
     lines += [
-        "Mean of student's minus teacher's log-prob over the tokens of a training step, in nats; no held-out prompts "
-        "(`eval_prompts`) were measured, so the two steps have different ones.",
+        "Training gaps: mean of student's minus teacher's log-prob over the tokens of a training step, in nats; no "
+        "held-out prompts (`eval_prompts`) were measured, so the two steps have different ones.",
         "",
         "| branch | first step | last step |",
         "|---|---|---|",

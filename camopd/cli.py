@@ -21,6 +21,7 @@ COMMANDS = {  # each a function of its name in a module of its name
     "demo": "specialise a small real model and recover it, on two CPU cores",
     "train": "train as a YAML file says (under `accelerate launch -m camopd.cli` on several GPUs)",
     "serve": "start the teachers of a YAML file as vLLM servers",
+    "gaps": "measure a finished model's held-out gaps to the teachers of a YAML file",
     "check": "see whether the teachers of a YAML file can teach its student",
     "report": "figures of one run or several, and which of its branches is hurting",
     "sweep": "run configs x seeds one after the other, and make a table of the results",

@@ -74,6 +74,8 @@ class CaMOPDConfig(DistillationConfig):
         optimizer_moments (`str`, *optional*, defaults to `"shared"`):
             `"per_branch"` gives each branch a first moment of its own (experimental): Adam's shared one mixes the branches
             again that the schedule separates. The second moment stays shared. `update/cosine` shows the difference.
+        verbose (`bool`, *optional*, defaults to `False`):
+            Print transformers' dictionaries in place of a line per step.
         diagnostics_steps (`int`, *optional*, defaults to `10`):
             Measure how coherent the samples' gradients are once per branch every N optimizer
             steps, and how the branches' gradients lie to each other in every step; `0` measures neither. Training is the
@@ -259,6 +261,7 @@ class CaMOPDConfig(DistillationConfig):
         default="shared",
         metadata={"help": "Adam's first moment: 'shared', or 'per_branch' (experimental)."},
     )
+    verbose: bool = field(default=False, metadata={"help": "Print transformers' dictionaries, not a line a step."})
     diagnostics_steps: int = field(
         default=10, metadata={"help": "Measure gradients once per branch in every X optimizer steps; 0 is never."}
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import zlib
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -18,13 +21,16 @@ class HeldOutResults:
 
     def __init__(self) -> None:
         self._found: dict[int, SampleSummary] = {}
+        self._prompts: dict[int, int] = {}  # checksum of each prompt's token ids
 
     def add(self, samples: Sequence[Sample], rank: int, gather: Callable[[list[Any]], list[Any]]) -> torch.Tensor:
         """Take in one scored batch of every rank. Returns this rank's sampled reverse KL, the mean over its rows, nats."""
         mine = [metrics.summary(sample, score=0.0, rank=rank, gap_samples=False) for sample in samples]
-        for summary in gather(mine):
+        sums = [zlib.crc32(array("q", sample.token_ids[: sample.prompt_len]).tobytes()) for sample in samples]
+        for summary, prompt in gather(list(zip(mine, sums, strict=True))):
             # Data loaders fill up the last batches of the ranks with rows that were there before.
             self._found.setdefault(summary.position, summary)
+            self._prompts.setdefault(summary.position, prompt)
         return torch.tensor([-summary.gap / max(1, summary.num_tokens) for summary in mine]).mean()
 
     def fill(self, output: Any, prefix: str, expected: int, logged: dict[str, list[float]]) -> Any:
@@ -44,6 +50,18 @@ class HeldOutResults:
         output.metrics[f"{prefix}_loss"] = found["kl"]  # without the empty completions the batches count
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
+
+    def record(self) -> dict[str, Any]:
+        """The line of `held_out.jsonl`: the branch, its gaps, and the sampled reverse KL of each prompt in nats per token,
+        by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an empty completion."""
+        rows = [self._found[position] for position in sorted(self._found)]
+        found = {name: value if math.isfinite(value) else None for name, value in metrics.of_evaluation(rows).items()}
+        return {
+            "branch": rows[0].branch if rows else "",
+            **found,
+            "kl_by_prompt": [0.0 - row.gap / row.num_tokens if row.num_tokens else None for row in rows],
+            "of": f"{zlib.crc32(array('q', [self._prompts[row.position] for row in rows]).tobytes()):08x}",
+        }
 
 
 def check_name(name: str | None, known: Collection[str]) -> None:

@@ -184,12 +184,15 @@ def _kept_share(rows: Sequence[SampleSummary], kept: set[int]) -> float:
 
 
 def _overlap_with_length(rows: Sequence[SampleSummary], kept: set[int]) -> float:
-    """Jaccard overlap of the kept samples with as many of the longest ones, |both| / |either|; NaN where all are kept."""
+    """Jaccard overlap of the kept samples with as many of the longest ones, |both| / |either|; NaN where all are kept, and
+    where equal lengths leave open which ones these are."""
     chosen = {row.position for row in rows} & kept
     if len(chosen) == len(rows):
         return math.nan
-    longest = sorted(rows, key=lambda row: (-row.length, row.position))[: len(chosen)]
-    found = {row.position for row in longest}
+    ordered = sorted(rows, key=lambda row: -row.length)
+    if chosen and ordered[len(chosen) - 1].length == ordered[len(chosen)].length:
+        return math.nan
+    found = {row.position for row in ordered[: len(chosen)]}
     return len(chosen & found) / len(chosen | found)
 
 
@@ -213,8 +216,8 @@ def _share_of_top_tokens(rows: Sequence[SampleSummary], score: str) -> float:
 
 
 def _spearman(first: Any, second: Any) -> float:
-    """Rank correlation; NaN where one side is constant."""
+    """Rank correlation; NaN where one side is constant, or more than half of it one value: the few others would decide."""
     ranks = [pd.Series(values).rank().to_numpy() for values in (first, second)]
-    if len(ranks[0]) < 2 or any(rank.std() == 0 for rank in ranks):
+    if len(ranks[0]) < 2 or any(2 * np.unique(rank, return_counts=True)[1].max() > len(rank) for rank in ranks):
         return math.nan
     return float(np.corrcoef(*ranks)[0, 1])

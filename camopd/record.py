@@ -46,9 +46,9 @@ LEFT_OUT = {
     "trust_checkpoint save_strategy save_steps save_on_each_node save_total_limit save_only_model enable_jit_checkpoint "
     "load_best_model_at_end restore_callback_states_from_checkpoint",
     "what is told, and to whom": "logging_strategy logging_steps logging_first_step log_on_each_node "
-    "logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id "
-    "trackio_bucket_id trackio_static_space_id log_completions num_completions_to_print log_unique_prompts "
-    "skip_memory_metrics",
+    "logging_nan_inf_filter log_level log_level_replica disable_tqdm verbose report_to run_name project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id log_completions num_completions_to_print "
+    "log_unique_prompts skip_memory_metrics",
     "what is sent to the Hub; a token is secret": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
     "hub_always_push hub_revision",
     "measured beside training, with other random numbers": "diagnostics_steps debug",

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from . import atomic, record, rejected
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
+from .measured import HELD_OUT
 
 
 T = TypeVar("T")
@@ -101,8 +102,9 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             else:
                 shutil.rmtree(path)
-        if overwrite and checkpoint is not None and (self.path / METRICS).exists():
-            set_aside(self.path / METRICS)  # a run that begins at step 0 does so itself
+        for path in (self.path / METRICS, self.path / HELD_OUT):
+            if overwrite and checkpoint is not None and path.exists():
+                set_aside(path)  # a run that begins at step 0 does so itself
         return run_id
 
     def _together(self, work: Callable[[], T]) -> T:

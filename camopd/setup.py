@@ -18,6 +18,7 @@ from . import setting_rules, vllm_rollouts
 from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
 from .callbacks.completions import CompletionsTable
+from .callbacks.console import Console, replace_printers
 from .callbacks.diagnostics import Diagnostics
 from .callbacks.guards import Guards
 from .callbacks.metrics_file import MetricsFile
@@ -34,7 +35,7 @@ from .precision import compute_dtype, forward_dtype, keep_outputs_whole
 from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out, rows_to_check
 from .samples import MicroBatch
 from .schedule import Schedule
-from .step import StepEnd
+from .step import StepEnd, label
 from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
 from .teachers.address import ADAPTER_TEACHERS, has_adapter, without_secrets
 from .teachers.base import Teacher
@@ -246,6 +247,8 @@ def observe_optimizer(trainer: Any, given: Any) -> None:
 
 def add_measures(trainer: Any, run: Run) -> None:
     """Give the trainer the callbacks of a run."""
+    if not trainer.args.verbose:
+        replace_printers(trainer)
     for callback in _measures(trainer, run):
         trainer.add_callback(callback)
 
@@ -270,7 +273,9 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
         run.student_name, gather_object,
     )  # fmt: skip
     yield StepEnd(trainer.end_step)
-    yield MetricsFile(gather_object)  # after `StepEnd`, in which all of them measure
+    yield MetricsFile(gather_object, lambda: trainer.held_out_results)  # after `StepEnd`, in which all of them measure
+    labels = {label(tuple(run.schedule.shares(number))) for number in range(run.schedule.period)}
+    yield Console(run.schedule.branches, sorted(labels), lambda: trainer.held_out_results, args.verbose)
 
 
 def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:

@@ -15,9 +15,10 @@ def test_report_prints_the_answer_and_where_the_page_is(tmp_path, capsys):
         make_run(tmp_path / name, 8, **GAP)
     cli.main(["report", str(tmp_path / "one"), str(tmp_path / "two")])
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("one: This run is too short to tell")
-    assert said[1].startswith("two: ")
-    assert said[2] == f"{tmp_path / 'one' / 'report' / 'report.html'}, and the same in report.md"
+    assert said[0].startswith("one: Whether the model recovered is not known: no held-out prompts were measured.")
+    assert said[1].startswith("one: Training gaps: This run is too short to tell")
+    assert [line.split(":")[0] for line in said[2:4]] == ["two", "two"]
+    assert said[4] == f"{tmp_path / 'one' / 'report' / 'report.html'}, and the same in report.md"
     assert (tmp_path / "one" / "report" / "report.html").is_file()
 
 

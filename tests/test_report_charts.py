@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 from runs import ALWAYS, GAP, MEASURED, by_branch, make_run
 
 from camopd import CaMOPDConfig
 from camopd.report.charts import CHARTS, draw, draw_bars, draw_times
 from camopd.report.read import read_run
 from camopd.report.signs import DIAGNOSTICS
+from camopd.verdict import Measured
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -43,10 +45,47 @@ def test_draw_overlays_several_runs_in_every_panel(tmp_path):
 
 def test_draw_puts_the_branches_of_one_run_in_one_panel(tmp_path):
     frame = read_run(make_run(tmp_path, 12, **ALWAYS))[0]
-    figure = draw(CHARTS[0], {"run": frame})
-    assert [axes.get_ylabel() for axes in figure.axes] == ["nats per token"] * 2
+    figure = draw(next(chart for chart in CHARTS if chart.name == "selection"), {"run": frame})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["% of samples", "% of score"]
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert labels == ["general", "domain"]
+
+
+def test_draw_gives_each_gap_a_scale_on_which_it_is_seen_and_held_out_points_over_it(tmp_path):
+    metrics = {**ALWAYS, "gap/{branch}/abs_mean": lambda step, b: 0.5 if b == "general" else 0.002 * (1 + step / 40)}
+    frame = read_run(make_run(tmp_path, 40, **metrics))[0]
+    points = {
+        "run": {"domain": [Measured(0, 0.01, 0.002, 30, gap_abs=0.004), Measured(40, 0.02, 0.002, 30, gap_abs=0.005)]}
+    }
+    figure = draw(CHARTS[0], {"run": frame}, points)
+    general, domain, _, kl = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "general: mean |gap|", "domain: mean |gap|", "general: sampled reverse KL", "domain: sampled reverse KL"
+    ]  # fmt: skip
+    low, high = domain.get_ylim()
+    rise = 0.001 / (high - low)  # of the training gap, in parts of the panel's height
+    assert (general.get_ylim()[1], low) == (pytest.approx(0.53), 0) and rise > 0.15
+    shown = [(list(line.get_xdata()), list(line.get_ydata())) for line in domain.lines if line.get_marker() == "D"]
+    assert shown == [([0], [0.004]), ([40], [0.005])]
+    assert [line.get_ydata()[0] for line in kl.lines if line.get_marker() == "D"] == [0.01, 0.02]
+    (bars, *_) = kl.collections  # 95 % of 30 prompts: 2.045 standard errors
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.01 - 0.00409, 0.01 + 0.00409], abs=1e-5)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["general", "domain"]
+
+
+def test_draw_has_no_panel_that_is_empty_or_repeats_another(tmp_path):
+    frame = read_run(make_run(tmp_path, 12, **{**ALWAYS, **MEASURED, "train/padding": 0.0}))[0]
+    shown = {chart.name: figure for chart in CHARTS if (figure := draw(chart, {"run": frame}))}
+    titles = [axes.get_title(loc="left") for axes in shown["work"].axes]
+    assert titles == ["tokens trained", "time of a step"]  # one process: no fullest one
+    assert [axes.get_title(loc="left") for axes in shown["conflict"].axes] == ["cosine of the branch gradients"]
+    for figure in shown.values():
+        drawn = [
+            [tuple(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines]
+            for axes in figure.axes
+            if axes.get_visible()
+        ]
+        assert all(drawn)
 
 
 def test_draw_gives_stale_cosines_a_line_of_their_own(tmp_path):

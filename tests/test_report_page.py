@@ -1,6 +1,7 @@
 """The page of a report (camopd/report/page.py)."""
 
 import html
+import json
 import re
 
 from hypothesis import given
@@ -23,8 +24,8 @@ def test_page_holds_its_figures_and_nothing_of_the_network(tmp_path):
         assert f"]({name}.png)" in text
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured" not in text.split("## Gaps")[1]
-    assert page.index("Which of my branches is hurting?") < page.index("<img")
-    assert len(said) == 1 and "*" not in said[0]
+    assert page.index("Did it recover?") < page.index("Which of my branches is hurting?") < page.index("<img")
+    assert len(said) == 2 and "*" not in said[1]
 
 
 def test_page_leaves_out_figures_without_data_and_says_what_turns_them_on(tmp_path):
@@ -41,12 +42,50 @@ def test_page_leaves_out_figures_without_data_and_says_what_turns_them_on(tmp_pa
 def test_page_of_several_runs_has_a_line_for_each(tmp_path):
     paths = {name: make_run(tmp_path / name, 20, **GAP) for name in ("one", "two")}
     said = write_report(paths, tmp_path / "out")
-    assert [line.split(":")[0] for line in said] == ["one", "two"]
+    assert [line.split(":")[0] for line in said] == ["one", "one", "two", "two"]
     text = (tmp_path / "out" / "report.md").read_text()
     top, _, end = text.partition("## The runs one by one")
     for name in paths:
         assert f"- `{name}`: " in top
         assert f"### `{name}`" in end
+
+
+def held_out(folder, *evaluations):
+    """A held_out.jsonl with (step, branch, KL of each prompt)."""
+    lines = [
+        {"step": step, "branch": branch, "kl": sum(values) / len(values), "kl_se": 0.1, "gap_abs": 0.7, "of": "p",
+         "prompts": len(values), "kl_by_prompt": values}
+        for step, branch, values in evaluations
+    ]  # fmt: skip
+    (folder / "held_out.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):
+    path = make_run(tmp_path / "run", 20, **{**ALWAYS, "gap/{branch}/abs_mean": lambda step, _: 1 / step})
+    before = [0.4, 0.5, 0.6] * 4
+    held_out(
+        tmp_path / "run", (0, "general", before), (0, "domain", [0.0] * 12), (20, "domain", [0.001, 0.002] * 6),
+        (20, "general", [value + 0.1 for value in before]),
+    )  # fmt: skip
+    said = write_report({"run": path}, tmp_path / "out")
+    assert said[0].startswith("general has NOT recovered, it has moved further away: 0.500 → 0.600, change +0.100")
+    assert said[1].startswith("domain is kept: 0.000 → 0.002")
+    assert said[2].startswith("Training gaps: ")
+    text = (tmp_path / "out" / "report.md").read_text()
+    top = text.split("## Which of my branches is hurting?")[0]
+    assert (
+        f"- {said[0]}" in top
+        and "| general | 0.500 ± 0.220 | 0.600 ± 0.220 |" in top
+        and "From the training gaps" in text
+    )
+
+
+def test_page_has_one_line_for_what_a_run_does_not_settle(tmp_path):
+    write_report({"run": make_run(tmp_path / "run", 7, **ALWAYS)}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("Not settled by this run: ")]
+    assert "counteraction (" in line and "a gap that rises (" in line
+    assert "| unclear |" not in text and "| not measured |" not in text
 
 
 def test_page_shows_the_texts_of_others_as_texts():

@@ -361,7 +361,7 @@ MANY = {
     "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static", "hub_private_repo": True,
     "log_completions": True, "num_completions_to_print": 1, "log_unique_prompts": True,
     "activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True},
-    "torch_empty_cache_steps": 2, "skip_memory_metrics": False, "disable_tqdm": True, "seed": 7,
+    "torch_empty_cache_steps": 2, "skip_memory_metrics": False, "disable_tqdm": True, "verbose": True, "seed": 7,
     "chat_template_kwargs": {"tag": "zzz"}, "cache_implementation": "static", "max_tool_calling_iterations": 3,
     "dataloader_num_workers": 1, "dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True,
     "dataloader_multiprocessing_context": "fork",
@@ -554,7 +554,7 @@ def test_memory_is_measured_and_progress_is_printed_as_asked(many):
     trainer, seen = many
     assert any(name.startswith("train_mem_cpu") for name in seen.result.metrics)  # skip_memory_metrics
     names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
-    assert "PrinterCallback" in names and "ProgressCallback" not in names  # disable_tqdm
+    assert "PrinterCallback" in names and "ProgressCallback" not in names  # disable_tqdm, verbose
 
 
 def test_workers_of_the_data_loaders_are_as_asked(many):

@@ -83,8 +83,9 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
     atomic.write(output_dir / "result.json", json.dumps(result, indent=2) + "\n")
     _print_result(results)
     paths = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" / "metrics.jsonl" for run in runs}
-    for line in page.write_report(paths, output_dir, "camopd demo", *_blocks(results)):
-        console.print(f"Which of the branches is hurting? {line}", markup=False)
+    measured = {f"seed-{run.seed}": stages.measured_of(result) for run, result in zip(runs, results, strict=True)}
+    for line in page.write_report(paths, output_dir, "camopd demo", *_blocks(results), measured):
+        console.print(line, markup=False)
     console.print(f"Report with figures: {output_dir / 'report.html'}, the same in report.md; numbers: result.json")
     return result
 

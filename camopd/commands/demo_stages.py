@@ -22,6 +22,7 @@ from ..demo_data import BRANCHES, load_prompts, messages
 from ..errors import CaMOPDError
 from ..generation import neutral_generation
 from ..trainer import CaMOPDTrainer
+from ..verdict import Measured
 
 
 MODELS = ("general", "specialised", "recovered")
@@ -163,6 +164,19 @@ def measure(models: dict[str, Path], run: Path, settings: DemoSettings) -> dict[
         }
     shutil.rmtree(run, ignore_errors=True)
     return gaps
+
+
+def measured_of(result: dict[str, Any]) -> dict[str, list[Measured]]:
+    """The held-out gaps of a demo's result, by branch: the specialised model's before, the recovered one's after."""
+    steps = {"specialised": 0, "recovered": result["settings"]["steps"]}
+    return {
+        branch: [
+            Measured(step, gap["mean"], gap["standard_error"], int(gap["prompts"]))
+            for name, step in steps.items()
+            for gap in [result[name][f"gap_to_{branch}"]]
+        ]
+        for branch in BRANCHES
+    }
 
 
 def answers_of(models: dict[str, Path], settings: DemoSettings) -> list[dict[str, str]]:

@@ -32,7 +32,7 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
     that cannot be, `TeacherError` for a server that does not answer.
     """
     with ends_at_once():  # nothing has begun that could be saved
-        trainer = _make_trainer(config, overrides, to_prompt)
+        trainer = make_trainer(config, overrides, to_prompt)
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
@@ -41,9 +41,19 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.end_training()
+    if args.process_index == 0:
+        print(f"The model is in {args.output_dir}; `camopd report {args.output_dir}` draws the run.", flush=True)
 
 
-def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] | None) -> Any:
+def make_trainer(
+    config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] | None = None, measure: str | None = None,
+    folder: str = "",
+) -> Any:  # fmt: skip
+    """The trainer of a run. With `measure`, a model in place of the run's student, it is there to be evaluated: it has new
+    adapters nowhere, reports to nobody, and its output_dir is `folder`.
+
+    Raises what `train` does.
+    """
     from ..teachers.vllm.teacher import connect_servers
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
@@ -65,6 +75,16 @@ def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToP
     from ..trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
+    _quiet(args)
+    if measure is not None:
+        model.model_name_or_path, model.use_peft = measure, False
+        args.output_dir, args.report_to, args.push_to_hub = folder, [], False
+        args.resume_from_checkpoint = None
+        if not prompts.eval_prompts:
+            raise ValueError(
+                f"{config!r} has no eval_prompts to measure {measure!r} on. Add them, in the form of `prompts`, or give "
+                "--eval_prompts."
+            )
     # Both would be said by the trainer, too, after models are loaded.
     need_checkpoint(args.resume_from_checkpoint)
     if not args.resume_from_checkpoint:
@@ -72,7 +92,12 @@ def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToP
     need_prompts(prompts, args)
     warn_of_unused(prompts, args)
     for branch, teacher in teachers.items():
-        if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
+        if (
+            isinstance(teacher, str)
+            and teacher not in ADAPTER_TEACHERS
+            and args.process_index == 0
+            and measure is None
+        ):
             print(
                 f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
                 f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
@@ -87,3 +112,17 @@ def _make_trainer(config: str, overrides: list[str], to_prompt: Mapping[str, ToP
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+
+
+def _quiet(args: Any) -> None:
+    """The screen is for the run: what libraries say of themselves, and bars of files that are read, are left out."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    if args.verbose:
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -7,6 +7,7 @@ style per run. Colours are those of Okabe and Ito, which colour-blind readers ca
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..verdict import Measured
 from .read import branches_of, lines_of, step_kinds, teacher_seconds
 from .signs import DIAGNOSTICS
 
@@ -59,6 +61,19 @@ class Quantity:
     reference: float | None = None  # drawn as a grey line
     beside: str = ""  # another metric, drawn dotted in the same colour
     from_zero: bool = False
+    apart: bool = False  # a panel for each branch, each with a scale of its own
+    held_out: str = ""  # the field of `Measured` that is drawn as points over it
+    not_if_zero: bool = False  # a share that is 0 in all steps of all runs has no panel
+    only_mixed: bool = False  # of runs whose steps mix branches; else another panel shows the same
+
+    def of(self, frame: pd.DataFrame) -> dict[str, pd.Series]:
+        """Its lines in a run."""
+        if self.only_mixed and not any("+" in kind for kind in step_kinds([frame])):
+            return {}
+        return lines_of(frame, self.metric, self.split)
+
+
+Points = Mapping[str, Mapping[str, Sequence[Measured]]]  # held-out gaps: run -> branch -> evaluations
 
 
 @dataclass(frozen=True)
@@ -75,11 +90,14 @@ class Chart:
 CHARTS = (
     Chart(
         "gaps", "Gaps",
-        "How far the student is from each branch's teacher, on its own samples. The signed mean is minus the sampled "
-        "reverse KL; it approaches 0 from below.",
+        "How far the student is from each branch's teacher, on its own samples: lines are training gaps, of other prompts "
+        "in each step, and diamonds are held-out gaps, of the same prompts each time, with their 95 % interval. A step's "
+        "mean is over tokens, that of held-out prompts over prompts. Each panel has a scale of its own.",
         (
-            Quantity("gap/{branch}/abs_mean", "mean |gap|", "nats per token", from_zero=True),
-            Quantity("gap/{branch}/mean", "mean gap", "nats per token", reference=0),
+            Quantity("gap/{branch}/abs_mean", "mean |gap|", "nats per token", from_zero=True, apart=True,
+                     held_out="gap_abs"),
+            Quantity("gap/{branch}/mean", "sampled reverse KL", "nats per token", reference=0, factor=-1, apart=True,
+                     held_out="kl"),
         ),
     ),
     Chart(
@@ -97,7 +115,6 @@ CHARTS = (
         (
             Quantity("coherence/{branch}/gcg", "GCG (dotted: random control)", "%", reference=0,
                      beside="coherence/{branch}/gcg_control"),
-            Quantity("coherence/{branch}/gcg_excess", "GCG - control", "percentage points", reference=0),
         ),
         f"{DIAGNOSTICS}: 10",
     ),
@@ -107,8 +124,7 @@ CHARTS = (
         "the other branch's gradient was taken at earlier parameters.",
         (
             Quantity("conflict/cosine", "cosine of the branch gradients", "cosine", "stale", reference=0),
-            Quantity("conflict/dot", "dot product of the branch gradients", "dot product", "stale", reference=0),
-            Quantity("conflict/{branch}_norm", "gradient norm of a branch", "norm", from_zero=True),
+            Quantity("conflict/{branch}_norm", "gradient norm of a branch", "norm", from_zero=True, only_mixed=True),
         ),
         f"{DIAGNOSTICS}: 10",
     ),
@@ -154,9 +170,10 @@ CHARTS = (
         "tokens of the fullest process above the mean of all.",
         (
             Quantity("train/tokens", "tokens trained", "tokens per step", "step", from_zero=True),
-            Quantity("train/padding", "padding", "% of all that is computed", "step", factor=100, from_zero=True),
+            Quantity("train/padding", "padding", "% of all that is computed", "step", factor=100, from_zero=True,
+                     not_if_zero=True),
             Quantity("train/imbalance", "fullest process above the mean", "% of tokens", "step", factor=100,
-                     from_zero=True),
+                     from_zero=True, not_if_zero=True),
             Quantity("time/step", "time of a step", "seconds", "step", from_zero=True),
         ),
     ),
@@ -169,24 +186,28 @@ TIMES = Chart(
 )  # fmt: skip
 
 
-def draw_all(runs: Mapping[str, pd.DataFrame]) -> list[tuple[Chart, Figure | None]]:
+def draw_all(runs: Mapping[str, pd.DataFrame], held_out: Points | None = None) -> list[tuple[Chart, Figure | None]]:
     """Every chart, with its figure where a run has its metrics.
 
-    `runs` maps the names in the legend to frames as `read_run` makes them, here and below.
+    `runs` maps the names in the legend to frames as `read_run` makes them, and `held_out` to held-out gaps, here and below.
     """
-    return [*((chart, draw(chart, runs)) for chart in CHARTS), (TIMES, draw_times(runs))]
+    return [*((chart, draw(chart, runs, held_out)) for chart in CHARTS), (TIMES, draw_times(runs))]
 
 
 @rc_context(LOOK)
-def draw(chart: Chart, runs: Mapping[str, pd.DataFrame]) -> Figure | None:
+def draw(chart: Chart, runs: Mapping[str, pd.DataFrame], held_out: Points | None = None) -> Figure | None:
     """A chart of one run or of several; `None` when no run has any of its metrics."""
     overlay = len(runs) > 1
     panels: list[tuple[Quantity, str]] = []  # and the line it is for; "" where all lines share a panel
     data, most = {}, 0
     for quantity in chart.quantities:
-        data[quantity] = {name: lines_of(frame, quantity.metric, quantity.split) for name, frame in runs.items()}
+        data[quantity] = {name: quantity.of(frame) for name, frame in runs.items()}
         found = dict.fromkeys(line for lines in data[quantity].values() for line in lines)
-        panels += [(quantity, line) for line in found] if overlay else [(quantity, "")] * bool(found)
+        if quantity.not_if_zero and not any(
+            values.any() for lines in data[quantity].values() for values in lines.values()
+        ):
+            continue
+        panels += [(quantity, line) for line in found] if overlay or quantity.apart else [(quantity, "")] * bool(found)
         most = max(most, len(found))
     if not panels:
         return None
@@ -197,7 +218,7 @@ def draw(chart: Chart, runs: Mapping[str, pd.DataFrame]) -> Figure | None:
     for axes, (quantity, wanted) in zip(grid, panels, strict=True):
         for place, (run, lines) in enumerate(data[quantity].items()):
             for line, values in lines.items():
-                if overlay and line != wanted:
+                if wanted and line != wanted:
                     continue
                 look, label = (place, run) if overlay else (looks.index(line), line)
                 _plot(axes, values * quantity.factor, look, label, STYLES[place % 4] if overlay else STYLES[look % 2])
@@ -205,6 +226,8 @@ def draw(chart: Chart, runs: Mapping[str, pd.DataFrame]) -> Figure | None:
                 if beside in runs[run]:
                     dotted = _smooth(runs[run][beside].dropna() * quantity.factor)
                     axes.plot(dotted, color=COLOURS[look % 7], linestyle=":", linewidth=1.4)
+                if quantity.held_out:
+                    _points(axes, (held_out or {}).get(run, {}).get(line, ()), quantity.held_out, look)
         title = f"{wanted}: {quantity.title}" if wanted else quantity.title
         axes.set_title(textwrap.fill(title, 88 // columns))
         axes.set_xlabel("optimizer step")
@@ -319,6 +342,16 @@ def _plot(axes: Axes, values: pd.Series, look: int, label: str, style: str) -> N
               clip_on=False, **more)  # fmt: skip
 
 
+def _points(axes: Axes, measured: Sequence[Measured], name: str, look: int) -> None:
+    """Held-out gaps over the steps; the sampled reverse KL with its 95 % interval."""
+    for each in measured:
+        value, half = getattr(each, name), each.half if name == "kl" else math.nan
+        if math.isfinite(value):
+            error = [[half], [half]] if math.isfinite(half) else None
+            axes.errorbar([each.step], [value], yerr=error, fmt="D", color=COLOURS[look % 7], markeredgecolor="#000000",
+                          markersize=6, ecolor="#000000", elinewidth=1, capsize=3, zorder=4, label="_held_out")  # fmt: skip
+
+
 def _smooth(values: pd.Series) -> pd.Series:
     """The running mean over a twelfth of the points, where there are many."""
     window = 1 if len(values) < SMOOTH_FROM else round(len(values) / 12)
@@ -333,6 +366,11 @@ def _align(grid: Sequence[Axes], quantities: Sequence[Quantity]) -> None:
             axes.set_ylim(0, top * 1.06 if np.isfinite(top) and top > 0 else 1)
     steps = [step for axes in grid for step in axes.get_xlim()]
     for quantity in dict.fromkeys(quantities):
+        if quantity.apart:
+            for axes, drawn in zip(grid, quantities, strict=True):
+                if drawn is quantity:
+                    axes.set_xlim(min(steps), max(steps))
+            continue
         same = [axes for axes, drawn in zip(grid, quantities, strict=True) if drawn is quantity]
         values = [value for axes in same for value in axes.get_ylim()]
         low, high = min(values), max(values)

@@ -15,11 +15,23 @@ from markdown_it import MarkdownIt
 
 from .. import atomic
 from ..errors import CaMOPDError
+from ..measured import of_run
+from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of
 from .charts import SMOOTH_FROM, draw_all, png
 from .read import read_run
 from .signs import Sign, signs_of
 
 
+HELD_OUT = (
+    "Sampled reverse KL of the student to the branch's teacher on held-out prompts, nats per token, mean over prompts "
+    "± 95 % interval. A recovered share is that of the gap before; the smallest change is what so many prompts find four "
+    "times in five."
+)
+TRAINING = (
+    "From the training gaps: those of the run's own prompts, others in each step. They show how training went, and not "
+    "whether the model recovered."
+)
+HeldOut = tuple[Mapping[str, Sequence[Measured]], int | None]  # evaluations by branch, and steps of the model in hand
 CAUSES = (
     "A sign that is seen beside a gap that rises is a candidate for its cause, not a proof. The paper blames "
     "counteraction and weak samples; others find that branches of unequal weight are enough. Runs with another schedule "
@@ -56,23 +68,29 @@ def write_report(
     title: str = "camopd report",
     before: Sequence[str] = (),
     after: Sequence[str] = (),
+    measured: Mapping[str, Mapping[str, Sequence[Measured]]] | None = None,
 ) -> list[str]:
     """Write report.html, report.md and the figures of some runs, by name, into `out`; blocks of others may go around it.
 
-    Returns the answer in short, as lines of text. Raises `CaMOPDError` when `out` is a file, and what `read_run` raises.
+    `measured` has the held-out gaps of runs whose folder does not have them. Returns the answer in short, as lines of
+    text: of each run whether it recovered, and then what its training gaps say. Raises `CaMOPDError` when `out` is a file,
+    and what `read_run` raises.
     """
     if out.exists() and not out.is_dir():
         raise CaMOPDError(f"{str(out)!r}, where the report is to go, is a file, not a folder. Give another --out.")
     read = {name: read_run(path) for name, path in paths.items()}
     runs = {name: frame for name, (frame, _) in read.items()}
     signs = {name: signs_of(frame) for name, frame in runs.items()}
-    figures = draw_all(runs)
+    held_out: dict[str, HeldOut] = {name: of_run(path.parent) for name, path in paths.items()}
+    held_out |= {name: (found, None) for name, found in (measured or {}).items()}
+    figures = draw_all(runs, {name: found for name, (found, _) in held_out.items()})
     out.mkdir(parents=True, exist_ok=True)
     images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}
     for name, image in images.items():
         atomic.write(out / name, image)
 
-    blocks = [f"# {title}", *before, "## Which of my branches is hurting?", *_answers(signs)]
+    blocks = [f"# {title}", "## Did it recover?", *_recovery(held_out), *before]
+    blocks += ["## Which of my branches is hurting?", TRAINING, *_answers(signs)]
     blocks += [f"**Note.** `{name}`: {note}" for name, (_, note) in read.items() if note]
     if any(len(frame) >= SMOOTH_FROM for frame in runs.values()):
         blocks.append(f"In the figures, a line of {SMOOTH_FROM} steps or more is thin, under its running mean.")
@@ -88,20 +106,42 @@ def write_report(
     if len(runs) > 1:
         blocks.append("## The runs one by one")
         for name, found in signs.items():
-            blocks += [f"### `{name}`", found[0].text, _numbers(found)]
+            blocks += [f"### `{name}`", found[0].text, *_numbers(found)]
     rows = [[f"`{name}`", str(len(frame)), f"`{paths[name]}`"] for name, frame in runs.items()]
     blocks += ["## Runs", table([["run", "optimizer steps", "metrics"], *rows]), *after]
     atomic.write(out / "report.md", "\n\n".join(blocks) + "\n")
     atomic.write(out / "report.html", to_html(title, blocks, images))
-    lead = {name: found[0].text.replace("**", "").replace("`", "") for name, found in signs.items()}
-    return [text if len(runs) == 1 else f"{name}: {text}" for name, text in lead.items()]
+    said = []
+    for name, found in signs.items():
+        lead = "" if len(runs) == 1 else f"{name}: "
+        said += [f"{lead}{text}" for text in _verdicts(*held_out[name])]
+        said.append(f"{lead}Training gaps: {found[0].text}".replace("**", "").replace("`", ""))
+    return said
+
+
+def _verdicts(found: Mapping[str, Sequence[Measured]], last_step: int | None) -> list[str]:
+    """Whether a run recovered, a sentence or two for each branch."""
+    return [verdict.text for verdict in verdicts_of(found, last_step)] or [
+        f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
+    ]
+
+
+def _recovery(held_out: Mapping[str, HeldOut]) -> list[str]:
+    """The section at the top: the verdict on each branch of each run, and the numbers."""
+    blocks = []
+    for name, (found, last_step) in held_out.items():
+        lead = "" if len(held_out) == 1 else f"`{name}`: "
+        blocks.append("\n".join(f"- {lead}{text}" for text in _verdicts(found, last_step)))
+        if found:
+            blocks.append(table(rows_of(verdicts_of(found, last_step))))
+    return [*blocks, HELD_OUT] if any(found for found, _ in held_out.values()) else blocks
 
 
 def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
     """The section at the top: the answer and its numbers, or with several runs a line for each."""
     first, *more = signs.values()
     if not more:
-        return [first[0].text, _numbers(first), CAUSES]
+        return [first[0].text, *_numbers(first), CAUSES]
     rows = [["run", *(sign.name for sign in first[1:-1])]]
     rows += [[f"`{name}`", *(sign.state for sign in found[1:-1])] for name, found in signs.items()]
     return [
@@ -111,10 +151,13 @@ def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
     ]
 
 
-def _numbers(signs: Sequence[Sign]) -> str:
-    return table(
-        [["sign", "in this run", "numbers"], *([f"**{sign.name}**", sign.state, sign.text] for sign in signs[1:])]
-    )
+def _numbers(signs: Sequence[Sign]) -> list[str]:
+    """A table of the signs that a run settles, and one line for the others."""
+    settled = [sign for sign in signs[1:] if sign.state not in ("unclear", "not measured")]
+    others = [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign not in settled]
+    rows = [[f"**{sign.name}**", sign.state, sign.text] for sign in settled]
+    blocks = [table([["sign", "in this run", "numbers"], *rows])] if rows else []
+    return blocks + ([f"Not settled by this run: {'; '.join(others)}."] if others else [])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

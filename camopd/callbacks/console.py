@@ -1,0 +1,241 @@
+"""What a run shows while it trains: a line per step, a bar below it, a table per evaluation, and the verdict at the end.
+
+Everything else is in metrics.jsonl and the trackers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback
+
+from ..measured import HELD_OUT, lines_of, of_lines, of_run
+from ..step import Step, StepCallback
+from ..verdict import NOT_MEASURED, Measured, change_of, interval, short, signed, verdicts_of
+
+
+HEAD_EVERY = 20  # lines
+WIDTH = 80  # columns where there is no terminal
+
+
+class Console(PrinterCallback, StepCallback):
+    """In place of transformers' printed dictionaries and bars, on the main process. As one of its `PrinterCallback`s it is
+    taken out as usual: `trainer.remove_callback(PrinterCallback)`."""
+
+    def __init__(self, branches: Sequence[str], labels: Sequence[str], held_out: Any, verbose: bool = False):
+        """
+        Args:
+            branches: of the run.
+            labels: of its steps, such as "general" or "general+domain"; the longest sets the width.
+            held_out: gives the results of the latest evaluation.
+            verbose: whether transformers prints its dictionaries, too; then only the verdict is shown here.
+        """
+        self._branches, self._held_out, self._verbose = branches, held_out, verbose
+        self._width = max(map(len, ("branch", *labels)))
+        self._cells = max(label.count("+") for label in labels) + 1
+        self._bar = Bar()
+        self._step: Step | None = None
+        self._started = self._mark = 0.0  # seconds: of training, and since when the step takes its time
+        self._first = self._total = self._lines = 0
+        self._first_of: dict[tuple[str, str], Measured] = {}  # evaluation of a branch's prompts
+        self._table: tuple[int, set[str]] = (-1, set())  # step and branches of the one under way
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._bar.wanted = not (self._verbose or args.disable_tqdm) and state.is_world_process_zero
+        self._started = self._mark = time.perf_counter()
+        self._first, self._total, self._lines = state.global_step, state.max_steps, 0
+        self._first_of, self._table = {}, (-1, set())
+        if state.global_step and state.is_world_process_zero:  # goes on after these
+            with contextlib.suppress(OSError, ValueError):
+                for branch, found in of_lines(lines_of(Path(args.output_dir) / HELD_OUT)).items():
+                    self._first_of.update({(branch, each.of): each for each in reversed(found)})
+
+    def on_step_started(self, step: Step) -> None:
+        """Say on the bar what goes on."""
+        self._draw(step.number, f"step {step.number + 1}: rollouts")
+
+    def on_step_ready(self, step: Step) -> None:
+        """Say on the bar what goes on."""
+        self._draw(step.number, f"step {step.number + 1}: training")
+
+    def on_step_closed(self, step: Step) -> None:
+        """Its metrics are there."""
+        self._step = step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The line of the latest step, whenever the trainer logs one."""
+        step, self._step = self._step, None
+        if step is None or self._verbose or not state.is_world_process_zero:
+            return
+        if self._lines % HEAD_EVERY == 0:
+            self._say(head(self._width, self._cells))
+        self._lines += 1
+        now = time.perf_counter()
+        done = max(1, state.global_step - self._first)
+        left = (now - self._started) / done * (self._total - state.global_step)
+        tokens = sum(row.num_ids for row in step.summaries)
+        number = f"{step.number + 1}/{self._total}"
+        self._say(line_of(number, step.metrics, tokens, now - self._mark, left, self._width, self._cells))
+        self._draw(state.global_step, "")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step that is not logged is not on the screen."""
+        if not control.should_log:
+            self._step, self._mark = None, time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next step's time begins, after evaluation and checkpoint."""
+        self._mark = time.perf_counter()
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Say on the bar what goes on."""
+        self._draw(state.global_step, "evaluation")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A row of the table for the branch that was measured."""
+        if self._verbose or not state.is_world_process_zero:
+            return
+        step = state.global_step
+        for branch, (now,) in of_lines([{"step": step, **self._held_out().record()}]).items():
+            if self._table[0] != step or branch in self._table[1]:
+                self._table = (step, set())
+                self._say(f"held-out prompts at step {step}: KL to the teacher, nats per token, ± is 95 %")
+            self._table[1].add(branch)
+            first = self._first_of.setdefault((branch, now.of), now)
+            self._say(row_of(branch, now, first, max(map(len, self._branches))))
+        self._lines = 0  # the head of the steps again
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The answer: has it recovered, and what is kept?"""
+        self._bar.wanted = False
+        if state.is_world_process_zero:
+            columns = shutil.get_terminal_size((WIDTH, 24)).columns
+            try:
+                lines = answer(*of_run(Path(args.output_dir)), self._branches, columns)
+            except (OSError, ValueError) as error:  # the model is trained, and has yet to be saved
+                lines = [f"Did it recover? Not known: {error}"]
+            for line in lines:
+                self._say(line)
+
+    def _draw(self, done: int, doing: str) -> None:
+        if self._bar.wanted:
+            self._bar.draw(done, self._total, doing)
+
+    def _say(self, text: str) -> None:
+        self._bar.clear()
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, errors="backslashreplace").decode(encoding), flush=True)  # a log in ASCII
+
+
+class Bar:
+    """A progress bar in the last line of a terminal; without a terminal there is none."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._shown = False
+
+    def draw(self, done: int, total: int, doing: str) -> None:
+        """Show it. The cursor stays at its start, so that what others print is written over it."""
+        if sys.stdout.isatty():
+            self._shown = True
+            sys.stdout.write(f"\r\x1b[2K{bar(done, total, doing, shutil.get_terminal_size((WIDTH, 24)).columns)}\r")
+            sys.stdout.flush()
+
+    def clear(self) -> None:
+        """Take it away."""
+        if self._shown:
+            self._shown = False
+            sys.stdout.write("\r\x1b[2K")
+
+
+def bar(done: int, total: int, doing: str, columns: int) -> str:
+    """The text of a bar, at most `columns` - 1 characters."""
+    tail = f" {done}/{total} {doing}".rstrip()
+    room = max(0, min(40, columns - 3 - len(tail)))
+    full = round(room * done / total) if total else 0
+    return f"[{'#' * full}{'.' * (room - full)}]{tail}"[: max(0, columns - 1)]
+
+
+def head(width: int, cells: int) -> str:
+    """The head of the lines; `width` of a branch, and `cells` numbers of a mixed step."""
+    gap, kept = 6 * cells, 5 * cells
+    return (
+        f"{'step':>11} {'branch':<{width}} {'|gap|':>{gap}} {'kept':>{kept}} {'tokens/s':>9} {'s/step':>7} {'left':>8}"
+    )
+
+
+def line_of(
+    number: str, metrics: Mapping[str, Any], tokens: int, seconds: float, left: float, width: int, cells: int
+) -> str:
+    """The line of a step: its number, its branch, mean |gap| in nats per token, the share of samples kept, tokens of
+    prompts and completions per second, seconds of the step, and the time left."""
+    branches = str(metrics["branch"]).split("+")
+    gaps = "/".join(_gap(metrics.get(f"gap/{branch}/abs_mean", math.nan)) for branch in branches)
+    kept = "/".join(_share(metrics.get(f"selection/{branch}/kept_fraction", math.nan)) for branch in branches)
+    rate = f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
+    pace = f"{seconds:.2f}" if seconds < 100 else f"{seconds:.0f}"
+    return (
+        f"{number:>11} {metrics['branch']:<{width}} {gaps:>{6 * cells}} {kept:>{5 * cells}} {rate:>9} {pace:>7} "
+        f"{duration(left):>8}"
+    )
+
+
+def _gap(value: float) -> str:
+    return "-" if not math.isfinite(value) else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return "-" if not math.isfinite(value) else f"{value:.0%}"
+
+
+def duration(seconds: float) -> str:
+    """m:ss, or h:mm:ss."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def row_of(branch: str, now: Measured, first: Measured, width: int) -> str:
+    """A branch's row in the table of an evaluation, with the change since the first one."""
+    row = (
+        f"  {branch:<{width}}  KL {interval(now.kl, now.half):<15}  |gap| {short(now.gap_abs)}  {now.prompts} prompts"
+    )
+    if first is now:
+        return row
+    change = change_of(first, now)
+    half = f" ± {short(change.half)}" if math.isfinite(change.half) else ""
+    return f"{row}  {signed(change.value)}{half}"
+
+
+def answer(
+    found: Mapping[str, Sequence[Measured]], last_step: int | None, branches: Sequence[str], columns: int
+) -> list[str]:
+    """The last lines of a run: its verdict for each branch, from the evaluations in `found`."""
+    width = max(40, columns - 1)
+    if not found:
+        return textwrap.wrap(f"Did it recover? {NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.", width)
+    wanted = {branch: found.get(branch, []) for branch in branches}
+    lines = ["Did it recover? Held-out KL to the teacher, nats per token, 95 % intervals:"]
+    for verdict in verdicts_of(wanted, last_step):
+        lines += textwrap.wrap(f"{verdict.words}.", width, initial_indent="  ", subsequent_indent="    ")
+        if verdict.limits:
+            lines += textwrap.wrap(verdict.limits, width, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def replace_printers(trainer: Any) -> None:
+    """Take transformers' own printer and progress bar out, and leave a user's, also where they are a kind of them."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)

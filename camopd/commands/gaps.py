@@ -1,0 +1,100 @@
+"""`camopd gaps`: how far a finished model is from the teachers of a run, on its held-out prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from ..measured import HELD_OUT, lines_of, of_lines
+from ..run import named_teachers, read_settings
+from ..teachers.address import names_missing_folder
+from ..verdict import Measured, Verdict, interval, short, verdicts_of
+from .train import make_trainer
+
+
+def gaps(argv: list[str]) -> None:
+    """The command line. Raises `ValueError` for a model or config that is not there, and what a run would raise."""
+    parser = argparse.ArgumentParser(
+        prog="camopd gaps",
+        usage="%(prog)s MODEL --config RUN.yaml [--json FILE] [--name value ...]",
+        description="Measure a model's held-out gaps to the teachers of a run. Nothing is trained. Where the run has "
+        "measured the same prompts before its first step, the change since then is shown, too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a model, or folder of a saved adapter")
+    parser.add_argument("--config", required=True, metavar="RUN.yaml", help="YAML file of the run")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there, those of single prompts included")
+    options, overrides = parser.parse_known_args(argv)
+    settings = read_settings(options.config, overrides)
+    _check(options.model, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(options.config, overrides, measure=options.model, folder=folder)
+        records = measure(trainer)
+        trainer.accelerator.end_training()
+    if trainer.args.process_index:
+        return
+    run = Path(str(settings.get("output_dir") or "trainer_output"))
+    found = of_lines({"step": 0, **record} for record in records.values())
+    verdicts = since_start(found, of_lines(lines_of(run / HELD_OUT)))
+    print(f"{options.model}: held-out KL to the teacher, nats per token, ± is 95 %")
+    for line in table({branch: measured for branch, (measured,) in found.items()}):
+        print(line)
+    for verdict in verdicts:
+        print(verdict.text)
+    if not verdicts:
+        print(f"No change is shown: {str(run / HELD_OUT)!r} has no evaluation of these prompts before the first step.")
+    if options.json:
+        said = {verdict.branch: verdict.text for verdict in verdicts}
+        result = {"model": options.model, "unit": "nats per token", "branches": records, "verdicts": said}
+        atomic.write(Path(options.json), json.dumps(result, indent=2) + "\n")
+
+
+def _check(model: str, settings: dict[str, Any]) -> None:
+    if names_missing_folder(model):
+        raise ValueError(
+            f"the model {model!r} is to be measured, but there is no such path on this machine. Fix the path, or give a "
+            "model id of the Hub."
+        )
+    for branch, teacher in named_teachers(settings).items():
+        if teacher == "adapter_start":
+            raise ValueError(
+                f"the teacher of branch {branch!r} is 'adapter_start', the adapter from which the run began, and of "
+                f"{model!r} that would be its own. Name that model: --teachers '{{...}}' with a folder or URL for each."
+            )
+
+
+def measure(trainer: Any) -> dict[str, dict[str, Any]]:
+    """The record of each branch's held-out prompts, see [`camopd.evaluation.HeldOutResults.record`]."""
+    from transformers import PrinterCallback
+
+    if not trainer.args.verbose:
+        trainer.remove_callback(PrinterCallback)
+    records = {}
+    for branch in trainer.eval_dataset:
+        trainer.evaluate(branch)
+        records[branch] = trainer.held_out_results.record()
+    return records
+
+
+def since_start(found: Mapping[str, list[Measured]], run: Mapping[str, list[Measured]]) -> list[Verdict]:
+    """The verdict on each branch whose prompts the run has measured before its first step."""
+    both = {}
+    for branch, measured in found.items():
+        starts = [each for each in run.get(branch, ()) if each.step == 0 and each.of == measured[0].of]
+        if starts:
+            both[branch] = [starts[0], *measured]
+    return verdicts_of(both)
+
+
+def table(found: Mapping[str, Measured]) -> list[str]:
+    """Lines of text: a head, and a row for each branch."""
+    rows = [("branch", "KL to the teacher", "mean |gap|", "prompts")]
+    for branch, each in found.items():
+        rows.append((branch, interval(each.kl, each.half), short(each.gap_abs), str(each.prompts)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,82 @@
+"""`camopd gaps`: a finished model against the teachers of a run (camopd/commands/gaps.py)."""
+
+import json
+
+import pytest
+import yaml
+from conftest import make_model, make_prompts, make_tokenizer
+from trainers import SETTINGS
+
+from camopd import cli
+from camopd.measured import lines_of
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of four steps, as a file."""
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(seed).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    for branch in ("general", "domain"):
+        make_prompts(branch, 9).to_json(tmp_path / f"{branch}.jsonl")
+    prompts = {branch: str(tmp_path / f"{branch}.jsonl") for branch in ("general", "domain")}
+    settings = {
+        **SETTINGS, "model_name_or_path": str(tmp_path / "student"), "output_dir": str(tmp_path / "out"),
+        "teachers": {"general": str(tmp_path / "teacher"), "domain": str(tmp_path / "student")}, "prompts": prompts,
+        "eval_prompts": prompts, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 4, "max_steps": 4,
+        "prompts_per_step": 4, "max_completion_length": 8, "learning_rate": 0.01, "save_strategy": "no",
+    }  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def test_gaps_of_the_trained_model_are_those_that_its_run_has_measured_last(run, tmp_path, capsys):
+    cli.main(["train", str(run)])
+    said = capsys.readouterr().out
+    lines = lines_of(tmp_path / "out" / "held_out.jsonl")
+    assert [(line["step"], line["branch"]) for line in lines] == [
+        (step, branch) for step in (0, 4) for branch in ("general", "domain")
+    ]
+    assert all(len(line["kl_by_prompt"]) == 9 for line in lines) and len({line["of"] for line in lines}) == 2
+    kept = sorted(path.name for path in (tmp_path / "out").iterdir())
+    cli.main(["gaps", str(tmp_path / "out"), "--config", str(run), "--json", str(tmp_path / "gaps.json")])
+    result = json.loads((tmp_path / "gaps.json").read_text())
+    shown = capsys.readouterr().out
+    assert list(result["branches"]) == ["general", "domain"]
+    for line in lines[2:]:
+        found = result["branches"][line["branch"]]
+        assert found == {name: value for name, value in line.items() if name != "step"}  # to the last bit
+        assert result["verdicts"][line["branch"]] in shown
+        assert result["verdicts"][line["branch"]].split(".")[0].split(":")[0] in " ".join(said.split())
+    assert shown.splitlines()[1].split() == ["branch", "KL", "to", "the", "teacher", "mean", "|gap|", "prompts"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == kept  # nothing is written there
+
+
+def test_gaps_of_other_prompts_are_not_compared(run, tmp_path, capsys):
+    cli.main(["train", str(run), "--max_steps", "1"])
+    capsys.readouterr()
+    few = json.dumps({"general": {"path": str(tmp_path / "general.jsonl"), "limit": 8}})
+    cli.main(["gaps", str(tmp_path / "teacher"), "--config", str(run), "--eval_prompts", few])
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].split() == ["general", "0.000", "±", "0.000", "0.000", "8"]  # it is that teacher
+    assert said[3].startswith("No change is shown: ") and "held_out.jsonl" in said[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"eval_prompts": None}, "has no eval_prompts to measure"),
+        ({"teachers": {"general": "./no/such", "domain": "adapter_start"}}, "'./no/such', but there is no such path"),
+        ({"teachers": {"general": "student", "domain": "adapter_start"}}, "branch 'domain' is 'adapter_start'"),
+        (None, "the model './gone' is to be measured, but there is no such path"),
+    ],
+)
+def test_gaps_that_cannot_be_measured_are_an_error_with_the_way_out(run, tmp_path, capsys, change, says):
+    settings = yaml.safe_load(run.read_text())
+    run.write_text(yaml.safe_dump({**settings, **(change or {})}))
+    model = "./gone" if change is None else str(tmp_path / "student")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["gaps", model, "--config", str(run)])
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,71 @@
+"""Held-out gaps from what runs write (camopd/measured.py)."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd.measured import HELD_OUT, lines_of, of_history, of_lines, of_run
+
+
+def line(step, branch="general", kl=0.5, **more):
+    return {"step": step, "branch": branch, "kl": kl, "kl_se": 0.1, "gap_abs": 0.7, "prompts": 2,
+            "kl_by_prompt": [0.4, kl], "of": "p", **more}  # fmt: skip
+
+
+def entry(step, branch="general", kl=0.5):
+    names = {"kl": kl, "kl_se": 0.1, "gap_abs": 0.7, "prompts": 2}
+    return {"step": step, **{f"eval_{branch}_{name}": value for name, value in names.items()}}
+
+
+def write(folder, *lines, name=HELD_OUT):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["general", "domain"]), st.floats(0, 3))))
+def test_lines_give_every_evaluation_once_and_in_order(evaluations):
+    found = of_lines([line(*each) for each in evaluations])
+    assert sum(map(len, found.values())) == len(evaluations)
+    for branch, measured in found.items():
+        assert [(each.step, each.kl) for each in measured] == [(s, kl) for s, b, kl in evaluations if b == branch]
+    assert found == of_history([entry(*each) for each in evaluations], [line(*each) for each in evaluations])
+
+
+def test_lines_after_the_best_model_was_loaded_are_of_that_model():
+    lines = [line(0), line(10, kl=0.3), line(20, kl=0.4), {"step": 10, "loaded": True}, line(10, kl=0.31)]
+    assert [each.kl for each in of_lines(lines)["general"]] == [0.5, 0.3, 0.31]
+
+
+def test_history_without_lines_has_no_values_of_prompts():
+    history = [{"loss": 1.0, "step": 1}, entry(0), {**entry(5, kl=None), "eval_kl": 3.0}]
+    found = of_history(history, [line(0, kl=0.49)])  # of another evaluation
+    assert [(each.step, each.by_prompt, each.prompts) for each in found["general"]] == [(0, (), 2)]
+
+
+def test_run_is_read_from_its_lines_then_from_its_state_then_from_its_newest_checkpoint(tmp_path):
+    assert of_run(tmp_path) == ({}, None)
+    for step in (9, 10):
+        state = {"global_step": step, "log_history": [entry(0), entry(step)]}
+        write(tmp_path / f"checkpoint-{step}", state, name="trainer_state.json")
+    found, last = of_run(tmp_path)
+    assert ([each.step for each in found["general"]], last) == ([0, 10], 10)
+    write(tmp_path, {"global_step": 12, "log_history": [entry(12)]}, name="trainer_state.json")
+    assert of_run(tmp_path)[1] == 12
+    write(tmp_path, line(0), line(12))
+    found, last = of_run(tmp_path)
+    assert (found["general"][0].by_prompt, last) == ((0.4, 0.5), 12)
+    write(tmp_path, line(0), line(12), {"step": 6, "loaded": True})
+    assert of_run(tmp_path)[1] == 6
+
+
+def test_line_that_a_crash_has_cut_is_left_out_and_no_other(tmp_path):
+    write(tmp_path, line(0))
+    with open(tmp_path / HELD_OUT, "a") as file:
+        file.write('{"step": 1, "bra')
+    assert [each["step"] for each in lines_of(tmp_path / HELD_OUT)] == [0]
+    with open(tmp_path / HELD_OUT, "a") as file:
+        file.write(f"\n{json.dumps(line(2))}\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*held_out.jsonl.* is no evaluation: '\{\"step\": 1, \"bra'"):
+        lines_of(tmp_path / HELD_OUT)
