@@ -57,6 +57,7 @@ def _main(argv: list[str] | None) -> None:
     # transformers imports torchao where it is installed, which then speaks of kernels that no run here uses.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_says_something)
     # After the command it means the same; with a value it is transformers' setting.
     for place, word in enumerate(rest):
         if word == "--debug" and (place + 1 == len(rest) or rest[place + 1].startswith("--")):
@@ -72,6 +73,11 @@ def _main(argv: list[str] | None) -> None:
             raise
         print(f"camopd: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Not that a machine without a GPU computes on its CPU, which DeepSpeed says wherever it is installed."""
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def run(command: str, argv: list[str]) -> None:

@@ -52,7 +52,7 @@ def test_bar_fits_its_terminal_and_is_as_full_as_the_run(done, total, doing, col
 def test_row_of_an_evaluation_has_the_change_since_the_first_one():
     first = measured(0, 0.5)
     assert row_of("general", first, first, 7) == "  general  KL 0.500 ± 0.020    |gap| 0.300  40 prompts"
-    assert row_of("general", measured(9, 0.4), first, 7).endswith("40 prompts  -0.100 ± 0.029")
+    assert row_of("general", measured(9, 0.4), first, 7).endswith("40 prompts  change -0.100 ± 0.029")
 
 
 def test_answer_is_the_verdict_on_each_branch_in_lines_that_fit():

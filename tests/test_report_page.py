@@ -84,7 +84,9 @@ def test_page_has_one_line_for_what_a_run_does_not_settle(tmp_path):
     write_report({"run": make_run(tmp_path / "run", 7, **ALWAYS)}, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("Not settled by this run: ")]
-    assert "counteraction (" in line and "a gap that rises (" in line
+    assert (
+        "counteraction (`diagnostics_steps: 10` measures" in line and "a gap that rises, " in line and len(line) < 600
+    )
     assert "| unclear |" not in text and "| not measured |" not in text
 
 

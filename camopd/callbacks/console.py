@@ -215,7 +215,7 @@ def row_of(branch: str, now: Measured, first: Measured, width: int) -> str:
         return row
     change = change_of(first, now)
     half = f" ± {short(change.half)}" if math.isfinite(change.half) else ""
-    return f"{row}  {signed(change.value)}{half}"
+    return f"{row}  change {signed(change.value)}{half}"
 
 
 def answer(

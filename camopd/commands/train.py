@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ def make_trainer(
 
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
     settings = read_settings(config, overrides)
+    if not settings.get("verbose"):  # also those of the libraries' imports, and of the settings that are read
+        warnings.filterwarnings("ignore", category=FutureWarning)
     timeout = settings.get("teacher_timeout", settings.get("teacher_patience", 900.0))
     try:
         teachers = connect_servers(
@@ -115,14 +118,11 @@ def make_trainer(
 
 
 def _quiet(args: Any) -> None:
-    """The screen is for the run: what libraries say of themselves, and bars of files that are read, are left out."""
-    import warnings
-
+    """The screen is for the run: bars of files that libraries read and write are left out."""
     import datasets
     from transformers.utils import logging
 
     if args.verbose:
         return
-    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

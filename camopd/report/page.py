@@ -154,7 +154,9 @@ def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
 def _numbers(signs: Sequence[Sign]) -> list[str]:
     """A table of the signs that a run settles, and one line for the others."""
     settled = [sign for sign in signs[1:] if sign.state not in ("unclear", "not measured")]
-    others = [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign not in settled]
+    unclear = [sign.name.lower() for sign in signs[1:] if sign.state == "unclear"]
+    others = [f"{', '.join(unclear)} (too few measured steps, or neither one nor the other)"] if unclear else []
+    others += [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign.state == "not measured"]
     rows = [[f"**{sign.name}**", sign.state, sign.text] for sign in settled]
     blocks = [table([["sign", "in this run", "numbers"], *rows])] if rows else []
     return blocks + ([f"Not settled by this run: {'; '.join(others)}."] if others else [])
