@@ -377,6 +377,11 @@ def warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
             "eval_prompts have no effect: nothing says when they are measured. Set eval_strategy: steps and eval_steps, or "
             "eval_on_start"
         )
+    elif prompts.eval_prompts and not args.eval_on_start and not args.resume_from_checkpoint:
+        logger.warning(
+            "eval_prompts are not measured before the first step, without which the run cannot say whether it recovered. "
+            "Set eval_on_start: true"
+        )
 
 
 def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:

@@ -52,6 +52,7 @@ OTHER_VALUES = {
     "selectkd_reject_weight": (0.0, "0"),
     "loss_normalization": ("token", "token"),
     "branch_weights": ("none", "none"),  # "sigma" needs a schedule that mixes
+    "verbose": (True, "true"),
     "diagnostics_steps": (3, "3"),
     "guards": (
         {"skipped_steps": 1, "log_prob": 0.1, "log_ratio": 0.5, "outside_band": 0.9, "degenerate": 0.9, "truncated": None,

@@ -47,28 +47,22 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
 
 
 def make_trainer(
-    config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] | None = None, measure: str | None = None,
+    config: str,
+    overrides: list[str],
+    to_prompt: Mapping[str, ToPrompt] | None = None,
+    measure: str | None = None,
     folder: str = "",
-) -> Any:  # fmt: skip
-    """The trainer of a run. With `measure`, a model in place of the run's student, it is there to be evaluated: it has new
-    adapters nowhere, reports to nobody, and its output_dir is `folder`.
+) -> Any:
+    """The trainer of a run. With `measure`, a model in place of the run's student, it is there to be evaluated: the model
+    gets no adapter, nothing is reported, and the output_dir is `folder`.
 
     Raises what `train` does.
     """
-    from ..teachers.vllm.teacher import connect_servers
-
     # The servers first: what is wrong with one shows before seconds of imports, and before prompts and models are fetched.
     settings = read_settings(config, overrides)
     if not settings.get("verbose"):  # also those of the libraries' imports, and of the settings that are read
         warnings.filterwarnings("ignore", category=FutureWarning)
-    timeout = settings.get("teacher_timeout", settings.get("teacher_patience", 900.0))
-    try:
-        teachers = connect_servers(
-            teachers_of(settings), longest_sequence(settings), timeout if type(timeout) in (int, float) else 900.0
-        )
-    except TeacherError as error:
-        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
-        raise TeacherError(f"{error}{''.join(notes)}") from None
+    teachers = _connect(settings)
 
     from trl import get_peft_config, get_quantization_config
 
@@ -81,8 +75,7 @@ def make_trainer(
     _quiet(args)
     if measure is not None:
         model.model_name_or_path, model.use_peft = measure, False
-        args.output_dir, args.report_to, args.push_to_hub = folder, [], False
-        args.resume_from_checkpoint = None
+        args.output_dir, args.report_to, args.push_to_hub, args.resume_from_checkpoint = folder, [], False, None
         if not prompts.eval_prompts:
             raise ValueError(
                 f"{config!r} has no eval_prompts to measure {measure!r} on. Add them, in the form of `prompts`, or give "
@@ -93,19 +86,9 @@ def make_trainer(
     if not args.resume_from_checkpoint:
         need_unused(Path(args.output_dir), args.overwrite_output_dir)
     need_prompts(prompts, args)
-    warn_of_unused(prompts, args)
-    for branch, teacher in teachers.items():
-        if (
-            isinstance(teacher, str)
-            and teacher not in ADAPTER_TEACHERS
-            and args.process_index == 0
-            and measure is None
-        ):
-            print(
-                f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
-                f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
-                flush=True,
-            )
+    if measure is None:
+        warn_of_unused(prompts, args)
+        _say_what_is_loaded(teachers, args)
     return CaMOPDTrainer(
         model=model.model_name_or_path,
         teachers=teachers,
@@ -115,6 +98,30 @@ def make_trainer(
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+
+
+def _connect(settings: dict[str, Any]) -> dict[str, Any]:
+    """The teachers of a run, with its servers connected."""
+    from ..teachers.vllm.teacher import connect_servers
+
+    timeout = settings.get("teacher_timeout", settings.get("teacher_patience", 900.0))
+    try:
+        return connect_servers(
+            teachers_of(settings), longest_sequence(settings), timeout if type(timeout) in (int, float) else 900.0
+        )
+    except TeacherError as error:
+        notes = {where_from(settings, branch, error) for branch in settings["teachers"] if repr(branch) in str(error)}
+        raise TeacherError(f"{error}{''.join(notes)}") from None
+
+
+def _say_what_is_loaded(teachers: Mapping[str, Any], args: Any) -> None:
+    for branch, teacher in teachers.items():
+        if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
+            print(
+                f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
+                f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
+                flush=True,
+            )
 
 
 def _quiet(args: Any) -> None:

@@ -349,7 +349,8 @@ def _points(axes: Axes, measured: Sequence[Measured], name: str, look: int) -> N
         if math.isfinite(value):
             error = [[half], [half]] if math.isfinite(half) else None
             axes.errorbar([each.step], [value], yerr=error, fmt="D", color=COLOURS[look % 7], markeredgecolor="#000000",
-                          markersize=6, ecolor="#000000", elinewidth=1, capsize=3, zorder=4, clip_on=False, label="_held_out")  # fmt: skip
+                          markersize=6, ecolor="#000000", elinewidth=1, capsize=3, zorder=4, clip_on=False,
+                          label="_held_out")  # fmt: skip
 
 
 def _smooth(values: pd.Series) -> pd.Series:
