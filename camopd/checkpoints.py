@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import atomic, manifest, record
 from .config import CaMOPDConfig
-from .errors import CaMOPDError, OtherRankError, ResumeError, TeacherError, on_all_ranks
+from .errors import CaMOPDError, OtherRankError, ResumeError, RolloutError, TeacherError, on_all_ranks
 from .hub import check_trusted, explain_hub_error, hub_errors, is_hub_id
 from .machines import Machine, raise_of_any
 from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
@@ -315,15 +315,15 @@ class RunCheckpoints:
 
     @contextmanager
     def keeping(self, trainer: Any, step: Step | None = None) -> Iterator[None]:
-        """Where a teacher is gone or a signal asks to stop inside, a checkpoint of where training stands, with what `step`
-        has rolled out.
+        """Where a teacher or rollout server is gone or a signal asks to stop inside, a checkpoint of where training stands,
+        with what `step` has rolled out.
 
         The error is raised again with the way to go on; a signal ends in `RunInterrupted`. Called by all ranks, on which
         both are raised together.
         """
         try:
             yield
-        except (TeacherError, StopAsked) as error:
+        except (TeacherError, RolloutError, StopAsked) as error:
             done, samples = trainer.state.global_step, None
             signals = [name for name in gather_object([trainer.stops.heard]) if name]
             if step is not None:
@@ -344,8 +344,9 @@ class RunCheckpoints:
                     f"{signals[0]}: stopped; {what} in {str(folder)!r}. Go on with `camopd train ... --resume auto` or "
                     "trainer.train(resume_from_checkpoint='auto')."
                 ) from None
-            raise TeacherError(
-                f"{error}\nNothing is lost: {what} in {str(folder)!r}. Fix the teacher and resume_from_checkpoint="
+            kind, which = (RolloutError, "server") if isinstance(error, RolloutError) else (TeacherError, "teacher")
+            raise kind(
+                f"{error}\nNothing is lost: {what} in {str(folder)!r}. Fix the {which} and resume_from_checkpoint="
                 f"{str(folder)!r}{'' if samples is None else '; the step goes on with scoring'}."
             ) from None
 

@@ -126,6 +126,10 @@ class CaMOPDConfig(DistillationConfig):
         trust_checkpoint (`bool`, *optional*, defaults to `False`):
             Let DeepSpeed and FSDP, which unpickle, go on from a checkpoint outside `output_dir`.
 
+        rollout_servers (`list[str]`, *optional*):
+            URLs of vLLM servers that write the rollouts and get the student's weights each step (`camopd serve --student`).
+            A rank asks for its own prompts. In place of `use_vllm`; see docs/scale.md.
+
         > Parameters of the teachers
 
         teachers (`dict[str, Any]`, *optional*):
@@ -137,8 +141,8 @@ class CaMOPDConfig(DistillationConfig):
             Size of a forward without gradient, for the gaps and for in-process teachers: as many sequences share one as
             `score_tokens` holds of the longest prompt and completion, and at least one.
         teacher_timeout (`float`, *optional*, defaults to `900.0`):
-            Seconds to wait when every replica of a teacher is gone. After that the step's rollouts are saved with a
-            checkpoint and training stops.
+            Seconds to wait when every replica of a teacher, or every rollout server, is gone. After that a checkpoint is
+            saved, with the rollouts that are scored, and training stops.
 
         > Parameters of the run's folder
 
@@ -315,6 +319,10 @@ class CaMOPDConfig(DistillationConfig):
         default=False, metadata={"help": "Let DeepSpeed and FSDP unpickle a checkpoint outside output_dir."}
     )
 
+    rollout_servers: list[str] | str | None = field(
+        default=None, metadata={"help": "URLs of vLLM servers that write the rollouts, in place of use_vllm."}
+    )
+
     # Parameters of the teachers
     teachers: dict[str, Any] | str | None = field(
         default=None,
@@ -329,7 +337,9 @@ class CaMOPDConfig(DistillationConfig):
     )
     teacher_timeout: float = field(
         default=900.0,
-        metadata={"help": "Seconds to wait when every replica of a teacher is gone, before training stops."},
+        metadata={
+            "help": "Seconds to wait when all servers of a teacher or of rollouts are gone, before training stops."
+        },
     )
 
     # Parameters of the run's folder

@@ -15,6 +15,10 @@ class TeacherError(CaMOPDError):
     """A teacher cannot be reached, or what it answers cannot be used."""
 
 
+class RolloutError(CaMOPDError):
+    """A rollout server cannot be reached, or what it answers cannot be used."""
+
+
 class ResumeError(CaMOPDError):
     """A checkpoint belongs to another run than the one that wants to go on from it."""
 

@@ -61,8 +61,9 @@ def neutral_generation(model: Any) -> Iterator[None]:
 def check_generation_kwargs(args: Any) -> None:
     """Raise `ValueError` for `generation_kwargs` that change the distribution, and for those that the engine ignores."""
     given: dict[str, Any] = dict(args.generation_kwargs or {})  # type: ignore[arg-type]  # a dict since __post_init__
-    harmless = _VLLM_KWARGS if args.use_vllm else set(_TRANSFORMERS_KWARGS)
-    engine = "vLLM" if args.use_vllm else "transformers"
+    vllm = bool(args.use_vllm or args.rollout_servers)
+    harmless = _VLLM_KWARGS if vllm else set(_TRANSFORMERS_KWARGS)
+    engine = "vLLM" if vllm else "transformers"
     elsewhere = {*_VLLM_KWARGS, *_TRANSFORMERS_KWARGS, *_NOT_FOR_VLLM, "stop_strings", "cache_config"}
     of_the_other = sorted(set(given) & elsewhere - harmless)
     clash = sorted(set(given) - elsewhere)
@@ -72,15 +73,13 @@ def check_generation_kwargs(args: Any) -> None:
             f"{sorted(harmless)}."
         )
     if of_the_other:
-        reasons = [
-            f"{name}: {_NOT_FOR_VLLM[name]}" for name in of_the_other if args.use_vllm and name in _NOT_FOR_VLLM
-        ]
+        reasons = [f"{name}: {_NOT_FOR_VLLM[name]}" for name in of_the_other if vllm and name in _NOT_FOR_VLLM]
         raise ValueError(
-            f"generation_kwargs sets {of_the_other}, which generation by {engine} (use_vllm={args.use_vllm}) would "
+            f"generation_kwargs sets {of_the_other}, which generation by {engine} would "
             f"ignore or stop at{' (' + '; '.join(reasons) + ')' if reasons else ''}. Leave it out; what may be set is "
             f"{sorted(harmless)}."
         )
     for name, value in {"cache_implementation": args.cache_implementation, **given}.items():
         check = _TRANSFORMERS_KWARGS.get(name)
-        if check is not None and not args.use_vllm and value is not None and not check[0](value):
+        if check is not None and not vllm and value is not None and not check[0](value):
             raise ValueError(f"{name} is {value!r}, which CaMOPD cannot use: {check[1]}.")

@@ -105,13 +105,14 @@ _EXAMPLE = """--guards '{"log_prob": 0.1, "entropy": null}'"""
 
 def without_effect(args: Any) -> list[tuple[str, Any, str]]:
     """Thresholds that were set for a number that the run does not have: name, value and reason."""
+    vllm = bool(args.use_vllm or args.rollout_servers)
     engine, band = args.student_logps == "engine", args.importance_sampling_mode != "none"
     reasons = {}
     if engine and args.token_rule != "relaxed_opd":
         reasons["entropy"] = "with student_logps='engine' no entropy is computed"
-    if not (engine or args.use_vllm):
+    if not (engine or vllm):
         reasons["log_ratio"] = "the rollout engine gives no log-probs"
-    if not (band and (engine or args.use_vllm)):
+    if not (band and (engine or vllm)):
         reasons["outside_band"] = "importance_sampling_mode is 'none', or the rollout engine gives no log-probs"
     return [
         (f"guards[{name!r}]", args.guards[name], reason)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from . import guards
@@ -16,8 +17,8 @@ from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .schedule import Schedule, mapping_form, number_of, short
 from .settings import OLD_NAMES
 from .teachers.address import is_server, key_variables, public_url, refuse_secrets, urls_and_model, without_secrets
-from .teachers.limits import most_tokens_in_flight, request_seconds
 from .token_rules import TOKEN_RULES
+from .vllm.limits import most_tokens_in_flight, request_seconds
 
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def check_values(args: Any) -> None:
             if value is not None or args.__dataclass_fields__[name].default is not None:
                 _check(rule, name, value)
     args.guards = guards.settle(args.guards)
+    args.rollout_servers = urls_of(args.rollout_servers, args.use_vllm)
     for name in (*(rule.names for rule in PER_BRANCH), "teachers"):
         value = getattr(args, name)
         if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -136,6 +138,31 @@ def check_values(args: Any) -> None:
                     f"{name} is not valid JSON: {without_secrets(value)[:500]} ({error}). Names and texts need double "
                     f'quotes: --{name} \'{{"general": ..., "domain": ...}}\'.'
                 ) from None
+
+
+def urls_of(given: Any, use_vllm: bool) -> list[str] | None:
+    """`rollout_servers` as a list: of a URL, of several with commas between, or of a list of them, in JSON as well.
+
+    Raises `ValueError` for anything else, and beside `use_vllm`.
+    """
+    urls = given
+    if isinstance(given, str):
+        with suppress(ValueError, RecursionError):  # of the command line
+            urls = json.loads(given)
+        urls = [url.strip() for url in urls.split(",") if url.strip()] if isinstance(urls, str) else urls
+    if not urls:
+        return None
+    if not is_server(urls) or isinstance(urls, dict):
+        raise ValueError(
+            f"rollout_servers must be URLs of vLLM servers, got {without_secrets(short(given))}. Write "
+            "rollout_servers: [http://host:8000]."
+        )
+    if use_vllm:
+        raise ValueError(
+            "rollout_servers and use_vllm=True are two ways to roll out. Leave use_vllm out, or rollout_servers: with "
+            "use_vllm, vllm_server_base_url names TRL's server."
+        )
+    return list(urls)
 
 
 def _check(rule: Range, name: str, value: Any) -> None:

@@ -55,7 +55,7 @@ LEFT_OUT = {
     "evaluation, which draws random numbers of its own; recorded where the learning rate follows it": "eval_strategy "
     "eval_steps eval_delay eval_on_start per_device_eval_batch_size metric_for_best_model greater_is_better",
     "where servers are, and how long is waited": "vllm_server_base_url vllm_server_host vllm_server_port "
-    "vllm_server_timeout vllm_group_port teacher_timeout ddp_timeout",
+    "vllm_server_timeout vllm_group_port rollout_servers teacher_timeout ddp_timeout",
     "who reads the prompts, whose order follows from the seed": "dataloader_num_workers dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context",
     "how processes talk and share the weights": "ddp_backend ddp_find_unused_parameters ddp_bucket_cap_mb "

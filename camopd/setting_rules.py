@@ -240,7 +240,7 @@ NEEDS = (
         "vllm_server_host vllm_server_port", lambda a: a.vllm_server_base_url is None,
         "vllm_server_base_url says where the server is",
     ),
-    Need("cache_implementation", lambda a: not a.use_vllm, "vLLM writes the rollouts"),
+    Need("cache_implementation", lambda a: not (a.use_vllm or a.rollout_servers), "vLLM writes the rollouts"),
     Need("data_seed", lambda a: a.shuffle_dataset, "shuffle_dataset is False"),
     Need(
         "importance_sampling_low importance_sampling_high", lambda a: a.importance_sampling_mode != "none",

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
 
-from . import setting_rules, vllm_rollouts
+from . import rollout_servers, setting_rules, vllm_rollouts
 from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
 from .callbacks.completions import CompletionsTable
@@ -43,6 +43,7 @@ from .teachers.local import context_length, shares_weights
 from .teachers.resolve import resolve_teachers
 from .teachers.vllm.teacher import ServerTeacher, connect_servers
 from .tokens import embedding_size, head_size, need_end, unended_turn
+from .vllm.sampler import Sampler
 
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Run:
     student_name: str  # empty where the model was passed as an object
     max_tokens: int  # of a prompt and its completion
     adapter_loaded: bool  # whether the student's adapter is a saved one
+    sampler: Sampler | None  # its rollout servers, connected
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -121,11 +123,12 @@ def prepare(
     specs = connect_servers(specs, max_tokens, args.teacher_timeout)
     if args.world_size > 1 and any(isinstance(spec, ServerTeacher) for spec in specs.values()):
         check_ddp_timeout(args)
+    sampler = rollout_servers.connect(args, tools, max_tokens)
     dataset = _make_dataset(streams, schedule, args)
-    if _is_zero3(args) and args.use_vllm and not args.ds3_gather_for_generation:
+    if _is_zero3(args) and (args.use_vllm or sampler) and not args.ds3_gather_for_generation:
         raise ValueError(
             "ds3_gather_for_generation=False leaves the weights of ZeRO-3 in shards, and vLLM needs them whole. Leave it "
-            "at True with use_vllm=True."
+            "at True with use_vllm=True or rollout_servers."
         )
     student_name = model if isinstance(model, str) else ""
     if student_name and not has_adapter(student_name):
@@ -138,7 +141,7 @@ def prepare(
         _keep_start(model, args)
     return Run(
         model, quantization_config, schedule, streams, dataset, held, specs, quantised_adapters(model), student_name,
-        max_tokens, adapter_loaded,
+        max_tokens, adapter_loaded, sampler,
     )  # fmt: skip
 
 
@@ -286,7 +289,8 @@ def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:
             "than padding. Load the model with flash attention or flex_attention.",
             student.config.get_text_config()._attn_implementation,
         )
-    if _is_zero3(args) and not args.use_vllm and args.ds3_gather_for_generation and args.device.type == "cuda":
+    here = not (args.use_vllm or args.rollout_servers) and args.ds3_gather_for_generation
+    if _is_zero3(args) and here and args.device.type == "cuda":
         check_gathered_weights(student, torch.cuda.get_device_properties(args.device).total_memory)
 
 
@@ -298,7 +302,7 @@ def check_gathered_weights(model: Any, memory: int) -> None:
     if needed > memory:
         raise ValueError(
             f"to generate, ZeRO-3 gathers all {weights / 1e9:.2f} billion weights on every GPU: {needed / 2**30:.1f} GiB, "
-            f"and this one has {memory / 2**30:.1f} GiB. Set use_vllm=True with vllm_mode='server', or "
+            f"and this one has {memory / 2**30:.1f} GiB. Set rollout_servers, or "
             "ds3_gather_for_generation=False, which generates with weights in shards, slowly."
         )
 

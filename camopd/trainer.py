@@ -40,7 +40,8 @@ from .optimizer import kind_and_settings
 from .prompts import StepDataset, one_item_per_micro_step
 from .record import record_of
 from .rejected import kept
-from .rollouts import TRLEngine, rng_state
+from .rollout_servers import make_engine
+from .rollouts import rng_state
 from .run_folder import RunFolder
 from .samples import MicroBatch, Sample
 from .scoring import Scorer
@@ -151,7 +152,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.step: Any = None  # the `Step` under way, or the last one
-        self.engine = TRLEngine(self, ends={*vllm_rollouts.ends_of(self), self._tokenizer.pad_token_id})
+        self.engine = make_engine(self)
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
         self.held_out_results = HeldOutResults()
         self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then

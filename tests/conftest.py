@@ -164,7 +164,7 @@ def start_server(teacher_model, tokenizer, monkeypatch):
 
     monkeypatch.delenv("CAMOPD_TEACHER_API_KEY", raising=False)
     for name, seconds in (("QUESTION_PAUSE", 0.0), ("SCORE_PAUSE", 0.0), ("HEALTH_SECONDS", 0.05)):
-        monkeypatch.setattr(f"camopd.teachers.limits.{name}", seconds)
+        monkeypatch.setattr(f"camopd.vllm.limits.{name}", seconds)
     servers = []
 
     def start(**changes):

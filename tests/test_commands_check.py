@@ -531,3 +531,14 @@ def test_command_exits_with_2_when_the_tokenizer_is_another(start_server, config
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
     assert "has another tokenizer than the student" in " ".join(found.stdout.split())
+
+
+def test_rollout_servers_are_reached_before_the_student_is_loaded(start_server, start_domain, check):
+    rollouts = start_server(name="the-student", max_model_len=300)
+    urls = {branch: start_domain().url for branch in ("general", "domain")}
+    code, table = check(teachers=urls, rollout_servers=[rollouts.url], max_prompt_length=64, max_completion_length=64)
+    assert table["rollouts", "servers"] == ("ok", f"{rollouts.url} serve 'the-student', 300 tokens")
+    rollouts.max_model_len = 100
+    code, table = check(teachers=urls, rollout_servers=[rollouts.url], max_prompt_length=64, max_completion_length=64)
+    assert code == 2 and table["rollouts", "servers"][0] == "error"
+    assert "takes sequences of 100 tokens" in table["rollouts", "servers"][1]

@@ -593,3 +593,15 @@ def test_config_may_be_named_with_config():
     for words in (["run.yaml", "--seed", "3", "--port", "1"], ["--port", "1", "--config", "run.yaml", "--seed", "3"]):
         options, overrides, flags = command._parse([*words, "--", "--config", "x"])
         assert (options.config, options.port, overrides, flags) == ("run.yaml", 1, ["--seed", "3"], ["--config", "x"])
+
+
+def test_rollout_servers_of_this_machine_are_started_and_all_are_printed(write, capsys):
+    urls = ["http://127.0.0.1:9000", "http://192.0.2.1:9001"]
+    config = write({"general": "org/one"}, rollout_servers=urls, model_name_or_path="org/student", bf16=False)
+    one, two = printed(capsys, config, "--student")
+    assert one[:6] == ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "org/student", "--host", "127.0.0.1"]
+    assert two[5:8] == ["192.0.2.1", "--port", "9001"]
+    with pytest.raises(CaMOPDError, match="no vLLM"):  # to start the first
+        command.serve([config, "--student", "--vllm-python", "/no/such/python"])
+    with pytest.raises(ValueError, match=r"none of rollout_servers is on this machine: 192\.0\.2\.1"):
+        command.serve([config, "--student", "--rollout_servers", urls[1]])

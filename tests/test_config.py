@@ -33,6 +33,8 @@ OTHER_VALUES = {
     "split_special_tokens": (True, "true"),
     "trust_checkpoint": (True, "true"),
     "teacher_timeout": (60.0, "60"),
+    "rollout_lag": (1, "1"),
+    "rollout_servers": (["http://10.0.0.1:8000", "http://10.0.0.2:8000"], "http://10.0.0.1:8000, http://10.0.0.2:8000"),
     "overwrite_output_dir": (True, "true"),
     "rebalance": (False, "false"),
     "teachers": (
@@ -440,3 +442,22 @@ def test_names_of_before_all_have_a_test():
 def test_scoring_forward_holds_as_many_of_the_longest_sequences_as_its_tokens_allow(make_config):
     assert make_config(max_prompt_length=1000, max_completion_length=3096).score_rows == 16  # 65536 tokens
     assert make_config(max_prompt_length=4096, max_completion_length=10**6).score_rows == 1
+
+
+@pytest.mark.parametrize(
+    "given", ["http://a:8000,http://b:8000", '["http://a:8000", "http://b:8000"]', ["http://a:8000", "http://b:8000"]]
+)
+def test_rollout_servers_are_read_as_a_list_and_alone(make_config, given):
+    assert make_config(rollout_servers=given).rollout_servers == ["http://a:8000", "http://b:8000"]
+    with pytest.raises(ValueError, match=r"rollout_servers and use_vllm=True are two ways to roll out"):
+        make_config(rollout_servers=given, use_vllm=True)
+
+
+@pytest.mark.parametrize("given", ["a:8000", ["http://a", 3], {"general": "http://a"}, 3, "ftp://sk-key@a"])
+def test_rollout_servers_that_are_no_urls_are_refused(make_config, given):
+    with pytest.raises(
+        ValueError, match=r"rollout_servers must be URLs of vLLM servers, got .* Write rollout_servers:"
+    ):
+        make_config(rollout_servers=given)
+    for nothing in (None, [], ""):
+        assert make_config(rollout_servers=nothing).rollout_servers is None

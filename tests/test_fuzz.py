@@ -323,7 +323,7 @@ class Bytes(httpx.AsyncByteStream):
 def stranger(request, monkeypatch):
     """A teacher whose server answers what it is told to, with one attempt."""
     for name, number in (("QUESTION_PAUSE", 0.0), ("SCORE_PAUSE", 0.0), ("HEALTH_SECONDS", 0.0), ("ATTEMPTS", 1)):
-        monkeypatch.setattr(f"camopd.teachers.limits.{name}", number)
+        monkeypatch.setattr(f"camopd.vllm.limits.{name}", number)
     server, client = Stranger(), httpx.AsyncClient
 
     def answer(question):

@@ -107,7 +107,7 @@ def has_code(path: Path) -> bool:
 
 
 def test_modules_have_a_test_file_named_after_them():
-    """`teachers.vllm.http` is tested in test_http.py, test_vllm_http.py or test_teachers_vllm_http.py."""
+    """`teachers.vllm.plan` is tested in test_plan.py, test_vllm_plan.py or test_teachers_vllm_plan.py."""
     files = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
     whole = {name.replace(".", "_") for name in KNOWN}
     for name, path in KNOWN.items():

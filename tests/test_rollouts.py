@@ -248,4 +248,4 @@ def test_prompt_without_a_token_stops_every_rank(tmp_path, tokenizer, monkeypatc
     monkeypatch.setattr(trainer.reader, "ids", lambda rows: tokenize(rows[0], lambda **_: {"input_ids": []}))
     with pytest.raises(ValueError, match="of which the tokenizer makes no token"):
         trainer.train()
-    assert told and told[0][0] is False and "makes no token" in told[0][1]
+    assert told and told[0][0] is ValueError and "makes no token" in told[0][1]

@@ -1,4 +1,4 @@
-"""Requests to a server: keys, and whatever may answer (camopd/teachers/vllm/http.py)."""
+"""Requests to a server: keys, and whatever may answer (camopd/vllm/http.py)."""
 
 import gzip
 import json

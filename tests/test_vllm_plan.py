@@ -1,5 +1,6 @@
 """Which vLLM servers a run needs, with which ports, GPUs and flags (camopd/teachers/vllm/plan.py)."""
 
+import json
 import socket
 
 import pytest
@@ -10,11 +11,13 @@ from camopd.teachers.vllm.plan import (
     VLLM,
     Server,
     assign_gpus,
+    command_line,
     environment_of,
     flags_of,
     key_of,
     models_of,
     plan_servers,
+    plan_students,
     replicas_of,
 )
 
@@ -141,3 +144,53 @@ def test_server_gets_the_key_of_its_branch_and_no_other(model, key):
     found = environment_of(server, vllm, environment)
     assert found == {"VLLM_API_KEY": key.strip(), "VLLM_NO_USAGE_STATS": "1", "PATH": "p"}
     assert key_of(server, {}) is None
+
+
+def test_rollout_servers_are_planned_on_their_hosts_and_ports():
+    settings = {
+        "model_name_or_path": "org/student",
+        "rollout_servers": ["http://localhost:9000", "http://node-b:9001"],
+    }
+    one, two = plan_students(settings, None, None)
+    assert [(each.host, each.port, each.url) for each in (one, two)] == [
+        ("localhost", 9000, "http://localhost:9000"), ("node-b", 9001, "http://node-b:9001")
+    ]  # fmt: skip
+    moved = plan_students(settings, "0.0.0.0", 7000)
+    assert [(each.host, each.port) for each in moved] == [("0.0.0.0", 7000), ("0.0.0.0", 7001)]
+    line = command_line(one, flags_of(one, [one, two], None, 512))
+    assert line.startswith("VLLM_SERVER_DEV_MODE=1 vllm serve org/student --host localhost --port 9000")
+    assert "--enable-lora" not in line and "weight-transfer" not in line and "processed_logprobs" in line
+
+
+@pytest.mark.parametrize(("rank", "most"), [(1, 1), (8, 8), (9, 16), (64, 64), (65, 128), (512, 512)])
+def test_rollout_server_of_a_lora_student_takes_adapters_of_its_rank(tmp_path, rank, most):
+    settings = {"model_name_or_path": "org/student", "rollout_servers": "http://localhost:9000", "use_peft": True}
+    (server,) = plan_students({**settings, "lora_r": rank}, None, None)
+    line = command_line(server, flags_of(server, [server], None, 512))
+    assert line.startswith("VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve org/student")
+    assert f"--enable-lora --max-lora-rank {most} --max-loras 2" in line
+    config = {"r": 1, "rank_pattern": {"q_proj": rank}, "base_model_name_or_path": "org/base"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    settings = {"model_name_or_path": str(tmp_path), "rollout_servers": "http://localhost:9000"}
+    (server,) = plan_students(settings, None, None)
+    assert (server.model, server.lora_rank) == ("org/base", most)
+
+
+def test_rollout_servers_that_cannot_be_are_refused():
+    settings = {"model_name_or_path": "org/student", "rollout_servers": ["http://localhost:9000"]}
+    with pytest.raises(ValueError, match=r"must be URLs of vLLM servers, got \['here'\]"):
+        plan_students({**settings, "rollout_servers": ["here"]}, None, None)
+    with pytest.raises(ValueError, match=r"a LoRA rank of 600 is more than vLLM takes, 512"):
+        plan_students({**settings, "use_peft": True, "lora_r": 600}, None, None)
+    with pytest.raises(ValueError, match="model_name_or_path"):
+        plan_students({"rollout_servers": ["http://localhost:9000"]}, None, None)
+
+
+def test_rollout_server_gets_its_own_key_and_no_teachers():
+    (server,) = plan_students({"model_name_or_path": "x", "rollout_servers": "http://localhost:9"}, None, None)
+    keys = {"CAMOPD_ROLLOUT_API_KEY": "own", "CAMOPD_TEACHER_API_KEY": "teachers", "PATH": "x"}
+    found = environment_of(server, VLLM("python", "0.32", cpu=False), keys)
+    assert found["VLLM_API_KEY"] == key_of(server, keys) == "own"
+    assert found["VLLM_SERVER_DEV_MODE"] == "1" and not {name for name in found if name.startswith("CAMOPD")}
+    teacher = Server(["general"], 0, "x", "localhost", 9)
+    assert "own" not in environment_of(teacher, VLLM("python", "0.32", cpu=False), keys).values()

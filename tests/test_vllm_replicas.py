@@ -1,4 +1,4 @@
-"""Several servers of one teacher, which come and go (camopd/teachers/vllm/replicas.py). They are those of fake_vllm.py."""
+"""Several servers of one teacher, which come and go (camopd/vllm/replicas.py). They are those of fake_vllm.py."""
 
 import threading
 import time
@@ -26,8 +26,8 @@ def test_replicas_share_the_tokens_and_answers_keep_their_order(start_server, co
 
 
 def test_requests_are_asked_at_the_same_time_but_no_more_than_allowed(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 2)
-    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 1)
+    monkeypatch.setattr("camopd.vllm.limits.REQUESTS_PER_REPLICA", 2)
+    monkeypatch.setattr("camopd.vllm.limits.TOKENS_PER_REQUEST", 1)
     inside, most, lock = 0, 0, threading.Lock()
     two = threading.Barrier(2, timeout=60)  # a client that asks one by one never passes
 
@@ -147,8 +147,8 @@ def test_fault_is_tried_on_another_replica_first(start_server, connect, local_sc
 def test_replica_that_always_fails_quickly_does_not_stop_another_that_works_slowly(
     start_server, connect, local_scores, monkeypatch, status
 ):
-    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)
-    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 1)
+    monkeypatch.setattr("camopd.vllm.limits.REQUESTS_PER_REPLICA", 1)
+    monkeypatch.setattr("camopd.vllm.limits.TOKENS_PER_REQUEST", 1)
     bad, good = start_server(), start_server()
     teacher = connect(bad, good)
     bad.answers.extend([(status, "oops")] * 1000)

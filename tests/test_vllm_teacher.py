@@ -93,7 +93,7 @@ def test_fault_that_passes_changes_no_number(start_server, connect, local_scores
 def test_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, local_scores, monkeypatch):
     """A second passes with each request, whatever the clock on the wall says."""
     seconds = itertools.count()
-    monkeypatch.setattr("camopd.teachers.vllm.teacher.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr("camopd.vllm.replicas.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     teacher = connect(server, patience=200.0)
     server.answers.extend([(429, "slow down")] * 60)
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
@@ -107,7 +107,7 @@ def test_busy_server_is_waited_for_as_long_as_patience_lasts(server, connect, lo
 
 @both_transports
 def test_time_out_is_tried_again(start_server, connect, local_scores, monkeypatch, compact):
-    monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.5)
+    monkeypatch.setattr("camopd.vllm.limits.SCORE_SECONDS", 0.5)
     server = start_server(compact=compact)
     teacher = connect(server)
     server.answers.append("hang")
@@ -116,9 +116,9 @@ def test_time_out_is_tried_again(start_server, connect, local_scores, monkeypatc
 
 
 def test_time_outs_grow_with_the_tokens_in_flight(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.0)
-    monkeypatch.setattr("camopd.teachers.limits.SECONDS_PER_TOKEN", 0.02)
-    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 1)
+    monkeypatch.setattr("camopd.vllm.limits.SCORE_SECONDS", 0.0)
+    monkeypatch.setattr("camopd.vllm.limits.SECONDS_PER_TOKEN", 0.02)
+    monkeypatch.setattr("camopd.vllm.limits.ATTEMPTS", 1)
     teacher = connect(server)
     server.before = lambda: time.sleep(0.3)
     with pytest.raises(TeacherError, match=r"did not answer /v1/completions in 0 seconds"):
@@ -127,7 +127,7 @@ def test_time_outs_grow_with_the_tokens_in_flight(server, connect, monkeypatch):
 
 
 def test_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 3)
+    monkeypatch.setattr("camopd.vllm.limits.ATTEMPTS", 3)
     teacher = connect(server)
     server.answers.extend([(500, "CUDA out of memory")] * 3)
     with pytest.raises(
@@ -140,8 +140,8 @@ def test_fault_that_stays_is_a_teacher_error_with_the_servers_own_words(server, 
 
 
 def test_server_that_hangs_for_good_is_an_error_in_bounded_time(server, connect, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.SCORE_SECONDS", 0.2)
-    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 3)
+    monkeypatch.setattr("camopd.vllm.limits.SCORE_SECONDS", 0.2)
+    monkeypatch.setattr("camopd.vllm.limits.ATTEMPTS", 3)
     teacher = connect(server)
     server.answers.extend(["hang"] * 100)
     started = time.monotonic()

@@ -21,7 +21,6 @@ from camopd.errors import GuardError, TeacherError
 from camopd.guards import settle
 from camopd.samples import Sample
 from camopd.scoring import Scorer
-from camopd.teachers import limits
 from camopd.teachers.base import TokenScores
 from camopd.teachers.vllm.transports import (
     Row,
@@ -33,6 +32,7 @@ from camopd.teachers.vllm.transports import (
     json_request,
     no_scores,
 )
+from camopd.vllm import limits
 
 
 floats = st.floats(-100, 0, width=32)
@@ -274,15 +274,15 @@ def test_server_that_ignores_the_compact_fields_gets_json(start_server, connect)
 
 
 def test_short_sequences_share_a_request_up_to_the_token_budget(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)
-    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 9)
+    monkeypatch.setattr("camopd.vllm.limits.REQUESTS_PER_REPLICA", 1)
+    monkeypatch.setattr("camopd.vllm.limits.TOKENS_PER_REQUEST", 9)
     assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
     # Longest first: 9 tokens fill a request; 6 + 3 another; 3 are left.
     assert [body["prompt"] for body in server.scored] == [[TOKEN_IDS[1]], [TOKEN_IDS[0], TOKEN_IDS[2]], [TOKEN_IDS[4]]]
 
 
 def test_sequence_longer_than_the_budget_goes_alone(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.TOKENS_PER_REQUEST", 2)
+    monkeypatch.setattr("camopd.vllm.limits.TOKENS_PER_REQUEST", 2)
     assert_same_scores(connect(server).score(TOKEN_IDS, PROMPT_LENS), local_scores())
     asked = [TOKEN_IDS[row] for row in (0, 1, 2, 4)]  # row 3 has no completion
     assert sorted(body["prompt"] for body in server.scored) == sorted([ids] for ids in asked)
@@ -385,7 +385,7 @@ def test_server_that_ignores_prompt_logprobs_is_refused(server, connect):
 
 
 def test_answers_in_another_order_are_put_right_or_refused(server, connect, local_scores, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.REQUESTS_PER_REPLICA", 1)  # all rows in one request
+    monkeypatch.setattr("camopd.vllm.limits.REQUESTS_PER_REPLICA", 1)  # all rows in one request
     teacher = connect(server)
     server.edit_answer = lambda answer: {**answer, "choices": answer["choices"][::-1]}  # with their numbers
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
@@ -569,7 +569,7 @@ def test_missing_log_prob_is_named_with_its_server_token_and_value(start_server,
 
 @pytest.mark.parametrize("literal", ["NaN", "-Infinity", "Infinity", "1e999"])
 def test_number_that_json_does_not_have_is_shown_in_the_error(server, connect, literal, monkeypatch):
-    monkeypatch.setattr("camopd.teachers.limits.ATTEMPTS", 1)
+    monkeypatch.setattr("camopd.vllm.limits.ATTEMPTS", 1)
     teacher = connect(server)
     server.answers.append((200, f'{{"choices": [{{"index": 0, "prompt_logprobs": [{literal}]}}]}}'))
     with pytest.raises(TeacherError, match=rf"at {server.url} .*|{server.url} did not answer .*{literal[-8:]}"):

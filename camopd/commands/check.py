@@ -59,6 +59,7 @@ def check(config: str, overrides: list[str]) -> None:
     max_tokens = args.max_prompt_length + args.longest_completion
     mismatches = Schedule.parse(args.schedule).mismatches("teachers", teachers)
     findings += [Finding(branch, "teacher", "error", text) for branch, text in mismatches]
+    findings += check_rollouts(args, max_tokens)
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
     teacher_source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
     student_size = _config_of(student, source).get_text_config().vocab_size
@@ -82,6 +83,21 @@ def _config_of(student: str, source: dict[str, Any]) -> Any:
     if has_adapter(student):
         return AutoConfig.from_pretrained(PeftConfig.from_pretrained(student).base_model_name_or_path)
     return AutoConfig.from_pretrained(student, **source)
+
+
+def check_rollouts(args: Any, max_tokens: int) -> list[Finding]:
+    """Rollout servers, without giving them weights."""
+    from ..rollout_servers import connect
+
+    try:
+        sampler = connect(args, max_tokens=max_tokens)
+    except CaMOPDError as error:
+        return [Finding("rollouts", "servers", "error", str(error))]
+    if sampler is None:
+        return []
+    sampler.close()
+    text = f"{sampler.where} serve {sampler.name!r}, {sampler.max_model_len} tokens"
+    return [Finding("rollouts", "servers", "ok", text)]
 
 
 def check_adapter(branch: str, spec: str, use_peft: bool, is_adapter: bool) -> Finding:

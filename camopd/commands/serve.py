@@ -41,7 +41,7 @@ from ..teachers.vllm.plan import (
     key_of,
     models_of,
     plan_servers,
-    plan_student,
+    plan_students,
     replicas_of,
 )
 from . import processes
@@ -76,23 +76,22 @@ def serve(argv: list[str]) -> None:
     options, overrides, vllm_flags = _parse(argv)
     settings = read_settings(options.config, overrides)
     notes: list[str] = []
-    if options.student:
-        servers = [plan_student(settings, options.host, options.port)]
-    else:
-        servers = _teachers_of(settings, options, notes)
+    servers = _students_of(settings, options) if options.student else _teachers_of(settings, options, notes)
     if options.gpus is not None:
         assign_gpus(servers, _split(options.gpus), options.tensor_parallel_size)
     without_key = [server.name for server in servers if key_of(server) is None]
-    if options.student and not is_loopback(options.host):
+    open_to_all = [server for server in servers if not is_loopback(server.host)]
+    if options.student and open_to_all:
+        listing = ", ".join(f"{server.host}:{server.port}" for server in open_to_all)
         notes.append(
-            f"warning: anyone who can reach {options.host}:{servers[0].port} can use the model and write over its weights: "
-            "TRL's client has no key. Keep the port in a network of your own."
+            f"warning: anyone who can reach {listing} can use the model and write over its weights: vLLM asks for no key "
+            "there, and TRL's client has none. Keep the port in a network of your own."
         )
-    elif without_key and not is_loopback(options.host):
+    elif without_key and open_to_all:
         notes.append(
-            f"warning: {', '.join(without_key)} will listen on {options.host} without a key: anyone who can reach the port "
-            "can use the model. Set CAMOPD_TEACHER_API_KEY (or CAMOPD_TEACHER_API_KEY_<BRANCH>) here and where the "
-            "trainer runs."
+            f"warning: {', '.join(without_key)} will listen on {open_to_all[0].host} without a key: anyone who can reach "
+            "the port can use the model. Set CAMOPD_TEACHER_API_KEY (or CAMOPD_TEACHER_API_KEY_<BRANCH>) here and where "
+            "the trainer runs."
         )
     if options.print and len(without_key) < len(servers):
         notes.append("the key is not in the lines: set VLLM_API_KEY to it where they run.")
@@ -115,6 +114,25 @@ def serve(argv: list[str]) -> None:
     _run(started, None if options.student else folder / SERVED_TEACHERS)
 
 
+def _students_of(settings: dict, options: argparse.Namespace) -> list[Server]:
+    """The rollout servers of the student: all to print them, and to start them those of this machine, or `ValueError`."""
+    planned = plan_students(settings, options.host, options.port)
+    here = [server for server in planned if options.print or options.host or _is_here(server.host)]
+    if not here:
+        raise ValueError(
+            f"none of rollout_servers is on this machine: {', '.join(server.host for server in planned)}. Name it there, "
+            "or say with --host where all of them listen here."
+        )
+    return here
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is one of this machine's, which can be listened on."""
+    with contextlib.suppress(OSError), socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]):
+        return True
+    return False
+
+
 def _teachers_of(settings: dict, options: argparse.Namespace, notes: list[str]) -> list[Server]:
     """The servers of the config's teachers."""
     teachers = named_teachers(settings)
@@ -123,7 +141,8 @@ def _teachers_of(settings: dict, options: argparse.Namespace, notes: list[str]) 
     missing = set(Schedule.parse(str(settings.get("schedule") or PAPER_SCHEDULE)).branches) - set(teachers)
     if missing:
         notes.append(f"warning: the schedule visits {sorted(missing)}, for which the config has no teacher.")
-    return plan_servers(models, replicas, options.host, FIRST_PORT if options.port is None else options.port)
+    host = options.host or "127.0.0.1"
+    return plan_servers(models, replicas, host, FIRST_PORT if options.port is None else options.port)
 
 
 def _student_dtype(settings: dict) -> str:
@@ -315,8 +334,8 @@ def _run(servers: Sequence[Running], served: Path | None) -> None:
                     atomic.write(served, text)
                 for branch, addresses in urls.items():
                     _say(f"{branch}: {' '.join(addresses)}")
-                what = "the student's rollout server is up" if served is None else f"all teachers are up, see {served}"
-                _say(f"{what}. Ctrl-C stops them.")
+                what = f"teachers are up, see {served}" if served else "rollout servers of the student are up"
+                _say(f"all {what}. Ctrl-C stops them.")
                 while not signals:
                     for running in servers:
                         running.raise_if_dead()
@@ -380,9 +399,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
         "--gpus",
         help="GPUs to use, as in 0,1,2,3; a GPU named twice is shared (default: CUDA_VISIBLE_DEVICES, or all)",
     )
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1)")
-    add("--port", type=int, help=f"first port; the others follow (default: {FIRST_PORT}; --student: vllm_server_port)")
-    add("--student", action="store_true", help="the rollout server of the student, in place of the teachers'")
+    add("--host", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1, or that of rollout_servers)")
+    add(
+        "--port",
+        type=int,
+        help=f"first port; the others follow (default: {FIRST_PORT}; --student: as the config says)",
+    )
+    add("--student", action="store_true", help="the rollout servers of the student, in place of the teachers'")
     add("--dtype", help="of the teachers (default: auto, or float32 on a CPU)")
     add("--vllm-python", help="python that has vLLM (default: CAMOPD_VLLM_PYTHON, or where it is found)")
     add("--print", action="store_true", help="show the command lines and start nothing")

@@ -64,6 +64,8 @@ def make_trainer(
         warnings.filterwarnings("ignore", category=FutureWarning)
     teachers = _connect(settings)
 
+    _reach_rollout_servers(settings)
+
     from trl import get_peft_config, get_quantization_config
 
     from ..checkpoints import need_checkpoint
@@ -133,3 +135,13 @@ def _quiet(args: Any) -> None:
         return
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def _reach_rollout_servers(settings: Mapping[str, Any]) -> None:
+    """Raise `RolloutError` for one that cannot be reached."""
+    from ..method_rules import urls_of
+    from ..vllm.sampler import Sampler
+
+    urls = urls_of(settings.get("rollout_servers"), settings.get("use_vllm") is True)
+    if urls:
+        Sampler(urls).close()

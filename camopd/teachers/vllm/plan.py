@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import re
 import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from ..address import ADAPTER_TEACHERS, is_server, key_variables, public_url, urls_and_model, without_secrets
+from ..address import (
+    ADAPTER_TEACHERS,
+    has_adapter,
+    is_server,
+    key_variables,
+    public_url,
+    urls_and_model,
+    without_secrets,
+)
+
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be
+ROLLOUT_KEY = "CAMOPD_ROLLOUT_API_KEY"
 
 
 @dataclass
@@ -25,7 +40,9 @@ class Server:
     host: str
     port: int
     gpus: list[str] = field(default_factory=list)  # as CUDA_VISIBLE_DEVICES names them
-    student: bool = False  # it writes rollouts, by TRL's client, and takes the weights of the trainer
+    student: bool = False  # it writes rollouts, and takes the weights of the trainer
+    plain: bool = False  # it is one of `rollout_servers`, and not asked by TRL's client
+    lora_rank: int = 0  # of the adapter that it gets in place of all weights
 
     @property
     def name(self) -> str:
@@ -127,23 +144,68 @@ def plan_servers(models: dict[str, list[str]], replicas: dict[str, int], host: s
     ]
 
 
+def plan_students(settings: Mapping[str, Any], host: str | None, port: int | None) -> list[Server]:
+    """The student's rollout servers: one for each of `rollout_servers`, on its host and port; or that of TRL's client.
+
+    `host` and `port`, where they are given, are where they listen, on ports in a row from there.
+
+    Raises `ValueError` for a config without a student, or whose runs would ask no such server.
+    """
+    urls = settings.get("rollout_servers")
+    urls = [url.strip() for url in urls.split(",")] if isinstance(urls, str) else urls
+    if not urls:
+        return [plan_student(settings, host or "127.0.0.1", port)]
+    if not is_server(urls) or isinstance(urls, dict):
+        raise ValueError(
+            f"rollout_servers must be URLs of vLLM servers, got {without_secrets(repr(urls))}. Write rollout_servers: "
+            "[http://host:8000]."
+        )
+    model, rank = _base_and_rank(settings, _student_of(settings))
+    planned = []
+    for place, url in enumerate(dict.fromkeys(urls)):
+        parts = urlsplit(url)
+        own = parts.port or (443 if parts.scheme == "https" else 80)
+        at = host or parts.hostname or "", own if port is None else port + place
+        planned.append(Server(["student"], place, model, *at, student=True, plain=True, lora_rank=rank))
+    return planned
+
+
 def plan_student(settings: Mapping[str, Any], host: str, port: int | None) -> Server:
     """The student's rollout server, on the port where TRL's client looks for it unless another one is given.
 
     Raises `ValueError` for a config without a student, or whose runs would ask no such server.
     """
+    model = _student_of(settings)
+    if settings.get("use_vllm") is not True or settings.get("vllm_mode") != "server":
+        raise ValueError(
+            "--student starts a rollout server, and the config has no `use_vllm: true` with `vllm_mode: server`, and no "
+            "`rollout_servers`: training would not ask it. Set one of them."
+        )
+    port = int(settings.get("vllm_server_port") or 8000) if port is None else port
+    return Server(["student"], 0, model, host, port, student=True)
+
+
+def _student_of(settings: Mapping[str, Any]) -> str:
     model = settings.get("model_name_or_path")
     if not isinstance(model, str) or not model:
         raise ValueError(
             "--student starts the rollout server of `model_name_or_path`, which the config does not have."
         )
-    if settings.get("use_vllm") is not True or settings.get("vllm_mode") != "server":
+    return os.path.expanduser(model)
+
+
+def _base_and_rank(settings: Mapping[str, Any], model: str) -> tuple[str, int]:
+    """What servers load, and the --max-lora-rank for the adapter that the trainer gives them; 0 for all weights."""
+    rank = int(settings.get("lora_r") or 16) if settings.get("use_peft") is True else 0
+    if has_adapter(model):
+        config = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max(rank, int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()))
+        model = os.path.expanduser(config["base_model_name_or_path"])
+    if rank > LORA_RANKS[-1]:
         raise ValueError(
-            "--student starts a rollout server, and the config has no `use_vllm: true` with `vllm_mode: server`: training "
-            "would not ask it. Set both."
+            f"a LoRA rank of {rank} is more than vLLM takes, {LORA_RANKS[-1]}. Lower it, or use use_vllm."
         )
-    port = int(settings.get("vllm_server_port") or 8000) if port is None else port
-    return Server(["student"], 0, os.path.expanduser(model), host, port, student=True)
+    return model, next(each for each in LORA_RANKS if each >= rank) if rank else 0
 
 
 def assign_gpus(servers: Sequence[Server], gpus: list[str], tensor_parallel_size: int) -> None:
@@ -170,6 +232,8 @@ def key_of(server: Server, environment: Mapping[str, str] = os.environ) -> str |
 
     Raises `ValueError` when branches of one server have different keys: it takes one.
     """
+    if server.plain:
+        return next(filter(None, (environment.get(name, "").strip() for name in (ROLLOUT_KEY, "VLLM_API_KEY"))), None)
     if server.student:
         return None  # TRL's client sends none
     keys = {}
@@ -203,7 +267,11 @@ def flags_of(
     # Opens /inference/v1/generate, which takes 5 bytes per scored token where JSON takes 82.
     if vllm is None or vllm.has_scale_out:
         flags += ["--enable-scale-out"]
-    if server.student:  # as TRL's documentation has it
+    if server.lora_rank:  # of a version and the one before, which may be under way
+        flags += ["--enable-lora", "--max-lora-rank", str(server.lora_rank), "--max-loras", "2"]
+    if server.plain:
+        flags += ["--logprobs-mode", "processed_logprobs"]  # of what it draws from
+    elif server.student:  # as TRL's documentation has it
         flags += ["--weight-transfer-config", '{"backend": "nccl"}', "--max-logprobs", "-1"]
         flags += ["--logprobs-mode", "processed_logprobs"]  # of what it draws from
     else:
@@ -228,22 +296,27 @@ def flags_of(
 def command_line(server: Server, flags: list[str]) -> str:
     """The process as a line for a shell."""
     devices = [f"CUDA_VISIBLE_DEVICES={shlex.quote(','.join(server.gpus))}"] if server.gpus else []
-    if server.student:
-        devices.append("VLLM_SERVER_DEV_MODE=1")
+    devices += [f"{name}={value}" for name, value in _switches(server).items()]
     return " ".join([*devices, shlex.join(["vllm", "serve", server.model, *flags])])
+
+
+def _switches(server: Server) -> dict[str, str]:
+    """What opens the requests that weights are sent with."""
+    switches = {"VLLM_SERVER_DEV_MODE": "1"} if server.student else {}
+    return switches | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if server.lora_rank else {})
 
 
 def environment_of(server: Server, vllm: VLLM, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a process gets: this environment, its GPUs, and its key, which is never on the command line for `ps` to show."""
     # glibc's MALLOC_* settings, which help a CPU run, make vLLM slow and large. Keys of other branches are not for it.
-    dropped = ("MALLOC_", "CAMOPD_TEACHER_API_KEY")
+    dropped = ("MALLOC_", "CAMOPD_TEACHER_API_KEY", ROLLOUT_KEY)
     found = {name: value for name, value in environment.items() if not name.startswith(dropped)}
     found["VLLM_NO_USAGE_STATS"] = "1"
     key = key_of(server, environment)
     if key is not None:
         found["VLLM_API_KEY"] = key
-    if server.student:
-        found["VLLM_SERVER_DEV_MODE"] = "1"  # opens the requests that weights are sent with
+    found |= _switches(server)
+    if server.student and not server.plain:
         found.pop("VLLM_API_KEY", None)
     if server.gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(server.gpus)

@@ -6,22 +6,18 @@ returns at once and the trainer goes on with the student while the servers score
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import math
-import threading
-import time
-from collections.abc import Callable, Coroutine, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from ...errors import TeacherError
-from .. import limits
+from ...vllm import limits
+from ...vllm.http import Client, Fault, base_url, teacher_role, together
+from ...vllm.loop import LoopThread
+from ...vllm.replicas import Replica, Replicas
 from ..address import is_server, urls_and_model
 from ..base import TokenScores
-from .http import Client, Fault, base_url, pause, together
-from .replicas import Replica, Replicas
 from .transports import (
     Row,
     UnusableAnswer,
@@ -34,7 +30,7 @@ from .transports import (
 )
 
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class ServerTeacher:
@@ -53,16 +49,17 @@ class ServerTeacher:
 
         Raises `TeacherError` when a replica does not answer, or serves another model than it should or than the others.
         """
+        role = teacher_role(branch)
         self.branch = branch
-        self.patience = patience
-        self.urls = [base_url(url, branch) for url in urls]
-        self._client = Client(branch)
-        self._replicas = Replicas(self.urls, self._client, patience)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run_loop, name=f"teacher-{branch}", daemon=True)
-        self._thread.start()
+        self.urls = [base_url(url, role) for url in urls]
+        self.transports: dict[str, str] = {}  # "compact" or "JSON" for each URL
+        self._client = Client(role)
+        self._replicas = Replicas(
+            self.urls, self._client, patience, limits.REQUESTS_PER_REPLICA, self._choose_transport
+        )
+        self._loop = LoopThread(f"teacher-{branch}")
         try:
-            self._wait(self._replicas.connect(model))
+            self._loop.wait(self._replicas.connect(model))
         except BaseException:
             self.close()
             raise
@@ -71,45 +68,17 @@ class ServerTeacher:
 
     def close(self) -> None:
         """Drop all connections and end the thread. What is still being scored fails."""
-        if self._loop.is_closed():
-            return
-
-        async def shut() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # their futures end with them
-            await self._client.close()
-
-        with suppress(TimeoutError):  # the thread is a daemon, and what it does not end ends with the process
-            self._wait(shut(), limits.ANSWER_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(limits.ANSWER_SECONDS)
-
-    def _run_loop(self) -> None:
-        try:
-            self._loop.run_forever()
-        finally:
-            self._loop.close()
-
-    def _wait(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
-        """What a piece of work on the loop gives. Requests have time limits of their own."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
+        self._loop.close(self._client.close)
 
     @property
     def has_key(self) -> bool:
         """Whether requests carry an API key."""
         return bool(self._client.key)
 
-    @property
-    def transports(self) -> dict[str, str]:
-        """`"compact"` or `"JSON"` for each URL."""
-        return {replica.url: replica.transport for replica in self._replicas.all}
-
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST one small question to every replica: the answer of each URL. Raises `TeacherError`."""
         body = {"model": self.name, **body}
-        answers = self._wait(together(self._client.ask(url, path, body) for url in self.urls))
+        answers = self._loop.wait(together(self._client.ask(url, path, body) for url in self.urls))
         return dict(zip(self.urls, answers, strict=True))
 
     def check_context(self, max_tokens: int) -> None:
@@ -127,13 +96,13 @@ class ServerTeacher:
 
     def submit(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> Future[list[TokenScores]]:
         """Begin to score and return at once; the result, or what `score` raises, comes with the future."""
-        return asyncio.run_coroutine_threadsafe(self._score(token_ids, prompt_lens, top_k), self._loop)
+        return self._loop.submit(self._score(token_ids, prompt_lens, top_k))
 
     async def _score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int) -> list[TokenScores]:
         self._replicas.wait_anew()
         rows = [Row(index, *sequence) for index, sequence in enumerate(zip(token_ids, prompt_lens, strict=True))]
         scores = [no_scores(top_k)] * len(rows)  # of an empty completion: nothing to ask
-        compact = not top_k and any(replica.compact for replica in self._replicas.all)
+        compact = not top_k and "compact" in self.transports.values()
         asked = [row for row in rows if len(row.token_ids) > row.prompt_len]
         requests = group_rows(asked, len(self.urls), one_each=compact)
         answers = await together(self._score_rows(request, top_k) for request in requests)
@@ -156,33 +125,23 @@ class ServerTeacher:
     async def _score_rows(self, rows: list[Row], top_k: int) -> tuple[str, list[TokenScores]]:
         """The scores of a request's rows and the URL they are from; on another replica after each fault."""
         tokens = sum(len(row.token_ids) for row in rows)
-        tried: Replica | None = None
-        first_fault, faults = math.inf, 0
-        for attempt in itertools.count(1):
-            try:
-                async with self._replicas.lease(tokens, avoid=tried) as tried:
-                    return tried.url, await self._ask_replica(tried, rows, top_k)
-            except Fault as fault:
-                first_fault = min(first_fault, time.monotonic())
-                faults += fault.takes_out  # one that is busy (429) is only waited for
-                if faults >= limits.ATTEMPTS or time.monotonic() - first_fault > self.patience:
-                    raise TeacherError(
-                        f"teacher {self.branch!r} could not score {len(rows)} sequences of {tokens} tokens in {attempt} "
-                        f"attempts; the last: {fault}. Look at that server's log."
-                    ) from None
-            except (TeacherError, asyncio.CancelledError):
-                raise
-            except Exception as error:  # whatever a stranger may answer must reach the trainer as one kind of error
-                where, what = tried.url if tried else self._replicas.where, f"{type(error).__name__}: {error}"[:500]
-                raise TeacherError(
-                    f"teacher {self.branch!r} at {where} answered what cannot be read "
-                    f"({self._client.without_key(what)}). Is this a vLLM server?"
-                ) from None
-            await pause(attempt, limits.SCORE_PAUSE)
-        raise AssertionError("unreachable")
+        work = f"score {len(rows)} sequences of {tokens} tokens"
+        return await self._replicas.ask(tokens, lambda replica: self._ask_replica(replica, rows, top_k), work)
+
+    async def _choose_transport(self, replica: Replica) -> None:
+        """Score one token the compact way; whoever cannot do that gets JSON. It may be started again with other flags."""
+        probe = compact_request(self._replicas.model.name, Row(0, [0, 1], 1))
+        try:
+            probe.read(await self._client.request(replica.url, probe.path, probe.body, 30.0))
+            transport = "compact"
+        except (Fault, TeacherError, UnusableAnswer, AttributeError):
+            transport = "JSON"  # 403 without the flag, 404 in old versions, 400 on runner V1
+        self.transports[replica.url] = transport
+        served = self._replicas.model.name
+        logger.info("teacher %r: %s serves %r, transport %s", self.branch, replica.url, served, transport)
 
     async def _ask_replica(self, replica: Replica, rows: list[Row], top_k: int) -> list[TokenScores]:
-        if replica.compact and not top_k and len(rows) == 1:
+        if self.transports[replica.url] == "compact" and not top_k and len(rows) == 1:
             request = compact_request(self.name, rows[0])
         else:
             request = json_request(self.name, rows, top_k)

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import limits
+from ...vllm import limits
+from ...vllm.http import no_garbage_collection
 from ..base import TokenScores
-from .http import no_garbage_collection
 
 
 # More than any answer needs (a token's text is spelt out in JSON); what is longer is not an answer.

@@ -1,4 +1,4 @@
-"""How much is asked of a teacher's servers at once, and how long their answers may take."""
+"""How much is asked of servers at once, and how long their answers may take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ CONNECT_SECONDS = 4.0
 ANSWER_SECONDS = 5.0  # for the small questions: which model, is it well, tokenize this
 QUESTION_SECONDS = 3.0  # after which a small question is not asked again
 SCORE_SECONDS = 300.0
+ROLLOUTS_PER_REPLICA = 256  # completions in flight at once from this process; vLLM itself decodes as many together
+ROLLOUT_SECONDS, SECONDS_PER_NEW_TOKEN = 300.0, 0.2  # 5 tokens/s each: what a crowded GPU still gives
+WEIGHTS_SECONDS = 900.0  # for a server to read new weights from a disk
 SECONDS_PER_TOKEN = 1 / 500  # allows for thirty-two processes that ask one server of 16000 tokens/s
 HEALTH_SECONDS = 1.0  # between two looks at a replica that is out
 REMINDER_SECONDS = 60.0

@@ -1,4 +1,4 @@
-"""Requests to the servers of a branch: the key, retries, and answers that are not those of a vLLM server."""
+"""Requests to vLLM servers: the key, retries, and answers that are not those of a vLLM server."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from urllib.request import getproxies
 import httpx
 import orjson
 
-from ...errors import TeacherError
-from .. import limits
-from ..address import key_variables, public_url
+from ..errors import CaMOPDError, TeacherError
+from ..teachers.address import key_variables, public_url
+from . import limits
 
 
 T = TypeVar("T")
@@ -34,9 +34,26 @@ class Fault(Exception):
         self.takes_out = takes_out  # whether the replica must show that it is well before it gets another request
 
 
+class NotThere(Exception):
+    """404. The text is the server's."""
+
+
 async def pause(attempt: int, longest: float) -> None:
     """Before another attempt: longer each time, and not as long as everybody else."""
     await asyncio.sleep(min(longest, 0.2 * 2 ** min(attempt, 10) + dice.random()))
+
+
+class Role(NamedTuple):
+    """What servers are to a run: in messages, and where the key for them is."""
+
+    name: str  # as in "teacher 'general'"
+    keys: tuple[str, ...]  # environment variables that may hold it, the first that does counts
+    error: type[CaMOPDError]
+
+
+def teacher_role(branch: str) -> Role:
+    """That of the servers of a branch."""
+    return Role(f"teacher {branch!r}", key_variables(branch), TeacherError)
 
 
 class ServedModel(NamedTuple):
@@ -48,11 +65,11 @@ class ServedModel(NamedTuple):
 
 
 class Client:
-    """HTTP to the servers of one branch, with the key of that branch, which no message shows."""
+    """HTTP to servers that have one role, with their key, which no message shows."""
 
-    def __init__(self, branch: str):
-        self.branch = branch
-        self.key = _api_key(branch)
+    def __init__(self, role: Role):
+        self.role = role
+        self.key = _api_key(role)
         self._http = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})},
             timeout=httpx.Timeout(None, connect=limits.CONNECT_SECONDS),  # `request` watches the whole of a request
@@ -66,7 +83,7 @@ class Client:
         return text.replace(self.key, "***") if self.key else text
 
     async def served_model(self, url: str, attempts: int = 3) -> ServedModel:
-        """Raises `TeacherError` when that is not to be had."""
+        """Raises the error of the role when that is not to be had."""
         answer = await self.ask(url, "/v1/models", attempts=attempts)
         try:
             model = answer["data"][0]
@@ -75,21 +92,21 @@ class Client:
                 raise TypeError(name)
             return ServedModel(name, str(model.get("root") or name), length)
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise TeacherError(
-                f"teacher {self.branch!r} at {url} does not say which model it serves: "
+            raise self.role.error(
+                f"{self.role.name} at {url} does not say which model it serves: "
                 f"{self.without_key(str(answer))[:200]}. Is the URL that of a vLLM server, without a path?"
             ) from None
 
     async def ask(self, url: str, path: str, body: dict[str, Any] | None = None, attempts: int = 3) -> Any:
-        """A small question, which is asked again after a fault. Raises `TeacherError`."""
+        """A small question, which is asked again after a fault. Raises the error of the role."""
         started = time.monotonic()
         for attempt in itertools.count(1):
             try:
                 return await self.request(url, path, body, limits.ANSWER_SECONDS)
             except Fault as fault:
                 if attempt == attempts or time.monotonic() - started > limits.QUESTION_SECONDS:
-                    raise TeacherError(
-                        f"teacher {self.branch!r} at {fault}. Is `vllm serve` up on that host and port, reachable from "
+                    raise self.role.error(
+                        f"{self.role.name} at {fault}. Is `vllm serve` up on that host and port, reachable from "
                         f"this machine, and does it speak {url.partition(':')[0]}?{_proxy_hint()}"
                     ) from None
             await pause(attempt, limits.QUESTION_PAUSE)
@@ -102,10 +119,12 @@ class Client:
         seconds: float,
         max_bytes: int = 4 << 20,
         parse: bool = True,
+        may_miss: bool = False,
     ) -> Any:
         """GET, or POST where there is a body: the JSON of the answer.
 
-        Raises `Fault` for what may pass and `TeacherError` for what is final.
+        Raises `Fault` for what may pass and the error of the role for what is final; where a path or model `may_miss`,
+        `NotThere` for 404.
         """
         encoding, content = "", b""
         try:
@@ -131,12 +150,14 @@ class Client:
         status = response.status_code
         if status == 429 or status >= 500:
             raise Fault(f"{url} answered {status}: {text}", takes_out=status != 429)
+        if status == 404 and may_miss:
+            raise NotThere(text)
         if status != 200:
             hint = self._hint(status, url, text)
-            raise TeacherError(f"teacher {self.branch!r} at {url} answered {status}: {text}{hint}")
+            raise self.role.error(f"{self.role.name} at {url} answered {status}: {text}{hint}")
         if encoding != "identity":
-            raise TeacherError(
-                f"teacher {self.branch!r} at {url} answered {path} {text}, asked for none: unpacked it may have any size. "
+            raise self.role.error(
+                f"{self.role.name} at {url} answered {path} {text}, asked for none: unpacked it may have any size. "
                 "Switch compression off there, or in the proxy before it."
             )
         try:
@@ -155,15 +176,15 @@ class Client:
         async for chunk in response.aiter_raw():
             content += chunk
             if len(content) > max_bytes:
-                raise TeacherError(
-                    f"teacher {self.branch!r} at {url} answered more than {max_bytes} bytes, which no answer to {path} "
+                raise self.role.error(
+                    f"{self.role.name} at {url} answered more than {max_bytes} bytes, which no answer to {path} "
                     "needs. Is the URL that of a vLLM server?"
                 )
         return bytes(content)
 
     def _hint(self, status: int, url: str, text: str) -> str:
         if status in (401, 403):
-            names = " or ".join(key_variables(self.branch))
+            names = " or ".join(self.role.keys)
             return f" Set {names} to the server's --api-key{' (the one that is set is not it)' if self.key else ''}."
         if status == 400 and url.startswith("http://") and "https" in text.lower():
             return f" Write https://{url.removeprefix('http://')}."
@@ -174,8 +195,8 @@ class Client:
         return ""
 
 
-def base_url(url: str, branch: str) -> str:
-    """A URL that the user wrote, without `/v1`. Raises `TeacherError` unless it is that of a server, and nothing more."""
+def base_url(url: str, role: Role) -> str:
+    """A URL that the user wrote, without `/v1`. Raises the role's error unless it is that of a server, and nothing more."""
     url = url.strip().rstrip("/").removesuffix("/v1")
     shown = public_url(url)
     try:
@@ -184,13 +205,11 @@ def base_url(url: str, branch: str) -> str:
     except ValueError:  # a port that is not a number
         known = False
     if not known:
-        raise TeacherError(
-            f"teacher {branch!r} at {shown!r}: that is not the URL of a server. Write http://host:port."
-        )
+        raise role.error(f"{role.name} at {shown!r}: that is not the URL of a server. Write http://host:port.")
     if shown != url:
-        raise TeacherError(
-            f"teacher {branch!r} at {shown}: a URL shows its user and password or its query to every log. "
-            f"Set {' or '.join(key_variables(branch))} instead."
+        raise role.error(
+            f"{role.name} at {shown}: a URL shows its user and password or its query to every log. "
+            f"Set {' or '.join(role.keys)} instead."
         )
     return parts.scheme + url[len(parts.scheme) :]  # in small letters
 
@@ -219,9 +238,9 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _api_key(branch: str) -> str:
-    """The key of a branch's servers, from the environment."""
-    for variable in key_variables(branch):
+def _api_key(role: Role) -> str:
+    """The key of servers, from the environment."""
+    for variable in role.keys:
         key = os.environ.get(variable, "").strip()  # env files and mounted secrets end in a newline
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"{variable} holds characters that no HTTP header can carry. See where it is set.")

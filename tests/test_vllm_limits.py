@@ -1,11 +1,11 @@
-"""How long a rank may wait for a teacher, and that the process group waits as long (camopd/teachers/limits.py)."""
+"""How long a rank may wait for a teacher, and that the process group waits as long (camopd/vllm/limits.py)."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from camopd import CaMOPDConfig
-from camopd.teachers import limits
+from camopd.vllm import limits
 
 
 # 4 sequences of 64,000 tokens on each of two ranks may be in flight: 300 s + 256,000 / 500 s = 812 s for a request. Two
