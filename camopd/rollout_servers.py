@@ -189,7 +189,26 @@ class ServerEngine:
             with on_all_ranks(gather_object):
                 found = list(flight.samples())
         self.prompts_cut = flight.prompts_cut
-        yield from found
+        self.log_lengths(found)
+        # In the order of the rows: what is batched together decides how it is rounded.
+        places = {(row["branch"], row.get("position", place)): place for place, row in enumerate(rows)}
+        yield from sorted(found, key=lambda sample: places[sample.branch, sample.position])
+
+    def log_lengths(self, samples: Sequence[Sample]) -> None:
+        """File the numbers of a rollout that TRL files as it generates, for the parent's log. Called on all ranks."""
+        trainer = self._trainer
+        training = trainer.model.training
+        found = gather_object([(sample.prompt_len, sample.length, sample.truncated) for sample in samples])
+        if training:
+            trainer.state.num_input_tokens_seen += sum(prompt + length for prompt, length, _ in found)
+        logged = trainer._metrics["train" if training else "eval"]
+        logged["num_tokens"] = [trainer.state.num_input_tokens_seen]
+        logged["completions/clipped_ratio"].append(sum(cut for *_, cut in found) / len(found))
+        ended = [length for _, length, cut in found if not cut] or [0]
+        for name, lengths in (("", [length for _, length, _ in found]), ("terminated_", ended)):
+            logged[f"completions/mean_{name}length"].append(sum(lengths) / len(lengths))
+            logged[f"completions/min_{name}length"].append(float(min(lengths)))
+            logged[f"completions/max_{name}length"].append(float(max(lengths)))
 
     def sync(self, under_way: Any) -> None:
         """Give all servers the student's weights, unless these were given last for the same object.

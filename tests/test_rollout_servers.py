@@ -118,6 +118,18 @@ def test_run_gives_an_adapter_alone_and_keeps_two_versions(start, make):
     assert len(asked) == 4 and server.name not in asked
 
 
+def test_run_logs_what_one_with_transformers_logs(start, make, tokenizer, tmp_path):
+    trainer, plain = make(start()), make_trainer(tmp_path / "plain", tokenizer)
+    trainer.train()
+    plain.train()
+    ours, theirs = ([entry for entry in each.state.log_history if "loss" in entry] for each in (trainer, plain))
+    assert set(theirs[0]) <= set(ours[0]) and "completions/mean_length" in theirs[0]
+    last = trainer.step.samples
+    assert ours[-1]["completions/mean_length"] == sum(sample.length for sample in last) / 4
+    assert ours[-1]["num_tokens"] - ours[-2]["num_tokens"] == sum(len(sample.token_ids) for sample in last)
+    assert [sample.position for sample in last] == list(range(4))
+
+
 def test_sampler_with_old_weights_is_seen(start, make, monkeypatch):
     """The proof that the numbers above can tell."""
     server = start()

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -64,18 +66,22 @@ def processes(models, tmp_path_factory):
         "teachers": {"general": "x"},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    small = ["--kv-cache-memory-bytes", str(16 << 20)]
+    # Two of them also take the weights of `rollout_servers`, under one name.
+    small = ["--kv-cache-memory-bytes", str(16 << 20), "--served-model-name"]
+    plain_student = ["student", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
     serve = [sys.executable, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "float32",
              "--max-model-len", str(CONTEXT), "--enforce-eager", "--enable-scale-out", *small]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment["CAMOPD_VLLM_PYTHON"] = sys.executable
+    environment |= {"CAMOPD_VLLM_PYTHON": sys.executable, "VLLM_SERVER_DEV_MODE": "1"}
+    environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     found = []
     for place, model in enumerate(models):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         command = [*plain, "--model", model, "--port", port] if place else [*serve, "--port", port, "--", *small]
+        command += plain_student if place < 2 else ["teacher"]
         log = folder / f"{place}.log"
         with open(log, "w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
@@ -471,6 +477,112 @@ def test_rollouts_and_both_teachers_on_servers(make, urls):
     assert max(worst for worst, _ in made) < 1e-4
     assert [line["rollout/max_length"] for line in lines(trainer)] == [6, 6, 12, 12]
     assert all(line["importance/log_ratio"] < 1e-5 for line in lines(trainer))
+
+
+# --------------------------------------------------------------------------------------------------- plain servers
+
+
+class Proxy:
+    """Passes on what goes to a server and comes back, up to a number of requests for completions: then the server is gone,
+    for who asks here, in the middle of writing."""
+
+    def __init__(self, url, requests):
+        self.left, self.lock = requests, threading.Lock()
+        self.target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        self.sockets = [self.server]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with suppress(OSError):
+            while True:
+                client = self.server.accept()[0]
+                server = socket.create_connection(self.target)
+                self.sockets += [client, server]
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self.copy, args=ends, daemon=True).start()
+
+    def copy(self, source, target):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                with self.lock:
+                    self.left -= data.count(b"POST /v1/completions ")
+                if self.left < 0:
+                    self.close()
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        for each in self.sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.fixture
+def plain(urls, models):
+    """Two servers that take the student's weights; the second has those of its folder again afterwards."""
+    yield urls[:2]
+    body = {"method": "reload_weights", "kwargs": {"weights_path": models[1]}}
+    for path, content in (("/collective_rpc", body), ("/reset_prefix_cache", {})):
+        assert httpx.post(urls[1] + path, json=content, timeout=60).status_code == 200
+
+
+@pytest.fixture
+def on_servers(make):
+    """A run on plain servers, and each of its rollouts as `watch` records them."""
+    trainers = []
+
+    def run(servers, folder, resume=None, **settings):
+        given = {"use_vllm": False, "rollout_servers": servers, "max_steps": 4, **settings}
+        trainers.append(make(folder=folder, **given))
+        made = watch(trainers[-1])
+        trainers[-1].train(resume_from_checkpoint=resume)
+        return trainers[-1], made
+
+    yield run
+    for trainer in trainers:
+        trainer.run.sampler.close()
+
+
+@real
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])
+def test_plain_servers_have_the_students_weights_at_every_step_and_evaluation(lora, plain, on_servers):
+    adapter = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False) if lora else None
+    more = {"evaluated": True, "eval_strategy": "steps", "eval_steps": 2, "peft_config": adapter}
+    trainer, made = on_servers(plain, "run", **more)
+    assert len(made) == 4 + 2 and max(worst for worst, _ in made) < 1e-4
+    assert all(line["importance/log_ratio"] < 1e-5 for line in lines(trainer))
+    assert not os.path.exists(os.path.join(trainer.args.output_dir, "_rollout_weights"))
+
+
+@real
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])
+def test_plain_server_with_old_weights_stops_the_run(lora, plain, make):
+    adapter = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False) if lora else None
+    trainer = make(use_vllm=False, rollout_servers=plain, peft_config=adapter, learning_rate=3e-2)
+    sync = trainer.engine.sync
+    trainer.engine.sync = lambda under_way: trainer.state.global_step == 1 or sync(under_way)
+    with pytest.raises(GuardError, match=r"step 2 \(domain\): the log-probs"):
+        trainer.train()
+    trainer.run.sampler.close()
+
+
+@real
+def test_plain_servers_draw_by_seed_step_and_position_and_a_dead_one_costs_nothing(plain, on_servers, tmp_path):
+    trainer, one = on_servers(plain[:1], "one", save_strategy="steps", save_steps=2)
+    _, two = on_servers(plain, "two")
+    proxy = Proxy(plain[1], requests=9)  # in the third step, if each server gets half
+    _, dead = on_servers([plain[0], proxy.url], "dead")
+    assert proxy.left < 0
+    assert [rows for _, rows in one] == [rows for _, rows in two] == [rows for _, rows in dead]
+    assert max(worst for worst, _ in dead) < 1e-4
+    (tmp_path / "again").mkdir()
+    (tmp_path / "one" / "checkpoint-2").rename(tmp_path / "again" / "checkpoint-2")
+    again, rest = on_servers(plain, "again", resume=True)
+    assert [rows for _, rows in rest] == [rows for _, rows in one[2:]]
+    assert [line["loss"] for line in lines(again)][-2:] == [line["loss"] for line in lines(trainer)][2:]
 
 
 START = """
