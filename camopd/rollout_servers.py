@@ -188,7 +188,7 @@ class ServerEngine:
             flight = self.start(rows, max_tokens, words)
             with on_all_ranks(gather_object):
                 found = list(flight.samples())
-        self.prompts_cut = flight.prompts_cut
+        self.prompts_cut, self._flights = flight.prompts_cut, self._still_under_way()
         self.log_lengths(found)
         # In the order of the rows: what is batched together decides how it is rounded.
         places = {(row["branch"], row.get("position", place)): place for place, row in enumerate(rows)}
@@ -225,9 +225,8 @@ class ServerEngine:
             return
         version = self._weights.write(self._trainer)
         with on_all_ranks(gather_object):
-            for flight in self._flights if not version.is_adapter else ():
+            for flight in self._still_under_way() if not version.is_adapter else ():
                 flight.wait()
-            self._flights = [flight for flight in self._flights if not flight.done()]
         self._sampler.hold()
         holders: dict[str, str] = {}
         try:
@@ -262,7 +261,10 @@ class ServerEngine:
             prompt_ids = trainer.reader.ids(read)
             self._sampler.begin().result()
         limit = trainer.args.max_prompt_length
-        flight = Flight(len(rows), sum(len(ids) > limit for ids in prompt_ids), trainer.stops)
+        # An evaluation that decides something is finished, see `trainer.prediction_step`.
+        cut_short = trainer.model.training or trainer.args.metric_for_best_model is None
+        prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
+        flight = Flight(len(rows), prompts_cut, trainer.stops if cut_short else None)
         sampling = Sampling(max_tokens, frozenset(self._ends), self._vocab_size)
         asked = []
         for place in sorted(range(len(rows)), key=lambda place: -len(prompt_ids[place])):
@@ -271,8 +273,11 @@ class ServerEngine:
             seed = seed_of(trainer.args.seed, *words, row["branch"], position)
             asked.append((self._sampler.submit(prompt, seed, sampling), self._maker(row, position, prompt)))
         flight._start(asked)
-        self._flights.append(flight)
+        self._flights = [*self._still_under_way(), flight]
         return flight
+
+    def _still_under_way(self) -> list[Flight]:
+        return [flight for flight in self._flights if not flight.done()]
 
     def _maker(self, row: dict[str, Any], position: int, prompt: list[int]) -> Callable[[Completion], Sample]:
         def make(completion: Completion) -> Sample:

@@ -173,5 +173,9 @@ def _adapter_weights(trainer: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         return
     for name, weight in model.named_parameters():
         if model.prefix in name and own in name:
+            name = of_trl._fix_param_name_to_vllm(name)
+            if hasattr(weight, "full_tensor"):  # of FSDP2, which may keep it on the CPU
+                yield name, weight.to(trainer.accelerator.device).full_tensor()
+                continue
             with of_trl._dist.gather_params([weight]):
-                yield name, weight.full_tensor() if hasattr(weight, "full_tensor") else weight.data
+                yield name, weight.data

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import make_model, make_tokenizer, rounding
+from fake_rollouts import FakeRollouts
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -113,10 +115,17 @@ def launched(extensions, tmp_path_factory):
         folder = tmp_path_factory.mktemp(config)
         make_model(1).save_pretrained(folder / "student")
         make_tokenizer().save_pretrained(folder / "student")
-        if config == "ddp":
-            launch("ddp", folder, extensions, {"full": FULL, "lora": LORA})
-            return folder
-        launch(config, folder, extensions, {**settings_of(config), **({} if config == "zero3" else {"bf16": BF16})})
+        with closing(FakeRollouts(make_model(1), make_tokenizer())) as server:
+            few = ["--rollout_servers", server.url, "--max_steps", "2", "--save_strategy", "no"]
+            # The adapter first: after that the server has other weights than those of its folder.
+            on_servers = {"servers-lora": [*few, *LORA], "servers": few}
+            if config == "ddp":
+                launch("ddp", folder, extensions, {"full": FULL, "lora": LORA, **on_servers})
+            elif config == "zero2":
+                launch(config, folder, extensions, {**settings_of(config), "bf16": BF16})
+            else:
+                bf16 = {} if config == "zero3" else {"bf16": BF16}
+                launch(config, folder, extensions, {**settings_of(config), **bf16, **on_servers})
         return folder
 
     return launched
@@ -195,6 +204,19 @@ def test_teacher_with_the_students_weights_has_gaps_of_exactly_0_in_bfloat16(con
     (line,) = lines_of(launched(config) / "bf16")
     assert line["branch"] == "domain"
     assert line["gap/domain/abs_mean"] == line["gap/domain/abs_p99"] == line["loss"] == 0
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.slow
+def test_rollout_servers_get_the_whole_weights_whatever_a_rank_has_of_them(config, launched):
+    """Their log-probs are those of the trainer at every step, of the adapter alone and of all weights."""
+    drawn = {}
+    for name in ("servers-lora", "servers"):
+        lines = drawn[name] = lines_of(launched(config) / name)
+        assert len(lines) == 2 and all(line["importance/active"] == 1 for line in lines)
+        assert max(line["importance/log_ratio"] for line in lines) < 1e-5
+        assert lines[1]["update/changed_share"] > 0
+    assert drawn["servers"][0]["loss"] != drawn["servers-lora"][0]["loss"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -156,7 +156,11 @@ class Sampler:
                     ) from None
                 await self._replicas.take_out(replica, str(fault))
 
-        await together(load(replica) for replica in self._replicas.all if replica.alive)
+        try:
+            await together(load(replica) for replica in self._replicas.all if replica.alive)
+        except BaseException:
+            self._version = None if first else self._version
+            raise
         return self._holders
 
     async def _adopt(self, version: Version, holders: Mapping[str, str]) -> None:

@@ -265,7 +265,7 @@ def flags_of(
         # 8192 tokens x 152k x 6 are 7.5 GB, 2048 tokens 1.9 GB.
         flags += ["--max-num-batched-tokens", "2048"]
     # Opens /inference/v1/generate, which takes 5 bytes per scored token where JSON takes 82.
-    if vllm is None or vllm.has_scale_out:
+    if not server.plain and (vllm is None or vllm.has_scale_out):
         flags += ["--enable-scale-out"]
     if server.lora_rank:  # of a version and the one before, which may be under way
         flags += ["--enable-lora", "--max-lora-rank", str(server.lora_rank), "--max-loras", "2"]
