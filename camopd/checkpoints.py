@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of writing; the last is FSDP2's
 OF_TORCH_SAVE = ("inline_container", "iostream error", "PytorchStreamWriter")  # its RuntimeErrors of a full disk
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
+Kept = tuple[Sequence[Sample] | None, int] | None  # rollouts of a step, and how many of their prompts were cut
 
 
 def need_checkpoint(given: Any) -> None:
@@ -63,7 +64,7 @@ class RunCheckpoints:
         self._machine = Machine()
         self.latest: Path | None = None
         self.staging: Path | None = None
-        self._under_way: tuple[Sequence[Sample] | None, int] | None = None  # of a step that the next save is to keep
+        self._under_way: Kept = None  # of a step that the next save is to keep
         self._resumed_from: Path | None = None  # the one whose rollouts may be used
 
     # -------------------------------------------------------------------------------------------------------- finding
@@ -201,9 +202,12 @@ class RunCheckpoints:
         final = self.folder(args.output_dir, state.global_step)
         check_finite(trainer.model, trainer.optimizer, f"after step {state.global_step}", self.latest)
         folder = final.parent / SAVING / final.name
+        kept = self._under_way  # or else what is begun of the next step
+        if (kept is None or kept[0] is None) and not args.save_only_model:
+            kept = trainer.rollouts.drain()
         try:
             self._machine.prepare(folder)
-            self._write(trainer, folder, final, write)
+            self._write(trainer, folder, final, write, kept)
             self._commit(trainer, folder, final)
         except FAILURES as error:
             if isinstance(error, RuntimeError) and not (
@@ -237,7 +241,7 @@ class RunCheckpoints:
         alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         check_finite(trainer.model, None, "of the finished model", self.latest, alone=alone)
 
-    def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None]) -> None:
+    def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None], kept: Kept) -> None:
         """What goes into a checkpoint. What fails in `write` fails on one rank alone: transformers has collectives of its
         own in there, and the launcher ends the ranks that wait in them."""
         state = trainer.state
@@ -247,7 +251,7 @@ class RunCheckpoints:
         self.staging = folder.parent  # where `write` finds its `output_dir`
         write()
         self.staging = None
-        samples, prompts_cut = self._under_way or (None, 0)
+        samples, prompts_cut = kept or (None, 0)
         if samples is not None:
             save_rollouts(samples, prompts_cut, self._rollouts_file(folder))
         if state.best_global_step:  # which `write` has looked for in the folder beside

@@ -214,7 +214,8 @@ def save_rollouts(samples: Sequence[Sample], prompts_cut: int, path: Path, score
         if all(len(row) == len(sample.mask) for row, sample in zip(found, samples, strict=True)):
             tensors[name] = torch.cat(found)
     branch = json.dumps([sample.branch for sample in samples])
-    save_file(tensors, path, metadata={"branch": branch, "prompts_cut": str(prompts_cut)})
+    lag = str(max((sample.lag for sample in samples), default=0))
+    save_file(tensors, path, metadata={"branch": branch, "prompts_cut": str(prompts_cut), "lag": lag})
 
 
 def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Sample], int] | None:
@@ -225,7 +226,7 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
     try:
         with safe_open(path, framework="pt") as file:
             branch = json.loads(file.metadata()["branch"])
-            prompts_cut = int(file.metadata()["prompts_cut"])
+            prompts_cut, lag = int(file.metadata()["prompts_cut"]), int(file.metadata().get("lag", 0))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         _check_kept(tensors, branch, prompts_cut)
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
@@ -252,6 +253,7 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
             truncated=bool(tensors["truncated"][place]),
             category=row.get("category"),
             rollout_logps=logps[place],
+            lag=lag,
         )
         for place, row in enumerate(rows)
     ]

@@ -47,6 +47,8 @@ class Sample:
     token_weights: Tensor | None = None  # (T,) float32
     teacher_prompt: list[int] | None = None  # token ids that the teacher sees in place of the prompt; `None`: the same
     seen: dict[str, Tensor] = field(default_factory=dict)  # (T, ...), what a token rule has asked models for
+    lag: int = 0  # updates between the weights that wrote it and those that are trained
+    asked: Any = None  # `scoring.Asked`, where the teacher was asked before all samples of the step were there
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .guards import stop
 from .objective import token_gaps
 from .samples import Sample
 from .signals import StopRequests
-from .step import Clock
+from .step import Clock, Work
 from .teachers.adapters import AdapterTeacher
 from .teachers.base import RemoteTeacher, Teacher, TokenScores, read_answers
 from .teachers.check import has_lost_its_weights
@@ -30,6 +31,13 @@ from .watchdog import current, phase
 logger = logging.getLogger(__name__)
 CAMOPD = TokenRule(None)
 POLL = 0.5  # seconds between two looks whether a signal ends the wait for a teacher
+
+
+class Asked(NamedTuple):
+    """Sequences that a teacher outside this process scores."""
+
+    answers: Future[list[TokenScores]]
+    work: Work
 
 
 class Scorer:
@@ -63,14 +71,27 @@ class Scorer:
             if isinstance(teacher, LocalTeacher):
                 teacher.probe()
 
+    def ask(self, sample: Sample, prefix: int | None, rule: TokenRule = CAMOPD) -> None:
+        """Have a teacher outside this process score a sample at once, while others are still written. From any thread.
+
+        Args:
+            sample: finished, with all its tokens.
+            prefix: tokens of its completion that will be scored, see `Sample.keep_prefix`.
+            rule: of a baseline.
+        """
+        if isinstance(self.teachers[sample.branch], RemoteTeacher):
+            scored = replace(sample)
+            scored.keep_prefix(prefix)
+            sample.asked = self._submit([scored], rule)
+
     def score(
         self, samples: Sequence[Sample], branches: Sequence[str], rule: TokenRule = CAMOPD, engine: bool = False
     ) -> dict[str, Clock]:
         """Fill in the teachers' and the student's log-probs, the gaps, and what a token rule asks for.
 
-        Teachers outside this process score while the student does; those inside it score in the very batches of the
-        student, branch by branch. Where a rank has fewer samples of a branch than another, it adds dummies, so that
-        sharded models make the same number of forwards everywhere.
+        Teachers outside this process score while the student does, if `ask` has not begun it before; those inside it score
+        in the very batches of the student, branch by branch. Where a rank has fewer samples of a branch than another, it
+        adds dummies, so that sharded models make the same number of forwards everywhere.
 
         Args:
             samples: of this rank, rolled out.
@@ -87,11 +108,15 @@ class Scorer:
         clocks = {branch: Clock() for branch in branches}
         answers: dict[str, list[TokenScores]] = {}
         failures: list[CaMOPDError] = []
-        pending = self._submit(groups, rule, clocks, failures)
+        pending = {branch: self._pending(group, rule) for branch, group in groups.items()
+                   if isinstance(self.teachers[branch], RemoteTeacher)}  # fmt: skip
+        for branch, requests in pending.items():
+            for _, asked in requests:
+                clocks[branch].add(asked.work)
         with evaluating(self.student.model):
             for branch, group in groups.items():
                 missing = max(self._gather([len(group)])) - len(group)
-                if not isinstance(self.teachers[branch], RemoteTeacher):
+                if branch not in pending:
                     with clocks[branch].alone(), caught(failures, self.teachers[branch]), self._asking(branch):
                         rows = self._with_dummies(_for_teacher(group), missing)
                         found = self.teachers[branch].score(*rows, rule.teacher_top_k)
@@ -100,12 +125,10 @@ class Scorer:
                 token_ids, prompt_lens = self._with_dummies(own, missing)
                 rule.read_student(self.student, group, token_ids, prompt_lens)
                 self._read_student(group, token_ids, prompt_lens, forward=not engine or rule.needs_entropy)
-        for branch, future in pending.items():
+        for branch, requests in pending.items():
             clocks[branch].waited_for()
             with caught(failures, self.teachers[branch]), self._asking(branch):
-                group = groups[branch]
-                answers[branch] = self._read(branch, group, self._wait(future), len(group), rule)
-                clocks[branch].stop()  # where the future has not come to its callback yet
+                answers[branch] = self._collect(branch, groups[branch], requests, rule)
         with caught(failures):
             for branch, group in groups.items() if not failures else ():
                 for place, sample in enumerate(group):
@@ -117,6 +140,40 @@ class Scorer:
             if failures:
                 raise failures[0]
         return clocks
+
+    def _pending(self, group: Sequence[Sample], rule: TokenRule) -> list[tuple[list[Sample], Asked]]:
+        """What the teacher of a branch has been asked, or is now, with the samples of each."""
+        early = [([sample], sample.asked) for sample in group if sample.asked is not None]
+        others = [sample for sample in group if sample.asked is None]
+        return [*early, *([(others, self._submit(others, rule))] if others else [])]
+
+    def _submit(self, samples: Sequence[Sample], rule: TokenRule) -> Asked:
+        """Begin to have samples of one branch scored outside this process. What `submit` raises comes with the answers."""
+        teacher: Any = self.teachers[samples[0].branch]
+        work = Work()
+        try:
+            answers = teacher.submit(*_for_teacher(samples), rule.teacher_top_k)
+        except Exception as error:
+            answers = Future()
+            answers.set_exception(error)
+        answers.add_done_callback(work.stop)
+        return Asked(answers, work)
+
+    def _collect(
+        self, branch: str, group: Sequence[Sample], requests: list[tuple[list[Sample], Asked]], rule: TokenRule
+    ) -> list[TokenScores]:
+        """The answers for a branch's samples, in their order; the first that fails ends the wait for the others."""
+        found: dict[int, TokenScores] = {}
+        try:
+            for samples, asked in requests:
+                answers = self._read(branch, samples, self._wait(asked.answers), len(samples), rule)
+                asked.work.stop()  # where the future has not come to its callback yet
+                found.update((sample.position, answer) for sample, answer in zip(samples, answers, strict=True))
+        except BaseException:
+            for _, asked in requests:
+                asked.answers.cancel()
+            raise
+        return [found[sample.position] for sample in group]
 
     def _wait(self, future: Future[list[TokenScores]]) -> list[TokenScores]:
         while not future.done() and not (self._stops is not None and self._stops.heard):
@@ -132,24 +189,6 @@ class Scorer:
     def _where(self, branch: str) -> str:
         teacher = self.teachers[branch]
         return ", ".join(getattr(teacher, "urls", ())) or teacher.name
-
-    def _submit(
-        self,
-        groups: Mapping[str, Sequence[Sample]],
-        rule: TokenRule,
-        clocks: Mapping[str, Clock],
-        failures: list[CaMOPDError],
-    ) -> dict[str, Future[list[TokenScores]]]:
-        """Ask the teachers outside this process, by branch."""
-        pending = {}
-        for branch, group in groups.items():
-            teacher = self.teachers[branch]
-            if isinstance(teacher, RemoteTeacher):
-                with caught(failures, teacher):
-                    future = teacher.submit(*_for_teacher(group), rule.teacher_top_k)
-                    future.add_done_callback(clocks[branch].stop)
-                    pending[branch] = future
-        return pending
 
     def _read_student(
         self, group: Sequence[Sample], token_ids: list[list[int]], prompt_lens: list[int], forward: bool

@@ -68,6 +68,11 @@ class Step:
         return label(self.branches)
 
     @property
+    def lag(self) -> int:
+        """Updates between the weights that wrote its samples and those that are trained."""
+        return max((sample.lag for sample in self.samples), default=0)
+
+    @property
     def has_rollout_logps(self) -> bool:
         """Whether its samples have the log-probs of the engine that drew them."""
         return any(sample.rollout_logps is not None for sample in self.samples)
@@ -111,6 +116,7 @@ class Step:
         record["loss"] = sum(loss for loss, _ in parts) / len(parts)
         if self.has_rollout_logps:
             record.update(self.importance.summary(gather))
+        record["rollout/lag"] = float(self.lag)
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
         for branch, clock in self.clocks.items():
             record[f"time/{branch}/teacher"] = clock.seconds
@@ -126,39 +132,64 @@ def label(branches: Sequence[str]) -> str:
 
 
 class Clock:
-    """How long a teacher worked, and how much of it while the trainer did something else. Seconds."""
+    """How long a teacher worked, and how much of it while the trainer did something else. Seconds.
+
+    Work that is done side by side counts once: a teacher that scores each sample as it is written works on many.
+    """
 
     def __init__(self) -> None:
-        self._started = self._hidden_until = time.perf_counter()
-        self._stopped: float | None = None
+        self._work: list[Work] = []
+        self._waited = math.inf  # since when the trainer has done nothing else
+
+    def add(self, work: Work) -> None:
+        """Count this work, done or under way."""
+        self._work.append(work)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Restarts on entry and stops on exit; the trainer does nothing else inside."""
-        self._started = self._hidden_until = time.perf_counter()
+        """Work of which the trainer waits for the end."""
+        self.waited_for()
+        work = Work()
+        self.add(work)
         try:
             yield
         finally:
-            self.stop()
+            work.stop()
 
     def waited_for(self) -> None:
         """From here on the trainer does nothing else."""
-        self._hidden_until = time.perf_counter()
-
-    def stop(self, _: Any = None) -> None:
-        """The teacher is done; the first call counts."""
-        if self._stopped is None:
-            self._stopped = time.perf_counter()
+        self._waited = min(self._waited, time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """From start to stop."""
-        return 0.0 if self._stopped is None else self._stopped - self._started
+        """In which any of the work was under way."""
+        return self._until(math.inf)
 
     @property
     def hidden_seconds(self) -> float:
         """Those before the trainer waited."""
-        return max(0.0, min(self.seconds, self._hidden_until - self._started))
+        return self._until(self._waited)
+
+    def _until(self, end: float) -> float:
+        total, last = 0.0, -math.inf
+        for work in sorted(self._work, key=lambda work: work.started):
+            begin, stopped = max(work.started, last), min(work.stopped or work.started, end)
+            total += max(0.0, stopped - begin)
+            last = max(last, stopped)
+        return total
+
+
+class Work:
+    """From when to when something was under way, on `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.stopped: float | None = None
+
+    def stop(self, _: Any = None) -> None:
+        """It is done; the first call counts."""
+        if self.stopped is None:
+            self.stopped = time.perf_counter()
 
 
 class ImportanceStats:

@@ -28,6 +28,7 @@ from transformers.trainer_utils import PredictionOutput
 from trl import DistillationTrainer
 
 from . import setup, vllm_rollouts
+from .ahead import Rollouts
 from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
 from .checkpoints import RunCheckpoints
@@ -153,6 +154,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
         self.step: Any = None  # the `Step` under way, or the last one
         self.engine = make_engine(self)
+        self.rollouts = Rollouts(self)
         self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
         self.held_out_results = HeldOutResults()
         self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
@@ -196,11 +198,12 @@ class CaMOPDTrainer(DistillationTrainer):
             self.optimizer.train()
         self.notify("on_step_started", step)
         self.stop_if_asked(step)
-        with step.timed("rollout"):
+        with step.timed("rollout"), self.checkpoints.keeping(self, step):
             max_tokens = args.completion_length_at(step.number)
             saved = self.checkpoints.saved_rollouts(rows, self._load_rng_state)  # of a run that stopped in this step
             step.samples, step.prompts_cut = saved or self.roll_out(rows, max_tokens, args.loss_prefix_tokens)
             step.rng_after = rng_state()
+            self.rollouts.begin_next(step)
         self.stop_if_asked(step)
         with step.timed("score"):
             with self.checkpoints.keeping(self, step):
@@ -296,11 +299,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """A completion of each row of at most `max_tokens`, of which `prefix` tokens are scored and trained, and how many
         prompts were cut."""
         self.scorer.probe()
-        samples = list(self.engine.samples(rows, max_tokens))
-        self.notify("on_rolled_out", samples)
-        for sample in samples:
-            sample.keep_prefix(prefix)
-        return samples, self.engine.prompts_cut
+        return self.rollouts.take(rows, max_tokens, prefix)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
         return self.engine.tokenize(prompts), None, {}
@@ -382,6 +381,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._metrics["eval"].clear()  # of a `predict`, which logs nothing
         keeping = self.checkpoints.keeping(self) if self.is_in_train else nullcontext()
         with keeping, torch.random.fork_rng():
+            self.rollouts.drain()
             torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         return self.held_out_results.fill(output, metric_key_prefix, len(dataloader.dataset), self._metrics["eval"])
@@ -406,6 +406,7 @@ class CaMOPDTrainer(DistillationTrainer):
         Raises `ResumeError` for a checkpoint of another run, and `CaMOPDError` for an `output_dir` of another run.
         """
         self.step = None
+        self.rollouts.cancel()
         with self.run_folder.entered(self, resume_from_checkpoint) as checkpoint:
             with self.stops.listening():
                 output = super().train(checkpoint, *args, **kwargs)

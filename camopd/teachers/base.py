@@ -54,7 +54,10 @@ class RemoteTeacher(Teacher, Protocol):
     """A teacher that works outside this process: the trainer goes on with the student while it scores."""
 
     def submit(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> Future[list[TokenScores]]:
-        """Begin to `score` and return at once. The future raises `TeacherError` where `score` would."""
+        """Begin to `score` and return at once. The future raises `TeacherError` where `score` would.
+
+        With `rollout_servers` it is called for each completion as it is finished, from another thread.
+        """
         ...
 
 

@@ -1,0 +1,129 @@
+"""Rollouts that are on their way: the teacher scores each one as it is written, and `rollout_lag` begins them a step ahead.
+
+    lag 0    write 1 | score, train 1 | write 2 | score, train 2 | ...
+    lag 1    write 1 | write 2 ...............  | write 3 ...............
+                     | score, train 1           | score, train 2
+
+With lag 1 a step's completions are of the weights before the last update. w_t is the ratio of the trained weights to those,
+and is in the loss (Eq. 2 and 9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from .errors import on_all_ranks
+from .samples import Sample
+from .scoring import CAMOPD
+from .step import Clock, Step, Work
+
+
+@dataclass
+class Ahead:
+    """The next step's rollouts. `clock` says how long they took and how much of it was hidden."""
+
+    number: int  # of the step
+    flight: Any  # of the engine
+    clock: Clock
+    samples: list[Sample] | None = None  # once all are there
+
+
+class Rollouts:
+    """Has the trainer's engine write completions. What an engine gives one by one goes to its teacher at once."""
+
+    def __init__(self, trainer: Any):
+        """`trainer` is asked at each call which step or evaluation is under way."""
+        self._trainer = trainer
+        self._ahead: Ahead | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the engine gives completions one by one, while it writes others."""
+        return hasattr(self._trainer.engine, "start")
+
+    def take(self, rows: Sequence[dict[str, Any]], max_tokens: int, prefix: int | None) -> tuple[list[Sample], int]:
+        """A completion of each row, in their order, and how many prompts were cut: those begun a step ago, or new ones.
+
+        Of a completion the first `prefix` tokens are kept. Called by all ranks; what one of them meets is raised on all.
+        """
+        engine = self._trainer.engine
+        if self.streams:
+            samples, prompts_cut = self._stream(rows, max_tokens, prefix)
+        else:
+            samples, prompts_cut = list(engine.samples(rows, max_tokens)), engine.prompts_cut
+        self._trainer.notify("on_rolled_out", samples)
+        for sample in samples:
+            sample.keep_prefix(prefix)
+        return samples, prompts_cut
+
+    def _stream(self, rows: Sequence[dict[str, Any]], max_tokens: int, prefix: int | None) -> tuple[list[Sample], int]:
+        trainer = self._trainer
+        step, begun = trainer.step if trainer.model.training else None, None
+        if step is not None:  # an evaluation finds them drained, and leaves them
+            begun, self._ahead = self._ahead, None
+        if begun is None or step is None or begun.number != step.number:
+            begun = self._start(None if step is None else step.number, rows, max_tokens, prefix)
+        begun.clock.waited_for()
+        samples = self._collect(begun)
+        if step is not None:
+            step.metrics["time/rollout/writing"] = begun.clock.seconds
+            step.metrics["time/rollout/hidden"] = begun.clock.hidden_seconds
+        return samples, begun.flight.prompts_cut
+
+    def begin_next(self, step: Step) -> None:
+        """With `rollout_lag`, begin the rollouts of the step after this one, by the weights of now. Called by all ranks."""
+        trainer, number = self._trainer, step.number + 1
+        if not (self.streams and trainer.args.rollout_lag) or number >= trainer.train_dataset.num_steps:
+            return
+        args = trainer.args
+        rows = trainer.train_dataset.rows_of(number)
+        self._ahead = self._start(number, rows, args.completion_length_at(number), args.loss_prefix_tokens, lag=1)
+
+    def drain(self) -> tuple[list[Sample], int] | None:
+        """The next step's rollouts where they are begun, as a checkpoint keeps them, and how many prompts were cut: the
+        weights that write them are gone after the next update. Called by all ranks.
+
+        Waits until all are written; or gives `None` after a signal, for rollouts that are not.
+        """
+        ahead, trainer = self._ahead, self._trainer
+        if ahead is None:
+            return None
+        if any(gather_object([bool(trainer.stops.heard)])) and not all(gather_object([ahead.flight.done()])):
+            return None
+        kept = [replace(sample) for sample in self._collect(ahead)]
+        for sample in kept:
+            sample.keep_prefix(trainer.args.loss_prefix_tokens)
+        return kept, ahead.flight.prompts_cut
+
+    def cancel(self) -> None:
+        """Forget what is begun."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.flight.cancel()
+
+    def _start(
+        self, number: int | None, rows: Sequence[dict[str, Any]], max_tokens: int, prefix: int | None, lag: int = 0
+    ) -> Ahead:
+        """Begin the rollouts of a step, or of a batch of an evaluation."""
+        trainer, work, clock, left = self._trainer, Work(), Clock(), [len(rows)]
+        rule = CAMOPD if number is None else trainer.rule
+
+        def finished(sample: Sample) -> None:
+            sample.lag = lag
+            trainer.scorer.ask(sample, prefix, rule)
+            left[0] -= 1  # in the engine's one thread
+            if not left[0]:
+                work.stop()
+
+        clock.add(work)
+        return Ahead(number or 0, trainer.engine.start(rows, max_tokens, number, finished), clock)
+
+    def _collect(self, ahead: Ahead) -> list[Sample]:
+        if ahead.samples is None:
+            with on_all_ranks(gather_object):
+                ahead.samples = sorted(ahead.flight.samples(), key=lambda sample: sample.position)
+        return ahead.samples
