@@ -17,6 +17,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from .errors import on_all_ranks
+from .rollout_servers import Flight, ServerEngine
 from .samples import Sample
 from .scoring import CAMOPD
 from .step import Clock, Step, Work
@@ -27,7 +28,7 @@ class Ahead:
     """The next step's rollouts. `clock` says how long they took and how much of it was hidden."""
 
     number: int  # of the step
-    flight: Any  # of the engine
+    flight: Flight
     clock: Clock
     samples: list[Sample] | None = None  # once all are there
 
@@ -43,7 +44,7 @@ class Rollouts:
     @property
     def streams(self) -> bool:
         """Whether the engine gives completions one by one, while it writes others."""
-        return hasattr(self._trainer.engine, "start")
+        return isinstance(self._trainer.engine, ServerEngine)
 
     def take(self, rows: Sequence[dict[str, Any]], max_tokens: int, prefix: int | None) -> tuple[list[Sample], int]:
         """A completion of each row, in their order, and how many prompts were cut: those begun a step ago, or new ones.
@@ -69,6 +70,7 @@ class Rollouts:
             begun = self._start(None if step is None else step.number, rows, max_tokens, prefix)
         begun.clock.waited_for()
         samples = self._collect(begun)
+        trainer.engine.log_lengths(samples)
         if step is not None:
             step.metrics["time/rollout/writing"] = begun.clock.seconds
             step.metrics["time/rollout/hidden"] = begun.clock.hidden_seconds
@@ -115,12 +117,15 @@ class Rollouts:
         def finished(sample: Sample) -> None:
             sample.lag = lag
             trainer.scorer.ask(sample, prefix, rule)
-            left[0] -= 1  # in the engine's one thread
+            left[0] -= 1  # one at a time
             if not left[0]:
                 work.stop()
 
+        trainer.engine.sync(trainer.held_out_results if number is None else trainer.step)
+        flight = trainer.engine.start(rows, max_tokens, ("evaluation",) if number is None else ("step", number))
+        flight.on_finished(finished)
         clock.add(work)
-        return Ahead(number or 0, trainer.engine.start(rows, max_tokens, number, finished), clock)
+        return Ahead(number or 0, flight, clock)
 
     def _collect(self, ahead: Ahead) -> list[Sample]:
         if ahead.samples is None:

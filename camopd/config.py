@@ -129,6 +129,8 @@ class CaMOPDConfig(DistillationConfig):
         rollout_servers (`list[str]`, *optional*):
             URLs of vLLM servers that write the rollouts and get the student's weights each step (`camopd serve --student`).
             A rank asks for its own prompts. In place of `use_vllm`; see docs/scale.md.
+        rollout_lag (`int`, *optional*, defaults to `0`):
+            `1`: `rollout_servers` write a step's completions, by the weights of before, while the step before trains.
 
         > Parameters of the teachers
 
@@ -241,15 +243,10 @@ class CaMOPDConfig(DistillationConfig):
     )
 
     rebalance: bool = field(
-        default=True,
-        metadata={"help": "Whether kept samples are rebalanced across ranks by tokens."},
+        default=True, metadata={"help": "Whether kept samples are rebalanced across ranks by tokens."}
     )
-
     padding_free: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Forward samples without padding; default where the attention implementation gains from it."
-        },
+        default=None, metadata={"help": "Forward samples without padding; default where the attention gains from it."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "Tokens of one forward and backward, padding included; at least one sample."}
@@ -321,6 +318,9 @@ class CaMOPDConfig(DistillationConfig):
 
     rollout_servers: list[str] | str | None = field(
         default=None, metadata={"help": "URLs of vLLM servers that write the rollouts, in place of use_vllm."}
+    )
+    rollout_lag: int = field(
+        default=0, metadata={"help": "1: rollout_servers write a step's completions while the step before trains."}
     )
 
     # Parameters of the teachers

@@ -61,6 +61,7 @@ RANGES = (
         " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
     ),
     Range("diagnostics_steps", _whole(0), f"{COUNT}, or 0 to measure nothing"),
+    Range("rollout_lag", lambda value: type(value) is int and value in (0, 1), "0 or 1, a number of steps"),
     Range("relaxed_exploration_steps", _whole(0), "a whole number of at least 0"),
     _choice("importance_sampling_mode", *IMPORTANCE_MODES),
     _choice("student_logps", "trainer", "engine"),
@@ -128,6 +129,16 @@ def check_values(args: Any) -> None:
                 _check(rule, name, value)
     args.guards = guards.settle(args.guards)
     args.rollout_servers = urls_of(args.rollout_servers, args.use_vllm)
+    if args.rollout_lag and not args.rollout_servers:
+        raise ValueError(
+            "rollout_lag=1 has servers write a step's completions while the step before trains, and there are none. Set "
+            "rollout_servers, or leave rollout_lag out."
+        )
+    if args.rollout_lag and args.student_logps == "engine":
+        raise ValueError(
+            "student_logps='engine' with rollout_lag=1 would take the log-probs of weights of before the last update for "
+            "the student's. Leave student_logps at 'trainer'."
+        )
     for name in (*(rule.names for rule in PER_BRANCH), "teachers"):
         value = getattr(args, name)
         if isinstance(value, str) and value.lstrip().startswith("{"):

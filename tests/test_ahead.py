@@ -1,19 +1,24 @@
-"""Rollouts that are scored as they are written, and those of a step ahead: held against a plain loop over the steps."""
+"""Rollouts that are scored as they are written, and those of a step ahead, held against a plain loop over the steps.
+
+The servers are those of fake_rollouts.py, held back where a test says so.
+"""
 
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_prompts
-from trainers import lines, make_trainer
+from fake_rollouts import FakeRollouts
+from trainers import lines, make_args, make_trainer
 from transformers import TrainerCallback
 
 from camopd import TokenScores
-from camopd.errors import TeacherError
-from camopd.samples import Sample
+from camopd.errors import RolloutError
+from camopd.rollout_servers import seed_of
 from camopd.signals import RunInterrupted
 
 
@@ -21,69 +26,20 @@ END = 2
 
 
 def write(model, prompt, max_tokens, seed):
-    """A completion drawn token by token, and its log-probs."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, logps = list(prompt), []
-    while len(logps) < max_tokens and (not logps or ids[-1] != END):
+    """A completion drawn token by token."""
+    generator, ids = torch.Generator().manual_seed(seed), list(prompt)
+    while len(ids) < len(prompt) + max_tokens and (len(ids) == len(prompt) or ids[-1] != END):
         with torch.no_grad():
             row = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         ids.append(int(torch.multinomial(row.exp(), 1, generator=generator)))
-        logps.append(float(row[ids[-1]]))
-    return ids[len(prompt):], logps  # fmt: skip
-
-
-class Flight:
-    def __init__(self, work, prompts_cut):
-        self.work, self.prompts_cut, self.cancelled = work, prompts_cut, False
-
-    def samples(self):
-        for future in self.work:
-            yield future.result(60)
-
-    def done(self):
-        return all(future.done() for future in self.work)
-
-    def cancel(self):
-        self.cancelled = True
-
-
-class Engine:
-    """Writes in a thread of its own with a copy of the student's weights as they were when it was asked."""
-
-    def __init__(self, trainer, gate=None):
-        self.trainer, self.gate, self.asked = trainer, gate, []
-        self.pool = ThreadPoolExecutor(1)
-
-    def start(self, rows, max_tokens, number, finished):
-        weights = deepcopy(self.trainer.accelerator.unwrap_model(self.trainer.model)).eval()
-        prompts = self.trainer.reader.ids(rows)
-        self.asked.append((number, [row.get("position", place) for place, row in enumerate(rows)]))
-
-        def one(place):
-            if self.gate is not None:
-                self.gate(number)
-            row, prompt = rows[place], prompts[place]
-            position = row.get("position", place)
-            completion, logps = write(weights, prompt, max_tokens, 1000 * (number or 0) + position)
-            sample = Sample(
-                branch=row["branch"], position=position, token_ids=prompt + completion, prompt_len=len(prompt),
-                mask=torch.ones(len(completion), dtype=torch.bool), length=len(completion),
-                truncated=completion[-1] != END, rollout_logps=torch.tensor(logps),
-            )  # fmt: skip
-            finished(sample)
-            return sample
-
-        # The longest prompts first, so not in the order of the rows.
-        order = sorted(range(len(rows)), key=lambda place: -len(prompts[place]))
-        return Flight([self.pool.submit(one, place) for place in order], 0)
+    return ids
 
 
 class Remote:
-    """A teacher that says when it was asked, and answers in threads."""
+    """A teacher that notes when it was asked for how many, and answers in threads."""
 
     def __init__(self, name, seed):
-        self.name, self.model, self.asked = name, make_model(seed), []
-        self.pool = ThreadPoolExecutor(2)
+        self.name, self.model, self.asked, self.pool = name, make_model(seed), [], ThreadPoolExecutor(2)
 
     def score(self, token_ids, prompt_lens, top_k=0):
         return self.submit(token_ids, prompt_lens, top_k).result()
@@ -102,156 +58,194 @@ class Remote:
         return self.pool.submit(answer)
 
 
-def streaming(tmp_path, tokenizer, gate=None, lag=0, **kwargs):
-    teachers = {"general": Remote("g", 2), "domain": Remote("d", 3)}
-    trainer = make_trainer(
-        tmp_path, tokenizer, **{"teachers": teachers, "prompts_per_step": 4, "optim": "sgd", **kwargs}
-    )
-    trainer.args.rollout_lag = lag
-    trainer.engine = Engine(trainer, gate)
-    return trainer
+@pytest.fixture
+def run(tokenizer, tmp_path):
+    """Make a trainer with a rollout server of its own, `trainer.server`."""
+    made = []
+
+    def run(folder="run", lag=0, **settings):
+        server = FakeRollouts(make_model(9), tokenizer)
+        trainer = make_trainer(
+            tmp_path / folder, tokenizer, rollout_servers=[server.url], rollout_lag=lag, optim="sgd", **{
+                "teachers": {"general": Remote("g", 2), "domain": Remote("d", 3)}, **settings,
+            },
+        )  # fmt: skip
+        trainer.server = server
+        made.append(trainer)
+        return trainer
+
+    yield run
+    for trainer in made:
+        trainer.run.sampler.close()
+        trainer.server.close()
 
 
-def watched(trainer):
-    """What `take` gave in each step, with the weights then and the branch."""
-    seen, take = [], trainer.rollouts.take
+def asked(trainer):
+    """How many completions the server was asked for, by step."""
+    seeds = [body["seed"] for body in trainer.server.written]
+    names = [
+        ("step", number, row["branch"], row["position"])
+        for number in range(trainer.args.max_steps) for row in trainer.train_dataset.rows_of(number)
+    ]  # fmt: skip
+    found = {seed_of(trainer.args.seed, *name): name[1] for name in names}
+    return [sum(found.get(seed) == number for seed in seeds) for number in range(trainer.args.max_steps)]
 
-    def watch(rows, *limits):
-        weights = deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
-        samples, cut = take(rows, *limits)
-        seen.append((trainer.step.number, weights, [list(sample.token_ids) for sample in samples]))
-        return samples, cut
 
-    trainer.rollouts.take = watch
-    return seen
+def hold(trainer, number, event):
+    """Hold back the completions of one step until the event."""
+    seeds = {seed_of(trainer.args.seed, "step", number, row["branch"], row["position"])
+             for row in trainer.train_dataset.rows_of(number)}  # fmt: skip
+    write = trainer.server._write
+    trainer.server._write = lambda body: (body["seed"] not in seeds or event.wait(60)) and write(body)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_completions_are_of_the_weights_of_so_many_updates_before(tmp_path, tokenizer, lag):
-    trainer = streaming(tmp_path, tokenizer, lag=lag)
-    seen = watched(trainer)
+def test_completions_are_of_the_weights_of_so_many_updates_before(run, tmp_path, lag):
+    trainer = run(lag=lag)
+    seen, take = [], trainer.rollouts.take
+
+    def watch(rows, *limits):
+        samples, cut = take(rows, *limits)
+        student = deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
+        seen.append((student, [sample.token_ids for sample in samples]))
+        return samples, cut
+
+    trainer.rollouts.take = watch
     trainer.train()
-    assert [number for number, _, _ in seen] == [0, 1, 2, 3]
-    assert [number for number, _ in trainer.engine.asked] == [0, 1, 2, 3]  # each once, and none after the last
-    weights = [model for _, model, _ in seen]
-    for number, _, found in seen:
-        rows = trainer.train_dataset.rows_of(number)
-        drawn_by = weights[max(0, number - lag)]
+    assert asked(trainer) == [4, 4, 4, 4]  # each once, and none after the last step
+    for number, (_, found) in enumerate(seen):
+        rows, (drawn_by, _) = trainer.train_dataset.rows_of(number), seen[max(0, number - lag)]
         for row, prompt, ids in zip(rows, trainer.reader.ids(rows), found, strict=True):
-            completion, _ = write(drawn_by, prompt, 6, 1000 * number + row["position"])
-            assert ids == prompt + completion
-    recorded = lines(tmp_path)
-    assert [line["rollout/lag"] for line in recorded] == [0, *[lag] * 3]
-    assert [line["branch"] for line in recorded] == ["general", "general", "general", "domain"]
-    # By the weights of now the ratio is 1 to rounding, and else it is not.
-    for line in recorded:
+            seed = seed_of(trainer.args.seed, "step", number, row["branch"], row["position"])
+            assert ids == write(drawn_by, prompt, 6, seed)
+    recorded = lines(tmp_path / "run")
+    assert [line["rollout/lag"] for line in recorded] == [0, lag, lag, lag]
+    for line in recorded:  # by the weights of now the ratio is 1 to rounding, and else it is not
         assert (line["importance/log_ratio"] < 1e-5) == (line["rollout/lag"] == 0)
 
 
-def test_each_sample_goes_to_its_teacher_when_it_is_written(tmp_path, tokenizer):
-    written = []
-    trainer = streaming(
-        tmp_path, tokenizer, max_steps=1, gate=lambda number: (time.sleep(0.1), written.append(time.perf_counter()))
-    )
+def test_each_sample_goes_to_its_teacher_when_it_is_written(run, tmp_path):
+    trainer, written, turn = run(max_steps=1), [], threading.Lock()
+
+    def one_by_one():
+        with turn:
+            time.sleep(0.2)
+            written.append(time.perf_counter())
+
+    trainer.server.before = one_by_one
     trainer.train()
-    asked = trainer.teachers["general"].asked
-    assert [count for _, count in asked] == [1, 1, 1, 1]  # one by one, and none twice
-    for place in range(3):  # the first is asked before the third is written, and so on
-        assert asked[place][0] < written[place + 1] + 0.05
-    (line,) = lines(tmp_path)
-    assert line["time/general/teacher_hidden"] > 0.7 * line["time/general/teacher"]
-    assert line["time/rollout/writing"] >= 0.4 and line["time/rollout/hidden"] < 0.1
+    times = [at for at, _ in trainer.teachers["general"].asked]
+    assert [count for _, count in trainer.teachers["general"].asked] == [1, 1, 1, 1]  # one by one, and none twice
+    assert times[0] < written[2] and times[1] < written[3]
+    (line,) = lines(tmp_path / "run")
+    assert line["time/general/teacher_hidden"] > 0.5 * line["time/general/teacher"]
+    assert line["time/rollout/writing"] >= 0.8 and line["time/rollout/hidden"] < 0.5 * line["time/rollout/writing"]
 
 
-def test_step_ahead_is_written_while_the_step_trains(tmp_path, tokenizer):
+def test_step_ahead_is_written_while_the_step_trains(run, tmp_path):
     """The second step's completions are held back until the first step's update is made."""
-    updated = threading.Event()
-    trainer = streaming(tmp_path, tokenizer, lag=1, max_steps=2,
-                        gate=lambda number: number == 0 or updated.wait(60))  # fmt: skip
+    trainer, updated = run(lag=1, max_steps=2), threading.Event()
+    hold(trainer, 1, updated)
 
     class Updated(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
+            time.sleep(0.3)
             updated.set()
 
     trainer.add_callback(Updated())
     trainer.train()
-    assert updated.is_set() and len(lines(tmp_path)) == 2
+    first, second = lines(tmp_path / "run")
+    assert second["time/rollout/hidden"] > 0.3 > first["time/rollout/hidden"]
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_losses_are_those_of_samples_that_are_scored_together(tmp_path, tokenizer, lag):
-    """What is scored one by one has the log-probs of the whole batch, to rounding."""
-    trainer = streaming(tmp_path / "a", tokenizer, lag=lag)
+def test_samples_that_are_scored_one_by_one_make_the_losses_of_those_scored_together(run, tmp_path, lag):
+    run("one", lag=lag).train()
+    together = run("two", lag=lag)
+    together.scorer.ask = lambda *args: None  # all at the end
+    together.train()
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one["loss"] == two["loss"]
+        assert one[f"selection/{one['branch']}/kept"] == two[f"selection/{two['branch']}/kept"]
+
+
+def test_prefix_alone_is_scored_of_a_completion_that_is_written_whole(run, tmp_path):
+    trainer = run(max_steps=1, loss_prefix_tokens=2)
+    lengths, submit = [], trainer.teachers["general"].submit
+
+    def look(token_ids, prompt_lens, top_k=0):
+        lengths.extend(len(ids) - start for ids, start in zip(token_ids, prompt_lens, strict=True))
+        return submit(token_ids, prompt_lens, top_k)
+
+    trainer.teachers["general"].submit = look
     trainer.train()
-    other = streaming(tmp_path / "b", tokenizer, lag=lag)
-    other.scorer.ask = lambda *args: None  # all at the end
-    other.train()
-    for one, two in zip(lines(tmp_path / "a"), lines(tmp_path / "b"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4, abs=1e-6)
-        branch = one["branch"]
-        assert one[f"selection/{branch}/kept"] == two[f"selection/{branch}/kept"]
+    assert len(lengths) == 4 and max(lengths) == 2
+    assert lines(tmp_path / "run")[0]["rollout/general/length"] > 2
 
 
-def test_run_with_a_step_ahead_goes_on_exactly(tmp_path, tokenizer):
-    """A checkpoint holds the completions of the step after it, whose weights are gone."""
-    whole = streaming(tmp_path / "whole", tokenizer, lag=1, max_steps=4)
+def test_run_with_a_step_ahead_goes_on_exactly(run, tmp_path):
+    """A checkpoint holds the completions of the step after it: the weights that wrote them are gone."""
+    whole = run("whole", lag=1)
     whole.train()
-    first = streaming(tmp_path / "cut", tokenizer, lag=1, max_steps=4, save_strategy="steps", save_steps=2)
-
-    def stop(number):
-        if number == 3:
-            raise TeacherError("the rollout server is gone")
-
-    first.engine.gate = stop
-    with pytest.raises(TeacherError, match="is gone"):
-        first.train()
-    second = streaming(tmp_path / "cut", tokenizer, lag=1, max_steps=4, save_strategy="steps", save_steps=2)
+    settings = {"lag": 1, "save_strategy": "steps", "save_steps": 2}
+    run("cut", **settings).train()
+    second = run("cut", **settings)
     second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    assert [number for number, _ in second.engine.asked] == [3]  # that of step 2 comes from the checkpoint
+    assert asked(second) == [0, 0, 0, 4]  # those of the third step come from the checkpoint
     keys = ("loss", "grad_norm", "importance/log_ratio", "rollout/lag")
-    assert [[line[key] for key in keys] for line in lines(tmp_path / "whole")][3] == [
-        lines(tmp_path / "cut")[3][key] for key in keys
-    ]
+    found = [[[line[key] for key in keys] for line in lines(tmp_path / name)] for name in ("whole", "cut")]
+    assert found[0] == found[1]
     for one, two in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
-def test_evaluation_finds_the_step_ahead_written_and_leaves_it(tmp_path, tokenizer):
-    held_out = {"general": make_prompts("general", count=2)}
-    runs = []
-    for name, more in (
-        ("without", {}),
-        ("with", {"eval_dataset": held_out, "eval_strategy": "steps", "eval_steps": 1}),
-    ):
-        trainer = streaming(tmp_path / name, tokenizer, lag=1, **more)
+def test_server_that_is_gone_a_step_ahead_costs_no_step(run, tmp_path):
+    settings = {"lag": 1, "save_strategy": "steps", "save_steps": 9, "teacher_timeout": 1.0}
+    first = run(**settings)
+
+    class Gone(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                first.server.close()
+
+    first.add_callback(Gone())
+    with pytest.raises(RolloutError, match=r"Nothing is lost: the weights after step [23]"):
+        first.train()
+    second = run(**settings)
+    second.train(resume_from_checkpoint="auto")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_evaluation_finds_the_step_ahead_written_and_leaves_it(run, tmp_path):
+    trainers = []
+    held_out = {
+        "eval_dataset": {"general": make_prompts("general", count=2)},
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    for name, more in (("without", {}), ("with", held_out)):
+        trainer = run(name, lag=1, **more)
         done, start = [], trainer.engine.start
 
-        def look(rows, max_tokens, number, finished, start=start, trainer=trainer, done=done):
-            if number is None and trainer.rollouts._ahead is not None:
-                done.append(trainer.rollouts._ahead.flight.done())
-            return start(rows, max_tokens, number, finished)
+        def look(rows, max_tokens, words, start=start, trainer=trainer, done=done):
+            if words == ("evaluation",) and trainer.state.global_step < trainer.args.max_steps:
+                done.append(all(flight.done() for flight in trainer.engine._flights))
+            return start(rows, max_tokens, words)
 
         trainer.engine.start = look
         trainer.train()
-        runs.append(trainer)
         assert all(done) and bool(done) == (name == "with")
-    assert [line["loss"] for line in lines(tmp_path / "with")] == [
-        line["loss"] for line in lines(tmp_path / "without")
-    ]
-    for one, two in zip(*(run.model.parameters() for run in runs), strict=True):
+        trainers.append(trainer)
+    one, two = ([line["loss"] for line in lines(tmp_path / name)] for name in ("with", "without"))
+    assert one == two
+    for one, two in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
         assert torch.equal(one, two)
 
 
-def test_signal_does_not_wait_for_the_step_ahead(tmp_path, tokenizer):
-    never = threading.Event()
-    trainer = streaming(
-        tmp_path,
-        tokenizer,
-        lag=1,
-        gate=lambda number: number != 2 or never.wait(30),
-        save_strategy="steps",
-        save_steps=9,
-    )
+def test_signal_does_not_wait_for_the_step_ahead(run, tmp_path):
+    settings = {"lag": 1, "save_strategy": "steps", "save_steps": 9}
+    trainer, never = run(**settings), threading.Event()
+    hold(trainer, 2, never)
     begin_next = trainer.rollouts.begin_next
 
     def begin_and_hear(step):
@@ -263,8 +257,19 @@ def test_signal_does_not_wait_for_the_step_ahead(tmp_path, tokenizer):
     started = time.monotonic()
     with pytest.raises(RunInterrupted, match="SIGTERM: stopped"):
         trainer.train()
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 30
     never.set()
-    second = streaming(tmp_path, tokenizer, lag=1, save_strategy="steps", save_steps=9)
+    second = run(**settings)
     second.train(resume_from_checkpoint=True)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    assert asked(second) == [0, 0, 4, 4]  # the second step's were kept
+
+
+def test_steps_ahead_need_servers_and_the_trainers_log_probs(tmp_path):
+    with pytest.raises(ValueError, match=r"rollout_lag=1 .* there are none. Set rollout_servers"):
+        make_args(tmp_path, rollout_lag=1)
+    with pytest.raises(ValueError, match=r"student_logps='engine' with rollout_lag=1 .* Leave student_logps"):
+        make_args(tmp_path, rollout_lag=1, rollout_servers=["http://localhost:1"], student_logps="engine")
+    with pytest.raises(ValueError, match="rollout_lag must be 0 or 1"):
+        make_args(tmp_path, rollout_lag=2, rollout_servers=["http://localhost:1"])
+    assert not (Path(tmp_path) / "metrics.jsonl").exists()
