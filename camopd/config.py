@@ -266,7 +266,6 @@ class CaMOPDConfig(DistillationConfig):
     diagnostics_steps: int = field(
         default=10, metadata={"help": "Measure gradients once per branch in every X optimizer steps; 0 is never."}
     )
-
     guards: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Thresholds of the guards by name, over the defaults; null switches one off."},

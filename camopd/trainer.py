@@ -199,7 +199,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.notify("on_step_started", step)
         self.stop_if_asked(step)
         with step.timed("rollout"), self.checkpoints.keeping(self, step):
-            max_tokens = args.completion_length_at(step.number)
+            step.metrics["rollout/max_length"] = max_tokens = args.completion_length_at(step.number)
             saved = self.checkpoints.saved_rollouts(rows, self._load_rng_state)  # of a run that stopped in this step
             step.samples, step.prompts_cut = saved or self.roll_out(rows, max_tokens, args.loss_prefix_tokens)
             step.rng_after = rng_state()
@@ -212,7 +212,6 @@ class CaMOPDTrainer(DistillationTrainer):
             select_samples(step, self.branches, self.rule, args, gather_object)  # Eq. 6-8, the same on every rank
             step.micro_batches = self.batcher.micro_batches(step)  # kept samples only, balanced over ranks
         step.metrics["rollout/prompts_cut"] = sum(gather_object([step.prompts_cut]))
-        step.metrics["rollout/max_length"] = max_tokens
         step.metrics["importance/active"] = float(step.has_rollout_logps and args.importance_sampling_mode != "none")
         self.notify("on_step_ready", step)
         return step

@@ -33,7 +33,7 @@ OTHER_VALUES = {
     "split_special_tokens": (True, "true"),
     "trust_checkpoint": (True, "true"),
     "teacher_timeout": (60.0, "60"),
-    "rollout_lag": (1, "1"),
+    "rollout_lag": (0, "0"),  # 1 needs student_logps="trainer"
     "rollout_servers": (["http://10.0.0.1:8000", "http://10.0.0.2:8000"], "http://10.0.0.1:8000, http://10.0.0.2:8000"),
     "overwrite_output_dir": (True, "true"),
     "rebalance": (False, "false"),

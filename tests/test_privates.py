@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.trainer
+from accelerate import Accelerator
 from datasets import IterableDataset
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
@@ -71,6 +72,9 @@ ATTRIBUTES = {
 
 # Privates of anything else, and who has them.
 ELSEWHERE = {
+    **dict.fromkeys(
+        ("_dist", "_fix_param_name_to_vllm", "_iter_fsdp1_params", "_iter_named_params"), lambda: generation_of_trl()
+    ),
     "_attn_implementation": lambda: PreTrainedConfig(),
     "_distributed": lambda: IterableDataset.from_generator(lambda: iter(())),
     "_get_default_store": lambda: torch.distributed.distributed_c10d,
@@ -84,6 +88,17 @@ REPLACED: dict[str, object] = {
     "trl.generation.vllm_generation.LLM": vllm_generation,  # while the parent's `__init__` makes its engine
     "transformers.trainer.hf_api": transformers.trainer,  # while a push is under way; tests/test_hub.py sees what is sent
 }
+
+
+def generation_of_trl():
+    """What TRL gathers weights for vLLM with, without a vLLM."""
+
+    class Generation(vllm_generation.VLLMGeneration):
+        def _init_vllm(self):
+            pass
+
+    return Generation(model=None, accelerator=Accelerator(cpu=True), processing_class=None)
+
 
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of their names
 

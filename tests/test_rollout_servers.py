@@ -181,9 +181,9 @@ def test_resumed_run_is_the_run(start, make, tmp_path):
 
 def test_flight_gives_each_sample_once_as_it_finishes_longest_prompts_first(start, make):
     server = start()
-    trainer = make(server, max_prompt_length=11)
+    trainer = make(server, max_prompt_length=12)
     engine = trainer.engine
-    asked = rows(10)
+    asked = [*rows(10), {"branch": "domain", "prompt": "b" * 40, "position": 10, "category": "10"}]
     engine.sync(trainer.held_out_results)
     seen, threads = [], set()
     flight = engine.start(asked, 6, ("step", 0))
@@ -196,12 +196,12 @@ def test_flight_gives_each_sample_once_as_it_finishes_longest_prompts_first(star
     assert late == samples
     ids = trainer.reader.ids(asked)
     by_position = {sample.position: sample for sample in samples}
-    assert sorted(by_position) == list(range(10))
+    assert sorted(by_position) == list(range(11))
     for place, sample in by_position.items():
-        assert sample.token_ids[: sample.prompt_len] == ids[place][-11:] and sample.category == str(place)
+        assert sample.token_ids[: sample.prompt_len] == ids[place][-12:] and sample.category == str(place)
         assert len(sample.mask) == sample.length == len(sample.rollout_logps) <= 6 and sample.mask.all()
         assert sample.truncated == (sample.token_ids[-1] not in trainer.eos_token_ids)
-    assert flight.prompts_cut == sum(len(prompt) > 11 for prompt in ids) > 0
+    assert flight.prompts_cut == sum(len(prompt) > 12 for prompt in ids) > 0
     assert worst(trainer, samples) < 1e-5
 
 
