@@ -17,10 +17,13 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from .errors import on_all_ranks
+from .forward import evaluating
 from .rollout_servers import Flight, ServerEngine
 from .samples import Sample
 from .scoring import CAMOPD
-from .step import Clock, Step, Work
+from .step import Clock, Step, StepCallback, Work
+from .teachers.base import RemoteTeacher
+from .token_rules import TokenRule
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Ahead:
     number: int  # of the step
     flight: Flight
     clock: Clock
+    finished: list[Sample]  # so far
     samples: list[Sample] | None = None  # once all are there
 
 
@@ -69,7 +73,7 @@ class Rollouts:
         if begun is None or step is None or begun.number != step.number:
             begun = self._start(None if step is None else step.number, rows, max_tokens, prefix)
         begun.clock.waited_for()
-        samples = self._collect(begun)
+        samples = self._collect(begun, forward_early=self.student_is_free(rows), prefix=prefix)
         trainer.engine.log_lengths(samples)
         if step is not None:
             step.metrics["time/rollout/writing"] = begun.clock.seconds
@@ -84,6 +88,22 @@ class Rollouts:
         args = trainer.args
         rows = trainer.train_dataset.rows_of(number)
         self._ahead = self._start(number, rows, args.completion_length_at(number), args.loss_prefix_tokens, lag=1)
+
+    def compare(self, step: Step) -> None:
+        """Hold a finished completion of the next step against the student, who still has the weights that write it; after
+        the update nothing would tell whether the servers have them. Called by all ranks, before the update."""
+        ahead = self._ahead
+        if ahead is None or not all(gather_object([bool(ahead.finished)])):  # none to compare yet
+            return
+        student = self._trainer.student
+        sample = min(list(ahead.finished), key=lambda sample: len(sample.token_ids))
+        assert sample.rollout_logps is not None
+        with evaluating(student.model):
+            ((logps, _),) = student.rows([sample.token_ids], [sample.prompt_len])
+        apart = (logps.float() - sample.rollout_logps).abs()
+        apart = apart[~apart.isnan()]
+        parts = gather_object([(float(apart.sum()), len(apart))])
+        step.ahead_log_ratio = sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
 
     def drain(self) -> tuple[list[Sample], int] | None:
         """The next step's rollouts where they are begun, as a checkpoint keeps them, and how many prompts were cut: the
@@ -111,24 +131,60 @@ class Rollouts:
         self, number: int | None, rows: Sequence[dict[str, Any]], max_tokens: int, prefix: int | None, lag: int = 0
     ) -> Ahead:
         """Begin the rollouts of a step, or of a batch of an evaluation."""
-        trainer, work, clock, left = self._trainer, Work(), Clock(), [len(rows)]
+        trainer, work, clock = self._trainer, Work(), Clock()
+        so_far: list[Sample] = []
         rule = CAMOPD if number is None else trainer.rule
 
         def finished(sample: Sample) -> None:
             sample.lag = lag
             trainer.scorer.ask(sample, prefix, rule)
-            left[0] -= 1  # one at a time
-            if not left[0]:
+            so_far.append(sample)
+            if len(so_far) == len(rows):
                 work.stop()
 
         trainer.engine.sync(trainer.held_out_results if number is None else trainer.step)
         flight = trainer.engine.start(rows, max_tokens, ("evaluation",) if number is None else ("step", number))
         flight.on_finished(finished)
         clock.add(work)
-        return Ahead(number or 0, flight, clock)
+        return Ahead(number or 0, flight, clock, so_far)
 
-    def _collect(self, ahead: Ahead) -> list[Sample]:
+    def student_is_free(self, rows: Sequence[dict[str, Any]]) -> bool:
+        """Whether the student may score finished samples while others are written.
+
+        On one process alone: else ranks would wait for each other's completions. On a device of its own: a CPU is the
+        servers', too. And for a teacher elsewhere: one in the process scores in the very batches of the student.
+        """
+        trainer = self._trainer
+        teachers = [trainer.teachers[branch] for branch in {row["branch"] for row in rows}]
+        return (
+            trainer.args.world_size == 1
+            and trainer.args.device.type != "cpu"
+            and trainer.args.student_logps == "trainer"
+            and type(trainer.rule) is TokenRule
+            and all(isinstance(teacher, RemoteTeacher) for teacher in teachers)
+        )
+
+    def _collect(self, ahead: Ahead, forward_early: bool = False, prefix: int | None = None) -> list[Sample]:
         if ahead.samples is None:
+            scorer, found, ready = self._trainer.scorer, [], []
             with on_all_ranks(gather_object):
-                ahead.samples = sorted(ahead.flight.samples(), key=lambda sample: sample.position)
+                for sample in ahead.flight.samples():
+                    found.append(sample)
+                    ready.append(sample)
+                    if forward_early and len(ready) == scorer.student.batch_size:
+                        scorer.read_student(ready, prefix)
+                        ready = []
+            ahead.samples = sorted(found, key=lambda sample: sample.position)
         return ahead.samples
+
+
+class AheadCheck(StepCallback):
+    """Has the completions of the next step compared in each step; `callbacks.guards` acts on what is found."""
+
+    def __init__(self, rollouts: Rollouts):
+        """`rollouts` of the run."""
+        self._rollouts = rollouts
+
+    def on_step_ready(self, step: Step) -> None:
+        """While the servers write the next step."""
+        self._rollouts.compare(step)

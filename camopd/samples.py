@@ -48,6 +48,7 @@ class Sample:
     teacher_prompt: list[int] | None = None  # token ids that the teacher sees in place of the prompt; `None`: the same
     seen: dict[str, Tensor] = field(default_factory=dict)  # (T, ...), what a token rule has asked models for
     lag: int = 0  # updates between the weights that wrote it and those that are trained
+    student_is_read: bool = False  # has `student_logps` before all samples of the step are there
     asked: Any = None  # `scoring.Asked`, where the teacher was asked before all samples of the step were there
 
     @property

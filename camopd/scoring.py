@@ -84,6 +84,20 @@ class Scorer:
             scored.keep_prefix(prefix)
             sample.asked = self._submit([scored], rule)
 
+    def read_student(self, samples: Sequence[Sample], prefix: int | None) -> None:
+        """The student's log-probs of finished samples, while others are still written; `score` leaves these samples out.
+
+        They are batched as they come, so that the last bits depend on the order in which they were finished.
+        """
+        scored = [replace(sample) for sample in samples]
+        for sample in scored:
+            sample.keep_prefix(prefix)
+        with evaluating(self.student.model):
+            rows = [sample.token_ids for sample in scored], [sample.prompt_len for sample in scored]
+            self._read_student(samples, *rows, forward=True)
+        for sample in samples:
+            sample.student_is_read = True
+
     def score(
         self, samples: Sequence[Sample], branches: Sequence[str], rule: TokenRule = CAMOPD, engine: bool = False
     ) -> dict[str, Clock]:
@@ -121,6 +135,7 @@ class Scorer:
                         rows = self._with_dummies(_for_teacher(group), missing)
                         found = self.teachers[branch].score(*rows, rule.teacher_top_k)
                         answers[branch] = self._read(branch, group, found, len(rows[0]), rule)
+                group = [sample for sample in group if not sample.student_is_read]
                 own = [sample.token_ids for sample in group], [sample.prompt_len for sample in group]
                 token_ids, prompt_lens = self._with_dummies(own, missing)
                 rule.read_student(self.student, group, token_ids, prompt_lens)

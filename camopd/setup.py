@@ -15,6 +15,7 @@ from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
 
 from . import rollout_servers, setting_rules, vllm_rollouts
+from .ahead import AheadCheck
 from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
 from .callbacks.completions import CompletionsTable
@@ -261,6 +262,8 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     args, student = trainer.args, trainer.student.model
     yield BranchMoments(run.schedule)
     dtype = compute_dtype(trainer.accelerator, student)
+    if args.rollout_lag:
+        yield AheadCheck(trainer.rollouts)
     yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, dtype)
     if args.diagnostics_steps:
 

@@ -41,6 +41,7 @@ class Step:
     losses: list[tuple[list[int], Tensor]] = field(default_factory=list)  # of each of these, with positions of samples
     broken_losses: list[tuple[list[int], float]] = field(default_factory=list)  # of all ranks, those not finite
     log_ratio: float = 0.0  # of all ranks' losses, nats per token
+    ahead_log_ratio: float = 0.0  # of completions of the next step, with the weights that write them
     clocks: dict[str, Clock] = field(default_factory=dict)  # of the teachers that have worked for this rank
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from trainers import lines, make_args, make_trainer
 from transformers import TrainerCallback
 
 from camopd import TokenScores
-from camopd.errors import RolloutError
+from camopd.errors import GuardError, RolloutError
 from camopd.rollout_servers import seed_of
 from camopd.signals import RunInterrupted
 
@@ -181,6 +181,47 @@ def test_prefix_alone_is_scored_of_a_completion_that_is_written_whole(run, tmp_p
     trainer.train()
     assert len(lengths) == 4 and max(lengths) == 2
     assert lines(tmp_path / "run")[0]["rollout/general/length"] > 2
+
+
+def test_servers_that_did_not_get_the_weights_of_now_stop_the_run_before_the_update(run, tmp_path):
+    trainer = run(lag=1, learning_rate=0.3)
+    sync = trainer.engine.sync
+    trainer.engine.sync = lambda under_way: trainer.state.global_step == 2 or sync(under_way)
+    score = trainer.scorer.score
+
+    def wait_and_score(*args, **kwargs):  # until there is something to compare
+        trainer.engine._flights[-1].wait()
+        return score(*args, **kwargs)
+
+    trainer.scorer.score = wait_and_score
+    with pytest.raises(GuardError, match=r"step 3 .*: the log-probs of the trainer and of the rollout engine"):
+        trainer.train()
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+def test_student_with_a_device_of_its_own_scores_while_others_are_written(run, tmp_path, monkeypatch):
+    run("late", score_tokens=70).train()
+    trainer, turn, read = run("early", score_tokens=70), threading.Lock(), []
+    monkeypatch.setattr(trainer.rollouts, "student_is_free", lambda rows: True)
+    read_student = trainer.scorer.read_student
+
+    def look(samples, prefix):
+        done = trainer.engine._flights[-1].done()
+        read.append((len(samples), done))
+        read_student(samples, prefix)
+
+    def one_by_one():
+        with turn:
+            time.sleep(0.1)
+
+    trainer.scorer.read_student, trainer.server.before = look, one_by_one
+    trainer.train()
+    assert [count for count, _ in read] == [1] * 16  # each sample once
+    assert sum(not done for _, done in read) >= 8
+    for one, two in zip(lines(tmp_path / "late"), lines(tmp_path / "early"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["entropy"] == pytest.approx(
+            two["entropy"], rel=1e-5
+        )
 
 
 def test_run_with_a_step_ahead_goes_on_exactly(run, tmp_path):

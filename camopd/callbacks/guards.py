@@ -57,19 +57,20 @@ class Guards(StepCallback):
         self._step = step
         step.metrics["guard/skipped"] = 0.0
         tokens = sum(row.num_ratios for row in step.summaries)
-        self._look_at_sampler(step, sum(row.log_ratio for row in step.summaries) / max(1, tokens))
+        self._look_at_sampler(step, sum(row.log_ratio for row in step.summaries) / max(1, tokens), step.lag)
+        self._look_at_sampler(step, step.ahead_log_ratio, lag=0)
         self._look_at_completions(step)
         for branch in step.branches:
             self._steps[branch] += 1 if self._updated or not self._steps[branch] else 0
             self._look_at_gaps(step, branch)
             self._look_at_entropy(step, branch)
 
-    def _look_at_sampler(self, step: Step, log_ratio: float) -> None:
+    def _look_at_sampler(self, step: Step, log_ratio: float, lag: int) -> None:
         """Stop where the tokens were not drawn from the student that is trained. With the trainer's log-probs scoring knows
         it, with the engine's the loss's forwards."""
         given = self._limits["log_ratio"]
         # With an update between them, they are apart by more than rounding: then the user's threshold alone counts.
-        limit = None if step.lag and not given else log_ratio_bound(given, self._dtype)
+        limit = None if lag and not given else log_ratio_bound(given, self._dtype)
         if limit is not None and log_ratio > limit:
             raise stop(
                 "log_ratio", limit,
@@ -137,7 +138,7 @@ class Guards(StepCallback):
         if step is None:
             return
         with keeping(step, self._args):
-            self._look_at_sampler(step, step.log_ratio)
+            self._look_at_sampler(step, step.log_ratio, step.lag)
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
         if limit is None:
