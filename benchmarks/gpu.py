@@ -341,7 +341,11 @@ def copy_rate(side: int, device: Any) -> float:
 
 def step_beside_trl(deadline: float) -> Lines:
     """`step.py`'s workload of log-normal lengths, as many alternating rounds as there is time for, at most three."""
-    sizes = {"prompts": 4, "batch": 2, "median": 6, "cap": 12} if is_dry() else {**step.ON_GPU, "prompts": 64}
+    sizes = (
+        {"prompts": 4, "batch": 2, "median": 6, "cap": 12}
+        if is_dry()
+        else {**step.ON_GPU, "prompts": 64, "median": 1200}
+    )
     found: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     failures, started, rounds = Failures(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:

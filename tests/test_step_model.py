@@ -60,8 +60,8 @@ def test_steps_one_after_the_other_and_one_ahead_by_hand():
     assert seconds_a_step([step], sync=1, lag=1) == 11
     # Where training is longer, the servers wait for it: 1 + 3 + 20.
     assert seconds_a_step([step._replace(train=20)], sync=1, lag=1) == 24
-    # Teachers that score in the meantime are done by then, and the student's 2 s are left.
-    assert seconds_a_step([step._replace(train=20)], sync=1, lag=1, streaming=True) == 23
+    # Teachers that score in the meantime are done by then, and the student's second is left.
+    assert seconds_a_step([step._replace(train=20, student=1)], sync=1, lag=1, streaming=True) == 22
     with pytest.raises(ValueError, match="lag is 0 or 1, not 2"):
         ends([step], lag=2)
 
