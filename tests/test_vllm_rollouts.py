@@ -67,8 +67,8 @@ def processes(models, tmp_path_factory):
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     # Two of them also take the weights of `rollout_servers`, under one name.
-    small = ["--kv-cache-memory-bytes", str(16 << 20), "--served-model-name"]
-    plain_student = ["student", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
+    small = ["--kv-cache-memory-bytes", str(16 << 20)]
+    plain_student = ["--served-model-name", "student", "--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
     serve = [sys.executable, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
     plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "float32",
              "--max-model-len", str(CONTEXT), "--enforce-eager", "--enable-scale-out", *small]  # fmt: skip
@@ -81,7 +81,7 @@ def processes(models, tmp_path_factory):
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         command = [*plain, "--model", model, "--port", port] if place else [*serve, "--port", port, "--", *small]
-        command += plain_student if place < 2 else ["teacher"]
+        command += plain_student if place < 2 else []
         log = folder / f"{place}.log"
         with open(log, "w") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
