@@ -28,6 +28,7 @@ class Replica:
 
     url: str
     alive: bool = True
+    outages: int = 0  # how often it was taken out
     requests_in_flight: int = 0
     tokens_in_flight: int = 0
     recovery: asyncio.Task[None] | None = (
@@ -173,6 +174,7 @@ class Replicas:
             return
         logger.warning("%s: replica %s is out: %s", self._client.role.name, replica.url, why)
         replica.alive = False
+        replica.outages += 1
         replica.recovery = asyncio.create_task(self._let_in_when_well(replica))
         if not any(replica.alive for replica in self.all):
             self._begin_outage()

@@ -256,6 +256,7 @@ class Sampler:
         seconds = limits.ROLLOUT_SECONDS + sampling.max_tokens * limits.SECONDS_PER_NEW_TOKEN
         most = 65536 + BYTES_PER_TOKEN * sampling.max_tokens + 32 * len(prompt)
         ask = (replica.url, "/v1/completions", body, seconds, most)
+        process, outages = self._holders.get(replica.url), replica.outages
         try:
             try:
                 answer = await self._client.request(*ask, may_miss=True)
@@ -267,6 +268,10 @@ class Sampler:
                 answer = await self._client.request(*ask, may_miss=True)
         except NotThere as error:
             raise RolloutError(f"{ROLE.name} at {replica.url} answered 404: {error}") from None
+        whole = version is not None and not version.is_adapter
+        if whole and replica.outages != outages and await self._process(replica.url) != process:
+            # The request may have reached another server than the one that had the weights when it was made.
+            raise Fault(f"{replica.url} was started again while a completion was asked for", takes_out=False)
         try:
             return read_completion(answer, name, prompt, sampling)
         except ValueError as error:
