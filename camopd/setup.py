@@ -305,8 +305,7 @@ def check_gathered_weights(model: Any, memory: int) -> None:
     if needed > memory:
         raise ValueError(
             f"to generate, ZeRO-3 gathers all {weights / 1e9:.2f} billion weights on every GPU: {needed / 2**30:.1f} GiB, "
-            f"and this one has {memory / 2**30:.1f} GiB. Set use_vllm=True with vllm_mode='server', "
-            "rollout_servers, or "
+            f"and this one has {memory / 2**30:.1f} GiB. Set use_vllm=True with vllm_mode='server', rollout_servers, or "
             "ds3_gather_for_generation=False, which generates with weights in shards, slowly."
         )
 
