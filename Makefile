@@ -5,6 +5,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 VLLM_BIN := .venv-vllm/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
+EVAL_BIN := .venv-eval/bin
+EVAL_PIP := $(EVAL_BIN)/python -m pip --disable-pip-version-check
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # glibc gives freed pages back and faults them in again; keeping them saves that time in every CPU step.
 export MALLOC_MMAP_MAX_ = 0
@@ -12,7 +14,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-fuzz test-oldest test-newest test-vllm check style benchmarks package clean
+.PHONY: help install demo test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-eval check style benchmarks package clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -64,6 +66,17 @@ test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers o
 
 test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
 	$(VLLM_BIN)/python -m pytest -m vllm $(ARGS)
+
+.venv-eval/installed: constraints-eval.txt
+	@echo "==> Making .venv-eval with evalscope, which cannot be beside the datasets library of camopd (two minutes)"
+	test -x $(EVAL_BIN)/python || $(PYTHON) -m venv .venv-eval
+	$(EVAL_PIP) install --quiet --constraint constraints-eval.txt 'evalscope[ifeval,ifbench]'
+	@# It carries NLTK's punkt_tab, which IF-Eval's checkers need and which cannot be downloaded everywhere.
+	$(EVAL_PIP) install --quiet --no-deps --constraint constraints-eval.txt llama-index-core
+	@touch $@
+
+test-eval: install .venv-eval/installed  ## Run the tests of `camopd eval` that need a real evalscope
+	$(BIN)/python -m pytest -m eval $(ARGS)
 
 check: install  ## Lint, formatting and types, exactly as CI checks them
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ COMMANDS = {  # each a function of its name in a module of its name
     "gaps": "measure a finished model's held-out gaps to the teachers of a YAML file",
     "check": "see whether the teachers of a YAML file can teach its student",
     "report": "figures of one run or several, and which of its branches is hurting",
+    "eval": "benchmarks of a run's models: what came back, what broke, and how sure that is",
     "sweep": "run configs x seeds one after the other, and make a table of the results",
     "data": "build the prompt datasets of the paper: general, medical or role-play",
 }

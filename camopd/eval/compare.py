@@ -1,0 +1,95 @@
+"""Models side by side on the same items: scores, what came back, what broke, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import CaMOPDError
+from .scores import Item
+from .stats import Interval, difference, exact_mcnemar, mean_and_error, share
+from .tasks import Task
+
+
+START, GENERAL, RESULT = "start", "general", "result"  # names of models that the comparison is about
+Found = Mapping[str, Mapping[str, Sequence[Item]]]  # items by model and task
+
+
+def compare(tasks: Sequence[Task], found: Found) -> list[dict[str, Any]]:
+    """What is said of each task, in a form that JSON takes.
+
+    `models` has the numbers of each model. With models named `start` and `result` there is `change`, from one to the other;
+    with `general` too, `share`: on a task of the general side how much of what the start had lost is back, on one of the
+    domain's how much of what the start is ahead by is kept.
+
+    Raises `CaMOPDError` where models were not asked the same items.
+    """
+    rows = []
+    for task in tasks:
+        of_task = {model: items[task.name] for model, items in found.items()}
+        check_same_items(task, of_task)
+        row: dict[str, Any] = {"task": task.name, "side": task.side, "size": task.size}
+        row["models"] = {model: numbers(items) for model, items in of_task.items()}
+        if START in of_task and RESULT in of_task:
+            row["change"] = change(of_task[START], of_task[RESULT])
+            if GENERAL in of_task:
+                first, last = (START, GENERAL) if task.side == "general" else (GENERAL, START)
+                row["share"] = as_json(share(*(scores(of_task[name]) for name in (first, last, RESULT))))
+        rows.append(row)
+    return rows
+
+
+def scores(items: Sequence[Item]) -> list[float]:
+    return [item.score for item in items]
+
+
+def check_same_items(task: Task, of_task: Mapping[str, Sequence[Item]]) -> None:
+    """Raise `CaMOPDError` unless all models have the same items in the same order."""
+    first, *others = of_task
+    wanted = [item.key for item in of_task[first]]
+    for other in others:
+        keys = [item.key for item in of_task[other]]
+        if keys != wanted:
+            missing = len(set(wanted) - set(keys))
+            raise CaMOPDError(
+                f"{first!r} and {other!r} were not asked the same items of {task.name}: {len(wanted)} and {len(keys)} "
+                f"items, {missing} of the first not among the second's. Scores of different items are not compared: "
+                "evaluate both anew with the same rows, --limit and --out."
+            )
+
+
+def numbers(items: Sequence[Item]) -> dict[str, Any]:
+    """The numbers of a model on a task; shares are over items."""
+    mean, error = mean_and_error(scores(items))
+    return {
+        "mean": mean,
+        "standard_error": None if math.isnan(error) else error,
+        "items": len(items),
+        "repeats": items[0].repeats,
+        "truncated": sum(item.truncated for item in items) / len(items),
+        "unparsed": sum(item.unparsed for item in items) / len(items),
+    }
+
+
+def change(before: Sequence[Item], after: Sequence[Item]) -> dict[str, Any]:
+    """Mean change with its paired interval, the items that changed, and for scores of 0 and 1 the exact test."""
+    old, new = scores(before), scores(after)
+    found: dict[str, Any] = as_json(difference(old, new))
+    found["came_back"] = [brief(*pair) for pair in zip(before, after, strict=True) if pair[1].score > pair[0].score]
+    found["broke"] = [brief(*pair) for pair in zip(before, after, strict=True) if pair[1].score < pair[0].score]
+    if set(old) | set(new) <= {0.0, 1.0}:
+        found["p"] = exact_mcnemar(old, new)[2]
+    return found
+
+
+def brief(before: Item, after: Item) -> dict[str, Any]:
+    """An item that changed, for the list of them."""
+    return {"key": after.key, "prompt": after.prompt, "scores": [before.score, after.score], "before": before.text,
+            "after": after.text}  # fmt: skip
+
+
+def as_json(interval: Interval) -> dict[str, Any]:
+    """An interval with `None` for ends that there are not."""
+    ends = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: end if math.isfinite(end) else None for name, end in ends.items()}

@@ -1,0 +1,131 @@
+"""One model on one task is one folder and one process in the environment of evalscope, which goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from ..errors import CaMOPDError
+from . import rows
+from .tasks import Task
+
+
+PYTHON = ".venv-eval/bin/python"
+ANSWERS = "answers.jsonl"
+KEY = "CAMOPD_EVAL_API_KEY"
+JOB = "job.json"
+LOG = "log.txt"
+_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)$")
+_PLACES = ("url", "context", "work", "concurrency")  # of a job: where and how fast, not what
+
+
+def python_of_evalscope() -> str:
+    """The Python that has evalscope. Raises `CaMOPDError` where there is none."""
+    asked = os.environ.get("CAMOPD_EVAL_PYTHON")
+    found = shutil.which(os.path.expanduser(asked or PYTHON))
+    if found is None:
+        raise CaMOPDError(
+            f"there is no {asked or PYTHON}, the environment that has evalscope. `make .venv-eval/installed` in a clone of "
+            "camopd makes it; CAMOPD_EVAL_PYTHON names one elsewhere."
+        )
+    return os.path.abspath(found)  # not resolved: under its own name it is the environment's
+
+
+def job_of(
+    task: Task, folder: Path, served: str, context: int | None, max_tokens: int | None, concurrency: int
+) -> dict[str, Any]:
+    """The job of one model and one task, as runner.py reads it."""
+    generation = task.generation | ({} if max_tokens is None else {"max_tokens": max_tokens})
+    args = {
+        "local_path": str(folder / "rows"),
+        "subset_list": ["default"],  # another needs a README.md that names its files
+        "few_shot_num": 0,  # GSM8K's default is 4, MMLU's 5
+        "filters": {"remove_until": "</think>"},
+        **task.dataset_args,
+    }
+    return {
+        "benchmark": task.benchmark, "dataset_args": args, "work": str(folder / "work"), "url": None, "model": served,
+        "generation": generation | {"timeout": 3600, "retries": 3, "retry_interval": 5}, "repeats": task.repeats,
+        "concurrency": concurrency, "seed": 0, "context": context, "metric": task.metric, "review": "all",
+    }  # fmt: skip
+
+
+def weights_of(path: Path) -> str | None:
+    """Changes when the files of a model's folder do; `None` where there is no such folder."""
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".jinja"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def prepare(
+    task: Task, job: dict[str, Any], weights: str | None, found: Sequence[dict[str, Any]], folder: Path
+) -> None:
+    """Write the folder of a job on the rows `found`.
+
+    Raises `CaMOPDError` where the folder has answers of another model, other rows or other sampling.
+    """
+    told = {name: value for name, value in job.items() if name not in _PLACES} | {
+        "weights": weights,
+        "rows": list(found),
+    }
+    path = folder / JOB
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8")).get("told", {})
+        changed = [name for name in told if before.get(name) != told[name]]
+        if changed:
+            pair = [json.dumps(side.get(changed[0]))[:200] for side in (before, told)]
+            raise CaMOPDError(
+                f"{str(folder)!r} has answers that were made with another {', another '.join(changed)}: {changed[0]} was "
+                f"{pair[0]} and is {pair[1]}. Give another --out, or remove the folder."
+            )
+    rows.write(task, list(found), folder / "rows")
+    atomic.write(path, json.dumps({"told": told, **job}, indent=1) + "\n")
+
+
+def set_url(folder: Path, url: str) -> None:
+    """Say where the model of a job answers."""
+    path = folder / JOB
+    job = json.loads(path.read_text(encoding="utf-8"))
+    atomic.write(path, json.dumps(job | {"url": f"{url.rstrip('/')}/v1"}, indent=1) + "\n")
+
+
+def words(python: str, folder: Path) -> list[str]:
+    """The command line that does the job of a folder."""
+    return [python, str(Path(__file__).with_name("runner.py")), str(folder / JOB), str(folder / ANSWERS)]
+
+
+def environment() -> dict[str, str]:
+    """That of a job: this one, without any key but that of the models' servers."""
+    return {name: value for name, value in os.environ.items() if name == KEY or not _SECRET.search(name)}
+
+
+def failed(folder: Path, total: int) -> CaMOPDError:
+    """What a job that has ended with an error has met."""
+    return CaMOPDError(
+        f"{folder} has {answered(folder)} of {total} answers, and then failed: {last_error(folder / LOG)}\nThe same "
+        f"command goes on from there. All that it said is in {folder / LOG}."
+    )
+
+
+def answered(folder: Path) -> int:
+    """Answers that the engine has written so far."""
+    files = (folder / "work" / "predictions").rglob("*.jsonl")
+    return sum(path.read_bytes().count(b"\n") for path in files)
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that names an exception, or its last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or ["it said nothing"])[-1][:600]

@@ -1,0 +1,122 @@
+"""The table of an evaluation, as Markdown blocks: first what came back and what broke, then the scores, then the items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import atomic
+from .compare import RESULT, START
+
+
+SHOWN = 5  # items of a list; eval.json has all
+LENGTH = 300  # characters of a text on the page
+
+
+def write(rows: Sequence[dict[str, Any]], notes: Sequence[str], about: Mapping[str, Any], out: Path) -> list[str]:
+    """Write eval.json, eval.md and eval.html, and return the blocks that say it in short, for the terminal.
+
+    `rows` are those of `compare`, `notes` what a reader must know of the protocol, `about` models and settings.
+    """
+    from ..report import page  # with matplotlib and the rest of the extra [report]
+
+    short = [*summary(rows), page.table(score_rows(rows))]
+    if any("change" in row for row in rows):
+        short.append(page.table(change_rows(rows)))
+    blocks = ["# camopd eval", *short, READING, *(f"- {note}" for note in notes)]
+    for row in rows:
+        for title, name in (("broke", "broke"), ("came back", "came_back")):
+            listed = row.get("change", {}).get(name, [])
+            if listed:
+                blocks.append(f"## {row['task']}: what {title}, {min(SHOWN, len(listed))} of {len(listed)}")
+            for item in listed[:SHOWN]:
+                blocks.append(page.quote(shortened(item["prompt"])))
+                blocks.append(f"**{START}**, score {item['scores'][0]:.2g}")
+                blocks.append(page.quote(shortened(item["before"])))
+                blocks.append(f"**{RESULT}**, score {item['scores'][1]:.2g}")
+                blocks.append(page.quote(shortened(item["after"])))
+    atomic.write(out / "eval.json", json.dumps({"tasks": rows, "about": about, "notes": notes}, indent=2) + "\n")
+    atomic.write(out / "eval.md", "\n\n".join(blocks) + "\n")
+    atomic.write(out / "eval.html", page.to_html("camopd eval", blocks, {}))
+    return short
+
+
+READING = (
+    "Scores are percent, ± the standard error over items. A change has its paired 95 % interval over the same items; p is "
+    "the exact McNemar test: how often as uneven a split of the items that changed comes by chance. *Back* is the share of "
+    "the way from the start to the general teacher that the result has gone, *kept* the share of the start's lead over the "
+    "general teacher that the result still has. Where the items cannot tell start and teacher apart there is no share."
+)
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One sentence per task, as a list."""
+    lines = []
+    for row in rows:
+        if "change" not in row:
+            continue
+        change = row["change"]
+        sure = change["low"] > 0 or change["high"] < 0
+        verdict = "no more than chance shows" if not sure else "better" if change["value"] > 0 else "WORSE"
+        lines.append(
+            f"- **{row['task']}** ({row['side']}): {verdict}. {signed(change)} points; {len(change['came_back'])} of "
+            f"{row['models'][RESULT]['items']} items came back, {len(change['broke'])} broke."
+        )
+    return ["\n".join(lines)] if lines else []
+
+
+def score_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table of scores: a row per task, a column per model."""
+    models = list(rows[0]["models"]) if rows else []
+    table = [["task", *models, "items", "cut off", "no answer"]]
+    for row in rows:
+        found = row["models"]
+        first = next(iter(found.values()))
+        items = f"{first['items']} of {row['size']}" + (f" x {first['repeats']}" if first["repeats"] > 1 else "")
+        table.append(
+            [row["task"], *(score(found[name]) for name in models), items]
+            + [" / ".join(f"{found[name][share]:.0%}" for name in models) for share in ("truncated", "unparsed")]
+        )
+    return table
+
+
+def change_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table of changes from start to result."""
+    table = [["task", "change", "came back", "broke", "p", "back or kept"]]
+    for row in rows:
+        change = row.get("change")
+        if change is None:
+            continue
+        p = f"{change['p']:.2g}" if "p" in change else "-"
+        counts = [str(len(change[name])) for name in ("came_back", "broke")]
+        table.append([row["task"], signed(change), *counts, p, of_share(row)])
+    return table
+
+
+def score(numbers: Mapping[str, Any]) -> str:
+    """`41.2 ± 2.1`, percent."""
+    error = numbers["standard_error"]
+    return f"{100 * numbers['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def signed(interval: Mapping[str, float]) -> str:
+    """`+3.1 [-0.2, +6.4]`, percent."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * interval[name] for name in ("value", "low", "high")))
+
+
+def of_share(row: Mapping[str, Any]) -> str:
+    """`back 55 % [20, 90]`, or why there is none."""
+    if "share" not in row:
+        return "-"
+    found = row["share"]
+    if found["low"] is None:
+        return "start and teacher not told apart"
+    word = "back" if row["side"] == "general" else "kept"
+    return "{} {:.0f} % [{:.0f}, {:.0f}]".format(word, *(100 * found[name] for name in ("value", "low", "high")))
+
+
+def shortened(text: str) -> str:
+    """At most `LENGTH` characters of a text, and how many it has."""
+    return text if len(text) <= LENGTH else f"{text[:LENGTH]} ... ({len(text)} characters)"

@@ -1,0 +1,194 @@
+"""One model on one task, by evalscope: `python runner.py JOB RESULT`, in an environment that has evalscope and not camopd.
+
+JOB is a JSON file:
+
+    benchmark, dataset_args   of evalscope; `dataset_args` has the folder of the task's rows
+    work                      folder for evalscope's own files; what an earlier call left there is gone on from
+    url, model                an OpenAI-compatible address that ends in /v1, and the name it serves the model under
+    generation                every sampling parameter, so that none comes from the model's generation_config.json
+    repeats, concurrency, seed, context
+    metric                    of evalscope, that every answer must get a score by
+    review                    "all", "none": generate and score nothing, or "only": score what is there, and ask no model
+
+RESULT is a JSON Lines file with a row per answer, in the order of the rows and their repeats: `item`, `repeat`, `prompt`,
+`gold`, `text`, `stop`, `tokens`, `scores`. It is written when all are there. The key of the server is CAMOPD_EVAL_API_KEY.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+MODEL = "model"  # evalscope names files after it; a job has one
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Do the job, and write its result whole or not at all. Raises what evalscope raises; finished answers are kept."""
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    work = Path(job["work"])
+    prepare_environment(work)
+    from evalscope.config import TaskConfig
+    from evalscope.models.openai_compatible import OpenAICompatibleAPI
+    from evalscope.run import run_task
+
+    # As it is, "maximum context length" becomes the model's answer, in which the multiple-choice parser finds an "A".
+    OpenAICompatibleAPI.handle_bad_request = raise_error
+    for folder in ("predictions", "reviews"):
+        for path in (work / folder).rglob("*.jsonl"):
+            cut_torn_line(path)
+    begun = (work / "configs" / "task_config.yaml").exists()
+    config: dict[str, Any] = {
+        "model": job["model"], "model_id": MODEL, "api_url": job["url"], "eval_type": "openai_api",
+        "api_key": os.environ.get("CAMOPD_EVAL_API_KEY") or "EMPTY",
+        "datasets": [job["benchmark"]], "dataset_args": {job["benchmark"]: job["dataset_args"]},
+        "dataset_hub": "huggingface", "dataset_dir": str(work / "datasets"),
+        "generation_config": job["generation"], "repeats": job["repeats"], "seed": job["seed"],
+        "eval_batch_size": job["concurrency"], "work_dir": str(work), "no_timestamp": True,
+        "use_cache": str(work) if begun else None, "rerun_review": begun and job["review"] == "only",
+    }  # fmt: skip
+    samples = samples_of(TaskConfig(**config), job["benchmark"])
+    if job["review"] != "only":
+        check_lengths(samples, job)
+    if job["review"] == "none":
+        from evalscope.evaluator.evaluator import DefaultEvaluator
+
+        DefaultEvaluator._review_task_state = lambda self, state: None  # type: ignore[method-assign]
+        DefaultEvaluator._aggregate_scores = lambda *args: {}  # type: ignore[method-assign]
+    run_task(TaskConfig(**config))
+    rows = answers(work, job, samples)
+    beside = Path(f"{result_file}.part")
+    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.replace(result_file)
+
+
+def prepare_environment(work: Path) -> None:
+    """Nothing is fetched: rows lie in the job's folder, and NLTK's sentence splitter comes with a wheel, if at all."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(work / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    for folder in map(Path, sys.path):
+        found = folder / "llama_index" / "core" / "_static" / "nltk_cache"
+        if found.is_dir():
+            os.environ.setdefault("NLTK_DATA", str(found))
+
+
+def raise_error(self: Any, error: Exception) -> Any:
+    """What a server refuses is an error, not an answer."""
+    raise error
+
+
+def samples_of(config: Any, benchmark: str) -> list[Any]:
+    """What evalscope makes of the rows, prompts written out, in its order."""
+    from evalscope.api.registry import get_benchmark
+
+    datasets = get_benchmark(benchmark, config).load_dataset()
+    return [sample for name in datasets.keys() for sample in datasets[name]]  # noqa: SIM118 - not a mapping
+
+
+def text_of(messages: Any) -> str:
+    """Prompt messages as one text."""
+    if isinstance(messages, str):
+        return messages
+    return "\n\n".join(f"{message.role}: {message.text}" for message in messages)
+
+
+def check_lengths(samples: list[Any], job: dict[str, Any]) -> None:
+    """Raise `ValueError` for a prompt that leaves the answer too little room, before anything is generated.
+
+    By vLLM's own count; a server that has no /tokenize is not asked, and refuses such a prompt later.
+    """
+    import httpx
+
+    if not job["context"]:
+        return
+    key = os.environ.get("CAMOPD_EVAL_API_KEY")
+    address = job["url"].removesuffix("/v1") + "/tokenize"
+    with httpx.Client(
+        timeout=60, trust_env=False, headers={"Authorization": f"Bearer {key}"} if key else {}
+    ) as client:
+
+        def count(sample: Any) -> int:
+            messages = [{"role": message.role, "content": message.text} for message in sample.input]
+            reply = client.post(address, json={"model": job["model"], "messages": messages})
+            return reply.json()["count"] if reply.status_code == 200 else 0
+
+        if count(samples[0]) == 0:
+            return
+        with ThreadPoolExecutor(job["concurrency"]) as pool:
+            longest = max(pool.map(count, samples))
+    wanted = longest + job["generation"]["max_tokens"]
+    if wanted > job["context"]:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and an answer may have {job['generation']['max_tokens']}, but the "
+            f"server's context is {job['context']}. Serve the model with --max-model-len {wanted}, or set --max-tokens to "
+            f"at most {job['context'] - longest}."
+        )
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take off a last line without an end, of a run that was killed: the next one would be written into it."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+
+
+def rows_by_index(folder: Path, benchmark: str) -> dict[int, dict[str, Any]]:
+    """The last row of each index in evalscope's file of a benchmark with one subset."""
+    files = sorted(folder.glob(f"{MODEL}/{benchmark}_*.jsonl"))
+    if len(files) > 1:
+        raise ValueError(f"{folder} has answers of more than one subset: {[path.name for path in files]}.")
+    lines = files[0].read_text(encoding="utf-8").splitlines() if files else []
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return {row["index"]: row for row in rows}
+
+
+def answers(work: Path, job: dict[str, Any], samples: list[Any]) -> list[dict[str, Any]]:
+    """A row per answer. Raises `ValueError` unless every sample has exactly one, and a score where they are scored."""
+    benchmark, repeats, scored = job["benchmark"], job["repeats"], job["review"] != "none"
+    predictions = rows_by_index(work / "predictions", benchmark)
+    reviews = rows_by_index(work / "reviews", benchmark) if scored else {}
+    found = []
+    for index, sample in enumerate(samples):
+        if sample.id != index or index not in predictions or (scored and index not in reviews):
+            raise ValueError(f"answer {index} of {len(samples)} of {benchmark} is missing in {work}.")
+        output = predictions[index]["model_output"]
+        choice = output["choices"][0]
+        score = reviews[index]["sample_score"]["score"] if scored else {"value": {}}
+        if scored and not isinstance(score["value"].get(job["metric"]), int | float):
+            raise ValueError(  # evalscope logs what its checkers raise, and goes on without a score
+                f"the checker of {benchmark} gave answer {index} no {job['metric']}: see {work / 'logs' / 'eval_log.log'}. "
+                "Where it names punkt_tab, install llama-index-core, which carries it, beside evalscope."
+            )
+        gold = sample.target if isinstance(sample.target, str) else json.dumps(sample.target)
+        found.append(
+            {
+                "item": index // repeats,
+                "repeat": index % repeats,
+                "prompt": text_of(sample.input),
+                "gold": gold or json.dumps(sample.metadata, sort_keys=True, ensure_ascii=False, default=str),
+                "text": content_of(choice["message"]),
+                "stop": choice["stop_reason"],
+                "tokens": (output.get("usage") or {}).get("output_tokens"),
+                "scores": score["value"],
+            }
+        )
+    if len(predictions) != len(samples):
+        raise ValueError(f"{work} has {len(predictions)} answers of {benchmark}, and it has {len(samples)} rows.")
+    return found
+
+
+def content_of(message: dict[str, Any]) -> str:
+    """The text of an answer; a server with a reasoning parser gives what comes before it apart."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part.get("type") == "text")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+"""Answers into scores of items: what counts as an answer, what was cut off, and which item is which."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .tasks import LETTERS, Task
+
+
+# The last one counts. Whatever follows the letter must not make a word of it, as in "Final answer: A cat".
+_FINAL = re.compile(r"(?i:answer\s*(?:is)?)\s*:?[\s*_$]*(?:\\boxed\{)?[\[(]?([A-J])(?![\w'])(?![ \t]+[a-z])")
+_ALONE = re.compile(r"[*_(\[]*([A-J])(?:[*_)\].:]*|\)[^\n]*)")  # the whole text: "C", "(C).", "C) an option"
+CUT = "max_tokens"  # evalscope's word for an answer that the limit has ended
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a task for one model, its repeats together."""
+
+    key: str  # the same for all models: of prompt and gold
+    prompt: str
+    score: float  # mean over repeats, 0 to 1
+    repeats: int
+    truncated: float  # share of the repeats
+    unparsed: float  # share of the repeats that hold no answer, which count as wrong
+    text: str  # of the first repeat
+
+
+def after_thinking(text: str) -> str | None:
+    """What follows the model's reasoning; `None` where that never ends, and nothing in it is an answer.
+
+    >>> after_thinking("<think>maybe C</think>B"), after_thinking("so</think>B"), after_thinking("<think>maybe ANSWER: C")
+    ('B', 'B', None)
+    """
+    _, end, after = text.rpartition("</think>")
+    rest = after if end else text
+    return None if "<think>" in rest else rest
+
+
+def letter_of(text: str, options: int) -> str | None:
+    """The letter that a text ends on as its answer, or consists of; `None` where it names none of the `options`.
+
+    >>> letter_of("So it is B or C. **Final answer: (C)**", 4), letter_of("B", 4), letter_of("A cat", 4)
+    ('C', 'B', None)
+    """
+    found = [match.group(1) for match in _FINAL.finditer(text)]
+    alone = _ALONE.fullmatch(text.strip())
+    if not found and alone:
+        found = [alone.group(1)]
+    return found[-1] if found and found[-1] in LETTERS[:options] else None
+
+
+def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float, bool]:
+    """The score of an answer, 0 to 1, and whether it holds one at all.
+
+    A task of letters takes the letter only where it is said to be the answer: evalscope falls back on the last capital of
+    the text. Elsewhere the score is evalscope's.
+    """
+    text = after_thinking(row["text"])
+    if text is None or not text.strip():
+        return 0.0, False
+    if task.answer == "letter":
+        letter = letter_of(text, options_of(row["prompt"]))
+        return float(letter == row["gold"]), letter is not None
+    if task.answer == "number" and not re.search(r"\d", text):
+        return 0.0, False
+    return float(row["scores"][task.metric]), True
+
+
+def options_of(prompt: str) -> int:
+    """How many letters the prompt of `LETTER_PROMPT` names."""
+    return len(prompt.rpartition(" is one of ")[2].split(","))
+
+
+def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
+    """One `Item` per row of the task, in order, from the runner's answers."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["item"], []).append(row)
+    seen: Counter[str] = Counter()
+    found = []
+    for group in groups.values():
+        scores = [score_of(task, row) for row in group]
+        content = json.dumps([group[0]["prompt"], group[0]["gold"]], ensure_ascii=False)
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        seen[key] += 1  # a task may have a row twice
+        count = len(group)
+        found.append(
+            Item(
+                key=f"{key}-{seen[key]}",
+                prompt=group[0]["prompt"],
+                score=sum(score for score, _ in scores) / count,
+                repeats=count,
+                truncated=sum(row["stop"] == CUT for row in group) / count,
+                unparsed=sum(not answered for _, answered in scores) / count,
+                text=group[0]["text"],
+            )
+        )
+    return found
+
+
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """Rows that the runner has written."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

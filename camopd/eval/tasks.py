@@ -1,0 +1,114 @@
+"""The tasks of `camopd eval`: whose rows, which prompt, which sampling, and what counts as an answer. No heavy imports."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+LETTERS = "ABCDEFGHIJ"
+LETTER_PROMPT = (
+    "{question}\n\n{choices}\n\nThink step by step. End with one line of the form `Final answer: X`, where X is one of "
+    "{letters}."
+)
+GREEDY = {
+    "temperature": 0.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
+    "presence_penalty": 0.0, "extra_body": {"min_p": 0.0}, "max_tokens": 32768,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark as it is run here. The sampling is the paper's (Table 5) where it has the benchmark."""
+
+    name: str
+    side: str  # "general", which is to come back, or "domain", which is to be kept
+    benchmark: str  # in evalscope
+    hub: tuple[str, str | None, str]  # dataset, config and split on the Hugging Face Hub
+    size: int  # rows of the whole task
+    convert: Callable[[dict[str, Any]], dict[str, Any]]  # a row of the file or the hub, as evalscope reads it
+    answer: str = "checked"  # "letter", or "number", or "code" that is run, or "checked" by evalscope
+    metric: str = "accuracy"  # of evalscope, the score of an answer
+    split: str = "test"  # name of the file that evalscope reads
+    dataset_args: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=lambda: dict(GREEDY))
+    repeats: int = 1
+    paper: str | None = None  # its column in Tables 1 and 2
+
+
+def need(row: dict[str, Any], *names: str) -> Any:
+    """The first of these columns that a row has. Raises `ValueError` where it has none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"has no column {' or '.join(map(repr, names))}, only {sorted(row)}")
+
+
+def multiple_choice(row: dict[str, Any]) -> dict[str, Any]:
+    """Question, options under their letters and the right letter, from any of the forms that these tasks have on the Hub.
+
+    >>> multiple_choice({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
+    {'question': '1 + 1?', 'A': '1', 'B': '2', 'answer': 'B'}
+
+    Raises `ValueError` for a missing column, options that are no list of texts, and an answer that is none of them.
+    """
+    options = need(row, "options", "choices")
+    if isinstance(options, dict) and "text" in options and "label" in options:  # QASC
+        options = dict(zip(options["label"], options["text"], strict=True))
+    texts = list(options.values()) if isinstance(options, dict) else list(options)
+    if isinstance(options, dict) and list(options) != list(LETTERS[: len(options)]):
+        raise ValueError(f"has options {list(options)}, which are not the letters A, B, ... in their order")
+    if not 2 <= len(texts) <= len(LETTERS) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"has {len(texts)} options; 2 to {len(LETTERS)} texts can be shown")
+    gold = need(row, "answer_idx", "answerKey", "label", "answer")
+    if isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(texts):
+        gold = LETTERS[gold]
+    if gold not in tuple(LETTERS[: len(texts)]):
+        raise ValueError(f"has the answer {gold!r}, which is none of {LETTERS[: len(texts)]}")
+    question = need(row, "question").partition("\nAnswer Choices:")[0].strip()  # MedXpertQA repeats them there
+    return {"question": question, **dict(zip(LETTERS, texts, strict=False)), "answer": gold}
+
+
+def with_columns(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Rows with these columns and no others."""
+    return lambda row: {name: need(row, name) for name in names}
+
+
+def _letters(name: str, side: str, hub: tuple[str, str | None, str], size: int, paper: str | None = None) -> Task:
+    args: dict[str, Any] = {"prompt_template": LETTER_PROMPT}  # evalscope's own is Chinese
+    return Task(
+        name, side, "general_mcq", hub, size, multiple_choice, "letter", "accuracy", "default_val", args, paper=paper
+    )
+
+
+_IFEVAL = with_columns("key", "prompt", "instruction_id_list", "kwargs")
+_STRICT = "prompt_level_strict"
+TASKS = {
+    task.name: task
+    for task in (
+        Task("ifeval", "general", "ifeval", ("google/IFEval", None, "train"), 541, _IFEVAL, metric=_STRICT, split="train",
+             generation=GREEDY | {"max_tokens": 16384}, paper="IF Eval"),
+        Task("ifbench", "general", "ifbench", ("allenai/IFBench_test", None, "train"), 300, _IFEVAL, metric=_STRICT,
+             split="train"),
+        Task("gsm8k", "general", "gsm8k", ("openai/gsm8k", "main", "test"), 1319, with_columns("question", "answer"),
+             "number"),
+        Task("humaneval", "general", "humaneval", ("openai/openai_humaneval", None, "test"), 164,
+             with_columns("task_id", "prompt", "canonical_solution", "test", "entry_point"), "code"),
+        _letters("mmlu", "general", ("cais/mmlu", "all", "test"), 14042),
+        _letters("qasc", "general", ("allenai/qasc", None, "validation"), 926),
+        _letters("medqa", "domain", ("GBaker/MedQA-USMLE-4-options", None, "test"), 1273, "MedQA USMLE"),
+        _letters("medxpertqa", "domain", ("TsinghuaC3I/MedXpertQA", "Text", "test"), 2450, "MedXpertQA Text"),
+    )
+}  # fmt: skip
+
+
+def named(names: Sequence[str]) -> list[Task]:
+    """Tasks by their names, each once. Raises `ValueError` for one that there is not, with the nearest name."""
+    for name in names:
+        if name not in TASKS:
+            near = difflib.get_close_matches(name.lower(), TASKS, 1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"there is no task {name!r}. {hint}Tasks are {', '.join(TASKS)}.")
+    return [TASKS[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,76 @@
+"""An OpenAI-compatible server in a thread, whose answers a test gives."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+
+@contextmanager
+def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model: str = "tiny") -> Iterator[Any]:
+    """Yields an object with `url` and `requests`, the bodies of chat requests in the order of their arrival.
+
+    `answer` gives the text of a request's answer, or (text, finish_reason), or an int: a status with an error.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def reply(self, status, body):
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_GET(self):
+            if self.path == "/v1/models":
+                card = {"id": model, "object": "model", "max_model_len": context, "root": model}
+                self.reply(200, {"object": "list", "data": [card]})
+            else:
+                self.reply(200 if self.path == "/health" else 404, {})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                words = sum(len(message["content"].split()) for message in body["messages"])
+                return self.reply(200, {"count": words, "max_model_len": context})
+            server.requests.append(body)
+            found = answer(body)
+            if isinstance(found, int):
+                text = "This model's maximum context length is 8 tokens. However, you requested more."
+                error = {"message": text, "type": "BadRequestError", "code": found}
+                return self.reply(found, {"error": error, **error})
+            text, reason = found if isinstance(found, tuple) else (found, "stop")
+            message = {"role": "assistant", "content": text}
+            usage = {"prompt_tokens": 1, "completion_tokens": len(text.split()), "total_tokens": 1 + len(text.split())}
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            self.reply(
+                200,
+                {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": model,
+                    "choices": [choice],
+                    "usage": usage,
+                },
+            )
+
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,132 @@
+"""`camopd eval` (camopd/commands/eval.py), with a script in evalscope's place; test_eval_runner.py has the real one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_openai import serving
+
+from camopd import cli
+
+
+# Asks the server of its job for each row, as the runner does, and fails as `fail` in the environment says.
+ENGINE = """#!{python}
+import json, os, sys, urllib.request
+job_file, result = sys.argv[2:]
+job = json.load(open(job_file, encoding="utf-8"))
+predictions = os.path.join(job["work"], "predictions")
+os.makedirs(predictions, exist_ok=True)
+rows = [json.loads(line) for line in open(os.path.join(job["dataset_args"]["local_path"], "default_val.jsonl"))]
+found = []
+for item, row in enumerate(rows):
+    if os.environ.get("FAIL") and item == 2:
+        sys.exit("ValueError: the server is gone")
+    body = json.dumps(dict(model=job["model"], messages=[dict(role="user", content=row["question"])])).encode()
+    with urllib.request.urlopen(urllib.request.Request(job["url"] + "/chat/completions", body)) as reply:
+        text = json.load(reply)["choices"][0]["message"]["content"]
+    prompt = row["question"] + " is one of A,B"
+    found.append(dict(item=item, repeat=0, prompt=prompt, gold=row["answer"], text=text, stop="stop", scores={{}}))
+    with open(os.path.join(predictions, "p.jsonl"), "a") as file:
+        file.write("{{}}\\n")
+with open(result, "w") as file:
+    file.writelines(json.dumps(row) + "\\n" for row in found)
+"""
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder with rows of two tasks of letters, and the engine."""
+    engine = tmp_path / "python"
+    engine.write_text(ENGINE.format(python=sys.executable), encoding="utf-8")
+    engine.chmod(0o755)
+    monkeypatch.setenv("CAMOPD_EVAL_PYTHON", str(engine))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "eval-data"
+    folder.mkdir()
+    for name in ("qasc", "medqa"):
+        rows = [{"question": f"{name} {n}", "options": {"A": "x", "B": "y"}, "answer": "AB"[n % 2]} for n in range(40)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def error_of(capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", *words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_three_models_make_a_table_that_says_what_came_back_and_what_broke(data, tmp_path, capsys):
+    always_a, right = (lambda body: "A"), (lambda body: "AB"[int(body["messages"][0]["content"].split()[1]) % 2])
+    mostly = lambda body: "A" if body["messages"][0]["content"] == "qasc 1" else right(body)  # noqa: E731
+    with serving(always_a) as start, serving(right) as general, serving(mostly) as result:
+        models = [f"start={start.url}", f"general={general.url}", f"result={result.url}"]
+        cli.main(["eval", "--tasks", "qasc,medqa", "--models", *models])
+        asked = len(start.requests)
+        said = capsys.readouterr().out
+        cli.main(["eval", "--tasks", "qasc,medqa", "--models", *models])  # finished: nothing is asked again
+        assert asked == len(start.requests) == 80
+    assert "- **qasc** (general): better. +47.5 [" in said and "19 of 40 items came back, 0 broke." in said
+    assert "| qasc | 50.0 ± 8.0 | 100.0 ± 0.0 | 97.5 ± 2.5 | 40 of 926 | 0% / 0% / 0% | 0% / 0% / 0% |" in said
+    assert "back 95 % [" in said
+    assert capsys.readouterr().out.endswith(said[said.index("- **qasc**") :])
+    kept = json.loads(Path("eval-output/eval.json").read_text(encoding="utf-8"))
+    assert [row["task"] for row in kept["tasks"]] == ["qasc", "medqa"]
+    assert Path("eval-output/start/qasc/answers.jsonl").is_file() and Path("eval-output/eval.html").is_file()
+
+
+def test_failed_task_keeps_what_is_done_and_the_next_call_goes_on(data, capsys, monkeypatch):
+    with serving(lambda body: "A") as server:
+        words = ["--tasks", "qasc", "--models", f"m={server.url}", "--limit", "5"]
+        monkeypatch.setenv("FAIL", "1")
+        said = error_of(capsys, *words)
+        assert "has 2 of 5 answers, and then failed: ValueError: the server is gone" in said
+        assert "The same command goes on from there" in " ".join(said.split())
+        monkeypatch.delenv("FAIL")
+        cli.main(["eval", *words])
+        assert "| qasc | " in capsys.readouterr().out
+
+
+def test_other_model_behind_the_same_name_is_refused(data, capsys):
+    with serving(lambda body: "A") as server:
+        cli.main(["eval", "--tasks", "qasc", "--models", f"m={server.url}"])
+    capsys.readouterr()
+    with serving(lambda body: "B", model="other") as server:
+        said = error_of(capsys, "--tasks", "qasc", "--models", f"m={server.url}")
+        assert 'another model: model was "tiny" and is "other"' in said and not server.requests
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "medqs", "--models", "m=x"], "there is no task 'medqs'. Did you mean 'medqa'?"),
+        (["--tasks", "medqa"], "there is no model to evaluate"),
+        (["--tasks", "medqa", "--models", "m=http://127.0.0.1:9"], "'m' is to be served at http://127.0.0.1:9"),
+        (["--tasks", "medqa", "--models", "m=./nowhere"], "there is no such path"),
+        (["--tasks", "medqa", "--models", "m=x", "--data", "a", "b"], "--data takes one folder, got a, b"),
+        (["--tasks", "medqa", "--models", "m=x", "--data", "medqs=a"], "no task 'medqs'"),
+        (
+            ["--tasks", "medqa", "--models", "m=http://127.0.0.1:9", "--data", "medqa=a"],
+            "no file 'a' for the task medqa",
+        ),
+        (["--tasks", "medqa", "--models", "m=x", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["run.yaml", "--tasks", "medqa"], "the config 'run.yaml' cannot be read"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_asked(data, words, said, capsys, monkeypatch):
+    monkeypatch.setenv("CAMOPD_VLLM_PYTHON", sys.executable)
+    monkeypatch.setattr("camopd.commands.serve.find_vllm", lambda asked: None)
+    assert said in error_of(capsys, *words)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from camopd.cli import main\n"
+        "try: main(['eval', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'evalscope'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--concurrency" in said and said.splitlines()[-1] == "[]"

@@ -1,0 +1,78 @@
+"""Models side by side (camopd/eval/compare.py)."""
+
+import json
+
+import pytest
+from eval_items import items
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd.errors import CaMOPDError
+from camopd.eval.compare import compare
+from camopd.eval.tasks import TASKS
+
+
+IFEVAL, MEDQA = TASKS["ifeval"], TASKS["medqa"]
+
+
+def found(**models):
+    return {name: {"ifeval": items(scores)} for name, scores in models.items()}
+
+
+START, GENERAL, RESULT = [0, 0, 0, 1] * 20, [1, 1, 1, 0] * 20, [1, 1, 0, 0] * 20
+
+
+def test_changes_are_listed_item_by_item():
+    (row,) = compare([IFEVAL], found(start=START, general=GENERAL, result=RESULT))
+    change = row["change"]
+    assert [item["prompt"] for item in change["came_back"]] == [f"prompt {n}" for n in range(80) if n % 4 < 2]
+    assert [item["prompt"] for item in change["broke"]] == [f"prompt {n}" for n in range(80) if n % 4 == 3]
+    assert change["came_back"][0] == {
+        "key": "k0",
+        "prompt": "prompt 0",
+        "scores": [0, 1],
+        "before": "text 0",
+        "after": "text 1",
+    }
+    assert change["value"] == 0.25 and change["low"] < 0.25 < change["high"]
+    assert row["share"]["value"] == pytest.approx(0.5)  # from 1/4 to 1/2 of 3/4
+    assert row["models"]["general"] == {"mean": 0.75, "standard_error": pytest.approx(0.04871, abs=1e-5), "items": 80,
+                                        "repeats": 1, "truncated": 0.0, "unparsed": 0.0}  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=1, max_size=20))
+def test_every_item_came_back_or_broke_or_stayed(pairs):
+    before, after = zip(*pairs, strict=True)
+    (row,) = compare([IFEVAL], found(start=before, result=after))
+    moved = len(row["change"]["came_back"]) - len(row["change"]["broke"])
+    assert moved == sum(after) - sum(before)
+    json.dumps(row, allow_nan=False)
+
+
+def test_share_of_the_domain_is_what_is_kept_of_the_lead():
+    models = {"start": [1] * 40, "general": [0] * 40, "result": [1] * 30 + [0] * 10}
+    (row,) = compare([MEDQA], {name: {"medqa": items(scores)} for name, scores in models.items()})
+    assert row["share"]["value"] == pytest.approx(0.75)
+
+
+def test_scores_that_are_means_have_no_mcnemar_test():
+    (row,) = compare([IFEVAL], found(start=[0.25, 0.5], result=[0.5, 0.25]))
+    assert "p" not in row["change"] and len(row["change"]["broke"]) == 1
+
+
+def test_share_that_cannot_be_told_has_no_ends():
+    (row,) = compare([IFEVAL], found(start=[0, 1] * 4, general=[1, 0] * 4, result=[1] * 8))
+    assert row["share"] == {"value": None, "low": None, "high": None}
+
+
+def test_models_that_were_asked_other_items_are_not_compared():
+    models = {"start": {"ifeval": items([0, 1])}, "result": {"ifeval": items([0, 1], prefix="o")}}
+    with pytest.raises(
+        CaMOPDError, match=r"'start' and 'result' were not asked the same items of ifeval: 2 and 2 items, 2 of"
+    ):
+        compare([IFEVAL], models)
+
+
+def test_other_models_are_shown_and_not_compared():
+    (row,) = compare([IFEVAL], found(one=[0, 1], two=[1, 1]))
+    assert set(row["models"]) == {"one", "two"} and "change" not in row

@@ -1,0 +1,104 @@
+"""Folders of jobs: what is gone on with, and what is refused (camopd/eval/jobs.py)."""
+
+import json
+
+import pytest
+
+from camopd.errors import CaMOPDError
+from camopd.eval import jobs
+from camopd.eval.tasks import TASKS
+
+
+MEDQA = TASKS["medqa"]
+ROWS = [{"question": "1?", "A": "x", "B": "y", "answer": "A"}]
+
+
+def make(folder, max_tokens=None, rows=ROWS, weights=None, served="m", concurrency=4):
+    job = jobs.job_of(MEDQA, folder, served, 4096, max_tokens, concurrency)
+    jobs.prepare(MEDQA, job, weights, rows, folder)
+    return json.loads((folder / "job.json").read_text(encoding="utf-8"))
+
+
+def test_job_leaves_nothing_to_a_default(tmp_path):
+    job = make(tmp_path)
+    assert job["dataset_args"]["few_shot_num"] == 0 and job["dataset_args"]["subset_list"] == ["default"]
+    sampling = {
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "max_tokens",
+    }
+    assert sampling < set(job["generation"]) and job["generation"]["extra_body"] == {"min_p": 0.0}
+    assert make(tmp_path / "short", max_tokens=5)["generation"]["max_tokens"] == 5
+    assert (tmp_path / "rows" / "default_val.jsonl").is_file()  # a copy of its own
+
+
+def test_jobs_of_two_models_share_no_folder(tmp_path):
+    folders = [make(tmp_path / name / "medqa")["work"] for name in ("start", "result")]
+    assert len(set(folders)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_tokens": 5}, "another generation: generation was"),
+        ({"rows": [*ROWS, *ROWS]}, "another rows"),
+        ({"weights": "other"}, "another weights: weights was null and is"),
+        ({"served": "other"}, 'another model: model was "m" and is "other"'),
+    ],
+)
+def test_folder_with_answers_of_another_job_is_refused(tmp_path, change, said):
+    make(tmp_path)
+    with pytest.raises(
+        CaMOPDError, match=rf"has answers that were made with {said}.*Give another --out, or remove the folder"
+    ):
+        make(tmp_path, **change)
+
+
+def test_job_goes_on_elsewhere_and_faster(tmp_path):
+    make(tmp_path)
+    jobs.set_url(tmp_path, "http://localhost:1/")
+    assert make(tmp_path, concurrency=64)["concurrency"] == 64
+    jobs.set_url(tmp_path, "http://localhost:2/")
+    assert json.loads((tmp_path / "job.json").read_text(encoding="utf-8"))["url"] == "http://localhost:2/v1"
+
+
+def test_weights_are_told_apart_by_their_files(tmp_path):
+    assert jobs.weights_of(tmp_path / "nowhere") is None
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = jobs.weights_of(tmp_path)
+    assert jobs.weights_of(tmp_path) == first
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    assert jobs.weights_of(tmp_path) != first
+
+
+def test_failure_names_what_is_done_and_the_error(tmp_path):
+    predictions = tmp_path / "work" / "predictions" / "model"
+    predictions.mkdir(parents=True)
+    (predictions / "general_mcq_default.jsonl").write_text("{}\n{}\n{", encoding="utf-8")
+    log = "Traceback\n  x\nValueError: the longest prompt has 9 tokens\n2026 - INFO: bye\n"
+    (tmp_path / "log.txt").write_text(log, encoding="utf-8")
+    assert jobs.answered(tmp_path) == 2
+    error = str(jobs.failed(tmp_path, 5))
+    assert "has 2 of 5 answers, and then failed: ValueError: the longest prompt has 9 tokens\n" in error
+    (tmp_path / "log.txt").write_text("", encoding="utf-8")
+    assert "it said nothing" in str(jobs.failed(tmp_path, 5))
+
+
+def test_environment_of_a_job_holds_no_key_but_its_own(monkeypatch):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "CAMOPD_TEACHER_API_KEY", "AWS_SECRET", jobs.KEY):
+        monkeypatch.setenv(name, "secret")
+    found = jobs.environment()
+    assert [name for name, value in found.items() if value == "secret"] == [jobs.KEY]
+    assert "PATH" in found
+
+
+def test_missing_environment_is_named_with_the_way_to_make_it(monkeypatch):
+    monkeypatch.setenv("CAMOPD_EVAL_PYTHON", "/nowhere/python")
+    with pytest.raises(
+        CaMOPDError, match=r"no /nowhere/python, the environment that has evalscope\. `make \.venv-eval/installed`"
+    ):
+        jobs.python_of_evalscope()

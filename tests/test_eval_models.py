@@ -1,0 +1,96 @@
+"""Which models are evaluated, and whether they are there (camopd/eval/models.py)."""
+
+import json
+
+import pytest
+import yaml
+from fake_openai import serving
+
+from camopd.errors import CaMOPDError
+from camopd.eval.models import Model, look, of_run, parse
+
+
+def test_models_are_named_paths_or_urls(tmp_path):
+    assert parse(f"start={tmp_path}") == Model("start", str(tmp_path))
+    assert parse("a.b-c=org/model") == Model("a.b-c", "org/model")
+    assert parse("x=http://localhost:8000/v1/#org/model") == Model("x", "http://localhost:8000", "org/model")
+    assert parse("x=http://localhost:8000").is_url
+
+
+@pytest.mark.parametrize("text", ["org/model", "=x", "a b=x", "../up=x", "x=", "http://u:secret@h:1/"])
+def test_models_of_another_form_are_refused(text):
+    with pytest.raises(ValueError, match="--models takes NAME=PATH_OR_URL, got") as raised:
+        parse(text)
+    assert "secret" not in str(raised.value)
+
+
+def test_path_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"'start' is to be in '\./nowhere', but there is no such path"):
+        parse("start=./nowhere")
+
+
+def make_run(folder, general):
+    (folder / "out").mkdir(parents=True)
+    (folder / "out" / "config.json").write_text("{}", encoding="utf-8")
+    settings = {"model_name_or_path": "org/medical", "teachers": {"general": general, "domain": "org/medical"},
+                "output_dir": str(folder / "out")}  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("general", "wanted"),
+    [
+        ("org/general", Model("general", "org/general")),
+        ("http://h:1", Model("general", "http://h:1")),
+        (["http://h:1", "http://h:2"], Model("general", "http://h:1")),
+        ({"urls": "http://h:1", "model": "org/general"}, Model("general", "http://h:1", "org/general")),
+    ],
+)
+def test_config_of_a_run_brings_its_three_models(tmp_path, general, wanted):
+    start, teacher, result = of_run(str(make_run(tmp_path, general)))
+    assert start == Model("start", "org/medical") and teacher == wanted
+    assert result == Model("result", str(tmp_path / "out"))
+
+
+def test_run_without_a_result_is_refused(tmp_path):
+    path = make_run(tmp_path, "org/general")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"does not say where the result model is, or it is not there\. Name it with --models"
+    ):
+        of_run(str(path))
+
+
+def test_folder_of_a_run_brings_its_three_models(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint that says what run it is\. Give the run's config"):
+        of_run(str(tmp_path))
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    found = {"student": {"name": "org/medical"}, "teachers": {"general": "org/general"}}
+    (checkpoint / "camopd.json").write_text(json.dumps(found), encoding="utf-8")
+    (checkpoint / "config.json").write_text("{}", encoding="utf-8")
+    models = [Model("start", "org/medical"), Model("general", "org/general")]
+    assert of_run(str(tmp_path)) == [*models, Model("result", str(checkpoint))]
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert of_run(str(tmp_path)) == [*models, Model("result", str(tmp_path))]
+
+
+def test_server_says_what_it_serves():
+    with serving(lambda body: "", context=128, model="org/tiny") as server:
+        url = server.url.removesuffix("/v1")
+        assert look(Model("m", url), url, None) == look(Model("m", url, "org/tiny"), url, None) == ("org/tiny", 128)
+        with pytest.raises(
+            CaMOPDError, match=r"of 'm', http://.*, serves org/tiny, not 'org/other'\. Write --models m=http"
+        ):
+            look(Model("m", url, "org/other"), url, None)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://u:secret@127.0.0.1:9"])
+def test_server_that_does_not_answer_is_named(url):
+    with pytest.raises(
+        CaMOPDError, match=r"'m' is to be served at http://127\.0\.0\.1:9, which does not answer"
+    ) as raised:
+        look(Model("m", url), url, "key")
+    assert "secret" not in str(raised.value)

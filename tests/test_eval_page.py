@@ -1,0 +1,64 @@
+"""The page of an evaluation (camopd/eval/page.py)."""
+
+import json
+
+import pytest
+from eval_items import items
+
+from camopd.eval import page
+from camopd.eval.compare import compare
+from camopd.eval.tasks import TASKS
+
+
+IFEVAL, MEDQA = TASKS["ifeval"], TASKS["medqa"]
+MODELS = {
+    "start": {"ifeval": items([0, 0, 0, 1] * 20), "medqa": items([1] * 40, truncated=0.5)},
+    "general": {"ifeval": items([1, 1, 1, 0] * 20), "medqa": items([0] * 40)},
+    "result": {
+        "ifeval": items([1, 1, 0, 0] * 20),
+        "medqa": items([1] * 30 + [0] * 10, text="<b>{}</b>| " + "x" * 400),
+    },
+}
+ROWS = compare([IFEVAL, MEDQA], MODELS)
+
+
+def test_summary_says_first_what_came_back_and_what_broke():
+    (text,) = page.summary(ROWS)
+    first, second = text.splitlines()
+    assert first.startswith("- **ifeval** (general): better. +25.0 [")
+    assert first.endswith("points; 40 of 80 items came back, 20 broke.")
+    assert second.startswith("- **medqa** (domain): WORSE. -25.0 [") and second.endswith(
+        "0 of 40 items came back, 10 broke."
+    )
+
+
+def test_change_within_chance_is_called_so():
+    (text,) = page.summary(
+        compare([IFEVAL], {"start": {"ifeval": items([0, 1])}, "result": {"ifeval": items([1, 0])}})
+    )
+    assert "no more than chance shows. +0.0 [-100.0, +100.0] points" in text
+
+
+def test_tables_have_a_row_per_task_and_a_column_per_model():
+    head, ifeval, medqa = page.score_rows(ROWS)
+    assert head == ["task", "start", "general", "result", "items", "cut off", "no answer"]
+    assert ifeval[:5] == ["ifeval", "25.0 ± 4.9", "75.0 ± 4.9", "50.0 ± 5.6", "80 of 541"]
+    assert medqa[4:6] == ["40 of 1273", "50% / 0% / 0%"]
+    _, ifeval, medqa = page.change_rows(ROWS)
+    assert ifeval[2:5] == ["40", "20", "0.013"] and ifeval[5].startswith("back 50 % [")
+    assert medqa[5].startswith("kept 75 % [")
+
+
+@pytest.mark.parametrize("models", [MODELS, {"one": MODELS["start"]}])
+def test_page_is_written_three_times_and_holds_every_item(tmp_path, models):
+    rows = compare([IFEVAL, MEDQA], models)
+    short = page.write(rows, ["a note"], {"limit": None}, tmp_path)
+    text = (tmp_path / "eval.md").read_text(encoding="utf-8")
+    assert all(block in text for block in short) and "- a note" in text
+    kept = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert kept["tasks"] == rows and kept["notes"] == ["a note"]
+    html = (tmp_path / "eval.html").read_text(encoding="utf-8")
+    assert html.count("<table>") == len(short) - (len(models) > 1)
+    if len(models) > 1:
+        assert "## medqa: what broke, 5 of 10" in text and "(410 characters)" in text
+        assert "<b>0" not in html and "&lt;b&gt;0" in html

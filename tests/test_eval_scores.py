@@ -1,0 +1,97 @@
+"""Answers into scores (camopd/eval/scores.py)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd.eval.scores import after_thinking, items_of, letter_of, options_of, score_of
+from camopd.eval.tasks import LETTER_PROMPT, TASKS
+
+
+MEDQA, GSM8K, IFEVAL = (TASKS[name] for name in ("medqa", "gsm8k", "ifeval"))
+PROMPT = LETTER_PROMPT.format(question="A) no option, is one of A,B,C,D,E,F?", choices="A) x\nB) y", letters="A,B,C,D")
+OVERFLOW = "This model's maximum context length is 4096 tokens. However, your request has 5000 input tokens. (A)"
+
+
+def row(text, gold="C", scores=None, item=0, repeat=0, stop="stop", prompt=PROMPT):
+    return {"item": item, "repeat": repeat, "prompt": prompt, "gold": gold, "text": text, "stop": stop, "tokens": 3,
+            "scores": {"accuracy": 1.0} if scores is None else scores}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Final answer: C", "C"),
+        ("... so B is wrong.\n**Final answer: (C)**", "C"),
+        ("Final Answer: $\\boxed{C}$.", "C"),
+        ("ANSWER: C\n\nThe reason is this.", "C"),
+        ("The answer is C.", "C"),
+        ("Final answer: B\nNo, wait.\nFinal answer: C", "C"),
+        ("C", "C"),
+        (" (C)\n", "C"),
+        ("C) the third", "C"),
+        ("C) the third\n\nStep 1: A", None),  # the beginning of an answer that was cut off
+        ("C. the third", None),  # may be a name
+        ("A cat sat on the mat.", None),
+        ("Final answer: A cat", None),
+        ("Final answer: X, where X is one of A,B,C,D", None),
+        ("I think it is C", None),
+        ("Final answer: E", None),  # there are four
+        (OVERFLOW, None),
+        ("", None),
+    ],
+)
+def test_letter_is_taken_only_where_it_is_said_to_be_the_answer(text, letter):
+    assert letter_of(text, 4) == letter
+
+
+@given(st.text(), st.sampled_from("ABCD"))
+def test_letter_of_a_last_line_is_found_behind_any_text(before, letter):
+    assert letter_of(f"{before}\nFinal answer: {letter}", 4) == letter
+
+
+@given(st.text(), st.integers(2, 10))
+def test_letter_is_one_of_the_options_or_none(text, options):
+    assert letter_of(text, options) in (None, *"ABCDEFGHIJ"[:options])
+
+
+def test_options_are_those_of_the_prompt():
+    assert options_of(PROMPT) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "answered"),
+    [
+        ("<think>maybe ANSWER: C", 0.0, False),  # evalscope takes the C
+        ("<think>maybe B</think>Final answer: C", 1.0, True),
+        ("maybe B</think>Final answer: C", 1.0, True),  # the template has opened it
+        ("Final answer: B</think>", 0.0, False),
+        ("Final answer: B", 0.0, True),
+        (OVERFLOW, 0.0, False),
+    ],
+)
+def test_reasoning_is_no_answer(text, score, answered):
+    assert score_of(MEDQA, row(text)) == (score, answered)
+
+
+def test_reasoning_that_never_ends_is_wrong_in_every_task():
+    assert score_of(IFEVAL, row("<think>Hm", scores={"prompt_level_strict": 1.0})) == (0.0, False)
+    assert score_of(IFEVAL, row("Hm", scores={"prompt_level_strict": 1.0})) == (1.0, True)
+    assert score_of(GSM8K, row("seven")) == (0.0, False)
+    assert score_of(GSM8K, row("7")) == (1.0, True)
+    assert after_thinking("<think>a</think>b<think>c") is None
+
+
+def test_items_have_the_mean_of_their_repeats_and_what_was_cut_off():
+    rows = [row("Final answer: C", repeat=0), row("Final answer: B", repeat=1), row("Final", repeat=2, stop="max_tokens"),
+            row("Final answer: C", repeat=3)]  # fmt: skip
+    (item,) = items_of(MEDQA, rows)
+    assert (item.score, item.repeats, item.truncated, item.unparsed) == (0.5, 4, 0.25, 0.25)
+
+
+def test_items_are_known_by_prompt_and_gold_and_a_row_may_come_twice():
+    rows = [row("C"), row("C", gold="B", item=1), row("C", item=2), row("D", prompt="other one of A,B,C,D", item=3)]
+    keys = [item.key for item in items_of(MEDQA, rows)]
+    assert len(set(keys)) == 4
+    assert keys[0].removesuffix("-1") == keys[2].removesuffix("-2")
+    assert keys == [item.key for item in items_of(MEDQA, [{**each, "text": "other"} for each in rows])]
