@@ -62,7 +62,7 @@ def test_three_models_make_a_table_that_says_what_came_back_and_what_broke(data,
     always_a, right = (lambda body: "A"), (lambda body: "AB"[int(body["messages"][0]["content"].split()[1]) % 2])
     mostly = lambda body: "A" if body["messages"][0]["content"] == "qasc 1" else right(body)  # noqa: E731
     with serving(always_a) as start, serving(right) as general, serving(mostly) as result:
-        models = [f"start={start.url}", f"general={general.url}", f"result={result.url}"]
+        models = [f"start={start.url}", f"general={general.url}", f"result={result.url}", "--paper", "medical"]
         cli.main(["eval", "--tasks", "qasc,medqa", "--models", *models])
         asked = len(start.requests)
         said = capsys.readouterr().out
@@ -71,6 +71,7 @@ def test_three_models_make_a_table_that_says_what_came_back_and_what_broke(data,
     assert "- **qasc** (general): better. +47.5 [" in said and "19 of 40 items came back, 0 broke." in said
     assert "| qasc | 50.0 ± 8.0 | 100.0 ± 0.0 | 97.5 ± 2.5 | 40 of 926 | 0% / 0% / 0% | 0% / 0% / 0% |" in said
     assert "back 95 % [" in said
+    assert "| MedQA USMLE | 79.03 | 86.17 | 86.02 | 85.78 | 100.00* | 50.00* | 100.00* |" in said
     assert capsys.readouterr().out.endswith(said[said.index("- **qasc**") :])
     kept = json.loads(Path("eval-output/eval.json").read_text(encoding="utf-8"))
     assert [row["task"] for row in kept["tasks"]] == ["qasc", "medqa"]

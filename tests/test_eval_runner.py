@@ -12,7 +12,7 @@ import pytest
 from fake_openai import serving
 
 from camopd.eval import jobs, rows, runner, scores
-from camopd.eval.tasks import TASKS
+from camopd.eval.tasks import CODE_PROMPT, TASKS
 
 
 real = pytest.mark.eval
@@ -72,7 +72,7 @@ def folder_of_evalscope(folder, count=4, value=1.0):
     save(folder, "reviews", [{"index": n, "sample_score": score} for n in range(count)])
 
 
-JOB = {"benchmark": "general_mcq", "repeats": 2, "metric": "accuracy", "review": "all"}
+JOB = {"benchmark": "general_mcq", "repeats": 2, "metric": "accuracy"}
 
 
 def test_answers_are_those_of_all_samples_each_once(tmp_path):
@@ -131,7 +131,8 @@ def items(task, folder):
 
 
 @real
-def test_letters_are_asked_without_examples_in_english_and_scored(tmp_path):
+def test_letters_are_asked_without_examples_in_english_and_scored(tmp_path, monkeypatch):
+    monkeypatch.setenv(jobs.KEY, "secret")
     with serving(
         lambda body: ("Final answer: A", "stop") if "Which is 3" in str(body) else ("Hm A", "length")
     ) as server:
@@ -147,7 +148,8 @@ def test_letters_are_asked_without_examples_in_english_and_scored(tmp_path):
     assert body["messages"][0]["content"].isascii() and "Here are some examples" not in body["messages"][0]["content"]
     sent = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 20}
     assert sent.items() <= body.items()
-    assert "secret" not in (tmp_path / "work" / "configs" / "task_config.yaml").read_text(encoding="utf-8")
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
 
 
 @real
@@ -157,6 +159,21 @@ def test_ifeval_has_its_checkers_without_a_download(tmp_path):
         done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert [item.score for item in items(task, tmp_path)] == [1, 0, 1]  # no comma; two sentences; German
+
+
+@real
+def test_code_is_asked_for_and_not_run_by_evalscope(tmp_path):
+    marker = tmp_path / "ran"
+    code = f"```python\nopen({str(marker)!r}, 'w')\n```"
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "", "entry_point": "f",
+           "test": "def check(f):\n    assert f() == 1\n"}  # fmt: skip
+    with serving(lambda body: code) as server:
+        make(tmp_path, "humaneval", [row], server.url)
+        done = run(tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert server.requests[0]["messages"] == [{"role": "user", "content": f"{CODE_PROMPT}\n\ndef f():\n"}]
+    (found,) = scores.read_answers(tmp_path / jobs.ANSWERS)
+    assert found["text"] == code and json.loads(found["gold"])["entry_point"] == "f" and not marker.exists()
 
 
 @real

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..eval import compare, jobs, models, rows, scores
+from ..eval import cage, code, compare, jobs, models, rows, scores
 from ..eval.models import Model
+from ..eval.paper import TABLES
 from ..eval.tasks import TASKS, Task, named
 from ..teachers.vllm.plan import VLLM
 from . import processes
@@ -35,6 +36,8 @@ def eval(argv: list[str]) -> None:
     if not wanted:
         raise ValueError("there is no model to evaluate. Name a run, its config, or --models NAME=PATH_OR_URL.")
     python = jobs.python_of_evalscope()
+    if any(task.answer == "code" for task in tasks):
+        cage.find()
     from ..eval import page  # with what draws it
 
     vllm = _vllm(options, wanted.values())
@@ -58,12 +61,11 @@ def eval(argv: list[str]) -> None:
                 console.print("Stopped. Finished answers are kept: run the same command again.")
                 raise SystemExit(EXIT_CODE)
             for task in tasks:
-                answers = scores.read_answers(out / model.name / task.name / jobs.ANSWERS)
-                found[model.name][task.name] = scores.items_of(task, answers)
+                found[model.name][task.name] = scores.items_of(task, _answers(task, out / model.name / task.name))
     about = {"models": {name: model.where for name, model in wanted.items()}, "limit": options.limit,
              "max_tokens": options.max_tokens}  # fmt: skip
     compared = compare.compare(tasks, found)
-    for block in page.write(compared, NOTES, about, out):
+    for block in page.write(compared, NOTES, about, out, options.paper):
         console.print(block, markup=False, soft_wrap=True)
         console.print()
     console.print(f"{out / 'eval.html'}, the same in eval.md; every number and item in eval.json", markup=False)
@@ -98,6 +100,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=int,
         help=f"of a server that is started here (default: an answer and {ROOM} tokens of prompt)",
     )
+    add("--paper", choices=tuple(TABLES), help="put the numbers beside those of the paper's Table 2 or 1")
     add("--concurrency", type=int, default=16, help="requests at a time (default: %(default)s)")
     add("--vllm-python", help="python that has vLLM (default: CAMOPD_VLLM_PYTHON, or where it is found)")
     options = parser.parse_args(argv)
@@ -117,6 +120,24 @@ def _rows(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, list[
     named(list(given))
     folder = Path(folders[0] if folders else "eval-data")
     return {task.name: rows.read(task, rows.find(task, folder, given), options.limit) for task in tasks}
+
+
+def _answers(task: Task, folder: Path) -> list[dict[str, Any]]:
+    """The answers of a finished job, with what became of those that are code."""
+    found = scores.read_answers(folder / jobs.ANSWERS)
+    if task.answer == "code":
+        with _bar(f"{task.name}: running the code", len(found)) as (progress, bar):
+            verdicts = code.judge(folder, found, lambda: progress.advance(bar))
+        found = [row | {"scores": {"passed": passed}} for row, (passed, _) in zip(found, verdicts, strict=True)]
+    return found
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
+    with Progress(
+        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        yield progress, progress.add_task(name, total=total)
 
 
 def _prepare(
@@ -172,10 +193,7 @@ def _served(
 
 def _run(python: str, folder: Path, task: Task, total: int, signals: Sequence[int]) -> None:
     """Run the job of a folder, with a bar. Raises `CaMOPDError` where it fails."""
-    with Progress(
-        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
-        bar = progress.add_task(task.name, total=total, completed=jobs.answered(folder))
+    with _bar(task.name, total) as (progress, bar):
         with open(folder / jobs.LOG, "ab") as log:
             child = processes.start(jobs.words(python, folder), stdout=log, env=jobs.environment())
         try:
@@ -191,5 +209,6 @@ def _run(python: str, folder: Path, task: Task, total: int, signals: Sequence[in
 NOTES = (
     "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it as its final "
     "one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, and is counted as no answer.",
+    "humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds.",
     "ifeval and ifbench: strict, all instructions of a prompt. gsm8k: no examples, the number in the box or at the end.",
 )

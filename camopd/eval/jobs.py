@@ -53,7 +53,7 @@ def job_of(
     return {
         "benchmark": task.benchmark, "dataset_args": args, "work": str(folder / "work"), "url": None, "model": served,
         "generation": generation | {"timeout": 3600, "retries": 3, "retry_interval": 5}, "repeats": task.repeats,
-        "concurrency": concurrency, "seed": 0, "context": context, "metric": task.metric, "review": "all",
+        "concurrency": concurrency, "seed": 0, "context": context, "metric": task.metric,
     }  # fmt: skip
 
 

@@ -9,22 +9,29 @@ from typing import Any
 
 from .. import atomic
 from .compare import RESULT, START
+from .paper import beside
 
 
 SHOWN = 5  # items of a list; eval.json has all
 LENGTH = 300  # characters of a text on the page
 
 
-def write(rows: Sequence[dict[str, Any]], notes: Sequence[str], about: Mapping[str, Any], out: Path) -> list[str]:
+def write(
+    rows: Sequence[dict[str, Any]], notes: Sequence[str], about: Mapping[str, Any], out: Path, paper: str | None = None
+) -> list[str]:
     """Write eval.json, eval.md and eval.html, and return the blocks that say it in short, for the terminal.
 
-    `rows` are those of `compare`, `notes` what a reader must know of the protocol, `about` models and settings.
+    `rows` are those of `compare`, `notes` what a reader must know of the protocol, `about` models and settings, and
+    `paper` the table of the paper that one's own numbers are to stand beside.
     """
     from ..report import page  # with matplotlib and the rest of the extra [report]
 
     short = [*summary(rows), page.table(score_rows(rows))]
     if any("change" in row for row in rows):
         short.append(page.table(change_rows(rows)))
+    if paper is not None:
+        table, differences = beside(paper, rows)
+        short += [page.table(table), "\n".join(f"- {line}" for line in differences)]
     blocks = ["# camopd eval", *short, READING, *(f"- {note}" for note in notes)]
     for row in rows:
         for title, name in (("broke", "broke"), ("came back", "came_back")):

@@ -7,8 +7,7 @@ JOB is a JSON file:
     url, model                an OpenAI-compatible address that ends in /v1, and the name it serves the model under
     generation                every sampling parameter, so that none comes from the model's generation_config.json
     repeats, concurrency, seed, context
-    metric                    of evalscope, that every answer must get a score by
-    review                    "all", "none": generate and score nothing, or "only": score what is there, and ask no model
+    metric                    of evalscope, that every answer must get a score by; "" where it scores nothing
 
 RESULT is a JSON Lines file with a row per answer, in the order of the rows and their repeats: `item`, `repeat`, `prompt`,
 `gold`, `text`, `stop`, `tokens`, `scores`. It is written when all are there. The key of the server is CAMOPD_EVAL_API_KEY.
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 
+API = "strict_openai_api"
 MODEL = "model"  # evalscope names files after it; a job has one
 
 
@@ -33,32 +33,24 @@ def main(job_file: str, result_file: str) -> None:
     work = Path(job["work"])
     prepare_environment(work)
     from evalscope.config import TaskConfig
-    from evalscope.models.openai_compatible import OpenAICompatibleAPI
     from evalscope.run import run_task
 
-    # As it is, "maximum context length" becomes the model's answer, in which the multiple-choice parser finds an "A".
-    OpenAICompatibleAPI.handle_bad_request = raise_error
+    register_api()
     for folder in ("predictions", "reviews"):
         for path in (work / folder).rglob("*.jsonl"):
             cut_torn_line(path)
     begun = (work / "configs" / "task_config.yaml").exists()
     config: dict[str, Any] = {
-        "model": job["model"], "model_id": MODEL, "api_url": job["url"], "eval_type": "openai_api",
+        "model": job["model"], "model_id": MODEL, "api_url": job["url"], "eval_type": API,
         "api_key": os.environ.get("CAMOPD_EVAL_API_KEY") or "EMPTY",
         "datasets": [job["benchmark"]], "dataset_args": {job["benchmark"]: job["dataset_args"]},
         "dataset_hub": "huggingface", "dataset_dir": str(work / "datasets"),
         "generation_config": job["generation"], "repeats": job["repeats"], "seed": job["seed"],
         "eval_batch_size": job["concurrency"], "work_dir": str(work), "no_timestamp": True,
-        "use_cache": str(work) if begun else None, "rerun_review": begun and job["review"] == "only",
+        "use_cache": str(work) if begun else None,
     }  # fmt: skip
     samples = samples_of(TaskConfig(**config), job["benchmark"])
-    if job["review"] != "only":
-        check_lengths(samples, job)
-    if job["review"] == "none":
-        from evalscope.evaluator.evaluator import DefaultEvaluator
-
-        DefaultEvaluator._review_task_state = lambda self, state: None  # type: ignore[method-assign]
-        DefaultEvaluator._aggregate_scores = lambda *args: {}  # type: ignore[method-assign]
+    check_lengths(samples, job)
     run_task(TaskConfig(**config))
     rows = answers(work, job, samples)
     beside = Path(f"{result_file}.part")
@@ -75,9 +67,19 @@ def prepare_environment(work: Path) -> None:
             os.environ.setdefault("NLTK_DATA", str(found))
 
 
-def raise_error(self: Any, error: Exception) -> Any:
-    """What a server refuses is an error, not an answer."""
-    raise error
+def register_api() -> None:
+    """An API by which what a server refuses is an error.
+
+    By evalscope's own, "maximum context length" becomes the model's answer, and its multiple-choice parser reads it as "A".
+    """
+    from evalscope.api.registry import register_model_api
+    from evalscope.models.openai_compatible import OpenAICompatibleAPI
+
+    class Strict(OpenAICompatibleAPI):
+        def handle_bad_request(self, ex: Any) -> Any:
+            raise ex
+
+    register_model_api(API)(lambda: Strict)
 
 
 def samples_of(config: Any, benchmark: str) -> list[Any]:
@@ -148,18 +150,18 @@ def rows_by_index(folder: Path, benchmark: str) -> dict[int, dict[str, Any]]:
 
 
 def answers(work: Path, job: dict[str, Any], samples: list[Any]) -> list[dict[str, Any]]:
-    """A row per answer. Raises `ValueError` unless every sample has exactly one, and a score where they are scored."""
-    benchmark, repeats, scored = job["benchmark"], job["repeats"], job["review"] != "none"
+    """A row per answer. Raises `ValueError` unless every sample has exactly one, with a score."""
+    benchmark, repeats = job["benchmark"], job["repeats"]
     predictions = rows_by_index(work / "predictions", benchmark)
-    reviews = rows_by_index(work / "reviews", benchmark) if scored else {}
+    reviews = rows_by_index(work / "reviews", benchmark)
     found = []
     for index, sample in enumerate(samples):
-        if sample.id != index or index not in predictions or (scored and index not in reviews):
+        if sample.id != index or index not in predictions or index not in reviews:
             raise ValueError(f"answer {index} of {len(samples)} of {benchmark} is missing in {work}.")
         output = predictions[index]["model_output"]
         choice = output["choices"][0]
-        score = reviews[index]["sample_score"]["score"] if scored else {"value": {}}
-        if scored and not isinstance(score["value"].get(job["metric"]), int | float):
+        score = reviews[index]["sample_score"]["score"]
+        if job["metric"] and not isinstance(score["value"].get(job["metric"]), int | float):
             raise ValueError(  # evalscope logs what its checkers raise, and goes on without a score
                 f"the checker of {benchmark} gave answer {index} no {job['metric']}: see {work / 'logs' / 'eval_log.log'}. "
                 "Where it names punkt_tab, install llama-index-core, which carries it, beside evalscope."

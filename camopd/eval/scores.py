@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .code import program_of
 from .tasks import LETTERS, Task
 
 
@@ -71,6 +72,8 @@ def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float, bool]:
         return float(letter == row["gold"]), letter is not None
     if task.answer == "number" and not re.search(r"\d", text):
         return 0.0, False
+    if task.answer == "code":
+        return float(row["scores"]["passed"]), program_of(row) is not None
     return float(row["scores"][task.metric]), True
 
 

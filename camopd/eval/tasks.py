@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ LETTER_PROMPT = (
     "{question}\n\n{choices}\n\nThink step by step. End with one line of the form `Final answer: X`, where X is one of "
     "{letters}."
 )
+CODE_PROMPT = "Implement the following Python function. Answer with the whole function in one block of code."
 GREEDY = {
     "temperature": 0.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
     "presence_penalty": 0.0, "extra_body": {"min_p": 0.0}, "max_tokens": 32768,
@@ -29,7 +31,7 @@ class Task:
     hub: tuple[str, str | None, str]  # dataset, config and split on the Hugging Face Hub
     size: int  # rows of the whole task
     convert: Callable[[dict[str, Any]], dict[str, Any]]  # a row of the file or the hub, as evalscope reads it
-    answer: str = "checked"  # "letter", or "number", or "code" that is run, or "checked" by evalscope
+    answer: str = "checked"  # "letter", "number", "code" that is run in a cage, or "checked" by evalscope
     metric: str = "accuracy"  # of evalscope, the score of an answer
     split: str = "test"  # name of the file that evalscope reads
     dataset_args: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +73,12 @@ def multiple_choice(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": question, **dict(zip(LETTERS, texts, strict=False)), "answer": gold}
 
 
+def human_eval(row: dict[str, Any]) -> dict[str, Any]:
+    """The prompt for a function, and what tests it. evalscope has a task of this name that runs the code where it is."""
+    gold = {name: need(row, name) for name in ("prompt", "test", "entry_point")}
+    return {"query": f"{CODE_PROMPT}\n\n{gold['prompt']}", "response": json.dumps(gold)}
+
+
 def with_columns(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Rows with these columns and no others."""
     return lambda row: {name: need(row, name) for name in names}
@@ -94,8 +102,8 @@ TASKS = {
              split="train"),
         Task("gsm8k", "general", "gsm8k", ("openai/gsm8k", "main", "test"), 1319, with_columns("question", "answer"),
              "number"),
-        Task("humaneval", "general", "humaneval", ("openai/openai_humaneval", None, "test"), 164,
-             with_columns("task_id", "prompt", "canonical_solution", "test", "entry_point"), "code"),
+        Task("humaneval", "general", "general_qa", ("openai/openai_humaneval", None, "test"), 164, human_eval, "code", "",
+             "default_test", {"metric_list": ["acc"], "primary_metric": "acc"}),
         _letters("mmlu", "general", ("cais/mmlu", "all", "test"), 14042),
         _letters("qasc", "general", ("allenai/qasc", None, "validation"), 926),
         _letters("medqa", "domain", ("GBaker/MedQA-USMLE-4-options", None, "test"), 1273, "MedQA USMLE"),

@@ -1,0 +1,121 @@
+"""Code that a model has written runs in a cage of bubblewrap: no network, no files but its own, little memory and time.
+
+The cage sees /usr and a Python in it, read-only, and a /tmp of its own in memory. It has no process but its own, no
+variable of the environment, no key and no answer of another task. Nothing runs in it as root, but as nobody (or the user),
+because limits on the number of processes do not hold root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import CaMOPDError
+
+
+SECONDS = 10.0  # of a program
+MEMORY = 2 << 30  # bytes, of all its processes together
+ADDRESSES = 1 << 30  # bytes, of each of its processes
+DISK = 64 << 20  # bytes of its /tmp
+PROCESSES = 32
+NOBODY = 65534
+_PAUSE = 0.02  # seconds between two looks
+# The token says that the program has come to its end: one that leaves early with exit code 0 has not.
+_END = "\nimport os as _os, sys as _sys\n_sys.stdout.flush()\n_os.write(1, {token!r})\n"
+
+
+def find() -> tuple[str, str]:
+    """The paths of bubblewrap and of a Python that the cage can show. Raises `CaMOPDError` that says what to install."""
+    bwrap = shutil.which(os.environ.get("CAMOPD_BWRAP", "bwrap"))
+    if bwrap is None:
+        raise CaMOPDError(
+            "code that models have written is run in a cage only, and there is no bubblewrap to make it: install the "
+            "package `bubblewrap` (apt, dnf, pacman), name its bwrap by CAMOPD_BWRAP, or leave out the tasks with code."
+        )
+    pythons = [path for path in ("/usr/bin/python3", "/usr/local/bin/python3") if Path(path).exists()]
+    needed = [name for name in ("prlimit", *(("setpriv",) if os.geteuid() == 0 else ())) if shutil.which(name) is None]
+    if not pythons or needed:
+        missing = "python3 below /usr" if not pythons else f"{needed[0]} (package util-linux)"
+        raise CaMOPDError(f"the cage for code that models have written needs {missing}. Install it.")
+    return bwrap, pythons[0]
+
+
+def words(bwrap: str, python: str) -> list[str]:
+    """The command line of a cage, with a Python in it that reads its program from /program."""
+    as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
+    return [
+        *(as_nobody if os.geteuid() == 0 else ()),
+        bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--clearenv",
+        "--ro-bind", "/usr", "/usr",
+        *(word for name in ("lib", "lib64", "bin") for word in ("--symlink", f"usr/{name}", f"/{name}")),
+        "--proc", "/proc", "--dev", "/dev", "--size", str(DISK), "--tmpfs", "/tmp",
+        "--ro-bind-data", "0", "/program", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
+        # Inside: a user's other processes do not count.
+        "prlimit", f"--nproc={PROCESSES}", f"--as={ADDRESSES}", f"--fsize={DISK}", "--core=0", "--nofile=256", "--",
+        python, "-I", "/program",
+    ]  # fmt: skip
+
+
+def run(program: str, cage: tuple[str, str], seconds: float = SECONDS) -> tuple[bool, str]:
+    """Whether a program comes to its end in a cage, and how it ended. Nothing of it is left after."""
+    token = secrets.token_hex(16).encode()
+    source = (program + _END.format(token=token)).encode(errors="replace")
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+        given.write(source)
+        given.seek(0)
+        child = subprocess.Popen(
+            words(*cage),
+            stdin=given,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={"PATH": os.environ["PATH"]},
+        )
+        try:
+            how = _wait(child, time.monotonic() + seconds, said)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # with bubblewrap goes all that is in its cage
+            child.wait()
+        said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
+        text = said.read()
+    if how is not None:
+        return False, how
+    if child.returncode == 0 and text.endswith(token):
+        return True, "passed"
+    last = text.decode(errors="replace").strip().splitlines()
+    return False, last[-1][:300] if last and child.returncode else "left before its end"
+
+
+def _wait(child: subprocess.Popen[bytes], deadline: float, said: Any) -> str | None:
+    """Wait for the end of a cage; what it has too much of, or `None`."""
+    while child.poll() is None:
+        if time.monotonic() > deadline:
+            return "out of time"
+        if memory_of(child.pid) > MEMORY:
+            return "out of memory"
+        if os.fstat(said.fileno()).st_size > DISK:
+            return "printed too much"
+        time.sleep(_PAUSE)
+    return None
+
+
+def memory_of(root: int) -> int:
+    """Bytes of memory that a process and all below it have."""
+    total, left = 0, [root]
+    page = os.sysconf("SC_PAGE_SIZE")
+    while left:
+        pid = left.pop()
+        with contextlib.suppress(OSError, ValueError, IndexError):  # gone meanwhile
+            total += int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * page
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                left += map(int, (thread / "children").read_text(encoding="ascii").split())
+    return total

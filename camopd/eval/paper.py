@@ -1,0 +1,88 @@
+"""The paper's Tables 1 and 2 beside one's own numbers, and what keeps the two apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .compare import GENERAL, RESULT, START
+from .tasks import TASKS
+
+
+COLUMNS = ("General Teacher", "Domain Teacher", "Vanilla MOPD", "CaMOPD")
+_GENERAL = (
+    "GPQA Diamond",
+    "Zebra Logic",
+    "HMMT 25",
+    "LCB v5",
+    "LCB v6",
+    "IF Eval",
+    "Arena HP",
+    "Arena CW",
+    "LiveBench 1125",
+)
+_ROLEPLAY = ("Story Cons.", "Anthro.", "Char. Fid.", "Story Qual.", "Avg.")
+_MEDICAL = ("MedQA USMLE", "MedXpertQA Text", "Med. Avg.")
+# Percent, in the order of COLUMNS and of the names. The start of a run is its domain teacher.
+TABLES: dict[str, tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]] = {
+    "roleplay": (  # Table 1
+        _GENERAL + _ROLEPLAY,
+        (
+            (61.49, 79.50, 33.12, 34.76, 20.57, 83.18, 36.50, 65.80, 65.60, 34.74, 23.09, 23.89, 41.98, 30.92),
+            (54.29, 31.50, 26.67, 25.09, 16.00, 67.65, 9.70, 4.20, 42.80, 42.27, 33.42, 38.75, 49.89, 41.08),
+            (61.99, 71.30, 29.17, 31.54, 22.29, 79.67, 25.50, 13.70, 58.90, 43.57, 34.91, 41.45, 51.50, 42.86),
+            (62.63, 76.30, 31.04, 37.28, 24.00, 80.41, 33.20, 33.30, 63.50, 47.81, 33.96, 44.65, 53.47, 45.00),
+        ),
+    ),
+    "medical": (  # Table 2
+        _GENERAL + _MEDICAL,
+        (
+            (62.50, 84.80, 45.00, 58.42, 31.43, 84.66, 24.80, 36.50, 52.10, 79.03, 17.22, 48.13),
+            (62.37, 71.60, 28.33, 48.75, 27.43, 48.98, 10.90, 36.40, 34.40, 86.17, 22.90, 54.54),
+            (60.10, 72.60, 33.96, 51.25, 24.00, 48.06, 14.80, 33.00, 42.80, 86.02, 23.55, 54.79),
+            (61.99, 72.60, 34.58, 56.63, 29.71, 59.89, 16.40, 31.80, 49.00, 85.78, 23.63, 54.71),
+        ),
+    ),
+}
+# What the paper does not say of a benchmark, or means by a name, by the name's column.
+UNKNOWN = {
+    "IF Eval": "the paper does not say whether its IF-Eval is strict or loose; here it is strict",
+    "MedQA USMLE": "the paper gives neither the prompt's words nor the sampling; here it is greedy",
+    "MedXpertQA Text": "the paper gives neither the prompt's words nor the sampling; here it is greedy",
+    "LiveBench 1125": "the name may be the release of 2024-11-25 or that of 2025-11-25",
+}
+
+
+def beside(table: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """The columns of a table of the paper with one's own scores beside them, percent, and a line for each difference.
+
+    `rows` are those of `compare`. A mark * is on what was run on a part of the items.
+    """
+    names, values = TABLES[table]
+    own = {TASKS[row["task"]].paper: row for row in rows if TASKS[row["task"]].paper in names}
+    found, notes = (
+        [["benchmark", *(f"paper: {column}" for column in COLUMNS), *(f"here: {name}" for name in _HERE)]],
+        [],
+    )
+    for place, name in enumerate(names):
+        numbers = own.get(name, {}).get("models", {})
+        cells = [_score(numbers.get(model), own[name]["size"]) if name in own else "-" for model in _HERE]
+        found.append([name, *(f"{column[place]:.2f}" for column in values), *cells])
+        if name in own and name in UNKNOWN:
+            notes.append(f"{name}: {UNKNOWN[name]}.")
+    missing = [name for name in names if name not in own]
+    if missing:
+        notes.append(f"Not run here: {', '.join(missing)}.")
+    notes += [f"{name}: {UNKNOWN[name]}." for name in missing if name in UNKNOWN]
+    if any(cell.endswith("*") for row in found for cell in row):
+        notes.append("* a part of the items.")
+    return found, notes
+
+
+_HERE = (GENERAL, START, RESULT)
+
+
+def _score(numbers: Mapping[str, Any] | None, size: int) -> str:
+    if numbers is None:
+        return "-"
+    return f"{100 * numbers['mean']:.2f}" + ("*" if numbers["items"] < size else "")

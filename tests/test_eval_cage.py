@@ -1,0 +1,112 @@
+"""The cage for code that models have written (camopd/eval/cage.py); what needs bubblewrap is run by `make test-eval`."""
+
+import os
+import subprocess
+import time
+
+import pytest
+
+from camopd.errors import CaMOPDError
+from camopd.eval import cage
+
+
+real = pytest.mark.eval
+
+
+def left_behind():
+    """Processes with the mark of a test's program."""
+    return subprocess.run(
+        ["pgrep", "-f", "python3 -I /program"], capture_output=True, text=True, check=False
+    ).stdout.split()
+
+
+def test_cage_that_cannot_be_made_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CAMOPD_BWRAP", "/nowhere/bwrap")
+    with pytest.raises(CaMOPDError, match=r"in a cage only, .* install the package `bubblewrap`"):
+        cage.find()
+    monkeypatch.setattr(cage.shutil, "which", lambda name: None if name == "prlimit" else f"/bin/{name}")
+    with pytest.raises(CaMOPDError, match=r"needs prlimit \(package util-linux\)"):
+        cage.find()
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_cage_has_no_network_no_keys_and_never_root(root, monkeypatch):
+    monkeypatch.setattr(cage.os, "geteuid", lambda: 0 if root else 1000)
+    words = cage.words("bwrap", "python3")
+    assert (words[:2] == ["setpriv", "--reuid=65534"]) == root
+    assert {"--unshare-all", "--clearenv", "--die-with-parent"} <= set(words)
+    assert not [word for word in words if word.startswith("--bind")]
+
+
+def test_memory_is_that_of_a_process_and_all_below_it():
+    assert cage.memory_of(os.getpid()) > 10 << 20
+    child = subprocess.Popen(["sh", "-c", "sleep 30 & sleep 30"])
+    try:
+        time.sleep(0.2)
+        assert 0 < cage.memory_of(child.pid) < 100 << 20
+    finally:
+        subprocess.run(["pkill", "-P", str(child.pid)], check=False)
+        child.kill()
+        child.wait()
+    assert cage.memory_of(child.pid) == 0
+
+
+@real
+@pytest.mark.parametrize(
+    ("program", "passed", "how"),
+    [
+        ("assert 1 + 1 == 2", True, "passed"),
+        ("print('é' * 100)", True, "passed"),
+        ("assert False", False, "AssertionError"),
+        ("x = '\\ud800'; print(x.encode('utf-8', 'replace'))", True, "passed"),
+        ("import sys; sys.exit(0)", False, "left before its end"),
+        ("import os; os._exit(0)", False, "left before its end"),
+        ("while True: pass", False, "out of time"),
+        ("import time; time.sleep(60)", False, "out of time"),
+        ("b = bytearray(2 << 30)", False, "MemoryError"),
+        ("import os\nfor n in range(4): os.fork()\nb = bytearray(b'x') * (400 << 20)\nimport time; time.sleep(60)", False,
+         "out of memory"),
+        ("import os\nwhile True: os.fork()", False, "BlockingIOError: [Errno 11] Resource temporarily unavailable"),
+        ("import os\nif os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(60)", True, "passed"),
+        ("for n in range(9): open(f'/tmp/{n}', 'wb').write(bytes(16 << 20))", False,
+            "OSError: [Errno 28] No space left on device"),
+        ("for path in ('/x', '/usr/x', '/dev/x', '/dev/shm/x', '/program'):\n"
+         "    try: open(path, 'w')\n    except OSError: continue\n    raise ValueError(path)", True, "passed"),
+        ("import socket\ns = socket.create_connection(('127.0.0.1', 22), 1)", False,
+         "ConnectionRefusedError: [Errno 111] Connection refused"),
+        ("import os\nassert os.getuid() != 0\n"
+         "assert {*os.listdir('/')} <= {*'usr lib lib64 bin proc dev tmp program'.split()}\n"
+         "assert set(os.environ) <= {'PWD', 'LC_CTYPE'}, os.environ\n"
+         "assert [p for p in os.listdir('/proc') if p.isdigit()] == ['1', '2']", True, "passed"),
+        ("import os\nos.kill(1, 9)\nos.kill(-1, 9)", False, "ProcessLookupError: [Errno 3] No such process"),
+    ],
+)  # fmt: skip
+def test_program_does_no_harm_and_nothing_of_it_is_left(program, passed, how):
+    before = set(os.listdir("/tmp"))
+    assert cage.run(program, cage.find(), seconds=3) == (passed, how)
+    deadline = time.monotonic() + 5
+    while left_behind() and time.monotonic() < deadline:  # the kernel clears a cage away
+        time.sleep(0.05)
+    assert not left_behind()
+    assert set(os.listdir("/tmp")) <= before | {name for name in os.listdir("/tmp") if not name.isdigit()}
+
+
+@real
+def test_program_sees_no_answer_of_another_task(tmp_path):
+    secret = tmp_path / "answers.jsonl"
+    secret.write_text("secret", encoding="utf-8")
+    passed, how = cage.run(f"open({str(secret)!r})", cage.find())
+    assert not passed and how.startswith("FileNotFoundError")
+
+
+@real
+def test_cage_is_made_by_a_user_as_by_root(tmp_path):
+    """The command line of a user, by a user: as root through setpriv, or as whoever runs the tests."""
+    bwrap, python = cage.find()
+    words = cage.words(bwrap, python)
+    own = words[words.index(bwrap) :]
+    as_user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"] if os.geteuid() == 0 else []
+    program = b"import os; print(os.getuid()); n = 0\nwhile True:\n    os.fork()"
+    done = subprocess.run([*as_user, *own], input=program, capture_output=True, timeout=60, check=False)
+    assert done.stdout.split()[0] == (b"12345" if as_user else str(os.getuid()).encode())
+    assert b"BlockingIOError" in done.stderr

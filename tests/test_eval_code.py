@@ -1,0 +1,75 @@
+"""Answers that are code (camopd/eval/code.py)."""
+
+import json
+
+import pytest
+
+from camopd.eval import cage, code
+from camopd.eval.scores import items_of
+from camopd.eval.tasks import TASKS
+
+
+GOLD = json.dumps(
+    {
+        "prompt": 'def add(a, b):\n    """Sum."""\n',
+        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+        "entry_point": "add",
+    }
+)
+ANSWERS = {
+    "Sure:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.": True,
+    "    return a + b": True,
+    "<think>def</think>```\ndef add(a, b):\n    return a + b": True,
+    "```python\ndef add(a, b):\n    return a - b\n```": False,
+    "I cannot.": False,
+    "<think>```\ndef add(a, b):\n    return a + b\n```": False,
+    "": False,
+}
+
+
+def row(text, item=0):
+    return {"item": item, "repeat": 0, "prompt": "p", "gold": GOLD, "text": text, "stop": "stop", "scores": {}}
+
+
+def rows():
+    return [row(text, item) for item, text in enumerate(ANSWERS)]
+
+
+def test_program_is_head_answer_and_tests():
+    for text, right in ANSWERS.items():
+        program = code.program_of(row(text))
+        if program is None:
+            assert not right
+            continue
+        space: dict = {}
+        try:
+            exec(program, space)
+        except (AssertionError, SyntaxError):
+            assert not right, text
+        else:
+            assert right, text
+
+
+def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
+    asked = []
+
+    def run(program, found):
+        asked.append(program)
+        return "a + b" in program, "passed"
+
+    monkeypatch.setattr(cage, "find", lambda: ("bwrap", "python3"))
+    monkeypatch.setattr(cage, "run", run)
+    ticks = []
+    verdicts = code.judge(tmp_path, rows(), lambda: ticks.append(1))
+    assert [passed for passed, _ in verdicts] == list(ANSWERS.values()) and len(ticks) == len(ANSWERS)
+    assert code.judge(tmp_path, rows()) == verdicts and len(asked) == 5
+    scored = [one | {"scores": {"passed": passed}} for one, (passed, _) in zip(rows(), verdicts, strict=True)]
+    found = items_of(TASKS["humaneval"], scored)
+    assert [item.score for item in found] == list(map(float, ANSWERS.values()))
+    assert [item.unparsed for item in found] == [0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.eval
+def test_answers_are_run_in_the_cage(tmp_path):
+    verdicts = code.judge(tmp_path, rows())
+    assert [passed for passed, _ in verdicts] == list(ANSWERS.values())

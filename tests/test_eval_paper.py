@@ -1,0 +1,36 @@
+"""The paper's tables beside one's own numbers (camopd/eval/paper.py)."""
+
+import pytest
+from eval_items import items
+
+from camopd.eval.compare import compare
+from camopd.eval.paper import COLUMNS, TABLES, beside
+from camopd.eval.tasks import TASKS
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_have_a_number_for_each_benchmark_and_their_own_averages(table):
+    names, values = TABLES[table]
+    assert len(values) == len(COLUMNS) and {len(row) for row in values} == {len(names)}
+    start = names.index("LiveBench 1125") + 1
+    for row in values:  # the last column is the mean of the domain's, of numbers that were rounded to two digits
+        assert sum(row[start:-1]) / len(row[start:-1]) == pytest.approx(row[-1], abs=0.0101)
+
+
+def test_own_numbers_stand_beside_those_of_the_paper_with_what_differs():
+    models = {name: {"ifeval": items([0, 1] * 10), "qasc": items([1] * 4)} for name in ("start", "general", "result")}
+    rows = compare([TASKS["ifeval"], TASKS["qasc"]], models)
+    table, notes = beside("medical", rows)
+    found = {row[0]: row for row in table}
+    assert found["IF Eval"] == ["IF Eval", "84.66", "48.98", "48.06", "59.89", "50.00*", "50.00*", "50.00*"]
+    assert found["MedQA USMLE"][5:] == ["-"] * 3 and "qasc" not in found
+    assert notes[0].startswith("IF Eval: the paper does not say whether") and notes[-1] == "* a part of the items."
+    assert any(note.startswith("Not run here: GPQA Diamond, ") for note in notes)
+    assert any("2024-11-25 or that of 2025-11-25" in note for note in notes)
+
+
+def test_scores_of_all_items_have_no_mark():
+    count = TASKS["medqa"].size
+    table, notes = beside("medical", compare([TASKS["medqa"]], {"start": {"medqa": items([1] * count)}}))
+    assert next(row for row in table if row[0] == "MedQA USMLE")[5:] == ["-", "100.00", "-"]
+    assert "* a part of the items." not in notes
