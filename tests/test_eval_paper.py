@@ -13,8 +13,10 @@ def test_tables_have_a_number_for_each_benchmark_and_their_own_averages(table):
     names, values = TABLES[table]
     assert len(values) == len(COLUMNS) and {len(row) for row in values} == {len(names)}
     start = names.index("LiveBench 1125") + 1
-    for row in values:  # the last column is the mean of the domain's, of numbers that were rounded to two digits
-        assert sum(row[start:-1]) / len(row[start:-1]) == pytest.approx(row[-1], abs=0.0101)
+    for column, row in zip(COLUMNS, values, strict=True):
+        # The last is the mean of the domain's, but one: of CaMOPD in Table 1 the paper has 45.00, and the mean is 44.97.
+        given = 44.97 if (table, column) == ("roleplay", "CaMOPD") else row[-1]
+        assert sum(row[start:-1]) / len(row[start:-1]) == pytest.approx(given, abs=0.0051), column  # two digits
 
 
 def test_own_numbers_stand_beside_those_of_the_paper_with_what_differs():
