@@ -53,9 +53,14 @@ class HeldOutResults:
 
     def record(self) -> dict[str, Any]:
         """The line of `held_out.jsonl`: the branch, its gaps, and the sampled reverse KL of each prompt in nats per token,
-        by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an empty completion."""
+        by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an empty completion.
+        Where prompts have categories, they are there, too."""
         rows = [self._found[position] for position in sorted(self._found)]
-        found = {name: value if math.isfinite(value) else None for name, value in metrics.of_evaluation(rows).items()}
+        found: dict[str, Any] = {
+            name: value if math.isfinite(value) else None for name, value in metrics.of_evaluation(rows).items()
+        }
+        if any(row.category is not None for row in rows):
+            found["category_by_prompt"] = [row.category for row in rows]
         return {
             "branch": rows[0].branch if rows else "",
             **found,

@@ -293,7 +293,8 @@ def rows_to_check(branch: str, dataset: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | list[dict[str, Any]]:
-    """Held-out rows with what the model sees, their branch, what an error calls them, and their position among each other.
+    """Held-out rows with what the model sees, their branch, category if any, what an error calls them, and their
+    position among each other.
 
     A stream is read to its end. Left to accelerate, each process would read shards of its own where there are enough: other
     numbers of rows, so that one waits for the other, and no position that all agree on.
@@ -305,13 +306,15 @@ def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | list[dict
             if row.get("image") is not None or row.get("images"):
                 raise ValueError(f"{name} brings an image: {_NO_IMAGES}")
             named(read_row, {**row, "row": name})
-            columns = {column: row[column] for column in COLUMNS if column in row}
+            columns = {column: row[column] for column in (*COLUMNS, "category") if column in row}
             rows.append({**columns, "branch": branch, "row": name, "position": len(rows)})
         if not rows:
             raise ValueError(_no_rows(branch))
         return rows
     names = [row_name(branch, index, dataset) for index in range(len(dataset))]
     seen = what_the_model_sees(dataset).add_column("branch", [branch] * len(dataset))
+    if "category" in dataset.column_names:
+        seen = seen.add_column("category", dataset["category"][:])
     return seen.add_column("row", names).add_column("position", list(range(len(dataset))))
 
 

@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..eval import cage, code, compare, jobs, models, rows, scores
+from ..eval import cage, code, compare, gaps, jobs, models, rows, scores
 from ..eval.models import Model
 from ..eval.paper import TABLES
 from ..eval.tasks import TASKS, Task, named
+from ..run import read_settings
 from ..teachers.vllm.plan import VLLM
 from . import processes
 from .ctrl_c import EXIT_CODE
@@ -30,7 +31,13 @@ console = Console(highlight=False)
 def eval(argv: list[str]) -> None:
     """The command line. Raises `ValueError` and `CaMOPDError`, where possible before anything is generated."""
     options = _parse(argv)
-    tasks = named(options.tasks.split(","))
+    names = options.tasks.split(",")
+    measured = gaps.of_run(_folder(options.run)) if gaps.NAME in names else []
+    tasks = named([name for name in names if name != gaps.NAME])
+    if not tasks:
+        from ..eval import page
+
+        return _say(page.write([], (), {"run": options.run}, Path(options.out), gaps=measured), Path(options.out))
     wanted = {model.name: model for model in models.of_run(options.run)} if options.run else {}
     wanted |= {model.name: model for model in map(models.parse, options.models)}
     if not wanted:
@@ -65,16 +72,28 @@ def eval(argv: list[str]) -> None:
     about = {"models": {name: model.where for name, model in wanted.items()}, "limit": options.limit,
              "max_tokens": options.max_tokens}  # fmt: skip
     compared = compare.compare(tasks, found)
-    for block in page.write(compared, NOTES, about, out, options.paper):
+    _say(page.write(compared, NOTES, about, out, options.paper, measured), out)
+
+
+def _say(blocks: Sequence[str], out: Path) -> None:
+    for block in blocks:
         console.print(block, markup=False, soft_wrap=True)
         console.print()
     console.print(f"{out / 'eval.html'}, the same in eval.md; every number and item in eval.json", markup=False)
 
 
+def _folder(run: str | None) -> Path:
+    """The output_dir of a run that is named by it or by its config."""
+    if run is None:
+        raise ValueError(f"the task {gaps.NAME!r} is of a run: name its output_dir or its config.")
+    return Path(run) if Path(run).is_dir() else Path(str(read_settings(run, []).get("output_dir") or "trainer_output"))
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="camopd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Tasks: {', '.join(TASKS)}. Models named start, general and result are compared with each other.",
+        epilog=f"Tasks: {', '.join(TASKS)}, and of a run gaps, which needs no labels. Models named start, general and "
+        "result are compared with each other.",
     )  # fmt: skip
     add = parser.add_argument
     add(

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import atomic
 from .compare import RESULT, START
+from .gaps import Row, table_of
 from .paper import beside
 
 
@@ -17,22 +18,34 @@ LENGTH = 300  # characters of a text on the page
 
 
 def write(
-    rows: Sequence[dict[str, Any]], notes: Sequence[str], about: Mapping[str, Any], out: Path, paper: str | None = None
+    rows: Sequence[dict[str, Any]],
+    notes: Sequence[str],
+    about: Mapping[str, Any],
+    out: Path,
+    paper: str | None = None,
+    gaps: Sequence[Row] = (),
 ) -> list[str]:
     """Write eval.json, eval.md and eval.html, and return the blocks that say it in short, for the terminal.
 
     `rows` are those of `compare`, `notes` what a reader must know of the protocol, `about` models and settings, and
-    `paper` the table of the paper that one's own numbers are to stand beside.
+    `paper` the table of the paper that one's own numbers are to stand beside, `gaps` the rows of the task without labels.
     """
     from ..report import page  # with matplotlib and the rest of the extra [report]
 
-    short = [*summary(rows), page.table(score_rows(rows))]
+    out.mkdir(parents=True, exist_ok=True)
+    short = [*summary(rows), *([page.table(score_rows(rows))] if rows else [])]
     if any("change" in row for row in rows):
         short.append(page.table(change_rows(rows)))
+    if gaps:
+        first, last = gaps[0].steps
+        short += [
+            page.table(table_of(gaps)),
+            f"Held-out KL to the teachers, nats per token, steps {first} and {last}. {ABOUT_GAPS}",
+        ]
     if paper is not None:
         table, differences = beside(paper, rows)
         short += [page.table(table), "\n".join(f"- {line}" for line in differences)]
-    blocks = ["# camopd eval", *short, READING, *(f"- {note}" for note in notes)]
+    blocks = ["# camopd eval", *short, *([READING] if rows else []), *(f"- {note}" for note in notes)]
     for row in rows:
         for title, name in (("broke", "broke"), ("came back", "came_back")):
             listed = row.get("change", {}).get(name, [])
@@ -44,7 +57,8 @@ def write(
                 blocks.append(page.quote(shortened(item["before"])))
                 blocks.append(f"**{RESULT}**, score {item['scores'][1]:.2g}")
                 blocks.append(page.quote(shortened(item["after"])))
-    atomic.write(out / "eval.json", json.dumps({"tasks": rows, "about": about, "notes": notes}, indent=2) + "\n")
+    found = {"tasks": rows, "gaps": [row.as_json() for row in gaps], "about": about, "notes": notes}
+    atomic.write(out / "eval.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     atomic.write(out / "eval.md", "\n\n".join(blocks) + "\n")
     atomic.write(out / "eval.html", page.to_html("camopd eval", blocks, {}))
     return short
@@ -55,6 +69,12 @@ READING = (
     "the exact McNemar test: how often as uneven a split of the items that changed comes by chance. *Back* is the share of "
     "the way from the start to the general teacher that the result has gone, *kept* the share of the start's lead over the "
     "general teacher that the result still has. Where the items cannot tell start and teacher apart there is no share."
+)
+
+
+ABOUT_GAPS = (
+    "Intervals are 95 %, by the paired bootstrap over prompts. On the general branch the gap is to go; on the domain's, "
+    "which begins at its teacher, it is to stay small."
 )
 
 
