@@ -1,8 +1,10 @@
 """`camopd eval` (camopd/commands/eval.py), with a script in evalscope's place; test_eval_runner.py has the real one."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,27 @@ def test_other_model_behind_the_same_name_is_refused(data, capsys):
     with serving(lambda body: "B", model="other") as server:
         said = error_of(capsys, "--tasks", "qasc", "--models", f"m={server.url}")
         assert 'another model: model was "tiny" and is "other"' in said and not server.requests
+
+
+def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
+    def slowly(body):
+        time.sleep(0.1)
+        return "A"
+
+    with serving(slowly) as server:
+        words = [sys.executable, "-m", "camopd.cli", "eval", "--tasks", "qasc", "--models", f"m={server.url}"]
+        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while len(server.requests) < 5:
+            time.sleep(0.05)
+            assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        said, _ = child.communicate(timeout=60)
+        asked = len(server.requests)
+        time.sleep(0.5)
+        assert len(server.requests) == asked < 40  # the engine is gone, too
+    assert child.returncode == 130
+    assert "Stopped. Finished answers are kept: run the same command again." in said and "Traceback" not in said
+    assert not Path("eval-output/m/qasc/answers.jsonl").exists()
 
 
 @pytest.mark.parametrize(

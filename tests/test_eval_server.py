@@ -42,6 +42,19 @@ def test_server_is_up_inside_on_this_machine_alone_and_gone_after(tmp_path):
     assert "'--max-model-len', '512', '--generation-config', 'vllm'" in words and "'~/m'" not in words
 
 
+@pytest.mark.parametrize("key", ["own", None])
+def test_server_asks_for_the_key_of_the_evaluation_and_no_other(tmp_path, monkeypatch, key):
+    for name in ("CAMOPD_TEACHER_API_KEY", "CAMOPD_TEACHER_API_KEY_START", "VLLM_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "another")
+    if key:
+        monkeypatch.setenv("CAMOPD_EVAL_API_KEY", key)
+    log = tmp_path / "server.txt"
+    vllm = make(tmp_path, "import os; print({n: v for n, v in os.environ.items() if 'KEY' in n}, flush=True)")
+    with served(Model("start", "x"), 512, vllm, log, []):
+        pass
+    assert str({"VLLM_API_KEY": key} if key else {}) in log.read_text(encoding="utf-8")
+
+
 def test_server_that_dies_is_told_with_the_first_error_of_its_log(tmp_path):
     vllm = make(tmp_path, "print('ValueError: 9000 is more than 8192'); print('RuntimeError: engine'); sys.exit(1)")
     with (

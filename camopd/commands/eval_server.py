@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from ..errors import CaMOPDError
+from ..eval.jobs import KEY
 from ..eval.models import Model
 from ..teachers.vllm.plan import VLLM, Server, environment_of
 from . import processes
@@ -41,8 +42,12 @@ def served(model: Model, context: int, vllm: VLLM, log: Path, signals: Sequence[
     words = [vllm.python, "-m", "vllm.entrypoints.openai.api_server", "--model", server.model, "--host", server.host]
     words += ["--port", str(port), "--max-model-len", str(context), "--generation-config", "vllm"]
     words += ["--enforce-eager", "--dtype", "float32"] if vllm.cpu else ["--data-parallel-size", str(len(gpus))]
+    # The key of the evaluation and no other: teachers have theirs.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("API_KEY")}
+    if os.environ.get(KEY):
+        environment["VLLM_API_KEY"] = os.environ[KEY]
     with open(log, "ab") as file:
-        child = processes.start(words, stdout=file, env=environment_of(server, vllm))
+        child = processes.start(words, stdout=file, env=environment_of(server, vllm, environment))
     try:
         yield server.url if _up(child, server, model, log, signals) else None
     finally:
