@@ -89,7 +89,7 @@ def test_failure_names_what_is_done_and_the_error(tmp_path):
 
 
 def test_environment_of_a_job_holds_no_key_but_its_own(monkeypatch):
-    for name in ("HF_TOKEN", "OPENAI_API_KEY", "CAMOPD_TEACHER_API_KEY", "AWS_SECRET", jobs.KEY):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "CAMOPD_TEACHER_API_KEY_GENERAL", "AWS_SECRET", jobs.KEY):
         monkeypatch.setenv(name, "secret")
     found = jobs.environment()
     assert [name for name, value in found.items() if value == "secret"] == [jobs.KEY]

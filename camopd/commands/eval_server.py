@@ -43,7 +43,7 @@ def served(model: Model, context: int, vllm: VLLM, log: Path, signals: Sequence[
     words += ["--port", str(port), "--max-model-len", str(context), "--generation-config", "vllm"]
     words += ["--enforce-eager", "--dtype", "float32"] if vllm.cpu else ["--data-parallel-size", str(len(gpus))]
     # The key of the evaluation and no other: teachers have theirs.
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("API_KEY")}
+    environment = {name: value for name, value in os.environ.items() if "API_KEY" not in name}
     if os.environ.get(KEY):
         environment["VLLM_API_KEY"] = os.environ[KEY]
     with open(log, "ab") as file:

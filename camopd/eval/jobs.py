@@ -22,7 +22,7 @@ ANSWERS = "answers.jsonl"
 KEY = "CAMOPD_EVAL_API_KEY"
 JOB = "job.json"
 LOG = "log.txt"
-_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)$")
+_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
 _PLACES = ("url", "context", "work", "concurrency")  # of a job: where and how fast, not what
 
 
