@@ -520,13 +520,20 @@ class Proxy:
             each.close()
 
 
+def reload(url, folder):
+    """Give a server the weights of a folder."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+    for path, content in (("/collective_rpc", body), ("/reset_prefix_cache", {})):
+        assert httpx.post(url + path, json=content, timeout=60).status_code == 200
+
+
 @pytest.fixture
 def plain(urls, models):
-    """Two servers that take the student's weights; the second has those of its folder again afterwards."""
+    """Two servers with the student's base, which take its weights. Afterwards the second is a teacher again."""
+    for url in urls[:2]:
+        reload(url, models[0])
     yield urls[:2]
-    body = {"method": "reload_weights", "kwargs": {"weights_path": models[1]}}
-    for path, content in (("/collective_rpc", body), ("/reset_prefix_cache", {})):
-        assert httpx.post(urls[1] + path, json=content, timeout=60).status_code == 200
+    reload(urls[1], models[1])
 
 
 @pytest.fixture
