@@ -13,6 +13,7 @@ from accelerate.utils import gather_object, is_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -156,6 +157,10 @@ def _of_trl(trainer: Any) -> Any:
     generation = VLLMGeneration.__new__(VLLMGeneration)
     generation.model, generation.accelerator = trainer.model, trainer.accelerator
     generation._dist = DistributedBackend(trainer.accelerator)
+    if generation._dist.fsdp_version == 2:
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):  # the outermost stays whole after a forward, and TRL wants shards
+                module.reshard()
     return generation
 
 
