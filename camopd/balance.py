@@ -6,9 +6,11 @@ rank runs as many micro-batches as the fullest one, and pads each to its longest
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+
+FULL = 16  # times the cost of a forward, its tokens from which on that cost is a sixteenth of the work or less
 
 
 def attention_cost(model: Any) -> float:
@@ -142,25 +144,62 @@ def _padded(
     return ranks
 
 
-def score_batches(lengths: Sequence[int], batch_size: int, padding_free: bool) -> list[list[int]]:
+def score_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    padding_free: bool,
+    forward_cost: int,
+    agree: Callable[[int], int] = int,
+) -> list[list[int]]:
     """Rows of each forward without gradient, the longest first: indices into `lengths`.
 
-    Their number follows from the number of rows alone, so that sharded models make as many forwards on every rank. It is
-    what `batch_size` needs; with padding at least twice the root of the number of rows, which leaves little of it.
+    With padding they are those that cost least, padding and `forward_cost` counted. Without, they are filled.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: times the longest row, tokens that a forward may hold, padding included.
+        padding_free: whether rows of one forward cost their own lengths or all that of the longest.
+        forward_cost: of a forward beside its tokens, in tokens.
+        agree: from the forwards that this rank needs to those that every rank makes, which are at least as many: sharded
+            models need all ranks in each. Called for the same number of rows on every rank, or for none.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if not order:
         return []
     ordered = [lengths[index] for index in order]
-    wanted = -(-len(order) // batch_size)
-    if not padding_free:
-        wanted = max(wanted, min(len(order), 2 * math.isqrt(len(order))))
-    runs = _split_more(_lightest_cut(ordered, ordered, wanted, batch_size * ordered[0]), ordered, wanted)
+    if padding_free:
+        wanted = -(-len(order) // batch_size)  # on every rank
+        runs = _split_more(_lightest_cut(ordered, ordered, wanted, batch_size * ordered[0]), ordered, wanted)
+    else:
+        # A forward that is FULL gains little by more rows, and takes no more memory than that of the longest row.
+        runs = _cheapest_cut(ordered, forward_cost, min(batch_size * ordered[0], max(ordered[0], FULL * forward_cost)))
+        wanted = agree(len(runs))
+        runs = _split_more(runs, ordered, wanted)
     while len(runs) < wanted:  # rows of one length
         largest = max(range(len(runs)), key=lambda place: runs[place][1] - runs[place][0])
         start, end = runs[largest]
         runs[largest : largest + 1] = [(start, (start + end) // 2), ((start + end) // 2, end)]
     return [order[start:end] for start, end in runs]
+
+
+def _cheapest_cut(ordered: Sequence[int], forward_cost: int, max_tokens: int) -> list[tuple[int, int]]:
+    """Runs (longest row first) with the least sum of their tokens, padding included, and a `forward_cost` for each."""
+    costs, starts = [0], [0]  # of the first rows up to here: their least sum, and where its last run starts
+    for end in range(1, len(ordered) + 1):
+        found, first = costs[end - 1] + forward_cost + ordered[end - 1], end - 1
+        for start in range(end - 2, -1, -1):
+            tokens = (end - start) * ordered[start]
+            if tokens > max_tokens:
+                break
+            if costs[start] + forward_cost + tokens <= found:
+                found, first = costs[start] + forward_cost + tokens, start
+        costs.append(found)
+        starts.append(first)
+    runs, end = [], len(ordered)
+    while end:
+        runs.append((starts[end], end))
+        end = starts[end]
+    return runs[::-1]
 
 
 def _works(lengths: Sequence[int], attention_cost: float) -> list[int]:

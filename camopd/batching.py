@@ -28,9 +28,6 @@ class Batcher:
         """`dummy` is a token of the vocabulary, of which rows without a sample are made."""
         self.args, self.student, self.dummy, self._gather = args, student, dummy, gather
         self._attention_cost = attention_cost(student.model)
-        # What of a sample the loss reads: its gaps, or, where these were measured with the engine's log-probs, what gaps
-        # to those of its own forward are made of.
-        self._gaps = "gaps" if args.student_logps == "trainer" else "teacher_logps"
 
     def micro_batches(self, step: Step) -> deque[MicroBatch | None]:
         """An entry per micro-step for the kept samples of a step, of which `None` costs nothing; adds metrics of the plan.
@@ -45,7 +42,7 @@ class Batcher:
         lengths = [summary.num_ids for summary in kept]
         ranks = self._plan(kept, lengths)
         step.metrics.update(metrics.of_micro_batches(ranks, lengths, self.student.packed))
-        columns = self._columns(step.samples)
+        columns = self._columns(step)
         mine = {sample.position: sample for sample in step.samples}
         if args.rebalance and args.world_size > 1:
             to = {index: rank for rank, batches in enumerate(ranks) for batch in batches for index in batch}
@@ -60,13 +57,13 @@ class Batcher:
     def _micro_batch(self, batch: Sequence[Sample], columns: Sequence[str], terms: LossTerms) -> MicroBatch:
         return MicroBatch.of(batch, columns, terms) if batch else MicroBatch.dummy(self.dummy, terms)
 
-    def of_this_rank(self, samples: Sequence[Sample], terms: LossTerms) -> list[tuple[list[Sample], MicroBatch]]:
-        """Micro-batches of this rank's own samples, kept or not, on every rank as many."""
+    def of_this_rank(self, samples: Sequence[Sample], step: Step) -> list[tuple[list[Sample], MicroBatch]]:
+        """Micro-batches of some of this rank's own samples of a step, kept or not, on every rank as many."""
         (places,) = self._balance([len(sample.token_ids) for sample in samples], 1)
         batches = [[samples[place] for place in batch] for batch in places]
         batches += [[]] * (max(self._gather([len(batches)])) - len(batches))
-        columns = self._columns(samples)
-        return [(batch, self._micro_batch(batch, columns, terms)) for batch in batches]
+        columns = self._columns(step)
+        return [(batch, self._micro_batch(batch, columns, step.terms)) for batch in batches]
 
     def _plan(self, kept: Sequence[SampleSummary], lengths: Sequence[int]) -> list[list[list[int]]]:
         """`[rank][micro-batch]` -> indices into `kept`."""
@@ -91,14 +88,15 @@ class Batcher:
             size = None
         return balance_micro_batches(lengths, num_ranks, size, max_tokens, self.student.packed, self._attention_cost)
 
-    def _columns(self, samples: Sequence[Sample]) -> list[str]:
-        """Those that all samples of all ranks have or all lack."""
+    def _columns(self, step: Step) -> list[str]:
+        """What of a sample the loss reads: its gaps, or, where these were measured with the engine's log-probs, what gaps
+        to those of its own forward are made of; and what all samples of all ranks have or all lack."""
         has = [
             name
             for name in ("rollout_logps", "token_weights")
-            if any(getattr(sample, name) is not None for sample in samples)
+            if any(getattr(sample, name) is not None for sample in step.samples)
         ]
-        return [self._gaps, *has]
+        return ["teacher_logps" if step.engine_logps else "gaps", *has]
 
 
 def in_micro_steps(batches: Sequence[T], micro_steps: int) -> list[T | None]:

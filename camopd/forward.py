@@ -11,12 +11,21 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .balance import score_batches
 from .logprobs import architecture, check_logps, completion_logps, completion_top_k
 from .packing import packing_is_exact, settle_packing, wants_packing
 from .teachers.base import TokenScores
+
+
+# What a forward costs beside its tokens, in tokens. It reads all weights once, in the time in which it computes so many
+# tokens: of any model, since the work of a token grows with the weights as well. The CPU's is measured
+# (benchmarks/scoring_batches.py); a GPU's is that of an H100 in bfloat16, 400 TFLOPS / 3.35 TB/s = 120, and as much again
+# to start its kernels. Not by where the weights are: offloaded ones are elsewhere than those of the teacher.
+FORWARD_COST = 256 if torch.cuda.is_available() else 32
 
 
 class Forward:
@@ -113,6 +122,11 @@ class Forward:
             return self._in_wrapper(function, *args, **run)
 
 
+def most_of_ranks(number: int) -> int:
+    """The largest of all ranks."""
+    return max(gather_object([number])) if dist.is_initialized() and dist.get_world_size() > 1 else number
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in eval mode, and then in the one it was in."""
@@ -135,12 +149,12 @@ def in_length_sorted_batches(
 
     `forward(token_ids, prompt_lens)` returns tensors of shape (B, T, ...), or `None` where it has nothing; each row comes
     back on the CPU, cut to its own T_i completion tokens. Longest first, so that running out of memory happens in the
-    first batch and not the last. Every rank with the same number of rows makes the same number of forward calls, which
-    sharded models need.
+    first batch and not the last. Every rank, with the same number of rows as the others, makes as many forward calls,
+    which sharded models and DDP need.
     """
     lengths = [len(ids) for ids in token_ids]
     rows: list[tuple[Any, ...]] = [()] * len(lengths)
-    for batch in score_batches(lengths, batch_size, padding_free):
+    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, most_of_ranks):
         with torch.no_grad():
             outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
         outputs = tuple(None if output is None else output.cpu() for output in outputs)

@@ -64,7 +64,7 @@ RANGES = (
     Range("rollout_lag", lambda value: type(value) is int and value in (0, 1), "0 or 1, a number of steps"),
     Range("relaxed_exploration_steps", _whole(0), "a whole number of at least 0"),
     _choice("importance_sampling_mode", *IMPORTANCE_MODES),
-    _choice("student_logps", "trainer", "engine"),
+    _choice("student_logps", "trainer", "engine", "auto"),
     _choice("optimizer_moments", "shared", "per_branch"),
     Range("token_rule", lambda value: value in TOKEN_RULES, f"one of {tuple(TOKEN_RULES)}"),
     _choice("loss_normalization", "sample", "token"),

@@ -98,7 +98,7 @@ class TRLEngine:
             self.add(prompt_ids, completion_ids, logps)
         else:
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-            wanted = trainer.args.student_logps == "engine"
+            wanted = trainer.args.student_logps != "trainer"
             # An evaluation that decides something is finished, see `trainer.prediction_step`.
             cut_short = trainer.model.training or trainer.args.metric_for_best_model is None
             stop = trainer.stops.ends_generation if cut_short else None

@@ -21,6 +21,7 @@ from .callbacks.branch_moments import BranchMoments
 from .callbacks.completions import CompletionsTable
 from .callbacks.console import Console, replace_printers
 from .callbacks.diagnostics import Diagnostics
+from .callbacks.engine_logps import EngineLogps
 from .callbacks.guards import Guards
 from .callbacks.metrics_file import MetricsFile
 from .callbacks.teacher_watch import TeacherWatch
@@ -37,10 +38,10 @@ from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out,
 from .samples import MicroBatch
 from .schedule import Schedule
 from .step import StepEnd, label
-from .teachers.adapters import check_adapters, keep_start_adapter, load_adapter_student
+from .teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, load_adapter_student
 from .teachers.address import ADAPTER_TEACHERS, has_adapter, without_secrets
 from .teachers.base import Teacher
-from .teachers.local import context_length, shares_weights
+from .teachers.local import LocalTeacher, context_length, shares_weights
 from .teachers.resolve import resolve_teachers
 from .teachers.vllm.teacher import ServerTeacher, connect_servers
 from .tokens import embedding_size, head_size, need_end, unended_turn
@@ -264,7 +265,10 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     dtype = compute_dtype(trainer.accelerator, student)
     if args.rollout_lag:
         yield AheadCheck(trainer.rollouts)
-    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, dtype)
+    exact = [name for name, each in trainer.teachers.items() if isinstance(each, (LocalTeacher, AdapterTeacher))]
+    yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, dtype, exact)
+    if args.student_logps != "trainer":
+        yield EngineLogps(args, trainer.scorer, dtype, trainer.rule.needs_entropy)
     if args.diagnostics_steps:
 
         def loss_of(batch: MicroBatch) -> torch.Tensor:

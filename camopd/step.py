@@ -28,6 +28,7 @@ class Step:
     branches: tuple[str, ...]
     samples: list[Sample] = field(default_factory=list)  # that this rank has rolled out
     prompts_cut: int = 0  # of their prompts, those longer than allowed
+    engine_logps: bool = False  # whether the student's log-probs of scoring are those of the rollout engine
     rng_before: list[Tensor] = field(
         default_factory=list
     )  # random numbers of this rank, before and after the rollouts

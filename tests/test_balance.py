@@ -1,5 +1,6 @@
 """The plan of who trains what. That the gradient is the same with it and without is in test_trainer.py."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from camopd.balance import balance_micro_batches, score_batches
+from camopd.balance import FULL, balance_micro_batches, score_batches
 
 
 def log_normal_lengths(count=512, seed=0):
@@ -140,27 +141,53 @@ def test_sample_that_fits_nowhere_is_an_error():
 
 @pytest.mark.parametrize("count", [1, 5, 16, 64, 300])
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
-def test_forwards_without_gradient_are_as_many_for_as_many_rows(count, batch_size):
+@pytest.mark.parametrize("more", [0, 1, 1000])
+def test_forwards_without_gradient_are_as_many_as_the_ranks_agree_on(count, batch_size, more):
     for lengths in (log_normal_lengths(count), [7] * count, [2] * (count - 1) + [900]):
-        for padding_free, wanted in (
-            (True, math.ceil(count / batch_size)),
-            (False, max(math.ceil(count / batch_size), min(count, 2 * math.isqrt(count)))),
-        ):
-            batches = score_batches(lengths, batch_size, padding_free)
-            assert len(batches) == wanted
-            assert sorted(row for batch in batches for row in batch) == list(range(count))
-            assert all(batches)
-            longest = [max(lengths[row] for row in batch) for batch in batches]
+        own = score_batches(lengths, batch_size, False, 32)
+        agreed = min(count, len(own) + more)  # what another rank needs, of as many rows
+        batches = score_batches(lengths, batch_size, False, 32, lambda number: max(number, agreed))  # noqa: B023
+        assert len(batches) == agreed
+        without_padding = score_batches(lengths, batch_size, True, 32)  # on every rank, without a word
+        assert len(without_padding) == math.ceil(count / batch_size)
+        for found in (batches, without_padding):
+            assert sorted(row for batch in found for row in batch) == list(range(count))
+            assert all(found)
+            longest = [max(lengths[row] for row in batch) for batch in found]
             assert longest == sorted(longest, reverse=True)
-            assert max(padded(batch, lengths) for batch in batches) <= batch_size * max(lengths)
-    assert score_batches([], batch_size, False) == []
+            assert max(padded(batch, lengths) for batch in found) <= batch_size * max(lengths)
+    assert score_batches([], batch_size, False, 32) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_forwards_without_gradient_are_hardly_padded(seed):
     for count in (16, 64, 512):
         lengths = log_normal_lengths(count, seed)
-        assert padding([score_batches(lengths, 1000, False)], lengths) <= 0.12
+        for cost in (32, 256):
+            assert padding([score_batches(lengths, 1000, False, cost)], lengths) <= 0.12
+
+
+def test_forwards_without_gradient_take_no_more_memory_than_the_longest_row_or_a_full_one():
+    for lengths in (log_normal_lengths(), [30] * 500, [3000] * 9):
+        batches = score_batches(lengths, 10**6, False, 32)
+        assert max(padded(batch, lengths) for batch in batches) <= max(*lengths, 32 * FULL)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 6), st.integers(0, 400))
+def test_forwards_without_gradient_cost_least_of_all_ways_to_cut_the_sorted_rows(lengths, batch_size, cost):
+    def price(batches):
+        return sum(padded(batch, lengths) + cost for batch in batches)
+
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    limit = min(batch_size * max(lengths), max(*lengths, 0, cost * FULL))
+    ways = []
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        places = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(order)]
+        way = [order[start:end] for start, end in itertools.pairwise(places)]
+        if all(padded(batch, lengths) <= limit for batch in way):
+            ways.append(price(way))
+    assert price(score_batches(lengths, batch_size, False, cost)) == min(ways)
 
 
 # ------------------------------------------------------------------------------------------- what goes in must come out
@@ -209,8 +236,9 @@ def test_samples_of_one_length_that_fit_into_one_micro_batch_are_in_one(padding_
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(1, 70), st.booleans())
 def test_forwards_without_gradient_lose_no_row_whatever_their_lengths(lengths, batch_size, padding_free):
-    batches = score_batches(lengths, batch_size, padding_free)
+    batches = score_batches(lengths, batch_size, padding_free, 32)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     assert all(batches)
-    assert len(batches) == len(score_batches([9] * len(lengths), batch_size, padding_free))  # as on every other rank
+    if padding_free:
+        assert len(batches) == len(score_batches([9] * len(lengths), batch_size, True, 32))  # as on every other rank
     assert all(padded(batch, lengths) <= batch_size * max(lengths) for batch in batches)

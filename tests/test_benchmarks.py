@@ -27,6 +27,7 @@ import measuring  # noqa: E402
 import memory  # noqa: E402
 import memory_formula  # noqa: E402
 import scaling  # noqa: E402
+import scoring_batches  # noqa: E402
 import step  # noqa: E402
 import step_model  # noqa: E402
 import teacher_scoring  # noqa: E402
@@ -122,6 +123,19 @@ def test_step_counts_the_tokens_of_the_rows(tiny):
     assert found["completion tokens"] == 4 * 6
     assert found["tokens forward and backward"] == 4 * (step.PROMPT + 6)
     assert found["tokens forward only, student"] == found["tokens forward only, teacher"] == 4 * (step.PROMPT + 6)
+
+
+def test_scoring_batches_times_every_way_to_cut_the_rows(tiny, tmp_path, monkeypatch):
+    run_here(monkeypatch, scoring_batches)
+    script_peaks(monkeypatch, scoring_batches)
+    report = tmp_path / "report.md"
+    sizes = ["--rows", "9", "--median", "6", "--cap", "12", "--rounds", "1"]
+    scoring_batches.main([*sizes, "--model", str(tiny), "--report", str(report)])
+    forwards, tokens, seconds, cpu, peak = cells(report, "1")
+    assert forwards == 9 and seconds > 0 and cpu > 0 and peak == 7
+    assert cells(report, "9")[0] == 1 and cells(report, "twice the root")[0] == 6
+    assert tokens <= cells(report, "chosen")[1] <= cells(report, "9")[1]  # padding
+    assert "a forward costs as much as" in report.read_text()
 
 
 def test_scaling_prices_the_papers_step(tmp_path, monkeypatch):

@@ -58,9 +58,9 @@ OTHER_VALUES = {
     "diagnostics_steps": (3, "3"),
     "guards": (
         {"skipped_steps": 1, "log_prob": 0.1, "log_ratio": 0.5, "outside_band": 0.9, "degenerate": 0.9, "truncated": None,
-         "zero_gap": 3, "entropy": 0.2},
+         "zero_gap": 3, "entropy": 0.2, "rounding": 2},
         '{"skipped_steps": 1, "log_prob": 0.1, "log_ratio": 0.5, "outside_band": 0.9, "degenerate": 0.9, '
-        '"truncated": null, "zero_gap": 3, "entropy": 0.2}',
+        '"truncated": null, "zero_gap": 3, "entropy": 0.2, "rounding": 2}',
     ),
 }  # fmt: skip
 

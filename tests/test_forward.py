@@ -11,7 +11,7 @@ from plain_logits import gather, make_rows, reference, targets
 from trainers import make_trainer
 
 from camopd.balance import score_batches
-from camopd.forward import in_length_sorted_batches
+from camopd.forward import FORWARD_COST, in_length_sorted_batches
 from camopd.logprobs import completion_logps
 
 
@@ -30,7 +30,7 @@ def test_batches_run_longest_first_without_gradient_and_rows_come_back_in_order(
     assert [length for call in calls for length in call] == sorted(map(len, token_ids), reverse=True)
     assert calls == [
         [len(token_ids[row]) for row in batch]
-        for batch in score_batches([len(ids) for ids in token_ids], batch_size, padding_free=False)
+        for batch in score_batches([len(ids) for ids in token_ids], batch_size, False, FORWARD_COST)
     ]
 
     full = reference(model, token_ids, prompt_lens)

@@ -14,12 +14,14 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_forward, make_model, make_summary, make_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from steps import FakeSampler, use_sampler
@@ -27,16 +29,16 @@ from train_tiny import fsdp_on_cpu
 from trainers import BrokenTeacher, lines, make_trainer
 from trl import TrlParser
 
-from camopd import CaMOPDConfig
+from camopd import CaMOPDConfig, TokenScores
 from camopd.callbacks.guards import Guards, says_nothing
 from camopd.errors import CaMOPDError, GuardError
-from camopd.guards import GUARDS, log_ratio_bound, settle
+from camopd.guards import GUARDS, log_ratio_bound, rounding_bound, settle
 from camopd.metrics import of_branch
 from camopd.optimizer import local
 from camopd.rollouts import load_rollouts
 from camopd.samples import Sample
 from camopd.scoring import Scorer
-from camopd.step import StepCallback
+from camopd.step import Step, StepCallback
 from camopd.teachers.local import LocalTeacher
 
 
@@ -491,6 +493,119 @@ def test_gaps_of_exactly_0_are_warned_of_from_a_branchs_second_step_on(tmp_path,
     assert text.startswith("step 3 (general): all gaps of branch 'general' are exactly 0")
     found = run(tmp_path / "off", make_model(1), learning_rate=0.0, max_steps=6, guards={"zero_gap": None})
     assert len(found) == 1
+
+
+class Rounds(BrokenTeacher):
+    """In some steps, counted from 0, the student in batches of its own, off by a share of the bound; in others -1 nats."""
+
+    name = "rounds"
+
+    def __init__(self, share, steps=(1,)):
+        super().__init__(-1.0)
+        self.share, self.steps = share, steps
+
+    def score(self, token_ids, prompt_lens, top_k=0):
+        if self.trainer.state.global_step not in self.steps:
+            return super().score(token_ids, prompt_lens, top_k)
+        with torch.no_grad():
+            rows = [
+                self.trainer.student.logps([ids], [at])[0][0] for ids, at in zip(token_ids, prompt_lens, strict=True)
+            ]
+        bound = rounding_bound(GUARDS["rounding"].default, torch.float32, max(float(row.abs().max()) for row in rows))
+        return [TokenScores(row + self.share * bound) for row in rows]
+
+
+def run_with(teacher, folder, tokenizer, **settings):
+    """A run in which a branch of its own has this teacher from the second step on, and what has moved."""
+    moves = Moves()
+    settings = {"schedule": "general:1,domain:9", "max_steps": 3, "guards": {"truncated": None}, **settings}
+    trainer = make_trainer(
+        folder, tokenizer, callbacks=[moves], teachers={"general": make_model(2), "domain": teacher}, **settings
+    )
+    teacher.trainer = trainer
+    trainer.train()
+    return moves.found, lines(folder)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer_moments": "per_branch"}, {"student_logps": "engine"}], ids=str)
+def test_step_whose_gaps_are_all_rounding_is_skipped_and_says_so(settings, tmp_path, tokenizer, warnings):
+    moved, found = run_with(Rounds(0), tmp_path, tokenizer, **settings)
+    assert moved == [True, False, True]  # Adam has moments of the step before
+    assert [line["guard/skipped"] for line in found] == [line["guard/rounding"] for line in found] == [0, 1, 0]
+    assert found[1]["update/changed_share"] == 0
+    (text,) = warnings()
+    assert re.match(r"step 2 \(domain\): all gaps are (rounding, at most \S+ nats|exactly 0): .* is skipped", text)
+
+
+def test_gap_of_some_roundings_more_and_one_token_with_a_gap_are_stepped_on(tmp_path, tokenizer, warnings):
+    assert run_with(Rounds(2.0), tmp_path / "gap", tokenizer)[0] == [True] * 3
+
+    class OneToken(Rounds):
+        def score(self, *args):
+            answers = super().score(*args)
+            answers[-1].logps[0] -= 1e-3
+            return answers
+
+    assert run_with(OneToken(0), tmp_path / "token", tokenizer)[0] == [True] * 3
+    assert (
+        run_with(Rounds(0), tmp_path / "off", tokenizer, guards={"rounding": None, "truncated": None})[0] == [True] * 3
+    )
+    assert warnings() == []
+
+
+def test_step_of_two_branches_is_skipped_where_both_are_rounding(tmp_path, tokenizer, warnings):
+    moved, found = run_with(Rounds(0), tmp_path, tokenizer, schedule="general:1+domain:1", max_steps=2)
+    assert moved == [True, True] and [line["guard/rounding"] for line in found] == [0, 0]
+    assert warnings() == []
+
+
+def test_gaps_of_exactly_0_are_skipped_and_no_skip_counts_as_one_that_is_not_finite(tmp_path, tokenizer, warnings):
+    moves = Moves()
+    teachers = {"general": make_model(1), "domain": make_model(1)}
+    settings = {"max_steps": 5, "weight_decay": 0.1, "guards": {"skipped_steps": 0, "truncated": None}}
+    make_trainer(tmp_path, tokenizer, teachers=teachers, callbacks=[moves], **settings).train()
+    assert moves.found == [False] * 5  # not even by weight decay
+    assert {line["guard/skipped"] for line in lines(tmp_path)} == {1}
+    assert sum("all gaps are exactly 0" in text for text in warnings()) == 5
+
+
+def test_small_gap_of_a_teacher_in_the_students_batches_is_never_rounding(tmp_path, tokenizer):
+    """There equal weights give exactly 0, so whatever else comes out is of other weights."""
+    teacher = make_model(1)
+    with torch.no_grad():  # by an ulp or so
+        teacher.lm_head.weight.mul_(1 + 2**-23)
+    moves = Moves()
+    teachers = {"general": teacher, "domain": make_model(1)}
+    make_trainer(tmp_path, tokenizer, teachers=teachers, callbacks=[moves], max_steps=1).train()
+    (line,) = lines(tmp_path)
+    assert 0 < line["gap/general/abs_mean"] < 1e-6 and moves.found == [True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 2**31), st.integers(1, 40),
+    st.floats(0.5, 8), st.floats(-9, 1),
+)  # fmt: skip
+def test_rounded_logits_of_one_model_are_rounding_and_a_gap_beyond_that_is_not(dtype, seed, tokens, spread, exponent):
+    """Log-probs in float64, of logits as they are and rounded to the dtype, and of those of another model."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, tokens, 50, generator=generator, dtype=torch.float64)
+    logits = spread * draw()
+    other = logits + 10**exponent * draw()
+    exact, rounded, exact_other, rounded_other = (
+        each.log_softmax(dim=-1)[:, 0] for each in (logits, logits.to(dtype).double(), other, other.to(dtype).double())
+    )
+    # At most one rounding of the logit and one of the log-sum-exp, which moves by no more than the largest of its terms.
+    unit, largest = torch.finfo(dtype).eps / 2, max(logits.abs().max().item(), other.abs().max().item())
+    noise = 2 * unit * largest
+    assert (rounded - exact).abs().max() <= noise <= rounding_bound(2, dtype, largest)
+    limit = rounding_bound(GUARDS["rounding"].default, dtype, max(exact.abs().max(), rounded_other.abs().max()).item())
+    row = {"num_tokens": tokens, "logp_largest": max(rounded.abs().max(), rounded_other.abs().max()).item()}
+    guards = Guards(SimpleNamespace(guards=settle(None), learning_rate=1.0), {}, False, dtype)
+    step = Step(0, ("b",))
+    step.summaries = [make_summary(gap_largest=(rounded_other - rounded).abs().max().item(), **row)]
+    if (exact_other - exact).abs().max() > limit + 2 * noise:
+        assert not guards._is_rounding(step, "b")
 
 
 def test_gaps_of_exactly_0_before_the_first_update_of_a_warm_up_are_not_warned_of(tmp_path, tokenizer, warnings):

@@ -120,7 +120,8 @@ def test_server_scores_while_the_student_does(tmp_path, tokenizer, start_server)
 
     def slow_forward(*args, **kwargs):
         if slow:
-            time.sleep(0.2)  # in each of four
+            slow.clear()
+            time.sleep(0.8)  # the first of one or more
         return forward(*args, **kwargs)
 
     def score_slowly(*args, **kwargs):

@@ -79,7 +79,7 @@ class Diagnostics(StepCallback):
         """Sketches of all ranks' samples, by position; `None` where the model's layers are not called as they must be."""
         table = torch.zeros(self._args.prompts_per_step, gradients.SAMPLE_WIDTH, device=self._args.device)
         self._model.eval()
-        for batch, inputs in self._batcher.of_this_rank(samples, step.terms):
+        for batch, inputs in self._batcher.of_this_rank(samples, step):
             lengths = [len(ids) for ids in inputs.token_ids]
             found = gradients.sample_sketches(self._before, self._layers, partial(self._loss_of, inputs), lengths)
             if not found:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from ..guards import log_ratio_bound, stop
+from ..guards import log_ratio_bound, rounding_bound, stop
 from ..rejected import keep, keeping, said
 from ..samples import SampleSummary
 from ..step import Step, StepCallback
@@ -33,17 +33,26 @@ class Guards(StepCallback):
     saved.
     """
 
-    def __init__(self, args: Any, scores: Mapping[str, str], deepspeed: bool, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        args: Any,
+        scores: Mapping[str, str],
+        deepspeed: bool,
+        dtype: torch.dtype = torch.float32,
+        exact: Collection[str] = (),
+    ):
         """
         Args:
             args: of the run; `args.guards` has the thresholds.
             scores: kind of each branch's score, "absolute" or "positive".
             deepspeed: whether DeepSpeed steps the optimizer.
             dtype: that the student computes in.
+            exact: branches whose teacher scores in the very batches of the student, and so without any rounding between.
         """
         self._args, self._limits, self._scores = args, args.guards, scores
-        self._deepspeed, self._dtype = deepspeed, dtype
+        self._deepspeed, self._dtype, self._exact = deepspeed, dtype, exact
         self._skipped = 0  # steps in a row
+        self._rounding = False  # whether the gaps of the step under way are all rounding
         self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
         self._steps: Counter[str] = Counter()  # of each branch, since the start or resume
@@ -56,6 +65,8 @@ class Guards(StepCallback):
         """Look at completions, gaps and entropies of all ranks."""
         self._step = step
         step.metrics["guard/skipped"] = 0.0
+        self._rounding = all(self._is_rounding(step, branch) for branch in step.branches)
+        step.metrics["guard/rounding"] = float(self._rounding)
         tokens = sum(row.num_ratios for row in step.summaries)
         self._look_at_sampler(step, sum(row.log_ratio for row in step.summaries) / max(1, tokens), step.lag)
         self._look_at_sampler(step, step.ahead_log_ratio, lag=0)
@@ -115,6 +126,19 @@ class Guards(StepCallback):
                 "is learned from it. Check the teacher of that branch, and the learning rate",
             )  # fmt: skip
 
+    def _is_rounding(self, step: Step, branch: str) -> bool:
+        """Whether no gap of a branch's tokens is more than two computations of one model differ by."""
+        roundings = self._limits["rounding"]
+        rows = [row for row in step.summaries if row.branch == branch and row.num_tokens]
+        if roundings is None or not rows:
+            return False
+        largest = max(row.gap_largest for row in rows)
+        if branch in self._exact and not step.engine_logps:
+            return largest == 0
+        if step.engine_logps and any(row.num_ratios < row.num_tokens for row in rows):
+            return False  # without a log-prob of the engine a gap counts as 0 at selection, and not in the loss
+        return largest <= rounding_bound(roundings, self._dtype, max(row.logp_largest for row in rows))
+
     def _look_at_entropy(self, step: Step, branch: str) -> None:
         limit, now = self._limits["entropy"], step.metrics[f"rollout/{branch}/entropy"]
         if limit is None or not math.isfinite(now):  # not computed with the engine's log-probs
@@ -146,6 +170,8 @@ class Guards(StepCallback):
         wrong = _of_losses(step.broken_losses) or _of_norm(math.inf if skipped else step.metrics.get("grad_norm", 0.0))
         if not wrong:
             self._skipped = 0
+            if self._rounding:
+                self._skip_rounding(step, optimizer)
             return
         if not step.broken_losses:
             wrong += f", of the {len(step.kept)} samples that were kept ({places(list(step.kept))})"
@@ -157,8 +183,7 @@ class Guards(StepCallback):
             with keeping(step, self._args):
                 raise stop("skipped_steps", limit, f"{wrong}. Look at the learning rate, the weights and the teachers")
         if not self._deepspeed:
-            for param in (param for group in optimizer.param_groups for param in group["params"]):
-                param.grad = None
+            _forget_gradients(optimizer)
         step.metrics["guard/skipped"] = 1.0
         logger.warning(
             "%s: %s. This optimizer step is skipped, weights and moments stay as they are; %s%s", said(step), wrong,
@@ -166,10 +191,28 @@ class Guards(StepCallback):
             keep(step, self._args, wrong),
         )  # fmt: skip
 
+    def _skip_rounding(self, step: Step, optimizer: Any) -> None:
+        """Adam divides a gradient by its own size: of rounding it would make a step as long as any other, and of zeros one
+        more along the moments of other branches."""
+        largest = max(row.gap_largest for row in step.summaries)
+        what = "exactly 0" if largest == 0 else f"rounding, at most {largest:.2g} nats"
+        if self._deepspeed:
+            done = "DeepSpeed has stepped all the same"
+        else:
+            _forget_gradients(optimizer)
+            step.metrics["guard/skipped"] = 1.0
+            done = "This optimizer step is skipped, weights and moments stay as they are"
+        logger.warning(
+            "%s: all gaps are %s: its teacher says what the student says. %s (guards: rounding).",
+            said(step),
+            what,
+            done,
+        )
+
     def on_step_closed(self, step: Step) -> None:
         """The band, which is known after the update."""
         self._step = None  # and with it its samples
-        self._updated |= step.metrics["learning_rate"] > 0 and not step.metrics["guard/skipped"]
+        self._updated |= step.metrics["learning_rate"] > 0 and (self._rounding or not step.metrics["guard/skipped"])
         limit = self._limits["outside_band"]
         outside = step.metrics.get("importance/outside_band", 0.0)
         if limit is not None and step.metrics["importance/active"] and outside > limit:
@@ -191,6 +234,12 @@ class Guards(StepCallback):
 def says_nothing(row: SampleSummary) -> bool:
     """Whether a completion is empty, an end of sequence alone, or one token repeated."""
     return row.length == 0 or (row.length == 1 and not row.truncated) or row.repeats
+
+
+def _forget_gradients(optimizer: Any) -> None:
+    """Without gradients no optimizer moves a weight or a moment."""
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        param.grad = None
 
 
 def places(positions: list[int]) -> str:

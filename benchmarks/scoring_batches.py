@@ -1,0 +1,178 @@
+"""Scoring in the process by how many rows share a forward, for completions of log-normal length.
+
+    python benchmarks/scoring_batches.py [--rounds 5] [--rows 24] [--median 16] [--cap 256] [--model FOLDER]
+
+The lengths are those of benchmarks/step.py, the model is SmolLM2-135M from its wheel unless told otherwise. Every way to
+cut the rows into forwards is timed in turn, in one process, after a round to warm up: so many rows each, as many forwards
+as twice the root of the number of rows, and what `score_batches` chooses. A line fitted through forwards of growing size
+gives what a forward costs beside its tokens (`FORWARD_COST` in camopd/forward.py). Writes
+benchmarks/results/scoring_batches.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring import (
+    KEEP_PAGES,
+    RESULTS,
+    base_model,
+    in_fresh_process,
+    log_normal_lengths,
+    peak,
+    reset_peak,
+    run,
+    versions,
+    write_report,
+)
+
+
+PROMPT = 8
+CHOSEN, ROOT = "chosen", "twice the root"
+SIZES = (16, 32, 64, 128, 256, 512)  # tokens of a forward, for the line
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--median", type=int, default=16, help="tokens of a completion")
+    parser.add_argument("--cap", type=int, default=256)
+    parser.add_argument("--model", help="folder of a causal language model")
+    parser.add_argument("--report", type=Path, default=RESULTS / "scoring_batches.md")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        job = {name: getattr(options, name) for name in ("rounds", "rows", "median", "cap")}
+        found = in_fresh_process(__file__, {**job, "model": base_model(options.model, folder)}, KEEP_PAGES)
+    write_report(report(found, options), options.report)
+
+
+# ------------------------------------------------------------------------------------------------------ one process
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of each way to cut the rows, and of forwards of growing size: medians over the rounds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from camopd.balance import score_batches
+    from camopd.forward import FORWARD_COST, Forward
+
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype).to("cuda" if on_gpu else "cpu").eval()
+    forward = Forward(
+        model,
+        lambda function, *args, **_: function(model, *args),
+        model,
+        torch.no_grad,
+        10**6,
+        0,
+        False,
+        "the student",
+    )
+    lengths = [PROMPT + length for length in log_normal_lengths(job["rows"], job["median"], job["cap"])]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(100 % model.config.vocab_size, model.config.vocab_size, (length,), generator=generator).tolist()
+            for length in lengths]  # fmt: skip
+    order = sorted(range(len(rows)), key=lambda row: -lengths[row])
+    ways = {str(size): chunks(order, size) for size in rows_per_forward(len(rows))}
+    ways[ROOT] = [list(each) for each in torch.tensor(order).tensor_split(2 * math.isqrt(len(order)))]
+    ways[CHOSEN] = score_batches(lengths, 10**6, False, FORWARD_COST)
+
+    def seconds(batches: list[list[int]]) -> tuple[float, float]:
+        started, cpu = time.perf_counter(), time.process_time()
+        with torch.no_grad():
+            for batch in batches:
+                logps, _ = forward.logps([rows[row] for row in batch], [PROMPT] * len(batch), with_entropy=True)
+                assert logps.cpu().isfinite().all()
+        return time.perf_counter() - started, time.process_time() - cpu
+
+    line = {size: [list(range(len(rows), len(rows) + 1))] for size in SIZES}
+    found: dict[Any, list[tuple[float, float]]] = {name: [] for name in (*ways, *SIZES)}
+    for number in range(1 + job["rounds"]):
+        for name, batches in ways.items():
+            taken = seconds(batches)
+            found[name] += [taken] if number else []
+        for size, batches in line.items():
+            rows[len(lengths) :] = [(rows[order[0]] * math.ceil(size / len(rows[order[0]])))[:size]]
+            taken = seconds(batches)
+            found[size] += [taken] if number else []
+    peaks = {}
+    for name, batches in ways.items():
+        before = reset_peak()
+        seconds(batches)
+        peaks[name] = peak() - before
+    median = {
+        name: [statistics.median(column) for column in zip(*taken, strict=True)] for name, taken in found.items()
+    }
+    return {
+        "ways": {
+            name: {
+                "forwards": len(batches),
+                "tokens": sum(len(batch) * max(lengths[row] for row in batch) for batch in batches),
+                "seconds": median[name][0], "CPU": median[name][1], "peak": peaks[name],
+            }
+            for name, batches in ways.items()
+        },
+        "tokens": sum(lengths),
+        "line": [(size, median[size][1 - on_gpu]) for size in SIZES],
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+    }  # fmt: skip
+
+
+def rows_per_forward(rows: int) -> list[int]:
+    return [size for size in (1, 2, 3, 4, 6, 8, 12, 24, 48, 96, 192) if size < rows] + [rows]
+
+
+def chunks(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def report(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    import numpy as np
+
+    slope, intercept = np.polyfit(*zip(*found["line"], strict=True), 1)
+    rows = [
+        "# Rows that share a forward of scoring",
+        "",
+        f"{options.rows} rows of {found['tokens']} tokens together: a prompt of {PROMPT}, and a completion of log-normal "
+        f"length (median {options.median}, sigma 1, at most {options.cap}).",
+        "",
+        "| rows of a forward | forwards | tokens, padding included | seconds | CPU seconds | peak above start (MiB) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, way in found["ways"].items():
+        times = f"{way['seconds']:.3f} | {way['CPU']:.3f}"
+        rows.append(f"| {name} | {way['forwards']} | {way['tokens']} | {times} | {way['peak']:.0f} |")
+    old, new = found["ways"][ROOT], found["ways"][CHOSEN]
+    return [
+        *rows,
+        "",
+        f"Chosen / twice the root: {new['CPU'] / old['CPU']:.2f} in CPU seconds, {new['seconds'] / old['seconds']:.2f} in "
+        "seconds.",
+        "",
+        "| tokens of one forward | seconds |",
+        "|---|---|",
+        *(f"| {size} | {seconds:.4f} |" for size, seconds in found["line"]),
+        "",
+        f"A line through these: {1000 * intercept:.0f} ms and {1000 * slope:.2f} ms a token, so a forward costs as much as "
+        f"{intercept / slope:.0f} tokens beside its own.",
+        "",
+        f"Medians of {options.rounds} rounds in turn. {found['device']}, {len(os.sched_getaffinity(0))} CPU cores, "
+        f"{versions()}.",
+    ]
+
+
+if __name__ == "__main__":
+    run(main, measure)
