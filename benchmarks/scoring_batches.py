@@ -4,8 +4,8 @@
 
 The lengths are those of benchmarks/step.py, the model is SmolLM2-135M from its wheel unless told otherwise. Every way to
 cut the rows into forwards is timed in turn, in one process, after a round to warm up: so many rows each, as many forwards
-as twice the root of the number of rows, and what `score_batches` chooses. A line fitted through forwards of growing size
-gives what a forward costs beside its tokens (`FORWARD_COST` in camopd/forward.py). Writes
+as twice the root of the number of rows, and what `score_batches` chooses. A least-squares fit of their times by forwards
+and tokens gives what a forward costs beside its tokens (`FORWARD_COST` in camopd/forward.py). Writes
 benchmarks/results/scoring_batches.md.
 """
 
@@ -26,8 +26,6 @@ from measuring import (
     base_model,
     in_fresh_process,
     log_normal_lengths,
-    peak,
-    reset_peak,
     run,
     versions,
     write_report,
@@ -36,7 +34,6 @@ from measuring import (
 
 PROMPT = 8
 CHOSEN, ROOT = "chosen", "twice the root"
-SIZES = (16, 32, 64, 128, 256, 512)  # tokens of a forward, for the line
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each way to cut the rows, and of forwards of growing size: medians over the rounds."""
+    """Seconds of each way to cut the rows: medians over the rounds."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -95,21 +92,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
                 assert logps.cpu().isfinite().all()
         return time.perf_counter() - started, time.process_time() - cpu
 
-    line = {size: [list(range(len(rows), len(rows) + 1))] for size in SIZES}
-    found: dict[Any, list[tuple[float, float]]] = {name: [] for name in (*ways, *SIZES)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(1 + job["rounds"]):
         for name, batches in ways.items():
             taken = seconds(batches)
             found[name] += [taken] if number else []
-        for size, batches in line.items():
-            rows[len(lengths) :] = [(rows[order[0]] * math.ceil(size / len(rows[order[0]])))[:size]]
-            taken = seconds(batches)
-            found[size] += [taken] if number else []
-    peaks = {}
-    for name, batches in ways.items():
-        before = reset_peak()
-        seconds(batches)
-        peaks[name] = peak() - before
     median = {
         name: [statistics.median(column) for column in zip(*taken, strict=True)] for name, taken in found.items()
     }
@@ -118,18 +105,17 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             name: {
                 "forwards": len(batches),
                 "tokens": sum(len(batch) * max(lengths[row] for row in batch) for batch in batches),
-                "seconds": median[name][0], "CPU": median[name][1], "peak": peaks[name],
+                "seconds": median[name][0], "CPU seconds": median[name][1],
             }
             for name, batches in ways.items()
         },
         "tokens": sum(lengths),
-        "line": [(size, median[size][1 - on_gpu]) for size in SIZES],
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
     }  # fmt: skip
 
 
 def rows_per_forward(rows: int) -> list[int]:
-    return [size for size in (1, 2, 3, 4, 6, 8, 12, 24, 48, 96, 192) if size < rows] + [rows]
+    return [size for size in (1, 2, 4, 8, 16, 64) if size < rows] + [rows]
 
 
 def chunks(order: list[int], size: int) -> list[list[int]]:
@@ -142,32 +128,30 @@ def chunks(order: list[int], size: int) -> list[list[int]]:
 def report(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     import numpy as np
 
-    slope, intercept = np.polyfit(*zip(*found["line"], strict=True), 1)
+    ways = found["ways"].values()
+    timed = "CPU seconds" if found["device"] == "CPU" else "seconds"  # these count where other work shares the cores
+    work = np.array([(way["forwards"], way["tokens"]) for way in ways], dtype=float)
+    (forward, token), *_ = np.linalg.lstsq(work, np.array([way[timed] for way in ways]), rcond=None)
     rows = [
         "# Rows that share a forward of scoring",
         "",
         f"{options.rows} rows of {found['tokens']} tokens together: a prompt of {PROMPT}, and a completion of log-normal "
         f"length (median {options.median}, sigma 1, at most {options.cap}).",
         "",
-        "| rows of a forward | forwards | tokens, padding included | seconds | CPU seconds | peak above start (MiB) |",
-        "|---|---|---|---|---|---|",
+        "| rows of a forward | forwards | tokens, padding included | seconds | CPU seconds |",
+        "|---|---|---|---|---|",
     ]
     for name, way in found["ways"].items():
-        times = f"{way['seconds']:.3f} | {way['CPU']:.3f}"
-        rows.append(f"| {name} | {way['forwards']} | {way['tokens']} | {times} | {way['peak']:.0f} |")
+        times = f"{way['seconds']:.3f} | {way['CPU seconds']:.3f}"
+        rows.append(f"| {name} | {way['forwards']} | {way['tokens']} | {times} |")
     old, new = found["ways"][ROOT], found["ways"][CHOSEN]
     return [
         *rows,
         "",
-        f"Chosen / twice the root: {new['CPU'] / old['CPU']:.2f} in CPU seconds, {new['seconds'] / old['seconds']:.2f} in "
-        "seconds.",
+        f"Chosen / twice the root, {timed}: {new[timed] / old[timed]:.2f}.",
         "",
-        "| tokens of one forward | seconds |",
-        "|---|---|",
-        *(f"| {size} | {seconds:.4f} |" for size, seconds in found["line"]),
-        "",
-        f"A line through these: {1000 * intercept:.0f} ms and {1000 * slope:.2f} ms a token, so a forward costs as much as "
-        f"{intercept / slope:.0f} tokens beside its own.",
+        f"A fit through these: {1000 * forward:.0f} ms a forward and {1000 * token:.2f} ms a token, so a forward costs as "
+        f"much as {forward / token:.0f} tokens beside its own.",
         "",
         f"Medians of {options.rounds} rounds in turn. {found['device']}, {len(os.sched_getaffinity(0))} CPU cores, "
         f"{versions()}.",

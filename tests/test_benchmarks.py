@@ -127,12 +127,11 @@ def test_step_counts_the_tokens_of_the_rows(tiny):
 
 def test_scoring_batches_times_every_way_to_cut_the_rows(tiny, tmp_path, monkeypatch):
     run_here(monkeypatch, scoring_batches)
-    script_peaks(monkeypatch, scoring_batches)
     report = tmp_path / "report.md"
     sizes = ["--rows", "9", "--median", "6", "--cap", "12", "--rounds", "1"]
     scoring_batches.main([*sizes, "--model", str(tiny), "--report", str(report)])
-    forwards, tokens, seconds, cpu, peak = cells(report, "1")
-    assert forwards == 9 and seconds > 0 and cpu > 0 and peak == 7
+    forwards, tokens, seconds, cpu = cells(report, "1")
+    assert forwards == 9 and seconds > 0 and cpu > 0
     assert cells(report, "9")[0] == 1 and cells(report, "twice the root")[0] == 6
     assert tokens <= cells(report, "chosen")[1] <= cells(report, "9")[1]  # padding
     assert "a forward costs as much as" in report.read_text()

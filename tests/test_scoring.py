@@ -82,6 +82,7 @@ def test_tokens_without_a_log_prob_of_the_engine_have_no_gap_at_selection(tmp_pa
     assert metrics["gap/general/abs_mean"] == 0
     assert metrics["selection/general/degenerate"] == 1
     assert metrics["loss"] != 0  # Eq. 1 in the loss is of the trainer
+    assert metrics["guard/rounding"] == 0
     assert "gave no log-prob for" in caplog.text
 
 

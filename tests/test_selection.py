@@ -20,13 +20,14 @@ def test_dropped_samples_cost_no_forward_or_backward(tmp_path, tokenizer, monkey
     assert seen == [1]  # one sample holds 1 % of the mass; three of the four micro-steps do nothing
 
 
-def test_domain_first_step_on_a_fresh_student_is_reported_degenerate_and_taken(tmp_path, tokenizer):
+def test_domain_first_step_on_a_fresh_student_is_reported_degenerate_and_skipped(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, schedule="domain:1,general:1", max_steps=2)
     trainer.train()
     first, second = lines(tmp_path)
     assert first["selection/domain/degenerate"] == 1
     assert first["selection/domain/kept_fraction"] == 1
     assert first["loss"] == 0
+    assert first["guard/skipped"] == 1 and second["guard/skipped"] == 0
     assert first["selection/domain/mass"] is None
     assert second["selection/general/degenerate"] == 0
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
