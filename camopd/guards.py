@@ -78,9 +78,9 @@ def rounding_bound(roundings: float, dtype: torch.dtype, largest: float) -> floa
     """How far two computations of one model's log-prob may lie apart, in nats, by as many `roundings` to `dtype`.
 
     A log-prob is a logit less the log-sum-exp. A rounding moves a logit by at most u = eps / 2 of its magnitude, and of all
-    that is known here the `largest` log-prob in magnitude is next to that: logits spread by as much. In float32 the sums
-    inside of matrix products round as well, which 16-bit types leave to float32: a rounding counts four there (measured as
-    above: 18 in place of 4.1).
+    that is known here the teacher's `largest` log-prob in magnitude is next to that: logits spread by as much. In float32
+    the sums inside of matrix products round as well, which 16-bit types leave to float32: a rounding counts four there
+    (measured as above: 18 in place of 4.1).
     """
     dtype = _rounds_as(dtype)
     return roundings * (4 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps / 2 * largest

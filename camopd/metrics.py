@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from .samples import Sample, SampleSummary
 
@@ -24,7 +23,6 @@ def summary(
     """A scored sample's sums over its sampled tokens: what the means over a branch, of any grouping, are made from."""
     gaps = sample.gaps[sample.mask].double()
     stride = max(1, math.ceil(len(gaps) / GAP_SAMPLES))
-    logps = torch.cat([sample.teacher_logps[sample.mask], sample.student_logps[sample.mask]])
     ratios = gaps[:0]  # of the trainer to the engine
     if sample.rollout_logps is not None:
         ratios = (sample.student_logps - sample.rollout_logps)[sample.mask & ~sample.rollout_logps.isnan()].double()
@@ -44,7 +42,7 @@ def summary(
         gap_positive=gaps.clamp(min=0).sum().item(),
         gap_square=gaps.square().sum().item(),
         gap_largest=gaps.abs().max().item() if len(gaps) else 0.0,
-        logp_largest=logps.abs().max().item() if len(logps) else 0.0,
+        logp_largest=sample.teacher_logps[sample.mask].abs().max().item() if len(gaps) else 0.0,
         teacher_logp=sample.teacher_logps[sample.mask].double().sum().item(),
         entropy=sample.entropy[sample.mask].double().sum().item(),
         gap_samples=tuple(gaps[::stride].tolist()) if gap_samples else (),  # most of what there is to send

@@ -100,7 +100,7 @@ class SampleSummary:
     log_ratio: float = 0.0  # sum of |student's log-prob at scoring - engine's|, over `num_ratios` of its tokens
     num_ratios: int = 0  # for which the engine gave one
     gap_largest: float = 0.0  # |gap| of a token
-    logp_largest: float = 0.0  # magnitude of a token's log-prob, the teacher's or the student's
+    logp_largest: float = 0.0  # magnitude of the teacher's log-prob of a token
 
 
 class LossTerms(NamedTuple):

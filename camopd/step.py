@@ -118,6 +118,7 @@ class Step:
         record["loss"] = sum(loss for loss, _ in parts) / len(parts)
         if self.has_rollout_logps:
             record.update(self.importance.summary(gather))
+            record["importance/engine_logps"] = float(self.engine_logps)
         record["rollout/lag"] = float(self.lag)
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]
         for branch, clock in self.clocks.items():

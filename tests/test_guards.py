@@ -566,7 +566,8 @@ def test_gaps_of_exactly_0_are_skipped_and_no_skip_counts_as_one_that_is_not_fin
     make_trainer(tmp_path, tokenizer, teachers=teachers, callbacks=[moves], **settings).train()
     assert moves.found == [False] * 5  # not even by weight decay
     assert {line["guard/skipped"] for line in lines(tmp_path)} == {1}
-    assert sum("all gaps are exactly 0" in text for text in warnings()) == 5
+    assert sum("all gaps are exactly 0: " in text for text in warnings()) == 5
+    assert sum("zero_gap" in text for text in warnings()) == 1  # the second step of a branch, as if they were taken
 
 
 def test_small_gap_of_a_teacher_in_the_students_batches_is_never_rounding(tmp_path, tokenizer):

@@ -61,7 +61,6 @@ class EngineLogps(StepCallback):
 
     def on_step_closed(self, step: Step) -> None:
         """See how far apart trainer and engine were, over all ranks."""
-        step.metrics["importance/engine_logps"] = float(step.engine_logps)
         tokens = sum(row.num_ratios for row in step.summaries)
         log_ratio = math.nan
         if tokens:
