@@ -68,8 +68,7 @@ class CaMOPDConfig(DistillationConfig):
         student_logps (`str`, *optional*, defaults to `"trainer"`):
             Source of the student log-probs used for scoring at selection: `"trainer"` computes them in a forward of
             its own, `"engine"` takes those of the rollout engine (vLLM or transformers) and saves that forward, `"auto"`
-            takes the engine's where a branch's latest step has shown that they are as good: see docs/scale.md.
-            `importance/log_ratio` says how far the two are from each other.
+            does so where `importance/log_ratio`, their distance, has been small against the gaps (docs/scale.md).
         loss_prefix_tokens (`int`, *optional*):
             Score and train only the first so many tokens of each completion. By default all.
         optimizer_moments (`str`, *optional*, defaults to `"shared"`):
@@ -254,9 +253,7 @@ class CaMOPDConfig(DistillationConfig):
     )
     student_logps: str = field(
         default="trainer",
-        metadata={
-            "help": "Student's log-probs at selection: of the 'trainer' (one more forward), 'engine' or 'auto'."
-        },
+        metadata={"help": "Student's log-probs at selection: of 'trainer' (one more forward), 'engine' or 'auto'."},
     )
     loss_prefix_tokens: int | None = field(
         default=None, metadata={"help": "Score and train only the first so many tokens of each completion."}

@@ -21,7 +21,13 @@ AUTO = {"student_logps": "auto", "schedule": "general:1,domain:1", "max_steps": 
 
 def make_callback(student_logps="auto", dtype=torch.float32, **settings):
     args = SimpleNamespace(
-        **{"student_logps": student_logps, "disable_dropout": True, "needs_entropy": False, **settings}
+        **{
+            "student_logps": student_logps,
+            "disable_dropout": True,
+            "needs_entropy": False,
+            "rollout_lag": 0,
+            **settings,
+        }
     )
     return EngineLogps(args, SimpleNamespace(engine_logps=False), dtype, args.needs_entropy)
 
@@ -127,6 +133,7 @@ def test_auto_takes_the_trainers_in_a_mixed_step_with_a_branch_that_has_shown_no
     [
         ({}, True),
         ({"disable_dropout": False}, False),  # the loss's forward drops, and generation does not
+        ({"rollout_lag": 1}, False),  # the engine has the weights of before the last update
         ({"needs_entropy": True}, False),  # the forward is made anyway
         ({"student_logps": "engine", "disable_dropout": False}, True),  # as asked for
     ],

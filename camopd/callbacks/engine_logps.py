@@ -41,8 +41,8 @@ class EngineLogps(StepCallback):
         """
         self._scorer, self._dtype = scorer, dtype
         self._always = args.student_logps == "engine"
-        # With dropout the loss's forward differs from the engine by more than rounding.
-        self._never = needs_entropy or not args.disable_dropout
+        # With dropout, or an update between, the engine's log-probs are others than the loss's by more than rounding.
+        self._never = needs_entropy or not args.disable_dropout or bool(args.rollout_lag)
         self._as_good: dict[str, bool] = {}  # of each branch, by its latest step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
