@@ -85,9 +85,11 @@ def run(command: str, argv: list[str]) -> None:
     """What a subcommand does with its words."""
     arguments: Sequence[Any] = [argv]
     if command in ("train", "check"):
+        from .early import check_early
         from .run import config_and_overrides
 
-        arguments = config_and_overrides(f"camopd {command}", argv)  # before torch: --help is quick
+        arguments = config_and_overrides(f"camopd {command}", argv)  # before torch: --help is quick, and so are errors
+        check_early(*arguments)
     if command == "demo":  # read when the libraries are imported: the demo fetches nothing and reports to nobody
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

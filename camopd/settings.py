@@ -71,6 +71,15 @@ def list_of_settings() -> str:
     return "\n".join(lines).strip("\n")
 
 
+def values_of(package: str, file: str, enumeration: str) -> tuple[str, ...]:
+    """The values of an enumeration of texts, read from its source."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == enumeration)
+    return tuple(str(ast.literal_eval(node.value)) for node in body if isinstance(node, ast.Assign))
+
+
 def _default_and_help(value: ast.expr | None, constants: dict[str, str]) -> tuple[str, str]:
     if not (isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field")):
         return ("required" if value is None else ast.unparse(value)), ""

@@ -75,11 +75,17 @@ class MetricsFile(StepCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the best model was loaded, say that what was measured after it is of another one."""
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if not args.load_best_model_at_end:
+            return
+        if state.best_model_checkpoint is not None:  # which another rank may not see
             self._loaded = int(state.best_global_step)
-            self._write_evaluation({"step": self._loaded, "loaded": True})
+        self._write_evaluation({} if self._loaded is None else {"step": self._loaded, "loaded": True})
 
     def _write_evaluation(self, record: dict[str, Any]) -> None:
+        """Add a line, if any. Called by all ranks."""
+        if not record:
+            self._on_first(lambda path: None, HELD_OUT)
+            return
         self._on_first(lambda path: _append(path, f"{json.dumps(record)}\n".encode(), flush=True), HELD_OUT)
 
     def _on_first(self, work: Callable[[Path], None], name: str = METRICS) -> None:

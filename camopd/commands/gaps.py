@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
+from ..early import check_early
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers, read_settings
 from ..teachers.address import names_missing_folder
@@ -30,6 +31,7 @@ def gaps(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="RUN.yaml", help="YAML file of the run")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there, those of single prompts included")
     options, overrides = parser.parse_known_args(argv)
+    check_early(options.config, overrides)
     settings = read_settings(options.config, overrides)
     _check(options.model, settings)
     with tempfile.TemporaryDirectory() as folder:

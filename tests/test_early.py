@@ -1,0 +1,96 @@
+"""Mistakes in a run's settings that are said without torch (camopd/early.py)."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.trainer_utils import SchedulerType
+from trl import ModelConfig
+
+from camopd.early import DTYPES, check_early
+from camopd.settings import values_of
+
+
+RIGHT = {
+    "model_name_or_path": "org/student", "prompts": {"general": "g.jsonl", "domain": "d.jsonl"},
+    "teachers": {"general": "org/teacher", "domain": "http://localhost:1"}, "dtype": "float32", "learning_rate": "4e-5",
+    "lr_scheduler_type": "cosine", "schedule": "general:3,domain:1",
+}  # fmt: skip
+WRONG = [
+    ({"learning_rte": 1}, r"'learning_rte' in .* is not a setting of a run\. Did you mean 'learning_rate'\?"),
+    (
+        {"prompts": {"generl": "g", "domain": "d"}},
+        r"visits branch 'general', but prompts has only \['domain', 'generl'\]",
+    ),
+    (
+        {"teachers": {"general": "./gone", "domain": "org/x"}},
+        r"branch 'general' is to be in '\./gone', but there is no such",
+    ),
+    ({"model_name_or_path": "./gone"}, r"model_name_or_path is '\./gone', but there is no such path"),
+    ({"prompts": "g.jsonl"}, r"prompts must map each branch to its prompts, got 'g\.jsonl'"),
+    ({"dtype": "flot32"}, r"dtype='flot32' is none of auto, .*\. Did you mean 'float32'\?"),
+    ({"learning_rate": -4e-5}, r"learning_rate must be a number of at least 0, got -4e-05"),
+    ({"learning_rate": "fast"}, r"learning_rate must be a number of at least 0, got 'fast'"),
+    ({"lr_scheduler_type": "cosin"}, r"lr_scheduler_type='cosin' is none of linear, .*\. Did you mean 'cosine'\?"),
+]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(**changes):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**RIGHT, **changes}))
+        return str(path)
+
+    return write
+
+
+def test_early_check_lets_settings_of_a_run_pass(write):
+    check_early(write(), [])
+    check_early(
+        write(), ["--learning_rate", "0", "--lr-scheduler-type", "constant", "--env", "{A: b}", "--no_exchange"]
+    )
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG)
+def test_early_check_names_value_reason_and_way_out(write, change, says):
+    with pytest.raises(ValueError, match=says):
+        check_early(write(**change), [])
+
+
+@given(st.floats(0, 1))
+def test_early_check_takes_every_learning_rate_in_any_form(tmp_path_factory, rate):
+    path = tmp_path_factory.getbasetemp() / "rate.yaml"
+    path.write_text(yaml.safe_dump({**RIGHT, "learning_rate": rate}))
+    check_early(str(path), [])
+    check_early(str(path), ["--learning_rate", repr(rate)])
+
+
+def test_allowed_values_are_those_of_the_libraries():
+    assert values_of("transformers", "trainer_utils.py", "SchedulerType") == tuple(
+        each.value for each in SchedulerType
+    )
+    assert list(DTYPES) == ModelConfig.__dataclass_fields__["dtype"].metadata["choices"]
+
+
+def test_tab_in_a_config_is_said_to_be_one(tmp_path):
+    (tmp_path / "run.yaml").write_text("prompts:\n\tgeneral: g.jsonl\n")
+    with pytest.raises(ValueError, match=r"(.|\n)*line 2, column 1(.|\n)*Indent with spaces, not with tabs"):
+        check_early(str(tmp_path / "run.yaml"), [])
+
+
+@pytest.mark.parametrize("command", ["train", "check", "gaps"])
+def test_mistakes_are_said_without_torch(write, command):
+    words = ["./gone-model", "--config", write(dtype="flot32")] if command == "gaps" else [write(dtype="flot32")]
+    code = (
+        "import sys; from camopd.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stopped: print(stopped.code)\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, command, *words], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n[]\n"
+    assert done.stderr.startswith("camopd: dtype='flot32' is none of ")
