@@ -127,7 +127,8 @@ def _recovery(facts: RunFacts, out: Path) -> list[str]:
         ValueError
     ):  # the card is written where nothing may fail any more, and the values of single prompts are extra
         lines = []
-    found = of_history(facts.history, lines)
+    known = of_history(facts.history, lines)
+    found = {branch: known[branch] for branch in facts.schedule.branches if branch in known}
     said = [f"- {verdict.text}" for verdict in verdicts_of(found, facts.step)] or [
         f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
     ]

@@ -28,8 +28,8 @@ def check_early(config: str, overrides: list[str]) -> None:
     model = settings.get("model_name_or_path")
     if isinstance(model, str) and names_missing_folder(model):
         raise ValueError(
-            f"model_name_or_path is {model!r}, but there is no such path on this machine. Fix the path, or give a model id "
-            "of the Hub."
+            f"the student {model!r} cannot be loaded: model_name_or_path names no path on this machine. Fix the path, or "
+            "give a model id of the Hub."
         )
     if "teachers" in settings:
         named_teachers(settings)

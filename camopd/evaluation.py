@@ -22,6 +22,7 @@ class HeldOutResults:
     def __init__(self) -> None:
         self._found: dict[int, SampleSummary] = {}
         self._prompts: dict[int, int] = {}  # checksum of each prompt's token ids
+        self._metrics: dict[str, float] = {}
 
     def add(self, samples: Sequence[Sample], rank: int, gather: Callable[[list[Any]], list[Any]]) -> torch.Tensor:
         """Take in one scored batch of every rank. Returns this rank's sampled reverse KL, the mean over its rows, nats."""
@@ -45,19 +46,19 @@ class HeldOutResults:
             )
         rows = [self._found[position] for position in sorted(self._found)]
         logged.update({name: [value] for name, value in metrics.of_completions(rows).items()})
-        found = metrics.of_evaluation(rows)
+        found = self._metrics = metrics.of_evaluation(rows)
         output = output._replace(num_samples=len(rows))
         output.metrics[f"{prefix}_loss"] = found["kl"]  # without the empty completions the batches count
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         return output
 
     def record(self) -> dict[str, Any]:
-        """The line of `held_out.jsonl`: the branch, its gaps, and the sampled reverse KL of each prompt in nats per token,
-        by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an empty completion.
-        Where prompts have categories, they are there, too."""
+        """The line of `held_out.jsonl`, after `fill`: the branch, its gaps, and the sampled reverse KL of each prompt in
+        nats per token, by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an
+        empty completion. Where prompts have categories, they are there, too."""
         rows = [self._found[position] for position in sorted(self._found)]
         found: dict[str, Any] = {
-            name: value if math.isfinite(value) else None for name, value in metrics.of_evaluation(rows).items()
+            name: value if math.isfinite(value) else None for name, value in self._metrics.items()
         }
         if any(row.category is not None for row in rows):
             found["category_by_prompt"] = [row.category for row in rows]

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback
 
 from camopd import metrics
 from camopd.best import GREATER_IS_BETTER, NO_MEASURE, check_metric, history_of_model
+from camopd.measured import lines_of
 
 
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -132,6 +133,8 @@ def test_best_checkpoint_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer,
     kept = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     for name, weight in trainer.model.named_parameters():
         assert name not in kept or (kept[name] == weight).all(), name
+    written = lines_of(tmp_path / "held_out.jsonl")
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 2] and written[-1] == {"step": 2, "loaded": True}
     trainer.create_model_card()
     row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| general |"))
     assert "1.490" in row and "(step 2)" in row and "1.7" not in row

@@ -5,8 +5,6 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers.trainer_utils import SchedulerType
 from trl import ModelConfig
 
@@ -29,7 +27,10 @@ WRONG = [
         {"teachers": {"general": "./gone", "domain": "org/x"}},
         r"branch 'general' is to be in '\./gone', but there is no such",
     ),
-    ({"model_name_or_path": "./gone"}, r"model_name_or_path is '\./gone', but there is no such path"),
+    (
+        {"model_name_or_path": "./gone"},
+        r"student '\./gone' cannot be loaded: model_name_or_path names no path on this",
+    ),
     ({"prompts": "g.jsonl"}, r"prompts must map each branch to its prompts, got 'g\.jsonl'"),
     ({"dtype": "flot32"}, r"dtype='flot32' is none of auto, .*\. Did you mean 'float32'\?"),
     ({"learning_rate": -4e-5}, r"learning_rate must be a number of at least 0, got -4e-05"),
@@ -61,12 +62,9 @@ def test_early_check_names_value_reason_and_way_out(write, change, says):
         check_early(write(**change), [])
 
 
-@given(st.floats(0, 1))
-def test_early_check_takes_every_learning_rate_in_any_form(tmp_path_factory, rate):
-    path = tmp_path_factory.getbasetemp() / "rate.yaml"
-    path.write_text(yaml.safe_dump({**RIGHT, "learning_rate": rate}))
-    check_early(str(path), [])
-    check_early(str(path), ["--learning_rate", repr(rate)])
+@pytest.mark.parametrize("rate", [0, 2e-6, 1.0, "2e-6", "4.0e-5"])
+def test_early_check_takes_a_learning_rate_in_every_form(write, rate):
+    check_early(write(learning_rate=rate), ["--learning_rate", str(rate)])
 
 
 def test_allowed_values_are_those_of_the_libraries():
