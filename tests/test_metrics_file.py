@@ -202,3 +202,38 @@ def test_new_run_keeps_the_metrics_of_the_one_before(tmp_path, tokenizer):
         "metrics-2.jsonl",
         "metrics.jsonl",
     ]
+
+
+class Measured:
+    """The results of an evaluation."""
+
+    def record(self):
+        return {"branch": "general", "kl": 0.5}
+
+
+def test_held_out_lines_are_those_of_the_run_and_of_its_checkpoint(tmp_path):
+    def evaluate(step, begun=True, loaded=None):
+        callback = MetricsFile(lambda mine: mine, Measured)
+        args = SimpleNamespace(output_dir=str(tmp_path), load_best_model_at_end=loaded is not None)
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, best_global_step=loaded,
+                                best_model_checkpoint=loaded and "there")  # fmt: skip
+        if begun:
+            callback.on_train_begin(args, state, None)
+        for state.global_step in (step, step + 4):
+            callback.on_evaluate(args, state, None)
+        callback.on_train_end(args, state, None)
+        callback.on_evaluate(args, state, None)
+
+    def steps(name="held_out.jsonl"):
+        return [json.loads(text)["step"] for text in (tmp_path / name).read_text().splitlines()]
+
+    evaluate(0, begun=False)  # before training the folder is nobody's
+    assert os.listdir(tmp_path) == []
+    evaluate(0)
+    assert steps() == [0, 4, 4]
+    evaluate(4)  # goes on from a checkpoint of step 4
+    assert steps() == [0, 4, 4, 4, 8, 8]
+    evaluate(5, loaded=2)
+    assert steps() == [0, 4, 4, 4, 5, 9, 2, 2]  # the model of step 2 was loaded, and measured once more
+    evaluate(0)
+    assert (steps(), steps("held_out-1.jsonl")[-1]) == ([0, 4, 4], 2)
