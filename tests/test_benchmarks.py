@@ -19,6 +19,7 @@ from fake_vllm import FakeVLLM
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import ahead  # noqa: E402
 import bf16_weights  # noqa: E402
 import coser_stream  # noqa: E402
 import diagnostics  # noqa: E402
@@ -167,6 +168,16 @@ def test_scaling_prices_a_step_without_servers_that_wait_as_by_hand():
     found = [int(cell) for cell in line.strip("| ").split(" | ")[1:5]]
     assert found == [round(each) for each in (rollout, teacher, train, rollout + teacher + train + scaling.SYNC)]
     assert scaling.seconds_a_step is step_model.seconds_a_step
+
+
+def test_step_ahead_is_timed_with_known_latencies(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "WRITE", 0.001)
+    monkeypatch.setattr(ahead, "PROMPTS", 4)
+    report = tmp_path / "report.md"
+    ahead.main(["--rounds", "1", "--steps", "3", "--tokens", "4", "--train", "0.05", "--report", str(report)])
+    for name in ahead.SETTINGS:
+        step, _, own, bound, hidden, ratio = cells(report, name)
+        assert bound >= own >= 0.05 and 0 <= float(hidden.rstrip("%")) <= 100 and ratio == pytest.approx(step / bound, abs=0.3)
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):
