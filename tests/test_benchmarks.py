@@ -177,7 +177,11 @@ def test_step_ahead_is_timed_with_known_latencies(tmp_path, monkeypatch):
     ahead.main(["--rounds", "1", "--steps", "3", "--tokens", "4", "--train", "0.05", "--report", str(report)])
     for name in ahead.SETTINGS:
         step, _, own, bound, hidden, ratio = cells(report, name)
-        assert bound >= own >= 0.05 and 0 <= float(hidden.rstrip("%")) <= 100 and ratio == pytest.approx(step / bound, abs=0.3)
+        assert (
+            bound >= own >= 0.05
+            and 0 <= float(hidden.rstrip("%")) <= 100
+            and ratio == pytest.approx(step / bound, abs=0.3)
+        )
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -593,6 +594,45 @@ def test_plain_servers_draw_by_seed_step_and_position_and_a_dead_one_costs_nothi
     again, rest = on_servers(plain, "again", resume=True)
     assert [rows for _, rows in rest] == [rows for _, rows in one[2:]]
     assert [line["loss"] for line in lines(again)][-2:] == [line["loss"] for line in lines(trainer)][2:]
+
+
+@real
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])
+def test_plain_servers_write_a_step_ahead_by_the_weights_of_before(lora, plain, urls, make, tmp_path):
+    """With a real teacher, which scores each completion as it is written; and a resumed run is the run."""
+    adapter = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False) if lora else None
+    runs = []
+    for folder, resume in (("whole", None), ("cut", "whole/checkpoint-2")):
+        torch.manual_seed(0)  # of the adapter
+        trainer = make(
+            {"general": urls[2], "domain": urls[2]}, folder, use_vllm=False, rollout_servers=plain, rollout_lag=1,
+            max_steps=4, peft_config=adapter, save_strategy="steps", save_steps=2,
+        )  # fmt: skip
+        seen, take = [], trainer.rollouts.take
+
+        def look(rows, *limits, take=take, seen=seen, trainer=trainer):
+            samples, cut = take(rows, *limits)
+            student = deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
+            seen.append((student, [(sample.token_ids, sample.prompt_len, sample.rollout_logps) for sample in samples]))
+            return samples, cut
+
+        trainer.rollouts.take = look
+        if resume:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / resume).rename(tmp_path / folder / "checkpoint-2")
+        trainer.train(resume_from_checkpoint=bool(resume))
+        trainer.run.sampler.close()
+        runs.append((seen, lines(trainer)))
+    (seen, recorded), (again, after) = runs
+    for number, (_, rows) in enumerate(seen):
+        drawn_by, _ = seen[max(0, number - 1)]
+        for ids, start, logps in rows:
+            with torch.no_grad():
+                found = drawn_by(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            assert (found[range(start - 1, len(ids) - 1), ids[start:]] - logps).abs().max() < 1e-4
+    assert [line["rollout/lag"] for line in recorded] == [0, 1, 1, 1]
+    assert [[ids for ids, *_ in rows] for _, rows in again] == [[ids for ids, *_ in rows] for _, rows in seen[3:]]
+    assert [line["loss"] for line in after][-2:] == pytest.approx([line["loss"] for line in recorded][2:], rel=1e-4)
 
 
 START = """
