@@ -170,10 +170,11 @@ class Scorer:
         work = Work()
         try:
             answers = teacher.submit(*_for_teacher(samples), rule.teacher_top_k)
+            answers.add_done_callback(work.stop)
         except Exception as error:
             answers = Future()
             answers.set_exception(error)
-        answers.add_done_callback(work.stop)
+            work.stop()
         return Asked(answers, work)
 
     def _collect(

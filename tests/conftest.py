@@ -28,6 +28,8 @@ from camopd.samples import SampleSummary
 
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # and a script's background has this one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that assert for many tests
 # accelerate reads the metadata of its optional packages several times in each forward, which takes longer than a tiny one.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)

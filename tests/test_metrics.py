@@ -89,4 +89,5 @@ def test_metrics_are_all_written_and_documented(tmp_path, tokenizer):
     text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     table = text.split("## metrics.jsonl")[1].split("\n## ")[0]
     documented = {row.split("`")[1] for row in table.splitlines() if row.startswith("| `")}
-    assert written == documented
+    # With rollout_servers alone; tests/test_ahead.py reads them.
+    assert written == documented - {"time/rollout/writing", "time/rollout/hidden"}

@@ -52,7 +52,7 @@ class ServerTeacher:
         role = teacher_role(branch)
         self.branch = branch
         self.urls = [base_url(url, role) for url in urls]
-        self.transports: dict[str, str] = {}  # "compact" or "JSON" for each URL
+        self.transports = dict.fromkeys(self.urls, "JSON")  # of each URL, or "compact" once it is known to speak it
         self._client = Client(role)
         self._replicas = Replicas(
             self.urls, self._client, patience, limits.REQUESTS_PER_REPLICA, self._choose_transport
