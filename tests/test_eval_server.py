@@ -14,7 +14,7 @@ from camopd.teachers.vllm.plan import VLLM
 SERVER = """#!{python}
 import sys, http.server
 assert sys.argv[1:3] == ["-m", "vllm.entrypoints.openai.api_server"], sys.argv
-print(sys.argv)
+print(sys.argv, flush=True)
 {before}
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

@@ -27,9 +27,12 @@ from camopd.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()
 if "fork" in sys.argv:  # a worker that outlives its parent
+    reads, writes = os.pipe()
     if os.fork() == 0:
+        os.write(writes, b"x")
         time.sleep(600)
         os._exit(0)
+    os.read(reads, 1)  # its own copy of the lock is closed
 print("taken", flush=True)
 time.sleep(600)
 """
