@@ -11,10 +11,10 @@ from contextlib import nullcontext
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# Before torch is, too: more threads than cores spin while they wait for each other, and a step takes ten times as long.
-os.environ["OMP_NUM_THREADS"] = os.environ.get(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+# Before torch is, too: more threads than cores spin while they wait for each other, and a step takes ten times as long. In the
+# workers alone: they get the environment of the process that starts them, which has no part of the cores to itself.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch
