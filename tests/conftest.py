@@ -11,8 +11,8 @@ from contextlib import nullcontext
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# Before torch is, too: more threads than cores spin while they wait for each other, and a step takes ten times as long. In the
-# workers alone: they get the environment of the process that starts them, which has no part of the cores to itself.
+# Before torch is, too: more threads than cores spin while they wait for each other, and a step takes ten times as long. Of
+# workers alone: they get the environment of the process that starts them, and must not get its number.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
