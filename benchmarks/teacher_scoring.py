@@ -266,8 +266,7 @@ def make_client(name: str, url: str) -> tuple[Callable[..., Any], Callable[[Any]
 
     teacher = ServerTeacher([url], "general")
     if name == JSON:  # as on a server that does not offer the other transport
-        for replica in teacher._replicas.all:
-            replica.compact = False
+        teacher.transports[url] = JSON.removeprefix("camopd ")
     if teacher.transports[url] != name.removeprefix("camopd "):
         sys.exit(f"{url} does not offer the transport of {name!r}")
     return teacher.score, lambda answer: [scores.logps.numpy() for scores in answer]

@@ -6,7 +6,8 @@ rank runs as many micro-batches as the fullest one, and pads each to its longest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -149,7 +150,7 @@ def score_batches(
     batch_size: int,
     padding_free: bool,
     forward_cost: int,
-    agree: Callable[[int], int] = int,
+    several_ranks: bool = False,
 ) -> list[list[int]]:
     """Rows of each forward without gradient, the longest first: indices into `lengths`.
 
@@ -160,21 +161,22 @@ def score_batches(
         batch_size: times the longest row, tokens that a forward may hold, padding included.
         padding_free: whether rows of one forward cost their own lengths or all that of the longest.
         forward_cost: of a forward beside its tokens, in tokens.
-        agree: from the forwards that this rank needs to those that every rank makes, which are at least as many: sharded
-            models need all ranks in each. Called for the same number of rows on every rank, or for none.
+        several_ranks: whether others forward rows of their own. Sharded models need all ranks in each forward: then their
+            number follows from that of the rows alone, and asking the others, one collective more, is not needed.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if not order:
         return []
     ordered = [lengths[index] for index in order]
-    if padding_free:
-        wanted = -(-len(order) // batch_size)  # on every rank
+    if padding_free or several_ranks:
+        wanted = -(-len(order) // batch_size)
+        if not padding_free:  # this leaves little padding
+            wanted = max(wanted, min(len(order), 2 * math.isqrt(len(order))))
         runs = _split_more(_lightest_cut(ordered, ordered, wanted, batch_size * ordered[0]), ordered, wanted)
     else:
         # A forward that is FULL gains little by more rows, and takes no more memory than that of the longest row.
         runs = _cheapest_cut(ordered, forward_cost, min(batch_size * ordered[0], max(ordered[0], FULL * forward_cost)))
-        wanted = agree(len(runs))
-        runs = _split_more(runs, ordered, wanted)
+        wanted = len(runs)
     while len(runs) < wanted:  # rows of one length
         largest = max(range(len(runs)), key=lambda place: runs[place][1] - runs[place][0])
         start, end = runs[largest]

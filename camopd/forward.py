@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .balance import score_batches
@@ -122,11 +121,6 @@ class Forward:
             return self._in_wrapper(function, *args, **run)
 
 
-def most_of_ranks(number: int) -> int:
-    """The largest of all ranks."""
-    return max(gather_object([number])) if dist.is_initialized() and dist.get_world_size() > 1 else number
-
-
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in eval mode, and then in the one it was in."""
@@ -154,7 +148,8 @@ def in_length_sorted_batches(
     """
     lengths = [len(ids) for ids in token_ids]
     rows: list[tuple[Any, ...]] = [()] * len(lengths)
-    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, most_of_ranks):
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, several):
         with torch.no_grad():
             outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
         outputs = tuple(None if output is None else output.cpu() for output in outputs)

@@ -141,14 +141,11 @@ def test_sample_that_fits_nowhere_is_an_error():
 
 @pytest.mark.parametrize("count", [1, 5, 16, 64, 300])
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
-@pytest.mark.parametrize("more", [0, 1, 1000])
-def test_forwards_without_gradient_are_as_many_as_the_ranks_agree_on(count, batch_size, more):
+def test_forwards_without_gradient_are_as_many_on_every_rank_for_as_many_rows(count, batch_size):
     for lengths in (log_normal_lengths(count), [7] * count, [2] * (count - 1) + [900]):
-        own = score_batches(lengths, batch_size, False, 32)
-        agreed = min(count, len(own) + more)  # what another rank needs, of as many rows
-        batches = score_batches(lengths, batch_size, False, 32, lambda number: max(number, agreed))  # noqa: B023
-        assert len(batches) == agreed
-        without_padding = score_batches(lengths, batch_size, True, 32)  # on every rank, without a word
+        batches = score_batches(lengths, batch_size, False, 32, several_ranks=True)
+        assert len(batches) == len(score_batches([9] * count, batch_size, False, 32, several_ranks=True))
+        without_padding = score_batches(lengths, batch_size, True, 32)
         assert len(without_padding) == math.ceil(count / batch_size)
         for found in (batches, without_padding):
             assert sorted(row for batch in found for row in batch) == list(range(count))
