@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -156,10 +155,9 @@ class Flight:
 
 
 class ServerEngine:
-    """Rollouts by vLLM servers that hold the whole student each; see `rollouts.RolloutEngine`.
+    """Rollouts by vLLM servers that hold the whole student each; `ahead.Rollouts` makes those of a step of them.
 
-    `sync` gives the servers the student's weights, `start` asks for completions by them and returns at once. `samples` is
-    both, and waits.
+    `sync` gives the servers the student's weights, `start` asks for completions by them and returns at once.
     """
 
     def __init__(self, trainer: Any, sampler: Sampler):
@@ -167,7 +165,6 @@ class ServerEngine:
         student = trainer.accelerator.unwrap_model(trainer.model)
         check_adapter(student)
         args = trainer.args
-        self.prompts_cut = 0  # of the last call of `samples`
         self._trainer, self._sampler = trainer, sampler
         self._ends = ends_of(trainer)
         self._vocab_size = head_size(student)
@@ -176,23 +173,6 @@ class ServerEngine:
         self._under_way: Callable[[], Any] = lambda: None
         self._flights: list[Flight] = []
         trainer.add_callback(_WeightsGo(self))
-
-    def samples(self, rows: Sequence[dict[str, Any]], max_tokens: int) -> Iterator[Sample]:
-        """See [`camopd.rollouts.RolloutEngine.samples`]."""
-        trainer = self._trainer
-        step = trainer.step if trainer.model.training else None
-        words = ("evaluation",) if step is None else ("step", step.number)
-        in_step = step is not None and trainer.is_in_train  # an evaluation has its own `keeping`
-        with trainer.checkpoints.keeping(trainer, step) if in_step else nullcontext():
-            self.sync(trainer.held_out_results if step is None else step)
-            flight = self.start(rows, max_tokens, words)
-            with on_all_ranks(gather_object):
-                found = list(flight.samples())
-        self.prompts_cut, self._flights = flight.prompts_cut, self._still_under_way()
-        self.log_lengths(found)
-        # In the order of the rows: what is batched together decides how it is rounded.
-        places = {(row["branch"], row.get("position", place)): place for place, row in enumerate(rows)}
-        yield from sorted(found, key=lambda sample: places[sample.branch, sample.position])
 
     def log_lengths(self, samples: Sequence[Sample]) -> None:
         """File the numbers of a rollout that TRL files as it generates, for the parent's log. Called on all ranks."""
