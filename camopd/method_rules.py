@@ -18,7 +18,7 @@ from .schedule import Schedule, mapping_form, number_of, short
 from .settings import OLD_NAMES
 from .teachers.address import is_server, key_variables, public_url, refuse_secrets, urls_and_model, without_secrets
 from .token_rules import TOKEN_RULES
-from .vllm.limits import most_tokens_in_flight, request_seconds
+from .vllm.limits import completion_seconds, most_tokens_in_flight, request_seconds
 
 
 logger = logging.getLogger(__name__)
@@ -309,25 +309,34 @@ def _check_teachers(args: Any) -> None:
                     f"the teacher of branch {branch!r} is at {public_url(url)}, and its URL has a user, a password or a "
                     f"query, which would be in files and logs. Set {' or '.join(key_variables(str(branch)))} instead."
                 )
-    if args.world_size > 1 and servers:
-        check_ddp_timeout(args)
+    check_ddp_timeout(args, bool(servers))
 
 
-def check_ddp_timeout(args: Any) -> None:
-    """Raise `ValueError` where a rank may wait for a teacher's server longer than the process group waits for the rank: for
-    one request that times out, then for a server to come back, then for another such request."""
+def check_ddp_timeout(args: Any, teacher_served: bool) -> None:
+    """Raise `ValueError` where a rank may wait for a server longer than the other ranks wait for it: for one request that
+    times out, then for a server to come back, then for another such request. All ranks meet between rollouts and scores, so
+    each wait is looked at by itself."""
+    if args.world_size == 1:
+        return
+    if args.rollout_servers:
+        longest = args.longest_completion
+        _check_wait(args, completion_seconds(longest), f"a rollout server, for a completion of {longest} tokens")
+    if not teacher_served:
+        return
     rows = args.prompts_per_step // args.world_size
     if args.eval_strategy != "no" or args.eval_on_start:
         rows = max(rows, args.per_device_eval_batch_size)
     tokens = most_tokens_in_flight(rows, args.max_prompt_length + args.longest_completion)
-    request = request_seconds(tokens)
+    _check_wait(args, request_seconds(tokens), f"a teacher's server, with {tokens} tokens of this rank in flight")
+
+
+def _check_wait(args: Any, request: float, what: str) -> None:
     slowest = math.ceil(args.teacher_timeout + 2 * request)
     if slowest > args.ddp_timeout:
         raise ValueError(
-            f"a request to a teacher's server may take {request:.0f} seconds, with {tokens} tokens of this rank in flight. "
-            f"Two of them and teacher_timeout={args.teacher_timeout:g} come to {slowest}, more than "
-            f"ddp_timeout={args.ddp_timeout}: a rank that waits for its teacher would be taken for dead. Set it to "
-            f"{slowest}, or lower teacher_timeout or max_completion_length."
+            f"a request to {what}, may take {request:.0f} seconds. Two of them and teacher_timeout="
+            f"{args.teacher_timeout:g} come to {slowest}, more than ddp_timeout={args.ddp_timeout}: a rank that waits for "
+            f"its server would be taken for dead. Set it to {slowest}, or lower teacher_timeout or max_completion_length."
         )
 
 

@@ -123,8 +123,7 @@ def prepare(
     setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], peft_config, tools), args)
     max_tokens = args.max_prompt_length + args.longest_completion
     specs = connect_servers(specs, max_tokens, args.teacher_timeout)
-    if args.world_size > 1 and any(isinstance(spec, ServerTeacher) for spec in specs.values()):
-        check_ddp_timeout(args)
+    check_ddp_timeout(args, any(isinstance(spec, ServerTeacher) for spec in specs.values()))
     sampler = rollout_servers.connect(args, tools, max_tokens)
     dataset = _make_dataset(streams, schedule, args)
     if _is_zero3(args) and (args.use_vllm or sampler) and not args.ds3_gather_for_generation:

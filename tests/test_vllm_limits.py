@@ -50,6 +50,17 @@ def test_ddp_timeout_is_as_it_likes_where_no_teacher_is_on_a_server(two_ranks):
         two_ranks(**LONG, ddp_timeout=10)
 
 
+def test_ddp_timeout_must_cover_the_longest_completion_of_a_rollout_server(two_ranks):
+    # 300 s and 0.2 s for each of 1000 tokens are 500 s; two of them around a wait of 100 s are 1100 s.
+    values = {**LONG, "teachers": None, "max_completion_length": 1000, "rollout_servers": ["http://localhost:8003"]}
+    two_ranks(**values, ddp_timeout=1100)
+    with pytest.raises(
+        ValueError, match=r"a completion of 1000 tokens, may take 500 seconds.*come to 1100, .*ddp_timeout=1099"
+    ):
+        two_ranks(**values, ddp_timeout=1099)
+    two_ranks(**{**values, "rollout_servers": None}, ddp_timeout=1099)
+
+
 def test_ddp_timeout_is_not_looked_at_on_a_single_rank(tmp_path):
     CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **LONG, ddp_timeout=10)
 

@@ -27,3 +27,8 @@ def request_seconds(tokens_in_flight: int) -> float:
 def most_tokens_in_flight(rows: int, longest: int) -> int:
     """The most that this process may wait for on a replica, when it scores `rows` of at most `longest` tokens together."""
     return min(rows * longest, REQUESTS_PER_REPLICA * max(TOKENS_PER_REQUEST, longest))
+
+
+def completion_seconds(max_tokens: int) -> float:
+    """How long a request for one completion of at most `max_tokens` may take."""
+    return ROLLOUT_SECONDS + max_tokens * SECONDS_PER_NEW_TOKEN

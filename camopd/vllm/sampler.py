@@ -253,7 +253,7 @@ class Sampler:
             "stop_token_ids": sorted(sampling.ends), "ignore_eos": True, "logprobs": 0, "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        seconds = limits.ROLLOUT_SECONDS + sampling.max_tokens * limits.SECONDS_PER_NEW_TOKEN
+        seconds = limits.completion_seconds(sampling.max_tokens)
         most = 65536 + BYTES_PER_TOKEN * sampling.max_tokens + 32 * len(prompt)
         ask = (replica.url, "/v1/completions", body, seconds, most)
         process, outages = self._holders.get(replica.url), replica.outages

@@ -39,6 +39,7 @@ import safetensors.torch
 import torch
 import transformers.modeling_utils
 from conftest import make_model, make_prompts, make_tokenizer
+from fake_rollouts import FakeRollouts
 from fake_vllm import FakeVLLM
 from peft import LoraConfig
 
@@ -57,7 +58,7 @@ FILE_EVENTS = {
 class Scenario(NamedTuple):
     """What is run, on how many processes, and whether the folder has another run's files."""
 
-    kind: str  # "full", "lora", "server"
+    kind: str  # "full", "lora", "server" (the general teacher on one), "ahead" (rollouts, too, and a step ahead)
     processes: int
     used: bool
     kills: int  # in saves
@@ -70,7 +71,9 @@ SCENARIOS = (
     Scenario("full", 1, True, 40, 0),
     Scenario("lora", 1, False, 30, 0),
     Scenario("server", 1, False, 20, 10, 8),
+    Scenario("ahead", 1, False, 20, 24, 8),
     Scenario("full", 2, False, 24, 8, 8),
+    Scenario("ahead", 2, False, 6, 12, 4),
     Scenario("lora", 2, True, 8, 0),
 )
 
@@ -131,13 +134,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     ticks = Ticks(job.get("deadly"))
     ticks.install()
     lora = job["kind"] == "lora"
-    general = job["url"] if job["kind"] == "server" else make_model(2)
+    general = job["url"] if job["kind"] in ("server", "ahead") else make_model(2)
     args = CaMOPDConfig(
         output_dir=job["folder"], use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="steps",
         save_steps=1, save_total_limit=2, gradient_checkpointing=False, learning_rate=1e-2, max_steps=STEPS,
         prompts_per_step=4, per_device_train_batch_size=1, max_completion_length=6, max_prompt_length=64,
         optim="adamw_torch", seed=job.get("seed", 1), log_level="error", diagnostics_steps=0,
         **({"overwrite_output_dir": True} if job["used"] else {}),
+        **({"rollout_servers": [job["rollouts"]], "rollout_lag": 1} if job["kind"] == "ahead" else {}),
     )  # fmt: skip
     trainer = CaMOPDTrainer(
         model=make_model(1),
@@ -259,12 +263,11 @@ def trial(
     return ended or "same"
 
 
-def serve(folder: Path) -> tuple[int, str]:
-    """A server with the general teacher in a process of its own; its process and URL."""
-    told = folder / "url"
+def serve(made: Callable[[], FakeVLLM], told: Path) -> tuple[int, str]:
+    """A server in a process of its own; its process and URL."""
     process = os.fork()
     if not process:
-        server = FakeVLLM(model=make_model(2), tokenizer=make_tokenizer())
+        server = made()
         told.with_suffix(".part").write_text(server.url)
         told.with_suffix(".part").rename(told)
         while True:
@@ -294,10 +297,10 @@ def plan(
     return jobs
 
 
-def work(scenario: Scenario, url: str, folder: Path, share: float, seed: int) -> Counter[str]:
+def work(scenario: Scenario, urls: dict[str, str], folder: Path, share: float, seed: int) -> Counter[str]:
     """All trials of a scenario."""
     chance = random.Random(f"{seed}{scenario}")
-    job = {"kind": scenario.kind, "processes": scenario.processes, "used": scenario.used, "url": url}
+    job = {"kind": scenario.kind, "processes": scenario.processes, "used": scenario.used, **urls}
     before = None
     if scenario.used:  # of a finished run with another seed
         before = folder / "before"
@@ -331,7 +334,9 @@ def main() -> None:
     parser.add_argument("--only", help="scenarios whose text has this")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="camopd-kills-"))
-    server, url = serve(folder)
+    teacher, url = serve(lambda: FakeVLLM(model=make_model(2), tokenizer=make_tokenizer()), folder / "teacher")
+    writer, rollouts = serve(lambda: FakeRollouts(make_model(1), make_tokenizer()), folder / "writer")
+    urls = {"url": url, "rollouts": rollouts}
     total: Counter[str] = Counter()
     print(
         "| run | processes | folder | killed | ended before | same | different | stuck |\n|---|---|---|---|---|---|---|---|"
@@ -340,7 +345,7 @@ def main() -> None:
         for number, scenario in enumerate(SCENARIOS):
             if options.only and options.only not in str(scenario):
                 continue
-            found = work(scenario, url, folder / str(number), options.share, options.seed)
+            found = work(scenario, urls, folder / str(number), options.share, options.seed)
             total += found
             killed = sum(found.values()) - found["not killed"]
             print(
@@ -349,7 +354,8 @@ def main() -> None:
                 flush=True,
             )
     finally:
-        os.kill(server, signal.SIGKILL)
+        for server in (teacher, writer):
+            os.kill(server, signal.SIGKILL)
     bad = total["different"] + total["stuck"]
     print(f"{sum(total.values()) - total['not killed']} kills: {total['different']} different, {total['stuck']} stuck")
     if bad:
