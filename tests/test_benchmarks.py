@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from fake_rollouts import FakeRollouts
 from fake_vllm import FakeVLLM
 
 
@@ -24,6 +25,7 @@ import bf16_weights  # noqa: E402
 import coser_stream  # noqa: E402
 import diagnostics  # noqa: E402
 import gpu  # noqa: E402
+import lag  # noqa: E402
 import measuring  # noqa: E402
 import memory  # noqa: E402
 import memory_formula  # noqa: E402
@@ -182,6 +184,19 @@ def test_step_ahead_is_timed_with_known_latencies(tmp_path, monkeypatch):
             and 0 <= float(hidden.rstrip("%")) <= 100
             and ratio == pytest.approx(step / bound, abs=0.3)
         )
+
+
+def test_cost_of_a_lag_is_measured_over_seeds(demo_folder, tmp_path, monkeypatch):
+    run_here(monkeypatch, lag)
+    report = tmp_path / "lag.md"
+    few = ["--seeds", "2", "--steps", "3", "--prompts", "4", "--tokens", "4", "--heldout", "2"]
+    with contextlib.closing(FakeRollouts(make_model(1), make_tokenizer())) as server:
+        lag.main(["--rollout-server", server.url, "--demo", str(demo_folder), *few, "--report", str(report)])
+    rows = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if re.match(r"\| \d", line)]
+    assert [row[:2] for row in rows] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
+    for plain, behind in (rows[:2], rows[2:]):
+        assert plain[2:4] == behind[2:4] and plain[4:6] != behind[4:6]  # before, and after
+    assert rows[0][4:6] != rows[2][4:6]
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+"""What `rollout_lag: 1` costs in quality: the demo's models, equal prompts, with and without it, several seeds.
+
+    python benchmarks/lag.py --rollout-server URL [--demo demo-output] [--seeds 3] [--steps 8]
+
+The server has the demo's specialised model (`camopd serve --student`). Both runs of a seed draw the same prompts and score
+with the same teachers, in the process; only the weights that completions are drawn with differ, by one update. Held-out
+gaps are those of the same prompts before and after, so a difference between the two is paired by seed. Writes
+benchmarks/results/lag.md, anew after each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring import RESULTS, demo_trainer, in_fresh_process, metrics_of, run, versions, write_report
+
+
+BRANCHES = ("general", "domain")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rollout-server", required=True)
+    parser.add_argument("--demo", type=Path, default=Path("demo-output"), help="output folder of `camopd demo`")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=12, help="of a step")
+    parser.add_argument("--tokens", type=int, default=40, help="longest completion")
+    parser.add_argument("--heldout", type=int, default=40, help="held-out prompts of each branch")
+    parser.add_argument("--report", type=Path, default=RESULTS / "lag.md")
+    options = parser.parse_args(argv)
+    found: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+    for seed in range(options.seeds):
+        for lag in (0, 1) if seed % 2 == 0 else (1, 0):
+            job = {
+                **{name: getattr(options, name) for name in ("steps", "prompts", "tokens", "heldout")},
+                "server": options.rollout_server, "demo": str(options.demo), "seed": seed, "lag": lag,
+            }  # fmt: skip
+            found[lag].append(in_fresh_process(__file__, job))
+            print(f"seed {seed}, lag {lag}:", found[lag][-1], flush=True)
+        write_report(table(found, options), options.report)
+
+
+def measure(job: dict[str, Any]) -> dict[str, float]:
+    """Train once; held-out KL to both teachers before and after, and how far trainer and sampler are from each other."""
+    demo = Path(job["demo"])
+    models = {"general": str(demo / "general"), "domain": str(demo / "seed-0" / "specialised")}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = demo_trainer(
+            models["domain"], models, demo / "prompts", job["heldout"], output_dir=folder, seed=job["seed"],
+            max_steps=job["steps"], prompts_per_step=job["prompts"], max_completion_length=job["tokens"],
+            learning_rate=4e-5, dtype="float32", bf16=False, rollout_servers=[job["server"]], rollout_lag=job["lag"],
+            diagnostics_steps=0, logging_steps=1,
+        )  # fmt: skip
+        before = trainer.evaluate()
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        after = trainer.evaluate()
+        lines = metrics_of(folder)
+        trainer.run.sampler.close()
+    assert [line["rollout/lag"] for line in lines] == [0] + [job["lag"]] * (job["steps"] - 1)
+    return {
+        **{f"{branch} before": before[f"eval_{branch}_kl"] for branch in BRANCHES},
+        **{f"{branch} after": after[f"eval_{branch}_kl"] for branch in BRANCHES},
+        "log_ratio": statistics.fmean(line["importance/log_ratio"] for line in lines),
+        "outside band": statistics.fmean(line["importance/outside_band"] for line in lines),
+        "seconds": seconds,
+    }
+
+
+def table(found: dict[int, list[dict[str, float]]], options: argparse.Namespace) -> list[str]:
+    """The report: each run, and the differences between the two of a seed."""
+    names = list(found[0][0])
+    lines = [
+        "# What a step ahead costs in quality",
+        "",
+        "Held-out sampled KL to the two teachers (nats per token) before and after; `log_ratio` and `outside band` are "
+        "means of `importance/*` over the steps.",
+        "",
+        "| seed | lag | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for seed in range(len(found[0])):
+        for lag, runs in found.items():
+            lines.append(f"| {seed} | {lag} | " + " | ".join(f"{runs[seed][name]:.4f}" for name in names) + " |")
+    for branch in BRANCHES:
+        name = f"{branch} after"
+        pairs = [ahead[name] - plain[name] for plain, ahead in zip(found[0], found[1], strict=True)]
+        spread = f" ± {statistics.stdev(pairs):.4f} (standard deviation over seeds)" if len(pairs) > 1 else ""
+        lines += ["", f"{name}, lag 1 minus lag 0: {statistics.fmean(pairs):+.4f}{spread}"]
+    lines += [
+        "",
+        f"{options.steps} steps of {options.prompts} prompts, completions of at most {options.tokens} tokens, "
+        f"{options.heldout} held-out prompts of each branch, learning rate 4e-5, float32, CPU, {versions()}.",
+    ]
+    return lines
+
+
+if __name__ == "__main__":
+    run(main, measure)
