@@ -78,7 +78,7 @@ def _specification(source: Any, branch: str) -> dict[str, Any]:
     path = os.path.expanduser(spec["path"])
     if file_type(path) is not None and not Path(path).is_file():
         raise ValueError(
-            f"the prompts of branch {branch!r} are to be in {path!r}, but there is no such file. Fix the "
+            f"the prompts of branch {branch!r} are named as {path!r}, but there is no such file. Fix the "
             "path, or build prompts with `camopd data` (docs/data.md)."
         )
     return {**spec, "path": path, "split": spec.get("split", "train")}

@@ -80,8 +80,8 @@ def as_messages(prompt: Any) -> Messages | None:
     if last["role"] == "assistant" and (last.get("tool_calls") or not last["content"].strip()):
         what = "an assistant turn that calls a tool" if last.get("tool_calls") else "an empty assistant turn"
         raise ValueError(
-            f"has a prompt that ends with {what}, which the student cannot go on writing. Leave that turn out; a "
-            "prompt that ends with some text of the assistant is gone on with."
+            f"has a prompt that ends with {what}, which the student cannot continue. Leave that turn out; a "
+            "prompt that ends with some text of the assistant is continued."
         )
     return messages
 

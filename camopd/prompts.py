@@ -259,7 +259,7 @@ def check_prompts(dataset: Any, branch: str) -> None:
     if dataset.column_names is not None:
         if "prompt" not in dataset.column_names:
             way = "Rename the column that holds the prompt: dataset.rename_column(..., 'prompt')."
-            if "messages" in dataset.column_names:  # renamed, the answers would be gone on with
+            if "messages" in dataset.column_names:  # renamed, the student would continue the answers
                 way = "Make it of the messages, without the answers: camopd.messages.before_answer(row['messages'])."
             raise ValueError(
                 f"the prompts of branch {branch!r} have no column 'prompt', only {sorted(dataset.column_names)}. {way}"
@@ -271,7 +271,7 @@ def check_prompts(dataset: Any, branch: str) -> None:
                 goes_on += not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
             if goes_on:
                 logger.warning(
-                    "%d of %d prompts of branch %r end with the assistant, and the student goes on with that turn. If it "
+                    "%d of %d prompts of branch %r end with the assistant, and the student continues that turn. If it "
                     "is the answer, take it out of the prompts (camopd.messages.before_answer).",
                     goes_on, len(dataset), branch,
                 )  # fmt: skip

@@ -319,7 +319,7 @@ def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
             refuse_secrets(branch, teacher)
         if isinstance(teacher, str) and names_missing_folder(teacher):
             raise ValueError(
-                f"the teacher of branch {branch!r} is to be in {teacher!r}, but there is no such path on this machine. "
+                f"the teacher of branch {branch!r} is named as {teacher!r}, but there is no such path on this machine. "
                 "Fix the path, or give a model id of the Hub."
             )
     return teachers

@@ -64,7 +64,7 @@ class RunFolder:
             overwrite: `overwrite_output_dir`, which removes what another run has left.
             student: a path that must not be removed so.
 
-        Raises `CaMOPDError` where another run has left files, and `ResumeError` where those that are to be gone on with
+        Raises `CaMOPDError` where another run has left files, and `ResumeError` where those of the run to continue
         are to be overwritten, before anything is changed.
         """
         from_here = checkpoint is not None and Path(checkpoint).resolve().parent == self.path.resolve()

@@ -381,7 +381,7 @@ def test_local_teacher_that_does_not_exist_is_an_error_at_once(config, capsys, s
         cli.main(["check", config(teachers={"general": path, "domain": str(student)})])
     assert stopped.value.code == 2
     assert (
-        f"the teacher of branch 'general' is to be in {path!r}, but there is no such path" in capsys.readouterr().err
+        f"the teacher of branch 'general' is named as {path!r}, but there is no such path" in capsys.readouterr().err
     )
 
 

@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
     [
         (["--tasks", "medqs", "--models", "m=x"], "there is no task 'medqs'. Did you mean 'medqa'?"),
         (["--tasks", "medqa"], "there is no model to evaluate"),
-        (["--tasks", "medqa", "--models", "m=http://127.0.0.1:9"], "'m' is to be served at http://127.0.0.1:9"),
+        (["--tasks", "medqa", "--models", "m=http://127.0.0.1:9"], "'m' has the address http://127.0.0.1:9"),
         (["--tasks", "medqa", "--models", "m=./nowhere"], "there is no such path"),
         (["--tasks", "medqa", "--models", "m=x", "--data", "a", "b"], "--data takes one folder, got a, b"),
         (["--tasks", "medqa", "--models", "m=x", "--data", "medqs=a"], "no task 'medqs'"),

@@ -323,9 +323,9 @@ def test_gpus_are_those_of_the_environment_or_all_of_the_machine(monkeypatch, tm
         (
             {"general": "./nowhere"},
             [],
-            r"the teacher of branch 'general' is to be in './nowhere', but there is no such path",
+            r"the teacher of branch 'general' is named as './nowhere', but there is no such path",
         ),
-        ({"general": "~/no-such-model"}, [], r"branch 'general' is to be in '~/no-such-model'"),
+        ({"general": "~/no-such-model"}, [], r"branch 'general' is named as '~/no-such-model'"),
         ({"general": "org/a"}, ["--replicas", "two"], r"--replicas must be whole numbers of at least 1, got 'two'"),
         ({"general": "org/a"}, ["--replicas", "0"], r"--replicas must be whole numbers of at least 1, got '0'"),
         ({"general": "org/a"}, ["--replicas", "general=1,2"], r"got 'general=1,2'.*general=2,domain=1"),

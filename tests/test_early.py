@@ -25,7 +25,7 @@ WRONG = [
     ),
     (
         {"teachers": {"general": "./gone", "domain": "org/x"}},
-        r"branch 'general' is to be in '\./gone', but there is no such",
+        r"branch 'general' is named as '\./gone', but there is no such",
     ),
     (
         {"model_name_or_path": "./gone"},

@@ -1,4 +1,4 @@
-"""Folders of jobs: what is gone on with, and what is refused (camopd/eval/jobs.py)."""
+"""Folders of jobs: what continues, and what is refused (camopd/eval/jobs.py)."""
 
 import json
 

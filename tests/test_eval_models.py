@@ -25,7 +25,7 @@ def test_models_of_another_form_are_refused(text):
 
 
 def test_path_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"'start' is to be in '\./nowhere', but there is no such path"):
+    with pytest.raises(ValueError, match=r"'start' is named as '\./nowhere', but there is no such path"):
         parse("start=./nowhere")
 
 
@@ -90,7 +90,7 @@ def test_server_says_what_it_serves():
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://u:secret@127.0.0.1:9"])
 def test_server_that_does_not_answer_is_named(url):
     with pytest.raises(
-        CaMOPDError, match=r"'m' is to be served at http://127\.0\.0\.1:9, which does not answer"
+        CaMOPDError, match=r"'m' has the address http://127\.0\.0\.1:9, which does not answer"
     ) as raised:
         look(Model("m", url), url, "key")
     assert "secret" not in str(raised.value)

@@ -293,7 +293,7 @@ def test_split_that_is_not_there_is_an_error_with_those_that_are(save):
 
 
 def test_file_that_is_not_there_is_an_error_with_branch_and_path():
-    with pytest.raises(ValueError, match=r"'domain' are to be in 'no/such\.jsonl', but there is no such file. Fix"):
+    with pytest.raises(ValueError, match=r"'domain' are named as 'no/such\.jsonl', but there is no such file. Fix"):
         load_prompts("no/such.jsonl", "domain")
 
 

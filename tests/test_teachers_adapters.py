@@ -272,7 +272,7 @@ def test_trained_weights_outside_of_adapters_are_refused_with_their_names():
     assert trained_base_weights(biased) == [
         f"model.layers.{layer}.self_attn.{name}.bias" for layer in range(2) for name in TARGETS
     ]
-    with pytest.raises(ValueError, match=r"'adapter_start' is to be .*bias='lora_only' trains biases"):
+    with pytest.raises(ValueError, match=r"'adapter_start' means .*bias='lora_only' trains biases"):
         check_adapters(biased, None, ["adapter_start"])
 
 

@@ -47,7 +47,7 @@ def parse(text: str) -> Model:
         where, _, served = where.partition("#")
         where = where.rstrip("/").removesuffix("/v1")
     elif names_missing_folder(where):
-        raise ValueError(f"the model {name!r} is to be in {where!r}, but there is no such path.")
+        raise ValueError(f"the model {name!r} is named as {where!r}, but there is no such path.")
     return Model(name, where, served or None)
 
 
@@ -121,7 +121,7 @@ def look(model: Model, url: str, key: str | None) -> tuple[str, int | None]:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         hint = " Its key is read from CAMOPD_EVAL_API_KEY." if "401" in str(error) else ""
         raise CaMOPDError(
-            f"the model {model.name!r} is to be served at {shown}, which does not answer {shown}/v1/models with a list of "
+            f"the model {model.name!r} has the address {shown}, which does not answer {shown}/v1/models with a list of "
             f"models ({type(error).__name__}: {without_secrets(str(error))[:200]}). Start it, or fix the address.{hint}"
         ) from None
     if model.served is None and len(served) == 1:

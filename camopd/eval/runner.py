@@ -3,7 +3,7 @@
 JOB is a JSON file:
 
     benchmark, dataset_args   of evalscope; `dataset_args` has the folder of the task's rows
-    work                      folder for evalscope's own files; what an earlier call left there is gone on from
+    work                      folder for evalscope's own files; it continues what an earlier call left there
     url, model                an OpenAI-compatible address that ends in /v1, and the name it serves the model under
     generation                every sampling parameter, so that none comes from the model's generation_config.json
     repeats, concurrency, seed, context

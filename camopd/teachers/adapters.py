@@ -78,13 +78,13 @@ def check_adapters(model: Any, peft_config: PeftConfig | None, teachers: Iterabl
             changes = _changes_of_base(config)
             if changes:
                 raise ValueError(
-                    f"'adapter_off' is to be the student without its adapter, but {changes}: with the adapter off it would "
+                    f"'adapter_off' means the student without its adapter, but {changes}: with the adapter off it would "
                     "not be the model it was. Use a setting that leaves the base alone (init_lora_weights=True, "
                     "bias='none'), or name the specialised model itself as the teacher."
                 )
         if "adapter_start" in wanted and _trains_bias(config):
             raise ValueError(
-                f"'adapter_start' is to be the student as it was before training, but bias={config.bias!r} "
+                f"'adapter_start' means the student as it was before training, but bias={config.bias!r} "
                 f"{_WHY_NOT['bias']}, which no copy of the adapter keeps. Use bias='none', or name a copy of the student "
                 "as the teacher."
             )
