@@ -63,13 +63,25 @@ def test_gaps_of_other_prompts_are_not_compared(run, tmp_path, capsys):
     assert said[3].startswith("No change is shown: ") and "held_out.jsonl" in said[3]
 
 
+def test_gaps_of_a_merged_model_are_those_to_the_student_that_had_the_adapter(run, tmp_path, capsys):
+    """It has no adapter to switch off: its teacher `adapter_off` is the model that the adapter was trained on."""
+    settings = yaml.safe_load(run.read_text())
+    teachers = {"general": settings["teachers"]["general"], "domain": "adapter_off"}
+    run.write_text(yaml.safe_dump({**settings, "teachers": teachers, "use_peft": True}))
+    for model in ("student", "teacher"):
+        cli.main(["gaps", str(tmp_path / model), "--config", str(run)])
+        rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "±" in line}
+        assert (rows["domain"][1] == "0.000") == (model == "student")
+        assert (rows["general"][1] == "0.000") == (model == "teacher")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"eval_prompts": None}, "has no eval_prompts to measure"),
         ({"teachers": {"general": "./no/such", "domain": "adapter_start"}}, "'./no/such', but there is no such path"),
         ({"teachers": {"general": "student", "domain": "adapter_start"}}, "branch 'domain' is 'adapter_start'"),
-        (None, "the model './gone' is to be measured, but there is no such path"),
+        (None, "the model './gone' cannot be measured: there is no such path"),
     ],
 )
 def test_gaps_that_cannot_be_measured_are_an_error_with_the_way_out(run, tmp_path, capsys, change, says):

@@ -13,7 +13,7 @@ from .. import atomic
 from ..early import check_early
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers, read_settings
-from ..teachers.address import names_missing_folder
+from ..teachers.address import has_adapter, names_missing_folder
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
 from .train import make_trainer
 
@@ -34,6 +34,7 @@ def gaps(argv: list[str]) -> None:
     check_early(options.config, overrides)
     settings = read_settings(options.config, overrides)
     _check(options.model, settings)
+    overrides += _without_adapter(options.model, settings)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(options.config, overrides, measure=options.model, folder=folder)
         records = measure(trainer)
@@ -59,7 +60,7 @@ def gaps(argv: list[str]) -> None:
 def _check(model: str, settings: dict[str, Any]) -> None:
     if names_missing_folder(model):
         raise ValueError(
-            f"the model {model!r} is to be measured, but there is no such path on this machine. Fix the path, or give a "
+            f"the model {model!r} cannot be measured: there is no such path on this machine. Fix the path, or give a "
             "model id of the Hub."
         )
     for branch, teacher in named_teachers(settings).items():
@@ -68,6 +69,15 @@ def _check(model: str, settings: dict[str, Any]) -> None:
                 f"the teacher of branch {branch!r} is 'adapter_start', the adapter from which the run began, and of "
                 f"{model!r} that would be its own. Name that model: --teachers '{{...}}' with a folder or URL for each."
             )
+
+
+def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
+    """Words that name the run's student where a teacher is the student without its adapter, and the model has none."""
+    student, teachers = str(settings.get("model_name_or_path")), named_teachers(dict(settings))
+    if "adapter_off" not in teachers.values() or has_adapter(model) or has_adapter(student):
+        return []
+    named = {branch: student if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
+    return ["--teachers", json.dumps(named)]
 
 
 def measure(trainer: Any) -> dict[str, dict[str, Any]]:
