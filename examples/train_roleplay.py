@@ -2,7 +2,7 @@
 # dependencies = ["camopd[vllm,deepspeed,peft]"]
 # ///
 """
-Bring general abilities back to a role-play model: a Qwen3-4B-Instruct-2507 that `specialize_roleplay.py` has fine-tuned.
+Bring general abilities back to a role-play model: a Qwen3-4B-Instruct-2507 that `specialize.py` has fine-tuned.
 
 On one GPU with LoRA; the head of configs/roleplay.yaml has the lines for the paper's run on 4 x 8 GPUs:
 

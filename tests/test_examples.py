@@ -170,14 +170,14 @@ def test_script_without_prompts_of_a_branch_says_which(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_specialize_roleplay_makes_the_model_that_train_roleplay_recovers(models, tmp_path):
+def test_specialize_makes_the_model_that_train_roleplay_recovers(models, tmp_path):
     """From CoSER's own form, by the builder, to a recovered model."""
     raw = tmp_path / "coser.json"
     raw.write_text(json.dumps([talk(turns) for turns in (3, 5, 7, 9, 4, 6, 8, 10)]))
     cli.main(["data", "roleplay", "--out", str(tmp_path / "data"), "--limit", "4", "--source", f"coser={raw}"])
     tuned = tmp_path / "roleplay-sft"
     run = script(
-        "specialize_roleplay", "--model_name_or_path", str(models / "student"), "--dataset_name",
+        "specialize", "--model_name_or_path", str(models / "student"), "--dataset_name",
         str(tmp_path / "data" / "sft.jsonl"), "--output_dir", str(tuned), "--max_steps", "2", "--learning_rate", "0.01",
         "--use_cpu", "true", "--bf16", "false", "--per_device_train_batch_size", "2", "--report_to", "none",
         "--dtype", "float32",
@@ -197,6 +197,15 @@ def test_specialize_roleplay_makes_the_model_that_train_roleplay_recovers(models
     AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_specialize_takes_the_columns_of_each_form_of_trl():
+    columns = load_example("specialize").columns_of
+    assert columns(["id", "messages", "tools", "text"]) == ["messages", "tools"]
+    assert columns(["prompt", "completion", "id"]) == ["prompt", "completion"]
+    assert columns(["text", "prompt"]) == ["text"]
+    with pytest.raises(ValueError, match=r"has the columns \['answer', 'prompt'\]. Rename them to one of the forms"):
+        columns(["prompt", "answer"])
+
+
 @pytest.mark.slow
 def test_train_custom_needs_no_config(models, tmp_path):
     prompts = {
@@ -212,7 +221,7 @@ def test_train_custom_needs_no_config(models, tmp_path):
     assert "adapter_off" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["train_medical", "train_roleplay", "train_custom", "specialize_roleplay"])
+@pytest.mark.parametrize("name", ["train_medical", "train_roleplay", "train_custom", "specialize"])
 def test_script_is_a_few_dozen_lines_with_its_dependencies(name):
     text = (EXAMPLES / f"{name}.py").read_text()
     assert text.startswith("# /// script\n# dependencies = [")

@@ -2,19 +2,16 @@
 # dependencies = ["camopd[deepspeed,peft]"]
 # ///
 """
-Make the role-play model: fine-tune Qwen3-4B-Instruct-2507 on the CoSER conversations that are not kept as prompts.
+Specialise a model on a file of your own: TRL's `SFTTrainer`, with every field of `SFTConfig`.
 
 ```bash
-camopd data roleplay --out data/roleplay
-accelerate launch --config_file configs/accelerate/zero3.yaml examples/specialize_roleplay.py \\
-    --model_name_or_path Qwen/Qwen3-4B-Instruct-2507 --dtype bfloat16 --dataset_name data/roleplay/sft.jsonl \\
-    --output_dir runs/roleplay-sft --num_train_epochs 1 --learning_rate 1e-5 --lr_scheduler_type cosine \\
-    --warmup_steps 100 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --max_length 4096
+accelerate launch examples/specialize.py --model_name_or_path Qwen/Qwen3-4B --dataset_name domain.jsonl \\
+    --output_dir specialised --num_train_epochs 1 --learning_rate 1e-5 --per_device_train_batch_size 4
 ```
 
-With LoRA on one GPU, add `--use_peft --lora_r 32 --lora_alpha 64 --lora_target_modules all-linear` and raise the learning
-rate to 1e-4. Settings can also stand in a YAML file, `--config FILE`. It is TRL's `SFTTrainer`, and takes every field of
-`SFTConfig`. The paper does not say how its role-play teacher was fine-tuned; these are common values.
+The file is JSONL, JSON, Parquet or CSV, or a dataset of the Hub, in one of TRL's forms: a column `messages`, columns
+`prompt` and `completion` (texts or messages), or a column `text`. Settings can also stand in a YAML file, `--config FILE`.
+With LoRA: `--use_peft --lora_r 32 --lora_alpha 64 --lora_target_modules all-linear --learning_rate 1e-4`.
 """
 
 import sys
@@ -34,15 +31,24 @@ from camopd.files import file_type, read_file
 from camopd.run import settle_model, written
 
 
+FORMS = (("messages",), ("prompt", "completion"), ("text",))  # of TRL; the first one whose columns are there is taken
+
+
+def columns_of(names: list[str]) -> list[str]:
+    """The columns that are trained on. Raises `ValueError` where the dataset has none of TRL's forms."""
+    found = [form for form in FORMS if set(form) <= set(names)]
+    if not found:
+        raise ValueError(f"the dataset has the columns {sorted(names)}. Rename them to one of the forms {FORMS}.")
+    return [*found[0], *(name for name in ("tools", "chat_template_kwargs") if name in names)]
+
+
 def main() -> None:
     script_args, training_args, model_args = TrlParser(
         [ScriptArguments, SFTConfig, ModelConfig]
     ).parse_args_and_config()
 
     if script_args.dataset_name is None:
-        raise ValueError(
-            "--dataset_name is missing: the sft.jsonl that `camopd data roleplay` writes, or a dataset of the Hub."
-        )
+        raise ValueError("--dataset_name is missing: a JSONL, JSON, Parquet or CSV file, or a dataset of the Hub.")
     is_file = file_type(script_args.dataset_name) is not None
     if is_file:
         dataset = read_file(script_args.dataset_name)
@@ -55,7 +61,7 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=dataset.select_columns(["messages"]),
+        train_dataset=dataset.select_columns(columns_of(dataset.column_names)),
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
