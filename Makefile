@@ -7,6 +7,8 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check
 EVAL_BIN := .venv-eval/bin
 EVAL_PIP := $(EVAL_BIN)/python -m pip --disable-pip-version-check
+DOCS_BIN := .venv-docs/bin
+DOCS_PIP := $(DOCS_BIN)/python -m pip --disable-pip-version-check
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # glibc gives freed pages back and faults them in again; keeping them saves that time in every CPU step.
 export MALLOC_MMAP_MAX_ = 0
@@ -14,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-eval check style benchmarks package clean
+.PHONY: help install demo test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-eval check style docs benchmarks package clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -87,6 +89,16 @@ style: install  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv-docs/installed  ## Build the documentation as a site in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=true $(DOCS_BIN)/mkdocs build --strict --quiet
+	@echo "==> open site/index.html; its search needs a server: $(PYTHON) -m http.server --directory site"
+
+.venv-docs/installed: constraints-docs.txt
+	@echo "==> Making .venv-docs with MkDocs (half a minute)"
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv .venv-docs
+	$(DOCS_PIP) install --quiet --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
 benchmarks: install .venv-vllm/installed  ## Run the benchmarks and write benchmarks/results/ (an hour and a half)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/memory_formula.py
@@ -102,4 +114,4 @@ package:  ## Build what a release would publish, in dist/, and check it
 	.venv-package/bin/python -m twine check --strict dist/*
 
 clean:  ## Remove what the targets made, but not the environments
-	rm -rf demo-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo-output build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
