@@ -20,45 +20,14 @@ are those of small models with random weights, in float32, on a CPU, second upda
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import memory
 from measuring import RESULTS, in_fresh_process, make_tokenizer, reset_peak, run, write_report
 
-
-TOKEN_TILE = 4096  # rows of a tile, in trl.kernels.chunked_logprob
-CPU_COPIES = 12  # of a tile, in the torch code that stands in for the Triton kernel
-GPU_TILE, GPU_COPIES = 32768, 2  # width of a tile, and its copies in the kernel
-
-
-@dataclass(frozen=True)
-class Shape:
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def weights(self) -> int:
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
-        return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
-
-
-def activations(shape: Shape, tokens: int, completion_tokens: int, number: int, tile_width: int, copies: int) -> float:
-    """Bytes above weights, gradients and optimizer at the worst moment of forward and backward."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    checkpoints = shape.layers * tokens * shape.hidden * number
-    layer = 1.5 * tokens * (7 * shape.hidden + 2 * queries + 4 * keys + 4 * shape.mlp) * number
-    head = completion_tokens * shape.hidden * (4 + number) + 8 * shape.vocabulary * shape.hidden
-    head += copies * min(completion_tokens, TOKEN_TILE) * tile_width * 4
-    return checkpoints + max(layer, head)
+from camopd.memory import CPU_COPIES, CPU_TILE, GPU_COPIES, GPU_TILE, Shape, activations
 
 
 SMALL = (  # shape, prompt tokens, completion tokens
@@ -99,7 +68,7 @@ def compare() -> list[str]:
 
 def on_cpu(shape: Shape, prompt: int, completion: int) -> float:
     """Bytes in float32: weights 4, gradients 4, Adam 8 a weight, and the teacher's weights, which stay where they are."""
-    return 20 * shape.weights + activations(shape, prompt + completion, completion, 4, 4096, CPU_COPIES)
+    return 20 * shape.weights + activations(shape, prompt + completion, completion, 4, CPU_TILE, CPU_COPIES)
 
 
 def on_gpu(shape: Shape, prompt: int, completion: int) -> float:

@@ -27,9 +27,9 @@ from .hub import check_trusted, explain_hub_error, hub_errors, is_hub_id
 from .machines import Machine, raise_of_any
 from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
 from .optimizer import local
-from .record import RUN_RECORD
+from .output_dir import METRICS, RUN_RECORD, need_checkpoint, no_checkpoint
 from .rollouts import load_rollouts, save_rollouts, set_rng_state
-from .run_folder import METRICS, is_own
+from .run_folder import is_own
 from .samples import Sample
 from .signals import StopAsked, interrupted
 from .step import Step
@@ -41,15 +41,6 @@ FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of w
 OF_TORCH_SAVE = ("inline_container", "iostream error", "PytorchStreamWriter")  # its RuntimeErrors of a full disk
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 Kept = tuple[Sequence[Sample] | None, int] | None  # rollouts of a step, and how many of their prompts were cut
-
-
-def need_checkpoint(given: Any) -> None:
-    """Raise `ResumeError` where `resume_from_checkpoint` names neither a folder nor a model of the Hub."""
-    if isinstance(given, str) and given != "auto" and not Path(given).is_dir() and not is_hub_id(given):
-        raise ResumeError(
-            f"resume_from_checkpoint={given!r} is neither a folder here nor owner/name on the Hub. Give the folder of a "
-            "checkpoint, 'true' for the newest one in output_dir, or 'auto' for that or a start."
-        )
 
 
 class RunCheckpoints:
@@ -84,6 +75,7 @@ class RunCheckpoints:
         else:
             checkpoint = Path(str(given))
             if all(gather_object([is_hub_id(str(given))])):
+                need_checkpoint(str(given))  # what looks like a path is no model
                 # Of all machines: where one has such a folder and another lacks it, the other would wait in the fetch.
                 checkpoint = Path(self._fetch(str(given), unpickles))
             self.need_whole(checkpoint, to_go_on=True)
@@ -117,10 +109,7 @@ class RunCheckpoints:
                 "overwrite_output_dir=True, to start again."
             )
         if required:
-            raise ResumeError(
-                f"there is no checkpoint in {str(folder)!r} to go on from. Start without resume_from_checkpoint, or give "
-                "the checkpoint's own folder."
-            )
+            raise no_checkpoint(folder)
         return None
 
     def need_whole(self, checkpoint: Path, to_go_on: bool = False) -> None:

@@ -85,15 +85,23 @@ def run(command: str, argv: list[str]) -> None:
     """What a subcommand does with its words."""
     arguments: Sequence[Any] = [argv]
     if command in ("train", "check"):
-        from .early import check_early
-        from .run import config_and_overrides
+        from . import early, surroundings
+        from .run import config_and_overrides, teachers_of
 
         arguments = config_and_overrides(f"camopd {command}", argv)  # before torch: --help is quick, and so are errors
-        check_early(*arguments)
+        settings = early.check_early(*arguments, training=command == "train")
+        if command == "train":
+            surroundings.check_folder({**settings, "teachers": teachers_of(settings)})
+        surroundings.check_machine(settings)
+        if command == "train":
+            surroundings.check_push(settings)
     if command == "demo":  # read when the libraries are imported: the demo fetches nothing and reports to nobody
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from .commands import demo_words
+
+        demo_words.parse(argv)  # --help is quick, and so are errors
     try:
         with ends_at_once():
             module = importlib.import_module(f".commands.{command}", __package__)

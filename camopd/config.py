@@ -1,10 +1,11 @@
 """`CaMOPDConfig`: TRL's `DistillationConfig` plus what the paper adds, with the paper's values as defaults."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers.utils import is_torch_xla_available
 from trl import DistillationConfig
 from trl.trainer.utils import get_config_model_id
 
@@ -12,7 +13,7 @@ from . import method_rules, setting_rules
 from .best import settle_metric
 from .generation import check_generation_kwargs
 from .learning_rate import settle_schedule
-from .schedule import Schedule, by_step, short, value_at
+from .schedule import Schedule, by_step, value_at
 
 
 PAPER_MASS_TARGET = {"general": 0.8, "domain": 0.8}
@@ -27,7 +28,8 @@ class CaMOPDConfig(DistillationConfig):
 
     Extends [`~trl.DistillationConfig`] with the fields of CaMOPD (https://arxiv.org/abs/2605.27115). A field that is
     said to be *per branch* takes one value for all branches, or a dict from branch name to value (in YAML a mapping, on
-    the command line a JSON object).
+    the command line a JSON object). A branch without a value gets the paper's, one of another name than `general` and
+    `domain` those of `method_rules.OF_A_NEW_BRANCH`; a line says which.
 
     Parameters:
         > Parameters of the method
@@ -85,7 +87,7 @@ class CaMOPDConfig(DistillationConfig):
             Thresholds of the guards on a run's numbers by name, over the defaults; `None` switches one off. See
             docs/metrics.md.
 
-        > Parameters of the baselines (see docs/methods.md; `configs/methods` has a file for each)
+        > Parameters of the baselines (see docs/methods.md; `camopd/methods` has a file for each)
 
         token_rule (`str`, *optional*, defaults to `"none"`):
             Which sampled tokens the loss counts, and how much: `"relaxed_opd"` is Relaxed OPD
@@ -123,6 +125,8 @@ class CaMOPDConfig(DistillationConfig):
             Tokens a prompt may have. Longer ones keep their *last* tokens, so that the generation prompt survives.
         split_special_tokens (`bool`, *optional*, defaults to `False`):
             Encode special tokens in the text of prompts (`<|im_end|>`) as text. Else they are control tokens.
+        prefill (`bool`, *optional*, defaults to `False`):
+            Have the student go on with a prompt that ends with an assistant turn, which is refused otherwise.
         trust_checkpoint (`bool`, *optional*, defaults to `False`):
             Let DeepSpeed and FSDP, which unpickle, go on from a checkpoint outside `output_dir`.
 
@@ -311,6 +315,9 @@ class CaMOPDConfig(DistillationConfig):
     split_special_tokens: bool = field(
         default=False, metadata={"help": "Encode special tokens in the text of prompts as the text they are."}
     )
+    prefill: bool = field(
+        default=False, metadata={"help": "Go on with prompts that end with an assistant turn; else they are refused."}
+    )
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Let DeepSpeed and FSDP unpickle a checkpoint outside output_dir."}
     )
@@ -356,7 +363,9 @@ class CaMOPDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
-        longest = self._read_completion_length()
+        longest = method_rules.read_completion_length(self)
+        if not (self.use_cpu or torch.accelerator.is_available() or is_torch_xla_available()):
+            self.use_cpu = True  # transformers wants it said
         method_rules.take_old_names(self)
         method_rules.check_values(self)
         # Before the parent's checks, which hand gradient_accumulation_steps to DeepSpeed.
@@ -386,33 +395,6 @@ class CaMOPDConfig(DistillationConfig):
         """The paper's settings, with an `output_dir` named after the model, an id, path or object."""
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         return cls(f"{name.split('/')[-1]}-CaMOPD")
-
-    def _read_completion_length(self) -> int:
-        """Leave the largest length where the parent looks for a number, and the schedule in `completion_lengths`."""
-        name = "max_completion_length"
-        given: Any = self.max_completion_length
-        if isinstance(given, str) and given.lstrip().startswith("{"):
-            try:
-                given = json.loads(given)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{name} is not valid JSON: {given[:300]} ({error}).") from None
-        steps = by_step(name, given)
-        if self.completion_lengths is not None and not isinstance(given, dict):
-            known = by_step("completion_lengths", self.completion_lengths)  # of a config that is copied
-            if len(steps) == 1 and max(known.values()) == max(steps.values()):
-                steps = known
-            elif given == CaMOPDConfig.max_completion_length:
-                raise ValueError(
-                    f"completion_lengths={short(self.completion_lengths)} is derived; give the schedule as {name}."
-                )
-        if isinstance(self.max_steps, int) and 0 < self.max_steps <= max(steps):
-            raise ValueError(
-                f"{name} changes at step {max(steps)}, but the run ends after max_steps={self.max_steps} steps (0 to "
-                f"{self.max_steps - 1}). Raise max_steps, or leave that entry out."
-            )
-        self.max_completion_length = max(steps.values())
-        self.completion_lengths = steps if len(steps) > 1 else None
-        return self.longest_completion
 
     @property
     def score_rows(self) -> int:

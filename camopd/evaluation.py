@@ -82,7 +82,7 @@ def check_name(name: str | None, known: Collection[str]) -> None:
 def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[str, Any]:
     """Held-out prompts that a user passes, by the prefix of their metrics: `<prefix>_<branch>`, or `prefix` where they are
     of one branch and not in a mapping."""
-    by_branch = held_out(datasets, trainer.schedule, argument)
+    by_branch = held_out(datasets, trainer.schedule, argument, trainer.args.prefill)
     trainer.reader.check(by_branch)
     if not isinstance(datasets, dict) and len(by_branch) == 1:
         return {prefix: next(iter(by_branch.values()))}

@@ -10,10 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
+from .teachers.address import names_missing_folder
 
 
 if TYPE_CHECKING:
@@ -36,15 +38,37 @@ def load_prompts(source: Any, branch: str, to_prompt: ToPrompt | None = None) ->
     """The prompts of one branch, with a column `prompt`, and `category` where there is one.
 
     Args:
-        source: As in [`~camopd.run.PromptArguments`]. Of a conversation in another column than `prompt`, an assistant turn
-            at its end is left out.
+        source: As in [`~camopd.run.PromptArguments`]; of several files or folders the rows come one after the other. Of a
+            conversation in another column than `prompt`, an assistant turn at its end is left out.
         to_prompt: Makes the prompt of a row, where the dataset has no column of prompts.
 
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
     """
+    import datasets
+
+    spec = specification(source, branch)
+    parts: list[Dataset] = []
+    for path in spec["path"]:
+        left = None if spec.get("limit") is None else spec["limit"] - sum(len(part) for part in parts)
+        if left is None or left > 0:
+            parts.append(_load({**spec, "path": path, "limit": left}, branch, to_prompt))
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        dataset = datasets.concatenate_datasets(parts)
+    except (TypeError, ValueError) as error:
+        kinds = "; ".join(f"{path!r} has {part.features}" for path, part in zip(spec["path"], parts, strict=False))
+        raise ValueError(
+            f"the prompts of branch {branch!r} cannot be put together: {error} {kinds[:500]}. Give all files "
+            "the same kind of prompts: texts, or messages."
+        ) from None
+    dataset.info.homepage = ", ".join(spec["path"])
+    return dataset
+
+
+def _load(spec: dict[str, Any], branch: str, to_prompt: ToPrompt | None) -> Dataset:
     from .messages import COLUMNS
 
-    spec = _specification(source, branch)
     path = spec["path"]
     dataset = _read(spec, branch)
     column = _column_of_prompts(dataset, spec, branch, to_prompt is not None)
@@ -54,7 +78,7 @@ def load_prompts(source: Any, branch: str, to_prompt: ToPrompt | None = None) ->
         columns = [name for name in dataset.column_names if column is None or name in (column, *COLUMNS, "category")]
         _check_texts(dataset.select_columns(columns), spec, branch)
     if column != "prompt":
-        dataset = _with_prompts(dataset, column, to_prompt, f"{path!r}, prompts of branch {branch!r}")
+        dataset = with_prompts(dataset, column, to_prompt, f"{path!r}, prompts of branch {branch!r}")
     # A category has metrics of its own.
     dataset = dataset.select_columns([name for name in (*COLUMNS, "category") if name in dataset.column_names])
     # Where the model card finds the data card.
@@ -62,26 +86,34 @@ def load_prompts(source: Any, branch: str, to_prompt: ToPrompt | None = None) ->
     return dataset
 
 
-def _specification(source: Any, branch: str) -> dict[str, Any]:
-    spec: dict[str, Any] = {"path": source} if isinstance(source, str) else source if isinstance(source, dict) else {}
+def specification(source: Any, branch: str) -> dict[str, Any]:
+    """Where the prompts of a branch are, with `path` as a list and `split`. Imports nothing heavy.
+
+    Raises `ValueError` for another form and for a path that leads nowhere.
+    """
+    spec: dict[str, Any] = dict(source) if isinstance(source, dict) else {"path": source}
     unknown = set(spec) - {"path", "name", "split", "column", "limit"}
-    if unknown or not isinstance(spec.get("path"), str):
+    given = spec.get("path")
+    paths: Any = [given] if isinstance(given, str) else given
+    if unknown or not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
         raise ValueError(
-            f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, or a mapping with `path` "
-            "and any of `name`, `split`, `column`, `limit`."
+            f"the prompts of branch {branch!r} are {source!r}. Give a file, a dataset of the Hub, a list of them, or a "
+            "mapping with `path` and any of `name`, `split`, `column`, `limit`."
         )
     limit = spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ValueError(
             f"limit of the prompts of branch {branch!r} must be a whole number of rows of at least 1, got {limit!r}."
         )
-    path = os.path.expanduser(spec["path"])
-    if file_type(path) is not None and not Path(path).is_file():
-        raise ValueError(
-            f"the prompts of branch {branch!r} are named as {path!r}, but there is no such file. Fix the "
-            "path, or build prompts with `camopd data` (docs/data.md)."
-        )
-    return {**spec, "path": path, "split": spec.get("split", "train")}
+    paths = [os.path.expanduser(path) for path in paths]
+    for path in paths:
+        if (file_type(path) is not None and not Path(path).is_file()) or names_missing_folder(path):
+            raise ValueError(
+                f"the prompts of branch {branch!r} are named as {path!r}, but there is no such file. Fix the path, or "
+                "build prompts with `camopd data` (docs/data.md). A path is taken as it is written: *, ? and [] stand for "
+                "themselves."
+            )
+    return {**spec, "path": paths, "split": spec.get("split", "train")}
 
 
 def _named(spec: Mapping[str, Any], branch: str) -> str:
@@ -100,8 +132,7 @@ def _read(spec: Mapping[str, Any], branch: str) -> Dataset:
     try:
         if is_file:
             return read_file(path, spec["split"])
-        check_local(path)
-        return load_dataset(path, spec.get("name"), split=spec["split"])
+        return _read_folder(path, spec["split"]) or load_dataset(path, spec.get("name"), split=spec["split"])
     except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
         known = str(error) if isinstance(error, DataError) else why_unreadable(error)
         if known is not None:
@@ -123,16 +154,21 @@ def _column_of_prompts(dataset: Dataset, spec: Mapping[str, Any], branch: str, m
     columns = [spec["column"]] if "column" in spec else ["prompt", "messages"]
     column = next((name for name in columns if name in known), None)
     if column is None and ("column" in spec or not may_lack):
-        raise ValueError(
-            f"the prompts of branch {branch!r}, {path!r}, have the columns {known}, none of them "
-            f"{' or '.join(map(repr, columns))}. Name the one with the prompts: {{path: {path}, column: ...}}."
-        )
+        raise ValueError(no_column(path, branch, known, columns))
     if column == "prompt" and "column" not in spec and "messages" in known:
         logger.warning(
             "the prompts of branch %r, %s, have columns 'prompt' and 'messages': 'prompt' is taken. To take the other, "
             "write {path: %s, column: messages}.", branch, path, path,
         )  # fmt: skip
     return column
+
+
+def no_column(path: str, branch: str, known: list[str], wanted: list[str]) -> str:
+    """What to say of prompts without any of the wanted columns."""
+    return (
+        f"the prompts of branch {branch!r}, {path!r}, have the columns {known}, none of them "
+        f"{' or '.join(map(repr, wanted))}. Name the one with the prompts: {{path: {path}, column: ...}}."
+    )
 
 
 def _check_texts(dataset: Dataset, spec: Mapping[str, Any], branch: str) -> None:
@@ -145,8 +181,8 @@ def _check_texts(dataset: Dataset, spec: Mapping[str, Any], branch: str) -> None
         raise ValueError(f"{_named(spec, branch)}, cannot be loaded: {why_unreadable(error) or error}") from error
 
 
-def _with_prompts(dataset: Dataset, column: str | None, to_prompt: ToPrompt | None, where: str) -> Dataset:
-    """A column `prompt`: what stands before the answer in another column, or, without one, what `to_prompt` makes."""
+def with_prompts(dataset: Dataset, column: str | None, to_prompt: ToPrompt | None, where: str) -> Dataset:
+    """The dataset with a column `prompt`: what stands before the answer in another one, or what `to_prompt` makes."""
     import datasets
 
     from .messages import before_answer
@@ -176,15 +212,38 @@ def only(path: str | Path) -> str:
     return glob.escape(str(path))
 
 
-def check_local(path: str) -> None:
-    """Raise `DataError` for a path that `load_dataset` would read otherwise than it is written."""
+def _read_folder(path: str, split: str) -> Dataset | None:
+    """The rows of a folder that `load_dataset` would not read, or not this one: of `save_to_disk`, or whose path has
+    one of []*?, which it takes for a pattern. `None` for others and for datasets of the Hub.
+
+    Raises `DataError` for a file of another type, a split that is not there, and what cannot be read so.
+    """
+    from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
     if os.path.isfile(path):
         raise DataError(f"it is a file, but of none of the types {', '.join(FILE_TYPES)}. Rename or convert it.")
-    if os.path.isdir(path) and glob.has_magic(path):
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(path)
+        if not isinstance(saved, Dataset) and split not in saved:
+            raise DataError(f"it was saved with the splits {sorted(saved)}. Name one: {{path: {path}, split: ...}}.")
+        return saved if isinstance(saved, Dataset) else saved[split]
+    if not os.path.isdir(path) or not glob.has_magic(path):
+        return None
+    base = only(os.path.abspath(path))
+    files: dict[str, list[str]] = {}
+    for name, patterns in get_data_patterns(base).items():
+        for pattern in patterns:
+            with suppress(FileNotFoundError):  # another pattern of the split has some
+                found = resolve_pattern(pattern, base, allowed_extensions=list(FILE_TYPES))
+                files[name] = list(dict.fromkeys([*files.get(name, ()), *found]))
+    kinds = {file_type(file) for found in files.values() for file in found}
+    if len(kinds) != 1 or split not in files or os.path.exists(os.path.join(path, "README.md")):
         raise DataError(
-            "the path of this folder has one of the characters []*?, which `datasets` takes for a pattern; it would read "
-            "other files. Name the file in it, or rename the folder."
+            "the path of this folder has one of the characters []*?, with which only a folder of files of one type and "
+            "without a README.md can be read. Name the file in it, or rename the folder."
         )
+    return load_dataset(str(kinds.pop()), data_files={split: [only(file) for file in files[split]]}, split=split)
 
 
 def read_file(path: str, split: str = "train") -> Dataset:

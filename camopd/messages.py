@@ -106,6 +106,27 @@ def before_answer(prompt: Any) -> Any:
     return prompt[:end]
 
 
+def without_answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row; its `messages`, where it has no `prompt`, are its prompt without the answer. Raises as [`before_answer`]."""
+    if row.get("prompt") is not None or row.get("messages") is None:
+        return dict(row)
+    return {**row, "prompt": before_answer(row["messages"])}
+
+
+def read_prompt(row: Mapping[str, Any], prefill: bool) -> dict[str, Any]:
+    """[`read_row`] of a row [`without_answer`]. Raises `ValueError` also for a prompt that ends with an assistant turn,
+    unless `prefill` says that the student is to go on with it."""
+    found = read_row(without_answer(row))
+    prompt = found["prompt"]
+    if not prefill and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"has a prompt that ends with an assistant turn, {prompt[-1]['content'][:80]!r}. If it is the answer, call the "
+            "column 'messages', of which answers are left out, or take that turn out. Set prefill=True to have the student "
+            "go on with it."
+        )
+    return found
+
+
 def tokenize(
     row: Mapping[str, Any],
     tokenizer: Any,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import guards
+from . import guards, ranges
 from .objective import IMPORTANCE_MODES, SCORE_KINDS
-from .schedule import Schedule, mapping_form, number_of, short
+from .ranges import Range
+from .schedule import Schedule, by_step, mapping_form, number_of, short
 from .settings import OLD_NAMES
 from .teachers.address import is_server, key_variables, public_url, refuse_secrets, urls_and_model, without_secrets
 from .token_rules import TOKEN_RULES
@@ -24,68 +24,11 @@ from .vllm.limits import completion_seconds, most_tokens_in_flight, request_seco
 logger = logging.getLogger(__name__)
 
 
-class Range(NamedTuple):
-    """Settings, the test that each of their values has to pass, and how an error says so."""
-
-    names: str
-    test: Callable[[Any], bool]
-    must_be: str
-    why: str = ""
-
-
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**53
-
-
-def _number(test: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and test(float(value))
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _choice(name: str, *choices: str) -> Range:
-    return Range(name, choices.__contains__, f"one of {choices}")
-
-
-COUNT = "a whole number of at least 1"
-# A value of None, where it is the default, stands for "not set" and is always allowed.
 RANGES = (
-    Range(
-        "prompts_per_step per_device_train_batch_size max_prompt_length score_tokens max_tokens_per_micro_batch "
-        "loss_prefix_tokens", _whole(1), COUNT,
-    ),
-    Range(
-        "max_steps", _whole(1), COUNT,
-        " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
-    ),
-    Range("diagnostics_steps", _whole(0), f"{COUNT}, or 0 to measure nothing"),
-    Range("rollout_lag", lambda value: type(value) is int and value in (0, 1), "0 or 1, a number of steps"),
-    Range("relaxed_exploration_steps", _whole(0), "a whole number of at least 0"),
-    _choice("importance_sampling_mode", *IMPORTANCE_MODES),
-    _choice("student_logps", "trainer", "engine", "auto"),
-    _choice("optimizer_moments", "shared", "per_branch"),
+    *ranges.RANGES,
+    ranges.choice("importance_sampling_mode", *IMPORTANCE_MODES),
     Range("token_rule", lambda value: value in TOKEN_RULES, f"one of {tuple(TOKEN_RULES)}"),
-    _choice("loss_normalization", "sample", "token"),
-    _choice("branch_weights", "none", "sigma"),
-    Range("relaxed_mixture", _number(lambda value: 0 < value < 1), "in (0, 1)", " It is lambda of Relaxed OPD."),
-    Range(
-        "relaxed_entropy_share", _number(lambda value: 0 < value <= 1), "in (0, 1]",
-        " It is a share of the tokens; 1 leaves the choice by entropy out.",
-    ),
-    Range(
-        "selectkd_reject_weight", _number(lambda value: 0 <= value < 1), "in [0, 1)",
-        " A rejected token weighs less than an accepted one. For a weight of 1 on every token, set token_rule to 'none'.",
-    ),
-    Range("teacher_timeout", _number(lambda value: 0 < value < math.inf), "a positive number of seconds"),
-    Range("importance_sampling_low importance_sampling_high", _number(lambda value: True), "a number"),
-    Range("gradient_accumulation_steps", _whole(-(2**53)), "a whole number; it is derived, leave it out"),
-    Range("lr_scheduler_type", lambda value: isinstance(value, str) and len(value) < 100, "the name of a schedule"),
-    Range("learning_rate", _number(lambda value: 0 <= value < math.inf), "a number of at least 0"),
-    Range("logging_steps save_steps", _number(lambda value: value < math.inf), "a number"),
-    Range("disable_dropout rebalance padding_free split_special_tokens trust_checkpoint", _is_bool, "true or false"),
-)  # fmt: skip
+)
 PER_BRANCH = (
     Range(
         "mass_target", lambda value: 0 < value <= 1, "in (0, 1]",
@@ -98,6 +41,7 @@ PER_BRANCH = (
     Range("score", SCORE_KINDS.__contains__, f"one of {SCORE_KINDS}", " They are Eq. 6 and Eq. 7."),
     Range("selection", lambda value: True, "true or false"),
 )  # fmt: skip
+OF_A_NEW_BRANCH = {"mass_target": 0.8, "scale": 1.0, "score": "absolute", "selection": True}
 # optim that transformers builds from the learning rate and `adam_*` alone
 PLAIN_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 
@@ -126,7 +70,7 @@ def check_values(args: Any) -> None:
         for name in rule.names.split():
             value = getattr(args, name)
             if value is not None or args.__dataclass_fields__[name].default is not None:
-                _check(rule, name, value)
+                ranges.check(rule, name, value)
     args.guards = guards.settle(args.guards)
     args.rollout_servers = urls_of(args.rollout_servers, args.use_vllm)
     if args.rollout_lag and not args.rollout_servers:
@@ -176,13 +120,32 @@ def urls_of(given: Any, use_vllm: bool) -> list[str] | None:
     return list(urls)
 
 
-def _check(rule: Range, name: str, value: Any) -> None:
-    try:
-        allowed = rule.test(value)
-    except (TypeError, OverflowError):  # a list where a text should be, a number beyond all floats
-        allowed = False
-    if not allowed:
-        raise ValueError(f"{name} must be {rule.must_be}, got {short(value)}.{rule.why}")
+def read_completion_length(args: Any) -> int:
+    """Leave the largest length where the parent looks for a number, and the schedule in `completion_lengths`."""
+    name = "max_completion_length"
+    given: Any = args.max_completion_length
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not valid JSON: {given[:300]} ({error}).") from None
+    steps = by_step(name, given)
+    if args.completion_lengths is not None and not isinstance(given, dict):
+        known = by_step("completion_lengths", args.completion_lengths)  # of a config that is copied
+        if len(steps) == 1 and max(known.values()) == max(steps.values()):
+            steps = known
+        elif given == args.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"completion_lengths={short(args.completion_lengths)} is derived; give the schedule as {name}."
+            )
+    if isinstance(args.max_steps, int) and 0 < args.max_steps <= max(steps):
+        raise ValueError(
+            f"{name} changes at step {max(steps)}, but the run ends after max_steps={args.max_steps} steps (0 to "
+            f"{args.max_steps - 1}). Raise max_steps, or leave that entry out."
+        )
+    args.max_completion_length = max(steps.values())
+    args.completion_lengths = steps if len(steps) > 1 else None
+    return int(args.max_completion_length)
 
 
 def derive_accumulation(args: Any, world_size: int) -> None:
@@ -226,6 +189,7 @@ def check_method(args: Any, schedule: Schedule) -> None:
     """Raise `ValueError` for a setting of the method that does not fit another one; per-branch values become numbers and
     truth values, and are checked."""
     _check_schedule(args, schedule)
+    _give_defaults(args, schedule)
     for rule in PER_BRANCH:
         name, value = rule.names, getattr(args, rule.names)
         if isinstance(value, dict):
@@ -234,7 +198,7 @@ def check_method(args: Any, schedule: Schedule) -> None:
             value = _parse(name, name, value)
         setattr(args, name, value)
         for branch, item in args.per_branch(name).items():
-            _check(rule, f"{name} of branch {branch!r}", item)
+            ranges.check(rule, f"{name} of branch {branch!r}", item)
     _check_optimizer(args)
     _check_budget(args)
     _check_teachers(args)
@@ -250,6 +214,24 @@ def check_method(args: Any, schedule: Schedule) -> None:
             f"importance_sampling_high={args.importance_sampling_high} must enclose 1, the ratio of two engines that "
             "agree: 0 <= low <= 1 <= high. The default band is 0.5 to 2.0."
         )
+
+
+def _give_defaults(args: Any, schedule: Schedule) -> None:
+    """Give a branch the values of per-branch settings that it lacks, and say so in a line."""
+    for branch in schedule.branches:
+        taken = {}
+        for rule in PER_BRANCH:
+            name, value = rule.names, getattr(args, rule.names)
+            if isinstance(value, dict) and branch not in value:
+                of_paper = args.__dataclass_fields__[name].default_factory()
+                taken[name] = of_paper.get(branch, OF_A_NEW_BRANCH[name])
+                setattr(args, name, {**value, branch: taken[name]})
+        if taken and args.process_index == 0:
+            said = ", ".join(f"{name} {value}" for name, value in taken.items())
+            logger.warning(
+                "branch %r has no values of its own: %s. To change one, set %s: {%s: ...}",
+                branch, said, next(iter(taken)), branch,
+            )  # fmt: skip
 
 
 def _check_schedule(args: Any, schedule: Schedule) -> None:

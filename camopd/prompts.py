@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 
-from .messages import COLUMNS, MOST_BYTES, check_text, read_row, render, tokenize
+from .files import with_prompts
+from .messages import COLUMNS, MOST_BYTES, check_text, read_prompt, read_row, render, tokenize, without_answer
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
 from .tokens import check_known
@@ -36,9 +38,12 @@ class PromptStream:
     that reaches the end of an epoch goes on in the next one, so it always gets as many rows as it asks for.
     """
 
-    def __init__(self, dataset: Dataset | IterableDataset, branch: str, seed: int, shuffle: bool = True):
-        check_prompts(dataset, branch)
-        self.dataset = dataset
+    def __init__(
+        self, dataset: Dataset | IterableDataset, branch: str, seed: int, shuffle: bool = True, prefill: bool = False
+    ):
+        dataset = prompts_of(dataset, branch)
+        check_prompts(dataset, branch, prefill)
+        self.dataset, self._prefill = dataset, prefill
         self.branch = branch
         # Its own seed: the same dataset in two branches must not come in the same order.
         self.seed = seed + int.from_bytes(hashlib.sha256(branch.encode()).digest()[:4], "big")
@@ -104,7 +109,7 @@ class PromptStream:
             if row.get("image") is not None or row.get("images"):
                 raise ValueError(f"{name} brings an image: {_NO_IMAGES}")
             name += f" with columns {sorted(row)}"
-        return {**named(read_row, {**row, "row": name}), "branch": self.branch}
+        return {**named(partial(read_prompt, prefill=self._prefill), {**row, "row": name}), "branch": self.branch}
 
 
 class StepDataset(TorchDataset):
@@ -200,13 +205,14 @@ class HeldOut(dict[str, Dataset | list[dict[str, Any]]]):
             yield from (row["prompt"] for row in rows if row is not None)
 
 
-def held_out(datasets: Any, schedule: Schedule, argument: str) -> HeldOut:
+def held_out(datasets: Any, schedule: Schedule, argument: str, prefill: bool = False) -> HeldOut:
     """Held-out prompts in any of the forms a user may pass, by branch. A stream is read to its end.
 
     Args:
         datasets: a mapping from branches to `Dataset` or `IterableDataset`, a `Dataset` with a column `branch`, or, where
             the schedule has one branch, that branch's prompts.
         argument: its name, for messages.
+        prefill: as the config has it.
 
     Raises `TypeError` or `ValueError` for prompts without a branch, of a branch that is not in the schedule, or that
     `check_prompts` refuses.
@@ -231,12 +237,23 @@ def held_out(datasets: Any, schedule: Schedule, argument: str) -> HeldOut:
                 f"{argument} has branch {branch!r}, which is not in schedule {str(schedule)!r}; its branches are "
                 f"{list(schedule.branches)}."
             )
-        check_prompts(dataset, branch)
-        marked[branch] = mark(dataset, branch)
+        dataset = prompts_of(dataset, branch)
+        check_prompts(dataset, branch, prefill)
+        marked[branch] = mark(dataset, branch, prefill)
     return marked
 
 
-def check_prompts(dataset: Any, branch: str) -> None:
+def prompts_of(dataset: Any, branch: str) -> Any:
+    """The dataset, its column `messages` as `prompt` where it has no other: what stands before the answer, as in YAML."""
+    columns = dataset.column_names if isinstance(dataset, (Dataset, IterableDataset)) else None
+    if columns is None or "prompt" in columns or "messages" not in columns:
+        return dataset
+    if isinstance(dataset, Dataset):
+        return with_prompts(dataset, "messages", None, f"the prompts of branch {branch!r}").remove_columns("messages")
+    return dataset.map(without_answer, remove_columns="messages")
+
+
+def check_prompts(dataset: Any, branch: str, prefill: bool = False) -> None:
     """Raise `TypeError` or `ValueError` unless `dataset` can feed a branch. Reads nothing of an IterableDataset."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -259,22 +276,12 @@ def check_prompts(dataset: Any, branch: str) -> None:
     if dataset.column_names is not None:
         if "prompt" not in dataset.column_names:
             way = "Rename the column that holds the prompt: dataset.rename_column(..., 'prompt')."
-            if "messages" in dataset.column_names:  # renamed, the student would continue the answers
-                way = "Make it of the messages, without the answers: camopd.messages.before_answer(row['messages'])."
             raise ValueError(
                 f"the prompts of branch {branch!r} have no column 'prompt', only {sorted(dataset.column_names)}. {way}"
             )
         if isinstance(dataset, Dataset):
-            goes_on = 0
             for row in rows_to_check(branch, dataset):
-                prompt = named(read_row, row)["prompt"]
-                goes_on += not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
-            if goes_on:
-                logger.warning(
-                    "%d of %d prompts of branch %r end with the assistant, and the student continues that turn. If it "
-                    "is the answer, take it out of the prompts (camopd.messages.before_answer).",
-                    goes_on, len(dataset), branch,
-                )  # fmt: skip
+                named(partial(read_prompt, prefill=prefill), row)
         for column in ("image", "images"):
             if column in dataset.column_names:
                 raise ValueError(f"the prompts of branch {branch!r} have a column {column!r}: {_NO_IMAGES}")
@@ -292,7 +299,7 @@ def rows_to_check(branch: str, dataset: Dataset) -> Iterator[dict[str, Any]]:
         yield {**row, "row": row_name(branch, index, dataset)}
 
 
-def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | list[dict[str, Any]]:
+def mark(dataset: Dataset | IterableDataset, branch: str, prefill: bool = False) -> Dataset | list[dict[str, Any]]:
     """Held-out rows with what the model sees, their branch, category if any, what an error calls them, and their
     position among each other.
 
@@ -305,7 +312,8 @@ def mark(dataset: Dataset | IterableDataset, branch: str) -> Dataset | list[dict
             name = row_name(branch, None, dataset)
             if row.get("image") is not None or row.get("images"):
                 raise ValueError(f"{name} brings an image: {_NO_IMAGES}")
-            named(read_row, {**row, "row": name})
+            row = without_answer(row)
+            named(partial(read_prompt, prefill=prefill), {**row, "row": name})
             columns = {column: row[column] for column in (*COLUMNS, "category") if column in row}
             rows.append({**columns, "branch": branch, "row": name, "position": len(rows)})
         if not rows:

@@ -25,6 +25,7 @@ from .config import CaMOPDConfig
 from .errors import ResumeError
 from .hub import public_name
 from .learning_rate import FOLLOWS_METRIC, of_deepspeed
+from .output_dir import RUN_ID, RUN_RECORD
 from .prompts import fingerprint
 from .setting_rules import WITHOUT_EFFECT
 from .settings import OLD_NAMES
@@ -35,8 +36,6 @@ from .teachers.local import LocalTeacher
 
 logger = logging.getLogger(__name__)
 
-RUN_RECORD = "camopd.json"  # in every checkpoint
-RUN_ID = "run_id"  # of run_folder.py, which says when it must be the same
 PROBED_VALUES = 16  # of each weight
 
 # Fields of the config that do not change the numbers of a run, by the reason. All others are recorded: what is forgotten
@@ -51,6 +50,7 @@ LEFT_OUT = {
     "log_unique_prompts skip_memory_metrics",
     "what is sent to the Hub; a token is secret": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy "
     "hub_always_push hub_revision",
+    "a permission, which changes no number": "prefill",
     "measured beside training, with other random numbers": "diagnostics_steps debug",
     "evaluation, which draws random numbers of its own; recorded where the learning rate follows it": "eval_strategy "
     "eval_steps eval_delay eval_on_start per_device_eval_batch_size metric_for_best_model greater_is_better",

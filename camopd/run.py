@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,16 +42,18 @@ class PromptArguments:
 
     Args:
         prompts (`dict[str, str | dict]`, *optional*):
-            Per branch, a JSONL, Parquet or CSV file or a dataset of the Hub, with a column `prompt` or `messages`. In
-            place of the name, a mapping with `path` and any of `name`, `split` (default `"train"`), `column` and
-            `limit` (first rows only).
+            Per branch, a JSONL, JSON, Parquet or CSV file, a folder of them or of `save_to_disk`, a dataset of the Hub, or
+            a list of these, with a column `prompt` or `messages`. In place of the name, a mapping with `path` and any
+            of `name`, `split` (default `"train"`), `column` and `limit` (first rows only).
         eval_prompts (`dict[str, str | dict]`, *optional*):
             Held-out prompts, in the same form.
     """
 
     prompts: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Prompts of each branch: a file or Hub dataset, or {path, split, column, limit}."},
+        metadata={
+            "help": "Prompts of each branch: file, folder or Hub dataset, a list of them, or {path, split, column, limit}."
+        },
     )
     eval_prompts: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Held-out prompts of each branch, in the form of `prompts`."}
@@ -93,7 +96,8 @@ def _read(config: str) -> dict[str, Any]:
         raise ValueError(f"the config {config!r} is not UTF-8: {error}. Save it as UTF-8.") from None
     except yaml.YAMLError as error:
         tab = "\nIndent with spaces, not with tabs." if "\\t" in str(error) else ""
-        raise ValueError(f"the config {config!r} is not valid YAML: {error}{tab}") from None
+        text = str(error).replace("<unicode string>", config)
+        raise ValueError(f"the config {config!r} is not valid YAML: {text}{tab}") from None
     if not isinstance(settings, dict):
         raise ValueError(
             f"the config {config!r} must be a mapping from settings to values, got {without_secrets(repr(settings))}."
@@ -168,11 +172,44 @@ def written(argv: list[str]) -> dict[str, Any]:
     return read_settings(None, words) if words == argv else read_settings(words[0], words[1:])
 
 
+def methods() -> dict[str, str]:
+    """The files of the methods that come with camopd, by name."""
+    return {path.stem: str(path) for path in sorted((Path(__file__).parent / "methods").glob("*.yaml"))}
+
+
+def method_file(given: str) -> str:
+    """The file of a method by its name; a path is one already. Raises `ValueError` for a name that there is not."""
+    known = methods()
+    if given in known:
+        return known[given]
+    if Path(given).is_file() or Path(given).suffix or len(Path(given).parts) > 1:
+        return given
+    close = difflib.get_close_matches(given, known, n=1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"--method {given!r} is neither a file nor a method of camopd.{meant} There are {', '.join(known)}."
+    )
+
+
+class _Method(argparse.Action):
+    """Takes a name; "list" shows all of them, and ends."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+        if value == "list":
+            width = max(map(len, methods()))
+            for name, path in methods().items():
+                text = Path(path).read_text(encoding="utf-8").partition("\n#\n")[0].partition(".\n")[0]
+                said = " ".join(text.replace("#", "").split())
+                print(textwrap.fill(f"{name:<{width}}  {said}", 100, subsequent_indent=" " * (width + 2)))
+            parser.exit()
+        setattr(namespace, self.dest, value)
+
+
 def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[str]]:
-    """The file and the `--name value` words of a command line; those of `--method FILE` come first, and so give way."""
+    """The file and the `--name value` words of a command line; those of `--method` come first, and so give way."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s RUN.yaml [--method FILE] [--name value ...]",
+        usage="%(prog)s RUN.yaml [--method NAME] [--name value ...]",
         description="RUN.yaml may also be given as --config RUN.yaml. Any setting may follow as --name value.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -181,8 +218,9 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     parser.add_argument("config", metavar="RUN.yaml", help="YAML file of the run")
     parser.add_argument(
         "--method",
-        metavar="YAML",
-        help="settings that win over the run's, as those of configs/methods/vanilla_mopd.yaml",
+        metavar="NAME",
+        action=_Method,
+        help="settings that win over the run's: vanilla_mopd or another name of `--method list`, or a YAML file",
     )
     parser.add_argument(
         "--resume",
@@ -193,7 +231,7 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     if options.resume is not None:
         overrides += ["--resume_from_checkpoint", options.resume]
     if options.method is not None:
-        overrides = as_words(_read(options.method)) + overrides
+        overrides = as_words(_read(method_file(options.method))) + overrides
     return options.config, overrides
 
 
@@ -320,7 +358,7 @@ def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(teacher, str) and names_missing_folder(teacher):
             raise ValueError(
                 f"the teacher of branch {branch!r} is named as {teacher!r}, but there is no such path on this machine. "
-                "Fix the path, or give a model id of the Hub."
+                "Fix the path, or give a model id of the Hub, owner/name without ./ or ~ before it."
             )
     return teachers
 

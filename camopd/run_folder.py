@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,13 +16,10 @@ from . import atomic, record, rejected
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
 from .measured import HELD_OUT
+from .output_dir import METRICS, RUN_FILE, checkpoints_in, need_unused, run_id_of
 
 
 T = TypeVar("T")
-
-RUN_FILE = "_run.json"  # what begins with _ is never sent to the Hub
-METRICS = "metrics.jsonl"
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class RunFolder:
@@ -121,21 +117,6 @@ class RunFolder:
         return gather_object([result])[0]
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """What is named like a checkpoint, whole or not."""
-    return [path for path in sorted(folder.glob("checkpoint-*")) if _CHECKPOINT.fullmatch(path.name)]
-
-
-def run_id_of(folder: Path) -> str | None:
-    """The id of the run whose files a folder has, or `None` where it does not say."""
-    try:
-        found = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    run_id = found.get(record.RUN_ID) if isinstance(found, dict) else None
-    return run_id if isinstance(run_id, str) else None
-
-
 def is_own(checkpoint: Path) -> bool:
     """Whether a checkpoint is of the run whose folder it lies in; also one that cannot say of which it is."""
     try:
@@ -144,20 +125,6 @@ def is_own(checkpoint: Path) -> bool:
         return True
     known = run_id_of(checkpoint.parent)
     return own is None or known is None or own == known
-
-
-def need_unused(folder: Path, overwrite: bool) -> None:
-    """Raise `CaMOPDError` where a new run would find the files of another one, unless it may `overwrite` them."""
-    if overwrite:
-        return
-    found = [path.name for path in [*checkpoints_in(folder), folder / METRICS] if path.exists()]
-    if found:
-        names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        raise CaMOPDError(
-            f"the output_dir {str(folder)!r} has the files of another run: {names}. Go on with that run by "
-            "`--resume auto` (resume_from_checkpoint='auto'), give this one another output_dir, or set "
-            "overwrite_output_dir=True, which removes its checkpoints and renames its metrics.jsonl."
-        )
 
 
 def set_aside(path: Path) -> None:

@@ -1,13 +1,17 @@
-"""The settings of a run as text, for `--help`. They are read from the sources of the classes that declare them, because
-importing these takes seconds: torch comes with them."""
+"""The settings of a run as text, for `--help` and docs/settings.md. They are read from the sources of the classes that
+declare them, because importing these takes seconds: torch comes with them."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import re
+import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 # Old name -> new one; both are fields of the config. The old ones are taken with a warning for one release.
@@ -17,6 +21,22 @@ OLD_NAMES = {
     "teacher_patience": "teacher_timeout",
     "score_batch_size": "score_tokens",
 }
+
+# Of camopd's own numbers
+UNITS = {
+    "tokens": "max_completion_length max_prompt_length max_tokens_per_micro_batch loss_prefix_tokens score_tokens",
+    "optimizer steps": "max_steps logging_steps save_steps diagnostics_steps relaxed_exploration_steps rollout_lag",
+    "seconds": "teacher_timeout teacher_patience",
+    "prompts": "prompts_per_step",
+    "sequences": "per_device_train_batch_size score_batch_size",
+    "share": "mass_target relaxed_entropy_share relaxed_mixture",
+    "factor": "scale selectkd_reject_weight",
+    "ratio of probabilities": "importance_sampling_low importance_sampling_high",
+    "updates": "num_iterations",
+    "micro-batches": "gradient_accumulation_steps",
+}
+PER_BRANCH = ("prompts", "eval_prompts", "teachers", "mass_target", "scale", "score", "selection")
+TABLE = "<!-- made by `python -m camopd.settings docs/settings.md` -->"  # before it there, and behind it
 
 # Where the settings are declared, in the order in which they are shown; the first declaration of a name counts.
 _DECLARED = (
@@ -61,14 +81,59 @@ def list_of_settings() -> str:
         if group != last:
             lines += ["", f"{group}:"]
             last = group
+        facts = ", ".join(filter(None, facts_of(name, text)))
         lines += textwrap.wrap(
-            f"--{name} ({default})  {text}",
+            f"--{name} ({default})  {facts and f'[{facts}] '}{text}",
             118,
             initial_indent="  ",
             subsequent_indent="      ",
             break_long_words=False,
         )
     return "\n".join(lines).strip("\n")
+
+
+def facts_of(name: str, text: str) -> tuple[str, str, str]:
+    """Unit, equations of the paper and "per branch" of a setting with that help, each "" where there is none."""
+    unit = next((unit for unit, names in UNITS.items() if name in names.split()), "")
+    found = re.findall(r"Eq\. ([\d, and-]+)", text + _docstring().get(name, ""))
+    numbers = sorted({int(number) for each in found for number in re.findall(r"\d+", each)})
+    equations = f"Eq. {', '.join(map(str, numbers))}" if numbers else ""
+    return unit, equations, "per branch" if name in PER_BRANCH else ""
+
+
+@cache
+def _docstring() -> dict[str, str]:
+    """What the docstring of `CaMOPDConfig` says of each setting."""
+    text = (
+        (Path(__file__).parent / "config.py")
+        .read_text(encoding="utf-8")
+        .partition("Parameters:\n")[2]
+        .partition('"""')[0]
+    )
+    return dict(re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", text, re.MULTILINE))
+
+
+def table_of_settings() -> str:
+    """The settings that are camopd's own, as a table for docs/settings.md."""
+    lines = ["| setting | default | unit | equation | per branch | |", "|---|---|---|---|---|---|"]
+    for group, name, default, text in declared():
+        if group in ("Prompts", "CaMOPD") and name not in OLD_NAMES:
+            unit, equation, per_branch = facts_of(name, text)
+            shown = default.replace("|", "\\|")
+            lines.append(f"| **{name}** | `{shown}` | {unit} | {equation} | {per_branch and 'yes'} | {text} |")
+    return "\n".join(lines)
+
+
+def write_table(path: str) -> None:
+    """Bring the table between the two marks of a file up to date."""
+    before, _, behind = Path(path).read_text(encoding="utf-8").split(TABLE)
+    Path(path).write_text(f"{before}{TABLE}\n\n{table_of_settings()}\n\n{TABLE}{behind}", encoding="utf-8")
+
+
+@cache
+def default_of(name: str) -> Any:
+    """The default of a setting, where it is written as a value."""
+    return next(ast.literal_eval(default) for _, each, default, _ in declared() if each == name)
 
 
 def values_of(package: str, file: str, enumeration: str) -> tuple[str, ...]:
@@ -96,3 +161,7 @@ def _default_and_help(value: ast.expr | None, constants: dict[str, str]) -> tupl
     shown = "required" if default is None else ast.unparse(default).removeprefix("lambda: ")
     shown = next((literal for name, literal in constants.items() if shown in (name, f"dict({name})")), shown)
     return shown, " ".join(text.split())
+
+
+if __name__ == "__main__":
+    write_table(sys.argv[1])

@@ -38,6 +38,7 @@ from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out,
 from .samples import MicroBatch
 from .schedule import Schedule
 from .step import StepEnd, label
+from .surroundings import need_context
 from .teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, load_adapter_student
 from .teachers.address import ADAPTER_TEACHERS, has_adapter, without_secrets
 from .teachers.base import Teacher
@@ -108,7 +109,7 @@ def prepare(
         )
     schedule = Schedule.parse(args.schedule)
     streams = _make_streams(train_dataset, args, schedule)
-    held = None if eval_dataset is None else held_out(eval_dataset, schedule, "eval_dataset")
+    held = None if eval_dataset is None else held_out(eval_dataset, schedule, "eval_dataset", args.prefill)
     setting_rules.read_streams_in_this_process(args, [stream.dataset for stream in streams.values()])
     check_metric(args, schedule.branches, held or {}, callbacks)
     check_passed(args, *optimizers)
@@ -176,12 +177,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
             f"{get_config_model_id(model.config)!r} takes images, which no teacher can score yet. Pass its tokenizer as "
             "`processing_class` to train it on text."
         )
-    if run.max_tokens > context_length(model.config):
-        raise ValueError(
-            f"the student takes sequences of {context_length(model.config):.0f} tokens, but max_prompt_length + "
-            f"max_completion_length is {args.max_prompt_length} + {args.max_completion_length} = {run.max_tokens}. Lower "
-            "max_completion_length."
-        )
+    need_context(context_length(model.config), args.max_prompt_length, args.longest_completion)
     maps = {branch: each.dataset for branch, each in run.streams.items() if isinstance(each.dataset, Dataset)}
     trainer.reader.check({branch: rows_to_check(branch, dataset) for branch, dataset in maps.items()})
     trainer.reader.check(run.held_out or {})
@@ -341,7 +337,7 @@ def _make_streams(datasets: Any, args: CaMOPDConfig, schedule: Schedule) -> dict
         raise ValueError(text)
     seed = args.seed if args.data_seed is None else args.data_seed
     return {
-        branch: PromptStream(datasets[branch], branch, seed, shuffle=bool(args.shuffle_dataset))
+        branch: PromptStream(datasets[branch], branch, seed, bool(args.shuffle_dataset), args.prefill)
         for branch in schedule.branches
     }
 

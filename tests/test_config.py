@@ -31,6 +31,7 @@ OTHER_VALUES = {
     "prompts_per_step": (64, "64"),
     "max_prompt_length": (100, "100"),
     "split_special_tokens": (True, "true"),
+    "prefill": (True, "true"),
     "trust_checkpoint": (True, "true"),
     "teacher_timeout": (60.0, "60"),
     "rollout_lag": (0, "0"),  # 1 needs student_logps="trainer"
@@ -269,14 +270,20 @@ def others(but):
     return {name: value for name, value in values.items() if name != but}
 
 
-@pytest.mark.parametrize("name", ["mass_target", "scale", "score", "selection"])
-def test_branch_missing_in_a_dict_is_refused(make_config, name):
-    with pytest.raises(
-        ValueError,
-        match=rf"{name} has no value for branch 'code' of schedule 'general,code', only for \['domain', 'general'\]. "
-        "Add it, or give one value for all branches",
-    ):
-        make_config(schedule="general,code", **others(name))
+def test_new_branch_gets_defaults_and_a_line_says_which(make_config, caplog):
+    config = make_config(schedule="general:2,domain:1,code", scale={"general": 3.0, "code": 1.5})
+    assert config.per_branch("scale") == {"general": 3.0, "domain": 1.0, "code": 1.5}
+    for name, of_code in (("mass_target", 0.8), ("score", "absolute"), ("selection", True)):
+        assert config.per_branch(name) == {**getattr(CaMOPDConfig("x"), name), "code": of_code}
+    assert [record.getMessage() for record in caplog.records if "no values of its own" in record.message] == [
+        "branch 'domain' has no values of its own: scale 1.0. To change one, set scale: {domain: ...}",
+        "branch 'code' has no values of its own: mass_target 0.8, score absolute, selection True. To change one, set "
+        "mass_target: {code: ...}",
+    ]
+    caplog.clear()
+    make_config(schedule="general,code", **others("none"))
+    make_config()
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["mass_target", "scale", "score", "selection"])

@@ -31,6 +31,15 @@ WRONG = [
         {"model_name_or_path": "./gone"},
         r"student '\./gone' cannot be loaded: model_name_or_path names no path on this",
     ),
+    ({"model_name_or_path": None}, r"run\.yaml' names no student\. Set model_name_or_path"),
+    (
+        {"eval_prompts": {"generl": "g.jsonl"}},
+        r"eval_prompts has 'generl', which schedule 'general:3,domain:1' never visits\. Add it there or leave it out",
+    ),
+    (
+        {"eval_prompts": {"general": "g.jsonl"}, "prompts_per_step": 0},
+        r"prompts_per_step must be a whole number of at l",
+    ),
     ({"prompts": "g.jsonl"}, r"prompts must map each branch to its prompts, got 'g\.jsonl'"),
     ({"dtype": "flot32"}, r"dtype='flot32' is none of auto, .*\. Did you mean 'float32'\?"),
     ({"learning_rate": -4e-5}, r"learning_rate must be a number of at least 0, got -4e-05"),
@@ -60,6 +69,25 @@ def test_early_check_lets_settings_of_a_run_pass(write):
 def test_early_check_names_value_reason_and_way_out(write, change, says):
     with pytest.raises(ValueError, match=says):
         check_early(write(**change), [])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"prompts": None}, r"prompts must map each branch to its prompts, got None"),
+        ({"teachers": None}, r"teachers must map each branch to its teacher, got None"),
+        (
+            {"teachers": {"general": "a/b"}},
+            r"visits branch 'domain', but teachers has only \['general'\]\. Add teachers\.",
+        ),
+    ],
+)
+def test_what_training_alone_needs_is_asked_of_training_alone(write, change, says):
+    with pytest.raises(ValueError, match=says):
+        check_early(write(**change), [], training=True)
+    if change != {"teachers": None}:
+        check_early(write(**change), [])
+    assert check_early(write(), ["--seed", "3"], training=True) == {**RIGHT, "seed": 3}
 
 
 @pytest.mark.parametrize("rate", [0, 2e-6, 1.0, "2e-6", "4.0e-5"])

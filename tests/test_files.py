@@ -52,12 +52,59 @@ def test_file_that_is_named_is_read_and_no_other(tmp_path, name):
     assert [row["prompt"] for row in open_source(source, path).rows()] == ["right"]
 
 
-def test_folder_whose_path_would_be_taken_for_a_pattern_is_refused(tmp_path):
+def test_folder_that_is_named_is_read_and_no_other(tmp_path):
     save(tmp_path / "f1" / "train.jsonl", '{"prompt": "wrong"}\n')
     path = save(tmp_path / "f[1]" / "train.jsonl", '{"prompt": "right"}\n')
-    with pytest.raises(ValueError, match=r"f\[1\]' .*takes for a pattern.*Name the file in it, or rename the folder"):
-        load_prompts(str(Path(path).parent), "general")
-    assert drawn(path) == ["right"]
+    save(tmp_path / "f[1]" / "test-0.jsonl", '{"prompt": "other split"}\n')
+    folder = str(Path(path).parent)
+    assert drawn(folder) == drawn(path) == ["right"]
+    assert drawn(folder, split="test") == ["other split"]
+    for name in ("train.csv", "README.md"):  # of what `datasets` makes of them nothing is known
+        save(tmp_path / "f[1]" / name, "prompt\nx\n")
+        with pytest.raises(ValueError, match=r"f\[1\]' .*only a folder of files of one type.* or rename the folder"):
+            drawn(folder)
+        (tmp_path / "f[1]" / name).unlink()
+
+
+def test_saved_datasets_are_read(tmp_path):
+    whole = Dataset.from_dict({"prompt": ["a", "b"], "x": [1, 2]})
+    whole.save_to_disk(tmp_path / "one[1]")
+    assert drawn(str(tmp_path / "one[1]")) == ["a", "b"]
+    assert drawn(str(tmp_path / "one[1]"), limit=1) == ["a"]
+    datasets.DatasetDict(train=whole, test=whole.select([1])).save_to_disk(tmp_path / "splits")
+    assert drawn(str(tmp_path / "splits"), split="test") == ["b"]
+    with pytest.raises(ValueError, match=r"saved with the splits \['test', 'train'\]. Name one: \{path: .*, split"):
+        drawn(str(tmp_path / "splits"), split="dev")
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.text("abc", min_size=1), min_size=1, max_size=3), min_size=1, max_size=3), st.integers(1, 9)
+)
+def test_rows_of_several_files_come_one_after_the_other(tmp_path, parts, limit):
+    paths = [
+        save(tmp_path / f"{number}.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in part))
+        for number, part in enumerate(parts)
+    ]
+    rows = [text for part in parts for text in part]
+    assert drawn(paths) == rows
+    assert drawn(paths, limit=limit) == rows[:limit]
+
+
+def test_files_of_texts_and_of_messages_are_not_put_together(tmp_path):
+    texts = save(tmp_path / "a.jsonl", '{"prompt": "x"}\n')
+    talks = save(tmp_path / "b.jsonl", json.dumps({"prompt": CHAT[:1]}) + "\n")
+    with pytest.raises(ValueError, match=r"branch 'general' cannot be put together.*the same kind of prompts"):
+        drawn([texts, talks])
+
+
+@pytest.mark.parametrize("path", ["{}/p*.jsonl", "{}/gone", "~/gone.csv"])
+def test_path_that_leads_nowhere_is_refused_and_not_taken_for_a_pattern(tmp_path, path):
+    save(tmp_path / "p1.jsonl", '{"prompt": "wrong"}\n')
+    with pytest.raises(
+        ValueError, match=r"branch 'general' are named as .*there is no such file.*stand for themselves"
+    ):
+        load_prompts(path.format(tmp_path), "general")
 
 
 def test_home_upper_case_and_packed_files(tmp_path, monkeypatch):

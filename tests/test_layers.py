@@ -25,6 +25,8 @@ def modules() -> dict[str, Path]:
 # Modules without a test file of their own, and why.
 UNTESTED = {
     "callbacks.guards": "applies guards.py in a run: test_guards.py",
+    "commands.check_run": "what `camopd check` says of the run: test_commands_check.py",
+    "commands.demo_words": "the words of `camopd demo`: test_commands_demo.py",
     "commands.demo_stages": "the stages of `camopd demo`: test_commands_demo.py",
     "precision": "shows only under the launchers: test_distributed.py",
     "rejected": "what guards keep of a step: test_guards.py",

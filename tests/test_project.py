@@ -1,7 +1,13 @@
 """What the files of the repository say of the package and of each other: versions, licence, targets, tests."""
 
+import os
 import re
+import resource
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 
 import camopd
 from camopd.card import PAPER
+from camopd.cli import COMMANDS
 
 
 ROOT = Path(camopd.__file__).parent.parent
@@ -75,6 +82,62 @@ def test_wheel_has_all_packages():
     setuptools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
     found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("camopd/**/__init__.py")}
     assert set(setuptools["packages"]) == found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The folder of an unpacked wheel, built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "camopd", folder / "camopd", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('out'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(folder / "out" / done.stdout.splitlines()[-1]) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture
+def camopd_of(wheel, tmp_path):
+    """Run the wheel's `camopd` outside the clone, beside the libraries of this environment: what came out, CPU seconds."""
+
+    def run(*words, code="from camopd.cli import main; main()"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(wheel)},
+            capture_output=True, text=True, encoding="utf-8", check=False,
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return run
+
+
+@pytest.mark.slow
+def test_wheel_has_all_that_the_command_names(camopd_of, wheel, tmp_path):
+    where, _ = camopd_of(code="import camopd; print(camopd.__file__)")
+    assert Path(where.stdout.strip()).is_relative_to(wheel)
+    packed = {path.relative_to(wheel / "camopd") for path in (wheel / "camopd").rglob("*") if path.is_file()}
+    here = {path.relative_to(ROOT / "camopd") for path in (ROOT / "camopd").rglob("*") if path.is_file()}
+    assert packed == {path for path in here if "__pycache__" not in path.parts}
+    assert not (wheel / "tests").exists() and not (wheel / "configs").exists()
+    said, seconds = camopd_of("--help")
+    assert said.returncode == 0 and seconds < 0.3
+    for command in COMMANDS:
+        assert re.search(rf"^ +{command} ", said.stdout, re.MULTILINE), command
+        found, seconds = camopd_of(command, "--help")
+        assert found.returncode == 0 and f"camopd {command}" in found.stdout, found.stderr
+        assert seconds < 1, command
+    found, _ = camopd_of("train", "--method", "list")
+    assert set(re.findall(r"^(\w+)  ", found.stdout, re.MULTILINE)) == {
+        path.stem for path in (ROOT / "camopd" / "methods").glob("*.yaml")
+    }
+    (tmp_path / "run.yaml").write_text("model_name_or_path: a/b\nscale: 7\n")
+    found, _ = camopd_of("train", "run.yaml", "--method", "vanilla_mopd", "--no_such", "1")
+    assert found.returncode == 2 and found.stderr.startswith("camopd: 'no_such' in 'run.yaml' or on the command line")
+    read = "from camopd.demo_data import load_prompts; print(len(load_prompts('general', 'train')))"
+    assert int(camopd_of(code=read)[0].stdout) > 100
 
 
 def test_ci_runs_every_python_that_the_package_says_it_supports():

@@ -326,21 +326,39 @@ def test_prompts_without_the_column_prompt_are_refused_with_the_columns_there_ar
             check_prompts(prompts, "domain")
 
 
-def test_messages_in_place_of_prompts_are_refused_with_a_way_that_leaves_the_answers_out():
-    dataset = Dataset.from_list(
-        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]
+USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "to_iterable_dataset", "unknown columns"])
+def test_messages_are_prompts_without_the_answer(kind):
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER, USER]}]
+    dataset = Dataset.from_list(rows)
+    if kind != "Dataset":
+        dataset = (
+            dataset.to_iterable_dataset() if kind.startswith("to") else IterableDataset.from_generator(lambda: rows)
+        )
+    stream = PromptStream(dataset, "domain", seed=0, shuffle=False)
+    wanted = [[USER], [USER, ANSWER, USER]]
+    assert [row["prompt"] for row in stream.draw(range(2))] == wanted
+    marked = list(held_out({"domain": dataset}, Schedule.parse("domain"), "eval_dataset")["domain"])
+    assert [row["prompt"] for row in marked] == wanted
+    assert all("messages" not in row for row in marked)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_prompt_that_ends_with_the_assistant_is_refused_or_gone_on_with(streamed):
+    dataset = Dataset.from_list([{"prompt": [USER]}, {"prompt": [USER, ANSWER]}])
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
+    said = (
+        r"of branch 'domain'.* has a prompt that ends with an assistant turn, 'y'\. If it is the answer.*prefill=True"
     )
-    with pytest.raises(ValueError, match=r"only \['messages'\].*without the answers: camopd\.messages\.before_answer"):
-        check_prompts(dataset, "domain")
-
-
-def test_prompts_that_end_with_the_assistant_are_counted_in_a_warning(caplog):
-    user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
-    check_prompts(Dataset.from_list([{"prompt": [user]}, {"prompt": [user, assistant]}]), "domain")
-    assert "1 of 2 prompts of branch 'domain' end with the assistant" in caplog.text
-    caplog.clear()
-    check_prompts(Dataset.from_list([{"prompt": [user]}]), "domain")
-    assert not caplog.text
+    with pytest.raises(ValueError, match=said):
+        list(PromptStream(dataset, "domain", seed=0, shuffle=False).draw(range(2)))
+    with pytest.raises(ValueError, match=said):
+        held_out({"domain": dataset}, Schedule.parse("domain"), "eval_dataset")
+    stream = PromptStream(dataset, "domain", seed=0, shuffle=False, prefill=True)
+    assert [row["prompt"][-1] for row in stream.draw(range(2))] == [USER, ANSWER]
+    assert len(held_out({"domain": dataset}, Schedule.parse("domain"), "eval_dataset", prefill=True)["domain"]) == 2
 
 
 @pytest.mark.parametrize("column", ["image", "images"])

@@ -73,7 +73,7 @@ def test_answer_names_the_branch_that_gets_worse(tmp_path):
 def test_answer_says_when_no_branch_gets_worse(tmp_path):
     found = signs(make_run(tmp_path, 60, **GAP))
     assert found["Answer"].text.startswith(
-        "None by its gap, which rises for no branch over the last third of its steps (general, domain)."
+        "None that shows: over the last third of its steps, no branch has a training gap that rises (general, domain)."
     )
     assert "Not measured: counteraction, imbalance, weak samples" in found["Answer"].text
 

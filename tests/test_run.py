@@ -323,7 +323,7 @@ def test_missing_column_is_an_error_with_those_that_are_there(save):
 
 
 @pytest.mark.parametrize(
-    "source", [{"path": "p.jsonl", "colum": "x"}, {"column": "x"}, {"path": 3}, None, ["p.jsonl"], 7], ids=repr
+    "source", [{"path": "p.jsonl", "colum": "x"}, {"column": "x"}, {"path": 3}, None, [], ["p.jsonl", 7], 7], ids=repr
 )
 def test_prompts_in_another_form_are_an_error_that_shows_the_form(source):
     with pytest.raises(

@@ -5,13 +5,24 @@ import contextlib
 import subprocess
 import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 from trl import ModelConfig
 
-from camopd import CaMOPDConfig
+from camopd import CaMOPDConfig, method_rules
 from camopd.run import PromptArguments
-from camopd.settings import declared, list_of_settings
+from camopd.settings import (
+    OLD_NAMES,
+    PER_BRANCH,
+    TABLE,
+    UNITS,
+    declared,
+    default_of,
+    facts_of,
+    list_of_settings,
+    write_table,
+)
 
 
 def test_list_has_every_setting_and_none_else_with_its_help():
@@ -28,12 +39,41 @@ def test_list_has_every_setting_and_none_else_with_its_help():
     assert len(list(declared())) == len(found)
 
 
+def test_table_of_the_docs_is_current(tmp_path):
+    """If not: python -m camopd.settings docs/settings.md"""
+    text = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
+    (tmp_path / "settings.md").write_text(text.replace("| **scale** |", "| **stale** |"), encoding="utf-8")
+    write_table(str(tmp_path / "settings.md"))
+    assert (tmp_path / "settings.md").read_text(encoding="utf-8") == text
+    assert text.count(TABLE) == 2
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| **")]
+    own = {name: default for group, name, default, _ in declared() if group in ("Prompts", "CaMOPD")}
+    assert [row[0] for row in rows] == [f"| **{name}**" for name in own if name not in OLD_NAMES]
+
+
+def test_numbers_have_a_unit_and_settings_of_branches_say_so():
+    own = {name: (default, text) for group, name, default, text in declared() if group == "CaMOPD"}
+    known = [name for names in UNITS.values() for name in names.split()]
+    assert len(known) == len(set(known)) and set(known) <= set(own)
+    numbers = {name for name, (default, _) in own.items() if type(ast.literal_eval(default)) in (int, float)}
+    assert numbers - set(known) == {"num_train_epochs", "learning_rate"}
+    assert {rule.names for rule in method_rules.PER_BRANCH} == set(PER_BRANCH) - {
+        "prompts",
+        "eval_prompts",
+        "teachers",
+    }
+    assert facts_of("scale", own["scale"][1]) == ("factor", "Eq. 9", "per branch")
+    assert facts_of("score", own["score"][1]) == ("", "Eq. 6, 7", "per branch")
+    assert facts_of("num_iterations", "") == ("updates", "", "")
+    assert default_of("max_prompt_length") == 4096
+
+
 def test_groups_stand_in_the_order_of_use():
     text = list_of_settings()
     words = ("Prompts:", "--model_name_or_path", "CaMOPD:", "--schedule", "--use_vllm", "--weight_decay")
     places = [text.index(word) for word in words]
     assert places == sorted(places)
-    assert "--scale ({'general': 2.0, 'domain': 1.0})" in text
+    assert "--scale ({'general': 2.0, 'domain': 1.0})  [factor, Eq. 9, per branch]" in text
     assert max(map(len, text.splitlines())) <= 120
 
 

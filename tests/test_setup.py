@@ -174,7 +174,7 @@ def test_vision_language_model_is_refused_with_the_way_out(tmp_path, tokenizer, 
             r"eval_dataset has branch 'code', which is not in",
         ),
         ({"eval_dataset": {"code": make_prompts("g")}}, ValueError, r"eval_dataset has branch 'code', which is not in"),
-        ({"schedule": "general:3,domain:1,code:1"}, ValueError, r"has no value for branch 'code'"),
+        ({"schedule": "general:3,domain:1,code:1"}, ValueError, r"visits branch 'code', but train_dataset has only"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_model_is_loaded(kwargs, error, message, tmp_path, tokenizer):

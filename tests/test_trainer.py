@@ -234,6 +234,7 @@ def test_model_sees_what_the_user_wrote_in_training_and_evaluation(tmp_path):
     trainer = make_trainer(
         tmp_path, tokenizer, prompts_per_step=3, per_device_train_batch_size=1, max_steps=1, schedule="domain",
         teachers={"domain": make_model(1)}, train_dataset={"domain": prompts}, eval_dataset={"domain": prompts},
+        prefill=True,
     )  # fmt: skip
     expected = sorted(tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in WRITTEN)
     for rows in (trainer.train_dataset.rows_of(0), list(trainer.eval_dataset["domain"])):

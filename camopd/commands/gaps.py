@@ -12,7 +12,8 @@ from typing import Any
 from .. import atomic
 from ..early import check_early
 from ..measured import HELD_OUT, lines_of, of_lines
-from ..run import named_teachers, read_settings
+from ..run import named_teachers
+from ..surroundings import check_machine
 from ..teachers.address import has_adapter, names_missing_folder
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
 from .train import make_trainer
@@ -31,8 +32,8 @@ def gaps(argv: list[str]) -> None:
     parser.add_argument("--config", required=True, metavar="RUN.yaml", help="YAML file of the run")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there, those of single prompts included")
     options, overrides = parser.parse_known_args(argv)
-    check_early(options.config, overrides)
-    settings = read_settings(options.config, overrides)
+    settings = check_early(options.config, overrides)
+    check_machine(settings)
     _check(options.model, settings)
     overrides += _without_adapter(options.model, settings)
     with tempfile.TemporaryDirectory() as folder:

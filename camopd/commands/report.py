@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..report.page import write_report
-from ..report.read import metrics_file, names_of
-
 
 def report(argv: list[str]) -> None:
     """The command line. Raises what `metrics_file` and `write_report` raise."""
@@ -17,6 +14,10 @@ def report(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a metrics.jsonl")
     parser.add_argument("--out", help="folder for the pages and figures (default: report/ in the first RUN)")
     options = parser.parse_args(argv)
+
+    from ..report.page import write_report
+    from ..report.read import metrics_file, names_of
+
     paths = [metrics_file(run) for run in options.runs]
     out = Path(options.out) if options.out else paths[0].parent / "report"
     for line in write_report(dict(zip(names_of(paths), paths, strict=True)), out):

@@ -1,7 +1,7 @@
 """`camopd sweep`: configs x seeds, one run after the other, and a table of what came out.
 
     output_dir: sweeps/methods
-    configs: [configs/methods/camopd.yaml, configs/methods/vanilla_mopd.yaml]
+    configs: [camopd, vanilla_mopd]             # names of `--method list`, or YAML files
     seeds: [0, 1]
     set: {max_steps: 40}                        # optional: settings of every run
     columns: [gap/general/abs_mean@5]           # optional: what the table shows
@@ -27,18 +27,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from .. import atomic
 from ..errors import CaMOPDError
-from ..report.charts import draw_bars, png
-from ..report.page import table as markdown_table
-from ..report.read import new_name, read_run
-from ..run import as_words, config_first, read_settings
+from ..run import as_words, config_first, methods, read_settings
 from . import processes
 
+
+if TYPE_CHECKING:  # and imported where the results are read: --help is quick, and so are errors
+    import pandas as pd
 
 MARK = "sweep.json"  # in the folder of a run that has ended well
 LOG = "sweep.log"
@@ -207,12 +205,16 @@ def _check_command(path: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"command in {path!r} has no {{set}} as a word of its own, where `set` would go: {command!r}."
         )
-    missing = [config for config in configs if command == TRAIN and not Path(config).is_file()]
-    if missing:
-        raise ValueError(
-            f"configs in {path!r} has {missing[0]!r}, but there is no such file. Paths start from the folder in "
-            "which the command is given."
-        )
+    if command != TRAIN and "train" not in words:  # a command of another program may make its files itself
+        return
+    named = [("configs", config) for config in configs if command == TRAIN or config not in methods()]
+    named += [("command", word) for word in words if word.endswith((".yaml", ".yml")) and "{" not in word]
+    for name, file in named:
+        if not Path(file).is_file():
+            raise ValueError(
+                f"{name} in {path!r} has {file!r}, but there is no such file. Paths start from the folder in which the "
+                f"command is given.{_meant(file, methods())}"
+            )
 
 
 def _meant(name: Any, known: Iterable[str]) -> str:
@@ -245,7 +247,7 @@ def is_done(sweep: Sweep, run: Run) -> bool:
 
 def _made_by(sweep: Sweep, run: Run) -> dict[str, str]:
     """What a result depends on. The interpreter's path is left out: the same environment may stand elsewhere."""
-    config = Path(run.config)
+    config = Path(methods().get(run.config, run.config))
     text = config.read_bytes() if config.is_file() else b""
     words = sweep.words(run, resume=False)
     return {
@@ -302,6 +304,8 @@ def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
     Without `columns` these are the mean |gap| of each branch over the last five of its steps, the numbers at the top
     of result.json, and the held-out gaps.
     """
+    import pandas as pd
+
     found, notes = {}, []
     for run in sweep.runs:
         if (run.folder / MARK).is_file():
@@ -330,6 +334,8 @@ def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
 
 def table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
     """A row per config: how many seeds, and of each column mean and standard deviation over them (NaN for one seed)."""
+    import pandas as pd
+
     rows = []
     for name in dict.fromkeys(run.name for run in sweep.runs):
         mine = frame[frame["config"] == name]
@@ -342,6 +348,9 @@ def table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
 
 def _write_results(sweep: Sweep) -> None:
     """runs.csv, results.csv, results.md and results.png in the sweep's folder."""
+    from ..report.charts import draw_bars, png
+    from ..report.page import table as markdown_table
+
     frame, notes = results(sweep)
     for note in notes:
         print(note)
@@ -379,6 +388,10 @@ def _write_results(sweep: Sweep) -> None:
 
 def _metrics_of(run: Run) -> pd.DataFrame:
     """The metrics.jsonl in the folder of a run or, when there is only one, below it, where the demo puts it."""
+    import pandas as pd
+
+    from ..report.read import read_run
+
     own = run.folder / "metrics.jsonl"
     files = [own] if own.is_file() else list(run.folder.rglob("metrics.jsonl"))
     return read_run(files[0])[0] if len(files) == 1 else pd.DataFrame()
@@ -402,6 +415,8 @@ def _result_of(run: Run) -> dict[str, Any]:
 def _value(column: str, metrics: pd.DataFrame, result: Mapping[str, Any]) -> float:
     """`name` is the last value of a metric or a key of result.json, with dots for keys below keys; `name@k` is the mean of
     a metric's last k values. NaN where the run has neither."""
+    from ..report.read import new_name
+
     name, _, last = column.partition("@")
     inner: Any = result
     for key in name.split("."):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TeacherError
+from ..output_dir import need_checkpoint, need_unused
 from ..run import (
     SERVED_TEACHERS,
     longest_sequence,
@@ -68,9 +69,7 @@ def make_trainer(
 
     from trl import get_peft_config, get_quantization_config
 
-    from ..checkpoints import need_checkpoint
     from ..files import load_all
-    from ..run_folder import need_unused
     from ..trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)

@@ -212,7 +212,7 @@ def draw(chart: Chart, runs: Mapping[str, pd.DataFrame], held_out: Points | None
     if not panels:
         return None
     columns = min(len(panels), 3 if overlay and most % 3 == 0 else 2)
-    figure, grid = _panels(len(panels), columns, 2.5, 0.5)
+    figure, grid = _panels(len(panels), columns, 2.5, 0.5, "none")
     mixes = [kind for kind in step_kinds(list(runs.values())) if "+" in kind]
     looks = [*branches_of(runs.values()), *mixes, "same parameters", "stale"]
     for axes, (quantity, wanted) in zip(grid, panels, strict=True):
@@ -236,7 +236,7 @@ def draw(chart: Chart, runs: Mapping[str, pd.DataFrame], held_out: Points | None
         if quantity.reference is not None:
             axes.axhline(quantity.reference, color="#666666", linewidth=0.9, zorder=1)
     _align(grid, [quantity for quantity, _ in panels])
-    _legend(figure, grid, list(runs))
+    _place(figure, grid, columns, _legend(figure, grid, list(runs)))
     return figure
 
 
@@ -315,6 +315,11 @@ def unit_of(metric: str) -> str:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG of 150 dots per inch."""
     buffer = io.BytesIO()
+    figure.set_dpi(150)
+    layout = figure.get_layout_engine()
+    if layout is not None:  # once; `savefig` would draw all of the figure twice for it
+        layout.execute(figure)
+        figure.set_layout_engine("none")
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()
 
@@ -322,10 +327,12 @@ def png(figure: Figure) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def _panels(count: int, columns: int, height: float, more: float = 0.0) -> tuple[Figure, list[Axes]]:
+def _panels(
+    count: int, columns: int, height: float, more: float = 0.0, layout: Any = "constrained"
+) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, each `height` inches high, with `more` inches below them."""
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, rows * height + more))
+    figure = Figure(figsize=(WIDTH, rows * height + more), layout=layout)
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axes in grid[count:]:
         axes.set_visible(False)
@@ -391,8 +398,24 @@ def _name_bars(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _legend(figure: Figure, grid: Sequence[Axes], order: Sequence[str]) -> None:
-    """One legend under all panels, in as many columns as its texts allow; what is in `order` comes in that order."""
+def _place(figure: Figure, grid: Sequence[Axes], columns: int, legend: int) -> None:
+    """Room around panels of curves, in inches, for numbers, names and a legend of so many rows. matplotlib's own layout
+    would measure each text several times, which takes as long as all the rest."""
+    width, height = figure.get_size_inches()
+    title = 0.14 + 0.14 * max(axes.get_title(loc="left").count("\n") + 1 for axes in grid)
+    side, below, rows = 0.66, 0.52, -(-len(grid) // columns)
+    bottom = below + 0.1 + 0.2 * legend
+    across = (width - side * columns - 0.12) / columns
+    down = (height - bottom - title - (rows - 1) * (below + title)) / rows
+    figure.subplots_adjust(
+        left=side / width, right=1 - 0.12 / width, bottom=bottom / height, top=1 - title / height, wspace=side / across,
+        hspace=(below + title) / down,
+    )  # fmt: skip
+
+
+def _legend(figure: Figure, grid: Sequence[Axes], order: Sequence[str]) -> int:
+    """One legend under all panels, in as many columns as its texts allow; what is in `order` comes in that order. Gives the
+    number of its rows."""
     entries: dict[str, Any] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -401,4 +424,7 @@ def _legend(figure: Figure, grid: Sequence[Axes], order: Sequence[str]) -> None:
     if entries:
         columns = max(1, min(len(entries), 96 // (max(map(len, entries)) + 8)))
         handles = [entries[name] for name in names]
-        figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
+        where: Any = "lower center" if figure.get_layout_engine() is None else "outside lower center"
+        figure.legend(handles, names, loc=where, ncols=columns, handlelength=3, borderaxespad=0.2)
+        return -(-len(entries) // columns)
+    return 0

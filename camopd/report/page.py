@@ -50,7 +50,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; 
 img {{ width: 100%; }}
 table {{ border-collapse: collapse; font-size: 0.9em; }}
 th, td {{ border: 1px solid #ccc; padding: 0.3em 0.6em; text-align: left; vertical-align: top; }}
-th {{ background: #f3f3f3; }}
+th {{ background: #f3f3f3; white-space: nowrap; }}
 code {{ background: #f3f3f3; padding: 0 0.2em; overflow-wrap: anywhere; }}
 blockquote {{ border-left: 3px solid #ccc; margin-left: 0; padding-left: 1em; white-space: pre-wrap; }}
 </style>
@@ -93,7 +93,7 @@ def write_report(
     blocks += ["## Which of my branches is hurting?", TRAINING, *_answers(signs)]
     blocks += [f"**Note.** `{name}`: {note}" for name, (_, note) in read.items() if note]
     if any(len(frame) >= SMOOTH_FROM for frame in runs.values()):
-        blocks.append(f"In the figures, a line of {SMOOTH_FROM} steps or more is thin, under its running mean.")
+        blocks.append(f"Lines of {SMOOTH_FROM} steps or more are drawn thin, and their running mean over them.")
     left_out = []
     for chart, figure in figures:
         if figure is not None:

@@ -184,7 +184,8 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
         ]
     else:
         told = ", ".join(branch for branch in trends if branch not in short)
-        parts = parts or [f"None by its gap, which rises for no branch over the last third of its steps ({told})."]
+        none = f"None that shows: over the last third of its steps, no branch has a training gap that rises ({told})."
+        parts = parts or [none]
         parts += [f"Too few steps of {branch} to tell ({trends[branch].steps})." for branch in short]
     for which, words in (("seen", "Signs seen"), ("unclear", "Unclear"), ("not measured", "Not measured")):
         names = [sign.name.lower() for sign in others if sign.state == which]

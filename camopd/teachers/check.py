@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaMOPDError, TeacherError
+from ..surroundings import short_context
 from ..tokens import ends_of
 from .address import is_loopback, same_model
 from .base import Teacher, TokenScores
@@ -214,6 +215,7 @@ def check_scores(
     probe: Probe,
     student_logps: list[Tensor],
     same_weights: bool,
+    likeliest: bool = False,
 ) -> Iterable[Finding]:
     """What a teacher answers: finite, normalised and not uniform; near the student where it has the student's weights.
 
@@ -222,11 +224,12 @@ def check_scores(
         probe: what to score.
         student_logps: the student's own log-probs of it, (T_i,) each.
         same_weights: whether the teacher is the very model the student starts from.
+        likeliest: whether to ask a teacher in the process for its likeliest tokens; a server is asked always.
     """
     is_server = isinstance(teacher, ServerTeacher)
     try:
         scores = teacher.score(probe.token_ids, probe.prompt_lens)
-        tops = teacher.score(probe.token_ids, probe.prompt_lens, top_k=5) if is_server else scores
+        tops = teacher.score(probe.token_ids, probe.prompt_lens, top_k=5) if is_server or likeliest else scores
     except CaMOPDError as error:
         yield Finding(branch, "log-probs", "error", str(error))
         return
@@ -327,10 +330,7 @@ def check_local(
         if student_size > known:
             raise ValueError(f"{who} does not fit: {narrower_head(student_size, known)}.")
         if max_tokens > context:
-            raise ValueError(
-                f"{who} takes sequences of {context:.0f} tokens, but max_prompt_length + max_completion_length is "
-                f"{max_tokens}. Lower max_completion_length, or use a teacher with a longer context."
-            )
+            raise ValueError(short_context(branch, context, max_tokens))
     except ValueError as error:
         return Finding(branch, "in the process", "error", str(error))
     if template is not None and template.level == "warning":

