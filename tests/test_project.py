@@ -134,8 +134,8 @@ def test_wheel_has_all_that_the_command_names(camopd_of, wheel, tmp_path):
         path.stem for path in (ROOT / "camopd" / "methods").glob("*.yaml")
     }
     (tmp_path / "run.yaml").write_text("model_name_or_path: a/b\nscale: 7\n")
-    found, _ = camopd_of("train", "run.yaml", "--method", "vanilla_mopd", "--no_such", "1")
-    assert found.returncode == 2 and found.stderr.startswith("camopd: 'no_such' in 'run.yaml' or on the command line")
+    found, _ = camopd_of("train", "run.yaml", "--method", "vanilla_mopd", "--nosuch", "1")
+    assert found.returncode == 2 and found.stderr.startswith("camopd: 'nosuch' in 'run.yaml' or on the command line")
     read = "from camopd.demo_data import load_prompts; print(len(load_prompts('general', 'train')))"
     assert int(camopd_of(code=read)[0].stdout) > 100
 
