@@ -19,7 +19,7 @@ from .best import history_of_model
 from .hub import is_hub_id, public_name
 from .measured import HELD_OUT, lines_of, of_history
 from .schedule import Schedule
-from .teachers.address import ADAPTER_TEACHERS
+from .teachers.address import OWN_TEACHERS
 from .verdict import NOT_MEASURED, verdicts_of
 from .version import __version__
 
@@ -276,7 +276,7 @@ def _citations(paper: str) -> list[str]:
 def _model(name: str) -> str:
     """A model as a link to the Hub, or by the last part of its path."""
     which, _, of = name.partition(":")
-    if which in ADAPTER_TEACHERS:
+    if which in OWN_TEACHERS:
         return f"{_model(of)} (`{which}`)"
     return (
         f"[{name}](https://huggingface.co/{name})"

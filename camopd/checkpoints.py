@@ -288,9 +288,7 @@ class RunCheckpoints:
             args.save_only_model, self._under_way = only_model, None
         return folder
 
-    def saved_rollouts(
-        self, rows: Sequence[dict[str, Any]], load_rng_state: Callable[[str], None]
-    ) -> tuple[list[Sample], int] | None:
+    def saved_rollouts(self, trainer: Any, rows: Sequence[dict[str, Any]]) -> tuple[list[Sample], int] | None:
         """The rollouts that a stopped run left for this very step, and how many of their prompts were cut; all ranks have
         theirs or none uses any."""
         if self._resumed_from is None:
@@ -303,7 +301,10 @@ class RunCheckpoints:
         if found is None or not all_found:
             return None
         logger.info("the rollouts of this step come from %s", folder)
-        load_rng_state(str(folder))  # as it was when these had been drawn; step 0's loader has drawn since
+        prompts = [sample.token_ids[: sample.prompt_len] for sample in found[0]]
+        for sample, seen in zip(found[0], trainer.teacher_prompts.ids(rows, prompts), strict=True):
+            sample.teacher_prompt = seen
+        trainer._load_rng_state(str(folder))  # as when these had been drawn; step 0's loader has drawn since
         return found
 
     @contextmanager

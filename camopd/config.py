@@ -141,8 +141,12 @@ class CaMOPDConfig(DistillationConfig):
         teachers (`dict[str, Any]`, *optional*):
             Teacher of each branch: URL of a vLLM server or a list of URLs (replicas), `{"urls": ..., "model": ...}` to
             have the served model checked, a model id or path (in-process), `"adapter_off"` (a LoRA student without its
-            adapter), or `"adapter_start"` (with its adapter as it was before training). The trainer's own
-            `teachers` argument wins over it.
+            adapter), `"adapter_start"` (with its adapter as it was before training), or `"self"` (the student as it is,
+            after a `teacher_prompt`). The trainer's own `teachers` argument wins over it.
+        teacher_prompt (`dict[str, str | list[dict[str, str]]]`, *optional*):
+            What the teacher of a branch sees in place of the prompt, per branch: a text with `{prompt}` for the last user
+            message, or messages that end with one that has it. Prompts may bring a column of this name in its place. Not
+            cut: `max_prompt_length` must hold it. See docs/context.md.
         score_tokens (`int`, *optional*, defaults to `65536`):
             Size of a forward without gradient, for the gaps and for in-process teachers: as many sequences share one as
             `score_tokens` holds of the longest prompt and completion, and at least one.
@@ -178,8 +182,7 @@ class CaMOPDConfig(DistillationConfig):
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as the parent declares it
         *DistillationConfig._VALID_DICT_FIELDS, "mass_target", "scale", "score", "selection", "teachers",
-        "guards",
-        "max_completion_length",
+        "teacher_prompt", "guards", "max_completion_length",
     ]  # fmt: skip
 
     # Parameters whose default values are overridden
@@ -333,9 +336,12 @@ class CaMOPDConfig(DistillationConfig):
     teachers: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Teacher of each branch: vLLM URL or list of URLs, model id or path, 'adapter_off', 'adapter_start'. "
-            "The trainer's `teachers` argument wins."
+            "help": "Teacher of each branch: vLLM URL or list of URLs, model id or path, 'adapter_off', 'adapter_start', "
+            "'self'. The trainer's `teachers` argument wins."
         },
+    )
+    teacher_prompt: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "What the teacher of a branch sees: a text or messages with {prompt}."}
     )
     score_tokens: int = field(
         default=65536,  # it keeps nothing but its last hidden states

@@ -83,7 +83,8 @@ def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[s
     """Held-out prompts that a user passes, by the prefix of their metrics: `<prefix>_<branch>`, or `prefix` where they are
     of one branch and not in a mapping."""
     by_branch = held_out(datasets, trainer.schedule, argument, trainer.args.prefill)
-    trainer.reader.check(by_branch)
+    for reader in (trainer.reader, trainer.teacher_prompts):
+        reader.check(by_branch)
     if not isinstance(datasets, dict) and len(by_branch) == 1:
         return {prefix: next(iter(by_branch.values()))}
     return {f"{prefix}_{branch}": prompts for branch, prompts in by_branch.items()}

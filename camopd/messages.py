@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
 MOST_BYTES = 1 << 19  # of a prompt in UTF-8; a tokenizer takes up to 200 for each of them, and seconds for a megabyte
 BYTES_PER_TOKEN = 16  # of `max_prompt_length`, more than any text has on average; English has 4 to 5
-COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs")  # of a row, which the model sees
+COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs", "teacher_prompt")  # of a row, which a model sees
 
 Messages = list[dict[str, Any]]
 
@@ -35,7 +36,8 @@ def read_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
     JSON text of messages becomes messages, ShareGPT's `from` and `value` become `role` and `content`, text parts are joined
     and a column `system` becomes the first message. Keys without a value are left out, as Arrow fills them in where other
-    rows have one. `tools` is a list of JSON schemas and `chat_template_kwargs` a dict, if the row has any.
+    rows have one. `tools` is a list of JSON schemas and `chat_template_kwargs` a dict, if the row has any. A
+    `teacher_prompt` has the forms of a prompt, and is there in full: `system` is not put before it.
 
     Raises `ValueError` with what the row "has" or "is", for the caller to say which row.
     """
@@ -64,7 +66,24 @@ def _read_row(row: Mapping[str, Any]) -> dict[str, Any]:
                 f"they would have no effect. Write the prompt as messages, or leave the column{'s'[: len(given) > 1]} out."
             )
     kept = {name: value for name, value in row.items() if name not in COLUMNS}
+    if "teacher_prompt" in row:
+        kept["teacher_prompt"] = _teacher_prompt(row["teacher_prompt"])
     return {**kept, "prompt": prompt, **{name: value for name, value in more.items() if value}}
+
+
+def _teacher_prompt(prompt: Any) -> Messages | str:
+    try:
+        messages = as_messages(prompt)
+    except ValueError as error:
+        raise ValueError(f"has a 'teacher_prompt' that cannot be read: it {error}") from None
+    if messages is not None:
+        return messages
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    raise ValueError(
+        f"has the 'teacher_prompt' {str(prompt)[:80]!r}, where others have a text or messages. Give every row of the "
+        "branch one: that of a row without a hint is its prompt."
+    )
 
 
 def as_messages(prompt: Any) -> Messages | None:
@@ -189,21 +208,13 @@ def render(
 
     Raises `ValueError`, as `read_row`, for what the template refuses or leaves out.
     """
-    messages, own = row["prompt"], row.get("chat_template_kwargs") or {}
+    messages = row["prompt"]
     goes_on = messages[-1]["role"] == "assistant"
     if tools and (goes_on or row.get("tools")):
         what = "a prompt that ends with the assistant" if goes_on else "'tools' of its own"
         raise ValueError(f"has {what}, which cannot be used together with the `tools` of the trainer. Leave one out.")
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=row.get("tools") or list(tools) or None,  # a Llama template writes a preamble for an empty list
-            chat_template=chat_template,
-            add_generation_prompt=not goes_on,
-            continue_final_message=goes_on,
-            tokenize=False,
-            **{**(template_kwargs or {}), **own},
-        )
+        text = _apply_template(row, tokenizer, tools, chat_template, template_kwargs, not goes_on, goes_on)
     except Exception as error:  # whatever a template raises
         raise ValueError(
             f"has a prompt of which the chat template says: {type(error).__name__}: {str(error)[:300]}. Roles: "
@@ -214,6 +225,50 @@ def render(
             "has messages of which the chat template makes an empty prompt. Change the row, or the template."
         )
     _check_nothing_left_out(row, text, str(chat_template or tokenizer.chat_template))
+    return text
+
+
+def ending(
+    row: Mapping[str, Any],
+    text: str,
+    tokenizer: Any,
+    tools: Sequence[Callable[..., Any]] = (),
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The end of a row's messages that they do not decide themselves: the generation prompt, or the text of the assistant
+    that is gone on with. "" of a prompt that is a text.
+
+    Args:
+        text: what [`render`] makes of the row with the other arguments.
+    """
+    messages = row["prompt"]
+    if isinstance(messages, str):
+        return ""
+    if messages[-1]["role"] == "assistant":
+        return text[max(0, text.rfind(messages[-1]["content"].strip())) :]
+    without = _apply_template(row, tokenizer, tools, chat_template, template_kwargs, False, False)
+    return text[len(os.path.commonprefix([text, without])) :]  # noqa: RUF071 - of characters is what is wanted
+
+
+def _apply_template(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    tools: Sequence[Callable[..., Any]],
+    chat_template: str | None,
+    template_kwargs: Mapping[str, Any] | None,
+    generation_prompt: bool,
+    goes_on: bool,
+) -> str:
+    text = tokenizer.apply_chat_template(
+        row["prompt"],
+        tools=row.get("tools") or list(tools) or None,  # a Llama template writes a preamble for an empty list
+        chat_template=chat_template,
+        add_generation_prompt=generation_prompt,
+        continue_final_message=goes_on,
+        tokenize=False,
+        **{**(template_kwargs or {}), **(row.get("chat_template_kwargs") or {})},
+    )
     return str(text)
 
 

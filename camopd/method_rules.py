@@ -16,6 +16,7 @@ from .objective import IMPORTANCE_MODES, SCORE_KINDS
 from .ranges import Range
 from .schedule import Schedule, by_step, mapping_form, number_of, short
 from .settings import OLD_NAMES
+from .teacher_prompts import read_templates
 from .teachers.address import is_server, key_variables, public_url, refuse_secrets, urls_and_model, without_secrets
 from .token_rules import TOKEN_RULES
 from .vllm.limits import completion_seconds, most_tokens_in_flight, request_seconds
@@ -83,7 +84,7 @@ def check_values(args: Any) -> None:
             "student_logps='engine' with rollout_lag=1 would take the log-probs of weights of before the last update for "
             "the student's. Leave student_logps at 'trainer'."
         )
-    for name in (*(rule.names for rule in PER_BRANCH), "teachers"):
+    for name in (*(rule.names for rule in PER_BRANCH), "teachers", "teacher_prompt"):
         value = getattr(args, name)
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:
@@ -202,6 +203,7 @@ def check_method(args: Any, schedule: Schedule) -> None:
     _check_optimizer(args)
     _check_budget(args)
     _check_teachers(args)
+    args.teacher_prompt = read_templates(args.teacher_prompt, schedule.branches)
     if args.branch_weights == "sigma" and all(len(shares) == 1 for shares in schedule.steps):
         raise ValueError(
             f"branch_weights='sigma' compares the branches inside a step, but no step of schedule {args.schedule!r} "

@@ -14,7 +14,7 @@ from .errors import CaMOPDError, ResumeError
 from .hub import is_hub_id, public_name
 from .manifest import MANIFEST, saved_at
 from .schedule import by_step, number_of
-from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder
+from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder
 
 
 METRICS = "metrics.jsonl"
@@ -150,7 +150,7 @@ def need_same_run(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     teachers = settings.get("teachers")
     for branch, teacher in teachers.items() if isinstance(teachers, dict) else ():
         before = then["teachers"].get(branch) if isinstance(then.get("teachers"), dict) else None
-        named = isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and not is_server(teacher)
+        named = isinstance(teacher, str) and teacher not in OWN_TEACHERS and not is_server(teacher)
         if named and isinstance(before, str) and before != public_name(teacher):
             found.append(f"  teacher of {branch}: {before!r} then, {public_name(teacher)!r} now")
     if found:

@@ -20,7 +20,17 @@ from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Dataset as TorchDataset
 
 from .files import with_prompts
-from .messages import COLUMNS, MOST_BYTES, check_text, read_prompt, read_row, render, tokenize, without_answer
+from .messages import (
+    COLUMNS,
+    MOST_BYTES,
+    check_text,
+    ending,
+    read_prompt,
+    read_row,
+    render,
+    tokenize,
+    without_answer,
+)
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
 from .tokens import check_known
@@ -424,18 +434,13 @@ class PromptReader:
         for message in [] if isinstance(row["prompt"], str) else row["prompt"]:
             check_text(message["content"], self._most)
 
+    def text_and_ending(self, row: Mapping[str, Any]) -> tuple[str, str]:
+        """A row that was read, as the tokenizer gets it, and its `messages.ending`. Raises `ValueError` as `ids`."""
+        text = row["prompt"] if isinstance(row["prompt"], str) else self._render(row)
+        return text, ending(row, text, *self._how)
+
     def _render(self, row: Mapping[str, Any]) -> str:
         return render(row, *self._how)
-
-
-def fingerprint(dataset: Dataset | IterableDataset) -> str:
-    """Tells prompt datasets apart for the checkpoint's record: row count and a hash of the first and last 32 prompts."""
-    if not isinstance(dataset, Dataset):
-        return "streamed"
-    ends = sorted({*range(min(32, len(dataset))), *range(max(0, len(dataset) - 32), len(dataset))})
-    rows = what_the_model_sees(dataset.select(ends))
-    text = "\x00".join(str(value) for row in rows for value in row.values())
-    return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 _NO_IMAGES = "images are not supported, because no teacher can score them yet. Remove them from the data."

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
 from transformers import SchedulerType
 from trl.trainer.utils import get_config_model_id
 
@@ -26,7 +27,7 @@ from .errors import ResumeError
 from .hub import public_name
 from .learning_rate import FOLLOWS_METRIC, of_deepspeed
 from .output_dir import RUN_ID, RUN_RECORD
-from .prompts import fingerprint
+from .prompts import what_the_model_sees
 from .setting_rules import WITHOUT_EFFECT
 from .settings import OLD_NAMES
 from .teachers.adapters import START, base_weights
@@ -75,9 +76,9 @@ NOTED = (
     "cache_implementation", "vllm_mode", "vllm_model_impl", "vllm_tensor_parallel_size", "vllm_max_model_length",
 )  # fmt: skip
 _PER_BRANCH = ("mass_target", "scale", "score", "selection")
-_ALWAYS = (  # in every record there ever was; another key that an old one lacks says nothing
+_ALWAYS = (  # in every record there ever was, or `None` where it is not; another key that an old one lacks says nothing
     "schedule", "branches", "teachers", "prompts", "prompts_per_step", "seed", "max_prompt_length", "max_completion_length",
-    "learning_rate", *_PER_BRANCH,
+    "learning_rate", "teacher_prompt", *_PER_BRANCH,
 )  # fmt: skip
 _ANY_LENGTH = (  # schedules that are the same whenever the run ends
     SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.INVERSE_SQRT, *FOLLOWS_METRIC,
@@ -133,6 +134,7 @@ def record_of(
         **{name: args.per_branch(name) for name in _PER_BRANCH},
         "warmup_steps": args.get_warmup_steps(args.max_steps),  # which may be a share of max_steps
         "completion_lengths": args.completion_lengths and str(args.completion_lengths),
+        "teacher_prompt": _hashes(args.teacher_prompt),  # texts may be long, or nobody else's business
         "schedule": str(run.schedule),  # in place of the field, which is as the user has spelt it
     }  # fmt: skip
     return as_json(record)
@@ -180,6 +182,16 @@ def _without_place(text: str) -> str:
     return name or f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
 
 
+def fingerprint(dataset: Dataset | IterableDataset) -> str:
+    """Tells prompt datasets apart for the checkpoint's record: row count and a hash of the first and last 32 prompts."""
+    if not isinstance(dataset, Dataset):
+        return "streamed"
+    ends = sorted({*range(min(32, len(dataset))), *range(max(0, len(dataset) - 32), len(dataset))})
+    rows = what_the_model_sees(dataset.select(ends))
+    text = "\x00".join(str(value) for row in rows for value in row.values())
+    return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 def fingerprint_of(model: Any, with_adapter: bool = False) -> dict[str, str | None]:
     """Tells models apart by their weights: a hash of names and shapes, and one of some values of each, as float32.
 
@@ -218,6 +230,12 @@ def _adapter_of(student: Any) -> dict[str, Any] | None:
             if name not in _OF_ADAPTER_FILE and value != usual.get(name)
         },
     }
+
+
+def _hashes(values: Any) -> dict[str, str] | None:
+    if not values:
+        return None
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12] for name, value in values.items()}
 
 
 def _passed(optimizer: Any, scheduler: Any) -> dict[str, Any] | None:

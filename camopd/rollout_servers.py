@@ -239,6 +239,7 @@ class ServerEngine:
         with on_all_ranks(gather_object):
             read = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
             prompt_ids = trainer.reader.ids(read)
+            for_teachers = trainer.teacher_prompts.ids(read, prompt_ids)
             self._sampler.begin().result()
         limit = trainer.args.max_prompt_length
         # An evaluation that decides something is finished, see `trainer.prediction_step`.
@@ -251,7 +252,8 @@ class ServerEngine:
             prompt, row = prompt_ids[place][-limit:], rows[place]
             position = row.get("position", place)
             seed = seed_of(trainer.args.seed, *words, row["branch"], position)
-            asked.append((self._sampler.submit(prompt, seed, sampling), self._maker(row, position, prompt)))
+            make = self._maker(row, position, prompt, for_teachers[place])
+            asked.append((self._sampler.submit(prompt, seed, sampling), make))
         flight._start(asked)
         self._flights = [*self._still_under_way(), flight]
         return flight
@@ -259,7 +261,9 @@ class ServerEngine:
     def _still_under_way(self) -> list[Flight]:
         return [flight for flight in self._flights if not flight.done()]
 
-    def _maker(self, row: dict[str, Any], position: int, prompt: list[int]) -> Callable[[Completion], Sample]:
+    def _maker(
+        self, row: dict[str, Any], position: int, prompt: list[int], for_teacher: list[int] | None
+    ) -> Callable[[Completion], Sample]:
         def make(completion: Completion) -> Sample:
             count = len(completion.token_ids)
             return Sample(
@@ -272,6 +276,7 @@ class ServerEngine:
                 truncated=completion.token_ids[-1] not in self._ends,
                 category=row.get("category"),
                 rollout_logps=torch.tensor(completion.logps),
+                teacher_prompt=for_teacher,
             )
 
         return make

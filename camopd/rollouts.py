@@ -125,6 +125,7 @@ class TRLEngine:
         with on_all_ranks(gather_object):
             self.rows = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
             self.prompt_ids = trainer.reader.ids(self.rows)
+            for_teachers = trainer.teacher_prompts.ids(self.rows, self.prompt_ids)
         # Of tool conversations the masks are 0 on tokens of a completion that a tool wrote; else there are none.
         prompts, completions, tool_masks, *_ = trainer._generate([row["prompt"] for row in self.rows])
         for place, row in enumerate(rows):
@@ -144,6 +145,7 @@ class TRLEngine:
                 truncated=bool(completion) and completion[-1] not in self._ends,
                 category=row.get("category"),
                 rollout_logps=logps,
+                teacher_prompt=for_teachers[place],
             )
 
 

@@ -21,7 +21,7 @@ import yaml
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
 from .settings import OLD_NAMES, declared, list_of_settings
-from .teachers.address import ADAPTER_TEACHERS, is_server, names_missing_folder, refuse_secrets, without_secrets
+from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder, refuse_secrets, without_secrets
 
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         # With the model: another `camopd serve` may listen on these ports by now.
         branch: {"urls": served[branch], "model": os.path.expanduser(teacher)}
-        if branch in served and isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and not is_server(teacher)
+        if branch in served and isinstance(teacher, str) and teacher not in OWN_TEACHERS and not is_server(teacher)
         else teacher
         for branch, teacher in named_teachers(settings).items()
     }

@@ -20,7 +20,7 @@ from .objective import token_gaps
 from .samples import Sample
 from .signals import StopRequests
 from .step import Clock, Work
-from .teachers.adapters import AdapterTeacher
+from .teachers.adapters import OWN
 from .teachers.base import RemoteTeacher, Teacher, TokenScores, read_answers
 from .teachers.check import has_lost_its_weights
 from .teachers.local import LocalTeacher
@@ -256,7 +256,7 @@ def caught(failures: list[CaMOPDError], teacher: Teacher | None = None) -> Itera
     except CaMOPDError as error:
         failures.append(error)
     except Exception as error:
-        if teacher is None or isinstance(teacher, (AdapterTeacher, LocalTeacher)):
+        if teacher is None or isinstance(teacher, (LocalTeacher, *OWN)):
             raise  # an error of PyTorch, whose own text says more
         failure = TeacherError(f"teacher {teacher.name!r} has failed ({type(error).__name__}: {str(error)[:500]}).")
         failure.__cause__ = error

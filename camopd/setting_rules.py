@@ -18,7 +18,7 @@ from torch import nn
 from . import guards
 from .learning_rate import of_deepspeed
 from .schedule import short
-from .teachers.address import ADAPTER_TEACHERS, is_server
+from .teachers.address import OWN_TEACHERS, is_server
 
 
 if TYPE_CHECKING:
@@ -418,7 +418,7 @@ def read_streams_in_this_process(args: Any, datasets: Iterable[Any]) -> None:
 
 
 def _is_loaded_here(teacher: Any) -> bool:
-    return isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and not is_server(teacher)
+    return isinstance(teacher, str) and teacher not in OWN_TEACHERS and not is_server(teacher)
 
 
 _ABSENT = object()

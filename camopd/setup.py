@@ -39,8 +39,9 @@ from .samples import MicroBatch
 from .schedule import Schedule
 from .step import StepEnd, label
 from .surroundings import need_context
-from .teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, load_adapter_student
-from .teachers.address import ADAPTER_TEACHERS, has_adapter, without_secrets
+from .teacher_prompts import TeacherPrompts, contexts_of
+from .teachers.adapters import OWN, check_adapters, keep_start_adapter, load_adapter_student
+from .teachers.address import OWN_TEACHERS, has_adapter, without_secrets
 from .teachers.base import Teacher
 from .teachers.local import LocalTeacher, context_length, shares_weights
 from .teachers.resolve import resolve_teachers
@@ -65,6 +66,7 @@ class Run:
     dataset: StepDataset
     held_out: HeldOut | None
     teachers: dict[str, Any]  # by branch; servers are connected
+    contexts: dict[str, Any]  # branches whose teachers see another prompt, see `teacher_prompts.contexts_of`
     adapters: dict[int, torch.Tensor]  # weights that TRL would cast to 16 bits
     student_name: str  # empty where the model was passed as an object
     max_tokens: int  # of a prompt and its completion
@@ -114,6 +116,7 @@ def prepare(
     check_metric(args, schedule.branches, held or {}, callbacks)
     check_passed(args, *optimizers)
     specs = _teachers_by_branch(teachers, args, schedule, model, peft_config)
+    contexts = contexts_of(args.teacher_prompt, streams, held or {}, specs)
     check_adapters(model, peft_config, specs.values())
     if isinstance(processing_class, PreTrainedTokenizerBase):
         need_end(processing_class)
@@ -142,8 +145,8 @@ def prepare(
     if "adapter_start" in [spec for spec in specs.values() if isinstance(spec, str)]:
         _keep_start(model, args)
     return Run(
-        model, quantization_config, schedule, streams, dataset, held, specs, quantised_adapters(model), student_name,
-        max_tokens, adapter_loaded, sampler,
+        model, quantization_config, schedule, streams, dataset, held, specs, contexts, quantised_adapters(model),
+        student_name, max_tokens, adapter_loaded, sampler,
     )  # fmt: skip
 
 
@@ -179,8 +182,9 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
         )
     need_context(context_length(model.config), args.max_prompt_length, args.longest_completion)
     maps = {branch: each.dataset for branch, each in run.streams.items() if isinstance(each.dataset, Dataset)}
-    trainer.reader.check({branch: rows_to_check(branch, dataset) for branch, dataset in maps.items()})
-    trainer.reader.check(run.held_out or {})
+    for reader in (trainer.reader, trainer.teacher_prompts):
+        reader.check({branch: rows_to_check(branch, dataset) for branch, dataset in maps.items()})
+        reader.check(run.held_out or {})
     _check_prompt_lengths(trainer, run.streams)
     if trainer.use_vllm:
         vllm_rollouts.settle(trainer, run.max_tokens)
@@ -190,19 +194,20 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
         logger.warning(unended)
 
 
-def make_reader(trainer: Any, student: Any) -> PromptReader:
-    """Reads prompts as the trainer's generation does; `student` is the model outside wrappers."""
+def make_readers(trainer: Any, student: Any) -> tuple[PromptReader, TeacherPrompts]:
+    """They read prompts as the trainer's generation does; `student` is the model outside wrappers."""
     args = trainer.args
     if args.split_special_tokens and trainer.tools:
         raise ValueError(
             "split_special_tokens=True cannot be used with tools: TRL encodes what they answer, with special tokens. Leave "
             "one of them out."
         )
-    return PromptReader(
+    reader = PromptReader(
         trainer.processing_class, trainer._tokenizer, embedding_size(student), trainer.tools, trainer.chat_template,
         trainer.chat_template_kwargs, args.split_special_tokens,
         max(MOST_BYTES, BYTES_PER_TOKEN * args.max_prompt_length),
     )  # fmt: skip
+    return reader, TeacherPrompts(reader, trainer._tokenizer, trainer.run.contexts, args.max_prompt_length)
 
 
 def load_teachers(trainer: Any, run: Run) -> dict[str, Teacher]:
@@ -260,7 +265,8 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     dtype = compute_dtype(trainer.accelerator, student)
     if args.rollout_lag:
         yield AheadCheck(trainer.rollouts)
-    exact = [name for name, each in trainer.teachers.items() if isinstance(each, (LocalTeacher, AdapterTeacher))]
+    here = [name for name, each in trainer.teachers.items() if isinstance(each, (LocalTeacher, *OWN))]
+    exact = [name for name in here if name not in run.contexts]
     yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, dtype, exact)
     if args.student_logps != "trainer":
         yield EngineLogps(args, trainer.scorer, dtype, trainer.rule.needs_entropy)
@@ -275,7 +281,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     yield UpdateMeasures(student, gather_object)
     yield TeacherWatch(
         trainer.scorer, run.schedule, trainer._tokenizer, run.max_tokens, trainer.eos_token_ids, head_size(student),
-        run.student_name, gather_object,
+        run.student_name, gather_object, run.contexts,
     )  # fmt: skip
     yield StepEnd(trainer.end_step)
     yield MetricsFile(gather_object, lambda: trainer.held_out_results)  # after `StepEnd`, in which all of them measure
@@ -374,7 +380,7 @@ def _teachers_by_branch(
                 "it trains. Pass the path it was loaded from, a copy.deepcopy of it, or 'adapter_off' if it has an "
                 "adapter: PEFT puts that into the very model that it is given."
             )
-        if not (isinstance(teacher, str) and teacher in ADAPTER_TEACHERS):
+        if not (isinstance(teacher, str) and teacher in OWN_TEACHERS):
             continue
         trained = has_adapter(model) if isinstance(model, str) else is_peft_model(model)
         if teacher == "adapter_start" and (not trained or peft_config is not None):
@@ -416,7 +422,9 @@ def _check_prompt_lengths(trainer: Any, streams: dict[str, PromptStream]) -> Non
     limit = trainer.args.max_prompt_length
     for branch, stream in streams.items():
         rows = list(stream.some(PROBED_PROMPTS))
-        shortest = min(map(len, trainer.reader.ids(rows)))
+        found = trainer.reader.ids(rows)
+        trainer.teacher_prompts.ids(rows, found)
+        shortest = min(map(len, found))
         if shortest > limit:
             raise ValueError(
                 f"the {len(rows)} prompts of branch {branch!r} that were looked at are all longer than "

@@ -137,7 +137,7 @@ class CaMOPDTrainer(DistillationTrainer):
             )  # fmt: skip
         self.schedule, self.branches, self.run = run.schedule, Branch.all_of(args), run
         student = self.accelerator.unwrap_model(self.model)
-        self.reader = setup.make_reader(self, student)
+        self.reader, self.teacher_prompts = setup.make_readers(self, student)
         setup.check_ready(self, run, optimizers[0], self._tokenizer)
         self.student = Forward(
             student, self._in_wrapper, lambda **inputs: self.model_wrapped(**inputs), self.accelerator.autocast,
@@ -200,7 +200,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.stop_if_asked(step)
         with step.timed("rollout"), self.checkpoints.keeping(self, step):
             step.metrics["rollout/max_length"] = max_tokens = args.completion_length_at(step.number)
-            saved = self.checkpoints.saved_rollouts(rows, self._load_rng_state)  # of a run that stopped in this step
+            saved = self.checkpoints.saved_rollouts(self, rows)  # of a run that stopped in this step
             step.samples, step.prompts_cut = saved or self.roll_out(rows, max_tokens, args.loss_prefix_tokens)
             step.rng_after = rng_state()
             self.rollouts.begin_next(step)

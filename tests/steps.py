@@ -50,6 +50,7 @@ class Case:
     relaxed_exploration_steps: int = 0
     loss_normalization: str = "sample"
     branch_weights: str = "none"
+    teacher_prompt: str | None = None  # of the general branch
 
 
 CASES = (
@@ -61,6 +62,7 @@ CASES = (
     Case("without_rollout_logps", with_rollout_logps=False),
     Case("engine", student_logps="engine", mass_target=0.5),  # which keeps other samples than the trainer's gaps do
     Case("prefix", loss_prefix_tokens=2),
+    Case("context", schedule="general:3+domain:1", teacher_prompt="you know it is 7. {prompt}", loss_prefix_tokens=3),
 )
 MIXED = {"schedule": "general:1+domain:1", "selection": False}
 BASELINES = (
@@ -136,6 +138,7 @@ def make_trainer(case: Case, output_dir: str, batch_size: int, general_teacher=N
         "student_logps": case.student_logps, "loss_prefix_tokens": case.loss_prefix_tokens, "token_rule": case.token_rule,
         "relaxed_exploration_steps": case.relaxed_exploration_steps, "relaxed_entropy_share": 0.8,
         "loss_normalization": case.loss_normalization, "branch_weights": case.branch_weights,
+        "teacher_prompt": case.teacher_prompt and {"general": case.teacher_prompt},
     }  # fmt: skip
     args = CaMOPDConfig(**{**values, **settings})
     trainer = CaMOPDTrainer(
@@ -229,8 +232,11 @@ def reference_step(case: Case) -> tuple[dict[str, torch.Tensor], float, set[int]
         if not completion:
             continue
         completion, rollout = completion[: case.loss_prefix_tokens], rollout[: case.loss_prefix_tokens]
+        seen = prompt
+        if case.teacher_prompt and row["branch"] == "general":
+            seen = tokenizer(case.teacher_prompt.format(prompt=row["prompt"]))["input_ids"]
         with torch.no_grad():
-            teacher = _logps(teachers[row["branch"]], prompt, completion)
+            teacher = _logps(teachers[row["branch"]], seen, completion)
             before = _logps(student, prompt, completion)
         gaps = [float(t) - float(s) for t, s in zip(teacher, before, strict=True)]
         at_selection = gaps

@@ -42,6 +42,10 @@ OTHER_VALUES = {
         {"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"},
         '{"general": ["http://10.0.0.1:8001", "http://10.0.0.2:8001"], "domain": "adapter_off"}',
     ),
+    "teacher_prompt": (
+        {"domain": "Think. {prompt}", "general": [{"role": "user", "content": "{prompt}"}]},
+        '{"domain": "Think. {prompt}", "general": [{"role": "user", "content": "{prompt}"}]}',
+    ),
     "score_tokens": (2, "2"),
     "padding_free": (True, "true"),
     "max_tokens_per_micro_batch": (40_000, "40000"),

@@ -17,11 +17,11 @@ from camopd.prompts import (
     PromptStream,
     StepDataset,
     check_prompts,
-    fingerprint,
     held_out,
     named,
     rows_to_check,
 )
+from camopd.record import fingerprint
 from camopd.schedule import Schedule
 
 

@@ -470,6 +470,30 @@ def test_colocated_rollouts_with_both_teachers_on_servers(make, urls):
 
 
 @real
+def test_teacher_on_a_server_sees_a_prompt_of_its_own(make, models, urls):
+    trainer = make(
+        {"general": urls[1], "domain": urls[2]}, use_vllm=False, max_steps=4,
+        teacher_prompt={"domain": "you know it is 7. {prompt}"},
+    )  # fmt: skip
+    steps, begin = [], trainer.begin_step
+    trainer.begin_step = lambda rows: steps.append((rows, begin(rows))) or steps[-1][1]
+    trainer.train()
+    teachers = {"general": models[1], "domain": models[2]}
+    teachers = {branch: AutoModelForCausalLM.from_pretrained(path) for branch, path in teachers.items()}
+    apart, tokenizer = [], make_tokenizer()
+    for rows, step in steps:
+        for row, sample in zip(rows, step.samples, strict=True):
+            seen = ("you know it is 7. " if row["branch"] == "domain" else "") + row["prompt"]
+            prompt, completion = tokenizer(seen)["input_ids"], sample.token_ids[sample.prompt_len :]
+            with torch.no_grad():
+                logits = teachers[row["branch"]](torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(completion)), completion]
+            apart.append(float((sample.teacher_logps - expected).abs().max()))
+    assert [step.label for _, step in steps] == ["general", "domain"] * 2 and len(apart) == 32
+    assert max(apart) < 1e-5, max(apart)
+
+
+@real
 def test_rollouts_and_both_teachers_on_servers(make, urls):
     trainer = make(
         {"general": urls[1], "domain": urls[2]}, vllm_mode="server", vllm_server_base_url=urls[0], max_steps=4,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..errors import TeacherError, on_all_ranks
@@ -32,6 +32,7 @@ class TeacherWatch(StepCallback):
         vocab_size: int,
         student_name: str,
         gather: Callable[[list[Any]], list[Any]],
+        contexts: Collection[str] = (),
     ):
         """
         Args:
@@ -43,8 +44,9 @@ class TeacherWatch(StepCallback):
             vocab_size: of the student's head.
             student_name: whose weights the student has at the start; empty for a model object.
             gather: of a list over all ranks.
+            contexts: branches whose teachers see another prompt, and may well be far from the student at first.
         """
-        self._scorer, self._schedule, self._gather = scorer, schedule, gather
+        self._scorer, self._schedule, self._gather, self._contexts = scorer, schedule, gather, contexts
         self._tokenizer, self._max_tokens, self._ends = tokenizer, max_tokens, ends
         self._vocab_size, self._student_name = vocab_size, student_name
         self._met: set[str] = set()
@@ -89,7 +91,7 @@ class TeacherWatch(StepCallback):
 
     def on_step_ready(self, step: Step) -> None:
         """Look at the student's very first completions of a branch."""
-        new = [branch for branch in step.branches if branch not in self._met]
+        new = [branch for branch in step.branches if branch not in self._met and branch not in self._contexts]
         self._met.update(new)
         for branch in new if step.number < self._schedule.period else ():
             tokens = sum(summary.num_tokens for summary in step.summaries if summary.branch == branch)

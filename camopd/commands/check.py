@@ -13,7 +13,7 @@ from ..messages import BYTES_PER_TOKEN, MOST_BYTES, read_row
 from ..prompts import PromptReader, rows_to_check
 from ..run import need_prompts, parse, read_settings, teachers_of, where_from
 from ..schedule import Schedule
-from ..teachers.address import ADAPTER_TEACHERS, has_adapter
+from ..teachers.address import OWN_TEACHERS, has_adapter
 from ..teachers.check import (
     PROBE_CONVERSATIONS,
     Finding,
@@ -68,7 +68,7 @@ def check(config: str, overrides: list[str]) -> None:
     for branch, teacher in teachers.items():
         if isinstance(teacher, ServerTeacher):
             findings += check_server(branch, teacher, tokenizer, max_tokens)
-        elif teacher in tuple(ADAPTER_TEACHERS):
+        elif teacher in tuple(OWN_TEACHERS):
             findings.append(check_adapter(branch, teacher, model_args.use_peft, has_adapter(student)))
         elif teacher is not None:
             findings.append(check_unloaded(branch, teacher, tokenizer, max_tokens, teacher_source, student_size))
@@ -166,12 +166,14 @@ def check_rollouts(args: Any, max_tokens: int) -> list[Finding]:
 
 
 def check_adapter(branch: str, spec: str, use_peft: bool, is_adapter: bool) -> Finding:
+    if spec == "self":
+        return Finding(branch, spec, "ok", OWN_TEACHERS[spec])
     if spec == "adapter_off":
         if use_peft or is_adapter:
-            return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
+            return Finding(branch, spec, "ok", OWN_TEACHERS[spec])
         return Finding(branch, "adapter_off", "error", "the student has no adapter. Set use_peft, or name a model")
     if is_adapter and not use_peft:
-        return Finding(branch, spec, "ok", ADAPTER_TEACHERS[spec])
+        return Finding(branch, spec, "ok", OWN_TEACHERS[spec])
     return Finding(
         branch, "adapter_start", "error",
         "the student must be a saved adapter, without use_peft. With use_peft, the specialised model is 'adapter_off'",
@@ -209,7 +211,7 @@ def _check_with_student(
     to be asked, one after the other; `init_kwargs` are for these."""
     from ..logprobs import architecture, check_logps, completion_logps
 
-    asked = {branch: teacher for branch, teacher in teachers.items() if teacher not in tuple(ADAPTER_TEACHERS)}
+    asked = {branch: teacher for branch, teacher in teachers.items() if teacher not in tuple(OWN_TEACHERS)}
     if not asked:
         return []
     model = _load(student, source)

@@ -14,7 +14,7 @@ import torch
 from ..errors import CaMOPDError
 from ..memory import CPU_COPIES, CPU_TILE, GPU_COPIES, GPU_TILE, Shape, activations
 from ..surroundings import check_folder, check_push, folder_of, need_context
-from ..teachers.address import ADAPTER_TEACHERS
+from ..teachers.address import OWN_TEACHERS
 from ..teachers.check import Finding
 from ..teachers.local import context_length
 
@@ -93,7 +93,7 @@ def check_room(
     moments = {"8bit": 2.0, "4bit": 1.0}.get(str(args.optim).rpartition("_")[2], 2 * max(size, 2))
     resting = 0.0
     if args.device.type == "cpu":  # where a teacher stays while the student trains
-        local = {each for each in teachers.values() if isinstance(each, str) and each not in ADAPTER_TEACHERS}
+        local = {each for each in teachers.values() if isinstance(each, str) and each not in OWN_TEACHERS}
         resting = sum(_weights_of(name, teacher_source) * max(size, 2) for name in local)
     cast = 2 if args.bf16 and size == 4 else 0
     static = weights * (size + cast) + trained * (size + moments) + resting

@@ -14,7 +14,7 @@ from ..early import check_early
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers
 from ..surroundings import check_machine
-from ..teachers.address import has_adapter, names_missing_folder
+from ..teachers.address import OWN_TEACHERS, has_adapter, names_missing_folder
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
 from .train import make_trainer
 
@@ -65,10 +65,10 @@ def _check(model: str, settings: dict[str, Any]) -> None:
             "model id of the Hub."
         )
     for branch, teacher in named_teachers(settings).items():
-        if teacher == "adapter_start":
+        if teacher in ("adapter_start", "self"):
             raise ValueError(
-                f"the teacher of branch {branch!r} is 'adapter_start', the adapter from which the run began, and of "
-                f"{model!r} that would be its own. Name that model: --teachers '{{...}}' with a folder or URL for each."
+                f"the teacher of branch {branch!r} is {teacher!r}, {OWN_TEACHERS[teacher]}, and of {model!r} that would be "
+                "its own. Name the model from which the run began: --teachers '{...}' with a folder or URL for each."
             )
 
 

@@ -19,7 +19,7 @@ from ..run import (
     warn_of_unused,
     where_from,
 )
-from ..teachers.address import ADAPTER_TEACHERS
+from ..teachers.address import OWN_TEACHERS
 from .ctrl_c import ends_at_once
 
 
@@ -117,7 +117,7 @@ def _connect(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _say_what_is_loaded(teachers: Mapping[str, Any], args: Any) -> None:
     for branch, teacher in teachers.items():
-        if isinstance(teacher, str) and teacher not in ADAPTER_TEACHERS and args.process_index == 0:
+        if isinstance(teacher, str) and teacher not in OWN_TEACHERS and args.process_index == 0:
             print(
                 f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
                 f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",

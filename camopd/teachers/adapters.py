@@ -1,4 +1,4 @@
-"""Teachers that a student with an adapter is itself, and whether they are the models that their names say.
+"""Teachers that the student is itself, and whether they are the models that their names say.
 
 Switching an adapter off gives back the model under it only where nothing else was changed. Some settings of PEFT move a
 part of the base weights into the adapter, others train weights of the base beside it: such a teacher would be another
@@ -203,6 +203,24 @@ class AdapterTeacher:
         # `disable_adapter` leaves dropout on
         with evaluating(self.student), use_adapter(self.student, self.adapter):
             return self.forward.token_scores(token_ids, prompt_lens, top_k)
+
+
+class SelfTeacher:
+    """`"self"`: the student with the weights that it has when it is asked, without gradient. What it sees, a
+    `teacher_prompt`, makes it know more."""
+
+    def __init__(self, student: Any, forward: Forward):
+        """`forward` is the student's own."""
+        self.student, self.forward = student, forward
+        self.name = f"self:{get_config_model_id(student.config)}"
+
+    def score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int = 0) -> list[TokenScores]:
+        """See [`Teacher.score`]."""
+        with evaluating(self.student):
+            return self.forward.token_scores(token_ids, prompt_lens, top_k)
+
+
+OWN = (AdapterTeacher, SelfTeacher)
 
 
 def load_adapter_student(path: str, init_kwargs: dict[str, Any]) -> Any:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
-# Teachers that a student with an adapter is itself.
-ADAPTER_TEACHERS = {
+# Teachers that the student is itself.
+OWN_TEACHERS = {
     "adapter_off": "the student without its adapter",
     "adapter_start": "the student with its adapter as it was before training",
+    "self": "the student itself, after its teacher_prompt",
 }
 
 

@@ -13,8 +13,8 @@ from trl.trainer.utils import get_config_model_id
 
 from ..forward import Forward
 from ..tokens import embedding_size, head_size
-from .adapters import AdapterTeacher
-from .address import ADAPTER_TEACHERS, without_secrets
+from .adapters import AdapterTeacher, SelfTeacher
+from .address import OWN_TEACHERS, without_secrets
 from .base import Teacher
 from .check import check_local, check_server, raise_errors
 from .local import LocalTeacher, context_length, load_teacher_model
@@ -53,7 +53,9 @@ def resolve_teachers(
         elif isinstance(spec, ServerTeacher):
             raise_errors(check_server(branch, spec, tokenizer, max_tokens), logger.warning)
             teacher = spec
-        elif isinstance(spec, str) and spec in ADAPTER_TEACHERS:
+        elif isinstance(spec, str) and spec == "self":
+            teacher = SelfTeacher(student, student_forward)
+        elif isinstance(spec, str) and spec in OWN_TEACHERS:
             teacher = AdapterTeacher(student, spec, student_forward)
         elif isinstance(spec, str) or _is_model(spec):
             model, name, theirs = _local_model(spec, branch, student_dtype, init_kwargs)
@@ -70,7 +72,7 @@ def resolve_teachers(
             raise TypeError(
                 f"the teacher of branch {branch!r} is {without_secrets(repr(spec))[:200]} ({type(spec).__name__}). It must "
                 "be the URL of a vLLM server or a list of URLs, a model id, a path, a loaded model, 'adapter_off', "
-                "'adapter_start', or an object with a `name` and a `score` method (camopd.Teacher)."
+                "'adapter_start', 'self', or an object with a `name` and a `score` method (camopd.Teacher)."
             )
         resolved[branch] = teacher
         if isinstance(spec, str):

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..address import (
-    ADAPTER_TEACHERS,
+    OWN_TEACHERS,
     has_adapter,
     is_server,
     key_variables,
@@ -90,14 +90,14 @@ def models_of(teachers: dict[str, Any], notes: list[str]) -> dict[str, list[str]
         if is_server(teacher):
             urls = ", ".join(map(public_url, urls_and_model(teacher)[0]))
             notes.append(f"{branch}: {urls} is a server already, nothing to start")
-        elif isinstance(teacher, str) and teacher in ADAPTER_TEACHERS:
-            notes.append(f"{branch}: {teacher} is {ADAPTER_TEACHERS[teacher]}, it needs no server")
+        elif isinstance(teacher, str) and teacher in OWN_TEACHERS:
+            notes.append(f"{branch}: {teacher} is {OWN_TEACHERS[teacher]}, it needs no server")
         elif isinstance(teacher, str) and teacher:
             models.setdefault(os.path.expanduser(teacher), []).append(str(branch))
         else:
             raise ValueError(
                 f"the teacher of branch {branch!r} is {without_secrets(repr(teacher))}. It must be a model id, a "
-                "path, the URL of a vLLM server or a list of URLs, 'adapter_off' or 'adapter_start'."
+                "path, the URL of a vLLM server or a list of URLs, 'adapter_off', 'adapter_start' or 'self'."
             )
     if not models:
         raise ValueError(
