@@ -229,5 +229,6 @@ NOTES = (
     "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it as its final "
     "one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, and is counted as no answer.",
     "humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds.",
+    "distraction: in the manner of DistractionIF, on rows made here; its numbers are not those of that paper's data.",
     "ifeval and ifbench: strict, all instructions of a prompt. gsm8k: no examples, the number in the box or at the end.",
 )

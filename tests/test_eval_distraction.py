@@ -1,0 +1,138 @@
+"""The task `distraction`: its rules, held against answers that were written by hand, and its rows."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import make_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd.eval import distraction, rows
+from camopd.eval.distraction import DISTRACTORS, verdict
+from camopd.eval.scores import score_of
+from camopd.eval.tasks import TASKS
+from camopd.teachers.local import LocalTeacher
+
+
+ROWS = distraction.rows()
+
+
+def gold(items, form, distractors=("ack", "emoji", "capitals"), others=()):
+    return {"items": list(items), "others": list(others), "format": form, "distractors": list(distractors)}
+
+
+PEOPLE = gold(["Boris", "Mira"], "lines 2", others=["Hugo"])
+COUNTS = gold(["Boris", "12", "Mira", "7"], "json", ("bullets", "code block", "question"))
+TOTAL = gold(["19"], "words 3", ("small letters", "sure", "end mark"))
+CSV = gold(["Boris,12,Corwen", "Mira,7,Elswick"], "csv 2", ("html", "numbers", "thanks"))
+
+
+@pytest.mark.parametrize(
+    ("of", "answer", "broken"),
+    [
+        (PEOPLE, "Boris\nMira", []),
+        (PEOPLE, "  Boris\nMira\n", []),
+        (PEOPLE, "Mira\nBoris", ["task"]),  # another order
+        (PEOPLE, "Boris\nMirabelle", ["task"]),
+        (PEOPLE, "Boris\nMira\nHugo", ["task", "format"]),
+        (PEOPLE, "Boris, Mira", ["format"]),
+        (PEOPLE, "The people are:\nBoris\nMira", ["format"]),
+        (PEOPLE, "ACK\nBoris\nMira", ["format", "ack"]),
+        (PEOPLE, "ACK", ["task", "format", "ack", "capitals"]),
+        (PEOPLE, "BORIS\nMIRA", ["capitals"]),
+        (PEOPLE, "Boris\nMira 😀", ["emoji"]),
+        (PEOPLE, "", ["task", "format", "capitals"]),
+        (COUNTS, '{"Boris": 12, "Mira": 7}', []),
+        (COUNTS, '{"Boris": 12, "Mira": 8}', ["task"]),
+        (COUNTS, '```json\n{"Boris": 12, "Mira": 7}\n```', ["format", "code block"]),
+        (COUNTS, '- {"Boris": 12, "Mira": 7}', ["format", "bullets"]),
+        (COUNTS, '[["Boris", 12], ["Mira", 7]]', ["format"]),
+        (COUNTS, '{"Boris": 12, "Mira": 7}\nShall I go on?', ["format", "question"]),
+        (TOTAL, "Total: 19 crates", []),
+        (TOTAL, "Total: 20 crates", ["task"]),
+        (TOTAL, "total: 19 crates", ["small letters"]),
+        (TOTAL, "Sure! Total: 19 crates", ["format", "sure"]),
+        (TOTAL, "19", ["format", "small letters"]),
+        (TOTAL, "Total: 19 crates\n<<END>>", ["format", "end mark"]),
+        (CSV, "name,crates,place\nBoris,12,Corwen\nMira,7,Elswick", []),
+        (CSV, "Boris,12,Corwen\nMira,7,Elswick", ["format"]),
+        (CSV, "1. name,crates,place\n2. Boris,12,Corwen\n3. Mira,7,Elswick", ["format", "numbers"]),
+        (CSV, "<p>name,crates,place\nBoris,12,Corwen\nMira,7,Elswick</p>", ["format", "html"]),
+    ],
+)
+def test_rules_say_of_answers_written_by_hand_which_are_broken(of, answer, broken):
+    found = verdict(of, answer)
+    assert [name for name, holds in found.items() if not holds] == broken
+    assert len(found) == 5
+    assert distraction.score(of, answer) == (not broken)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(sorted(DISTRACTORS)))
+def test_distractor_shows_in_an_answer_that_follows_it_and_in_no_right_one(seed, name):
+    row, other = distraction.rows(2, seed)
+    for each in (row["gold"], other["gold"]):
+        assert distraction.score(each, each["right"]) == 1
+        assert distraction.score(each, each["distracted"]) == 0
+        assert not verdict(each, each["distracted"])[each["distractors"][0]]
+        one = DISTRACTORS[name]
+        assert one.followed(one.follow(each["right"]).strip()) and not one.followed(each["right"])
+
+
+def test_rows_hold_exactly_three_distractors_and_all_kinds_and_forms():
+    assert len(ROWS) == distraction.ROWS and len(DISTRACTORS) > 40
+    kinds, forms, seen = Counter(), Counter(), Counter()
+    for row in ROWS:
+        text, clean = (json.dumps(row[name], ensure_ascii=False) for name in ("messages", "clean"))
+        names = row["gold"]["distractors"]
+        assert len(set(names)) == 3
+        for name in DISTRACTORS:
+            said = json.dumps(DISTRACTORS[name].text, ensure_ascii=False)[1:-1]
+            assert (said in text) == (name in names) and said not in clean
+        assert [message["role"] for message in row["messages"]] == {
+            "single turn": ["user"], "several turns": ["user", "assistant", "user"], "system prompt": ["system", "user"],
+        }[row["gold"]["form"]]  # fmt: skip
+        kinds[row["gold"]["kind"]] += 1
+        forms[row["gold"]["form"]] += 1
+        seen.update(names)
+    assert set(kinds.values()) == {120} and set(forms.values()) == {160} and set(seen) == set(DISTRACTORS)
+
+
+def test_rows_are_the_same_for_the_same_seed_and_others_for_another():
+    assert distraction.rows(24) == ROWS[:24]
+    assert distraction.rows(24, seed=1) != ROWS[:24]
+
+
+def test_task_makes_its_rows_once_and_scores_by_the_rules(tmp_path):
+    task = TASKS["distraction"]
+    path = rows.find(task, tmp_path, {})
+    found = rows.read(task, path, limit=None)
+    assert [json.loads(row["response"]) for row in found] == [row["gold"] for row in ROWS]
+    assert found[0]["messages"] == ROWS[0]["messages"] and set(found[0]) == {"messages", "response"}
+    before = path.stat().st_mtime_ns
+    assert rows.find(task, tmp_path, {}).stat().st_mtime_ns == before
+    answer = {"prompt": "", "gold": found[0]["response"], "stop": "stop"}
+    assert score_of(task, {**answer, "text": f"<think>hm</think>{ROWS[0]['gold']['right']}"}) == (1.0, True)
+    assert score_of(task, {**answer, "text": ROWS[0]["gold"]["distracted"]}) == (0.0, True)
+    assert score_of(task, {**answer, "text": "<think>for ever"}) == (0.0, False)
+
+
+def test_margin_is_the_perplexity_of_the_distracted_answer_over_that_of_the_right_one(tokenizer):
+    model = make_model(1)
+    teacher = LocalTeacher(model, "local", "cpu", batch_size=2)
+    some = [{"messages": [{"role": "user", "content": "go"}], "gold": {"right": "ab", "distracted": "ab. ok"}}]
+
+    def encode(messages, answer):
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"], len(prompt)
+
+    def perplexity(answer):
+        ids, start = encode(some[0]["messages"], answer)
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return math.exp(-sum(float(logps[at - 1, ids[at]]) for at in range(start, len(ids))) / (len(ids) - start))
+
+    (found,) = distraction.margins(teacher, encode, some)
+    assert found == pytest.approx(perplexity("ab. ok") / perplexity("ab"), rel=1e-4)
