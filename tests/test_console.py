@@ -1,6 +1,7 @@
 """What a run shows on the screen: one line per step, a bar where there is a terminal, and the verdict last."""
 
 import io
+import logging
 import re
 import sys
 
@@ -99,6 +100,20 @@ def test_bar_is_below_the_lines_and_gone_without_a_terminal(monkeypatch):
         bar_.draw(2, 4, "")
     assert screen(terminal.getvalue()) == ["a line", bar(2, 4, "", 80)]
     assert file.getvalue() == "a line\n"
+
+
+def test_bar_goes_before_a_line_of_a_logger(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    handler, log = logging.StreamHandler(terminal), logging.getLogger("camopd")
+    monkeypatch.setattr(log, "handlers", [handler])
+    bar_ = Bar()
+    bar_.begin(True)
+    for _ in range(2):
+        bar_.draw(1, 4, "step 2: training")
+        log.warning("short")
+    bar_.end()
+    assert screen(terminal.getvalue()) == ["short", "short", ""] and not handler.filters
 
 
 def make_run(tmp_path, tokenizer, **kwargs):

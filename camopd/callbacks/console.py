@@ -6,6 +6,7 @@ Everything else is in metrics.jsonl and the trackers.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import sys
@@ -24,6 +25,7 @@ from ..verdict import NOT_MEASURED, Measured, change_of, interval, short, signed
 
 HEAD_EVERY = 20  # lines
 WIDTH = 80  # columns where there is no terminal
+LOGGERS = ("", "camopd", "transformers")  # that may write to it
 
 
 class Console(PrinterCallback, StepCallback):
@@ -50,7 +52,7 @@ class Console(PrinterCallback, StepCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._bar.wanted = not (self._verbose or args.disable_tqdm) and state.is_world_process_zero
+        self._bar.begin(not (self._verbose or args.disable_tqdm) and state.is_world_process_zero)
         self._started = self._mark = time.perf_counter()
         self._first, self._total, self._lines = state.global_step, state.max_steps, 0
         self._first_of, self._table = {}, (-1, set())
@@ -118,7 +120,7 @@ class Console(PrinterCallback, StepCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The answer: has it recovered, and what is kept?"""
-        self._bar.wanted = False
+        self._bar.end()
         if state.is_world_process_zero:
             columns = shutil.get_terminal_size((WIDTH, 24)).columns
             try:
@@ -144,6 +146,25 @@ class Bar:
     def __init__(self) -> None:
         self.wanted = False
         self._shown = False
+        self._loggers: list[logging.Handler] = []
+
+    def begin(self, wanted: bool) -> None:
+        """From here on it is drawn, if it is `wanted`, and goes before a line of a logger, which would leave its end."""
+        self.wanted = wanted
+        handlers = [handler for name in LOGGERS for handler in logging.getLogger(name).handlers]
+        self._loggers = handlers if wanted and sys.stdout.isatty() else []
+        for handler in self._loggers:
+            handler.addFilter(self._give_way)
+
+    def end(self) -> None:
+        """Of all that."""
+        self.wanted = False
+        for handler in self._loggers:
+            handler.removeFilter(self._give_way)
+
+    def _give_way(self, record: logging.LogRecord) -> bool:
+        self.clear()
+        return True
 
     def draw(self, done: int, total: int, doing: str) -> None:
         """Show it. The cursor stays at its start, so that what others print is written over it."""
