@@ -240,26 +240,31 @@ def _check_with_student(
     said = unended or "what ends a turn of the chat template ends its completions"
     findings = [Finding("student", "end of sequence", "warning" if unended else "ok", said)]
     vocab_size = head_size(model)
-    probe_logps, written_logps = own_logps(probe), own_logps(written)
+    texts = ((probe, own_logps(probe)), (written, own_logps(written)))
     for branch, spec in asked.items():
         try:
             teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
+            findings += _ask(branch, teacher, tokenizer, vocab_size, texts, is_student_start(teacher, student))
         except (CaMOPDError, ValueError) as error:
             findings.append(Finding(branch, "in the process", "error", str(error)))
-            continue
-        same = is_student_start(teacher, student)
-        found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, likeliest=True))
-        findings += found
-        if any(finding.level == "error" for finding in found):
-            continue
-        try:
-            theirs = torch.cat([row.logps for row in teacher.score(written.token_ids, written.prompt_lens)])
-        except CaMOPDError as error:
-            findings.append(Finding(branch, "initial KL", "error", str(error)))
-            continue
-        kl = (torch.cat(written_logps) - theirs).mean().item()
-        findings.append(initial_kl(branch, kl, len(theirs)))
+        except torch.OutOfMemoryError:
+            text = "it does not fit onto the GPU beside the student. Serve it (camopd serve), or free the GPU"
+            findings.append(Finding(branch, "in the process", "error", text))
     return findings
+
+
+def _ask(branch: str, teacher: Any, tokenizer: Any, vocab_size: int, texts: Any, same: bool) -> list[Finding]:
+    """What a teacher says of the probe and of what the student has written, `texts`, each with the student's log-probs."""
+    (probe, probe_logps), (written, written_logps) = texts
+    found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, likeliest=True))
+    if any(finding.level == "error" for finding in found):
+        return found
+    try:
+        theirs = torch.cat([row.logps for row in teacher.score(written.token_ids, written.prompt_lens)])
+    except CaMOPDError as error:
+        return [*found, Finding(branch, "initial KL", "error", str(error))]
+    kl = (torch.cat(written_logps) - theirs).mean().item()
+    return [*found, initial_kl(branch, kl, len(theirs))]
 
 
 def _load_teacher(spec: str, branch: str, student: Any, init_kwargs: Any) -> Any:
