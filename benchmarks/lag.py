@@ -54,8 +54,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         trainer = demo_trainer(
             models["domain"], models, demo / "prompts", job["heldout"], output_dir=folder, seed=job["seed"],
             max_steps=job["steps"], prompts_per_step=job["prompts"], max_completion_length=job["tokens"],
-            learning_rate=4e-5, dtype="float32", bf16=False, rollout_servers=[job["server"]], rollout_lag=job["lag"],
-            diagnostics_steps=0, logging_steps=1,
+            learning_rate=4e-5, model_init_kwargs={"dtype": "float32"}, bf16=False, rollout_servers=[job["server"]],
+            rollout_lag=job["lag"], diagnostics_steps=0, logging_steps=1,
         )  # fmt: skip
         before = trainer.evaluate()
         started = time.perf_counter()
