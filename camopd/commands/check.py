@@ -27,6 +27,7 @@ from ..teachers.check import (
 )
 from ..teachers.vllm.teacher import ServerTeacher, connect_servers
 from ..tokens import head_size, need_end, unended_turn
+from .train import quiet
 
 
 def check(config: str, overrides: list[str]) -> None:
@@ -50,6 +51,7 @@ def check(config: str, overrides: list[str]) -> None:
     from ..teachers.adapters import check_adapters
     from .check_run import check_context, check_places, check_room
 
+    quiet(bool(settings.get("verbose")))
     prompts, model_args, args = parse(config, overrides)
     if prompts.prompts is not None:
         need_prompts(prompts, args)

@@ -73,7 +73,7 @@ def make_trainer(
     from ..trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
-    _quiet(args)
+    quiet(args.verbose)
     if measure is not None:
         model.model_name_or_path, model.use_peft = measure, False
         args.output_dir, args.report_to, args.push_to_hub, args.resume_from_checkpoint = folder, [], False, None
@@ -125,13 +125,14 @@ def _say_what_is_loaded(teachers: Mapping[str, Any], args: Any) -> None:
             )
 
 
-def _quiet(args: Any) -> None:
-    """The screen is for the run: bars of files that libraries read and write are left out."""
+def quiet(verbose: bool) -> None:
+    """The screen is for the run: bars of files that libraries read and write are left out, and what will change in them."""
     import datasets
     from transformers.utils import logging
 
-    if args.verbose:
+    if verbose:
         return
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
