@@ -75,9 +75,16 @@ test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollout
 	$(EVAL_PIP) install --quiet --constraint constraints-eval.txt 'evalscope[ifeval,ifbench]'
 	@# It carries NLTK's punkt_tab, which IF-Eval's checkers need and which cannot be downloaded everywhere.
 	$(EVAL_PIP) install --quiet --no-deps --constraint constraints-eval.txt llama-index-core
+	@# The files of its IF-Eval, which a test compares evalscope's counts with.
+	$(EVAL_PIP) install --quiet --no-deps --constraint constraints-eval.txt lm-eval immutabledict
 	@touch $@
 
-test-eval: install .venv-eval/installed  ## Run the tests of `camopd eval` that need a real evalscope
+$(VENV)/eval-installed: $(VENV)/installed
+	@echo "==> Adding lm-eval, which measures eval_tasks in training"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[eval]'
+	@touch $@
+
+test-eval: $(VENV)/eval-installed .venv-eval/installed  ## Run the tests that need a real evalscope or lm-eval
 	$(BIN)/python -m pytest -m eval $(ARGS)
 
 check: install  ## Lint, formatting and types, exactly as CI checks them

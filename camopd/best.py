@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback
@@ -14,8 +15,24 @@ logger = logging.getLogger(__name__)
 
 # Of `metrics.of_evaluation`, and the loss. A gap is teacher's minus student's log-prob, minus the KL: it grows to 0.
 GREATER_IS_BETTER = {"kl": False, "loss": False, "gap": True, "gap_abs": False, "gap_positive": False}
+OF_TASKS = {"score": True, "broken": False}  # of each of `eval_tasks`
 # What evaluation also gives, and what says nothing about the model.
 NO_MEASURE = ("kl_se", "prompts", "runtime", "samples_per_second", "steps_per_second")
+
+
+def task_name(task: str) -> str:
+    """The name of one of `eval_tasks`, which may be the path of its YAML file.
+
+    >>> task_name("gsm8k"), task_name("tasks/qasc.yaml")
+    ('gsm8k', 'qasc')
+    """
+    return Path(task).stem if task.endswith(".yaml") else task
+
+
+def _of_tasks(args: Any) -> dict[str, bool]:
+    """The metrics of `eval_tasks`, and whether a greater value is the better one."""
+    tasks = [task_name(task) for task in args.eval_tasks or ()]
+    return {f"eval_{task}/{name}": better for task in tasks for name, better in OF_TASKS.items()}
 
 
 def settle_metric(args: Any, branches: Iterable[str]) -> None:
@@ -28,6 +45,7 @@ def settle_metric(args: Any, branches: Iterable[str]) -> None:
     needs a metric where none is named.
     """
     names = {f"eval_{branch}_{name}": better for branch in branches for name, better in GREATER_IS_BETTER.items()}
+    names |= _of_tasks(args)
     metric = args.metric_for_best_model
     if metric is None:
         for setting in _needs_metric(args):
@@ -85,7 +103,8 @@ def check_metric(
         return
     _check_saves(args)
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
-    if not any(name == f"eval_{branch}_{kind}" for branch in held_out for kind in GREATER_IS_BETTER):
+    measured = {f"eval_{branch}_{kind}" for branch in held_out for kind in GREATER_IS_BETTER} | set(_of_tasks(args))
+    if name not in measured:
         raise ValueError(
             f"metric_for_best_model={metric!r} is of a branch without held-out prompts: eval_dataset has "
             f"{held_out or 'none'}. Add its prompts to eval_dataset (eval_prompts in a config), or name a metric of "

@@ -84,8 +84,9 @@ class CaMOPDConfig(DistillationConfig):
             same with and without. See docs/metrics.md for what it costs and what it can show.
 
         guards (`dict[str, float | None]`, *optional*):
-            Thresholds of the guards on a run's numbers by name, over the defaults; `None` switches one off. See
-            docs/metrics.md.
+            Thresholds of the guards on a run's numbers by name, over the defaults; `None` switches one off (metrics.md).
+        eval_tasks (`list[str]`, *optional*), eval_tasks_items (`int`, *optional*, defaults to `64`):
+            Tasks of lm-eval that each evaluation measures on so many rows: see docs/evaluation.md.
 
         > Parameters of the baselines (see docs/methods.md; `camopd/methods` has a file for each)
 
@@ -266,17 +267,19 @@ class CaMOPDConfig(DistillationConfig):
         default=None, metadata={"help": "Score and train only the first so many tokens of each completion."}
     )
     optimizer_moments: str = field(
-        default="shared",
-        metadata={"help": "Adam's first moment: 'shared', or 'per_branch' (experimental)."},
+        default="shared", metadata={"help": "Adam's first moment: 'shared', or 'per_branch' (experimental)."}
     )
     verbose: bool = field(default=False, metadata={"help": "Print transformers' dictionaries, not a line a step."})
     diagnostics_steps: int = field(
         default=10, metadata={"help": "Measure gradients once per branch in every X optimizer steps; 0 is never."}
     )
     guards: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Thresholds of the guards by name, over the defaults; null switches one off."},
+        default=None, metadata={"help": "Thresholds of the guards by name, over the defaults; null switches one off."}
     )
+    eval_tasks: list[str] | str | None = field(
+        default=None, metadata={"help": "Tasks of lm-eval that each evaluation measures, too: names or YAML files."}
+    )
+    eval_tasks_items: int = field(default=64, metadata={"help": "Rows of each of eval_tasks, drawn once."})
 
     # Parameters of the baselines
     token_rule: str = field(
@@ -348,10 +351,7 @@ class CaMOPDConfig(DistillationConfig):
         metadata={"help": "Tokens per scoring forward, counted in sequences of the longest prompt and completion."},
     )
     teacher_timeout: float = field(
-        default=900.0,
-        metadata={
-            "help": "Seconds to wait when all servers of a teacher or of rollouts are gone, before training stops."
-        },
+        default=900.0, metadata={"help": "Seconds to wait for gone servers of a teacher or of rollouts, then stop."}
     )
 
     # Parameters of the run's folder

@@ -73,6 +73,7 @@ def check_values(args: Any) -> None:
             if value is not None or args.__dataclass_fields__[name].default is not None:
                 ranges.check(rule, name, value)
     args.guards = guards.settle(args.guards)
+    settle_eval_tasks(args)
     args.rollout_servers = urls_of(args.rollout_servers, args.use_vllm)
     if args.rollout_lag and not args.rollout_servers:
         raise ValueError(
@@ -184,6 +185,19 @@ def settle_spellings(args: Any) -> None:
     for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):
         if getattr(args, name) == also_off:
             setattr(args, name, off)
+
+
+def settle_eval_tasks(args: Any) -> None:
+    """`eval_tasks` as a list, of one name or of several with commas between. Raises `ValueError` for anything else."""
+    given: Any = args.eval_tasks
+    found = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+    if found is not None and (
+        not isinstance(found, list) or not all(isinstance(name, str) and name for name in found)
+    ):
+        raise ValueError(
+            f"eval_tasks must be names of tasks of lm-eval, got {short(given)}. Write eval_tasks: [ifeval]."
+        )
+    args.eval_tasks = list(dict.fromkeys(found)) if found else None
 
 
 def check_method(args: Any, schedule: Schedule) -> None:

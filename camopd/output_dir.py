@@ -18,6 +18,7 @@ from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder
 
 
 METRICS = "metrics.jsonl"
+EVAL_TASKS = "eval_tasks.jsonl"  # what live_tasks.py has measured, row by row
 RUN_FILE = "_run.json"  # what begins with _ is never sent to the Hub
 RUN_RECORD = "camopd.json"  # in every checkpoint, see record.py
 RUN_ID = "run_id"  # in both; run_folder.py says when it must be the same

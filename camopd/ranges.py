@@ -45,6 +45,7 @@ RANGES = (
         "max_steps", _whole(1), COUNT,
         " With one stream per branch there is no epoch to count; say how many optimizer steps to make.",
     ),
+    Range("eval_tasks_items", _whole(1), COUNT),
     Range("diagnostics_steps", _whole(0), f"{COUNT}, or 0 to measure nothing"),
     Range("rollout_lag", lambda value: type(value) is int and value in (0, 1), "0 or 1, a number of steps"),
     Range("relaxed_exploration_steps", _whole(0), "a whole number of at least 0"),

@@ -54,7 +54,8 @@ LEFT_OUT = {
     "a permission, which changes no number": "prefill",
     "measured beside training, with other random numbers": "diagnostics_steps debug",
     "evaluation, which draws random numbers of its own; recorded where the learning rate follows it": "eval_strategy "
-    "eval_steps eval_delay eval_on_start per_device_eval_batch_size metric_for_best_model greater_is_better",
+    "eval_steps eval_delay eval_on_start per_device_eval_batch_size metric_for_best_model greater_is_better eval_tasks "
+    "eval_tasks_items",
     "where servers are, and how long is waited": "vllm_server_base_url vllm_server_host vllm_server_port "
     "vllm_server_timeout vllm_group_port rollout_servers teacher_timeout ddp_timeout",
     "who reads the prompts, whose order follows from the seed": "dataloader_num_workers dataloader_persistent_workers "

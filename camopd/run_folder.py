@@ -16,7 +16,7 @@ from . import atomic, record, rejected
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
 from .measured import HELD_OUT
-from .output_dir import METRICS, RUN_FILE, checkpoints_in, need_unused, run_id_of
+from .output_dir import EVAL_TASKS, METRICS, RUN_FILE, checkpoints_in, need_unused, run_id_of
 
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             else:
                 shutil.rmtree(path)
-        for path in (self.path / METRICS, self.path / HELD_OUT):
+        for path in (self.path / METRICS, self.path / HELD_OUT, self.path / EVAL_TASKS):
             if overwrite and checkpoint is not None and path.exists():
                 set_aside(path)  # a run that begins at step 0 does so itself
         return run_id

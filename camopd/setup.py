@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
 
-from . import rollout_servers, setting_rules, vllm_rollouts
+from . import live_tasks, rollout_servers, setting_rules, vllm_rollouts
 from .ahead import AheadCheck
 from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
@@ -72,6 +72,7 @@ class Run:
     max_tokens: int  # of a prompt and its completion
     adapter_loaded: bool  # whether the student's adapter is a saved one
     sampler: Sampler | None  # its rollout servers, connected
+    tasks: live_tasks.Loaded | None
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def prepare(
     held = None if eval_dataset is None else held_out(eval_dataset, schedule, "eval_dataset", args.prefill)
     setting_rules.read_streams_in_this_process(args, [stream.dataset for stream in streams.values()])
     check_metric(args, schedule.branches, held or {}, callbacks)
+    tasks = live_tasks.load(args, held)
     check_passed(args, *optimizers)
     specs = _teachers_by_branch(teachers, args, schedule, model, peft_config)
     contexts = contexts_of(args.teacher_prompt, streams, held or {}, specs)
@@ -146,7 +148,7 @@ def prepare(
         _keep_start(model, args)
     return Run(
         model, quantization_config, schedule, streams, dataset, held, specs, contexts, quantised_adapters(model),
-        student_name, max_tokens, adapter_loaded, sampler,
+        student_name, max_tokens, adapter_loaded, sampler, tasks,
     )  # fmt: skip
 
 
@@ -248,6 +250,12 @@ def observe_optimizer(trainer: Any, given: Any) -> None:
     round_by_step(trainer.args, optimizer, lambda: trainer.state.global_step, trainer.is_fsdp_enabled)
     # A hook of the optimizer itself: DeepSpeed steps shards of its own, and clears their gradients.
     optimizer.register_step_post_hook(stepped)
+
+
+def make_tasks(trainer: Any, run: Run) -> live_tasks.LiveTasks | None:
+    """What measures `eval_tasks`, if any."""
+    sharded = trainer.is_fsdp_enabled or _is_zero3(trainer.args)
+    return None if run.tasks is None else live_tasks.make(run.tasks, trainer, sharded, gather_object)
 
 
 def add_measures(trainer: Any, run: Run) -> None:

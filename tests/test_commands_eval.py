@@ -101,6 +101,34 @@ def test_other_model_behind_the_same_name_is_refused(data, capsys):
         assert 'another model: model was "tiny" and is "other"' in said and not server.requests
 
 
+def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CAMOPD_JUDGE_API_KEY", "secret")
+    engine = tmp_path / "python"
+    engine.write_text(engine.read_text(encoding="utf-8").replace("default_val", "train").replace('"question"', '"problem"'),
+                      encoding="utf-8")  # fmt: skip
+    rows = "".join(json.dumps({"problem": f"hmmt {n}", "answer": str(n)}) + "\n" for n in range(6))
+    (data / "hmmt25.jsonl").write_text(rows, encoding="utf-8")
+    verdict = "<extracted_answer>{}</extracted_answer><decision>{}</decision>"
+
+    def judge(body):
+        number = int(body["messages"][0]["content"].partition("hmmt ")[2][0])
+        return 400 if number == 5 else verdict.format(number, "yes" if number < 3 else "no")
+
+    with serving(lambda body: "so it is") as model, serving(judge, model="judge") as judging:
+        words = ["--tasks", "hmmt25", "--models", f"m={model.url}", "--judge", f"hmmt25={judging.url}#judge"]
+        cli.main(["eval", *words])
+        asked = len(judging.requests)
+        cli.main(["eval", *words])  # only the one that failed is asked for again
+        assert len(judging.requests) == asked + 1 == 7
+    assert set(judging.keys) == {"Bearer secret"} and "Bearer secret" not in model.keys
+    said = capsys.readouterr().out
+    assert "| hmmt25 | 60.0 ± 24.5 | 5 of 30 | 0% | 0% | 17% |" in said
+    kept = Path("eval-output/eval.json").read_text(encoding="utf-8")
+    assert json.loads(kept)["about"]["judges"] == {"hmmt25": f"{judging.url.removesuffix('/v1')}#judge"}
+    for path in Path("eval-output").rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+
+
 def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
     def slowly(body):
         time.sleep(0.1)
@@ -136,6 +164,18 @@ def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
             "no file 'a' for the task medqa",
         ),
         (["--tasks", "medqa", "--models", "m=x", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (
+            ["--tasks", "gpqa", "--models", "m=http://127.0.0.1:9"],
+            "judged by a model, in the paper by Qwen2.5-14B-Instruct",
+        ),
+        (
+            ["--tasks", "gpqa", "--models", "m=http://127.0.0.1:9", "--judge", "http://127.0.0.1:9"],
+            "the model 'gpqa' has the address http://127.0.0.1:9",
+        ),
+        (
+            ["--tasks", "gpqa", "--models", "m=http://127.0.0.1:9", "--judge", "gpqa=x"],
+            "--judge takes the URL of a server",
+        ),
         (["run.yaml", "--tasks", "medqa"], "the config 'run.yaml' cannot be read"),
     ],
 )

@@ -28,6 +28,8 @@ OTHER_VALUES = {
     "importance_sampling_low": (0.25, "0.25"),
     "importance_sampling_high": (4.0, "4"),
     "num_iterations": (1, "1"),  # the only value there is
+    "eval_tasks": (["ifeval", "gsm8k"], "ifeval,gsm8k"),
+    "eval_tasks_items": (32, "32"),
     "prompts_per_step": (64, "64"),
     "max_prompt_length": (100, "100"),
     "split_special_tokens": (True, "true"),

@@ -53,7 +53,8 @@ def test_program_is_head_answer_and_tests():
 def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
     asked = []
 
-    def run(program, found):
+    def run(program, found, seconds):
+        assert seconds == cage.SECONDS
         asked.append(program)
         return "a + b" in program, "passed"
 
@@ -61,9 +62,9 @@ def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(cage, "run", run)
     ticks = []
     verdicts = code.judge(tmp_path, rows(), lambda: ticks.append(1))
-    assert [passed for passed, _ in verdicts] == list(ANSWERS.values()) and len(ticks) == len(ANSWERS)
+    assert [verdict["passed"] for verdict in verdicts] == list(ANSWERS.values()) and len(ticks) == len(ANSWERS)
     assert code.judge(tmp_path, rows()) == verdicts and len(asked) == 5
-    scored = [one | {"scores": {"passed": passed}} for one, (passed, _) in zip(rows(), verdicts, strict=True)]
+    scored = [one | {"verdict": verdict} for one, verdict in zip(rows(), verdicts, strict=True)]
     found = items_of(TASKS["humaneval"], scored)
     assert [item.score for item in found] == list(map(float, ANSWERS.values()))
     assert [item.unparsed for item in found] == [0, 0, 0, 0, 0, 1, 1]
@@ -72,4 +73,4 @@ def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
 @pytest.mark.eval
 def test_answers_are_run_in_the_cage(tmp_path):
     verdicts = code.judge(tmp_path, rows())
-    assert [passed for passed, _ in verdicts] == list(ANSWERS.values())
+    assert [verdict["passed"] for verdict in verdicts] == list(ANSWERS.values())

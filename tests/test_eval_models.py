@@ -80,11 +80,11 @@ def test_folder_of_a_run_brings_its_three_models(tmp_path):
 def test_server_says_what_it_serves():
     with serving(lambda body: "", context=128, model="org/tiny") as server:
         url = server.url.removesuffix("/v1")
-        assert look(Model("m", url), url, None) == look(Model("m", url, "org/tiny"), url, None) == ("org/tiny", 128)
+        assert look(Model("m", url), url, "KEY") == look(Model("m", url, "org/tiny"), url, "KEY") == ("org/tiny", 128)
         with pytest.raises(
             CaMOPDError, match=r"of 'm', http://.*, serves org/tiny, not 'org/other'\. Write --models m=http"
         ):
-            look(Model("m", url, "org/other"), url, None)
+            look(Model("m", url, "org/other"), url, "KEY")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://u:secret@127.0.0.1:9"])
@@ -92,5 +92,5 @@ def test_server_that_does_not_answer_is_named(url):
     with pytest.raises(
         CaMOPDError, match=r"'m' has the address http://127\.0\.0\.1:9, which does not answer"
     ) as raised:
-        look(Model("m", url), url, "key")
+        look(Model("m", url), url, "KEY")
     assert "secret" not in str(raised.value)

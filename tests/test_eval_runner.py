@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_openai import serving
 
-from camopd.eval import jobs, rows, runner, scores
+from camopd.eval import code, jobs, rows, runner, scores
 from camopd.eval.tasks import CODE_PROMPT, TASKS
 
 
@@ -72,7 +72,7 @@ def folder_of_evalscope(folder, count=4, value=1.0):
     save(folder, "reviews", [{"index": n, "sample_score": score} for n in range(count)])
 
 
-JOB = {"benchmark": "general_mcq", "repeats": 2, "metric": "accuracy"}
+JOB = {"benchmark": "general_mcq", "repeats": 2, "metric": "accuracy", "unscored_is_wrong": False}
 
 
 def test_answers_are_those_of_all_samples_each_once(tmp_path):
@@ -99,17 +99,19 @@ def test_answer_whose_checker_failed_is_no_zero(tmp_path):
         ValueError, match=r"the checker of general_mcq gave answer 0 no accuracy: see .*llama-index-core"
     ):
         runner.answers(tmp_path, JOB, [Sample(n) for n in range(4)])
+    found = runner.answers(tmp_path, JOB | {"unscored_is_wrong": True}, [Sample(n) for n in range(4)])
+    assert scores.score_of(TASKS["zebralogic"], found[0]) == (0.0, False)
 
 
 # --- with the real evalscope ------------------------------------------------------------------------------------------
 
 
-def make(folder, name, found, url, max_tokens=20, context=4096, repeats=1):
+def make(folder, name, found, url, max_tokens=20, context=4096, repeats=None):
     task = TASKS[name]
     source = folder / "source.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     source.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-    job = jobs.job_of(task, folder, "tiny", context, max_tokens, 2) | {"repeats": repeats}
+    job = jobs.job_of(task, folder, "tiny", context, max_tokens, 2) | {"repeats": repeats or TASKS[name].repeats}
     job["generation"] |= {"retries": 1, "retry_interval": 0}
     jobs.prepare(task, job, None, rows.read(task, source, None), folder)
     jobs.set_url(folder, url.removesuffix("/v1"))
@@ -174,6 +176,166 @@ def test_code_is_asked_for_and_not_run_by_evalscope(tmp_path):
         assert server.requests[0]["messages"] == [{"role": "user", "content": f"{CODE_PROMPT}\n\ndef f():\n"}]
     (found,) = scores.read_answers(tmp_path / jobs.ANSWERS)
     assert found["text"] == code and json.loads(found["gold"])["entry_point"] == "f" and not marker.exists()
+
+
+INSTRUCTIONS = {
+    "change_case:capital_word_frequency": {"capital_relation": "at least", "capital_frequency": 2},
+    "change_case:english_capital": {},
+    "change_case:english_lowercase": {},
+    "combination:repeat_prompt": {"prompt_to_repeat": "Say hello."},
+    "combination:two_responses": {},
+    "detectable_content:number_placeholders": {"num_placeholders": 2},
+    "detectable_content:postscript": {"postscript_marker": "P.S."},
+    "detectable_format:constrained_response": {},
+    "detectable_format:json_format": {},
+    "detectable_format:multiple_sections": {"section_spliter": "SECTION", "num_sections": 2},
+    "detectable_format:number_bullet_lists": {"num_bullets": 2},
+    "detectable_format:number_highlighted_sections": {"num_highlights": 2},
+    "detectable_format:title": {},
+    "keywords:existence": {"keywords": ["hello", "world"]},
+    "keywords:forbidden_words": {"forbidden_words": ["world"]},
+    "keywords:frequency": {"relation": "at least", "keyword": "hello", "frequency": 2},
+    "keywords:letter_frequency": {"let_relation": "less than", "letter": "l", "let_frequency": 4},
+    "language:response_language": {"language": "de"},
+    "length_constraints:nth_paragraph_first_word": {"first_word": "then", "num_paragraphs": 2, "nth_paragraph": 2},
+    "length_constraints:number_paragraphs": {"num_paragraphs": 2},
+    "length_constraints:number_sentences": {"relation": "less than", "num_sentences": 3},
+    "length_constraints:number_words": {"relation": "at least", "num_words": 6},
+    "punctuation:no_comma": {},
+    "startend:end_checker": {"end_phrase": "The end."},
+    "startend:quotation": {},
+}
+GIVEN = [
+    "Say hello. Hello, world! This is [name] at [place].",
+    "HELLO WORLD, THIS IS ALL.",
+    "das ist ein schöner tag und wir gehen in den wald. the end.",
+    '"<<A title>>\n* one\n* two\n\n*first* and *second*\nP.S. The End."',
+    "SECTION 1\nfirst\nSECTION 2\nhello hello\n***\nthen more",
+    '{"answer": "My answer is yes."}',
+    "Sure:\nMy answer is no.\n\nThen we go. One. Two. Three.",
+    "***\nfirst one\n******\nsecond one",
+    "",
+]
+# The files of the task alone, as the package wants torch; its langdetect has no seed.
+BY_LM_EVAL = """
+import importlib.util, json, os, sys, types
+root, nltk = (importlib.util.find_spec(name).submodule_search_locations[0] for name in ("lm_eval", "llama_index"))
+os.environ["NLTK_DATA"] = nltk + "/core/_static/nltk_cache"
+import langdetect
+langdetect.DetectorFactory.seed = 0
+for name, path in (("lm_eval", []), ("lm_eval.tasks", []), ("lm_eval.tasks.ifeval", [root + "/tasks/ifeval"])):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = path
+from lm_eval.tasks.ifeval.utils import process_results
+for line in sys.stdin:
+    doc, text = json.loads(line)
+    print(json.dumps(process_results(doc, [text])))
+"""
+
+
+@real
+def test_ifeval_counts_the_same_by_evalscope_and_by_lm_eval(tmp_path):
+    """Every kind of instruction on every text, alone and with the one before it."""
+    kinds = list(INSTRUCTIONS.items())
+    docs = []
+    for number, (kind, kwargs) in enumerate(kinds):
+        for text in range(len(GIVEN)):
+            both = [kinds[number - 1], (kind, kwargs)] if text % 2 else [(kind, kwargs)]
+            names, given = zip(*both, strict=True)
+            doc = {"key": len(docs), "prompt": f"Row {len(docs)}. Say hello."}
+            docs.append(doc | {"instruction_id_list": list(names), "kwargs": list(given)})
+
+    def text_of(doc):
+        return GIVEN[doc["key"] % len(GIVEN)]
+
+    with serving(lambda body: text_of(docs[int(body["messages"][-1]["content"].split()[1].strip("."))])) as server:
+        make(tmp_path, "ifeval", docs, server.url)
+        done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows_ = scores.read_answers(tmp_path / jobs.ANSWERS)
+    assert [row["text"] for row in rows_] == [text_of(doc) for doc in docs]
+    given = "".join(json.dumps([doc, text_of(doc)]) + "\n" for doc in docs)
+    command = [words(tmp_path)[0], "-c", BY_LM_EVAL]
+    other = subprocess.run(
+        command, input=given, capture_output=True, text=True, check=True, env=jobs.environment()
+    ).stdout.splitlines()
+    passed = 0
+    for doc, row, line in zip(docs, rows_, other, strict=True):
+        theirs, count = json.loads(line), len(doc["instruction_id_list"])
+        for kind in ("strict", "loose"):
+            assert row["scores"][f"prompt_level_{kind}"] == theirs[f"prompt_level_{kind}_acc"], doc
+            ours = row["scores"][f"inst_level_{kind}"] * count
+            assert round(ours, 6) == sum(theirs[f"inst_level_{kind}_acc"]), doc
+        passed += theirs["prompt_level_strict_acc"]
+    assert 30 < passed < len(docs) - 30  # both are found
+
+
+GPQA_ROW = {"Question": "Which is right?", "Correct Answer": "the good", "Subdomain": "Physics",
+            **{f"Incorrect Answer {n}": f"bad {n}" for n in (1, 2, 3)}}  # fmt: skip
+HMMT_ROW = {"problem_idx": 1, "problem": "Compute $1/3$.", "answer": "\\frac{1}{3}", "problem_type": ["Algebra"]}
+
+
+@real
+def test_gpqa_and_hmmt_are_sampled_as_often_as_the_paper_and_left_to_the_judge(tmp_path):
+    for name, row, repeats, sampling in (
+        ("gpqa", GPQA_ROW, 4, {"temperature": 0.7}),
+        ("hmmt25", HMMT_ROW, 16, {"temperature": 0.6}),
+    ):
+        with serving(lambda body: "It is 1/3. ANSWER: A") as server:
+            make(tmp_path / name, name, [row], server.url)
+            done = run(tmp_path / name)
+            assert done.returncode == 0, done.stderr
+        assert len(server.requests) == repeats
+        sent = sampling | {"top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "min_p": 0.0}
+        assert all(sent.items() <= body.items() for body in server.requests)
+        found = scores.read_answers(tmp_path / name / jobs.ANSWERS)
+        assert [(row["item"], row["repeat"]) for row in found] == [(0, n) for n in range(repeats)]
+        assert len({row["prompt"] for row in found}) == 1  # options in one order
+        if name == "gpqa":
+            assert f"{found[0]['gold']}) the good" in found[0]["prompt"]
+        else:
+            assert found[0]["gold"] == HMMT_ROW["answer"] and "Compute $1/3$." in found[0]["prompt"]
+
+
+@real
+def test_zebralogic_takes_the_whole_grid_and_any_form_of_answer(tmp_path):
+    solution = {"header": ["House", "Name", "Age"], "rows": [["1", "Eric", "7"], ["2", "Ann", "8"]]}
+    grid = {"House 1": {"Name": "Eric", "Age": "7"}, "House 2": {"Name": "ann", "Age": "8"}}
+    number = {**grid, "House 2": {"Name": "Ann", "Age": 8}}  # evalscope's checker raises at it
+    given = [
+        json.dumps({"solution": grid}), json.dumps({"solution": {**grid, "House 2": {"Name": "Bob", "Age": "8"}}}),
+        json.dumps({"reasoning": "", "solution": number}), "I cannot.",
+    ]  # fmt: skip
+    rows_ = [
+        {"id": n, "puzzle": f"Puzzle {n}.", "solution": solution, "created_at": "2024"} for n in range(len(given))
+    ]
+    with serving(lambda body: next(text for n, text in enumerate(given) if f"Puzzle {n}." in str(body))) as server:
+        task = make(tmp_path, "zebralogic", rows_, server.url)
+        done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(item.score, item.unparsed) for item in items(task, tmp_path)] == [(1, 0), (0, 0), (0, 1), (0, 1)]
+
+
+@real
+@pytest.mark.parametrize(("name", "dates"), [("lcb_v5", ["2024-07-01", "2024-09-01"]), ("lcb_v6", ["2025-04-01"])])
+def test_live_code_bench_is_asked_in_its_words_and_run_in_the_cage_alone(name, dates, tmp_path):
+    marker = tmp_path / "ran"
+    answer = f"```python\nopen({str(marker)!r}, 'w')\n```\nor\n```python\nprint(int(input()) + 1)\n```"
+    tests = json.dumps([{"input": "1", "output": "2", "testtype": "stdin"}])
+    found = [{"question_title": "t", "question_content": "Add one.", "platform": "atcoder", "question_id": date,
+              "contest_date": f"{date}T00:00:00", "difficulty": "easy", "starter_code": "", "metadata": "{}",
+              "public_test_cases": tests, "private_test_cases": tests} for date in dates]  # fmt: skip
+    with serving(lambda body: answer) as server:
+        task = make(tmp_path, name, found, server.url, max_tokens=60)
+        done = run(tmp_path)
+        assert done.returncode == 0, done.stderr
+    (body,) = server.requests  # one of v5 is before its dates
+    assert "Add one." in str(body["messages"][-1]) and body["temperature"] == 0
+    rows_ = scores.read_answers(tmp_path / jobs.ANSWERS)
+    (verdict,) = code.judge(tmp_path, rows_)
+    assert verdict["passed"] and not marker.exists()
+    (item,) = scores.items_of(task, [rows_[0] | {"verdict": verdict}])
+    assert (item.score, item.unparsed) == (1, 0)
 
 
 @real

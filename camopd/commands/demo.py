@@ -23,6 +23,7 @@ from transformers import set_seed
 from .. import atomic
 from ..demo_data import BRANCHES, write_prompts
 from ..errors import CaMOPDError
+from ..eval import page as eval_page
 from ..report import page
 from . import demo_stages as stages
 from .demo_stages import MODELS, DemoSettings, console
@@ -92,6 +93,7 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
     _stage(folder, "specialise", lambda: stages.specialise(models, settings), models["specialised"])
     _stage(folder, "recover", lambda: stages.recover(models, folder / "recover-run", settings), models["recovered"])
     gaps = _stage(folder, "measure", lambda: stages.measure(models, folder / "measure-run", settings))
+    checked = _stage(folder, "check", lambda: stages.check(models, settings))
     answers = _stage(folder, "answers", lambda: stages.answers_of(models, settings))
     lost, left = gaps["specialised"]["gap_to_general"]["mean"], gaps["recovered"]["gap_to_general"]["mean"]
     drift, distance = gaps["recovered"]["gap_to_domain"]["mean"], gaps["general"]["gap_to_domain"]["mean"]
@@ -101,6 +103,7 @@ def _run_seed(output_dir: Path, settings: DemoSettings) -> dict[str, Any]:
         "recovered_share": (lost - left) / lost,
         "domain_drift": drift / distance,
         "seconds": {name: stage["seconds"] for name, stage in kept.items()},
+        "checked": checked,
         "answers": answers,
         "settings": asdict(settings),
     }
@@ -150,6 +153,8 @@ def _print_result(results: list[dict[str, Any]]) -> None:
     console.print(
         _as_table("Held-out sampled gaps, nats per token (± standard error over prompts)", _gap_rows(result))
     )
+    for line in eval_page.summary(result["checked"]):
+        console.print(line, markup=False)
     for answer in result["answers"]:
         side_by_side = Table(title=f"{answer['branch']} prompt: {answer['prompt']}", show_lines=True)
         for name in MODELS:
@@ -179,6 +184,11 @@ def _blocks(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
         "Held-out sampled gaps in nats per token, with the standard error over prompts. A gap is the sampled reverse "
         "KL: how much likelier a model finds its own answers than the teacher does.",
         page.table(_gap_rows(result)),
+        f"{stages.CHECKED} short instructions that an answer keeps or does not, as `camopd eval` compares models: start is "
+        "the specialised model, result the recovered one.",
+        *eval_page.summary(result["checked"]),
+        page.table(eval_page.score_rows(result["checked"])),
+        page.table(eval_page.change_rows(result["checked"])),
     ]
     after = []
     for answer in result["answers"]:

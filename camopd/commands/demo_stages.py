@@ -20,6 +20,9 @@ from trl import SFTConfig, SFTTrainer
 from ..config import CaMOPDConfig
 from ..demo_data import BRANCHES, load_prompts, messages
 from ..errors import CaMOPDError
+from ..eval.compare import RESULT, START, compare
+from ..eval.scores import Item
+from ..eval.tasks import Task
 from ..generation import neutral_generation
 from ..trainer import CaMOPDTrainer
 from ..verdict import Measured
@@ -196,6 +199,45 @@ def answers_of(models: dict[str, Path], settings: DemoSettings) -> list[dict[str
                 output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
             answer[name] = tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True).strip()
     return answers
+
+
+# Instructions that a text can be held to, as those of IF-Eval, and how.
+CONSTRAINTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    ("Write in lowercase letters only.", lambda text: text == text.lower()),
+    ("Do not use any commas.", lambda text: "," not in text),
+    ("Use at most ten words.", lambda text: len(text.split()) <= 10),
+    ("End your answer with: That is all.", lambda text: text.rstrip(" .!\"'").lower().endswith("that is all")),
+)
+CHECKED = 32  # prompts
+
+
+def check(models: dict[str, Path], settings: DemoSettings) -> list[dict[str, Any]]:
+    """How many of `CHECKED` instructions each model follows in its greedy answers, as `camopd eval` compares models: the
+    specialised one is the start, the recovered one the result."""
+    tokenizer = AutoTokenizer.from_pretrained(models["general"], padding_side="left")
+    asked = [
+        (f"{row['prompt']} {CONSTRAINTS[place % len(CONSTRAINTS)][0]}", CONSTRAINTS[place % len(CONSTRAINTS)][1])
+        for place, row in enumerate(load_prompts("general", "heldout")[:CHECKED])
+    ]
+    inputs = tokenizer.apply_chat_template(
+        [messages("general", prompt) for prompt, _ in asked], add_generation_prompt=True, padding=True,
+        return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    found: dict[str, dict[str, list[Item]]] = {}
+    for name in _one_by_one("check", f" on {CHECKED} instructions"):
+        model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32).eval()
+        with torch.no_grad(), neutral_generation(model):
+            output = model.generate(**inputs, max_new_tokens=settings.answer_length, do_sample=False)
+        new = output[:, inputs["input_ids"].size(1) :]
+        ended = (new == tokenizer.eos_token_id).any(dim=1).tolist()
+        items = []
+        for place, ((prompt, follows), text) in enumerate(
+            zip(asked, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+        ):
+            score = float(bool(text.strip()) and follows(text.strip()))
+            items.append(Item(str(place), prompt, score, 1, float(not ended[place]), float(not text.strip()), text))
+        found[{"specialised": START, "recovered": RESULT}.get(name, name)] = {"instructions": items}
+    return compare([Task("instructions", "general", "", None, CHECKED, dict)], found)
 
 
 def make_trainer(student: str, models: dict[str, Path], output_dir: Path, settings: DemoSettings) -> CaMOPDTrainer:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..eval import cage, code, compare, gaps, jobs, models, rows, scores
+from .. import atomic
+from ..eval import arena, cage, code, compare, gaps, gca, jobs, judge, livebench, models, rows, scores, verdicts
+from ..eval.judge import Judge
 from ..eval.models import Model
 from ..eval.paper import TABLES
 from ..eval.tasks import TASKS, Task, named
 from ..run import read_settings
+from ..teachers.address import public_url
 from ..teachers.vllm.plan import VLLM
 from . import processes
 from .ctrl_c import EXIT_CODE
@@ -42,37 +47,55 @@ def eval(argv: list[str]) -> None:
     wanted |= {model.name: model for model in map(models.parse, options.models)}
     if not wanted:
         raise ValueError("there is no model to evaluate. Name a run, its config, or --models NAME=PATH_OR_URL.")
-    python = jobs.python_of_evalscope()
+    python = jobs.python_of_evalscope() if any(task.benchmark for task in tasks) else ""
     if any(task.answer == "code" for task in tasks):
         cage.find()
+    judges = _judges(tasks, options)
     from ..eval import page  # with what draws it
 
-    vllm = _vllm(options, wanted.values())
-    task_rows = _rows(tasks, options)
     out = Path(options.out)
-    for model in wanted.values():  # what is refused is refused before anything is generated
-        _prepare(model, tasks, task_rows, out, options)
     found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    read = [task for task in tasks if task.answer == "read"]
+    for name in wanted if read else ():
+        found[name][read[0].name] = livebench.items_of(_given(options).get(read[0].name), name)
+    asked = [task for task in tasks if task not in read]
+    vllm = _vllm(options, wanted.values()) if asked else None
+    task_rows = _rows(asked, options)
+    for model in wanted.values() if asked else ():  # what is refused is refused before anything is generated
+        _prepare(model, asked, task_rows, out, options)
     with processes.noted_signals() as signals:
         for model in wanted.values():
             console.print(f"{model.name}: {model.where}", markup=False)
-            left = [task for task in tasks if not (out / model.name / task.name / jobs.ANSWERS).is_file()]
+            left = [task for task in asked if not (out / model.name / task.name / jobs.ANSWERS).is_file()]
             if left:
-                with _served(model, tasks, options, vllm, out / model.name, signals) as url:
+                with _served(model, asked, options, vllm, out / model.name, signals) as url:
                     for task in left:
                         if url is not None and not signals:
                             folder = out / model.name / task.name
                             jobs.set_url(folder, url)
-                            _run(python, folder, task, len(task_rows[task.name]) * task.repeats, signals)
-            if signals:
-                console.print("Stopped. Finished answers are kept: run the same command again.")
-                raise SystemExit(EXIT_CODE)
-            for task in tasks:
-                found[model.name][task.name] = scores.items_of(task, _answers(task, out / model.name / task.name))
+                            if task.answer == "played":
+                                _play(folder, task, task_rows[task.name], judges[task.name], options, signals)
+                            else:
+                                _run(python, folder, task, len(task_rows[task.name]) * task.repeats, signals)
+            for task in asked:
+                _stop(signals)
+                answers = _answers(
+                    task, out / model.name / task.name, judges.get(task.name), options.concurrency, signals
+                )
+                found[model.name][task.name] = scores.items_of(task, answers)
     about = {"models": {name: model.where for name, model in wanted.items()}, "limit": options.limit,
-             "max_tokens": options.max_tokens}  # fmt: skip
+             "max_tokens": options.max_tokens,
+             "judges": {name: f"{public_url(one.url)}#{one.model}" for name, one in judges.items()}}  # fmt: skip
     compared = compare.compare(tasks, found)
-    _say(page.write(compared, NOTES, about, out, options.paper, measured), out)
+    names = {task.name for task in tasks}
+    notes = [text for of, text in NOTES.items() if names & set(of.split())]
+    _say(page.write(compared, notes, about, out, options.paper, measured), out)
+
+
+def _stop(signals: Sequence[int]) -> None:
+    if signals:
+        console.print("Stopped. Finished answers are kept: run the same command again.")
+        raise SystemExit(EXIT_CODE)
 
 
 def _say(blocks: Sequence[str], out: Path) -> None:
@@ -112,6 +135,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add("--out", default="eval-output", help="folder of the answers and the table (default: %(default)s)")
     add("--data", nargs="+", default=[], metavar="DIR or TASK=FILE", help="where rows lie (default: eval-data)")
+    add(
+        "--judge",
+        nargs="+",
+        default=[],
+        metavar="URL or TASK=URL",
+        help=f"servers of the models that judge, as URL#MODEL; their key is {judge.KEY}",
+    )
     add("--limit", type=int, help="rows of each task, drawn from all of it, the same for all models (default: all)")
     add("--max-tokens", type=int, help="of an answer (default: the paper's, 16384 or 32768)")
     add(
@@ -130,9 +160,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def _given(options: argparse.Namespace) -> dict[str, Path]:
+    return {name: Path(path) for name, _, path in (text.partition("=") for text in options.data if "=" in text)}
+
+
 def _rows(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The rows of each task. All are read before any model is asked."""
-    given = {name: Path(path) for name, _, path in (text.partition("=") for text in options.data if "=" in text)}
+    given = _given(options)
     folders = [text for text in options.data if "=" not in text]
     if len(folders) > 1:
         raise ValueError(f"--data takes one folder, got {', '.join(folders)}. A file is named TASK=FILE.")
@@ -141,14 +175,75 @@ def _rows(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, list[
     return {task.name: rows.read(task, rows.find(task, folder, given), options.limit) for task in tasks}
 
 
-def _answers(task: Task, folder: Path) -> list[dict[str, Any]]:
-    """The answers of a finished job, with what became of those that are code."""
-    found = scores.read_answers(folder / jobs.ANSWERS)
-    if task.answer == "code":
-        with _bar(f"{task.name}: running the code", len(found)) as (progress, bar):
-            verdicts = code.judge(folder, found, lambda: progress.advance(bar))
-        found = [row | {"scores": {"passed": passed}} for row, (passed, _) in zip(found, verdicts, strict=True)]
+def _judges(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Judge]:
+    """The judge of each task that needs one, found to be there and to serve its model."""
+    given: dict[str, str] = {}
+    for text in options.judge:
+        name, _, url = text.partition("=")
+        given |= {name: url} if name in TASKS else {"": text}
+    found = {}
+    for task in [task for task in tasks if task.judged]:
+        if task.name not in given and "" not in given:
+            raise ValueError(
+                f"the answers of {task.name} are judged by a model, in the paper by {task.judge}, and none is named. Serve "
+                "one and add --judge URL#MODEL."
+            )
+        model = models.parse(f"{task.name}={given.get(task.name, given.get(''))}", "--judge")
+        if not model.is_url:
+            raise ValueError(f"--judge takes the URL of a server, got {model.where!r}.")
+        served, _ = models.look(model, model.where, judge.KEY, "--judge")
+        found[task.name] = Judge(model.where, served, os.environ.get(judge.KEY))
     return found
+
+
+def _answers(
+    task: Task, folder: Path, asked: Judge | None, concurrency: int, signals: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The answers of a finished job, with the verdict of a cage on those that are code, or of a judge."""
+    found = scores.read_answers(folder / jobs.ANSWERS)
+    if task.answer != "code" and asked is None:
+        return found
+    with _ticking(f"{task.name}: {'judging' if asked else 'running the code'}", len(found), signals) as tick:
+        if asked is None:
+            given = code.judge(folder, found, tick)
+        else:
+            ask = {"verified": judge.verify, "compared": arena.compare, "played": gca.judge}[task.answer]
+            given = verdicts.collect(folder, found, asked.model, partial(ask, asked), concurrency, tick)
+    return [row | {"verdict": verdict} for row, verdict in zip(found, given, strict=True)]
+
+
+def _play(
+    folder: Path,
+    task: Task,
+    scenes: Sequence[dict[str, Any]],
+    world: Judge,
+    options: argparse.Namespace,
+    signals: Sequence[int],
+) -> None:
+    """Have the model of a folder's job play its scenes, with the judge's model as everything but the characters."""
+    job = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
+    url = job["url"].removesuffix("/v1")
+    actor = Judge(url, job["model"], os.environ.get(jobs.KEY), what="model that plays", more=gca.SENT)
+    with _ticking(f"{task.name}: scenes", len(scenes), signals) as tick:
+        found = gca.play_all(actor, world, folder / "work", scenes, options.concurrency, tick)
+    atomic.write(folder / jobs.ANSWERS, "".join(json.dumps(row) + "\n" for row in found))
+
+
+@contextlib.contextmanager
+def _ticking(name: str, total: int, signals: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """A bar that goes on with each call of what is yielded; there a signal ends the command, with what is done kept."""
+    with _bar(name, total) as (progress, bar):
+
+        def tick() -> None:
+            if signals:
+                raise KeyboardInterrupt
+            progress.advance(bar)
+
+        try:
+            yield tick
+        except KeyboardInterrupt:
+            _stop(signals)
+            raise
 
 
 @contextlib.contextmanager
@@ -168,7 +263,7 @@ def _prepare(
 ) -> None:
     """Write the folders of a model, one per task."""
     if model.is_url:
-        name, context = models.look(model, model.where, os.environ.get(jobs.KEY))
+        name, context = models.look(model, model.where, jobs.KEY)
     else:
         name, context = os.path.expanduser(model.where), _context(tasks, options)
     weights = jobs.weights_of(Path(model.where).expanduser())
@@ -225,10 +320,30 @@ def _run(python: str, folder: Path, task: Task, total: int, signals: Sequence[in
         raise jobs.failed(folder, total)
 
 
-NOTES = (
-    "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it as its final "
-    "one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, and is counted as no answer.",
-    "humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds.",
-    "distraction: in the manner of DistractionIF, on rows made here; its numbers are not those of that paper's data.",
-    "ifeval and ifbench: strict, all instructions of a prompt. gsm8k: no examples, the number in the box or at the end.",
-)
+# What a reader must know of how tasks are run, by their names.
+NOTES = {
+    "mmlu qasc medqa medxpertqa": (
+        "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it "
+        "as its final one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, "
+        "and is counted as no answer."
+    ),
+    "humaneval": ("humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds."),
+    "distraction": (
+        "distraction: in the manner of DistractionIF, on rows made here; its numbers are not those of that paper's "
+        "data."
+    ),
+    "lcb_v5 lcb_v6": ("lcb_v5 and lcb_v6: one answer, run in a cage, 6 seconds a test."),
+    "gpqa hmmt25": (
+        "gpqa and hmmt25: four and sixteen sampled answers a question; a judge says whether each comes to the "
+        "known answer. One for which it has no verdict counts as nothing, and a question without any is left out."
+    ),
+    "zebralogic": ("zebralogic: the whole grid is right."),
+    "arena_hard arena_creative": (
+        "arena_hard and arena_creative: mean over prompts of the score against the baseline's answer in both "
+        "orders; the official score is a mean over verdicts, in eval.json as `pooled`."
+    ),
+    "livebench": ("livebench: mean over questions; the official mean over categories is in eval.json as `pooled`."),
+    "gca": ("gca: mean over scenes of four dimensions, in eval.json as `parts`."),
+    "ifeval ifbench": ("ifeval and ifbench: strict, all instructions of a prompt."),
+    "gsm8k": ("gsm8k: no examples, the number in the box or at the end."),
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import mul
 from typing import Any
 
 from ..errors import CaMOPDError
@@ -30,17 +31,25 @@ def compare(tasks: Sequence[Task], found: Found) -> list[dict[str, Any]]:
         of_task = {model: items[task.name] for model, items in found.items()}
         check_same_items(task, of_task)
         row: dict[str, Any] = {"task": task.name, "side": task.side, "size": task.size}
-        row["models"] = {model: numbers(items) for model, items in of_task.items()}
-        if START in of_task and RESULT in of_task:
-            row["change"] = change(of_task[START], of_task[RESULT])
-            if GENERAL in of_task:
-                first, last = (START, GENERAL) if task.side == "general" else (GENERAL, START)
-                row["share"] = as_json(share(*(scores(of_task[name]) for name in (first, last, RESULT))))
+        row["models"] = {model: numbers(task, items) for model, items in of_task.items()}
+        if pairs := scored(of_task, START, RESULT):
+            row["change"] = change(*pairs)
+            first, last = (START, GENERAL) if task.side == "general" else (GENERAL, START)
+            if three := scored(of_task, first, last, RESULT):
+                row["share"] = as_json(share(*map(scores, three)))
         rows.append(row)
     return rows
 
 
-def scores(items: Sequence[Item]) -> list[float]:
+def scored(of_task: Mapping[str, Sequence[Item]], *names: str) -> list[list[Item]]:
+    """The items of these models, those that have a score by all of them; none where a model or every item is missing."""
+    if not all(name in of_task for name in names):
+        return []
+    together = [items for items in zip(*(of_task[name] for name in names), strict=True) if None not in scores(items)]
+    return [list(items) for items in zip(*together, strict=True)]
+
+
+def scores(items: Sequence[Item]) -> list[Any]:
     return [item.score for item in items]
 
 
@@ -59,25 +68,33 @@ def check_same_items(task: Task, of_task: Mapping[str, Sequence[Item]]) -> None:
             )
 
 
-def numbers(items: Sequence[Item]) -> dict[str, Any]:
+def numbers(task: Task, items: Sequence[Item]) -> dict[str, Any]:
     """The numbers of a model on a task; shares are over items."""
-    mean, error = mean_and_error(scores(items))
+    having = [score for score in scores(items) if score is not None]
+    mean, error = mean_and_error(having)
+    weights = [item.weight for item in items if item.score is not None]
+    parts = [item.parts for item in items if item.parts is not None]
+    pooled = sum(map(mul, having, weights)) / sum(weights) if set(weights) - {1.0} else None
     return {
-        "mean": mean,
+        "mean": None if math.isnan(mean) else mean,
         "standard_error": None if math.isnan(error) else error,
-        "items": len(items),
+        "items": len(having),
         "repeats": items[0].repeats,
         "truncated": sum(item.truncated for item in items) / len(items),
         "unparsed": sum(item.unparsed for item in items) / len(items),
+        **({} if pooled is None else {"pooled": pooled}),
+        **({"parts": {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}} if parts else {}),
+        **({"unjudged": sum(item.unjudged for item in items) / len(items)} if task.judged else {}),
     }
 
 
 def change(before: Sequence[Item], after: Sequence[Item]) -> dict[str, Any]:
     """Mean change with its paired interval, the items that changed, and for scores of 0 and 1 the exact test."""
     old, new = scores(before), scores(after)
-    found: dict[str, Any] = as_json(difference(old, new))
-    found["came_back"] = [brief(*pair) for pair in zip(before, after, strict=True) if pair[1].score > pair[0].score]
-    found["broke"] = [brief(*pair) for pair in zip(before, after, strict=True) if pair[1].score < pair[0].score]
+    found: dict[str, Any] = {"items": len(old), **as_json(difference(old, new))}
+    pairs = list(zip(before, after, strict=True))
+    found["came_back"] = [brief(*pair) for pair, a, b in zip(pairs, old, new, strict=True) if b > a]
+    found["broke"] = [brief(*pair) for pair, a, b in zip(pairs, old, new, strict=True) if b < a]
     if set(old) | set(new) <= {0.0, 1.0}:
         found["p"] = exact_mcnemar(old, new)[2]
     return found

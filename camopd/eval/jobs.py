@@ -24,6 +24,7 @@ JOB = "job.json"
 LOG = "log.txt"
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
 _PLACES = ("url", "context", "work", "concurrency")  # of a job: where and how fast, not what
+_UNPARSED = ("zebralogicbench",)  # of evalscope: its checker raises at an answer in another form, which is a wrong one
 
 
 def python_of_evalscope() -> str:
@@ -54,6 +55,7 @@ def job_of(
         "benchmark": task.benchmark, "dataset_args": args, "work": str(folder / "work"), "url": None, "model": served,
         "generation": generation | {"timeout": 3600, "retries": 3, "retry_interval": 5}, "repeats": task.repeats,
         "concurrency": concurrency, "seed": 0, "context": context, "metric": task.metric,
+        "unscored_is_wrong": task.benchmark in _UNPARSED,
     }  # fmt: skip
 
 
@@ -75,9 +77,12 @@ def prepare(
 
     Raises `CaMOPDError` where the folder has answers of another model, other rows or other sampling.
     """
+    args = {name: value for name, value in job["dataset_args"].items() if name != "local_path"}
+    content = json.dumps(found, sort_keys=True).encode()
     told = {name: value for name, value in job.items() if name not in _PLACES} | {
+        "dataset_args": args,
         "weights": weights,
-        "rows": list(found),
+        "rows": f"{len(found)} rows, sha256 {hashlib.sha256(content).hexdigest()}",
     }
     path = folder / JOB
     if path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Model:
         return is_server(self.where)
 
 
-def parse(text: str) -> Model:
+def parse(text: str, option: str = "--models") -> Model:
     """`NAME=PATH`, `NAME=URL` or `NAME=URL#MODEL`, the model that the URL must serve.
 
     Raises `ValueError` for another form, and for a path that is not there.
@@ -40,7 +41,7 @@ def parse(text: str) -> Model:
     name, equals, where = text.partition("=")
     if not equals or not _NAME.fullmatch(name) or not where:
         raise ValueError(
-            f"--models takes NAME=PATH_OR_URL, got {without_secrets(text)!r}. A name has letters, digits, '.', '_' and '-'."
+            f"{option} takes NAME=PATH_OR_URL, got {without_secrets(text)!r}. A name has letters, digits, '.', '_' and '-'."
         )
     served = None
     if is_server(where):
@@ -105,12 +106,15 @@ def _named(run: str, start: Any, general: Any, result: Any) -> list[Model]:
     return [parse(f"{name}={where}") for name, where in found.items()]
 
 
-def look(model: Model, url: str, key: str | None) -> tuple[str, int | None]:
+def look(model: Model, url: str, key_name: str, option: str = "--models") -> tuple[str, int | None]:
     """Ask a server what it serves: the name for requests, and its context in tokens, where it says.
+
+    The environment has its key under `key_name`; `option` is the one that has named it.
 
     Raises `CaMOPDError` for a server that does not answer, has several models and none was named, or another one.
     """
     shown = public_url(url)
+    key = os.environ.get(key_name)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with httpx.Client(timeout=30, trust_env=False, headers=headers) as client:
@@ -119,7 +123,7 @@ def look(model: Model, url: str, key: str | None) -> tuple[str, int | None]:
             cards = reply.json()["data"]
             served = {str(card["id"]): card for card in cards}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        hint = " Its key is read from CAMOPD_EVAL_API_KEY." if "401" in str(error) else ""
+        hint = f" Its key is read from {key_name}." if "401" in str(error) else ""
         raise CaMOPDError(
             f"the model {model.name!r} has the address {shown}, which does not answer {shown}/v1/models with a list of "
             f"models ({type(error).__name__}: {without_secrets(str(error))[:200]}). Start it, or fix the address.{hint}"
@@ -134,7 +138,7 @@ def look(model: Model, url: str, key: str | None) -> tuple[str, int | None]:
             asked = f"not {wanted!r}" if wanted else "and none was named"
             raise CaMOPDError(
                 f"the server of {model.name!r}, {shown}, serves {', '.join(sorted(served)) or 'nothing'}, {asked}. "
-                f"Write --models {model.name}={shown}#ONE_OF_THEM."
+                f"Write {option} {model.name}={shown}#ONE_OF_THEM."
             )
         name = matching[0]
     context = served[name].get("max_model_len")

@@ -33,18 +33,19 @@ def write(
     from ..report import page  # with matplotlib and the rest of the extra [report]
 
     out.mkdir(parents=True, exist_ok=True)
-    short = [*summary(rows), *([page.table(score_rows(rows))] if rows else [])]
+    short = [*summary(rows), *(["**Scores**", page.table(score_rows(rows))] if rows else [])]
     if any("change" in row for row in rows):
-        short.append(page.table(change_rows(rows)))
+        short += [f"**From {START} to {RESULT}**", page.table(change_rows(rows))]
     if gaps:
         first, last = gaps[0].steps
         short += [
+            "**Gaps to the teachers**",
             page.table(table_of(gaps)),
             f"Held-out KL to the teachers, nats per token, steps {first} and {last}. {ABOUT_GAPS}",
         ]
     if paper is not None:
         table, differences = beside(paper, rows)
-        short += [page.table(table), "\n".join(f"- {line}" for line in differences)]
+        short += ["**Beside the paper**", page.table(table), "\n".join(f"- {line}" for line in differences)]
     blocks = ["# camopd eval", *short, *([READING] if rows else []), *(f"- {note}" for note in notes)]
     for row in rows:
         for title, name in (("broke", "broke"), ("came back", "came_back")):
@@ -89,7 +90,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         verdict = "no more than chance shows" if not sure else "better" if change["value"] > 0 else "WORSE"
         lines.append(
             f"- **{row['task']}** ({row['side']}): {verdict}. {signed(change)} points; {len(change['came_back'])} of "
-            f"{row['models'][RESULT]['items']} items came back, {len(change['broke'])} broke."
+            f"{change['items']} items came back, {len(change['broke'])} broke."
         )
     return ["\n".join(lines)] if lines else []
 
@@ -97,14 +98,20 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
 def score_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The table of scores: a row per task, a column per model."""
     models = list(rows[0]["models"]) if rows else []
-    table = [["task", *models, "items", "cut off", "no answer"]]
+    judged = any("unjudged" in found for row in rows for found in row["models"].values())
+    table = [["task", *models, "items", "cut off", "no answer", *(["no verdict"] if judged else [])]]
     for row in rows:
         found = row["models"]
         first = next(iter(found.values()))
-        items = f"{first['items']} of {row['size']}" + (f" x {first['repeats']}" if first["repeats"] > 1 else "")
+        items = (
+            str(first["items"])
+            + (f" of {row['size']}" if row["size"] else "")
+            + (f" x {first['repeats']}" if first["repeats"] > 1 else "")
+        )
         table.append(
             [row["task"], *(score(found[name]) for name in models), items]
             + [" / ".join(f"{found[name][share]:.0%}" for name in models) for share in ("truncated", "unparsed")]
+            + ([" / ".join(f"{found[name].get('unjudged', 0):.0%}" for name in models)] if judged else [])
         )
     return table
 
@@ -125,6 +132,8 @@ def change_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def score(numbers: Mapping[str, Any]) -> str:
     """`41.2 ± 2.1`, percent."""
     error = numbers["standard_error"]
+    if numbers["mean"] is None:
+        return "-"
     return f"{100 * numbers['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 

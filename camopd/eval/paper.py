@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .compare import GENERAL, RESULT, START
+from .gca import DIMENSIONS
 from .tasks import TASKS
 
 
@@ -22,6 +23,7 @@ _GENERAL = (
     "LiveBench 1125",
 )
 _ROLEPLAY = ("Story Cons.", "Anthro.", "Char. Fid.", "Story Qual.", "Avg.")
+_PARTS = dict(zip(_ROLEPLAY, DIMENSIONS, strict=False))  # the average has none
 _MEDICAL = ("MedQA USMLE", "MedXpertQA Text", "Med. Avg.")
 # Percent, in the order of COLUMNS and of the names. The start of a run is its domain teacher.
 TABLES: dict[str, tuple[tuple[str, ...], tuple[tuple[float, ...], ...]]] = {
@@ -49,7 +51,15 @@ UNKNOWN = {
     "IF Eval": "the paper does not say whether its IF-Eval is strict or loose; here it is strict",
     "MedQA USMLE": "the paper gives neither the prompt's words nor the sampling; here it is greedy",
     "MedXpertQA Text": "the paper gives neither the prompt's words nor the sampling; here it is greedy",
-    "LiveBench 1125": "the name may be the release of 2024-11-25 or that of 2025-11-25",
+    "GPQA Diamond": "the paper does not give its verifier's words; the prompt is evalscope's",
+    "HMMT 25": "the paper does not give its verifier's words; the prompt is evalscope's",
+    "Zebra Logic": "the prompt is evalscope's",
+    "LCB v5": "run on one computer's own clock, with the official limit of 6 seconds a test",
+    "LCB v6": "run on one computer's own clock, with the official limit of 6 seconds a test",
+    "Arena HP": "without style control, which the paper does not mention",
+    "Arena CW": "without style control, which the paper does not mention",
+    "Avg.": "CoSER's prompts, with the example of an output for every model; severities given as text count here",
+    "LiveBench 1125": "the paper's name may be the release of 2024-11-25 or that of 2025-11-25",
 }
 
 
@@ -60,29 +70,44 @@ def beside(table: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[str
     """
     names, values = TABLES[table]
     own = {TASKS[row["task"]].paper: row for row in rows if TASKS[row["task"]].paper in names}
+    own |= {name: own["Avg."] for name in _PARTS if "Avg." in own}  # of one task
+    medical = [own[name] for name in _MEDICAL[:2] if name in own]
+    if len(medical) == 2:
+        own["Med. Avg."] = _average(*medical)
     found, notes = (
         [["benchmark", *(f"paper: {column}" for column in COLUMNS), *(f"here: {name}" for name in _HERE)]],
         [],
     )
     for place, name in enumerate(names):
         numbers = own.get(name, {}).get("models", {})
-        cells = [_score(numbers.get(model), own[name]["size"]) if name in own else "-" for model in _HERE]
+        size = own.get(name, {}).get("size", 0)
+        cells = [_score(numbers.get(model), size, _PARTS.get(name)) for model in _HERE]
         found.append([name, *(f"{column[place]:.2f}" for column in values), *cells])
         if name in own and name in UNKNOWN:
             notes.append(f"{name}: {UNKNOWN[name]}.")
-    missing = [name for name in names if name not in own]
+    missing = [name for name in names if name not in own and not name.endswith("Avg.")]
     if missing:
         notes.append(f"Not run here: {', '.join(missing)}.")
-    notes += [f"{name}: {UNKNOWN[name]}." for name in missing if name in UNKNOWN]
     if any(cell.endswith("*") for row in found for cell in row):
-        notes.append("* a part of the items.")
+        notes.append("Scores with * are of a part of the items.")
     return found, notes
+
+
+def _average(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Of two benchmarks, each of the same weight; of models that have both."""
+    pairs = {name: (one["models"][name], other["models"][name]) for name in one["models"]}
+    models = {
+        name: {"mean": sum(each["mean"] for each in pair) / 2, "items": sum(each["items"] for each in pair)}
+        for name, pair in pairs.items()
+    }
+    return {"models": models, "size": one["size"] + other["size"]}
 
 
 _HERE = (GENERAL, START, RESULT)
 
 
-def _score(numbers: Mapping[str, Any] | None, size: int) -> str:
-    if numbers is None:
+def _score(numbers: Mapping[str, Any] | None, size: int, part: str | None) -> str:
+    if numbers is None or numbers["mean"] is None:
         return "-"
-    return f"{100 * numbers['mean']:.2f}" + ("*" if numbers["items"] < size else "")
+    score = 100 * numbers.get("pooled", numbers["mean"]) if part is None else numbers["parts"][part]
+    return f"{score:.2f}" + ("*" if numbers["items"] < size else "")

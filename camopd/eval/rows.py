@@ -21,17 +21,31 @@ def read(task: Task, path: Path, limit: int | None) -> list[dict[str, Any]]:
     Raises `DataError` that names the line for what is not JSON, and for a missing column.
     """
     found = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("is not a JSON object")
-                found.append(task.convert(row))
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"line {number} of {str(path)!r}, rows of the task {task.name}: {error}.") from None
+    try:
+        convert = task.convert if task.opened is None else task.opened(path)
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"rows of the task {task.name}: {error}. {task.source.format(task.name)}.") from None
+    text = path.read_text(encoding="utf-8-sig")
+    lines = text.split("\n")
+    if path.suffix == ".json":  # one list
+        try:
+            lines = [json.dumps(row) for row in json.loads(text)]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{str(path)!r}, rows of the task {task.name}, is not a JSON list: {error}.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("is not a JSON object")
+            converted = convert(row)
+            if converted is not None:
+                found.append(converted)
+        except KeyError as error:
+            raise DataError(f"row {number} of {str(path)!r}, rows of the task {task.name}, has no {error}.") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"line {number} of {str(path)!r}, rows of the task {task.name}: {error}.") from None
     if not found:
         raise DataError(f"{str(path)!r} has no rows for the task {task.name}.")
     if limit is not None and limit < len(found):
@@ -54,6 +68,8 @@ def find(task: Task, data: Path, given: dict[str, Path]) -> Path:
     path = given.get(task.name, data / f"{task.name}.jsonl")
     if path.is_file():
         return path
+    if task.hub is None:
+        raise DataError(f"there is no file {str(path)!r}. {task.source.format(task.name)}.")
     dataset, config, split = task.hub
     name = f"{dataset}{f' ({config})' if config else ''}, split {split}"
     if task.name in given:

@@ -7,7 +7,9 @@ JOB is a JSON file:
     url, model                an OpenAI-compatible address that ends in /v1, and the name it serves the model under
     generation                every sampling parameter, so that none comes from the model's generation_config.json
     repeats, concurrency, seed, context
-    metric                    of evalscope, that every answer must get a score by; "" where it scores nothing
+    metric                    of evalscope, that every answer must get a score by; "" where it is to score nothing, and so
+                              to run nothing: evalscope runs code where it is
+    unscored_is_wrong         an answer without a score is a wrong one, and not the failure of a checker
 
 RESULT is a JSON Lines file with a row per answer, in the order of the rows and their repeats: `item`, `repeat`, `prompt`,
 `gold`, `text`, `stop`, `tokens`, `scores`. It is written when all are there. The key of the server is CAMOPD_EVAL_API_KEY.
@@ -36,6 +38,8 @@ def main(job_file: str, result_file: str) -> None:
     from evalscope.run import run_task
 
     register_api()
+    if not job["metric"]:
+        leave_unscored(job["benchmark"])
     for folder in ("predictions", "reviews"):
         for path in (work / folder).rglob("*.jsonl"):
             cut_torn_line(path)
@@ -80,6 +84,20 @@ def register_api() -> None:
             raise ex
 
     register_model_api(API)(lambda: Strict)
+
+
+def leave_unscored(benchmark: str) -> None:
+    """Answers of a benchmark get no score, and nothing of them is run or asked of anyone."""
+    from evalscope.api.metric import Score
+    from evalscope.api.registry import BENCHMARK_REGISTRY
+
+    def match_score(self: Any, original_prediction: str, filtered_prediction: str, *args: Any, **options: Any) -> Any:
+        return Score(
+            value={"acc": 0.0}, prediction=original_prediction, extracted_prediction=filtered_prediction,
+            main_score_name="acc",
+        )  # fmt: skip
+
+    BENCHMARK_REGISTRY.get(benchmark).data_adapter.match_score = match_score
 
 
 def samples_of(config: Any, benchmark: str) -> list[Any]:
@@ -161,7 +179,8 @@ def answers(work: Path, job: dict[str, Any], samples: list[Any]) -> list[dict[st
         output = predictions[index]["model_output"]
         choice = output["choices"][0]
         score = reviews[index]["sample_score"]["score"]
-        if job["metric"] and not isinstance(score["value"].get(job["metric"]), int | float):
+        scored = isinstance(score["value"].get(job["metric"]), int | float)
+        if job["metric"] and not scored and not job["unscored_is_wrong"]:
             raise ValueError(  # evalscope logs what its checkers raise, and goes on without a score
                 f"the checker of {benchmark} gave answer {index} no {job['metric']}: see {work / 'logs' / 'eval_log.log'}. "
                 "Where it names punkt_tab, install llama-index-core, which carries it, beside evalscope."

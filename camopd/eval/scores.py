@@ -14,6 +14,7 @@ from typing import Any
 from . import distraction
 from .code import program_of
 from .tasks import LETTERS, Task
+from .verdicts import after_thinking
 
 
 # The last one counts. Whatever follows the letter must not make a word of it, as in "Final answer: A cat".
@@ -28,22 +29,14 @@ class Item:
 
     key: str  # the same for all models: of prompt and gold
     prompt: str
-    score: float  # mean over repeats, 0 to 1
+    score: float | None  # mean over the repeats that have one, 0 to 1; `None` where none of them has
     repeats: int
     truncated: float  # share of the repeats
     unparsed: float  # share of the repeats that hold no answer, which count as wrong
     text: str  # of the first repeat
-
-
-def after_thinking(text: str) -> str | None:
-    """What follows the model's reasoning; `None` where that never ends, and nothing in it is an answer.
-
-    >>> after_thinking("<think>maybe C</think>B"), after_thinking("so</think>B"), after_thinking("<think>maybe ANSWER: C")
-    ('B', 'B', None)
-    """
-    _, end, after = text.rpartition("</think>")
-    rest = after if end else text
-    return None if "<think>" in rest else rest
+    weight: float = 1.0  # in the pooled mean of a benchmark that has one
+    parts: Mapping[str, float] | None = None  # of the score, in percent, where a benchmark has several
+    unjudged: float = 0.0  # share of the repeats for which the judge gave no verdict, which count as nothing
 
 
 def letter_of(text: str, options: int) -> str | None:
@@ -59,12 +52,14 @@ def letter_of(text: str, options: int) -> str | None:
     return found[-1] if found and found[-1] in LETTERS[:options] else None
 
 
-def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float, bool]:
-    """The score of an answer, 0 to 1, and whether it holds one at all.
+def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float | None, bool]:
+    """The score of an answer, 0 to 1, or `None` where its judge has failed, and whether it holds an answer at all.
 
     A task of letters takes the letter only where it is said to be the answer: evalscope falls back on the last capital of
-    the text. Elsewhere the score is evalscope's.
+    the text. What a cage or a judge says is the row's `verdict`. Elsewhere the score is evalscope's.
     """
+    if task.answer == "played":
+        return row["verdict"].get("score"), True
     text = after_thinking(row["text"])
     if text is None or not text.strip():
         return 0.0, False
@@ -74,10 +69,20 @@ def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float, bool]:
     if task.answer == "number" and not re.search(r"\d", text):
         return 0.0, False
     if task.answer == "code":
-        return float(row["scores"]["passed"]), program_of(row) is not None
+        return float(row["verdict"]["passed"]), program_of(row) is not None
     if task.answer == "rules":
         return distraction.score(json.loads(row["gold"]), text), True
-    return float(row["scores"][task.metric]), True
+    if task.answer == "verified":
+        verdict = row["verdict"]
+        if "failed" in verdict:
+            return None, True
+        answered = verdict["passed"] or verdict["extracted"].lower() not in ("", "none")
+        return float(verdict["passed"]), answered
+    if task.answer == "compared":
+        return row["verdict"].get("score"), True
+    score = row["scores"].get(task.metric)  # none where a checker could make nothing of an answer
+    unparsed = score is None or bool(row["scores"].get("No answer"))  # as evalscope's ZebraLogic says
+    return float(score or 0), not unparsed
 
 
 def options_of(prompt: str) -> int:
@@ -94,6 +99,7 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     found = []
     for group in groups.values():
         scores = [score_of(task, row) for row in group]
+        judged = [score for score, _ in scores if score is not None]
         content = json.dumps([group[0]["prompt"], group[0]["gold"]], ensure_ascii=False)
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
         seen[key] += 1  # a task may have a row twice
@@ -102,11 +108,14 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
             Item(
                 key=f"{key}-{seen[key]}",
                 prompt=group[0]["prompt"],
-                score=sum(score for score, _ in scores) / count,
+                score=sum(judged) / len(judged) if judged else None,
                 repeats=count,
                 truncated=sum(row["stop"] == CUT for row in group) / count,
                 unparsed=sum(not answered for _, answered in scores) / count,
                 text=group[0]["text"],
+                weight=float(group[0].get("verdict", {}).get("weight", 1)),
+                parts=group[0].get("verdict", {}).get("parts"),
+                unjudged=1 - len(judged) / count,
             )
         )
     return found

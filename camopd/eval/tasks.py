@@ -6,9 +6,10 @@ import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from . import distraction
+from . import arena, distraction, gca, live_code
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -21,6 +22,7 @@ GREEDY = {
     "temperature": 0.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "frequency_penalty": 0.0,
     "presence_penalty": 0.0, "extra_body": {"min_p": 0.0}, "max_tokens": 32768,
 }  # fmt: skip
+SAMPLED = GREEDY | {"temperature": 0.7, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,28 @@ class Task:
     name: str
     side: str  # "general", which is to come back, or "domain", which is to be kept
     benchmark: str  # in evalscope
-    hub: tuple[str, str | None, str]  # dataset, config and split on the Hugging Face Hub
+    hub: tuple[str, str | None, str] | None  # dataset, config and split on the Hugging Face Hub
     size: int  # rows of the whole task
-    convert: Callable[[dict[str, Any]], dict[str, Any]]  # a row of the file or the hub, as evalscope reads it
-    answer: str = "checked"  # "letter", "number", "code" that is run in a cage, "rules", or "checked" by evalscope
-    metric: str = "accuracy"  # of evalscope, the score of an answer
+    convert: Callable[[dict[str, Any]], dict[str, Any] | None]  # into evalscope's form; `None` if not of the task
+    # "letter", "number", "code" run in a cage, "rules", "verified" or "compared" by a model, "checked" by evalscope,
+    # "played" with a model, which judges, without evalscope, or "read" from where another program has put it
+    answer: str = "checked"
+    metric: str = "accuracy"  # of evalscope, the score of an answer; "" where it is to score nothing
     split: str = "test"  # name of the file that evalscope reads
     dataset_args: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=lambda: dict(GREEDY))
     repeats: int = 1
     paper: str | None = None  # its column in Tables 1 and 2
     make: Callable[[], list[dict[str, Any]]] | None = None  # of rows that are not on the Hub
+    judge: str | None = None  # the paper's, where a model judges
+    source: str = ""  # where its files are from, if not from the Hub
+    # Where a row needs other files than its own: makes `convert`, of the path of the rows.
+    opened: Callable[[Path], Callable[[dict[str, Any]], dict[str, Any] | None]] | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether a model judges its answers."""
+        return self.judge is not None
 
 
 def need(row: dict[str, Any], *names: str) -> Any:
@@ -87,6 +100,18 @@ def over_a_text(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": need(row, "messages"), "response": json.dumps(need(row, "gold"))}
 
 
+def zebra(row: dict[str, Any]) -> dict[str, Any]:
+    """A puzzle with its solution. Raises `ValueError` for those of the public dataset, which hides the solutions."""
+    solution = need(row, "solution")
+    header, houses = need(solution, "header"), need(solution, "rows")
+    if header[:1] != ["House"] or any("___" in house for house in houses):
+        raise ValueError(
+            "has no solution. The public ZebraLogicBench hides them; ZebraLogicBench-private has them, once its terms are "
+            "accepted"
+        )
+    return {"puzzle": need(row, "puzzle"), "solution": solution, "created_at": str(row.get("created_at"))}
+
+
 def with_columns(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Rows with these columns and no others."""
     return lambda row: {name: need(row, name) for name in names}
@@ -99,7 +124,24 @@ def _letters(name: str, side: str, hub: tuple[str, str | None, str], size: int, 
     )
 
 
+def _code(name: str, release: str, dates: tuple[str, str], size: int, paper: str) -> Task:
+    hub = ("marianna13/livecodebench_code_generation_lite_parquet", release, "test")  # the official one is a script
+    convert = live_code.between(*dates)
+    return Task(name, "general", "live_code_bench", hub, size, convert, "code", "", paper=paper)
+
+
 _IFEVAL = with_columns("key", "prompt", "instruction_id_list", "kwargs")
+
+
+def _arena(name: str, category: str, size: int, paper: str) -> Task:
+    return Task(
+        name, "general", "general_qa", None, size, dict, "compared", "", "default_test",
+        {"metric_list": ["acc"], "primary_metric": "acc"}, paper=paper, judge="gpt-4.1", source=arena.WHAT,
+        opened=arena.rows_of(category),
+    )  # fmt: skip
+
+
+_VERIFIER = "Qwen2.5-14B-Instruct"
 _STRICT = "prompt_level_strict"
 TASKS = {
     task.name: task
@@ -114,6 +156,22 @@ TASKS = {
              "default_test", {"metric_list": ["acc"], "primary_metric": "acc"}),
         Task("distraction", "general", "general_qa", ("", None, ""), distraction.ROWS, over_a_text, "rules", "",
              "default_test", {"metric_list": ["acc"], "primary_metric": "acc"}, make=distraction.rows),
+        Task("livebench", "general", "", None, 0, dict, "read", "", paper="LiveBench 1125"),  # its size is its release's
+        Task("gca", "domain", "", None, 200, dict, "played", "", paper="Avg.", judge="Qwen2.5-72B-Instruct",
+             source=gca.WHAT, opened=gca.opened),
+        # The paper's own, below: all but IF-Eval need a judge, a cage, or data behind a gate.
+        Task("gpqa", "general", "gpqa_diamond", ("Idavidrein/gpqa", "gpqa_diamond", "train"), 198,
+             with_columns("Question", "Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))), "verified", "",
+             "train", generation=SAMPLED, repeats=4, paper="GPQA Diamond", judge=_VERIFIER),
+        Task("hmmt25", "general", "hmmt25", ("MathArena/hmmt_feb_2025", None, "train"), 30,
+             with_columns("problem", "answer"), "verified", "", "train", generation=SAMPLED | {"temperature": 0.6},
+             repeats=16, paper="HMMT 25", judge=_VERIFIER),
+        Task("zebralogic", "general", "zebralogicbench", ("allenai/ZebraLogicBench-private", "grid_mode", "test"), 1000,
+             zebra, metric="Solved Puzzle", paper="Zebra Logic"),
+        _code("lcb_v5", "release_v5", ("2024-08-01", "2025-02-01T00:00:00"), 279, "LCB v5"),
+        _code("lcb_v6", "v6", ("2023-01-01", "2100-01-01"), 175, "LCB v6"),
+        _arena("arena_hard", "hard_prompt", 500, "Arena HP"),
+        _arena("arena_creative", "creative_writing", 250, "Arena CW"),
         _letters("mmlu", "general", ("cais/mmlu", "all", "test"), 14042),
         _letters("qasc", "general", ("allenai/qasc", None, "validation"), 926),
         _letters("medqa", "domain", ("GBaker/MedQA-USMLE-4-options", None, "test"), 1273, "MedQA USMLE"),

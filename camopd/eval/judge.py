@@ -1,0 +1,168 @@
+"""A model that judges answers, behind any OpenAI-compatible URL; what it cannot say of an answer is no verdict.
+
+The verifier of GPQA-Diamond and HMMT is the paper's (Appendix B): it is shown prompt, response and known answer, and names
+the response's answer and a decision. Its words are ours, as the paper does not give them.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from ..errors import CaMOPDError
+from ..teachers.address import public_url, without_secrets
+from .verdicts import Verdict, after_thinking
+
+
+KEY = "CAMOPD_JUDGE_API_KEY"
+ATTEMPTS = 3  # per verdict
+GONE = 8  # verdicts in a row for which the server was not reached: it is gone
+LONGEST = 16000  # tokens of a reply, as Arena-Hard sets for GPT-4.1
+VERIFIER_TEMPERATURE = 0.2  # the paper's
+VERIFY = """\
+Check whether a response comes to the known answer of its prompt. Find the final answer of the response and compare that \
+alone with the known one: both are the same if they mean the same, however they are written. Do not solve the problem, \
+and do not grade the reasoning.
+
+<prompt>
+{prompt}
+</prompt>
+
+<response>
+{response}
+</response>
+
+<ground_truth_answer>
+{gold}
+</ground_truth_answer>
+
+Reply with these two lines and nothing else. Write `none` where the response has no final answer.
+<extracted_answer>the final answer of the response</extracted_answer>
+<decision>yes or no</decision>"""
+_EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL)
+_DECISION = re.compile(r"<decision>\s*(yes|no)\s*</decision>", re.IGNORECASE)
+
+
+class Unusable(Exception):
+    """A reply that holds no verdict, or none at all. A judge that is asked again may give one."""
+
+
+class Refused(Unusable):
+    """The server will not answer this request, however often it is asked."""
+
+
+class Unreached(Unusable):
+    """The server was not there, or too busy."""
+
+
+@dataclass
+class Judge:
+    """A judge on a server. `pause` is in seconds, before the second attempt; each later one waits twice as long."""
+
+    url: str
+    model: str
+    key: str | None = None
+    pause: float = 2.0
+    timeout: float = 300.0
+    what: str = "judge"  # it is, in an error
+    more: Mapping[str, Any] = field(default_factory=dict)  # of the body of a request
+    _unreached: int = field(default=0, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        limits = httpx.Limits(max_connections=None)  # as many as ask at a time
+        self._client = httpx.Client(headers=headers, timeout=self.timeout, trust_env=False, limits=limits)
+
+    def ask(
+        self, messages: Sequence[Mapping[str, str]], temperature: float, read: Callable[[str], Verdict],
+        again: float | None = None,
+    ) -> Verdict:  # fmt: skip
+        """What `read` makes of the reply's text, with the text as `said`; {"failed": why} after `ATTEMPTS`.
+
+        `again` is the temperature of the later attempts. `read` raises `Unusable` for a reply without a verdict. Raises
+        `CaMOPDError` where the server is gone.
+        """
+        said: str | None = None
+        why = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                said = self._reply(messages, temperature if again is None or not attempt else again)
+                return {**read(said), "said": said}
+            except Refused as error:
+                why = str(error)
+                break
+            except Unusable as error:
+                why = str(error)
+                unreached = isinstance(error, Unreached)
+        else:
+            self._count(unreached, why)
+        return {"failed": why, "said": said}
+
+    def _count(self, unreached: bool, why: str) -> None:
+        with self._lock:
+            self._unreached = self._unreached + 1 if unreached else 0
+            gone = self._unreached >= GONE
+        if gone:
+            raise CaMOPDError(
+                f"the {self.what} at {public_url(self.url)} has not answered for {GONE} answers in a row, {ATTEMPTS} times "
+                f"each ({why}). Its verdicts so far are kept. Start it again, and run the same command."
+            )
+
+    def _reply(self, messages: Sequence[Mapping[str, str]], temperature: float) -> str:
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": temperature,
+            "top_p": 1.0,
+            "max_tokens": LONGEST,
+            **self.more,
+        }
+        try:
+            reply = self._client.post(f"{self.url}/v1/chat/completions", json=body)
+        except httpx.HTTPError as error:
+            raise Unreached(f"{type(error).__name__}: {without_secrets(str(error))[:200]}") from None
+        if reply.status_code == 429 or reply.status_code >= 500:
+            raise Unreached(f"HTTP {reply.status_code}")
+        if reply.status_code != 200:
+            raise Refused(f"HTTP {reply.status_code}: {without_secrets(reply.text)[:200]}")
+        with self._lock:
+            self._unreached = 0
+        try:
+            text = reply.json()["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise Unusable(f"not a chat completion: {without_secrets(reply.text)[:200]!r}") from None
+        if not isinstance(text, str):
+            raise Unusable("a reply without text")
+        return text
+
+
+def verify(judge: Judge, row: Mapping[str, Any]) -> Verdict:
+    """Whether an answer comes to the gold one. An answer without any text is not shown to the judge."""
+    text = after_thinking(row["text"])
+    if text is None or not text.strip():
+        return {"passed": False, "extracted": "none", "said": None}
+    content = VERIFY.format(prompt=row["prompt"], response=text.strip(), gold=row["gold"])
+    return judge.ask([{"role": "user", "content": content}], VERIFIER_TEMPERATURE, decision_of)
+
+
+def decision_of(reply: str) -> Verdict:
+    """The verifier's decision and the answer it has found. Raises `Unusable` without one decision.
+
+    >>> decision_of("<extracted_answer> C </extracted_answer><decision>Yes</decision>")
+    {'passed': True, 'extracted': 'C'}
+    """
+    text = after_thinking(reply)
+    decisions = {found.lower() for found in _DECISION.findall(text or "")}
+    if len(decisions) != 1:
+        raise Unusable(f"{len(decisions)} decisions in {reply[-200:]!r}")
+    extracted = _EXTRACTED.findall(text or "")
+    return {"passed": decisions == {"yes"}, "extracted": extracted[-1].strip() if extracted else ""}

@@ -1,0 +1,146 @@
+"""Models that judge (camopd/eval/judge.py): a server that is good, malformed, refusing, busy and unreachable."""
+
+import contextlib
+import json
+
+import pytest
+from fake_openai import serving
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd.errors import CaMOPDError
+from camopd.eval import judge
+from camopd.eval.compare import compare
+from camopd.eval.judge import ATTEMPTS, GONE, Judge
+from camopd.eval.scores import items_of
+from camopd.eval.tasks import TASKS
+from camopd.eval.verdicts import collect
+
+
+GPQA = TASKS["gpqa"]
+NOWHERE = "http://127.0.0.1:9"
+YES = "<extracted_answer>C</extracted_answer>\n<decision>yes</decision>"
+NO = "<extracted_answer>B</extracted_answer>\n<decision>no</decision>"
+
+
+def row(text="It is C.", item=0, repeat=0):
+    return {"item": item, "repeat": repeat, "prompt": f"Question {item}?", "gold": "C", "text": text, "stop": "stop",
+            "tokens": 3, "scores": {"accuracy": 1.0}}  # fmt: skip
+
+
+def judge_of(server, **options):
+    return Judge(server.url.removesuffix("/v1"), "tiny", pause=0, **options)
+
+
+def of_answers(one, folder, rows):
+    return collect(folder, rows, one.model, lambda row: judge.verify(one, row), 1)
+
+
+def verdict(answer, text="It is C."):
+    with serving(answer) as server:
+        return judge.verify(judge_of(server), row(text)), server
+
+
+def test_verifier_is_asked_as_in_the_paper_and_what_it_said_is_kept():
+    found, server = verdict(lambda body: YES, "<think>B?</think>It is C.")
+    assert found == {"passed": True, "extracted": "C", "said": YES}
+    (body,) = server.requests
+    assert body["temperature"] == 0.2 and body["model"] == "tiny"
+    (message,) = body["messages"]
+    for part in ("<prompt>\nQuestion 0?\n</prompt>", "<response>\nIt is C.\n</response>",
+                 "<ground_truth_answer>\nC\n</ground_truth_answer>"):  # fmt: skip
+        assert part in message["content"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "why", "asked"),
+    [
+        ("I would say that it is right.", "0 decisions", ATTEMPTS),
+        (f"{YES}{NO}", "2 decisions", ATTEMPTS),
+        (f"<think>{YES}", "0 decisions", ATTEMPTS),
+        (b"<html>", "not a chat completion", ATTEMPTS),
+        (b'{"choices": []}', "not a chat completion", ATTEMPTS),
+        (b'{"choices": [{"message": {"content": null}}]}', "a reply without text", ATTEMPTS),
+        (400, "HTTP 400", 1),  # refused, and would be again
+        (500, "HTTP 500", ATTEMPTS),
+        (429, "HTTP 429", ATTEMPTS),
+    ],
+)
+def test_judge_that_gives_no_verdict_is_asked_so_often_and_no_more(reply, why, asked):
+    found, server = verdict(lambda body: reply)
+    assert why in found["failed"] and "passed" not in found and len(server.requests) == asked
+
+
+def test_judge_that_comes_to_its_senses_is_believed():
+    replies = iter([500, "Hm.", YES])
+    found, _ = verdict(lambda body: next(replies))
+    assert found["passed"] is True
+
+
+def test_unreachable_judge_is_no_verdict_and_a_gone_one_stops_the_call(tmp_path):
+    one = Judge(NOWHERE, "tiny", pause=0)
+    assert "ConnectError" in judge.verify(one, row())["failed"]
+    rows = [row(item=item) for item in range(20)]
+    with pytest.raises(
+        CaMOPDError, match=rf"judge at {NOWHERE} has not answered for {GONE} answers in a row"
+    ) as raised:
+        of_answers(one, tmp_path, rows)
+    assert "Its verdicts so far are kept" in str(raised.value)
+
+
+def test_judge_that_answers_now_and_then_is_not_gone(tmp_path):
+    with serving(lambda body: YES if "Question 7?" in str(body) else 503) as server:
+        found = of_answers(judge_of(server), tmp_path, [row(item=item) for item in range(14)])
+    assert [found[7].get("passed"), sum("failed" in one for one in found)] == [True, 13]
+
+
+def test_answer_without_text_is_wrong_without_a_judge():
+    for text in ("", "<think>It is C.", "<think>x</think> "):
+        assert judge.verify(Judge(NOWHERE, "tiny"), row(text)) == {"passed": False, "extracted": "none", "said": None}
+
+
+def test_key_goes_to_the_judge_and_nowhere_else(tmp_path):
+    with serving(lambda body: YES) as server:
+        found = of_answers(judge_of(server, key="secret"), tmp_path, [row()])
+    assert server.keys == ["Bearer secret"] and "secret" not in json.dumps(found)
+    assert "secret" not in (tmp_path / "verdicts.jsonl").read_text(encoding="utf-8")
+
+
+def judged(verdicts):
+    """Items of one question per list, with a repeat per verdict: True, False, or None for a judge that failed."""
+    rows = []
+    for item, repeats in enumerate(verdicts):
+        for repeat, passed in enumerate(repeats):
+            found = {"failed": "HTTP 500"} if passed is None else {"passed": passed, "extracted": "C"}
+            rows.append(row(item=item, repeat=repeat) | {"verdict": found})
+    return items_of(GPQA, rows)
+
+
+def test_judge_that_fails_is_a_missing_item_and_never_a_wrong_answer():
+    start = judged([[True, False], [None, True], [None, None], [False, False]])
+    result = judged([[True, True], [True, True], [True, True], [None, None]])
+    assert [item.score for item in start] == [0.5, 1.0, None, 0.0]
+    assert [item.unjudged for item in start] == [0, 0.5, 1, 0]
+    (found,) = compare([GPQA], {"start": {"gpqa": start}, "result": {"gpqa": result}})
+    numbers = found["models"]["start"]
+    assert (numbers["items"], numbers["mean"], numbers["unjudged"]) == (3, 0.5, 0.375)
+    assert found["change"]["items"] == 2 and found["change"]["value"] == 0.25  # the first two have both
+    assert len(found["change"]["came_back"]) == 1 and not found["change"]["broke"]
+    (alone,) = compare([GPQA], {"start": {"gpqa": judged([[None]])}, "result": {"gpqa": result[:1]}})
+    assert alone["models"]["start"]["mean"] is None and "change" not in alone
+
+
+@pytest.mark.parametrize(
+    ("passed", "extracted", "answered"),
+    [(True, "", True), (False, "", False), (False, "None", False), (False, "B", True)],
+)
+def test_answer_is_missing_where_the_judge_has_found_none(passed, extracted, answered):
+    (item,) = items_of(GPQA, [row() | {"verdict": {"passed": passed, "extracted": extracted}}])
+    assert (item.score, item.unparsed) == (float(passed), float(not answered))
+
+
+@given(st.text(max_size=300))
+def test_decision_is_read_from_any_text_or_refused(text):
+    with contextlib.suppress(judge.Unusable):
+        assert judge.decision_of(text)["passed"] in (True, False)
+    assert judge.decision_of(f"{text.replace('<', '')}{YES}")["passed"]

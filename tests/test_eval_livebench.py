@@ -1,0 +1,76 @@
+"""LiveBench's judgments as items (camopd/eval/livebench.py)."""
+
+import json
+
+import pytest
+
+from camopd import cli
+from camopd.errors import DataError
+from camopd.eval.livebench import items_of
+
+
+# Two categories; the first has two tasks, of two questions and of one.
+SCORES = {
+    ("math", "aime", "a"): 1,
+    ("math", "aime", "b"): 0,
+    ("math", "amps", "c"): 1,
+    ("language", "typos", "d"): 0.25,
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for (category, task, question), score in SCORES.items():
+        folder = tmp_path / "livebench" / "data" / "live_bench" / category / task / "model_judgment"
+        folder.mkdir(parents=True, exist_ok=True)
+        line = {"question_id": question, "task": task, "model": "start", "turn": 1, "category": category}
+        with open(folder / "ground_truth_judgment.jsonl", "a", encoding="utf-8") as file:
+            for row in (
+                {**line, "score": 0.5},
+                {**line, "score": score},
+                {**line, "score": -1},
+                {**line, "model": "x", "score": 1},
+            ):
+                file.write(json.dumps(row) + "\n")
+    return tmp_path
+
+
+def test_pooled_mean_is_that_of_categories_of_tasks(checkout):
+    found = items_of(checkout, "Start")
+    assert [(item.key, item.score) for item in found] == [("a", 1), ("b", 0), ("c", 1), ("d", 0.25)]
+    assert sum(item.weight for item in found) == pytest.approx(1)
+    assert sum(item.weight * item.score for item in found) == pytest.approx(((0.5 + 1) / 2 + 0.25) / 2)
+
+
+def test_missing_judgments_are_named_with_the_commands_that_make_them(checkout, tmp_path):
+    with pytest.raises(
+        DataError, match=r"has no judgments for the model 'result'\. .*gen_api_answer\.py .*2024-11-25"
+    ):
+        items_of(checkout, "result")
+    with pytest.raises(DataError, match="no checkout of LiveBench is named"):
+        items_of(None, "result")
+    path = next(checkout.rglob("ground_truth_judgment.jsonl"))
+    path.write_text('{"score": 1}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1 of .* is no judgment of LiveBench"):
+        items_of(checkout, "start")
+
+
+def test_command_reads_them_beside_the_paper(checkout, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.main(
+        [
+            "eval",
+            "--tasks",
+            "livebench",
+            "--models",
+            "start=org/x",
+            "--data",
+            f"livebench={checkout}",
+            "--paper",
+            "medical",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "| livebench | 56.2 ± 25.8 | 4 | 0% | 0% |" in said
+    assert "| LiveBench 1125 | 52.10 | 34.40 | 42.80 | 49.00 | - | 50.00 | - |" in said
+    assert "2024-11-25 or that of 2025-11-25" in said

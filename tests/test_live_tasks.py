@@ -1,0 +1,195 @@
+"""`eval_tasks`: tasks of lm-eval on the model in training (camopd/live_tasks.py); with `-m eval` the real lm-eval."""
+
+import json
+import random
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_prompts
+from trainers import lines, make_args, make_trainer
+
+
+HELD_OUT = {"general": make_prompts("general", 2)}
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "max_steps": 3}
+ROWS = 9
+
+
+class Task:
+    """As lm-eval has it: some rows, and metrics of which the first counts."""
+
+    UNSAFE_CODE = False
+    eval_docs = [None] * ROWS
+    config = types.SimpleNamespace(metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
+
+
+class Unsafe(Task):
+    UNSAFE_CODE = True
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """lm-eval's modules in small. Yields what it was asked; `right` of it says which rows are right in each evaluation."""
+    known = {"sums": Task(), "code": Unsafe()}
+    found = types.SimpleNamespace(calls=[], right=[set(range(ROWS)), {0, 1, 2}, {2, 3}])
+
+    class TaskManager:
+        all_subtasks, all_tasks = list(known), [*known, "many"]
+
+        def load(self, names):
+            if names[0].endswith(".yaml"):
+                raise ConnectionError("the hub is offline")
+            return {"tasks": {name: known[name] for name in names}}
+
+    def evaluate(lm, task_dict, samples, **options):
+        random.random(), np.random.rand(), torch.rand(1)
+        lm["pretrained"].eval()
+        right = found.right[len(found.calls)]
+        found.calls.append((samples, options))
+        rows = [(name, row) for name, rows in samples.items() for row in rows]
+        each = [
+            {"doc_id": row, "filter": f, "acc": float(row in right), "acc_norm": 9} for f in "ab" for _, row in rows
+        ]
+        return {"samples": {"sums": each}}
+
+    for name, content in {
+        "lm_eval": {}, "lm_eval.models": {}, "lm_eval.tasks": {"TaskManager": TaskManager},
+        "lm_eval.evaluator": {"evaluate": evaluate}, "lm_eval.models.huggingface": {"HFLM": dict},
+    }.items():  # fmt: skip
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
+def scores(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "eval_tasks.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_tasks_are_measured_with_each_evaluation_and_say_what_broke(tmp_path, tokenizer, asked):
+    trainer = make_trainer(
+        tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks="sums", **EVALUATES | {"max_steps": 2}
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_sums/score" in entry]
+    found = [(entry["step"], entry["eval_sums/score"], entry["eval_sums/broken"]) for entry in logged]
+    assert found == [(0, 1, 0), (1, 3 / 9, 6 / 9), (2, 2 / 9, 7 / 9)]
+    assert [(line["step"], sum(line["scores"])) for line in scores(tmp_path)] == [(0, 9), (1, 3), (2, 2)]
+    drawn, options = asked.calls[0]
+    assert drawn == {"sums": list(range(ROWS))} and options["apply_chat_template"] is bool(tokenizer.chat_template)
+
+
+def test_rows_are_drawn_once_and_for_all(tmp_path, tokenizer, asked):
+    made = [make_trainer(tmp_path / name, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["sums"], eval_tasks_items=4)
+            for name in "ab"]  # fmt: skip
+    for trainer in made:
+        trainer.evaluate()
+    (first,), (second,) = (call[0].values() for call in asked.calls)
+    assert first == second == sorted(set(first)) and len(first) == 4
+
+
+def test_training_is_the_same_with_and_without_tasks(tmp_path, tokenizer, asked):
+    losses = []
+    for name, extra in (("with", {"eval_tasks": ["sums"]}), ("without", {})):
+        asked.right = [set()] * 9
+        make_trainer(tmp_path / name, tokenizer, eval_dataset=HELD_OUT, **EVALUATES, **extra).train()
+        losses.append([line["loss"] for line in lines(tmp_path / name)])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_resumed_run_compares_with_its_first_evaluation(tmp_path, tokenizer, asked):
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_tasks": ["sums"], "eval_dataset": HELD_OUT}
+    make_trainer(tmp_path, tokenizer, **EVALUATES | {"max_steps": 1}, **saves).train()
+    with open(tmp_path / "eval_tasks.jsonl", "a", encoding="utf-8") as file:  # of a step after the checkpoint
+        file.write(json.dumps({**scores(tmp_path)[0], "step": 5, "scores": [0.0] * ROWS}) + "\n")
+    trainer = make_trainer(tmp_path, tokenizer, **EVALUATES | {"max_steps": 2, "eval_on_start": False}, **saves)
+    trainer.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in scores(tmp_path)] == [0, 1, 2]
+    assert (
+        trainer.state.log_history[-1].get("eval_sums/broken", trainer.state.log_history[-2].get("eval_sums/broken"))
+        == 7 / 9
+    )
+
+
+def test_best_model_is_that_with_the_greater_score_or_that_broke_less(tmp_path, tokenizer, asked):
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_tasks": ["sums"], "load_best_model_at_end": True}
+    for metric, greater in (("eval_sums/score", True), ("sums/broken", False)):
+        args = make_args(tmp_path, metric_for_best_model=metric, eval_tasks="sums")
+        assert args.greater_is_better is greater
+        asked.calls.clear()
+        asked.right = [{0}, {0, 1}, {0, 1, 2}, {5}]
+        trainer = make_trainer(tmp_path / str(greater), tokenizer, eval_dataset=HELD_OUT, metric_for_best_model=metric,
+                               **EVALUATES, **saves)  # fmt: skip
+        trainer.train()
+        assert trainer.state.best_global_step == (2 if greater else 1)
+    with pytest.raises(ValueError, match=r"Did you mean 'eval_sums/score'\?"):
+        make_args(tmp_path, metric_for_best_model="eval_sums_score", eval_tasks="sums")
+    with pytest.raises(ValueError, match=r"would keep the worst"):
+        make_args(tmp_path, metric_for_best_model="eval_sums/broken", eval_tasks="sums", greater_is_better=True)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["sum"], r"'sum' is no task of lm-eval\. Did you mean 'sums'\?"),
+        (["many"], "'many' is a group of tasks"),
+        (["code"], r"'code' runs code of the model here\. `camopd eval` runs it in a cage"),
+        (["my/own.yaml"], r"'my/own.yaml' cannot be loaded \(ConnectionError: the hub is offline\)"),
+    ],
+)
+def test_task_that_cannot_be_measured_is_refused_before_the_first_step(tasks, said, tmp_path, tokenizer, asked):
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=tasks)
+
+
+def test_tasks_need_held_out_prompts_and_names(tmp_path, tokenizer, asked):
+    with pytest.raises(ValueError, match=r"eval_tasks=\['sums'\] are measured with the held-out prompts"):
+        make_trainer(tmp_path, tokenizer, eval_tasks="sums")
+    for wrong in (3, [3], {"a": 1}, ""):
+        with pytest.raises(ValueError, match="eval_tasks must be names"):
+            make_args(tmp_path, eval_tasks=wrong)
+
+
+def test_missing_lm_eval_is_named_with_the_line_that_installs_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"lm-eval, which is not here .*`pip install 'camopd\[eval\]'`"):
+        make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["ifeval"])
+    make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT).evaluate()  # which needs none of it
+
+
+# --- with the real lm-eval ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.eval
+def test_choices_are_those_that_the_model_finds_likelier(tmp_path, tokenizer):
+    """Against sums of log-probs of the model itself, and with the same training as without."""
+    words = ["cat", "dog", "sun", "tree", "house", "red"]
+    docs = [{"q": f"{a} {b}", "choices": [f" {c}" for c in words], "gold": n % 6} for n, (a, b) in
+            enumerate((a, b) for a in words for b in words[:3])]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    task = tmp_path / "pets.yaml"
+    task.write_text(
+        f"task: pets\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{gold}}'\n"
+        "target_delimiter: ''\nnum_fewshot: 0\nmetric_list: [{metric: acc}]\n", encoding="utf-8",
+    )  # fmt: skip
+    losses = []
+    for name, extra in (("with", {"eval_tasks": [str(task)], "eval_tasks_items": 12}), ("without", {})):
+        trainer = make_trainer(tmp_path / name, tokenizer, eval_dataset=HELD_OUT, **EVALUATES, **extra)
+        trainer.train()
+        losses.append([line["loss"] for line in lines(tmp_path / name)])
+    assert losses[0] == losses[1]
+    first, *_, last = scores(tmp_path / "with")
+    assert len(first["rows"]) == 12 and (first["step"], last["step"]) == (0, 3)
+    model = make_model(1)
+    for row, score in zip(first["rows"], first["scores"], strict=True):
+        sums = []
+        for choice in docs[row]["choices"]:
+            context = tokenizer(docs[row]["q"], add_special_tokens=False)["input_ids"]
+            ids = tokenizer(docs[row]["q"] + choice, add_special_tokens=False)["input_ids"]
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            sums.append(sum(logps[at - 1, ids[at]].item() for at in range(len(context), len(ids))))
+        assert score == float(max(range(6), key=sums.__getitem__) == docs[row]["gold"])
