@@ -85,8 +85,11 @@ class CaMOPDConfig(DistillationConfig):
 
         guards (`dict[str, float | None]`, *optional*):
             Thresholds of the guards on a run's numbers by name, over the defaults; `None` switches one off (metrics.md).
-        eval_tasks (`list[str]`, *optional*), eval_tasks_items (`int`, *optional*, defaults to `64`):
-            Tasks of lm-eval that each evaluation measures on so many rows: see docs/evaluation.md.
+        eval_tasks (`list[str]`, *optional*):
+            Tasks of lm-eval that each evaluation measures beside the held-out prompts: names, or paths of YAML files. See
+            docs/evaluation.md.
+        eval_tasks_items (`int`, *optional*, defaults to `64`):
+            Rows of each of `eval_tasks`, drawn once.
 
         > Parameters of the baselines (see docs/methods.md; `camopd/methods` has a file for each)
 
