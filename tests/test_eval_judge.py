@@ -102,6 +102,7 @@ def test_answer_without_text_is_wrong_without_a_judge():
 def test_key_goes_to_the_judge_and_nowhere_else(tmp_path):
     with serving(lambda body: YES) as server:
         found = of_answers(judge_of(server, key="secret"), tmp_path, [row()])
+        assert "secret" not in repr(judge_of(server, key="secret"))
     assert server.keys == ["Bearer secret"] and "secret" not in json.dumps(found)
     assert "secret" not in (tmp_path / "verdicts.jsonl").read_text(encoding="utf-8")
 

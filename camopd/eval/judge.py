@@ -67,7 +67,7 @@ class Judge:
 
     url: str
     model: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     pause: float = 2.0
     timeout: float = 300.0
     what: str = "judge"  # it is, in an error
