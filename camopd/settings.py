@@ -36,7 +36,7 @@ UNITS = {
     "updates": "num_iterations",
     "micro-batches": "gradient_accumulation_steps",
 }
-PER_BRANCH = ("prompts", "eval_prompts", "teachers", "mass_target", "scale", "score", "selection")
+PER_BRANCH = ("prompts", "eval_prompts", "teachers", "teacher_prompt", "mass_target", "scale", "score", "selection")
 TABLE = "<!-- made by `python -m camopd.settings docs/settings.md` -->"  # before it there, and behind it
 
 # Where the settings are declared, in the order in which they are shown; the first declaration of a name counts.

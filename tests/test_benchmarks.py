@@ -190,7 +190,7 @@ def test_cost_of_a_lag_is_measured_over_seeds(demo_folder, tmp_path, monkeypatch
     run_here(monkeypatch, lag)
     report = tmp_path / "lag.md"
     few = ["--seeds", "2", "--steps", "3", "--prompts", "4", "--tokens", "4", "--heldout", "2"]
-    with contextlib.closing(FakeRollouts(make_model(1), make_tokenizer())) as server:
+    with contextlib.closing(FakeRollouts(make_model(1), make_tokenizer(), max_model_len=512)) as server:
         lag.main(["--rollout-server", server.url, "--demo", str(demo_folder), *few, "--report", str(report)])
     rows = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if re.match(r"\| \d", line)]
     assert [row[:2] for row in rows] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]

@@ -39,6 +39,14 @@ def test_list_has_every_setting_and_none_else_with_its_help():
     assert len(list(declared())) == len(found)
 
 
+OF_BRANCHES = {
+    "prompts",
+    "eval_prompts",
+    "teachers",
+    "teacher_prompt",
+}  # and of nothing else: they have no value for all
+
+
 def test_table_of_the_docs_is_current(tmp_path):
     """If not: python -m camopd.settings docs/settings.md"""
     text = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8")
@@ -57,11 +65,7 @@ def test_numbers_have_a_unit_and_settings_of_branches_say_so():
     assert len(known) == len(set(known)) and set(known) <= set(own)
     numbers = {name for name, (default, _) in own.items() if type(ast.literal_eval(default)) in (int, float)}
     assert numbers - set(known) == {"num_train_epochs", "learning_rate"}
-    assert {rule.names for rule in method_rules.PER_BRANCH} == set(PER_BRANCH) - {
-        "prompts",
-        "eval_prompts",
-        "teachers",
-    }
+    assert {rule.names for rule in method_rules.PER_BRANCH} == set(PER_BRANCH) - OF_BRANCHES
     assert facts_of("scale", own["scale"][1]) == ("factor", "Eq. 9", "per branch")
     assert facts_of("score", own["score"][1]) == ("", "Eq. 6, 7", "per branch")
     assert facts_of("num_iterations", "") == ("updates", "", "")
