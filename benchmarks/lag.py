@@ -32,13 +32,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompts", type=int, default=12, help="of a step")
     parser.add_argument("--tokens", type=int, default=40, help="longest completion")
     parser.add_argument("--heldout", type=int, default=40, help="held-out prompts of each branch")
+    parser.add_argument("--rate", type=float, default=4e-5, help="learning rate")
     parser.add_argument("--report", type=Path, default=RESULTS / "lag.md")
     options = parser.parse_args(argv)
     found: dict[int, list[dict[str, float]]] = {0: [], 1: []}
     for seed in range(options.seeds):
         for lag in (0, 1) if seed % 2 == 0 else (1, 0):
             job = {
-                **{name: getattr(options, name) for name in ("steps", "prompts", "tokens", "heldout")},
+                **{name: getattr(options, name) for name in ("steps", "prompts", "tokens", "heldout", "rate")},
                 "server": options.rollout_server, "demo": str(options.demo), "seed": seed, "lag": lag,
             }  # fmt: skip
             found[lag].append(in_fresh_process(__file__, job))
@@ -54,7 +55,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         trainer = demo_trainer(
             models["domain"], models, demo / "prompts", job["heldout"], output_dir=folder, seed=job["seed"],
             max_steps=job["steps"], prompts_per_step=job["prompts"], max_completion_length=job["tokens"],
-            learning_rate=4e-5, model_init_kwargs={"dtype": "float32"}, bf16=False, rollout_servers=[job["server"]],
+            learning_rate=job["rate"], model_init_kwargs={"dtype": "float32"}, bf16=False, rollout_servers=[job["server"]],
             rollout_lag=job["lag"], diagnostics_steps=0, logging_steps=1,
         )  # fmt: skip
         before = trainer.evaluate()

@@ -189,7 +189,7 @@ def test_step_ahead_is_timed_with_known_latencies(tmp_path, monkeypatch):
 def test_cost_of_a_lag_is_measured_over_seeds(demo_folder, tmp_path, monkeypatch):
     run_here(monkeypatch, lag)
     report = tmp_path / "lag.md"
-    few = ["--seeds", "2", "--steps", "3", "--prompts", "4", "--tokens", "4", "--heldout", "2"]
+    few = ["--seeds", "2", "--steps", "3", "--prompts", "4", "--tokens", "4", "--heldout", "2", "--rate", "0.01"]
     with contextlib.closing(FakeRollouts(make_model(1), make_tokenizer(), max_model_len=512)) as server:
         lag.main(["--rollout-server", server.url, "--demo", str(demo_folder), *few, "--report", str(report)])
     rows = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if re.match(r"\| \d", line)]
