@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from forks import Forks
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,6 +83,19 @@ def rounding(magnitude: float = 1.0, sums: int = GRADIENT) -> float:
 
 LOGP = rounding(10, FORWARD)  # log-probs, and gaps, of `make_model`: nats, down to -10 or so
 LOSS = rounding(4)  # of Eq. 9, relative: its terms cancel to no less than a quarter or so
+
+
+@pytest.fixture(scope="session")
+def python():
+    """In the place of `sys.executable`, for programs that import torch, transformers, TRL and camopd: see forks.py."""
+    forks = Forks(
+        [
+            "steps", "train_tiny", "fake_rollouts", "torch.distributed.run", "accelerate.commands.launch", "camopd.cli",
+            "camopd.commands.train", "camopd.commands.serve", "camopd.card",
+        ]
+    )  # fmt: skip
+    yield forks.python
+    forks.close()
 
 
 @pytest.fixture(scope="session")

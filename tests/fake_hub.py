@@ -23,6 +23,14 @@ class FakeHub:
 
     def __init__(self, datasets: dict[str, dict[str, bytes]], refuse: dict[str, tuple[int, str]] | None = None):
         self.datasets, self.refuse = datasets, refuse or {}
+        self.forget()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def forget(self) -> None:
+        """Have no models and no notes of requests, as at the start."""
         self.requests: list[str] = []
         self.tokens: set[str | None] = set()
         self.created: list[dict] = []
@@ -30,10 +38,6 @@ class FakeHub:
         self.models: dict[str, dict[str, bytes]] = {}
         self.commits: list[tuple[str, str]] = []  # repository, message
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self) -> None:
         self.server.shutdown()

@@ -246,7 +246,9 @@ class Vllm(FakeVLLM):
 
 
 @pytest.mark.slow  # seven processes that import torch
-def test_teacher_scoring_on_both_transports_and_in_replay(tiny, tmp_path, monkeypatch):
+def test_teacher_scoring_on_both_transports_and_in_replay(tiny, tmp_path, monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
+
     @contextlib.contextmanager
     def server(model, log):
         fake = Vllm(make_model(1), make_tokenizer(), name=teacher_scoring.MODEL_NAME, compact=True)
@@ -314,9 +316,9 @@ def test_gpu_wheels_are_of_versions_that_are_tested():
 
 
 @pytest.mark.slow  # all its parts, each in processes of their own
-def test_gpu_goes_through_all_parts_on_a_cpu(tmp_path):
+def test_gpu_goes_through_all_parts_on_a_cpu(tmp_path, python):
     report = tmp_path / "gpu.md"
-    settings = {"PYTHON": sys.executable, "WHEELS": "", "OMP_NUM_THREADS": "1"}
+    settings = {"PYTHON": python, "WHEELS": "", "OMP_NUM_THREADS": "1"}
     command = ["bash", str(BENCHMARKS / "gpu.sh"), "--dry-run", "--report", str(report)]
     done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     text = report.read_text()
@@ -330,7 +332,8 @@ def test_gpu_goes_through_all_parts_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_benchmarks_measure_with_several_processes():
+def test_benchmarks_measure_with_several_processes(monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
     job = {"prompts": 8, "median": 6, "processes": 2, "model": {**scaling.MODEL, "hidden_size": 32}, "cap": 12}
     found = measuring.in_fresh_process(scaling.__file__, job, processes=2)
     assert found["train/tokens"] > 0 and found["time/step"] > 0

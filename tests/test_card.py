@@ -2,14 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import make_model, make_prompts, make_tokenizer
 from fake_hub import FakeHub
+from forks import Forks
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -152,25 +153,45 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
 # --- the Hub -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def online(tmp_path_factory):
+    """A Hub, its client's environment, which is read as that is imported, and a `python` with it."""
     served = FakeHub({})
-    yield served
+    environment = {
+        "HF_ENDPOINT": served.url, "HF_HOME": str(tmp_path_factory.mktemp("hf") / "home"), "HF_HUB_OFFLINE": "",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    forks = Forks(["camopd.commands.train", "camopd.trainer", "camopd.card"], **environment)
+    yield served, environment, forks.python
+    forks.close()
     served.close()
 
 
 @pytest.fixture
-def train(run, hub, tmp_path):
+def hub(online):
+    served, environment, _ = online
+    served.forget()
+    shutil.rmtree(environment["HF_HOME"], ignore_errors=True)
+    return served
+
+
+@pytest.fixture
+def train(run, hub, online, python):
     """`camopd train` in a process of its own, with the Hub of the test."""
+    _, settings, with_hub = online
 
     def train(*words, **environment):
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        settings = {
-            "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **environment,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "camopd.cli", "train", str(run), *words]
-        return subprocess.run(command, env={**clean, **settings}, capture_output=True, text=True, timeout=300)
+        command = [
+            python if "HF_HUB_OFFLINE" in environment else with_hub,
+            "-m",
+            "camopd.cli",
+            "train",
+            str(run),
+            *words,
+        ]
+        environment = {**clean, **settings, **environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     return train
 

@@ -125,13 +125,13 @@ def printed(capsys, *arguments: str) -> list[list[str]]:
 class Serve:
     """`camopd serve` in a process of its own, with a short grace."""
 
-    def __init__(self, *arguments: str, grace: float = 5.0):
+    def __init__(self, python: str, *arguments: str, grace: float = 5.0):
         code = (
             "import sys; from camopd.commands import serve; from camopd.cli import main\n"
             f"serve.GRACE_SECONDS = {grace}; main(['serve', *sys.argv[1:]])"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [python, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def end(self) -> tuple[int, str, str]:
@@ -140,12 +140,12 @@ class Serve:
 
 
 @pytest.fixture
-def serve():
+def serve(python):
     """Start `camopd serve`; what a failed test leaves running is stopped."""
     runs: list[Serve] = []
 
     def _serve(*arguments: str, **options) -> Serve:
-        runs.append(Serve(*arguments, **options))
+        runs.append(Serve(python, *arguments, **options))
         return runs[-1]
 
     yield _serve

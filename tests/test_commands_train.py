@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -158,13 +157,13 @@ def test_train_without_prompts_is_an_error_that_shows_the_form(run, capsys, give
 
 
 @pytest.mark.slow
-def test_train_survives_a_day_of_signals_and_ends_as_if_undisturbed(run, tmp_path):
+def test_train_survives_a_day_of_signals_and_ends_as_if_undisturbed(run, tmp_path, python):
     """Ctrl-C, SIGTERM, and kill -9 in a save, each followed by the same command."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     words = ["--max_steps", "24", "--save_steps", "2", "--log_level", "warning", "--resume", "auto", "--output_dir"]
 
     def start(folder: Path) -> subprocess.Popen:
-        command = [sys.executable, "-m", "camopd.cli", "train", run, *words, str(folder)]
+        command = [python, "-m", "camopd.cli", "train", run, *words, str(folder)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def lines_of(folder: Path) -> list[dict]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from contextlib import closing
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 # Adam divides by a gradient that may be nothing but rounding; not with an epsilon as large as gradients are.
 LEARNING_RATE, ADAM_EPSILON, STEPS = 0.01, 0.01, 3
 WEIGHT = STEPS * (LEARNING_RATE * rounding(1) / ADAM_EPSILON + rounding(1, sums=1))  # gradients are clipped to 1
@@ -55,25 +53,8 @@ COMPARED = (
 pytestmark = pytest.mark.xdist_group("launches")  # on one worker, where they share their launches
 
 
-@pytest.fixture(scope="module")
-def extensions(pytestconfig, tmp_path_factory):
-    """Where DeepSpeed compiles an extension, for a minute, or finds it as the tests before have left it.
-
-    The folder is this run's own: one that was killed while it compiled leaves a lock that others wait for, for ever.
-    """
-    folder = tmp_path_factory.mktemp("extensions")
-    kept = pytestconfig.cache.mkdir("torch_extensions") / f"{torch.__version__}-{version('deepspeed')}"
-    if kept.exists():
-        shutil.copytree(kept, folder, dirs_exist_ok=True)
-    yield folder
-    if not kept.exists() and list(folder.glob("*/*.so")):
-        made = kept.with_name(f"{os.getpid()}")
-        shutil.copytree(folder, made, ignore=shutil.ignore_patterns("lock"))
-        made.rename(kept)
-
-
-def launch(config: str, folder: Path, extensions: Path, runs: dict[str, list[str]]) -> None:
-    """Runs of train_tiny.py, one after the other in the same two processes, each in `folder`/NAME."""
+def launch(python: str, config: str, folder: Path, runs: dict[str, list[str]]) -> None:
+    """Runs of train_tiny.py, one after the other in the same two processes of `python`, each in `folder`/NAME."""
     words = [
         "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "3", "--schedule",
         "general:1,domain:1", "--prompts_per_step", "8", "--per_device_train_batch_size", "2", "--max_completion_length",
@@ -83,15 +64,15 @@ def launch(config: str, folder: Path, extensions: Path, runs: dict[str, list[str
     path = folder / "runs.json"
     path.write_text(json.dumps([["--output_dir", str(folder / name), *words, *more] for name, more in runs.items()]))
     command = [
-        *ACCELERATE, "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0",
-        "--mixed_precision", "no", str(TESTS / "train_tiny.py"), str(path),
+        python, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", "2",
+        "--main_process_port", "0", "--mixed_precision", "no", str(TESTS / "train_tiny.py"), str(path),
     ]  # fmt: skip
     environment = {
         **os.environ,
         "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
     }
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
@@ -107,8 +88,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def launched(extensions, tmp_path_factory):
-    """The runs of a launch file, in one launch: the folder that has them by name, or `data_parallel`'s."""
+def launched(tmp_path_factory):
+    """The runs of a launch file, in one launch of fresh interpreters: the folder that has them by name."""
 
     @cache
     def launched(config):
@@ -120,19 +101,19 @@ def launched(extensions, tmp_path_factory):
             # The adapter first: after that the server has other weights than those of its folder.
             on_servers = {"servers-lora": [*few, *LORA], "servers": few}
             if config == "ddp":
-                launch("ddp", folder, extensions, {"full": FULL, "lora": LORA, **on_servers})
+                launch(sys.executable, "ddp", folder, {"full": FULL, "lora": LORA, **on_servers})
             elif config == "zero2":
-                launch(config, folder, extensions, {**settings_of(config), "bf16": BF16})
+                launch(sys.executable, config, folder, {**settings_of(config), "bf16": BF16})
             else:
                 bf16 = {} if config == "zero3" else {"bf16": BF16}
-                launch(config, folder, extensions, {**settings_of(config), **bf16, **on_servers})
+                launch(sys.executable, config, folder, {**settings_of(config), **bf16, **on_servers})
         return folder
 
     return launched
 
 
 @pytest.fixture(scope="module")
-def resumed(launched, extensions, tmp_path_factory):
+def resumed(launched, python, tmp_path_factory):
     """The same runs stopped after step 2, and resumed in processes of their own."""
 
     @cache
@@ -144,7 +125,7 @@ def resumed(launched, extensions, tmp_path_factory):
             left_out = shutil.ignore_patterns("checkpoint-3", "final")
             shutil.copytree(launched(config) / name, folder / name, ignore=left_out)
             runs[name] = [*runs[name], "--resume_from_checkpoint", str(folder / name / "checkpoint-2")]
-        launch(config, folder, extensions, runs)
+        launch(python, config, folder, runs)
         return folder
 
     return resumed

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,13 +59,13 @@ def test_minimal_loop_has_the_loss_and_gradient_of_the_trainer(branch, tmp_path)
 
 
 @pytest.mark.slow
-def test_minimal_loop_runs_as_a_script(tmp_path):
+def test_minimal_loop_runs_as_a_script(tmp_path, python):
     tokenizer = make_tokenizer()
     for name, seed in (("student", 1), ("teacher", 2)):
         make_model(seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "minimal_loop.py"), str(tmp_path / "student"), str(tmp_path / "teacher"),
+        [python, str(EXAMPLES / "minimal_loop.py"), str(tmp_path / "student"), str(tmp_path / "teacher"),
          "--steps", "4", "--save-to", str(tmp_path / "recovered")],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -107,18 +106,23 @@ def models(tmp_path_factory):
     return folder
 
 
-def script(name: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def script(python):
     """Run an example under `accelerate launch`, as its head says."""
-    # Not --cpu, with which accelerate starts one process, whatever --num_processes says.
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
-        "--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, str(EXAMPLES / f"{name}.py"), *words], cwd=EXAMPLES.parent, env=environment, capture_output=True,
-        text=True, timeout=400, check=False,
-    )  # fmt: skip
+
+    def script(name: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+        # Not --cpu, with which accelerate starts one process, whatever --num_processes says.
+        launch = [
+            python, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp.yaml",
+            "--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0",
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*launch, str(EXAMPLES / f"{name}.py"), *words], cwd=EXAMPLES.parent, env=environment, capture_output=True,
+            text=True, timeout=400, check=False,
+        )  # fmt: skip
+
+    return script
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -131,7 +135,7 @@ def jsonl(path: Path, rows) -> str:
 
 
 @pytest.mark.slow
-def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_a_card(models, tmp_path):
+def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_a_card(models, tmp_path, script):
     rows = [
         {"id": n, "question": f"which of {n}?", "options": {"A": "one", "B": "two"}, "answer": "B"} for n in range(8)
     ]
@@ -163,14 +167,14 @@ def test_train_medical_puts_raw_rows_into_the_template_saves_resumes_and_writes_
 
 
 @pytest.mark.slow
-def test_script_without_prompts_of_a_branch_says_which(models, tmp_path):
+def test_script_without_prompts_of_a_branch_says_which(models, tmp_path, script):
     run = script("train_medical", "--config", "configs/smoke.yaml", "--prompts", '{"general": "general.jsonl"}')
     assert run.returncode != 0
     assert "visits branch 'domain', but prompts has only ['general']. Add prompts.domain" in run.stderr
 
 
 @pytest.mark.slow
-def test_specialize_makes_the_model_that_train_roleplay_recovers(models, tmp_path):
+def test_specialize_makes_the_model_that_train_roleplay_recovers(models, tmp_path, script):
     """From CoSER's own form, by the builder, to a recovered model."""
     raw = tmp_path / "coser.json"
     raw.write_text(json.dumps([talk(turns) for turns in (3, 5, 7, 9, 4, 6, 8, 10)]))
@@ -207,7 +211,7 @@ def test_specialize_takes_the_columns_of_each_form_of_trl():
 
 
 @pytest.mark.slow
-def test_train_custom_needs_no_config(models, tmp_path):
+def test_train_custom_needs_no_config(models, tmp_path, script):
     prompts = {
         name: jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {n}"} for n in range(8)]) for name in ("a", "b")
     }

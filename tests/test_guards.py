@@ -777,10 +777,10 @@ def test_thresholds_that_there_are_not_are_refused(given, message, make_config):
 # ----------------------------------------------------------------------------------------------------- two processes
 
 
-def launch(config, folder):
+def launch(config, folder, python):
     """This file as a script on two processes, under a launch file; what each of them has found."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
+        python, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
         "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no", __file__, str(folder), config,
     ]  # fmt: skip
     environment = {
@@ -797,8 +797,8 @@ def launch(config, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_ranks_skip_and_stop_together(config, tmp_path):
-    found = launch(config, tmp_path)
+def test_ranks_skip_and_stop_together(config, tmp_path, python):
+    found = launch(config, tmp_path, python)
     for rank, each in enumerate(found):
         assert each["moved"] == [True, False, True]
         assert "step 1 (general): teacher 'general' (broken) gave" in each["log_prob"]
@@ -811,8 +811,8 @@ def test_ranks_skip_and_stop_together(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
-def test_steps_that_deepspeed_skips_are_counted_and_one_that_it_has_made_stops_the_run(config, tmp_path):
-    for rank, each in enumerate(launch(config, tmp_path)):
+def test_steps_that_deepspeed_skips_are_counted_and_one_that_it_has_made_stops_the_run(config, tmp_path, python):
+    for rank, each in enumerate(launch(config, tmp_path, python)):
         assert each["loss moved"] == each["gradient moved"] == [True, False, True]
         assert re.search(r"step 3 \(general\): the norm of the gradient is inf.*after 1 skipped", each["often"])
         assert re.search(

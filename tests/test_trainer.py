@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,9 +72,9 @@ def test_step_equals_the_step_by_hand(case, variant, batch_size, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_step_of_several_processes_is_the_step_by_hand(processes, tmp_path):
+def test_step_of_several_processes_is_the_step_by_hand(processes, tmp_path, python):
     """In the case `one_sample_kept` all ranks but one have nothing to train: none of them may wait for ever."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    command = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command, str(TESTS / "steps.py"), str(tmp_path), str(4 // processes)],

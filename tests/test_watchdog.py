@@ -328,8 +328,8 @@ def test_evaluations_and_saves_are_phases(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_rank_that_is_stopped_is_named_and_the_run_goes_on_when_it_does(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
+def test_rank_that_is_stopped_is_named_and_the_run_goes_on_when_it_does(tmp_path, python):
+    command = [python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
 
     def run(folder, stop):

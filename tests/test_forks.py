@@ -1,0 +1,86 @@
+"""A program in a fork is what it is in an interpreter of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from forks import Forks
+
+
+SHOW = """
+import __main__, json, os, sys
+json.dump([sys.argv, os.getcwd(), sys.path, os.environ["WORD"], sys.stdin.read(), __main__.__name__, __name__,
+           getattr(__main__, "__file__", None), sorted(os.listdir("/proc/self/fd"))], sys.stdout)
+"""
+ENDS = {
+    "well": "print('said')",
+    "code": "import sys; print('said'); sys.exit(75)",
+    "reason": "import sys; sys.exit('the reason')",
+    "error": "def fail(): raise ValueError('what')\nfail()",
+    "interrupt": "raise KeyboardInterrupt",
+    "killed": "import os; os.kill(os.getpid(), 9)",
+    "atexit": "import atexit; atexit.register(print, 'at exit')",
+    "thread": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
+}
+
+
+@pytest.fixture(scope="module")
+def python():
+    forks = Forks(["json"])
+    yield forks.python
+    forks.close()
+
+
+def of_both(python, words, **more):
+    """What a program leaves in an interpreter of its own, and in a fork."""
+    runs = [
+        subprocess.run([each, *words], capture_output=True, text=True, timeout=60, **more)
+        for each in (sys.executable, python)
+    ]
+    return [(run.returncode, run.stdout, run.stderr) for run in runs]
+
+
+@pytest.mark.parametrize("how", ["script", "module", "package", "code", "option"])
+def test_forks_have_the_words_folder_paths_environment_and_files_of_their_command(how, python, tmp_path):
+    (tmp_path / "show.py").write_text(SHOW)
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "shown" / "__main__.py").write_text(SHOW)
+    words = {
+        "script": ["show.py"], "module": ["-m", "show"], "package": ["-m", "shown"], "code": ["-c", SHOW],
+        "option": ["-B", "show.py"],
+    }[how]  # fmt: skip
+    environment = {**os.environ, "WORD": "word", "PYTHONPATH": str(tmp_path / "elsewhere")}
+    alone, forked = of_both(python, [*words, "--one", "two"], cwd=tmp_path, env=environment, input="given")
+    assert json.loads(alone[1])[4] == "given"
+    assert forked == alone
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_forks_end_as_a_program_of_its_own_does(how, python):
+    alone, forked = of_both(python, ["-c", ENDS[how]])
+    assert forked[:2] == alone[:2]
+    assert forked[2].splitlines()[-1:] == alone[2].splitlines()[-1:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_forks_get_the_signals_and_are_gone_with_their_command(number, python, tmp_path):
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    process = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    fork = int(process.stdout.readline())
+    assert fork != process.pid
+    process.send_signal(number)
+    assert process.wait(10) == -number
+    end = time.monotonic() + 10
+    while time.monotonic() < end and os.path.exists(f"/proc/{fork}"):
+        time.sleep(0.01)
+    assert not os.path.exists(f"/proc/{fork}")
+
+
+def test_forks_start_forks(python):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import forks_main; print(1)'], check=True)"
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "1\n", "")
