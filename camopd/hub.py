@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ResumeError
+from .manifest import CHECKPOINT
 from .watchdog import PUSH, phase
 
 
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"hf_\w+")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def is_hub_id(name: str) -> bool:
@@ -36,7 +36,7 @@ def public_name(name: str) -> str:
     if is_hub_id(of):
         return name
     path = Path(of)
-    run = path.parent.name if _CHECKPOINT.fullmatch(path.name) else ""
+    run = path.parent.name if CHECKPOINT.fullmatch(path.name) else ""
     return f"{which}{colon}{path.name}{run and f' ({run})'}"
 
 
@@ -105,7 +105,7 @@ _FOLDERS = re.compile(
     r"data_cards/[^/]+\.md|additional_chat_templates/[^/]+\.jinja|runs/.+/events\.out\.tfevents\.[^/]+"
 )
 # Of this run, and never sent: they hold what the student has written, and what only concerns this machine.
-_KEPT_HERE = re.compile(r"(checkpoint-\d+|completions|rejected|_[^/]*)(/.*)?")
+_KEPT_HERE = re.compile(rf"({CHECKPOINT.pattern}|completions|rejected|_[^/]*)(/.*)?")
 
 
 class OnlyOwnFiles:
@@ -134,7 +134,7 @@ class OnlyOwnFiles:
         """Paths in `output_dir` of this run's files. Names the others, once."""
         folder = Path(self._trainer.args.output_dir)
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        saved = {name.partition("/")[2] for name in files if _CHECKPOINT.match(name)}  # what a save writes in this run
+        saved = {name.partition("/")[2] for name in files if CHECKPOINT.match(name)}  # what a save writes in this run
         tokenizer = getattr(self._trainer.processing_class, "vocab_files_names", None) or {}
         names = {*saved, *tokenizer.values()}
         own = [

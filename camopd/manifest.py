@@ -23,6 +23,7 @@ from . import atomic
 
 SAVING = "_saving"  # in output_dir; transformers sends nothing to the Hub that begins so
 MANIFEST = "manifest.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder's name, and its step
 READERS = 4  # files hashed at once by a process; hashing releases the GIL
 
 
@@ -94,7 +95,7 @@ def fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 def step_of(folder: Path) -> int:
     """Of a folder `checkpoint-<step>`, its step; -1 for any other."""
-    found = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    found = CHECKPOINT.fullmatch(folder.name)
     return int(found[1]) if found and folder.is_dir() else -1
 
 

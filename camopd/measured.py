@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .manifest import step_of
 from .verdict import Measured
 
 
@@ -94,9 +95,8 @@ def of_run(folder: Path) -> tuple[dict[str, list[Measured]], int | None]:
 
 
 def _state_of(folder: Path) -> dict[str, Any]:
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    newest = sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2]))
-    for path in (folder, *newest):
+    checkpoints = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0]
+    for path in (folder, *sorted(checkpoints, key=step_of, reverse=True)):
         try:
             found = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

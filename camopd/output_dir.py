@@ -4,7 +4,6 @@ torch: `camopd train` looks before its imports, and the trainer looks again."""
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from .errors import CaMOPDError, ResumeError
 from .hub import is_hub_id, public_name
-from .manifest import MANIFEST, saved_at
+from .manifest import CHECKPOINT, MANIFEST, saved_at
 from .schedule import by_step, number_of
 from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder
 
@@ -22,7 +21,6 @@ EVAL_TASKS = "eval_tasks.jsonl"  # what live_tasks.py has measured, row by row
 RUN_FILE = "_run.json"  # what begins with _ is never sent to the Hub
 RUN_RECORD = "camopd.json"  # in every checkpoint, see record.py
 RUN_ID = "run_id"  # in both; run_folder.py says when it must be the same
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Settings that a record has as they are written. A trainer compares all.
 _COMPARED = (
     "schedule", "prompts_per_step", "seed", "max_prompt_length", "max_completion_length", "learning_rate", "token_rule",
@@ -32,7 +30,7 @@ _COMPARED = (
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """What is named like a checkpoint, whole or not."""
-    return [path for path in sorted(folder.glob("checkpoint-*")) if _CHECKPOINT.fullmatch(path.name)]
+    return [path for path in sorted(folder.glob("checkpoint-*")) if CHECKPOINT.fullmatch(path.name)]
 
 
 def run_id_of(folder: Path) -> str | None:
@@ -125,7 +123,7 @@ def need_checkpoint(given: Any) -> None:
                 f"{str(newest)!r}; with output_dir={given!r}, `--resume auto` takes it."
             )
         return
-    if _CHECKPOINT.fullmatch(path.name) or names_missing_folder(given):  # and so no model of the Hub
+    if CHECKPOINT.fullmatch(path.name) or names_missing_folder(given):  # and so no model of the Hub
         newest = _newest(path.parent)
         there = f" The newest one beside it is {str(newest)!r}." if newest else ""
         raise ResumeError(

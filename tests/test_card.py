@@ -13,6 +13,7 @@ from fake_hub import FakeHub
 from forks import Forks
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from trainers import save_models
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, cli
 from camopd.files import load_all
@@ -25,9 +26,7 @@ DATA_CARD = "---\npretty_name: Medical prompts\ntags:\n- camopd\n- on-policy-dis
 @pytest.fixture
 def run(tmp_path):
     """A run of four steps as a YAML file, with a data card beside the domain prompts."""
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
+    save_models(tmp_path, student=1, teacher=2)
     for branch in ("general", "domain"):
         (tmp_path / branch).mkdir()
         make_prompts(branch).to_json(tmp_path / branch / "prompts.jsonl")

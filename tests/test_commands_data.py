@@ -11,6 +11,7 @@ import pytest
 from data_rows import distill, m23k, medmcqa, medqa, medreason, medxpertqa, talk
 from datasets import Dataset
 from fake_hub import SHA, FakeHub
+from trainers import refused
 
 from camopd import cli
 
@@ -27,10 +28,7 @@ def coser_file(tmp_path):
 
 
 def fails(capsys, *words):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["data", *words])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+    return refused(capsys, "data", *words)
 
 
 @pytest.fixture(autouse=True)

@@ -143,9 +143,8 @@ def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbe
         run_demo(tmp_path / "two", [settings])
     assert stopped.value.code == 130
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Checkpoint of step 2 of 4 is in" in printed
-    assert "Run the same command again to go on from it." in printed
-    assert (tmp_path / "two" / "seed-0" / "recover-run" / "checkpoint-2" / "camopd.json").is_file()
+    assert "Stopped in step 2 of 4. Run the same command again to go on from there." in printed
+    assert (tmp_path / "two" / "seed-0" / "recover-run" / "checkpoint-1" / "camopd.json").is_file()
     monkeypatch.setattr(demo_stages, "make_trainer", make_trainer)
     resumed = run_demo(tmp_path / "two", [settings])
     for name in MODELS:

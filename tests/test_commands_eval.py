@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_openai import serving
+from trainers import refused
 
 from camopd import cli
 
@@ -54,10 +55,7 @@ def data(tmp_path, monkeypatch):
 
 
 def error_of(capsys, *words):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["eval", *words])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+    return refused(capsys, "eval", *words)
 
 
 def test_three_models_make_a_table_that_says_what_came_back_and_what_broke(data, tmp_path, capsys):

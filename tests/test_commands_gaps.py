@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
-from conftest import make_model, make_prompts, make_tokenizer
-from trainers import SETTINGS
+from conftest import make_prompts
+from trainers import SETTINGS, save_models
 
 from camopd import cli
 from camopd.measured import lines_of
@@ -14,9 +14,7 @@ from camopd.measured import lines_of
 @pytest.fixture
 def run(tmp_path):
     """A run of four steps, as a file."""
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed).save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
+    save_models(tmp_path, student=1, teacher=2)
     for branch in ("general", "domain"):
         make_prompts(branch, 9).to_json(tmp_path / f"{branch}.jsonl")
     prompts = {branch: str(tmp_path / f"{branch}.jsonl") for branch in ("general", "domain")}

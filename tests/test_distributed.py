@@ -65,7 +65,8 @@ def launch(python: str, config: str, folder: Path, runs: dict[str, list[str]]) -
     path.write_text(json.dumps([["--output_dir", str(folder / name), *words, *more] for name, more in runs.items()]))
     command = [
         python, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"),
-        "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no", str(TESTS / "train_tiny.py"), str(path),
+        "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no",
+        str(TESTS / "train_tiny.py"), str(path),
     ]  # fmt: skip
     environment = {
         **os.environ,

@@ -11,6 +11,7 @@ import torch
 from conftest import LOSS, make_model, make_prompts, make_tokenizer
 from data_rows import talk
 from steps import LEARNING_RATE, MAX_GRAD_NORM, PARAMETER, ROWS, Case, FakeSampler, trainer_step
+from trainers import save_models
 from transformers import AutoModelForCausalLM
 
 from camopd import cli
@@ -60,10 +61,7 @@ def test_minimal_loop_has_the_loss_and_gradient_of_the_trainer(branch, tmp_path)
 
 @pytest.mark.slow
 def test_minimal_loop_runs_as_a_script(tmp_path, python):
-    tokenizer = make_tokenizer()
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    save_models(tmp_path, student=1, teacher=2)
     run = subprocess.run(
         [python, str(EXAMPLES / "minimal_loop.py"), str(tmp_path / "student"), str(tmp_path / "teacher"),
          "--steps", "4", "--save-to", str(tmp_path / "recovered")],

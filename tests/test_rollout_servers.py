@@ -12,7 +12,7 @@ from fake_rollouts import FakeRollouts
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from trainers import make_trainer
+from trainers import make_trainer, worst
 
 from camopd.errors import RolloutError
 from camopd.rollout_servers import seed_of
@@ -56,19 +56,6 @@ def rows(count, branch="general"):
         {"branch": branch, "prompt": f"{branch} {'b' * (place % 5)}", "position": place, "category": str(place)}
         for place in range(count)
     ]
-
-
-def worst(trainer, samples):
-    """Largest distance between the servers' log-prob of a token and that of the student's present weights, nats."""
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    found = 0.0
-    for sample in samples:
-        ids, start = sample.token_ids, sample.prompt_len
-        with torch.no_grad():
-            logps = student(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        logps = logps[range(start - 1, len(ids) - 1), ids[start:]]
-        found = max(found, (logps - sample.rollout_logps).abs().max().item())
-    return found
 
 
 def watched(trainer):

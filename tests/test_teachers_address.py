@@ -15,8 +15,8 @@ from camopd.teachers.address import (
     is_loopback,
     is_server,
     key_variables,
+    name_to_show,
     names_missing_folder,
-    public_name,
     public_url,
     refuse_secrets,
     same_model,
@@ -202,8 +202,8 @@ def test_note_of_camopd_serve_shows_no_secrets(url):
         ("a@b/model", "a@b/model"),
     ],
 )
-def test_public_name_has_nothing_that_may_be_a_password_or_a_key(name, shown, tmp_path, monkeypatch):
-    assert public_name(name) == shown
+def test_name_to_show_has_nothing_that_may_be_a_password_or_a_key(name, shown, tmp_path, monkeypatch):
+    assert name_to_show(name) == shown
     if shown != name:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match=re.escape(f"the teacher of branch 'general' is {shown!r} with a")):

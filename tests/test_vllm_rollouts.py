@@ -24,7 +24,7 @@ from conftest import VOCAB, make_prompts, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from trainers import ROUNDED, make_trainer
+from trainers import ROUNDED, make_trainer, worst
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
@@ -143,20 +143,12 @@ def lines(trainer):
 
 def watch(trainer):
     """Record, for each batch of rollouts, the samples, and the largest distance between the sampler's log-prob of a token
-    and that of a float64 forward of the student's present weights."""
+    and that of a forward of the student's present weights."""
     made, roll_out = [], trainer.roll_out
 
     def watched(rows, max_tokens, *more):
         samples, cut = roll_out(rows, max_tokens, *more)
-        student = trainer.accelerator.unwrap_model(trainer.model)
-        worst = 0.0
-        for sample in samples:
-            ids, start = sample.token_ids, sample.prompt_len
-            with torch.no_grad():
-                found = student(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            found = found[range(start - 1, len(ids) - 1), ids[start:]]
-            worst = max(worst, (found - sample.rollout_logps).abs().max().item())
-        made.append((worst, [sample.token_ids for sample in samples]))
+        made.append((worst(trainer, samples), [sample.token_ids for sample in samples]))
         return samples, cut
 
     trainer.roll_out = watched

@@ -2,10 +2,11 @@
 
 import json
 
+import pytest
 import torch
-from conftest import make_model, make_prompts
+from conftest import make_model, make_prompts, make_tokenizer
 
-from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores
+from camopd import CaMOPDConfig, CaMOPDTrainer, TokenScores, cli
 
 
 # Of a tiny run, for a file of the command line
@@ -41,6 +42,34 @@ def make_trainer(tmp_path, tokenizer, **kwargs) -> CaMOPDTrainer:
         "train_dataset": {branch: make_prompts(branch) for branch in ("general", "domain")},
     }
     return CaMOPDTrainer(**{**defaults, **given}, args=make_args(tmp_path, **kwargs), processing_class=tokenizer)
+
+
+def save_models(folder, **seeds) -> None:
+    """Models of these seeds as folders with a tokenizer, by name."""
+    for name, seed in seeds.items():
+        make_model(seed).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+
+
+def worst(trainer, samples) -> float:
+    """Largest distance between an engine's log-prob of a token and that of the student's present weights, nats."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    found = 0.0
+    for sample in samples:
+        ids, start = sample.token_ids, sample.prompt_len
+        with torch.no_grad():
+            logps = student(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        logps = logps[range(start - 1, len(ids) - 1), ids[start:]]
+        found = max(found, (logps - sample.rollout_logps).abs().max().item())
+    return found
+
+
+def refused(capsys, *words) -> str:
+    """What `camopd` says of words that it exits with 2 for."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
 def lines(tmp_path) -> list[dict]:

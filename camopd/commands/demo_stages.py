@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,10 @@ from ..eval.compare import RESULT, START, compare
 from ..eval.scores import Item
 from ..eval.tasks import Task
 from ..generation import neutral_generation
+from ..signals import RunInterrupted
 from ..trainer import CaMOPDTrainer
 from ..verdict import Measured
+from .ctrl_c import EXIT_CODE
 
 
 MODELS = ("general", "specialised", "recovered")
@@ -134,16 +135,14 @@ def recover(models: dict[str, Path], run: Path, settings: DemoSettings) -> None:
                 if f"gap/{branch}/abs_mean" in logs
             ),
         )
-        stop = _StopOnCtrlC()
-        trainer.add_callback(stop)
-        with stop:
+        try:
             trainer.train(resume_from_checkpoint="auto")
-    if stop.asked:
-        console.print(
-            f"\nCheckpoint of step {trainer.state.global_step} of {settings.steps} is in {run}. Run the same command again "
-            "to go on from it."
-        )
-        raise SystemExit(130)
+        except RunInterrupted:
+            step = trainer.state.global_step + 1
+            console.print(
+                f"\nStopped in step {step} of {settings.steps}. Run the same command again to go on from there."
+            )
+            raise SystemExit(EXIT_CODE) from None
     trainer.save_model(str(models["recovered"]))
     shutil.copy(run / "metrics.jsonl", models["recovered"] / "metrics.jsonl")
     shutil.rmtree(run)
@@ -305,27 +304,3 @@ def _replace_progress(trainer: Any, progress: Progress, name: str, note: Callabl
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bar())
-
-
-class _StopOnCtrlC(TrainerCallback):
-    """The first Ctrl-C finishes the step and saves a checkpoint, the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _StopOnCtrlC:
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, signum: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        console.print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            control.should_save = control.should_training_stop = True

@@ -36,7 +36,7 @@ def public_url(url: str) -> str:
     return scheme + slashes + host.rpartition("@")[2] + slash + path
 
 
-def public_name(name: str) -> str:
+def name_to_show(name: str) -> str:
     """A model id or path as an error may show it: it may be a URL without scheme, `user:password@host:8001/?key=...`."""
     shown = re.split("[?#]", name, maxsplit=1)[0]
     return re.sub(r"^[^@]*:[^@]*@(.*@)?", "", shown)
@@ -44,9 +44,9 @@ def public_name(name: str) -> str:
 
 def refuse_secrets(branch: str, name: str) -> None:
     """Raise `ValueError` for the name of a teacher that may hold a password or key, before a library shows it."""
-    if public_name(name) != name and not Path(name).expanduser().exists():
+    if name_to_show(name) != name and not Path(name).expanduser().exists():
         raise ValueError(
-            f"the teacher of branch {branch!r} is {public_name(name)!r} with a '?', '#' or '@', which neither the id of a "
+            f"the teacher of branch {branch!r} is {name_to_show(name)!r} with a '?', '#' or '@', which neither the id of a "
             f"model nor the URL of a server may have. A server is written http://host:port, and its key is set in "
             f"{' or '.join(key_variables(str(branch)))}."
         )

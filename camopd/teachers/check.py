@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # its import takes seconds, and a server that is not there ne
 # Mean |log-prob difference| per token between two engines with the same weights: some 5e-5 nats in float32, some more in
 # bfloat16. Above the first bound a look at the settings is due, above the second they hold different weights.
 ENGINE_GAP_WARNING, ENGINE_GAP_ERROR = 0.05, 0.5
+ABOVE_NORMALISED = (
+    1e-4  # nats above 0 that rounding to float32 stays below; the probabilities of several add up to more
+)
 # Teachers of one origin with the student start at some 0.04 nats/token, a foreign one at 0.19, from which distillation is
 # much harder: https://arxiv.org/abs/2606.30406.
 INITIAL_KL_WARNING = 0.1
@@ -270,7 +273,7 @@ def _check_distribution(
     masses = [row.top_logps.exp().sum(-1) for row in tops if row.top_logps is not None]
     most, least = (max(m.max().item() for m in masses), min(m.min().item() for m in masses)) if masses else (1.0, 1.0)
     # Five of V tokens, the likeliest, hold at least 5 / V; half of it allows for a teacher with a padded vocabulary.
-    if logps.max() > 1e-4 or most > 1.001 or least < 2.5 / vocab_size:
+    if logps.max() > ABOVE_NORMALISED or most > 1 + 10 * ABOVE_NORMALISED or least < 2.5 / vocab_size:
         return Finding(
             branch, "log-probs", "error",
             f"{teacher.name!r} answers {logps.min():.2f} to {logps.max():.2f} as log-probs and {least:.2g} to {most:.2g} "
