@@ -109,12 +109,15 @@ class Rollouts:
         """The next step's rollouts where they are begun, as a checkpoint keeps them, and how many prompts were cut: the
         weights that write them are gone after the next update. Called by all ranks.
 
-        Waits until all are written; or gives `None` after a signal, for rollouts that are not.
+        Waits until all are written. Gives `None` for rollouts that are not, after a signal or where no server is left: the
+        checkpoint is made without them, and the next step says what is wrong.
         """
         ahead, trainer = self._ahead, self._trainer
         if ahead is None:
             return None
         if any(gather_object([bool(trainer.stops.heard)])) and not all(gather_object([ahead.flight.done()])):
+            return None
+        if not all(gather_object([ahead.flight.settle()])):
             return None
         kept = [replace(sample) for sample in self._collect(ahead)]
         for sample in kept:
@@ -143,8 +146,8 @@ class Rollouts:
                 work.stop()
 
         trainer.engine.sync(trainer.held_out_results if number is None else trainer.step)
-        flight = trainer.engine.start(rows, max_tokens, ("evaluation",) if number is None else ("step", number))
-        flight.on_finished(finished)
+        words = ("evaluation",) if number is None else ("step", number)
+        flight = trainer.engine.start(rows, max_tokens, words, finished)
         clock.add(work)
         return Ahead(number or 0, flight, clock, so_far)
 

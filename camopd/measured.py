@@ -33,7 +33,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
             line = None
             if number == len(texts):
                 break
-        if not isinstance(line, dict) or "step" not in line:
+        if not isinstance(line, dict) or "step" not in line or not line.keys() & {"branch", "loaded"}:
             raise ValueError(f"line {number} of {str(path)!r} is no evaluation: {text[:60]!r}. Delete the line.")
         lines.append(line)
     return lines

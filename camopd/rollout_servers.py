@@ -68,28 +68,23 @@ class Flight:
     ranks, wrap what reads `samples` into [`camopd.errors.on_all_ranks`], outside of which nothing collective is needed.
     """
 
-    def __init__(self, count: int, prompts_cut: int, stops: StopRequests | None = None):
+    def __init__(
+        self, count: int, prompts_cut: int, stops: StopRequests | None, finished: Callable[[Sample], None] | None
+    ):
         """
         Args:
             count: samples to come.
             prompts_cut: prompts of them that were longer than allowed.
             stops: what ends a wait.
+            finished: called once with each sample as it is finished, in the thread of the requests, which it must not keep.
+                An error of it ends the flight.
         """
         self.count, self.prompts_cut = count, prompts_cut
-        self._stops = stops
+        self._stops, self._callback = stops, finished
         self._finished: list[Sample] = []
-        self._callbacks: list[Callable[[Sample], None]] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition(threading.RLock())
         self._futures: list[Future[Completion]] = []
-
-    def on_finished(self, callback: Callable[[Sample], None]) -> None:
-        """Have `callback` called once with each sample: at once, in this thread, for those that are finished, and for the
-        others as they finish, in the thread of the requests, which it must not keep. An error of it ends the flight."""
-        with self._changed:
-            self._callbacks.append(callback)
-            for sample in self._finished:
-                callback(sample)
 
     def samples(self) -> Iterator[Sample]:
         """The samples as they finish, each once; again from the start when called again.
@@ -108,6 +103,13 @@ class Flight:
         """Until all samples are there. Raises as `samples`."""
         for _ in self.samples():
             pass
+
+    def settle(self) -> bool:
+        """Wait until `done` or a signal, and raise nothing. Gives whether all samples are there."""
+        with self._changed:
+            while not self.done() and not (self._stops is not None and self._stops.heard):
+                self._changed.wait(POLL)
+            return len(self._finished) == self.count
 
     def cancel(self) -> None:
         """Give up what is not finished; the servers stop writing it. Does nothing where all is."""
@@ -132,9 +134,9 @@ class Flight:
             with self._changed:
                 if self._error is None:
                     sample = make(completion)
+                    if self._callback is not None:
+                        self._callback(sample)
                     self._finished.append(sample)
-                    for callback in self._callbacks:
-                        callback(sample)
                     self._changed.notify_all()
         except BaseException as error:
             self._fail(error)
@@ -221,7 +223,13 @@ class ServerEngine:
         self._under_way = weakref.ref(under_way)
         self._forget(version)
 
-    def start(self, rows: Sequence[dict[str, Any]], max_tokens: int, words: tuple[Any, ...]) -> Flight:
+    def start(
+        self,
+        rows: Sequence[dict[str, Any]],
+        max_tokens: int,
+        words: tuple[Any, ...],
+        finished: Callable[[Sample], None] | None = None,
+    ) -> Flight:
         """Ask for a completion of each row, longest prompts first, by the weights that were given last.
 
         Called on all ranks. The same rows with the same words give the same completions, up to how the servers round,
@@ -232,6 +240,7 @@ class ServerEngine:
             max_tokens: of a completion.
             words: which draw of these rows it is, as ("step", 12): with the run's seed, a row's branch and its position
                 they are what is drawn with.
+            finished: see [`Flight`].
 
         Raises on all ranks what `PromptReader.ids` raises, and `RolloutError` where no server is left.
         """
@@ -245,7 +254,7 @@ class ServerEngine:
         # An evaluation that decides something is finished, see `trainer.prediction_step`.
         cut_short = trainer.model.training or trainer.args.metric_for_best_model is None
         prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
-        flight = Flight(len(rows), prompts_cut, trainer.stops if cut_short else None)
+        flight = Flight(len(rows), prompts_cut, trainer.stops if cut_short else None, finished)
         sampling = Sampling(max_tokens, frozenset(self._ends), self._vocab_size)
         asked = []
         for place in sorted(range(len(rows)), key=lambda place: -len(prompt_ids[place])):

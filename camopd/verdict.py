@@ -140,7 +140,7 @@ def verdicts_of(found: Mapping[str, Sequence[Measured]], last_step: int | None =
 def _ends(measured: Sequence[Measured]) -> tuple[Measured | None, Measured | None]:
     """The evaluation before the first step, and the last one after it, of the same prompts."""
     before = next((each for each in measured if each.step == 0), None)
-    later = [each for each in measured if each is not before and (before is None or each.of == before.of)]
+    later = [each for each in measured if each.step > 0 and (before is None or each.of == before.of)]
     return before, later[-1] if later else None
 
 
@@ -237,11 +237,10 @@ def rows_of(verdicts: Sequence[Verdict]) -> list[list[str]]:
         cells = ["", "", "", ""]
         change, before = verdict.change, verdict.before
         if change is not None and before is not None:
-            half = change.half if math.isfinite(change.half) else math.nan
             told = before.kl >= SAME and before.kl > before.half and math.isfinite(change.share)
             spread = t_quantile(change.prompts - 1) * change.share_se if change.prompts > 1 else math.nan
             share = f"{change.share:.0%} ± {spread:.0%}" if told and math.isfinite(spread) else ""
             smallest = short(change.smallest) if math.isfinite(change.smallest) else ""
-            cells = [interval(change.value, half), share, str(change.prompts), smallest]
+            cells = [interval(change.value, change.half), share, str(change.prompts), smallest]
         rows.append([verdict.branch, *ends, *cells])
     return rows

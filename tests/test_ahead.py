@@ -268,10 +268,10 @@ def test_evaluation_finds_the_step_ahead_written_and_leaves_it(run, tmp_path):
         trainer = run(name, lag=1, **more)
         done, start = [], trainer.engine.start
 
-        def look(rows, max_tokens, words, start=start, trainer=trainer, done=done):
+        def look(rows, max_tokens, words, *more, start=start, trainer=trainer, done=done):
             if words == ("evaluation",) and trainer.state.global_step < trainer.args.max_steps:
                 done.append(all(flight.done() for flight in trainer.engine._flights))
-            return start(rows, max_tokens, words)
+            return start(rows, max_tokens, words, *more)
 
         trainer.engine.start = look
         trainer.train()
@@ -304,6 +304,39 @@ def test_signal_does_not_wait_for_the_step_ahead(run, tmp_path):
     second.train(resume_from_checkpoint=True)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
     assert asked(second) == [0, 0, 4, 4]  # the second step's were kept
+
+
+def test_signal_while_a_save_waits_for_the_step_ahead_leaves_the_checkpoint_of_the_save(run, tmp_path):
+    settings = {"lag": 1, "save_strategy": "steps", "save_steps": 2}
+    trainer, never = run(**settings), threading.Event()
+    hold(trainer, 2, never)
+    drain = trainer.rollouts.drain
+
+    def drain_and_hear():
+        threading.Timer(0.3, lambda: setattr(trainer.stops, "heard", "SIGTERM")).start()
+        return drain()
+
+    trainer.rollouts.drain = drain_and_hear
+    with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped; the weights after step 2 are in .*checkpoint-2"):
+        trainer.train()
+    never.set()
+    run(**settings).train(resume_from_checkpoint="auto")
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_save_whose_step_ahead_has_no_server_left_is_made(run, tmp_path):
+    first, gone = run(lag=1, save_strategy="steps", save_steps=2, teacher_timeout=1.0), threading.Event()
+    hold(first, 2, gone)
+
+    class Gone(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                first.server.close()
+                gone.set()
+
+    first.add_callback(Gone())
+    with pytest.raises(RolloutError, match=r"Nothing is lost: the weights after step 2 are in .*checkpoint-2"):
+        first.train()
 
 
 def test_steps_ahead_need_servers_and_the_trainers_log_probs(tmp_path):

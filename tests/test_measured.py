@@ -60,6 +60,12 @@ def test_run_is_read_from_its_lines_then_from_its_state_then_from_its_newest_che
     assert of_run(tmp_path)[1] == 6
 
 
+def test_line_without_a_branch_is_named(tmp_path):
+    write(tmp_path, line(0), {"step": 3, "kl": 0.1})
+    with pytest.raises(ValueError, match=r"line 2 of .*held_out.jsonl' is no evaluation"):
+        of_run(tmp_path)
+
+
 def test_line_that_a_crash_has_cut_is_left_out_and_no_other(tmp_path):
     write(tmp_path, line(0))
     with open(tmp_path / HELD_OUT, "a") as file:

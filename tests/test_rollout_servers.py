@@ -173,14 +173,11 @@ def test_flight_gives_each_sample_once_as_it_finishes_longest_prompts_first(star
     asked = [*rows(10), {"branch": "domain", "prompt": "b" * 40, "position": 10, "category": "10"}]
     engine.sync(trainer.held_out_results)
     seen, threads = [], set()
-    flight = engine.start(asked, 6, ("step", 0))
-    flight.on_finished(lambda sample: (seen.append(sample), threads.add(threading.current_thread())))
+    see = lambda sample: (seen.append(sample), threads.add(threading.current_thread()))  # noqa: E731
+    flight = engine.start(asked, 6, ("step", 0), see)
     samples = list(flight.samples())
     flight.wait()
     assert flight.done() and [*flight.samples()] == samples and {*map(id, seen)} == {*map(id, samples)}
-    late = []
-    flight.on_finished(late.append)
-    assert late == samples
     ids = trainer.reader.ids(asked)
     by_position = {sample.position: sample for sample in samples}
     assert sorted(by_position) == list(range(11))
@@ -210,12 +207,14 @@ def test_flight_starts_before_all_is_finished_and_can_be_given_up(start, make):
     assert len(again) == 4 and [s.token_ids for s in again if s.position == first.position] == [first.token_ids]
 
 
-def test_error_of_a_callback_ends_the_flight(start, make):
-    trainer = make(start())
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_error_of_a_callback_ends_the_flight(start, make, place):
+    trainer, left = make(start()), [1.0, 1.0, 1.0]
     trainer.engine.sync(trainer.held_out_results)
-    flight = trainer.engine.start(rows(3), 6, ("step", 0))
+    left.insert(2 - place, 0.0)
+    flight = trainer.engine.start(rows(3), 6, ("step", 0), lambda sample: 1 / left.pop())
     with pytest.raises(ZeroDivisionError):
-        flight.on_finished(lambda sample: 1 / 0) or flight.wait()
+        flight.wait()
 
 
 def test_signal_ends_the_wait_and_the_run_is_saved(start, make):

@@ -182,3 +182,8 @@ def test_short_numbers_keep_their_size_and_sign(value):
         abs(value) < 0.0005 and float(short(value)) == pytest.approx(value, rel=0.5)
     )
     assert signed(value)[0] in "+-"
+
+
+def test_two_evaluations_before_the_first_step_are_no_change():
+    verdict = one(plain(0, 0.5, 0.03), plain(0, 0.5, 0.03), last_step=40)
+    assert (verdict.state, verdict.after) == ("not known", None)

@@ -43,7 +43,7 @@ def gaps(argv: list[str]) -> None:
     if trainer.args.process_index:
         return
     run = Path(str(settings.get("output_dir") or "trainer_output"))
-    found = of_lines({"step": 0, **record} for record in records.values())
+    found = of_lines({"step": 1, **record} for record in records.values())  # any after the start: which is not known
     verdicts = since_start(found, of_lines(lines_of(run / HELD_OUT)))
     print(f"{options.model}: held-out KL to the teacher, nats per token, ± is 95 %")
     for line in table({branch: measured for branch, (measured,) in found.items()}):
