@@ -89,8 +89,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """The runs of a launch file, in one launch of fresh interpreters: the folder that has them by name."""
+def launched(tmp_path_factory, python):
+    """The runs of a launch file, in one launch, but for ZeRO-3 of fresh interpreters: the folder that has them by name."""
 
     @cache
     def launched(config):
@@ -107,7 +107,8 @@ def launched(tmp_path_factory):
                 launch(sys.executable, config, folder, {**settings_of(config), "bf16": BF16})
             else:
                 bf16 = {} if config == "zero3" else {"bf16": BF16}
-                launch(sys.executable, config, folder, {**settings_of(config), **bf16, **on_servers})
+                fresh = python if config == "zero3" else sys.executable
+                launch(fresh, config, folder, {**settings_of(config), **bf16, **on_servers})
         return folder
 
     return launched
