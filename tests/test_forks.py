@@ -15,6 +15,8 @@ SHOW = """
 import __main__, json, os, sys
 json.dump([sys.argv, os.getcwd(), sys.path, os.environ["WORD"], sys.stdin.read(), __main__.__name__, __name__,
            getattr(__main__, "__file__", None), sorted(os.listdir("/proc/self/fd"))], sys.stdout)
+sys.stdout.reconfigure(errors="backslashreplace")
+print("last", file=sys.stderr)
 """
 ENDS = {
     "well": "print('said')",
@@ -55,7 +57,7 @@ def test_forks_have_the_words_folder_paths_environment_and_files_of_their_comman
     }[how]  # fmt: skip
     environment = {**os.environ, "WORD": "word", "PYTHONPATH": str(tmp_path / "elsewhere")}
     alone, forked = of_both(python, [*words, "--one", "two"], cwd=tmp_path, env=environment, input="given")
-    assert json.loads(alone[1])[4] == "given"
+    assert json.loads(alone[1])[4] == "given" and alone[2] == "last\n"
     assert forked == alone
 
 
