@@ -209,7 +209,7 @@ def test_flight_starts_before_all_is_finished_and_can_be_given_up(start, make):
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_error_of_a_callback_ends_the_flight(start, make, place):
-    trainer, left = make(start()), [1.0, 1.0, 1.0]
+    trainer, left = make(start()), [1.0, 1.0]
     trainer.engine.sync(trainer.held_out_results)
     left.insert(2 - place, 0.0)
     flight = trainer.engine.start(rows(3), 6, ("step", 0), lambda sample: 1 / left.pop())
