@@ -325,7 +325,7 @@ class CaMOPDConfig(DistillationConfig):
         default=False, metadata={"help": "Encode special tokens in the text of prompts as the text they are."}
     )
     prefill: bool = field(
-        default=False, metadata={"help": "Go on with prompts that end with an assistant turn; else they are refused."}
+        default=False, metadata={"help": "Continue prompts that end with an assistant turn; else they are refused."}
     )
     trust_checkpoint: bool = field(
         default=False, metadata={"help": "Let DeepSpeed and FSDP unpickle a checkpoint outside output_dir."}
