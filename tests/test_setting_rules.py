@@ -199,7 +199,9 @@ def test_refused_setting_is_refused(name, value, tmp_path):
 
 
 @pytest.mark.parametrize("name", NO_EFFECT)
-def test_setting_without_effect_is_warned_of(name, tmp_path, caplog):
+def test_setting_without_effect_is_warned_of(name, tmp_path, caplog, monkeypatch):
+    if name == "dataloader_pin_memory":  # which a CPU does not have at all
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     config = make_config(tmp_path, use_cpu=name != "dataloader_pin_memory", **{name: NO_EFFECT[name]})
     assert warned(caplog) == [name]
     caplog.clear()
@@ -881,6 +883,7 @@ def test_process_group_is_started_as_asked(tmp_path, monkeypatch):
 
     told, start = {}, training_args.PartialState
     monkeypatch.setattr(training_args, "PartialState", lambda **kwargs: told.update(kwargs) or start(cpu=True))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # else use_cpu is on by itself
     make_config(tmp_path, use_cpu=False, ddp_backend="gloo", ddp_timeout=4321)
     assert told["backend"] == "gloo"
     assert told["timeout"].total_seconds() == 4321
