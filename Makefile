@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-eval check style docs benchmarks package clean
+.PHONY: help install demo testbed test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-eval check style docs benchmarks package clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 
 demo: install  ## Specialise a small real model and bring its general abilities back (minutes, 2 CPU cores)
 	$(BIN)/camopd demo $(ARGS)
+
+testbed: install  ## Repeat the controlled comparison of methods, or go on with it: models, runs, tables, figures
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m testbed $(ARGS)
 
 test: install  ## Run the tests that need no processes of their own and no server
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

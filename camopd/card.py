@@ -204,7 +204,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
     settings = {name: args.per_branch(name) for name in ("mass_target", "score", "scale", "selection")}
     for branch in facts.schedule.branches:
         values = [settings[name][branch] for name in ("mass_target", "score", "scale")]
-        selection = "on" if settings["selection"][branch] else "off"
+        selection = {True: "on", False: "off"}.get(settings["selection"][branch], settings["selection"][branch])
         lines.append(f"| {branch} | {' | '.join(map(str, values))} | {selection} | {_prompts(*sources[branch])} |")
     return [*lines, "", "`metrics.jsonl` beside this card has every step; `camopd report` draws it.", ""]
 

@@ -43,8 +43,9 @@ class CaMOPDConfig(DistillationConfig):
             r_b of Eq. 9, per branch: factor on the advantage.
         score (`str` or `dict[str, str]`, *optional*, defaults to `"absolute"` for `general` and `"positive"` for `domain`):
             How a sample's gap is scored, per branch: `"absolute"` is Eq. 6, `"positive"` is Eq. 7.
-        selection (`bool` or `dict[str, bool]`, *optional*, defaults to `True`):
-            Whether to select samples by Eq. 8, per branch. `False` trains on every sample ("w/o sel").
+        selection (`bool`, `str` or `dict`, *optional*, defaults to `True`):
+            Whether to select samples by Eq. 8, per branch. `False` trains on every sample ("w/o sel"); `"random"` and
+            `"smallest"` are controls that keep as many as Eq. 8 would, drawn at random or with the smallest scores.
         importance_sampling_mode (`str`, *optional*, defaults to `"mask"`):
             w_t of Eq. 2 and 9, the ratio of trainer to rollout engine on each token: `"mask"` sets it to 0 outside the
             band, `"truncate"` clamps it to the band, `"none"` uses 1. Without rollout log-probs it is 1.
@@ -95,8 +96,8 @@ class CaMOPDConfig(DistillationConfig):
 
         token_rule (`str`, *optional*, defaults to `"none"`):
             Which sampled tokens the loss counts, and how much: `"relaxed_opd"` is Relaxed OPD
-            (https://arxiv.org/abs/2603.11137), `"selectkd"` is SelecTKD (https://arxiv.org/abs/2510.24021).
-            The second costs a forward of the student and, where the teacher is in the process, one of the teacher; a
+            (https://arxiv.org/abs/2603.11137), `"selectkd"` is SelecTKD (https://arxiv.org/abs/2510.24021), and
+            `"teacher_free"` is a control. SelecTKD costs a forward of the student and, in the process, of the teacher; a
             server is asked for its five likeliest tokens.
         relaxed_mixture (`float`, *optional*, defaults to `0.3`):
             lambda of Relaxed OPD, in (0, 1): rewards below log(lambda / (1 - lambda)) nats are raised to it.
@@ -113,6 +114,13 @@ class CaMOPDConfig(DistillationConfig):
         branch_weights (`str`, *optional*, defaults to `"none"`):
             `"sigma"` is DN-MOPD (https://arxiv.org/abs/2609.35347): in a step that mixes branches, the advantages of each
             are multiplied by the spread of all gaps over the spread of its own, clipped to [0.25, 4].
+        divergence (`str`, *optional*, defaults to `"sampled"`):
+            `"full"` has the exact reverse KL at each token in place of Eq. 1's sample of it, `"top_k"` that over the
+            `divergence_top_k` tokens likeliest to the teacher and all others as one.
+        divergence_top_k (`int`, *optional*, defaults to `20`):
+            How many; `camopd serve` starts servers that give 20.
+        baseline (`str`, *optional*, defaults to `"none"`):
+            `"kl"` adds the exact reverse KL at each token to Eq. 1 as a constant, which takes noise out of the gradient.
 
         > Parameters of the data
 
@@ -237,21 +245,15 @@ class CaMOPDConfig(DistillationConfig):
     )
     selection: dict[str, Any] | str | None = field(
         default_factory=lambda: {"general": True, "domain": True},
-        metadata={"help": "Whether to select samples by Eq. 8, per branch. False trains on every sample."},
+        metadata={"help": "Select by Eq. 8, per branch: true, false (every sample), 'random' or 'smallest'."},
     )
     importance_sampling_mode: str = field(
         default="mask",
         metadata={"help": "w_t of Eq. 2 and 9 outside its band: 'mask' (0), 'truncate' (clamp), or 'none' (w_t = 1)."},
     )
-    importance_sampling_low: float = field(
-        default=0.5, metadata={"help": "Lower bound of pi_train / pi_rollout, inclusive."}
-    )
-    importance_sampling_high: float = field(
-        default=2.0, metadata={"help": "Upper bound of pi_train / pi_rollout, inclusive."}
-    )
-    num_iterations: int = field(
-        default=1, metadata={"help": "Optimizer updates per rollout; Algorithm 1 makes exactly one."}
-    )
+    importance_sampling_low: float = field(default=0.5, metadata={"help": "Lower bound of the band, inclusive."})
+    importance_sampling_high: float = field(default=2.0, metadata={"help": "Upper bound of the band, inclusive."})
+    num_iterations: int = field(default=1, metadata={"help": "Optimizer updates per rollout, one."})
 
     rebalance: bool = field(
         default=True, metadata={"help": "Whether kept samples are rebalanced across ranks by tokens."}
@@ -287,11 +289,9 @@ class CaMOPDConfig(DistillationConfig):
     # Parameters of the baselines
     token_rule: str = field(
         default="none",
-        metadata={"help": "Which sampled tokens the loss counts: 'none' (all alike), 'relaxed_opd' or 'selectkd'."},
+        metadata={"help": "Which tokens count: 'none' (all alike), 'relaxed_opd', 'selectkd' or 'teacher_free'."},
     )
-    relaxed_mixture: float = field(
-        default=0.3, metadata={"help": "lambda of Relaxed OPD: rewards are not below log(lambda / (1 - lambda))."}
-    )
+    relaxed_mixture: float = field(default=0.3, metadata={"help": "lambda of Relaxed OPD, of its reward floor."})
     relaxed_entropy_share: float = field(
         default=0.2, metadata={"help": "beta of Relaxed OPD: share of tokens, of highest entropy, that are trained."}
     )
@@ -309,10 +309,13 @@ class CaMOPDConfig(DistillationConfig):
         default="none",
         metadata={"help": "'sigma' (DN-MOPD) brings the gaps of the branches of a mixed step to one spread."},
     )
-
-    completion_lengths: dict[Any, Any] | str | None = field(
-        default=None, metadata={"help": "Derived from max_completion_length. Leave it out."}
+    divergence: str = field(
+        default="sampled", metadata={"help": "At each token: 'sampled' (Eq. 1), 'full' or 'top_k'."}
     )
+    divergence_top_k: int = field(default=20, metadata={"help": "Likeliest tokens of the teacher for 'top_k'."})
+    baseline: str = field(default="none", metadata={"help": "'kl' takes noise out of the sampled gradient."})
+
+    completion_lengths: dict[Any, Any] | str | None = field(default=None, metadata={"help": "Derived. Leave it out."})
 
     # Parameters of the data
     prompts_per_step: int = field(
@@ -342,8 +345,7 @@ class CaMOPDConfig(DistillationConfig):
     teachers: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Teacher of each branch: vLLM URL or list of URLs, model id or path, 'adapter_off', 'adapter_start', "
-            "'self'. The trainer's `teachers` argument wins."
+            "help": "Teacher of each branch: vLLM URL or several, model, 'adapter_off', 'adapter_start', 'self'."
         },
     )
     teacher_prompt: dict[str, Any] | str | None = field(

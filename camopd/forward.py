@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .balance import score_batches
+from .divergence import Likeliest, Outputs, logps_and_kl, outputs_of
 from .logprobs import architecture, check_logps, completion_logps, completion_top_k
 from .packing import packing_is_exact, settle_packing, wants_packing
 from .teachers.base import TokenScores
@@ -70,6 +71,20 @@ class Forward:
         return self._run(
             completion_logps, token_ids, prompt_lens, self._pad_token_id, with_entropy, self.packed, **run
         )
+
+    def logps_and_kl(
+        self,
+        token_ids: list[list[int]],
+        prompt_lens: list[int],
+        teachers: Sequence[tuple[Sequence[int], Outputs | Likeliest]],
+        **run: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and the reverse KL to the teachers of the rows, see `divergence.logps_and_kl`."""
+        return self._run(logps_and_kl, token_ids, prompt_lens, self._pad_token_id, self.packed, teachers, **run)
+
+    def outputs(self, token_ids: list[list[int]], prompt_lens: list[int]) -> Outputs:
+        """What the model, as a teacher, predicts the completion tokens from, without gradient."""
+        return self._run(outputs_of, token_ids, prompt_lens, self._pad_token_id, self.packed)
 
     def rows(
         self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False

@@ -54,35 +54,52 @@ def completion_logps(
     Returns:
         logps (B, T) float32, right-padded with 0, with gradient; entropy (B, T) in nats, detached, or `None`.
     """
-    hidden_MH, targets_M, mask_BT, causal_lm = _completion_hidden_states(
+    hidden_MH, targets_M, mask_BT, causal_lm = completion_hidden_states(
         model, token_ids, prompt_lens, pad_token_id, padding_free
     )
-    lm_head = causal_lm.get_output_embeddings()
-    scale, softcap = _logit_transform(causal_lm.config.get_text_config())
-    # PEFT's wrappers hand out those of the active adapter; that of trainable tokens leaves the bias out, here and there.
-    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
-    if isinstance(weight, torch.distributed.tensor.DTensor):  # FSDP2 shards parameters: gather the head once
-        weight = weight.full_tensor()
-        bias = bias.full_tensor() if bias is not None else None
+    weight, bias = head_weights(causal_lm)
     # DeepSpeed ZeRO-3 likewise, for the student; an in-process teacher is whole on every rank.
     gather = maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
     with gather:
-        logps_M, entropy_M, *_ = ChunkedLogProbFunction.apply(
-            hidden_MH.to(weight.device),
-            weight,
-            bias,
-            targets_M.to(weight.device),
-            1.0,  # temperature: CaMOPD samples and scores at T = 1
-            CPU_VOCAB_CHUNK if weight.device.type == "cpu" else VOCAB_CHUNK,
-            softcap,
-            scale,
-            ("entropy",) if with_entropy else (),
-        )
+        logps_M, entropy_M = sampled_logps(
+            hidden_MH.to(weight.device), weight, bias, *logit_transform(causal_lm.config.get_text_config()), targets_M,
+            with_entropy,
+        )  # fmt: skip
     mask_BT = mask_BT.to(logps_M.device)
     logps_BT = logps_M.new_zeros(mask_BT.shape).masked_scatter(mask_BT, logps_M)
     if entropy_M is None:
         return logps_BT, None
     return logps_BT, entropy_M.detach().new_zeros(mask_BT.shape).masked_scatter(mask_BT, entropy_M.detach())
+
+
+def head_weights(causal_lm: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a model's output embeddings, whole where FSDP2 has them in shards."""
+    lm_head = causal_lm.get_output_embeddings()
+    # PEFT's wrappers hand out those of the active adapter; that of trainable tokens leaves the bias out, here and there.
+    weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
+    if isinstance(weight, torch.distributed.tensor.DTensor):  # FSDP2 shards parameters: gather the head once
+        weight = weight.full_tensor()
+        bias = bias.full_tensor() if bias is not None else None
+    return weight, bias
+
+
+def sampled_logps(
+    hidden_MH: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, targets_M: Tensor,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Log-probs (M,) of tokens by the head's weights, with gradient, and entropies (M,) or `None`."""
+    logps_M, entropy_M, *_ = ChunkedLogProbFunction.apply(
+        hidden_MH,
+        weight,
+        bias,
+        targets_M.to(weight.device),
+        1.0,  # temperature: CaMOPD samples and scores at T = 1
+        CPU_VOCAB_CHUNK if weight.device.type == "cpu" else VOCAB_CHUNK,
+        softcap,
+        scale,
+        ("entropy",) if with_entropy else (),
+    )
+    return logps_M, entropy_M
 
 
 def completion_top_k(
@@ -93,9 +110,9 @@ def completion_top_k(
     Returns `(ids, logps)`, each (B, T, k), padded with 0. Only (512, V) logits exist at a time.
     """
     with torch.no_grad():
-        hidden_MH, _, mask_BT, causal_lm = _completion_hidden_states(model, token_ids, prompt_lens, pad_token_id)
+        hidden_MH, _, mask_BT, causal_lm = completion_hidden_states(model, token_ids, prompt_lens, pad_token_id)
         lm_head = causal_lm.get_output_embeddings()
-        scale, softcap = _logit_transform(causal_lm.config.get_text_config())
+        scale, softcap = logit_transform(causal_lm.config.get_text_config())
         ids_MK, logps_MK = [], []
         for hidden in hidden_MH.to(lm_head.weight.device).split(TOP_K_TOKENS):
             logits = lm_head(hidden.to(lm_head.weight.dtype)).float() * scale
@@ -113,7 +130,7 @@ def completion_top_k(
     return ids, logps
 
 
-def _completion_hidden_states(
+def completion_hidden_states(
     model: Any,
     token_ids: Sequence[Sequence[int]],
     prompt_lens: Sequence[int],
@@ -328,7 +345,7 @@ class SampledLogps(LogitsProcessor):
             self._columns.append((drawn - scores.logsumexp(dim=-1)).cpu())
 
 
-def _logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
+def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     """Factor on the logits and their tanh soft cap, which models apply after the lm_head (Cohere, Granite, Gemma).
 
     What they do before it is done already, see `_head_input`. `check_logps` finds those that are not known here.

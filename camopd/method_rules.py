@@ -30,6 +30,7 @@ RANGES = (
     ranges.choice("importance_sampling_mode", *IMPORTANCE_MODES),
     Range("token_rule", lambda value: value in TOKEN_RULES, f"one of {tuple(TOKEN_RULES)}"),
 )
+SELECTIONS: dict[str, bool | str] = {"true": True, "false": False, "random": "random", "smallest": "smallest"}
 PER_BRANCH = (
     Range(
         "mass_target", lambda value: 0 < value <= 1, "in (0, 1]",
@@ -40,7 +41,7 @@ PER_BRANCH = (
         " It is r_b of Eq. 9. To leave a branch out, take it out of the schedule.",
     ),
     Range("score", SCORE_KINDS.__contains__, f"one of {SCORE_KINDS}", " They are Eq. 6 and Eq. 7."),
-    Range("selection", lambda value: True, "true or false"),
+    Range("selection", tuple(SELECTIONS.values()).__contains__, f"one of {tuple(SELECTIONS)}"),
 )  # fmt: skip
 OF_A_NEW_BRANCH = {"mass_target": 0.8, "scale": 1.0, "score": "absolute", "selection": True}
 # optim that transformers builds from the learning rate and `adam_*` alone
@@ -215,6 +216,7 @@ def check_method(args: Any, schedule: Schedule) -> None:
         for branch, item in args.per_branch(name).items():
             ranges.check(rule, f"{name} of branch {branch!r}", item)
     _check_optimizer(args)
+    _check_divergence(args)
     _check_budget(args)
     _check_teachers(args)
     args.teacher_prompt = read_templates(args.teacher_prompt, schedule.branches)
@@ -272,6 +274,27 @@ def _check_optimizer(args: Any) -> None:
     if args.optimizer_moments == "per_branch" and optim not in PLAIN_ADAMW:
         raise ValueError(
             f"optimizer_moments='per_branch' is an AdamW of its own and cannot be optim={optim!r}. Leave optim out."
+        )
+
+
+def _check_divergence(args: Any) -> None:
+    """Raise `ValueError` where what is in place of the sampled gap does not fit the rest."""
+    exact = args.divergence != "sampled"
+    if exact and args.baseline != "none":
+        raise ValueError(
+            f"baseline={args.baseline!r} takes noise out of the sampled gap, and divergence={args.divergence!r} does not "
+            "sample it. Leave one of them out."
+        )
+    rules = ("relaxed_opd", "teacher_free", *(("selectkd",) if args.divergence == "top_k" else ()))
+    if (exact or args.baseline != "none") and args.token_rule in rules:
+        raise ValueError(
+            f"token_rule={args.token_rule!r} is about the sampled gap, in whose place divergence={args.divergence!r} and "
+            f"baseline={args.baseline!r} put another number. Leave token_rule or these out."
+        )
+    if (exact or args.baseline != "none") and args.rebalance and args.world_size > 1:
+        raise ValueError(
+            f"divergence={args.divergence!r} and baseline={args.baseline!r} need what the teacher sees and says of a sample, "
+            "which rebalance=True leaves on the rank that has asked for it. Set rebalance=False."
         )
 
 
@@ -344,10 +367,10 @@ def _parse(shown: str, name: str, value: Any) -> Any:
         if name == "score":
             return str(value)
         if name == "selection":
-            return {"true": True, "false": False}[str(value).lower()]
+            return SELECTIONS[str(value).lower()]
         if isinstance(value, bool):
             raise ValueError
         return number_of(value) if isinstance(value, str) else float(value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        kind = "true or false" if name == "selection" else "a number"
+        kind = f"one of {tuple(SELECTIONS)}" if name == "selection" else "a number"
         raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {short(value)}.") from None

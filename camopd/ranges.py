@@ -39,7 +39,7 @@ COUNT = "a whole number of at least 1"
 RANGES = (
     Range(
         "prompts_per_step per_device_train_batch_size max_prompt_length score_tokens max_tokens_per_micro_batch "
-        "loss_prefix_tokens", _whole(1), COUNT,
+        "loss_prefix_tokens divergence_top_k", _whole(1), COUNT,
     ),
     Range(
         "max_steps", _whole(1), COUNT,
@@ -53,6 +53,8 @@ RANGES = (
     choice("optimizer_moments", "shared", "per_branch"),
     choice("loss_normalization", "sample", "token"),
     choice("branch_weights", "none", "sigma"),
+    choice("divergence", "sampled", "full", "top_k"),
+    choice("baseline", "none", "kl"),
     Range("relaxed_mixture", _number(lambda value: 0 < value < 1), "in (0, 1)", " It is lambda of Relaxed OPD."),
     Range(
         "relaxed_entropy_share", _number(lambda value: 0 < value <= 1), "in (0, 1]",

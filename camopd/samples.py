@@ -126,6 +126,10 @@ class MicroBatch:
     scale: Tensor  # (B,)
     num_kept: int  # as in `LossTerms`
     num_tokens: int | None
+    branches: list[str] = field(default_factory=list)  # of the rows; none in a dummy
+    seen: list[dict[str, Tensor]] = field(
+        default_factory=list
+    )  # of the rows, as in `Sample`; not of other ranks' samples
 
     @classmethod
     def of(cls, samples: Sequence[Sample], columns: Sequence[str], terms: LossTerms) -> MicroBatch:
@@ -141,6 +145,9 @@ class MicroBatch:
             scale=torch.tensor([terms.scale[sample.branch] for sample in samples]),
             num_kept=terms.num_kept,
             num_tokens=terms.num_tokens,
+            branches=[sample.branch for sample in samples],
+            for_teacher=[sample.for_teacher for sample in samples],
+            seen=[sample.seen for sample in samples],
             **found,
         )
 

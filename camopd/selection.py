@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ class Branch(NamedTuple):
     mass_target: float
     score: str
     scale: float
-    selection: bool
+    selection: bool | str
 
     @classmethod
     def all_of(cls, args: CaMOPDConfig) -> dict[str, Branch]:
@@ -62,13 +63,21 @@ def by_branch(found: Sequence[SampleSummary]) -> dict[str, list[SampleSummary]]:
     return groups
 
 
-def select(found: Sequence[SampleSummary], branch: Branch) -> Selected:
-    """Eq. 8 over the samples of one branch. Without selection every non-empty completion is kept."""
+def select(found: Sequence[SampleSummary], branch: Branch, draw: random.Random) -> Selected:
+    """Eq. 8 over the samples of one branch. Without selection every non-empty completion is kept; `"random"` and
+    `"smallest"` keep as many as Eq. 8 would, drawn by `draw` or with the smallest scores, of equal ones the earlier.
+    """
     valid = torch.tensor([summary.num_tokens > 0 for summary in found])
     scores = torch.tensor([summary.score for summary in found], dtype=torch.float64)
     selection = select_by_mass(scores, branch.mass_target, valid)
-    chosen = selection.kept if branch.selection else valid.nonzero().flatten()
-    return Selected({found[index].position for index in chosen.tolist()}, selection.degenerate)
+    candidates, size = valid.nonzero().flatten(), len(selection.kept)
+    kept = {
+        True: lambda: selection.kept.tolist(),
+        False: lambda: candidates.tolist(),
+        "random": lambda: draw.sample(candidates.tolist(), size),
+        "smallest": lambda: candidates[scores[candidates].argsort(stable=True)][:size].tolist(),
+    }[branch.selection]()
+    return Selected({found[index].position for index in kept}, selection.degenerate)
 
 
 def branch_weights(kind: str, groups: Mapping[str, Sequence[SampleSummary]]) -> dict[str, float]:
@@ -95,7 +104,8 @@ def select_samples(
     step.metrics["entropy"] = metrics.token_mean(step.summaries, "entropy")
     groups = by_branch(step.summaries)
     for name, group in groups.items():
-        selected = select(group, branches[name])
+        draw = random.Random(f"{args.seed} {step.number} {name}")  # of every rank, and after resume
+        selected = select(group, branches[name], draw)
         step.kept |= {row.position: row.num_tokens for row in group if row.position in selected.positions}
         step.metrics.update(
             metrics.of_branch(name, group, selected.positions, selected.degenerate, branches[name].score)

@@ -251,6 +251,7 @@ NEEDS = (
         "token_rule is not 'relaxed_opd'",
     ),
     Need("selectkd_reject_weight", lambda a: a.token_rule == "selectkd", "token_rule is not 'selectkd'"),
+    Need("divergence_top_k", lambda a: a.divergence == "top_k", "divergence is not 'top_k'"),
     Need(
         "trust_checkpoint",
         lambda a: bool(a.fsdp or a.deepspeed or {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)),

@@ -36,7 +36,7 @@ from .config import CaMOPDConfig
 from .evaluation import HeldOutResults, by_prefix, check_name
 from .forward import Forward
 from .hub import CheckpointPushes
-from .objective import distillation_loss, importance_weights, token_gaps
+from .loss import Loss
 from .optimizer import kind_and_settings
 from .prompts import StepDataset, one_item_per_micro_step
 from .record import record_of
@@ -50,7 +50,7 @@ from .selection import Branch, select_samples
 from .signals import StopRequests
 from .step import Step, StepCallback
 from .threads import let_threads_rest
-from .token_rules import TOKEN_RULES, weigh
+from .token_rules import rule_of, weigh
 from .watchdog import phase, watching
 
 
@@ -144,7 +144,8 @@ class CaMOPDTrainer(DistillationTrainer):
             args.score_rows, self._tokenizer.pad_token_id, args.padding_free, "the student",
         )  # fmt: skip
         self.teachers = setup.load_teachers(self, run)
-        self.rule = TOKEN_RULES[args.token_rule](args)
+        self.rule = rule_of(args)
+        self.loss = Loss(args, self.student, self.teachers, self.rule)
         self.stops = StopRequests(gather_object, self.is_world_process_zero())
         end = self._tokenizer.eos_token_id
         self.scorer = Scorer(self.student, self.teachers, end, gather_object, args.guards, self.stops)
@@ -234,24 +235,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
         The losses of all micro-batches of all ranks add up to Eq. 9. Pure: counts and metrics are `compute_loss`'s.
         """
-        args = self.args
-        logps, _ = self.student.logps(batch.token_ids, batch.prompt_lens, model=model)
-        batch = batch.to(logps.device)
-        mask, gaps = batch.mask, batch.gaps
-        # A_t is the gap that scoring found, with the student's log-probs of rollout time. They are those of the current
-        # parameters, since a rollout serves one update; and because they were computed in the very batches of an
-        # in-process teacher, equal weights give a gap of exactly 0, where this forward would give rounding noise.
-        if gaps is None:  # scoring used the rollout engine's log-probs: the loss takes the gap to this forward's
-            assert batch.teacher_logps is not None
-            gaps = token_gaps(batch.teacher_logps, logps.detach(), mask)
-        importance = importance_weights(  # w_t
-            logps, batch.rollout_logps, mask,
-            args.importance_sampling_low, args.importance_sampling_high, args.importance_sampling_mode,
-        )  # fmt: skip
-        advantages = self.rule.advantages(gaps, mask)  # CaMOPD: the gaps themselves
-        weights = importance if batch.token_weights is None else importance * batch.token_weights
-        loss = distillation_loss(logps, advantages, weights, mask, batch.scale, batch.num_kept, batch.num_tokens)
-        return loss, logps, importance
+        return self.loss(batch, model)
 
     def end_step(self) -> None:
         """Close the metrics of a step after its update. Called on all ranks by the callback `StepEnd` (see `setup`)."""

@@ -17,6 +17,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
+from ..divergence import Outputs
 from ..forward import Forward, evaluating
 from .address import has_adapter
 from .base import TokenScores
@@ -203,6 +204,11 @@ class AdapterTeacher:
         # `disable_adapter` leaves dropout on
         with evaluating(self.student), use_adapter(self.student, self.adapter):
             return self.forward.token_scores(token_ids, prompt_lens, top_k)
+
+    def outputs(self, token_ids: list[list[int]], prompt_lens: list[int]) -> Outputs:
+        """What it predicts the completion tokens of one batch from."""
+        with evaluating(self.student), use_adapter(self.student, self.adapter):
+            return self.forward.outputs(token_ids, prompt_lens)
 
 
 class SelfTeacher:

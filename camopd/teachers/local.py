@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl.trainer.utils import create_model_from_path
 
+from ..divergence import Outputs
 from ..forward import Forward
 from .address import refuse_secrets
 from .base import TokenScores
@@ -67,6 +68,11 @@ class LocalTeacher:
         with self._on_device():
             self.forward.probe()
             return self.forward.token_scores(token_ids, prompt_lens, top_k)
+
+    def outputs(self, token_ids: list[list[int]], prompt_lens: list[int]) -> Outputs:
+        """What it predicts the completion tokens of one batch from."""
+        with self._on_device():
+            return self.forward.outputs(token_ids, prompt_lens)
 
     def probe(self) -> None:
         """See once, where the teacher scores, that its log-probs are those of its own logits, and that rows without padding

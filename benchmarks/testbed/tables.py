@@ -1,0 +1,281 @@
+"""What the runs say: outcomes, paired differences with intervals, and the tables and figures of PROTOCOL.md."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from camopd import atomic
+from camopd.eval.stats import Interval, difference, resampled_means
+from camopd.report.page import table as markdown_table
+
+from .arms import ARMS, NAMES, rates
+
+
+KEPT = 0.95  # of the specialised model's accuracy on its domain, that counts as preserved
+LEVEL = 0.05
+BASE = "camopd"
+# What each hypothesis says is larger, and than what; PROTOCOL.md has the reasons.
+CONTRASTS = (
+    ("counteraction", "camopd", "camopd_mixed"),
+    ("counteraction", "without_selection", "mixed_3_1"),
+    ("weak signal", "camopd", "random_selection"),
+    ("weak signal", "camopd", "without_selection"),
+    ("weak signal", "random_selection", "smallest_gaps"),
+    ("budget", "vanilla_token", "vanilla"),
+    ("optimizer", "branch_moments", "camopd"),
+    ("optimizer", "beta1_0", "camopd"),
+    ("optimizer", "sgd", "camopd"),
+    ("teacher", "vanilla", "teacher_free"),
+)
+Runs = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run had come to at a measured step. Shares; NaN where there was nothing to recover."""
+
+    recovery: float  # of covered skills
+    uncovered: float
+    preservation: float
+    tokens: int
+    step: int
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The results that are there."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+
+
+def at(run: Mapping[str, Any], point: Mapping[str, Any]) -> Outcome:
+    """A measured point of a run, on the half of the items that reports."""
+    start, top, now = run["points"][0]["report"], run["general"]["report"], point["report"]
+
+    def recovered(group: str) -> float:
+        way = top[group] - start[group]
+        return (now[group] - start[group]) / way if way > 0 else math.nan
+
+    return Outcome(
+        recovered("covered"), recovered("uncovered"), now["domain"] / start["domain"], point["tokens"], point["step"]
+    )
+
+
+def outcome(run: Mapping[str, Any], most_tokens: float = math.inf) -> Outcome:
+    """The primary outcome: recovery at the best measured step that keeps the domain.
+
+    Of the steps within the budget at which the half of the items that chooses has at least 95 % of the specialised model's
+    domain accuracy, the one with the highest accuracy on covered skills there; read from the other half. Step 0 is always
+    one of them, with a recovery of 0.
+    """
+    needed = KEPT * run["points"][0]["choose"]["domain"]
+    allowed = [p for p in run["points"] if p["choose"]["domain"] >= needed and p["tokens"] <= most_tokens]
+    return at(run, max(allowed, key=lambda point: point["choose"]["covered"]))
+
+
+def chosen_rates(runs: Runs) -> dict[str, float]:
+    """The learning rate of each arm with the highest mean outcome over the tuning seeds; of equal ones the lower."""
+    means = rate_means(runs)
+    return {arm: max(rates(arm), key=lambda rate: (means[arm][rate], -rate)) for arm in ARMS}
+
+
+def rate_means(runs: Runs) -> dict[str, dict[float, float]]:
+    """Mean outcome over the tuning seeds by arm and learning rate; NaN where there is none yet."""
+    tuning = [run for run in runs if run["stage"] == "tuning"]
+    return {
+        arm: {rate: _mean([outcome(run).recovery for run in tuning if (run["arm"], run["learning_rate"]) == (arm, rate)])
+              for rate in rates(arm)}
+        for arm in ARMS
+    }  # fmt: skip
+
+
+def by_arm(runs: Runs, of: Callable[[Mapping[str, Any]], Outcome]) -> dict[str, list[Outcome]]:
+    """Outcomes of the comparison, by arm, one for each seed of which all arms are there, in the order of the seeds."""
+    comparison = {(run["arm"], run["seed"]): run for run in runs if run["stage"] == "comparison"}
+    seeds = sorted({seed for _, seed in comparison if all((arm, seed) in comparison for arm in ARMS)})
+    return {arm: [of(comparison[arm, seed]) for seed in seeds] for arm in ARMS}
+
+
+def flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p-value of a mean difference, by all changes of sign of the paired differences. Exact.
+
+    >>> flip_p([1.0, 2.0, 3.0])
+    0.25
+    """
+    values = np.asarray(differences, dtype=float)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
+    means = abs(signs @ values)
+    return float((means >= abs(values.sum()) - 1e-12).mean())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in their order (Holm, 1979).
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean with its bootstrap interval over seeds."""
+    resamples = resampled_means(values)[:, 0]
+    low, high = np.quantile(resamples, [0.025, 0.975])
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A paired difference of two arms' recovery, its p-value, and that adjusted for all of its table."""
+
+    first: str
+    second: str
+    interval: Interval
+    p: float
+    adjusted: float
+
+    @property
+    def verdict(self) -> str:
+        """Of a hypothesis that says the first is larger."""
+        if self.adjusted >= LEVEL:
+            return "undecided"
+        return "supported" if self.interval.value > 0 else "contradicted"
+
+
+def contrasts(found: Mapping[str, Sequence[Outcome]], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
+    """First minus second for each pair."""
+    values = {arm: [each.recovery for each in outcomes] for arm, outcomes in found.items()}
+    p_values = [flip_p(np.subtract(values[first], values[second])) for first, second in pairs]
+    return [
+        Contrast(first, second, difference(values[second], values[first]), p, adjusted)
+        for (first, second), p, adjusted in zip(pairs, p_values, holm(p_values), strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def write(out: Path) -> None:
+    """tables.md and the figures, of what is there."""
+    from . import figures
+
+    runs = read(out)
+    parts = ["# The testbed's tables", _head(runs)]
+    prompts = by_arm(runs, outcome)
+    if prompts[BASE]:
+        budget = min(
+            run["points"][-1]["tokens"] for run in runs if run["stage"] == "comparison" and run["arm"] == BASE
+        )
+        tokens = by_arm(runs, lambda run: outcome(run, budget))
+        short = {arm for arm, ends in by_arm(runs, lambda run: at(run, run["points"][-1])).items()
+                 if min(end.tokens for end in ends) < budget}  # fmt: skip
+        parts += [
+            "## Equal prompts\n", _arms_table(runs, prompts, set()),
+            f"\n## Equal trained tokens: at most {budget}\n", _arms_table(runs, tokens, short),
+            "\n† has trained fewer tokens than that in a run's whole budget of prompts.",
+            "\n## Hypotheses\n", _hypotheses(prompts, tokens), "\n## The end of the runs\n", _ends(runs),
+        ]  # fmt: skip
+        figures.draw(out, runs, prompts, by_arm(runs, lambda run: at(run, run["points"][-1])))
+    parts += ["\n## Learning rates\n", _rates(runs)]
+    atomic.write(out / "tables.md", "\n".join(parts) + "\n")
+    print("\n".join(parts))
+
+
+def _head(runs: Runs) -> str:
+    seconds = sum(run["seconds"] for run in runs)
+    seeds = len(by_arm(runs, outcome)[BASE])
+    return (
+        f"\nMade by `make testbed`; PROTOCOL.md says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes of "
+        f"one core. {seeds} seeds of the comparison have all arms and are in the tables. Brackets are 95 % bootstrap "
+        "intervals over seeds.\n"
+    )
+
+
+def _arms_table(runs: Runs, found: Mapping[str, Sequence[Outcome]], short: set[str]) -> str:
+    chosen = chosen_rates(runs)
+    others = [arm for arm in ARMS if arm != BASE]
+    against = {each.first: each for each in contrasts(found, [(arm, BASE) for arm in others])}
+    rows = [["arm", "learning rate", "recovery, covered", "minus CaMOPD", "p (Holm)", "recovery, uncovered",
+             "preservation", "step", "trained tokens"]]  # fmt: skip
+    for arm in sorted(ARMS, key=lambda arm: -_mean([each.recovery for each in found[arm]])):
+        each, versus = found[arm], against.get(arm)
+        rows.append([
+            NAMES[arm] + (" †" if arm in short else ""), f"{chosen[arm]:g}",
+            _said(mean_interval([one.recovery for one in each])), _said(versus.interval, "+") if versus else "",
+            f"{versus.adjusted:.3f}" if versus else "", _said(mean_interval([one.uncovered for one in each])),
+            f"{_mean([one.preservation for one in each]):.3f}", f"{_mean([one.step for one in each]):.0f}",
+            f"{_mean([one.tokens for one in each]):.0f}",
+        ])  # fmt: skip
+    rows.append(["no training", "", "0", "", "", "0", "1", "0", "0"])
+    return markdown_table(rows)
+
+
+def _hypotheses(prompts: Mapping[str, Sequence[Outcome]], tokens: Mapping[str, Sequence[Outcome]]) -> str:
+    pairs = [(first, second) for _, first, second in CONTRASTS]
+    rows = [
+        ["hypothesis", "says that", "difference, equal prompts", "p (Holm)", "", "equal trained tokens", "p (Holm)"]
+    ]
+    for (name, first, second), one, other in zip(
+        CONTRASTS, contrasts(prompts, pairs), contrasts(tokens, pairs), strict=True
+    ):
+        rows.append([
+            name, f"{NAMES[first]} > {NAMES[second]}", _said(one.interval, "+"), f"{one.adjusted:.3f}", one.verdict,
+            _said(other.interval, "+"), f"{other.adjusted:.3f}",
+        ])  # fmt: skip
+    return markdown_table(rows)
+
+
+def _ends(runs: Runs) -> str:
+    ends = by_arm(runs, lambda run: at(run, run["points"][-1]))
+    rows = [["arm", "recovery, covered", "recovery, uncovered", "preservation"]]
+    for arm, each in ends.items():
+        columns = ([getattr(one, name) for one in each] for name in ("recovery", "uncovered", "preservation"))
+        rows.append([NAMES[arm], *(_said(mean_interval(column)) for column in columns)])
+    return markdown_table(rows)
+
+
+def _rates(runs: Runs) -> str:
+    means, chosen = rate_means(runs), {}
+    if not any(math.isnan(mean) for row in means.values() for mean in row.values()):
+        chosen = chosen_rates(runs)
+    rows = [["arm", "first", "second", "third", "fourth", "fifth", "range"]]
+    for arm, row in means.items():
+        cells = [f"{mean:.3f}{' *' if chosen.get(arm) == rate else ''} ({rate:g})" for rate, mean in row.items()]
+        rows.append([NAMES[arm], *cells, f"{max(row.values()) - min(row.values()):.3f}"])
+    text = markdown_table(rows)
+    if chosen:
+        best = [means[arm][chosen[arm]] for arm in ARMS]
+        same = [[means[arm][rate] for arm in ARMS if arm != "sgd"] for rate in rates(BASE)]
+        turned = [_turned(first, second) for first, second in itertools.pairwise(same)]
+        text += (
+            f"\n\n`*` is chosen. Between arms, each at its own rate, the range is {max(best) - min(best):.3f}; within an "
+            f"arm over its rates it is {_mean([max(row.values()) - min(row.values()) for row in means.values()]):.3f} on "
+            f"average. From one rate to the next {', '.join(f'{share:.0%}' for share in turned)} of the pairs of arms "
+            "change their order (SGD left out)."
+        )
+    return text
+
+
+def _turned(first: Sequence[float], second: Sequence[float]) -> float:
+    """Share of the pairs that stand in another order in the second than in the first; equal ones stand in none."""
+    pairs = list(itertools.combinations(range(len(first)), 2))
+    return sum((first[a] - first[b]) * (second[a] - second[b]) < 0 for a, b in pairs) / len(pairs)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def _said(interval: Interval, sign: str = "") -> str:
+    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

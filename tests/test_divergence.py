@@ -1,0 +1,149 @@
+"""The reverse KL at each token against plain logits and autograd, on a vocabulary that can be enumerated."""
+
+import math
+
+import pytest
+import torch
+from conftest import VOCAB, make_forward, make_model, rounding
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from camopd.divergence import Likeliest, bucket_kl, logps_and_kl, outputs_of
+from camopd.logprobs import CPU_VOCAB_CHUNK
+
+
+IDS = [[5, 6, 7, 8, 9, 2], [5, 9, 11], [6, 6, 12, 13, 2]]
+STARTS = [2, 1, 3]
+KL = rounding(10)  # nats, of sums whose terms are as large as log-probs
+
+
+def of_logits(model, row: int) -> torch.Tensor:
+    """Log-softmax of the model's own logits at each completion token of a row, (T, V)."""
+    logits = model(input_ids=torch.tensor([IDS[row]])).logits[0]
+    return logits[STARTS[row] - 1 : -1].log_softmax(dim=-1)
+
+
+def plain_kl(student, teacher, row: int) -> torch.Tensor:
+    own, other = of_logits(student, row), of_logits(teacher, row).detach()
+    return (own.exp() * (own - other)).sum(dim=-1)
+
+
+def gradients(model) -> list[torch.Tensor]:
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_full_kl_and_its_gradient_are_those_of_plain_logits(padding_free):
+    student, first, second = make_model(1), make_model(2), make_model(3)
+    groups = [(rows, outputs_of(teacher, [IDS[row] for row in rows], [STARTS[row] for row in rows], 0, padding_free))
+              for rows, teacher in (([0, 2], first), ([1], second))]  # fmt: skip
+    logps, kl = logps_and_kl(student, IDS, STARTS, 0, padding_free, groups)
+    weights = torch.tensor([[1.0, 0.5, 2.0, 0.25], [3.0, 1.0, 0.0, 0.0], [1.0, 1.5, 0.0, 0.0]])
+    (weights * kl).sum().backward()
+    found = gradients(student)
+    expected = [plain_kl(student, teacher, row) for row, teacher in ((0, first), (1, second), (2, first))]
+    for row, values in enumerate(expected):
+        torch.testing.assert_close(kl[row, : len(values)], values, atol=KL, rtol=0)
+        assert (kl[row, len(values) :] == 0).all()
+        sampled = of_logits(student, row).gather(-1, torch.tensor(IDS[row][STARTS[row] :])[:, None])[:, 0]
+        torch.testing.assert_close(logps[row, : len(values)], sampled, atol=KL, rtol=0)
+    sum((weights[row, : len(values)] * values).sum() for row, values in enumerate(expected)).backward()
+    for ours, theirs in zip(found, gradients(student), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=KL, rtol=1e-4)
+
+
+def likeliest(teacher, k: int) -> Likeliest:
+    tops = [of_logits(teacher, row).detach().topk(k, dim=-1) for row in range(len(IDS))]
+    return Likeliest(torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops]))
+
+
+@pytest.mark.parametrize("k", [1, 5, len(VOCAB) - 1])
+def test_top_k_kl_has_all_other_tokens_as_one(k):
+    student, teacher = make_model(1), make_model(2)
+    _, kl = logps_and_kl(student, IDS, STARTS, 0, False, [([0, 1, 2], likeliest(teacher, k))])
+    kl.sum().backward()
+    found = gradients(student)
+    total = torch.zeros(())
+    for row in range(len(IDS)):
+        own, other = of_logits(student, row), of_logits(teacher, row).detach()
+        ids = other.topk(k, dim=-1).indices
+        kept = torch.zeros_like(other, dtype=torch.bool).scatter(-1, ids, True)
+        buckets = [torch.cat([each.exp()[place][kept[place]], each.exp()[place][~kept[place]].sum()[None]])
+                   for place in range(len(own)) for each in (own, other)]  # fmt: skip
+        values = torch.stack([(p * (p / q).log()).sum() for p, q in zip(buckets[::2], buckets[1::2], strict=True)])
+        exact = plain_kl(student, teacher, row)
+        torch.testing.assert_close(kl[row, : len(values)], values, atol=10 * KL, rtol=0)
+        assert (values <= exact + KL).all()
+        if k == len(VOCAB) - 1:  # the last outcome is one token
+            torch.testing.assert_close(values, exact, atol=10 * KL, rtol=0)
+        total = total + values.sum()
+    total.backward()
+    for ours, theirs in zip(found, gradients(student), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=100 * KL, rtol=1e-3)
+
+
+@given(st.lists(st.floats(-8, 8), min_size=4, max_size=8), st.lists(st.floats(-8, 8), min_size=8, max_size=8))
+def test_lumping_outcomes_never_makes_the_kl_larger(student, teacher):
+    own, other = (
+        torch.tensor(values, dtype=torch.float64).log_softmax(0) for values in (student, teacher[: len(student)])
+    )
+    exact = float((own.exp() * (own - other)).sum())
+    last = -1e-5  # the tail's floor of 1e-6 on either side
+    for k in range(1, len(own)):
+        ids = other.topk(k).indices
+        assert last <= float(bucket_kl(own[ids][None], other[ids][None])) <= exact + 2e-5
+
+
+def test_kl_has_no_tail_where_the_likeliest_tokens_hold_all():
+    certain = torch.tensor([[0.0, -40.0]])
+    assert float(bucket_kl(certain, certain)) == 0
+    assert math.isfinite(float(bucket_kl(certain, torch.tensor([[-40.0, 0.0]]))))
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor):
+                self.numel = max(self.numel, each.untyped_storage().nbytes() // max(1, each.element_size()))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["full", "top_k"])
+def test_nothing_of_tokens_times_vocabulary_is_made(kind):
+    vocabulary, tokens = (100_000, 130) if kind == "full" else (10_000, 1500)
+    student, teacher = make_model(1, vocab_size=vocabulary), make_model(2, vocab_size=vocabulary)
+    ids = [[5, *(4 + place % 90 for place in range(tokens // 5))] for _ in range(5)]
+    starts = [1] * len(ids)
+    if kind == "full":
+        views = outputs_of(teacher, ids, starts, 0, False)
+    else:
+        views = Likeliest(torch.arange(20).expand(tokens, 20), torch.full((tokens, 20), -4.0))
+    with Largest() as largest:
+        logps_and_kl(student, ids, starts, 0, False, [(range(5), views)])[1].sum().backward()
+    weights = vocabulary * student.config.hidden_size
+    tile = tokens * 32_768 if kind == "full" else max(512 * vocabulary, tokens * CPU_VOCAB_CHUNK)
+    assert largest.numel <= max(weights, tile) < tokens * vocabulary
+
+
+def test_rows_of_no_teacher_have_a_backward_of_zero():
+    student = make_model(1)
+    _, kl = logps_and_kl(student, [[4, 4]], [1], 0, False, [])
+    kl.sum().backward()
+    assert float(kl.abs().sum()) == 0 and all((grad == 0).all() for grad in gradients(student))
+
+
+def test_forward_of_a_teacher_gives_what_the_function_does():
+    teacher = make_model(2)
+    ours, theirs = make_forward(teacher).outputs(IDS, STARTS), outputs_of(teacher, IDS, STARTS, 0, False)
+    assert torch.equal(ours.hidden, theirs.hidden) and ours.weight.data_ptr() == teacher.lm_head.weight.data_ptr()
+    assert not ours.hidden.requires_grad and not ours.weight.requires_grad
