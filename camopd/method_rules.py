@@ -293,8 +293,8 @@ def _check_divergence(args: Any) -> None:
         )
     if (exact or args.baseline != "none") and args.rebalance and args.world_size > 1:
         raise ValueError(
-            f"divergence={args.divergence!r} and baseline={args.baseline!r} need what the teacher sees and says of a sample, "
-            "which rebalance=True leaves on the rank that has asked for it. Set rebalance=False."
+            f"divergence={args.divergence!r} and baseline={args.baseline!r} need what the teacher sees and says of a "
+            "sample, which rebalance=True leaves on the rank that has asked for it. Set rebalance=False."
         )
 
 
