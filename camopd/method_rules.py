@@ -372,5 +372,9 @@ def _parse(shown: str, name: str, value: Any) -> Any:
             raise ValueError
         return number_of(value) if isinstance(value, str) else float(value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        kind = f"one of {tuple(SELECTIONS)}" if name == "selection" else "a number"
-        raise ValueError(f"{shown} must be {kind} or a mapping from branch to that, got {short(value)}.") from None
+        kind, more = "a number", ""
+        if name == "selection":
+            kind, more = "true or false", " There are two controls, 'random' and 'smallest'."
+        raise ValueError(
+            f"{shown} must be {kind} or a mapping from branch to that, got {short(value)}.{more}"
+        ) from None

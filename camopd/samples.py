@@ -127,9 +127,9 @@ class MicroBatch:
     num_kept: int  # as in `LossTerms`
     num_tokens: int | None
     branches: list[str] = field(default_factory=list)  # of the rows; none in a dummy
-    seen: list[dict[str, Tensor]] = field(
-        default_factory=list
-    )  # of the rows, as in `Sample`; not of other ranks' samples
+    # Of the rows, as in `Sample`; not of samples that have come from other ranks.
+    for_teacher: list[tuple[list[int], int]] = field(default_factory=list)
+    seen: list[dict[str, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, samples: Sequence[Sample], columns: Sequence[str], terms: LossTerms) -> MicroBatch:

@@ -24,7 +24,8 @@ OLD_NAMES = {
 
 # Of camopd's own numbers
 UNITS = {
-    "tokens": "max_completion_length max_prompt_length max_tokens_per_micro_batch loss_prefix_tokens score_tokens",
+    "tokens": "max_completion_length max_prompt_length max_tokens_per_micro_batch loss_prefix_tokens score_tokens "
+    "divergence_top_k",
     "rows of a task": "eval_tasks_items",
     "optimizer steps": "max_steps logging_steps save_steps diagnostics_steps relaxed_exploration_steps rollout_lag",
     "seconds": "teacher_timeout teacher_patience",

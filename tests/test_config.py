@@ -60,6 +60,9 @@ OTHER_VALUES = {
     "relaxed_exploration_steps": (40, "40"),
     "selectkd_reject_weight": (0.0, "0"),
     "loss_normalization": ("token", "token"),
+    "divergence": ("sampled", "sampled"),  # the others do not go with this token_rule
+    "divergence_top_k": (5, "5"),
+    "baseline": ("none", "none"),  # "kl" needs the sampled gap
     "branch_weights": ("none", "none"),  # "sigma" needs a schedule that mixes
     "verbose": (True, "true"),
     "diagnostics_steps": (3, "3"),
