@@ -251,8 +251,10 @@ def _rates(runs: Runs) -> str:
         chosen = chosen_rates(runs)
     rows = [["arm", "first", "second", "third", "fourth", "fifth", "range"]]
     for arm, row in means.items():
-        cells = [f"{mean:.3f}{' *' if chosen.get(arm) == rate else ''} ({rate:g})" for rate, mean in row.items()]
-        rows.append([NAMES[arm], *cells, f"{max(row.values()) - min(row.values()):.3f}"])
+        known = [mean for mean in row.values() if not math.isnan(mean)]
+        cells = [f"{'-' if math.isnan(mean) else f'{mean:.3f}'}{' *' if chosen.get(arm) == rate else ''} ({rate:g})"
+                 for rate, mean in row.items()]  # fmt: skip
+        rows.append([NAMES[arm], *cells, f"{max(known) - min(known):.3f}" if len(known) == len(row) else "-"])
     text = markdown_table(rows)
     if chosen:
         best = [means[arm][chosen[arm]] for arm in ARMS]
