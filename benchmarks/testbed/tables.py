@@ -196,8 +196,8 @@ def _head(runs: Runs) -> str:
     seconds = sum(run["seconds"] for run in runs)
     seeds = len(by_arm(runs, outcome)[BASE])
     return (
-        f"\nMade by `make testbed`; PROTOCOL.md says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes of "
-        f"one core. {seeds} seeds of the comparison have all arms and are in the tables. Brackets are 95 % bootstrap "
+        f"\nMade by `make testbed`; PROTOCOL.md says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes on "
+        f"the clock. {seeds} seeds of the comparison have all arms and are in the tables. Brackets are 95 % bootstrap "
         "intervals over seeds.\n"
     )
 
