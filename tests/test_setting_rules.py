@@ -109,6 +109,7 @@ NEEDS = {
     "importance_sampling_high": (9.0, {"importance_sampling_mode": "none"}), "relaxed_mixture": (0.2, {}),
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
+    "divergence_top_k": (5, {}),
     "trust_checkpoint": (True, {}),
 }  # fmt: skip
 
