@@ -1,0 +1,270 @@
+"""On-policy co-distillation (OPCoD, arXiv 2606.14368): two students, each stronger in one domain, tutor each other.
+
+Each round, for each student: it answers the problems several times, and a checker says which answers are right. Where one
+is wrong and its peer is itself confident, the peer gives feedback. Then the student's **self-teacher**, its own weights
+behind a prompt with one of its right answers and the feedback, scores what the student writes without them, and
+`CaMOPDTrainer` moves the student toward it: `teachers: self` and a `teacher_prompt` for each row (docs/context.md).
+
+Public of the paper are the abstract and summaries. Known from there: on-policy self-distillation conditioned on the
+student's own right rollout and its peer's feedback; feedback only where the tutor is reliable on the problem (the
+cognizance gate); feedback that names a concept of the question, matched by rule, without what leaks the answer (anchoring).
+Not public, and so ours: the gate is a least share of right rollouts, `threshold`; the prompts of `Wording`; the divergence,
+which is the sampled reverse KL of Eq. 1 of CaMOPD (arXiv 2605.27115) with its selection by gaps; that a problem without a
+right rollout and without feedback is left out, because its self-teacher would see nothing more than the student.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+
+from .config import CaMOPDConfig
+from .errors import CaMOPDError
+from .generation import neutral_generation
+from .trainer import CaMOPDTrainer
+
+
+BRANCH = "lessons"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, its right answer, and the labels of concepts that feedback on it may name."""
+
+    prompt: str
+    answer: str
+    concepts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What models are told, each a format string."""
+
+    ask: str = (  # {prompt}, {wrong}
+        "A student was asked:\n{prompt}\n\nThe student answered:\n{wrong}\n\nName the concept that the question is about, "
+        "and what the student has overlooked. Do not give the answer."
+    )
+    correct: str = "A right answer that you have given before:\n{correct}\n\n"
+    feedback: str = "What a colleague says about the question:\n{feedback}\n\n"
+
+
+@dataclass(frozen=True)
+class Tutoring:
+    """How students are taught. The defaults are ours."""
+
+    rollouts: int = 4  # answers of each student to each problem
+    threshold: float = 0.5  # a peer gives feedback where at least this share of its own answers is right; 0: always
+    feedback: bool = True  # False: self-distillation alone
+    anchored: bool = True  # False: feedback goes to the self-teacher as it was written
+    max_answer: int = 1024  # tokens
+    max_feedback: int = 256  # tokens
+    wording: Wording = field(default_factory=Wording)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model, the tokenizer it reads with, and a name for messages and folders."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def sees(self, prompt: str) -> Any:
+        """The prompt as a row of a dataset has it: messages for a chat model."""
+        return [{"role": "user", "content": prompt}] if self.tokenizer.chat_template else prompt
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[str], count: int, max_tokens: int, batch: int = 256) -> list[list[str]]:
+        """`count` completions of each prompt, drawn from the model's own distribution."""
+        texts = [self._text(prompt) for prompt in prompts for _ in range(count)]
+        written: list[str] = []
+        training = self.model.training
+        self.model.eval()
+        with neutral_generation(self.model):
+            for start in range(0, len(texts), batch):
+                inputs = self.tokenizer(
+                    texts[start : start + batch], return_tensors="pt", padding=True, padding_side="left",
+                    add_special_tokens=not self.tokenizer.chat_template, return_token_type_ids=False,
+                ).to(self.model.device)  # fmt: skip
+                ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=True, top_k=0)
+                written += self.tokenizer.batch_decode(
+                    ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                )
+        self.model.train(training)
+        return [written[start : start + count] for start in range(0, len(written), count)]
+
+    def _text(self, prompt: str) -> str:
+        if not self.tokenizer.chat_template:
+            return prompt
+        text: str = self.tokenizer.apply_chat_template(self.sees(prompt), tokenize=False, add_generation_prompt=True)
+        return text
+
+
+class Graded(NamedTuple):
+    """A student's answers to one problem, apart by whether they are right."""
+
+    right: list[str]
+    wrong: list[str]
+
+    @property
+    def rate(self) -> float:
+        """The share that is right."""
+        return len(self.right) / (len(self.right) + len(self.wrong))
+
+
+def grade(
+    student: Student, problems: Sequence[Problem], is_right: Callable[[Problem, str], bool], tutoring: Tutoring
+) -> list[Graded]:
+    """What a student answers to each problem."""
+    answers = student.write([problem.prompt for problem in problems], tutoring.rollouts, tutoring.max_answer)
+    found = []
+    for problem, texts in zip(problems, answers, strict=True):
+        marks = [bool(is_right(problem, text)) for text in texts]
+        found.append(
+            Graded(*([text for text, mark in zip(texts, marks, strict=True) if mark is of] for of in (True, False)))
+        )
+    return found
+
+
+def anchor(feedback: str, problem: Problem) -> str | None:
+    """What may be passed on of a peer's feedback: the right answer is taken out wherever it stands as a word, and what is
+    left has to name one of the problem's concepts. `None` where it does not."""
+    kept = (
+        re.sub(rf"(?<!\w){re.escape(problem.answer)}(?!\w)", "", feedback, flags=re.IGNORECASE)
+        if problem.answer
+        else feedback
+    )
+    named = any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", kept, re.IGNORECASE) for label in problem.concepts)
+    return kept.strip() if named else None
+
+
+def lessons_of(
+    student: Student, peer: Student, problems: Sequence[Problem], own: Sequence[Graded], of_peer: Sequence[Graded],
+    tutoring: Tutoring,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:  # fmt: skip
+    """The rows that a student learns from in a round, and what became of the problems.
+
+    Args:
+        student: who learns.
+        peer: who gives feedback.
+        problems: of the round.
+        own: the student's answers to each.
+        of_peer: the peer's.
+        tutoring: how.
+
+    Returns rows with `prompt` and `teacher_prompt`, and counts: `problems`, those with a `right` answer, those that
+    `need` feedback because an answer is wrong, those of them whose gate is `open`, the feedback that was `kept`, and the
+    `rows`. Problems without a right answer and without feedback have no row.
+    """
+    need = [place for place, graded in enumerate(own) if graded.wrong]
+    open_to = [place for place in need if of_peer[place].rate >= tutoring.threshold] if tutoring.feedback else []
+    said = peer.write(
+        [tutoring.wording.ask.format(prompt=problems[place].prompt, wrong=own[place].wrong[0]) for place in open_to],
+        1, tutoring.max_feedback,
+    )  # fmt: skip
+    feedback = {
+        place: anchor(text, problems[place]) if tutoring.anchored else text.strip()
+        for place, (text,) in zip(open_to, said, strict=True)
+    }
+    rows = []
+    for place, (problem, graded) in enumerate(zip(problems, own, strict=True)):
+        told = feedback.get(place)
+        context = tutoring.wording.feedback.format(feedback=told) if told else ""
+        context += tutoring.wording.correct.format(correct=graded.right[0]) if graded.right else ""
+        if context:
+            rows.append(
+                {"prompt": student.sees(problem.prompt), "teacher_prompt": student.sees(context + problem.prompt)}
+            )
+    counts = {
+        "problems": len(problems), "right": sum(bool(graded.right) for graded in own), "need": len(need),
+        "open": len(open_to), "kept": sum(bool(text) for text in feedback.values()), "rows": len(rows),
+    }  # fmt: skip
+    return rows, counts
+
+
+def co_distill(
+    students: tuple[Student, Student],
+    problems: Callable[[int], Sequence[Problem]],
+    is_right: Callable[[Problem, str], bool],
+    config: Callable[[str, int], CaMOPDConfig],
+    rounds: int,
+    tutoring: Tutoring | None = None,
+) -> list[dict[str, Any]]:
+    """Let two students tutor each other; their models are trained where they are.
+
+    Args:
+        students: both of them.
+        problems: those of a round, of both domains. Both students get them all.
+        is_right: whether a text answers a problem rightly.
+        config: of a student's training in a round, by the student's name and the round. Its schedule is replaced by the
+            one branch there is. Each training has an optimizer of its own.
+        rounds: how many.
+        tutoring: how.
+
+    Both answer before either learns, so that neither has the first turn.
+
+    Returns a line for each student and round: `student`, `round`, and the counts of `lessons_of`.
+
+    Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer passes the
+    gate for none of the problems it is needed for in it, and where a student has nothing to learn from.
+    """
+    tutoring = tutoring or Tutoring()
+    lines = []
+    for number in range(rounds):
+        asked = problems(number)
+        graded = [grade(student, asked, is_right, tutoring) for student in students]
+        if number == 0:
+            _need_right(students, asked, graded)
+        made = []
+        for at, student in enumerate(students):
+            peer = students[1 - at]
+            rows, counts = lessons_of(student, peer, asked, graded[at], graded[1 - at], tutoring)
+            if number == 0 and tutoring.feedback and counts["need"] and not counts["open"]:
+                _refuse_gate(peer, counts["need"], graded[at], graded[1 - at], tutoring)
+            if not rows:
+                raise CaMOPDError(
+                    f"{student.name!r} has nothing to learn from in round {number}: it has answered none of "
+                    f"{len(asked)} problems rightly, and no feedback of {peer.name!r} was passed on (gate open "
+                    f"{counts['open']} times, kept {counts['kept']}). Ask easier problems, or give them the concepts that "
+                    "feedback names."
+                )
+            made.append(rows)
+            lines.append({"student": student.name, "round": number, **counts})
+        for student, rows in zip(students, made, strict=True):
+            _learn(student, rows, config(student.name, number))
+    return lines
+
+
+def _learn(student: Student, rows: list[dict[str, Any]], args: CaMOPDConfig) -> None:
+    args.schedule = BRANCH
+    CaMOPDTrainer(
+        model=student.model, teachers={BRANCH: "self"}, args=args, train_dataset={BRANCH: Dataset.from_list(rows)},
+        processing_class=student.tokenizer,
+    ).train()  # fmt: skip
+
+
+def _need_right(students: Sequence[Student], problems: Sequence[Problem], graded: Sequence[Sequence[Graded]]) -> None:
+    if any(each.right for of in graded for each in of):
+        return
+    raise CaMOPDError(
+        f"the answer checker accepts nothing: of {len(problems)} problems neither {students[0].name!r} nor "
+        f"{students[1].name!r} has answered one rightly. To {problems[0].prompt[:120]!r}, whose answer is "
+        f"{problems[0].answer[:80]!r}, the first has said {graded[0][0].wrong[0][:120]!r}. Look at is_right, or ask "
+        "problems that one of them can solve."
+    )
+
+
+def _refuse_gate(
+    peer: Student, need: int, own: Sequence[Graded], of_peer: Sequence[Graded], tutoring: Tutoring
+) -> None:
+    best = max(theirs.rate for mine, theirs in zip(own, of_peer, strict=True) if mine.wrong)
+    raise CaMOPDError(
+        f"{peer.name!r} passes the gate for none of the {need} problems that its peer needs feedback on: at most "
+        f"{best:.0%} of its own {tutoring.rollouts} answers to one are right, and the threshold is "
+        f"{tutoring.threshold:.0%}. Lower the threshold, draw more rollouts, or ask problems of its domain."
+    )

@@ -1,0 +1,149 @@
+"""Two students that tutor each other (camopd/co_distill.py)."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from camopd import CaMOPDConfig
+from camopd.co_distill import Graded, Problem, Student, Tutoring, Wording, anchor, co_distill, grade, lessons_of
+from camopd.errors import CaMOPDError
+
+
+PROBLEMS = [
+    Problem("abc?", "cba", ("reverse", "copy")),
+    Problem("bca?", "abc", ("sort",)),
+    Problem("aab?", "baa", ("reverse",)),
+]
+
+
+class Scripted:
+    """A student that says what it is told to: a text for all prompts, or one by prompt."""
+
+    def __init__(self, name, said):
+        self.name, self.said, self.asked = name, said, []
+
+    def sees(self, prompt):
+        return prompt
+
+    def write(self, prompts, count, max_tokens):
+        self.asked += prompts
+        return [
+            [self.said.get(prompt, "?") if isinstance(self.said, dict) else self.said] * count for prompt in prompts
+        ]
+
+
+@given(
+    st.text(max_size=60),
+    st.text("abcXY 1.", max_size=6),
+    st.lists(st.text("abcXY", min_size=1, max_size=4), max_size=3),
+)
+def test_anchor_names_a_concept_and_never_the_answer(feedback, answer, concepts):
+    kept = anchor(feedback, Problem("?", answer, tuple(concepts)))
+    if kept is None:
+        return
+    assert any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", kept, re.IGNORECASE) for label in concepts)
+    words = re.findall(r"\w+", kept.lower())
+    assert not re.fullmatch(r"\w+", answer) or answer.lower() not in words
+
+
+@pytest.mark.parametrize(
+    ("feedback", "kept"),
+    [
+        ("This is reverse, so it is CBA.", "This is reverse, so it is ."),
+        ("reverse cba", "reverse"),
+        ("It is cba", None),
+        ("reversed", None),
+        ("Use copycba", None),
+        ("a copy: cbas", "a copy: cbas"),  # another word
+        ("", None),
+    ],
+)
+def test_anchor_by_hand(feedback, kept):
+    assert anchor(feedback, PROBLEMS[0]) == kept
+
+
+def test_grade_gives_back_every_answer():
+    student = Scripted("a", {"abc?": "cba", "bca?": "abc"})
+    found = grade(student, PROBLEMS, lambda problem, text: text == problem.answer, Tutoring(rollouts=3))
+    assert [(len(each.right), len(each.wrong), each.rate) for each in found] == [(3, 0, 1.0), (3, 0, 1.0), (0, 3, 0.0)]
+
+
+WORDING = Wording(ask="{prompt}|{wrong}", correct="({correct})", feedback="<{feedback}>")
+OWN = [Graded(["cba"], ["x"] * 3), Graded([], ["y"] * 4), Graded([], ["z"] * 4)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "seen", "counts"),
+    [  # the peer is right in 2, 1 and 4 of 4 answers
+        ({}, ["abc?|x", "aab?|z"], ["<reverse>(cba)abc?", "<reverse>aab?"], (3, 2, 2, 2)),
+        ({"threshold": 0.0}, ["abc?|x", "bca?|y", "aab?|z"], ["<reverse>(cba)abc?", "<reverse>aab?"], (3, 3, 2, 2)),
+        ({"feedback": False}, [], ["(cba)abc?"], (3, 0, 0, 1)),
+        ({"threshold": 0.75}, ["aab?|z"], ["(cba)abc?", "<reverse>aab?"], (3, 1, 1, 2)),
+        ({"anchored": False}, ["abc?|x", "aab?|z"], ["<reverse cba>(cba)abc?", "<reverse cba>aab?"], (3, 2, 2, 2)),
+    ],
+)
+def test_lessons_follow_gate_and_anchor(settings, asked, seen, counts):
+    peer = Scripted("b", "reverse cba")
+    of_peer = [Graded(["r"] * right, ["w"] * (4 - right)) for right in (2, 1, 4)]
+    rows, found = lessons_of(Scripted("a", ""), peer, PROBLEMS, OWN, of_peer, Tutoring(wording=WORDING, **settings))
+    assert peer.asked == asked
+    assert [row["teacher_prompt"] for row in rows] == seen
+    assert all(row["teacher_prompt"].endswith(row["prompt"]) for row in rows)
+    assert tuple(found[key] for key in ("need", "open", "kept", "rows")) == counts and found["problems"] == 3
+
+
+def pair(first, second):
+    return Scripted("a", first), Scripted("b", second)
+
+
+@pytest.mark.parametrize(
+    ("students", "tutoring", "match"),
+    [
+        (pair("?", "!"), Tutoring(), r"accepts nothing: of 3 problems neither 'a' nor 'b'.*'abc\?'.*'cba'.*is_right"),
+        (pair({"abc?": "cba"}, "?"), Tutoring(), "'b' passes the gate for none of the 2 problems.*at most 0%.*50%"),
+        (pair({"abc?": "cba"}, "?"), Tutoring(threshold=0.0), "'b' has nothing to learn from in round 0.*kept 0"),
+    ],
+)
+def test_co_distill_says_what_keeps_students_from_learning(students, tutoring, match):
+    def is_right(problem, text):
+        return text == problem.answer
+
+    with pytest.raises(CaMOPDError, match=match):
+        co_distill(students, lambda number: PROBLEMS, is_right, None, 1, tutoring)
+
+
+def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
+    """Whatever begins with a token of even length counts as right: both have lessons, and both change."""
+    students = tuple(Student(name, make_model(seed), make_tokenizer()) for seed, name in enumerate("ab"))
+    before = [[weight.clone() for weight in student.model.parameters()] for student in students]
+    torch.manual_seed(0)
+
+    def config(name, number):
+        return CaMOPDConfig(
+            output_dir=str(tmp_path / f"{name}-{number}"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+            save_strategy="no", gradient_checkpointing=False, max_steps=1, prompts_per_step=2, diagnostics_steps=0,
+            per_device_train_batch_size=2, max_completion_length=4, max_prompt_length=400, learning_rate=1e-2,
+        )  # fmt: skip
+
+    lines = co_distill(
+        students, lambda number: PROBLEMS, lambda problem, text: len(text) % 2 == 0, config, 2,
+        Tutoring(max_answer=4, max_feedback=4, threshold=0.0, anchored=False),
+    )  # fmt: skip
+    assert [(line["student"], line["round"]) for line in lines] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    for student, weights in zip(students, before, strict=True):
+        assert any(not torch.equal(one, two) for one, two in zip(weights, student.model.parameters(), strict=True))
+
+
+def test_write_draws_from_the_model_itself():
+    """Not by its generation config, which would have drawn the likeliest token each time."""
+    model, tokenizer = make_model(0), make_tokenizer()
+    model.generation_config.update(do_sample=True, top_k=1)
+    torch.manual_seed(0)
+    (written,) = Student("a", model, tokenizer).write(["abc?"], 16, 3)
+    assert len(written) == 16 and len(set(written)) > 1
+    assert SimpleNamespace(**vars(model.generation_config)).top_k == 1
