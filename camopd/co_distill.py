@@ -201,8 +201,8 @@ def co_distill(
         students: both of them.
         problems: those of a round, of both domains. Both students get them all.
         is_right: whether a text answers a problem rightly.
-        config: of a student's training in a round, by the student's name and the round. Its schedule is replaced by the
-            one branch there is. Each training has an optimizer of its own.
+        config: of a student's training in a round, by the student's name and the round, with `schedule=BRANCH`. Each
+            training has an optimizer of its own.
         rounds: how many.
         tutoring: how.
 
@@ -211,7 +211,8 @@ def co_distill(
     Returns a line for each student and round: `student`, `round`, and the counts of `lessons_of`.
 
     Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer passes the
-    gate for none of the problems it is needed for in it, and where a student has nothing to learn from.
+    gate for none of the problems it is needed for in it, and where a student has nothing to learn from; `ValueError` for a
+    config with another schedule.
     """
     tutoring = tutoring or Tutoring()
     lines = []
@@ -241,7 +242,11 @@ def co_distill(
 
 
 def _learn(student: Student, rows: list[dict[str, Any]], args: CaMOPDConfig) -> None:
-    args.schedule = BRANCH
+    if args.schedule != BRANCH:
+        raise ValueError(
+            f"the config of {student.name!r} has schedule={args.schedule!r}, and lessons are one branch. Make it with "
+            f"schedule={BRANCH!r}."
+        )
     CaMOPDTrainer(
         model=student.model, teachers={BRANCH: "self"}, args=args, train_dataset={BRANCH: Dataset.from_list(rows)},
         processing_class=student.tokenizer,

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from camopd import CaMOPDConfig
-from camopd.co_distill import Problem, Student, Tutoring, co_distill
+from camopd.co_distill import BRANCH, Problem, Student, Tutoring, co_distill
 
 
 PROBLEMS, STEPS, PROMPTS = 64, 4, 16  # problems of a round, optimizer steps of a round, prompts of a step
@@ -60,7 +60,7 @@ def main() -> None:
             output_dir=str(options.output_dir / name / f"round-{number}"), max_steps=STEPS, prompts_per_step=PROMPTS,
             per_device_train_batch_size=1, max_completion_length=options.max_answer, max_prompt_length=4096,
             learning_rate=options.learning_rate, lr_scheduler_type="constant", save_strategy="no", report_to="none",
-            seed=number,
+            schedule=BRANCH, seed=number,
         )  # fmt: skip
 
     def of_round(number: int) -> list[Problem]:

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from camopd import CaMOPDConfig
-from camopd.co_distill import Graded, Problem, Student, Tutoring, Wording, anchor, co_distill, grade, lessons_of
+from camopd.co_distill import (
+    BRANCH,
+    Graded,
+    Problem,
+    Student,
+    Tutoring,
+    Wording,
+    anchor,
+    co_distill,
+    grade,
+    lessons_of,
+)
 from camopd.errors import CaMOPDError
 
 
@@ -84,11 +95,11 @@ OWN = [Graded(["cba"], ["x"] * 3), Graded([], ["y"] * 4), Graded([], ["z"] * 4)]
         ({"threshold": 0.0}, ["abc?|x", "bca?|y", "aab?|z"], ["<reverse>(cba)abc?", "<reverse>aab?"], (3, 3, 2, 2)),
         ({"feedback": False}, [], ["(cba)abc?"], (3, 0, 0, 1)),
         ({"threshold": 0.75}, ["aab?|z"], ["(cba)abc?", "<reverse>aab?"], (3, 1, 1, 2)),
-        ({"anchored": False}, ["abc?|x", "aab?|z"], ["<reverse cba>(cba)abc?", "<reverse cba>aab?"], (3, 2, 2, 2)),
+        ({"anchored": False}, ["abc?|x", "aab?|z"], ["<reverse cba>(cba)abc?", "<reverse baa>aab?"], (3, 2, 2, 2)),
     ],
 )
 def test_lessons_follow_gate_and_anchor(settings, asked, seen, counts):
-    peer = Scripted("b", "reverse cba")
+    peer = Scripted("b", {"abc?|x": "reverse cba", "bca?|y": "reverse", "aab?|z": "reverse baa"})
     of_peer = [Graded(["r"] * right, ["w"] * (4 - right)) for right in (2, 1, 4)]
     rows, found = lessons_of(Scripted("a", ""), peer, PROBLEMS, OWN, of_peer, Tutoring(wording=WORDING, **settings))
     assert peer.asked == asked
@@ -118,7 +129,7 @@ def test_co_distill_says_what_keeps_students_from_learning(students, tutoring, m
 
 
 def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
-    """Whatever begins with a token of even length counts as right: both have lessons, and both change."""
+    """Whatever ends in an even letter counts as right: both have lessons, and both change."""
     students = tuple(Student(name, make_model(seed), make_tokenizer()) for seed, name in enumerate("ab"))
     before = [[weight.clone() for weight in student.model.parameters()] for student in students]
     torch.manual_seed(0)
@@ -128,10 +139,11 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
             output_dir=str(tmp_path / f"{name}-{number}"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
             save_strategy="no", gradient_checkpointing=False, max_steps=1, prompts_per_step=2, diagnostics_steps=0,
             per_device_train_batch_size=2, max_completion_length=4, max_prompt_length=400, learning_rate=1e-2,
+            schedule=BRANCH,
         )  # fmt: skip
 
     lines = co_distill(
-        students, lambda number: PROBLEMS, lambda problem, text: len(text) % 2 == 0, config, 2,
+        students, lambda number: PROBLEMS, lambda problem, text: ord(text[-1]) % 2 == 0, config, 2,
         Tutoring(max_answer=4, max_feedback=4, threshold=0.0, anchored=False),
     )  # fmt: skip
     assert [(line["student"], line["round"]) for line in lines] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]

@@ -31,7 +31,7 @@ from datasets import Dataset
 from tokenizers import decoders
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, atomic
-from camopd.co_distill import Problem, Student, Tutoring, Wording, co_distill
+from camopd.co_distill import BRANCH, Problem, Student, Tutoring, Wording, co_distill
 from camopd.verdict import t_quantile
 
 from .models import Size, fit, load_or_make, make_general, make_tokenizer, right
@@ -157,13 +157,13 @@ def _run(out: Path, pairs: dict[str, Any], arm: str, rate: float, seed: int) -> 
     before = {student.name: measure(student.model) for student in students}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
 
-        def config(name: str, number: int, schedule: str | None = None, steps: int = STEPS) -> CaMOPDConfig:
+        def config(name: str, number: int, schedule: str = BRANCH, steps: int = STEPS) -> CaMOPDConfig:
             return CaMOPDConfig(
                 output_dir=f"{folder}/{name}-{number}", use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
                 save_strategy="no", gradient_checkpointing=False, max_steps=steps, prompts_per_step=PROMPTS,
                 per_device_train_batch_size=PROMPTS, max_completion_length=9, max_prompt_length=48, diagnostics_steps=0,
                 logging_steps=10**6, seed=1000 * seed + number, learning_rate=rate, guards=dict.fromkeys(_OFF),
-                lr_scheduler_type="constant", **({"schedule": schedule} if schedule else {}),
+                lr_scheduler_type="constant", schedule=schedule,
             )  # fmt: skip
 
         if ARMS[arm] is None:
