@@ -53,8 +53,11 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
     assert result == returned
     for name in MODELS:
         for branch in BRANCHES:
-            assert set(result[name][f"gap_to_{branch}"]) == {"mean", "standard_error", "prompts", "unit"}
-            assert result[name][f"gap_to_{branch}"]["prompts"] == 3
+            gap = result[name][f"gap_to_{branch}"]
+            assert set(gap) == {"mean", "standard_error", "prompts", "unit", "by_prompt", "of"}
+            assert gap["prompts"] == len(gap["by_prompt"]) == 3
+            assert gap["mean"] == pytest.approx(sum(gap["by_prompt"]) / 3)
+            assert gap["of"] == result["general"][f"gap_to_{branch}"]["of"]  # so they are compared prompt by prompt
     assert result["general"]["gap_to_general"]["mean"] == 0  # a model is its own teacher
     assert result["specialised"]["gap_to_domain"]["mean"] == 0
     assert result["specialised"]["gap_to_general"]["mean"] > 0
@@ -63,6 +66,7 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
     drift, distance = (result[name]["gap_to_domain"]["mean"] for name in ("recovered", "general"))
     assert result["domain_drift"] == pytest.approx(drift / distance)
     assert set(result["seconds"]) == {"load", "specialise", "recover", "measure", "check", "answers"}
+    assert "not paired" not in printed
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"{result['recovered_share']:.0%} of the lost general gap came back" in report
     assert "Which of my branches is hurting?" in report

@@ -27,6 +27,7 @@ from ..signals import RunInterrupted
 from ..trainer import CaMOPDTrainer
 from ..verdict import Measured
 from .ctrl_c import EXIT_CODE
+from .gaps import measure as held_out_records
 
 
 MODELS = ("general", "specialised", "recovered")
@@ -153,16 +154,16 @@ def measure(models: dict[str, Path], run: Path, settings: DemoSettings) -> dict[
     gaps: dict[str, Any] = {}
     for name in _one_by_one("measure", f" on {settings.heldout} held-out prompts per branch"):
         trainer = make_trainer(name, models, run, settings)
-        trainer.remove_callback(PrinterCallback)
-        found = trainer.evaluate()
         gaps[name] = {
             f"gap_to_{branch}": {
-                "mean": found[f"eval_{branch}_kl"],
-                "standard_error": found[f"eval_{branch}_kl_se"],
-                "prompts": found[f"eval_{branch}_prompts"],
+                "mean": record["kl"],
+                "standard_error": record["kl_se"],
+                "prompts": record["prompts"],
                 "unit": "nats per token",
+                "by_prompt": record["kl_by_prompt"],
+                "of": record["of"],
             }
-            for branch in BRANCHES
+            for branch, record in held_out_records(trainer).items()
         }
     shutil.rmtree(run, ignore_errors=True)
     return gaps
@@ -173,7 +174,7 @@ def measured_of(result: dict[str, Any]) -> dict[str, list[Measured]]:
     steps = {"specialised": 0, "recovered": result["settings"]["steps"]}
     return {
         branch: [
-            Measured(step, gap["mean"], gap["standard_error"], int(gap["prompts"]))
+            Measured(step, gap["mean"], gap["standard_error"], int(gap["prompts"]), tuple(gap["by_prompt"]), gap["of"])
             for name, step in steps.items()
             for gap in [result[name][f"gap_to_{branch}"]]
         ]
