@@ -39,21 +39,29 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def of_lines(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Measured]]:
-    """Evaluations by branch, of the model in hand: after a line that says that an earlier model was loaded, none of the
-    models between are left."""
-    found: dict[str, list[Measured]] = {}
+def in_hand(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations that are of the model in hand or of its earlier steps: where a line says that an earlier model was
+    loaded, as the best one is at the end, those after its step are left out."""
+    kept: list[Mapping[str, Any]] = []
     for line in lines:
         if "loaded" in line:
-            found = {name: [each for each in of if each.step <= line["step"]] for name, of in found.items()}
-            continue
+            kept = [each for each in kept if each["step"] <= line["step"]]
+        else:
+            kept.append(line)
+    return kept
+
+
+def of_lines(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Measured]]:
+    """Evaluations by branch, of the model in hand."""
+    found: dict[str, list[Measured]] = {}
+    for line in in_hand(lines):
         found.setdefault(str(line["branch"]), []).append(
             Measured(
                 int(line["step"]), _number(line.get("kl")), _number(line.get("kl_se")), int(line.get("prompts", 0)),
                 tuple(line.get("kl_by_prompt", ())), str(line.get("of", "")), _number(line.get("gap_abs")),
             )
         )  # fmt: skip
-    return {branch: measured for branch, measured in found.items() if measured}
+    return found
 
 
 def of_history(

@@ -49,6 +49,12 @@ def test_gaps_are_those_of_each_category_and_of_all(tmp_path):
     assert whole.gone.value == pytest.approx(1 - 0.2 / 0.35) and whole.gone.low < whole.gone.value < whole.gone.high
 
 
+def test_gaps_are_those_of_the_model_that_was_loaded_at_the_end(tmp_path):
+    later = [0.9] * 40
+    (row,) = gaps.of_run(save(tmp_path, line(0, BEFORE), line(4, AFTER), line(8, later), {"step": 4, "loaded": True}))
+    assert row.steps == (0, 4) and row.after == pytest.approx(0.2)
+
+
 def test_prompts_without_a_completion_are_left_out_of_both(tmp_path):
     (row,) = gaps.of_run(save(tmp_path, line(0, [None, 0.2, 0.4, 0.6]), line(1, [0.1, None, 0.2, 0.4])))
     assert (row.prompts, row.before, row.after) == (2, pytest.approx(0.5), pytest.approx(0.3))
@@ -79,7 +85,7 @@ def test_gaps_stand_on_the_page_alone_and_beside_tasks(tmp_path, capsys):
     assert kept["gaps"][2]["gone"] == pytest.approx([0.75] * 3) and kept["tasks"] == []
     rows = compare([TASKS["ifeval"]], {"start": {"ifeval": items([0, 1])}})
     short = page.write(rows, (), {}, tmp_path / "out", gaps=gaps.of_run(run))
-    assert len(short) == 3
+    assert short[0] == "**Scores**" and len(short) == 5  # two tables with what they are, and a note
 
 
 def test_gaps_without_a_run_are_refused(capsys):

@@ -7,7 +7,7 @@ import yaml
 from fake_openai import serving
 
 from camopd.errors import CaMOPDError
-from camopd.eval.models import Model, look, of_run, parse
+from camopd.eval.models import Model, look, need_whole, of_run, parse
 
 
 def test_models_are_named_paths_or_urls(tmp_path):
@@ -75,6 +75,40 @@ def test_folder_of_a_run_brings_its_three_models(tmp_path):
     assert of_run(str(tmp_path)) == [*models, Model("result", str(checkpoint))]
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert of_run(str(tmp_path)) == [*models, Model("result", str(tmp_path))]
+
+
+def test_newest_checkpoint_of_a_run_is_the_one_with_most_steps(tmp_path):
+    """Whatever the clock says: a copy has made them in another order. A config and the folder say the same."""
+    path = make_run(tmp_path, "org/general")
+    (tmp_path / "out" / "config.json").unlink()
+    for step in (12, 8, 4):
+        checkpoint = tmp_path / "out" / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        found = {"student": {"name": "org/medical"}, "teachers": {"general": "org/general"}}
+        (checkpoint / "camopd.json").write_text(json.dumps(found), encoding="utf-8")
+    assert of_run(str(path)) == of_run(str(tmp_path / "out"))
+    assert of_run(str(path))[2].where.endswith("checkpoint-12")
+
+
+@pytest.mark.parametrize("teacher", ["adapter_off", "adapter_start", "self"])
+def test_general_teacher_that_is_the_student_itself_is_no_model_to_evaluate(tmp_path, teacher):
+    with pytest.raises(ValueError, match=f"general teacher of .* is '{teacher}', the student .*--models general="):
+        of_run(str(make_run(tmp_path, teacher)))
+
+
+def test_adapter_alone_is_refused_with_the_way_to_merge_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    model = parse(f"result={tmp_path}")
+    with pytest.raises(ValueError, match=r"'result'.*is an adapter.*Merge it.*--models result=FOLDER"):
+        need_whole([Model("start", "org/medical"), model])
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    need_whole([model])
+
+
+def test_password_in_an_address_is_refused_and_not_shown():
+    with pytest.raises(ValueError, match="'x' is at http://h:1, and its URL has a user, a password") as raised:
+        parse("x=http://me:secret@h:1#org/model")
+    assert "secret" not in str(raised.value)
 
 
 def test_server_says_what_it_serves():

@@ -47,6 +47,7 @@ def eval(argv: list[str]) -> None:
     wanted |= {model.name: model for model in map(models.parse, options.models)}
     if not wanted:
         raise ValueError("there is no model to evaluate. Name a run, its config, or --models NAME=PATH_OR_URL.")
+    models.need_whole(wanted.values())
     python = jobs.python_of_evalscope() if any(task.benchmark for task in tasks) else ""
     if any(task.answer == "code" for task in tasks):
         cage.find()

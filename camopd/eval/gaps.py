@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measured import HELD_OUT, lines_of
+from ..measured import HELD_OUT, in_hand, lines_of
 from .stats import Interval, difference, share
 
 
@@ -43,10 +43,11 @@ class Row:
 def of_run(folder: Path) -> list[Row]:
     """A row for each branch, and for each of its categories where prompts have several.
 
-    The first evaluation is that before the first step, the second the last one of the same prompts. Raises `ValueError`
+    The first evaluation is that before the first step, the second the last one of the same prompts, of the model that the
+    run has left: the best one, where that was loaded at the end. Raises `ValueError`
     where the run has not measured both.
     """
-    lines = [line for line in lines_of(folder / HELD_OUT) if "loaded" not in line]
+    lines = in_hand(lines_of(folder / HELD_OUT))
     rows = [
         row for branch in dict.fromkeys(line["branch"] for line in lines) for row in _of_branch(str(branch), lines)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,17 @@ from typing import Any
 import httpx
 
 from ..errors import CaMOPDError
+from ..manifest import CHECKPOINT, step_of
 from ..run import read_settings
-from ..teachers.address import is_server, names_missing_folder, public_url, same_model, without_secrets
+from ..teachers.address import (
+    OWN_TEACHERS,
+    has_adapter,
+    is_server,
+    names_missing_folder,
+    public_url,
+    same_model,
+    without_secrets,
+)
 from .compare import GENERAL, RESULT, START
 
 
@@ -47,6 +57,11 @@ def parse(text: str, option: str = "--models") -> Model:
     if is_server(where):
         where, _, served = where.partition("#")
         where = where.rstrip("/").removesuffix("/v1")
+        if public_url(where) != where:  # it would be in eval.json and on the page
+            raise ValueError(
+                f"the model {name!r} is at {public_url(where)}, and its URL has a user, a password or a query, which would "
+                "be in files. Give its key in the environment (docs/evaluation.md)."
+            )
     elif names_missing_folder(where):
         raise ValueError(f"the model {name!r} is named as {where!r}, but there is no such path.")
     return Model(name, where, served or None)
@@ -68,27 +83,48 @@ def of_run(run: str) -> list[Model]:
         general = f"{_first(general['urls'])}#{general['model']}"
     if isinstance(general, list) and is_server(general):
         general = _first(general)
-    return _named(run, settings.get("model_name_or_path"), general, _weights_in(folder))
+    return _named(run, settings.get("model_name_or_path"), general, _result_in(folder))
 
 
 def _of_folder(folder: Path) -> list[Model]:
-    checkpoints = sorted(folder.glob(f"checkpoint-*/{_RUN_RECORD}"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
+    newest = _newest_in(folder)
+    if newest is None:
         raise ValueError(
             f"{str(folder)!r} has no checkpoint that says what run it is. Give the run's config, or the models one by one: "
             f"--models {START}=PATH {GENERAL}=PATH {RESULT}=PATH."
         )
     from .. import record
 
-    found = record.read(checkpoints[-1].parent)
+    found = record.read(newest)
     student, teachers = found.get("student"), found.get("teachers")
     start = student.get("name") if isinstance(student, dict) else None
     general = teachers.get("general") if isinstance(teachers, dict) else None
-    return _named(str(folder), start, general, _weights_in(folder) or str(checkpoints[-1].parent))
+    return _named(str(folder), start, general, _result_in(folder))
 
 
-def _weights_in(folder: Path) -> str | None:
-    return str(folder) if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file() else None
+def need_whole(models: Iterable[Model]) -> None:
+    """Raise `ValueError` for a folder that has an adapter alone: what is served is a whole model."""
+    for model in models:
+        if not model.is_url and has_adapter(model.where) and not (Path(model.where) / "config.json").is_file():
+            raise ValueError(
+                f"the model {model.name!r}, {model.where!r}, is an adapter, and what is evaluated is a whole model. Merge "
+                f"it into its base (docs/guide.md, Merge the adapter), and name that: --models {model.name}=FOLDER."
+            )
+
+
+def _newest_in(folder: Path) -> Path | None:
+    """The checkpoint with most steps that says what run it is of."""
+    found = [
+        path.parent for path in folder.glob(f"checkpoint-*/{_RUN_RECORD}") if CHECKPOINT.fullmatch(path.parent.name)
+    ]
+    return max(found, key=step_of, default=None)
+
+
+def _result_in(folder: Path) -> str | None:
+    """Where a run has left its model: its folder, or its newest checkpoint."""
+    saved = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    result = folder if saved else _newest_in(folder)
+    return None if result is None else str(result)
 
 
 def _first(urls: Any) -> str:
@@ -96,6 +132,11 @@ def _first(urls: Any) -> str:
 
 
 def _named(run: str, start: Any, general: Any, result: Any) -> list[Model]:
+    if general in OWN_TEACHERS:
+        raise ValueError(
+            f"the general teacher of {run!r} is {general!r}, {OWN_TEACHERS[general]}, which is no model of its own on "
+            f"disk. Name it with --models {GENERAL}=PATH_OR_URL, and {START}= and {RESULT}= as well, without the run."
+        )
     found = {START: start, GENERAL: general, RESULT: result}
     missing = [name for name, where in found.items() if not isinstance(where, str) or not where]
     if missing:
