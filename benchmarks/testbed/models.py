@@ -70,7 +70,7 @@ def fit(
     model: LlamaForCausalLM, items: Sequence[Item], batch: int, rate: float, log: Callable[[str], None]
 ) -> LlamaForCausalLM:
     """Cross-entropy of the answers, one pass; AdamW with a warm-up of 50 steps and a linear decay to a tenth."""
-    model.train()
+    model.train().requires_grad_(True)  # a copy of one that has been a teacher is frozen
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     steps = len(items) // batch
     for step in range(steps):
