@@ -80,7 +80,11 @@ def test_tested_versions_are_in_the_ranges_of_pyproject():
 
 def test_wheel_has_all_packages():
     setuptools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
-    found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("camopd/**/__init__.py")}
+    found = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for name in ("__init__.py", "*.yaml")
+        for path in ROOT.glob(f"camopd/**/{name}")
+    }
     assert set(setuptools["packages"]) == found
 
 
