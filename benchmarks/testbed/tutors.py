@@ -210,20 +210,21 @@ def _one_way(students: Sequence[Student], pairs: dict[str, Any], config: Any, se
     return []
 
 
-def measure(model: Any) -> dict[str, list[bool]]:
-    """Whether greedy answers are right, by skill under its code, and by name under `named`; always the same items."""
+def measure(model: Any) -> dict[str, str]:
+    """Which greedy answers are right, 1 or 0 for each, by skill under its code, and by name under `named`; always the same
+    items."""
     draw = random.Random("measure")
     items = {skill: [coded(draw, skill) for _ in range(PER_SKILL)] for skill in CODES}
     items["named"] = [_named(draw) for _ in range(PER_SKILL)]
-    return {name: right(model, of) for name, of in items.items()}
+    return {name: "".join("01"[mark] for mark in right(model, of)) for name, of in items.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- the table
 
 
-def _share(found: dict[str, list[bool]], skills: Sequence[str]) -> float:
-    marks = [mark for skill in skills for mark in found[skill]]
-    return sum(marks) / len(marks)
+def _share(found: dict[str, str], skills: Sequence[str]) -> float:
+    marks = "".join(found[skill] for skill in skills)
+    return marks.count("1") / len(marks)
 
 
 def _all(found: dict[str, Any], when: str = "after") -> float:
@@ -238,9 +239,9 @@ def outcomes(found: dict[str, Any], when: str) -> dict[str, float]:
         values["own codes"].append(_share(found[when][side], own))
         values["peer's codes"].append(_share(found[when][side], others))
         values["by name"].append(_share(found[when][side], ("named",)))
-        was = [mark for skill in CODES for mark in found["before"][side][skill]]
-        now = [mark for skill in CODES for mark in found[when][side][skill]]
-        values["broken"].append(sum(b and not n for b, n in zip(was, now, strict=True)) / max(1, sum(was)))
+        was, now = ("".join(found[at][side][skill] for skill in CODES) for at in ("before", when))
+        broken = sum(before == "1" and after == "0" for before, after in zip(was, now, strict=True))
+        values["broken"].append(broken / max(1, was.count("1")))
     return {name: sum(of) / len(of) for name, of in values.items()}
 
 
