@@ -27,13 +27,12 @@ HELD_OUT = 64  # prompts of each branch
 DOMAINS = ("medical", "persona")
 
 
-def main() -> None:
-    """The command line."""
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--stop-after", choices=("prepare", "specialise"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for domain in options.domains:
         prepare(options.data, domain)
         if options.stop_after == "prepare":
@@ -128,4 +127,4 @@ def _run(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -105,7 +105,7 @@ class LiveTasks(TrainerCallback):
         self._first, lines = {}, []
         with on_all_ranks(self._gather):
             if state.global_step:
-                lines = [line for line in lines_of(path) if line["step"] <= state.global_step]
+                lines = [line for line in lines_of(path, "task") if line["step"] <= state.global_step]
             elif path.exists() and state.is_world_process_zero:
                 set_aside(path)
             if state.is_world_process_zero:

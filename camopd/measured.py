@@ -17,8 +17,9 @@ HELD_OUT = "held_out.jsonl"  # in output_dir: a line for each branch of each eva
 _KL = re.compile(r"eval_(.+)_kl")
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a held_out.jsonl; none where there is no such file.
+def lines_of(path: Path, of: str = "branch") -> list[dict[str, Any]]:
+    """The lines of a held_out.jsonl; none where there is no such file. `of` is what each line is of: a `branch`, or in
+    eval_tasks.jsonl a `task`.
 
     A last line that a crash has cut short is left out. Raises `ValueError` for any other that is not one.
     """
@@ -33,7 +34,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
             line = None
             if number == len(texts):
                 break
-        if not isinstance(line, dict) or "step" not in line or not line.keys() & {"branch", "loaded"}:
+        if not isinstance(line, dict) or "step" not in line or not line.keys() & {of, "loaded"}:
             raise ValueError(f"line {number} of {str(path)!r} is no evaluation: {text[:60]!r}. Delete the line.")
         lines.append(line)
     return lines

@@ -29,6 +29,7 @@ import lag  # noqa: E402
 import measuring  # noqa: E402
 import memory  # noqa: E402
 import memory_formula  # noqa: E402
+import real_weights  # noqa: E402
 import scaling  # noqa: E402
 import scoring_batches  # noqa: E402
 import step  # noqa: E402
@@ -197,6 +198,36 @@ def test_cost_of_a_lag_is_measured_over_seeds(demo_folder, tmp_path, monkeypatch
     for plain, behind in (rows[:2], rows[2:]):
         assert plain[2:4] == behind[2:4] and plain[4:6] != behind[4:6]  # before, and after
     assert rows[0][4:6] != rows[2][4:6]
+
+
+def test_prompts_of_real_weights_are_apart_and_all_there(tmp_path, monkeypatch):
+    """Of each domain: what is fine-tuned on, trained on and held out has every row once."""
+    monkeypatch.chdir(tmp_path)
+    said = [[{"speaker": "User 1", "text": f"q{n}"}, {"speaker": "User 2", "text": f"a{n}"}] for n in range(200)]
+    people = [{"persona_2": ["I sail."], "turns": turns} for turns in said]
+    talk = [{"persona_2": [], "turns": [{"speaker": "User 1", "text": "twice"}] * 2}]  # by one speaker: left out
+    for name, rows in {
+        "medquad/medquad_short": [{"question": f"q{n} ", "answer": f" a{n}"} for n in range(200)],
+        "synthetic_persona_chat/valid": people + talk,
+        "merged/general_prompts_train": [
+            {"messages": [{"role": "user", "content": f"g{n}"}], "category": "chat"} for n in range(100)
+        ],
+    }.items():
+        path = tmp_path / "data" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    real_weights.main([str(tmp_path / "data"), "--stop-after", "prepare"])
+    for domain in real_weights.DOMAINS:
+        folder, found = tmp_path / "runs" / "real" / domain, {}
+        for path in folder.glob("*.jsonl"):
+            found[path.stem] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        asked = [row["messages"][-2]["content"] for row in found["sft"]]
+        asked += [row["prompt"][-1]["content"] for name in ("domain", "domain_heldout") for row in found[name]]
+        assert sorted(asked) == sorted(f"q{n}" for n in range(200))
+        assert all(row["messages"][-1]["content"].startswith("a") for row in found["sft"])
+        general = [row["prompt"][0]["content"] for name in ("general", "general_heldout") for row in found[name]]
+        assert sorted(general) == sorted(f"g{n}" for n in range(100))
+        assert len(found["domain_heldout"]) == len(found["general_heldout"]) == real_weights.HELD_OUT
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):

@@ -218,10 +218,10 @@ def test_rollouts_are_of_the_ids_that_the_switch_says(tmp_path, tokenizer):
 def test_split_special_tokens_with_tools_is_refused(tmp_path):
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match=r"split_special_tokens=True cannot be used with tools"):
-        from camopd.setup import make_reader as of_trainer
+        from camopd.setup import make_readers
 
         class Trainer:
             args = type("Args", (), {"split_special_tokens": True})
             tools = (print,)
 
-        of_trainer(Trainer, tokenizer)
+        make_readers(Trainer, tokenizer)
