@@ -205,8 +205,11 @@ def test_ctrl_c_is_one_line_and_exit_130(command, monkeypatch, capsys):
     ],
 )
 def test_ctrl_c_while_a_command_imports_is_one_line_and_leaves_no_process(words, library, tmp_path):
+    # Nothing that is refused before the imports
     text = "model_name_or_path: nobody/nothing\nteachers: {general: nobody/a, domain: nobody/b}\n"
-    Path(tmp_path, "run.yaml").write_text(text)
+    Path(tmp_path, "run.yaml").write_text(f"{text}prompts: {{general: rows.jsonl, domain: rows.jsonl}}\n")
+    Path(tmp_path, "rows.jsonl").write_text('{"prompt": "a"}\n')
+    Path(tmp_path, "sweep.yaml").write_text("output_dir: out\nconfigs: [run.yaml]\nseeds: [0]\n")
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "camopd.cli", *words.split()], cwd=tmp_path, stderr=subprocess.PIPE,
         text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(Path(camopd.__file__).parent.parent)},

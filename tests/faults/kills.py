@@ -307,7 +307,8 @@ def work(scenario: Scenario, urls: dict[str, str], folder: Path, share: float, s
         codes, answers = run({**job, "folder": str(before), "seed": 9, "used": False}, folder)
         assert not any(codes), answers
     seconds = float(PATIENCE)
-    for number in range(2):  # the faster one counts, and a moment of it comes before the end of any other
+    timed = scenario.moments + scenario.stops > 0
+    for number in range(1 + timed):  # the faster one counts, and a moment of it comes before the end of any other
         output = folder / f"reference-{number}"
         if before:
             shutil.copytree(before, output)
