@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .schedule import short
+
 
 logger = logging.getLogger(__name__)
 
@@ -336,14 +338,14 @@ def _message(message: Any, place: int) -> dict[str, Any]:
         sender = message.pop("from")
         if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
             raise ValueError(
-                f"has message {place} from {repr(sender)[:80]}; known are {', '.join(SHAREGPT_ROLES)}. Write it with "
+                f"has message {place} from {short(sender)}; known are {', '.join(SHAREGPT_ROLES)}. Write it with "
                 f"'role' and 'content', the role one of {', '.join(ROLES)}."
             )
         message = {"role": SHAREGPT_ROLES[sender], "content": message.pop("value", None), **message}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(
-            f"has {'no role' if role is None else f'the role {repr(role)[:80]}'} in message {place} of its prompt. Use one "
+            f"has {'no role' if role is None else f'the role {short(role)}'} in message {place} of its prompt. Use one "
             f"of {', '.join(ROLES)}; chat templates leave out other roles, or write them as they are. {_FORM}"
         )
     calls = message.get("tool_calls")
@@ -364,7 +366,7 @@ def _text_of(part: Any, place: int) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise ValueError(
-        f"has a part of type {repr(kind)[:80]} in message {place} of its prompt. Only text can be read: images are not "
+        f"has a part of type {short(kind)} in message {place} of its prompt. Only text can be read: images are not "
         "supported, because no teacher can score them yet. Leave the part or the row out."
     )
 

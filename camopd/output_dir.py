@@ -12,7 +12,7 @@ from typing import Any
 from .errors import CaMOPDError, ResumeError
 from .hub import is_hub_id, public_name
 from .manifest import CHECKPOINT, MANIFEST, saved_at
-from .schedule import by_step, number_of
+from .schedule import by_step, number_of, short
 from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder
 
 
@@ -142,7 +142,7 @@ def need_same_run(checkpoint: Path, settings: Mapping[str, Any]) -> None:
     then = _record(checkpoint)
     now = {name: _plain(name, settings[name]) for name in _COMPARED if name in settings}
     found = [
-        f"  {name}: {then[name]!r} then, {value!r} now"
+        f"  {name}: {short(then[name])} then, {short(value)} now"
         for name, value in now.items()
         if value is not None and type(then.get(name)) in (int, float, str) and then[name] != value
     ]
@@ -151,7 +151,7 @@ def need_same_run(checkpoint: Path, settings: Mapping[str, Any]) -> None:
         before = then["teachers"].get(branch) if isinstance(then.get("teachers"), dict) else None
         named = isinstance(teacher, str) and teacher not in OWN_TEACHERS and not is_server(teacher)
         if named and isinstance(before, str) and before != public_name(teacher):
-            found.append(f"  teacher of {branch}: {before!r} then, {public_name(teacher)!r} now")
+            found.append(f"  teacher of {branch}: {short(before)} then, {public_name(teacher)!r} now")
     if found:
         raise ResumeError(
             f"{str(checkpoint)!r} belongs to another run:\n"

@@ -28,6 +28,7 @@ from .hub import public_name
 from .learning_rate import FOLLOWS_METRIC, of_deepspeed
 from .output_dir import RUN_ID, RUN_RECORD
 from .prompts import what_the_model_sees
+from .schedule import short
 from .setting_rules import WITHOUT_EFFECT
 from .settings import OLD_NAMES
 from .teachers.adapters import START, base_weights
@@ -308,7 +309,7 @@ _TRAINED = (
 
 def _lines(then: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [
-        f"  {name}: {then.get(name)!r} then, {now[name]!r} now"
+        f"  {name}: {short(then.get(name))} then, {short(now[name])} now"
         for name in names
         if not _same(name, then.get(name), now[name])
     ]

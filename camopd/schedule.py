@@ -47,7 +47,7 @@ class Schedule:
         Raises `ValueError` that points at the offending part.
         """
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"schedule must be a text such as 'general:3,domain:1', got {repr(text)[:80]}.")
+            raise ValueError(f"schedule must be a text such as 'general:3,domain:1', got {short(text)}.")
         if len(text) > MOST_CHARACTERS:
             raise ValueError(
                 f"schedule {text[:80]!r}... has {len(text)} characters, and {MOST_CHARACTERS} are the most. Write steps of "
@@ -167,8 +167,10 @@ def mapping_form(name: str, value: Any) -> str:
         if name == "teachers"
         else ("prompts", "general.jsonl", "domain.jsonl")
     )
+    # Whole, where it is no number: what hides passwords in it needs their ends.
+    got = short(value) if isinstance(value, int) else repr(value)
     return (
-        f"{name} must map each branch to its {noun}, got {value!r}. In YAML:\n{name}:\n  general: {general}\n  domain: "
+        f"{name} must map each branch to its {noun}, got {got}. In YAML:\n{name}:\n  general: {general}\n  domain: "
         f'{domain}\nOn the command line it is a JSON object: --{name} \'{{"general": "{general}", ...}}\'.'
     )
 
