@@ -73,6 +73,12 @@ def test_readme_is_read_in_two_minutes():
     assert len(re.sub(r"\]\([^)]*\)", "]", prose).split()) < 500
 
 
+def test_readme_has_the_two_commands_of_a_fresh_machine():
+    commands = [line.partition("#")[0].strip() for _, block in FENCE.findall(read(ROOT / "README.md"))
+                for line in block.splitlines()]  # fmt: skip
+    assert {"make demo", "make test"} <= set(commands)
+
+
 def save(folder: Path, seed: int) -> None:
     make_model(seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
