@@ -65,6 +65,14 @@ class Tutoring:
     max_feedback: int = 256  # tokens
     wording: Wording = field(default_factory=Wording)
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for numbers that mean nothing."""
+        if self.rollouts < 1 or not 0 <= self.threshold <= 1:
+            raise ValueError(
+                f"rollouts={self.rollouts} and threshold={self.threshold:g}: a student answers each problem at least once, "
+                "and the threshold is a share of its answers, from 0 to 1."
+            )
+
 
 @dataclass(frozen=True)
 class Student:
@@ -212,9 +220,11 @@ def co_distill(
 
     Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer passes the
     gate for none of the problems it is needed for in it, and where a student has nothing to learn from; `ValueError` for a
-    config with another schedule.
+    config with another schedule, and for two students of one name.
     """
     tutoring = tutoring or Tutoring()
+    if students[0].name == students[1].name:
+        raise ValueError(f"both students are named {students[0].name!r}, and would write into one folder. Rename one.")
     lines = []
     for number in range(rounds):
         asked = problems(number)

@@ -151,6 +151,18 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
         assert any(not torch.equal(one, two) for one, two in zip(weights, student.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("settings", [{"rollouts": 0}, {"threshold": 1.5}, {"threshold": -0.1}])
+def test_tutoring_refuses_numbers_that_mean_nothing(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Tutoring(**settings)
+
+
+def test_two_students_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="both students are named 'a'"):
+        co_distill((Scripted("a", ""), Scripted("a", "")), None, None, None, 1)
+
+
 def test_write_draws_from_the_model_itself():
     """Not by its generation config, which would have drawn the likeliest token each time."""
     model, tokenizer = make_model(0), make_tokenizer()
