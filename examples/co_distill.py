@@ -45,6 +45,11 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("co-distilled"))
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.problems.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in ("prompt", "answer", "concepts") if name not in row]:
+            parser.error(
+                f"line {number} of {options.problems} has {sorted(row)}, and no {missing[0]!r}. Each line needs all three."
+            )
     problems = [Problem(row["prompt"], row["answer"], tuple(row["concepts"])) for row in rows]
     students = tuple(
         Student(
