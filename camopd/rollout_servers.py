@@ -58,7 +58,7 @@ def make_engine(trainer: Any) -> Any:
     """What the trainer rolls out with, once it is made. Called on all ranks."""
     if trainer.run.sampler is not None:
         return ServerEngine(trainer, trainer.run.sampler)
-    return TRLEngine(trainer, ends={*ends_of(trainer), trainer._tokenizer.pad_token_id})
+    return TRLEngine(trainer, ends=set(ends_of(trainer)))
 
 
 class Flight:

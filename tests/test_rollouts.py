@@ -166,6 +166,19 @@ def test_engine_of_trl_takes_tokens_that_a_tool_wrote_out_of_the_mask(tmp_path, 
     )  # fmt: skip
 
 
+def test_completion_is_truncated_unless_its_last_token_ends_it(tmp_path, tokenizer, monkeypatch):
+    """A padding token that the student has drawn ends nothing: neither transformers nor vLLM stops there."""
+    model = make_model(0)
+    model.generation_config.eos_token_id = [2, 5]
+    trainer = make_trainer(tmp_path, tokenizer, model=model)
+    completions = [[9, 9, end] for end in (0, 2, 5, 6)] + [[9, 0, 2]]
+    rows = [{"prompt": "ab", "branch": "general", "position": place} for place in range(len(completions))]
+    drawn = [[11, 12]] * len(completions), completions, None, None, []
+    monkeypatch.setattr(DistillationTrainer, "_generate", lambda self, prompts: drawn)
+    found = [sample.truncated for sample in trainer.engine.samples(rows, 3)]
+    assert tokenizer.pad_token_id == 0 and found == [True, False, False, True, False]
+
+
 LOGPS = torch.tensor([-1, math.nan, -2])
 SAMPLES = [
     Sample("general", 3, [4, 5, 6, 7], 1, torch.tensor([True, False, True]), 2, True, None, LOGPS),
