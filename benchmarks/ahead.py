@@ -144,9 +144,10 @@ def real(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]:
     trainer = CaMOPDTrainer(
         model=options.model, teachers={"general": options.teacher_server}, train_dataset={"general": prompts},
         args=CaMOPDConfig(
-            output_dir=folder, use_cpu=True, bf16=False, dtype="float32", report_to="none", disable_tqdm=True,
+            output_dir=folder, use_cpu=True, bf16=False, model_init_kwargs={"dtype": "float32"}, report_to="none",
+            disable_tqdm=True,
             save_strategy="no", schedule="general", max_steps=options.steps, prompts_per_step=PROMPTS,
-            per_device_train_batch_size=2, max_prompt_length=64, max_completion_length=options.tokens, learning_rate=1e-6,
+            per_device_train_batch_size=4, max_prompt_length=64, max_completion_length=options.tokens, learning_rate=1e-6,
             rollout_servers=[options.rollout_server], rollout_lag=lag, diagnostics_steps=0,
         ),
     )  # fmt: skip

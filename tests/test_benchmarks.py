@@ -187,6 +187,20 @@ def test_step_ahead_is_timed_with_known_latencies(tmp_path, monkeypatch):
         )
 
 
+def test_step_ahead_is_timed_on_servers_that_are_named(demo_folder, capsys):
+    with (
+        contextlib.closing(FakeRollouts(make_model(1), make_tokenizer(), max_model_len=512)) as rollouts,
+        contextlib.closing(FakeVLLM(make_model(0), make_tokenizer())) as teacher,
+    ):
+        servers = ["--rollout-server", rollouts.url, "--teacher-server", teacher.url]
+        few = ["--rounds", "1", "--steps", "3", "--tokens", "3"]
+        ahead.main(["--model", str(demo_folder / "seed-0" / "specialised"), *servers, *few])
+        assert rollouts.requests and teacher.requests
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == [*ahead.SETTINGS]
+    assert all(float(row[1]) > 0 and float(row[4]) > 0 for row in rows[1:])
+
+
 def test_cost_of_a_lag_is_measured_over_seeds(demo_folder, tmp_path, monkeypatch):
     run_here(monkeypatch, lag)
     report = tmp_path / "lag.md"
@@ -227,7 +241,8 @@ def test_prompts_of_real_weights_are_apart_and_all_there(tmp_path, monkeypatch):
         assert all(row["messages"][-1]["content"].startswith("a") for row in found["sft"])
         general = [row["prompt"][0]["content"] for name in ("general", "general_heldout") for row in found[name]]
         assert sorted(general) == sorted(f"g{n}" for n in range(100))
-        assert len(found["domain_heldout"]) == len(found["general_heldout"]) == real_weights.HELD_OUT
+        held_out = real_weights.ON_CPU["held_out"]
+        assert len(found["domain_heldout"]) == len(found["general_heldout"]) == held_out
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):
