@@ -39,6 +39,23 @@ def test_change_within_chance_is_called_so():
     assert "no more than chance shows. +0.0 [-100.0, +100.0] points" in text
 
 
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [  # five that came back and none that broke are p = 0.06, however many stay; six are 0.03
+        ([1] * 5 + [0] * 25, "no more than chance shows"),
+        ([1] * 6 + [0] * 24, "better"),
+        ([1], "no more than chance shows"),
+        ([0.5] * 5 + [0] * 25, "no more than chance shows"),
+        ([0.5] * 6 + [0] * 24, "better"),
+    ],
+)
+def test_few_items_that_all_change_one_way_are_not_called_more_than_chance(result, said):
+    (text,) = page.summary(
+        compare([IFEVAL], {"start": {"ifeval": items([0] * len(result))}, "result": {"ifeval": items(result)}})
+    )
+    assert text.startswith(f"- **ifeval** (general): {said}. +")
+
+
 def test_tables_have_a_row_per_task_and_a_column_per_model():
     head, ifeval, medqa = page.score_rows(ROWS)
     assert head == ["task", "start", "general", "result", "items", "cut off", "no answer"]

@@ -67,9 +67,10 @@ def write(
 
 READING = (
     "Scores are percent, ± the standard error over items. A change has its paired 95 % interval over the same items; p is "
-    "the exact McNemar test: how often as uneven a split of the items that changed comes by chance. *Back* is the share of "
-    "the way from the start to the general teacher that the result has gone, *kept* the share of the start's lead over the "
-    "general teacher that the result still has. Where the items cannot tell start and teacher apart there is no share."
+    "the exact McNemar test: how often as uneven a split of the items that changed comes by chance. A task is called "
+    "better or worse where 0 is outside the interval and p below 0.05. *Back* is the share of the way from the start to "
+    "the general teacher that the result has gone, *kept* the share of the start's lead over the general teacher that the "
+    "result still has. Where the items cannot tell start and teacher apart there is no share."
 )
 
 
@@ -86,13 +87,25 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         if "change" not in row:
             continue
         change = row["change"]
-        sure = change["low"] > 0 or change["high"] < 0
-        verdict = "no more than chance shows" if not sure else "better" if change["value"] > 0 else "WORSE"
+        verdict = "better" if change["value"] > 0 else "WORSE"
+        if not is_sure(change):
+            verdict = "no more than chance shows"
         lines.append(
             f"- **{row['task']}** ({row['side']}): {verdict}. {signed(change)} points; {len(change['came_back'])} of "
             f"{change['items']} items came back, {len(change['broke'])} broke."
         )
     return ["\n".join(lines)] if lines else []
+
+
+def is_sure(change: Mapping[str, Any]) -> bool:
+    """Whether a change is more than chance: 0 is outside its interval, and p is below 0.05.
+
+    The bootstrap alone is too sure of few changes: of those it draws again, none goes the other way. Scores between 0 and 1
+    have no p, but of n items that changed no test has a smaller one than 2 / 2^n, that of as many coins on one side.
+    """
+    changed = len(change["came_back"]) + len(change["broke"])
+    p = change.get("p", 2.0 ** (1 - changed))
+    return bool(p < 0.05 and (change["low"] > 0 or change["high"] < 0))
 
 
 def score_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
