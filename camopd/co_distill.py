@@ -88,7 +88,9 @@ class Student:
 
     @torch.no_grad()
     def write(self, prompts: Sequence[str], count: int, max_tokens: int, batch: int = 256) -> list[list[str]]:
-        """`count` completions of each prompt, drawn from the model's own distribution."""
+        """`count` completions of each prompt, drawn from the model's own distribution; they end where training's do."""
+        own = self.model.generation_config.eos_token_id
+        ends = sorted({self.tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or ())})
         texts = [self._text(prompt) for prompt in prompts for _ in range(count)]
         written: list[str] = []
         training = self.model.training
@@ -99,7 +101,9 @@ class Student:
                     texts[start : start + batch], return_tensors="pt", padding=True, padding_side="left",
                     add_special_tokens=not self.tokenizer.chat_template, return_token_type_ids=False,
                 ).to(self.model.device)  # fmt: skip
-                ids = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=True, top_k=0)
+                ids = self.model.generate(
+                    **inputs, max_new_tokens=max_tokens, do_sample=True, top_k=0, eos_token_id=ends
+                )
                 written += self.tokenizer.batch_decode(
                     ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
                 )

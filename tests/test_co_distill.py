@@ -171,3 +171,19 @@ def test_write_draws_from_the_model_itself():
     (written,) = Student("a", model, tokenizer).write(["abc?"], 16, 3)
     assert len(written) == 16 and len(set(written)) > 1
     assert SimpleNamespace(**vars(model.generation_config)).top_k == 1
+
+
+def test_write_ends_at_the_end_of_the_tokenizer_too():
+    """As training does: generation_config.json may name the end of a document alone, and the tokenizer that of a turn."""
+    model, tokenizer = make_model(0), make_tokenizer()
+    model.generation_config.eos_token_id = 9
+    ends, written, generate = {9, tokenizer.eos_token_id}, [], model.generate
+    model.generate = lambda **inputs: written.append(generate(**inputs)) or written[-1]
+    torch.manual_seed(0)
+    student = Student("a", model, tokenizer)
+    student.write(["abc?"], 64, 24)
+    start = len(tokenizer(student._text("abc?"), add_special_tokens=False)["input_ids"])
+    rows = [row[start:] for row in written[0].tolist()]
+    cut = [next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    assert {rows[place][end] for place, end in enumerate(cut) if end < 23} == ends  # both, before the limit
+    assert all(token == tokenizer.pad_token_id for row, end in zip(rows, cut, strict=True) for token in row[end + 1 :])
