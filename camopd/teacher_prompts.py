@@ -49,6 +49,12 @@ def _read_template(template: Any, branch: str, branches: Collection[str]) -> Mes
         raise ValueError(
             f"{COLUMN} of branch {branch!r} has no {PLACE} where a prompt could stand: {str(template)[:200]!r}. {FORM}"
         )
+    early = next((message["role"] for message in messages[:-1] if PLACE in message["content"]), None)
+    if early is not None:
+        raise ValueError(
+            f"{COLUMN} of branch {branch!r} has {PLACE} in a message of the {early}, too, where the teacher would read "
+            f"just that: the prompt takes the place in the last message alone. Leave it out there. {FORM}"
+        )
     return messages
 
 

@@ -268,6 +268,10 @@ def test_fill_says_what_does_not_fit(template, prompt, message):
         ({"domain": [{"role": "system", "content": "{prompt}"}]}, r"has no \{prompt\} where"),
         ({"domain": [*SYSTEM, {"role": "assistant", "content": "so"}]}, r"has no \{prompt\} where"),
         (
+            {"domain": [{"role": "system", "content": "of {prompt}"}, *user("{prompt}")]},
+            r"has \{prompt\} in a message of the system, too, where the teacher would read just that",
+        ),
+        (
             {"domain": [{"role": "judge", "content": "{prompt}"}]},
             "teacher_prompt of branch 'domain' has the role 'judge'",
         ),
