@@ -34,7 +34,8 @@ def load(args: Any, held_out: Any) -> Loaded | None:
     """The tasks of `args.eval_tasks` with their data, and `eval_tasks_items` rows of each, drawn once; `None` without any.
 
     Raises `ValueError` without held-out prompts, with which they are measured, and without lm-eval; and for a task that
-    lm-eval does not have, a group of tasks, one that runs code of the model, and one whose data cannot be had.
+    lm-eval does not have, a group of tasks, one that runs code of the model, one without a metric of which a greater value
+    is better, and one whose data cannot be had.
     """
     tasks, items = args.eval_tasks, args.eval_tasks_items
     if not tasks:
@@ -71,6 +72,11 @@ def load(args: Any, held_out: Any) -> Loaded | None:
     for name, each in found.items():
         if getattr(each, "UNSAFE_CODE", False):
             raise ValueError(f"eval_tasks: {name!r} runs code of the model here. `camopd eval` runs it in a cage.")
+        if metric_of(each) is None:
+            raise ValueError(
+                f"eval_tasks: {name!r} has no metric of which a greater value is better, as score and broken are read. "
+                "Leave it out, or give a YAML file of your own with such a metric."
+            )
     drawn = {
         name: sorted(random.Random(0).sample(range(len(docs)), min(items, len(docs))))
         for name, docs in ((name, each.eval_docs) for name, each in found.items())
@@ -124,7 +130,7 @@ class LiveTasks(TrainerCallback):
     def measure(self, step: int) -> dict[str, float]:
         """`eval_<task>/score` and `eval_<task>/broken`, shares of the rows; a line for each task goes to the run's file.
 
-        The score is the first metric of lm-eval's task. Every rank asks all rows, and takes what the first one found.
+        The score is `metric_of` the task. Every rank asks all rows, and takes what the first one found.
         """
         found: list[dict[str, list[float]]] = [{}]
         with on_all_ranks(self._gather), _as_before(self._model):
@@ -156,9 +162,17 @@ class LiveTasks(TrainerCallback):
         return {name: _scores(name, task, found[name], self._drawn[name]) for name, task in self._tasks.items()}
 
 
+def metric_of(task: Any) -> str | None:
+    """The first of a task's metrics of which a greater value is better; `None` where there is none."""
+    better = task.higher_is_better()
+    listed = [each["metric"] for each in task.config.metric_list or [{"metric": "acc"}]]
+    names = [getattr(each, "__name__", each) for each in listed]  # of a function, as lm-eval names its metric
+    return next((name for name in names if better.get(name) is not False), None)
+
+
 def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]], rows: Sequence[int]) -> list[float]:
-    """The first metric of a task on each of its rows, by the first of its filters."""
-    metric = task.config.metric_list[0]["metric"] if task.config.metric_list else "acc"
+    """`metric_of` a task on each of its rows, by the first of its filters."""
+    metric: Any = metric_of(task)  # there is one, see `load`
     of_first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     by_row = {sample["doc_id"]: float(sample[metric]) for sample in of_first}
     if sorted(by_row) != list(rows):

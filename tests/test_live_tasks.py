@@ -11,6 +11,8 @@ import torch
 from conftest import make_model, make_prompts
 from trainers import lines, make_args, make_trainer
 
+from camopd.live_tasks import metric_of
+
 
 HELD_OUT = {"general": make_prompts("general", 2)}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "max_steps": 3}
@@ -24,6 +26,16 @@ class Task:
     eval_docs = [None] * ROWS
     config = types.SimpleNamespace(metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
 
+    @staticmethod
+    def higher_is_better():
+        return {"acc": True, "acc_norm": True, "perplexity": False}
+
+
+class Perplexity(Task):
+    """As lm-eval's lambada, and crows_pairs, whose metrics are all the better the smaller they are."""
+
+    config = types.SimpleNamespace(metric_list=[{"metric": "perplexity"}])
+
 
 class Unsafe(Task):
     UNSAFE_CODE = True
@@ -32,7 +44,7 @@ class Unsafe(Task):
 @pytest.fixture
 def asked(monkeypatch):
     """lm-eval's modules in small. Yields what it was asked; `right` of it says which rows are right in each evaluation."""
-    known = {"sums": Task(), "code": Unsafe()}
+    known = {"sums": Task(), "code": Unsafe(), "loss": Perplexity()}
     found = types.SimpleNamespace(calls=[], right=[set(range(ROWS)), {0, 1, 2}, {2, 3}])
 
     class TaskManager:
@@ -79,6 +91,14 @@ def test_tasks_are_measured_with_each_evaluation_and_say_what_broke(tmp_path, to
     assert [(line["step"], sum(line["scores"])) for line in scores(tmp_path)] == [(0, 9), (1, 3), (2, 2)]
     drawn, options = asked.calls[0]
     assert drawn == {"sums": list(range(ROWS))} and options["apply_chat_template"] is bool(tokenizer.chat_template)
+
+
+def test_metric_is_the_first_of_which_more_is_better():
+    task, listed = Task(), [{"metric": "perplexity"}, {"metric": "acc"}]
+    task.config = types.SimpleNamespace(metric_list=listed)
+    assert metric_of(Task()) == metric_of(task) == "acc"
+    task.config = types.SimpleNamespace(metric_list=None)
+    assert metric_of(task) == "acc" and metric_of(Perplexity()) is None
 
 
 def test_rows_are_drawn_once_and_for_all(tmp_path, tokenizer, asked):
@@ -135,6 +155,7 @@ def test_best_model_is_that_with_the_greater_score_or_that_broke_less(tmp_path, 
     [
         (["sum"], r"'sum' is no task of lm-eval\. Did you mean 'sums'\?"),
         (["many"], "'many' is a group of tasks"),
+        (["loss"], "'loss' has no metric of which a greater value is better"),
         (["code"], r"'code' runs code of the model here\. `camopd eval` runs it in a cage"),
         (["my/own.yaml"], r"'my/own.yaml' cannot be loaded \(ConnectionError: the hub is offline\)"),
     ],
