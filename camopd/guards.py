@@ -124,14 +124,17 @@ _EXAMPLE = """--guards '{"log_prob": 0.1, "entropy": null}'"""
 def without_effect(args: Any) -> list[tuple[str, Any, str]]:
     """Thresholds that were set for a number that the run does not have: name, value and reason."""
     vllm = bool(args.use_vllm or args.rollout_servers)
-    engine, band = args.student_logps != "trainer", args.importance_sampling_mode != "none"
+    engine = args.student_logps != "trainer"
+    band = args.importance_sampling_mode != "none" and args.divergence == "sampled"
     reasons = {}
     if args.student_logps == "engine" and args.token_rule != "relaxed_opd":
         reasons["entropy"] = "with student_logps='engine' no entropy is computed"
     if not (engine or vllm):
         reasons["log_ratio"] = "the rollout engine gives no log-probs"
     if not (band and (engine or vllm)):
-        reasons["outside_band"] = "importance_sampling_mode is 'none', or the rollout engine gives no log-probs"
+        reasons["outside_band"] = (
+            "importance_sampling_mode is 'none', divergence is not 'sampled', or the rollout engine gives no log-probs"
+        )
     return [
         (f"guards[{name!r}]", args.guards[name], reason)
         for name, reason in reasons.items()

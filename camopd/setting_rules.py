@@ -184,6 +184,7 @@ _READS_OPTIM_ARGS = {
     "stable_adamw": "decouple_lr max_lr kahan_sum",
     "adamw_anyprecision": "use_kahan_summation momentum_dtype variance_dtype compensation_buffer_dtype",
 }
+_BAND = "importance_sampling_low importance_sampling_high"
 _VLLM_SERVER = "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
 _VLLM_INSIDE = "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode vllm_model_impl"
 
@@ -242,9 +243,9 @@ NEEDS = (
     ),
     Need("cache_implementation", lambda a: not (a.use_vllm or a.rollout_servers), "vLLM writes the rollouts"),
     Need("data_seed", lambda a: a.shuffle_dataset, "shuffle_dataset is False"),
+    Need(_BAND, lambda a: a.importance_sampling_mode != "none", "importance_sampling_mode is 'none'"),
     Need(
-        "importance_sampling_low importance_sampling_high", lambda a: a.importance_sampling_mode != "none",
-        "importance_sampling_mode is 'none'",
+        "importance_sampling_mode " + _BAND, lambda a: a.divergence == "sampled", "divergence samples no token to weigh"
     ),
     Need(
         "relaxed_mixture relaxed_entropy_share relaxed_exploration_steps", lambda a: a.token_rule == "relaxed_opd",

@@ -118,6 +118,8 @@ class Step:
         record["loss"] = sum(loss for loss, _ in parts) / len(parts)
         if self.has_rollout_logps:
             record.update(self.importance.summary(gather))
+            if not record.get("importance/active"):  # w_t is not in the loss: nothing is left out of a band
+                record["importance/outside_band"] = math.nan
             record["importance/engine_logps"] = float(self.engine_logps)
         record["rollout/lag"] = float(self.lag)
         record["time/step"] = record["time/rollout"] + record["time/score"] + record["time/train"]

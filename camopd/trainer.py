@@ -214,7 +214,8 @@ class CaMOPDTrainer(DistillationTrainer):
             select_samples(step, self.branches, self.rule, args, gather_object)  # Eq. 6-8, the same on every rank
             step.micro_batches = self.batcher.micro_batches(step)  # kept samples only, balanced over ranks
         step.metrics["rollout/prompts_cut"] = sum(gather_object([step.prompts_cut]))
-        step.metrics["importance/active"] = float(step.has_rollout_logps and args.importance_sampling_mode != "none")
+        weighed = args.importance_sampling_mode != "none" and args.divergence == "sampled"
+        step.metrics["importance/active"] = float(step.has_rollout_logps and weighed)
         self.notify("on_step_ready", step)
         return step
 

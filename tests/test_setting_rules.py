@@ -106,7 +106,8 @@ NEEDS = {
     "vllm_server_host": ("host", {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:1"}),
     "vllm_server_port": (9, {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:1"}),
     "data_seed": (3, {"shuffle_dataset": False}), "importance_sampling_low": (0.1, {"importance_sampling_mode": "none"}),
-    "importance_sampling_high": (9.0, {"importance_sampling_mode": "none"}), "relaxed_mixture": (0.2, {}),
+    "importance_sampling_high": (9.0, {"divergence": "top_k"}), "relaxed_mixture": (0.2, {}),
+    "importance_sampling_mode": ("none", {"divergence": "full"}),
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
     "divergence_top_k": (5, {}),
@@ -231,6 +232,7 @@ def test_guards_that_nothing_is_there_for_are_warned_of_where_they_are_set(tmp_p
         ({"entropy": 0.5, "outside_band": None}, {}, []),
         ({"outside_band": 0.2}, {}, ["guards['outside_band']"]),
         ({"outside_band": 0.2}, {"student_logps": "engine"}, []),
+        ({"outside_band": 0.2}, {"student_logps": "engine", "divergence": "full"}, ["guards['outside_band']"]),
         ({"outside_band": 0.2}, {"use_vllm": True, "importance_sampling_mode": "none"}, ["guards['outside_band']"]),
     ):
         make_config(tmp_path, guards=given, **settings)

@@ -275,6 +275,18 @@ def test_importance_weights_without_rollout_logps_are_one_and_it_is_said(tmp_pat
     assert "importance/ratio_mean" not in line
 
 
+@pytest.mark.parametrize(
+    ("settings", "active"),
+    [({}, 1), ({"importance_sampling_mode": "none"}, 0), ({"divergence": "top_k", "divergence_top_k": 5}, 0)],
+    ids=str,
+)
+def test_tokens_are_outside_a_band_only_where_it_is_in_the_loss(settings, active, tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, max_steps=1, student_logps="engine", **settings).train()
+    (line,) = lines(tmp_path)
+    assert line["importance/active"] == active and line["importance/ratio_max"] > 0
+    assert line["importance/outside_band"] == (0 if active else None)
+
+
 def test_prefix_of_the_completions_is_scored_and_trained(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, loss_prefix_tokens=2, max_steps=1)
     scored = []
