@@ -13,7 +13,7 @@ from .divergence import Likeliest, Outputs
 from .forward import Forward
 from .objective import distillation_loss, importance_weights, token_gaps
 from .samples import MicroBatch
-from .teachers.adapters import AdapterTeacher
+from .teachers.adapters import OWN
 from .teachers.base import Teacher
 from .teachers.local import LocalTeacher
 from .token_rules import TokenRule
@@ -27,7 +27,7 @@ class Loss:
         self.args, self.student, self.teachers, self.rule = args, student, teachers, rule
         self._exact = args.divergence == "full" or args.baseline == "kl"
         for branch, teacher in teachers.items() if self._exact else ():
-            if not isinstance(teacher, (LocalTeacher, AdapterTeacher)):
+            if not isinstance(teacher, (LocalTeacher, *OWN)):
                 asked = "divergence='full'" if args.divergence == "full" else "baseline='kl'"
                 raise ValueError(
                     f"{asked} needs the whole distribution of every teacher, and that of branch {branch!r}, "

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, make_forward, make_model, rounding
+from conftest import VOCAB, make_forward, make_model, make_prompts, rounding
 from trainers import lines, make_args, make_trainer
 
 from camopd.loss import Loss
@@ -122,6 +122,25 @@ def test_run_trains_with_any_of_them(settings, tmp_path, tokenizer):
     first, second = lines(tmp_path)
     assert first["grad_norm"] > 0 and second["grad_norm"] > 0
     assert (first["loss"] > 0) or "baseline" in settings
+
+
+def test_student_itself_gives_its_whole_distribution_after_its_own_prompt(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, schedule="general", teachers={"general": "self"}, teacher_prompt={"general": "ab {prompt}"},
+        train_dataset={"general": make_prompts("general")}, divergence="full",
+    )  # fmt: skip
+    samples, _ = trainer.roll_out(trainer.train_dataset.rows_of(0), 4)
+    trainer.scorer.score(samples, ["general"])
+    loss, _, _ = trainer.loss_of(MicroBatch.of(samples, ("gaps",), LossTerms(len(samples), None, {"general": 1.0})))
+    expected = 0.0
+    for sample in samples:
+        found = []
+        for prompt in (sample.token_ids[: sample.prompt_len], sample.teacher_prompt):
+            logits = trainer.model(torch.tensor([prompt + sample.token_ids[sample.prompt_len :]])).logits[0]
+            found.append(logits[len(prompt) - 1 : -1].log_softmax(dim=-1))
+        own, other = found
+        expected += (own.exp() * (own - other)).sum(dim=-1).mean().item() / len(samples)
+    assert expected > 0.01 and loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_top_k_of_a_server_is_that_of_the_same_teacher_in_the_process(tmp_path, tokenizer, start_server):

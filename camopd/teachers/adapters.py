@@ -225,6 +225,11 @@ class SelfTeacher:
         with evaluating(self.student):
             return self.forward.token_scores(token_ids, prompt_lens, top_k)
 
+    def outputs(self, token_ids: list[list[int]], prompt_lens: list[int]) -> Outputs:
+        """What it predicts the completion tokens of one batch from."""
+        with evaluating(self.student):
+            return self.forward.outputs(token_ids, prompt_lens)
+
 
 OWN = (AdapterTeacher, SelfTeacher)
 
