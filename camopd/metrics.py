@@ -85,6 +85,7 @@ def of_branch(
         f"score/{branch}/length_spearman": _spearman(scores, [row.length for row in valid]),
         f"selection/{branch}/candidates": len(valid),
         f"selection/{branch}/kept": len(chosen),
+        f"selection/{branch}/tokens": sum(row.num_tokens for row in chosen),
         f"selection/{branch}/kept_fraction": len(chosen) / len(valid) if valid else math.nan,
         f"selection/{branch}/mass": sum(row.score for row in chosen) / mass if mass > 0 else math.nan,
         f"selection/{branch}/degenerate": float(degenerate),

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_model, make_prompts
@@ -30,6 +31,15 @@ def test_line_of_a_step_stands_under_its_head_in_80_columns():
     mixed = line_of("12/200", {"branch": "general+domain", **NUMBERS}, 9, 0.0, 4000, 14, 2)
     assert mixed == "     12/200 general+domain  0.354/0.020      62%/-         -    0.00  1:06:40"
     assert len(mixed) == len(head(14, 2)) <= 80
+
+
+def test_tokens_per_second_are_those_that_were_written(capsys, monkeypatch):
+    """A prompt of 10 tokens and a completion of 90, of which two are trained, in 10 seconds."""
+    monkeypatch.setattr("camopd.callbacks.console.time.perf_counter", lambda: 10.0)
+    console, row = Console(["general"], ["general"], None), SimpleNamespace(num_ids=12, num_tokens=2, length=90)
+    console.on_step_closed(SimpleNamespace(number=0, metrics={"branch": "general", **NUMBERS}, summaries=[row]))
+    console.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
+    assert capsys.readouterr().out.splitlines()[-1].split()[4] == "10"
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))

@@ -38,6 +38,11 @@ def test_overlap_with_selecting_by_length():
     assert math.isnan(of_rows(rows, {0, 1, 2, 3})["jaccard_length"])
 
 
+def test_trained_tokens_are_those_of_the_prefix_of_kept_samples():
+    rows = [row(0, 1000, [1.0] * 4), row(1, 4, [1.0] * 3), row(2, 900, [1.0] * 4)]
+    assert of_rows(rows, {0, 1})["tokens"] == 7
+
+
 def test_share_of_the_score_on_the_top_tokens():
     # 200 tokens, 2 of them are 1 %. Score 0.5 + 0.5: the large two hold 40/100 and 10/100 of it.
     rows = [row(0, 100, [-40.0] + [10 / 99] * 99), row(1, 100, [10.0] + [40 / 99] * 99)]

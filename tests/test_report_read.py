@@ -32,6 +32,14 @@ def test_read_run_makes_ratios_and_chance_from_what_is_there(tmp_path):
     assert frame["selection/general/jaccard_chance"].dropna().unique() == pytest.approx([1 / 3])
 
 
+def test_read_run_has_the_tokens_that_were_trained_and_not_those_that_were_written(tmp_path):
+    """They differ with `loss_prefix_tokens`. A run of before did not write them: samples times their length."""
+    old, _ = read_run(make_run(tmp_path / "old", 4, **ALWAYS))
+    new, _ = read_run(make_run(tmp_path / "new", 4, **ALWAYS, **{"selection/{branch}/tokens": 64}))
+    assert old["selection/general/tokens"].dropna().unique() == [800]
+    assert new["selection/general/tokens"].dropna().unique() == [64]
+
+
 def test_read_run_leaves_out_a_last_line_cut_short_and_says_so(tmp_path):
     path = make_run(tmp_path / "run", 8, **GAP)
     path.write_text(path.read_text()[:-20])

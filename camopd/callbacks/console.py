@@ -84,7 +84,8 @@ class Console(PrinterCallback, StepCallback):
         now = time.perf_counter()
         done = max(1, state.global_step - self._first)
         left = (now - self._started) / done * (self._total - state.global_step)
-        tokens = sum(row.num_ids for row in step.summaries)
+        # Of completions all that were written, also what `loss_prefix_tokens` takes away.
+        tokens = sum(row.num_ids - row.num_tokens + row.length for row in step.summaries)
         number = f"{step.number + 1}/{self._total}"
         self._say(line_of(number, step.metrics, tokens, now - self._mark, left, self._width, self._cells))
         self._draw(state.global_step, "")

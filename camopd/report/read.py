@@ -44,8 +44,8 @@ def new_name(metric: str) -> str:
 def read_run(path: Path) -> tuple[pd.DataFrame, str]:
     """A metrics.jsonl as a frame indexed by optimizer step, with NaN where a value does not exist, and a note or "".
 
-    Per branch it has three columns more, made of the others: `selection/BRANCH/length_ratio` of kept over dropped samples,
-    `tokens` that are kept, and `jaccard_chance`, the overlap that chance gives.
+    Per branch it has columns more, made of the others: `selection/BRANCH/length_ratio` of kept over dropped samples, and
+    `jaccard_chance`, the overlap that chance gives; of an older run also `tokens` that are kept.
 
     A last line that was cut short by a crash is left out, and the note says so. Raises `ValueError` for a file without
     steps, for any other broken line, and for lines that are not steps of a run.
@@ -82,7 +82,8 @@ def read_run(path: Path) -> tuple[pd.DataFrame, str]:
             for name in ("kept", "kept_fraction", "length_kept", "length_dropped", "jaccard_length")
         )
         values[f"selection/{branch}/length_ratio"] = length / dropped.replace(0, math.nan)
-        values[f"selection/{branch}/tokens"] = kept * length
+        tokens = f"selection/{branch}/tokens"
+        values[tokens] = values.get(tokens, kept * length)  # of a run from before they were written
         # Of two independent sets that each keep a share p: p^2 / (2p - p^2), up to rounding of set sizes.
         values[f"selection/{branch}/jaccard_chance"] = (share / (2 - share)).where(overlap.notna())
     values.insert(0, "branch", frame["branch"])
