@@ -304,6 +304,7 @@ class RunCheckpoints:
         prompts = [sample.token_ids[: sample.prompt_len] for sample in found[0]]
         for sample, seen in zip(found[0], trainer.teacher_prompts.ids(rows, prompts), strict=True):
             sample.teacher_prompt = seen
+        trainer.notify("on_rolled_out", found[0])
         trainer._load_rng_state(str(folder))  # as when these had been drawn; step 0's loader has drawn since
         return found
 

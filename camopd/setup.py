@@ -285,7 +285,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
 
         yield Diagnostics(args, run.schedule, student, trainer.batcher, loss_of, trainer.accelerator, gather_object)
     if args.log_completions:
-        yield CompletionsTable(args, trainer.processing_class, gather_object)
+        yield CompletionsTable(args, trainer.processing_class, gather_object, lambda: trainer.model.training)
     yield UpdateMeasures(student, gather_object)
     yield TeacherWatch(
         trainer.scorer, run.schedule, trainer._tokenizer, run.max_tokens, trainer.eos_token_ids, head_size(student),

@@ -1,8 +1,11 @@
 """The table of completions that a run logs."""
 
 import pandas as pd
-from conftest import make_prompts
+import pytest
+from conftest import make_model, make_prompts
 from trainers import make_trainer
+
+from camopd.errors import TeacherError
 
 
 def test_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, capsys):
@@ -17,3 +20,42 @@ def test_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, capsys
     for branch, prompt in zip(table["branch"], table["prompt"], strict=True):
         assert prompt.replace(" ", "").startswith(branch)
     assert "branch" in capsys.readouterr().out
+
+
+def test_completions_of_an_evaluation_do_not_take_the_place_of_the_steps(tmp_path, tokenizer):
+    make_trainer(
+        tmp_path, tokenizer, schedule="general", max_steps=2, log_completions=True, teachers={"general": make_model(2)},
+        train_dataset={"general": make_prompts("train", 5)}, eval_dataset={"general": make_prompts("held", 3)},
+        eval_strategy="steps", eval_steps=1, eval_on_start=True,
+    ).train()  # fmt: skip
+    found = {path.stem: pd.read_parquet(path) for path in (tmp_path / "completions").iterdir()}
+    assert sorted(found) == [
+        "completions_00001",
+        "completions_00002",
+        "held_out_00000",
+        "held_out_00001",
+        "held_out_00002",
+    ]
+    for name, table in found.items():
+        kind, count = ("held", 3) if name.startswith("held") else ("train", 4)
+        assert len(table) == count and all(kind in prompt.replace(" ", "") for prompt in table["prompt"])
+
+
+def test_completions_that_a_stopped_run_has_left_are_in_the_table(tmp_path, tokenizer):
+    """They are drawn in one process and logged in another."""
+    settings = {"max_steps": 2, "log_completions": True, "schedule": "general", "teachers": {"general": make_model(2)},
+                "train_dataset": {"general": make_prompts("train", 5)}}  # fmt: skip
+    trainer = make_trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=1, **settings)
+
+    def fail(*_):
+        raise TeacherError("it is gone")
+
+    score = trainer.teachers["general"].score
+    trainer.teachers["general"].score = lambda *rows: score(*rows) if trainer.state.global_step < 1 else fail()
+    with pytest.raises(TeacherError, match="Nothing is lost"):
+        trainer.train()
+    assert list((tmp_path / "checkpoint-1").glob("rollouts-*"))
+    make_trainer(tmp_path, tokenizer, **settings).train(resume_from_checkpoint=True)
+    tables = sorted(path.name for path in (tmp_path / "completions").iterdir())
+    assert tables == ["completions_00001.parquet", "completions_00002.parquet"]
+    assert len(pd.read_parquet(tmp_path / "completions" / tables[1])) == 4

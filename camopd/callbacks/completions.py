@@ -11,22 +11,35 @@ import pandas as pd
 from trl.trainer.utils import print_prompt_completions_sample
 
 from ..samples import Sample
-from ..step import StepCallback
+from ..step import Step, StepCallback
 
 
 class CompletionsTable(StepCallback):
     """Prints some of the latest completions, writes all to `completions/completions_*.parquet`, and sends them where
-    metrics go, as TRL does; on the first process, whenever the trainer logs."""
+    metrics go, as TRL does; on the first process, whenever the trainer logs. Those of evaluations: `held_out_*`."""
 
-    def __init__(self, args: Any, processing_class: Any, gather: Callable[[list[Any]], list[Any]]):
+    def __init__(
+        self,
+        args: Any,
+        processing_class: Any,
+        gather: Callable[[list[Any]], list[Any]],
+        training: Callable[[], bool],
+    ):
         """
         Args:
             args: of the run; as many completions are kept as an optimizer step has.
             processing_class: that decodes them.
             gather: of a list over all ranks.
+            training: whether a step is under way or just done, and not an evaluation.
         """
-        self._decode, self._gather = processing_class.decode, gather
+        self._decode, self._gather, self._training = processing_class.decode, gather, training
         self._rows: deque[tuple[str, str, str]] = deque(maxlen=args.prompts_per_step)
+        self._held_out: list[tuple[str, str, str]] = []  # since the latest step
+        self._new = False  # some that are not shown yet
+
+    def on_step_started(self, step: Step) -> None:
+        """Held-out completions are those of the weights before it."""
+        self._held_out = []
 
     def on_rolled_out(self, samples: list[Sample]) -> None:
         """Take in the samples of all ranks."""
@@ -38,16 +51,19 @@ class CompletionsTable(StepCallback):
             )
             for sample in samples
         ]
-        self._rows.extend(self._gather(rows))
+        (self._rows if self._training() else self._held_out).extend(self._gather(rows))
+        self._new = True
 
     def _text(self, ids: list[int]) -> str:
         return self._decode(ids, skip_special_tokens=True)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the table."""
-        if not state.is_world_process_zero:
+        if not (state.is_world_process_zero and self._new):
             return
-        table = pd.DataFrame(self._rows, columns=["branch", "prompt", "completion"])
+        self._new = False
+        name, rows = ("completions", self._rows) if self._training() else ("held_out", self._held_out)
+        table = pd.DataFrame(rows, columns=["branch", "prompt", "completion"])
         table.insert(0, "step", state.global_step)
         print_prompt_completions_sample(
             table["prompt"].tolist(), table["completion"].tolist(), {}, None, state.global_step,
@@ -55,10 +71,10 @@ class CompletionsTable(StepCallback):
         )  # fmt: skip
         folder = Path(args.output_dir) / "completions"
         folder.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(folder / f"completions_{state.global_step:05d}.parquet")
+        table.to_parquet(folder / f"{name}_{state.global_step:05d}.parquet")
         shown = table.drop_duplicates(subset=["branch", "prompt"]) if args.log_unique_prompts else table
-        for name in ("wandb", "trackio"):
-            if name in (args.report_to or ()):
-                backend = __import__(name)
-                if name == "trackio" or backend.run is not None:
-                    backend.log({"completions": backend.Table(dataframe=shown)})
+        for tracker in ("wandb", "trackio"):
+            if tracker in (args.report_to or ()):
+                backend = __import__(tracker)
+                if tracker == "trackio" or backend.run is not None:
+                    backend.log({name: backend.Table(dataframe=shown)})
