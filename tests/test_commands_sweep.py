@@ -100,6 +100,21 @@ def test_held_out_gaps_of_the_last_evaluation_are_columns(write, capsys):
     assert (row["eval_general_kl"], row["eval_domain_kl"], row["share"]) == (0.25, 0.5, 0.5)
 
 
+def test_held_out_gaps_are_those_of_the_best_model_where_that_was_loaded(write):
+    history = [{"step": step, "eval_general_kl": kl} for step, kl in ((0, 1.0), (2, 0.2), (4, 0.7))]
+    lines = [{"step": step, "branch": "general"} for step in (0, 2, 4)] + [{"step": 2, "loaded": True}]
+    texts = {
+        "trainer_state.json": json.dumps({"global_step": 4, "log_history": history}),
+        "held_out.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
+    }
+    write({"one": ONE}, seeds=[0], columns=["eval_general_kl"])
+    Path("run.py").write_text(
+        SCRIPT + "".join(f"(out / {name!r}).write_text({text!r})\n" for name, text in texts.items())
+    )
+    assert exit_code("sweep.yaml") == 0
+    assert pd.read_csv("out/runs.csv")["eval_general_kl"].tolist() == [0.2]
+
+
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +211,16 @@ def test_finished_run_with_other_settings_is_not_taken_for_this_one(write, chang
     ):
         cli.main(["--debug", "sweep", "sweep.yaml"])
     assert len(order()) == 2
+
+
+def test_finished_run_of_another_file_in_the_command_is_not_taken_for_this_one(write):
+    """As that of `camopd train run.yaml --method {config}`, which all runs share."""
+    Path("base.yaml").write_text("steps: 1")
+    write({"one": ONE}, command=f"{COMMAND} base.yaml")
+    assert exit_code("sweep.yaml") == exit_code("sweep.yaml") == 0
+    Path("base.yaml").write_text("steps: 2")
+    with pytest.raises(CaMOPDError, match=r"seed-0' holds a run with another content of base\.yaml"):
+        cli.main(["--debug", "sweep", "sweep.yaml"])
 
 
 def test_mark_that_cannot_be_read_is_an_error_with_the_way_out(write):

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import atomic
 from ..errors import CaMOPDError
+from ..measured import of_run
 from ..run import as_words, config_first, methods, read_settings
 from . import processes
 
@@ -247,13 +248,17 @@ def is_done(sweep: Sweep, run: Run) -> bool:
 
 def _made_by(sweep: Sweep, run: Run) -> dict[str, str]:
     """What a result depends on. The interpreter's path is left out: the same environment may stand elsewhere."""
-    config = Path(methods().get(run.config, run.config))
-    text = config.read_bytes() if config.is_file() else b""
     words = sweep.words(run, resume=False)
-    return {
-        "command": shlex.join("python" if word == sys.executable else word for word in words),
-        "content of its config": f"{run.config}, sha256 {hashlib.sha256(text).hexdigest()[:16]}",
+    files = {"its config": run.config}
+    files |= {
+        word: word for word in shlex.split(sweep.command) if word.endswith((".yaml", ".yml")) and "{" not in word
     }
+    made_by = {"command": shlex.join("python" if word == sys.executable else word for word in words)}
+    for what, name in files.items():
+        path = Path(methods().get(name, name))
+        text = path.read_bytes() if path.is_file() else b""
+        made_by[f"content of {what}"] = f"{name}, sha256 {hashlib.sha256(text).hexdigest()[:16]}"
+    return made_by
 
 
 def _do(sweep: Sweep, run: Run, label: str) -> bool:
@@ -398,14 +403,17 @@ def _metrics_of(run: Run) -> pd.DataFrame:
 
 
 def _result_of(run: Run) -> dict[str, Any]:
-    """The last held-out gaps, which the Trainer's state has, and what is in result.json, where a run writes one."""
+    """The last held-out gaps of the model that a run has left, which the Trainer's state has, and what is in result.json,
+    where a run writes one."""
     state, own = (
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for path in (run.folder / "trainer_state.json", run.folder / "result.json")
     )
+    _, last = of_run(run.folder)  # where the best model was loaded at the end, its step
     held_out = {
         name: value
         for entry in state.get("log_history", [])
+        if last is None or entry.get("step", 0) <= last
         for name, value in entry.items()
         if re.fullmatch("eval_.*_kl", name)
     }
