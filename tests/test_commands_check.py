@@ -18,10 +18,12 @@ import yaml
 from conftest import CHAT_TEMPLATE, VOCAB, make_model, make_tokenizer
 from fake_vllm import other_tokenizer, reference_logps, with_noise, without_weights
 from trainers import SETTINGS
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from trl import ModelConfig
 
-from camopd import cli
+from camopd import CaMOPDConfig, cli
 from camopd.commands.check import check_adapter, check_unloaded
+from camopd.commands.check_run import check_room
 from camopd.run import SERVED_TEACHERS
 from camopd.teachers.check import Finding, Probe
 
@@ -623,7 +625,7 @@ def test_memory_and_disk_are_compared_with_what_is_there(check, student, monkeyp
     every = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9}
     code, table = check(teachers=same, **every)
     assert code == 0 and table["run", "memory"][0] == table["run", "disk"][0] == "ok"
-    assert table["run", "disk"][1].startswith("4 checkpoints of ")
+    assert table["run", "disk"][1].startswith("5 checkpoints of ")  # of steps 2, 4, 6, 8 and the last one
     assert check("--save_total_limit", "1", teachers=same, **every)[1]["run", "disk"][1].startswith(
         "2 checkpoints of "
     )
@@ -634,6 +636,30 @@ def test_memory_and_disk_are_compared_with_what_is_there(check, student, monkeyp
     assert code == 2
     assert table["run", "memory"][0] == "warning" and "set max_tokens_per_micro_batch" in table["run", "memory"][1]
     assert table["run", "disk"][0] == "error" and "Set save_total_limit" in table["run", "disk"][1]
+
+
+def test_memory_of_the_optimizer_is_that_of_its_kind(tmp_path):
+    """16 bytes a weight with Adam in float32, 10 with moments of 8 bits."""
+    config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, vocab_size=128_000)
+
+    def static(optim):
+        args = CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, optim=optim)
+        memory, _ = check_room(args, ModelConfig(dtype="float32"), config, {}, {})
+        return float(re.search(r"sizes: ([\d.]+) GiB for weights", memory.text)[1])
+
+    assert static("adamw_bnb_8bit") / static("adamw_torch") == pytest.approx(10 / 16, abs=0.01)
+
+
+def test_end_of_a_turn_may_be_that_of_the_tokenizer_alone(check, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "student")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("'.' }}", "'.</s>' }}")
+    tokenizer.save_pretrained(folder)
+    _, table = check(
+        model_name_or_path=str(folder), teachers={branch: str(folder) for branch in ("general", "domain")}
+    )
+    assert table["student", "end of sequence"][0] == "ok"
 
 
 def test_what_train_would_refuse_is_an_error(check, student, tmp_path, prompts):

@@ -238,7 +238,7 @@ def _check_with_student(
     probe = Probe.of(tokenizer, max_tokens, model.generation_config.eos_token_id)
     written = _write(model, probe, max_tokens, pad)
     ends = model.generation_config.eos_token_id
-    unended = unended_turn(tokenizer, ends if isinstance(ends, list) else [ends, pad])
+    unended = unended_turn(tokenizer, [*(ends if isinstance(ends, list) else [ends]), pad])  # as a run has them
     said = unended or "what ends a turn of the chat template ends its completions"
     findings = [Finding("student", "end of sequence", "warning" if unended else "ok", said)]
     vocab_size = head_size(model)

@@ -90,7 +90,8 @@ def check_room(
     ]
     adapter = model_args.lora_r * sum(each.in_features + each.out_features for each in linear)
     trained = adapter if model_args.use_peft else weights
-    moments = {"8bit": 2.0, "4bit": 1.0}.get(str(args.optim).rpartition("_")[2], 2 * max(size, 2))
+    kind = str(getattr(args.optim, "value", args.optim)).rpartition("_")[2]
+    moments = {"8bit": 2.0, "4bit": 1.0}.get(kind, 2 * max(size, 2))
     resting = 0.0
     if args.device.type == "cpu":  # where a teacher stays while the student trains
         local = {each for each in teachers.values() if isinstance(each, str) and each not in OWN_TEACHERS}
@@ -166,7 +167,7 @@ def _disk(args: Any, model: float, moments: float) -> Finding:
     count = 0
     if str(args.save_strategy.value) == "steps":
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * args.max_steps))
-        count = int(args.max_steps // every)
+        count = math.ceil(args.max_steps / every)  # the last step is saved in any case
         count = (
             min(count, args.save_total_limit + 1) if args.save_total_limit else count
         )  # the new one before the old goes
