@@ -596,6 +596,51 @@ def test_prompts_are_shown_as_the_model_sees_them(config, capsys, student, promp
     assert "no" not in shown.replace(" ", "").split("tokens):")[1].split("domain")[0]  # the answer
 
 
+def test_prompt_of_a_teacher_is_shown_after_the_students(config, capsys, student, prompts, tmp_path):
+    """As a template makes it, and as a row brings it."""
+    (tmp_path / "hints.jsonl").write_text('{"prompt": "abc", "teacher_prompt": "no abc"}\n')
+    settings = {
+        "teachers": {"general": str(student), "domain": "self"}, "max_prompt_length": 128,
+        "teacher_prompt": {"general": "it is 7. {prompt}"},
+        "prompts": {"general": prompts["talks"], "domain": str(tmp_path / "hints.jsonl")},
+    }  # fmt: skip
+    cli.main(["check", config(**settings)])
+    _, _, shown = capsys.readouterr().out.partition("\n\n")
+    texts = [part.replace(" ", "") for part in shown.strip().split("\n\n")]
+    talks, hints = (f"row0({path})" for path in (prompts["talks"], tmp_path / "hints.jsonl"))
+    assert texts == [
+        f"general,{talks},asthemodelseesit(7tokens):\nuhi.a",
+        f"general,{talks},astheteacherseesit(16tokens):\nuitis7.hi.a",
+        f"domain,{hints},asthemodelseesit(3tokens):\nabc",
+        f"domain,{hints},astheteacherseesit(6tokens):\nnoabc",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("teacher_prompt", "message"),
+    [
+        ("u no hi.a", r"the teacher_prompt of row 1 .* ends with '\.a', and the prompt of the student with 'a '"),
+        (f"u {'b' * 64}.a ", "the teacher_prompt of row 1 .* has 69 tokens, and max_prompt_length is 64"),
+        (None, "row 1 .* has the 'teacher_prompt' 'None', where others have a text or messages"),
+    ],
+    ids=["ends otherwise", "too long", "none"],
+)
+def test_prompt_of_a_teacher_that_train_would_refuse_is_an_error(
+    check, student, prompts, tmp_path, teacher_prompt, message
+):
+    rows = [
+        {"prompt": [{"role": "user", "content": "hi"}], "teacher_prompt": text}
+        for text in ("u no hi.a ", teacher_prompt)
+    ]
+    (tmp_path / "hints.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, table = check(
+        teachers={"general": str(student), "domain": "self"}, max_prompt_length=64,
+        prompts={"general": prompts["talks"], "domain": str(tmp_path / "hints.jsonl")},
+    )  # fmt: skip
+    assert code == 2 and table["run", "settings"][0] == "error"
+    assert re.search(message, table["run", "settings"][1])
+
+
 def test_prompts_that_all_lose_their_beginning_are_an_error(check, student, prompts):
     same = {branch: str(student) for branch in ("general", "domain")}
     code, table = check(

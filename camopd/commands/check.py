@@ -13,6 +13,7 @@ from ..messages import BYTES_PER_TOKEN, MOST_BYTES, read_row
 from ..prompts import PromptReader, rows_to_check
 from ..run import need_prompts, parse, read_settings, teachers_of, where_from
 from ..schedule import Schedule
+from ..teacher_prompts import TeacherPrompts
 from ..teachers.address import OWN_TEACHERS, has_adapter
 from ..teachers.check import (
     PROBE_CONVERSATIONS,
@@ -31,8 +32,8 @@ from .train import quiet
 
 
 def check(config: str, overrides: list[str]) -> None:
-    """`camopd check`: a table with a line per finding, and a prompt of each branch as the model will see it. Exits with 2
-    when there is an error, the cheapest checks first."""
+    """`camopd check`: a table with a line per finding, and a prompt of each branch as the model will see it, and
+    its teacher. Exits with 2 when there is an error, the cheapest checks first."""
     settings = read_settings(config, overrides)
     findings: list[Finding] = []
 
@@ -96,7 +97,7 @@ def _check_prompts(
     prompts: Any, model_args: Any, args: Any, teachers: dict[str, Any], tokenizer: Any, vocab_size: int
 ) -> tuple[list[Finding], list[str]]:
     """The arguments that `camopd train` gives its trainer, looked at as there, and the prompts among them; a prompt of each
-    branch as the model will see it."""
+    branch as the model will see it, and its teacher."""
     from trl import get_peft_config, get_quantization_config
 
     from ..files import load_all
@@ -116,14 +117,16 @@ def _check_prompts(
             tokenizer, tokenizer, vocab_size, (), None, args.chat_template_kwargs or {}, args.split_special_tokens,
             max(MOST_BYTES, BYTES_PER_TOKEN * args.max_prompt_length),
         )  # fmt: skip
+        teacher_prompts = TeacherPrompts(reader, tokenizer, run.contexts, args.max_prompt_length)
         for branch, stream in run.streams.items():
             rows = list(stream.some(PROBED_PROMPTS))
             findings.append(
                 check_prompts(branch, "prompts", rows, len(stream.dataset), reader, args.max_prompt_length)
             )
-            shown += ["", *as_seen(branch, rows[0], reader, tokenizer, args.max_prompt_length)]
-        reader.check({branch: rows_to_check(branch, stream.dataset) for branch, stream in run.streams.items()})
-        reader.check(run.held_out or {})
+            shown += as_seen(branch, rows[0], reader, teacher_prompts, tokenizer, args.max_prompt_length)
+        for each in (reader, teacher_prompts):
+            each.check({branch: rows_to_check(branch, stream.dataset) for branch, stream in run.streams.items()})
+            each.check(run.held_out or {})
         for branch, held in (run.held_out or {}).items():
             rows = [read_row(row) for row in islice(held, PROBED_PROMPTS)]
             findings.append(check_prompts(branch, "held-out prompts", rows, len(held), reader, args.max_prompt_length))

@@ -14,6 +14,7 @@ import torch
 from ..errors import CaMOPDError
 from ..memory import CPU_COPIES, CPU_TILE, GPU_COPIES, GPU_TILE, Shape, activations
 from ..surroundings import check_folder, check_push, folder_of, need_context
+from ..teacher_prompts import TeacherPrompts
 from ..teachers.address import OWN_TEACHERS
 from ..teachers.check import Finding
 from ..teachers.local import context_length
@@ -64,14 +65,22 @@ def check_prompts(branch: str, what: str, rows: list[dict[str, Any]], count: int
     )
 
 
-def as_seen(branch: str, row: dict[str, Any], reader: Any, tokenizer: Any, most: int) -> list[str]:
-    """One prompt as the model will see it, special tokens and all."""
+def as_seen(
+    branch: str, row: dict[str, Any], reader: Any, teacher_prompts: TeacherPrompts, tokenizer: Any, most: int
+) -> list[str]:
+    """One prompt as the model will see it, special tokens and all, and as its teacher will where that sees another."""
     (ids,) = reader.ids([row])
-    text = str(tokenizer.decode(ids[-most:]))
-    if len(text) > SHOWN:
-        text = f"{text[: SHOWN // 2]} [... {len(text) - SHOWN:,} characters ...] {text[-SHOWN // 2 :]}"
+    own = ids[-most:]
+    (other,) = teacher_prompts.ids([row], [own])
     name = str(row.get("row", "a row")).replace(f" of branch {branch!r}", "")
-    return [f"{branch}, {name}, as the model sees it ({min(len(ids), most)} tokens):", text]
+    shown = []
+    for who, seen in (("model", own), ("teacher", other)):
+        if seen is not None:
+            text = str(tokenizer.decode(seen))
+            if len(text) > SHOWN:
+                text = f"{text[: SHOWN // 2]} [... {len(text) - SHOWN:,} characters ...] {text[-SHOWN // 2 :]}"
+            shown += ["", f"{branch}, {name}, as the {who} sees it ({len(seen)} tokens):", text]
+    return shown
 
 
 def check_room(
