@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from camopd.eval import distraction, rows
+from camopd.eval.compare import numbers
 from camopd.eval.distraction import DISTRACTORS, verdict
-from camopd.eval.scores import score_of
+from camopd.eval.scores import items_of, score_of
 from camopd.eval.tasks import TASKS
 from camopd.teachers.local import LocalTeacher
 
@@ -68,6 +69,23 @@ def test_rules_say_of_answers_written_by_hand_which_are_broken(of, answer, broke
     assert [name for name, holds in found.items() if not holds] == broken
     assert len(found) == 5
     assert distraction.score(of, answer) == (not broken)
+
+
+def test_parts_say_which_kind_of_rule_holds_and_are_means_over_items():
+    assert distraction.parts(PEOPLE, "Boris\nMira 😀") == {
+        "task": 100,
+        "format": 100,
+        "resisted": pytest.approx(200 / 3),
+    }
+    assert distraction.parts(TOTAL, "19") == {"task": 100, "format": 0, "resisted": pytest.approx(200 / 3)}
+    task = TASKS["distraction"]
+    answers = [
+        {"item": place, "prompt": f"p{place}", "gold": json.dumps(PEOPLE), "stop": "stop", "text": text}
+        for place, text in enumerate(["Boris\nMira", "<think>no</think>Boris", "<think>for ever"])
+    ]
+    found = numbers(task, items_of(task, answers))
+    assert found["parts"] == pytest.approx({"task": 100 / 3, "format": 100 / 3, "resisted": (100 + 100 + 200 / 3) / 3})
+    assert found["mean"] == pytest.approx(1 / 3)
 
 
 @given(st.integers(0, 10**6), st.sampled_from(sorted(DISTRACTORS)))

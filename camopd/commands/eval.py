@@ -331,7 +331,7 @@ NOTES = {
     "humaneval": ("humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds."),
     "distraction": (
         "distraction: in the manner of DistractionIF, on rows made here; its numbers are not those of that paper's "
-        "data."
+        "data. How often each kind of rule holds is in eval.json as `parts`."
     ),
     "lcb_v5 lcb_v6": ("lcb_v5 and lcb_v6: one answer, run in a cage, 6 seconds a test."),
     "gpqa hmmt25": (

@@ -304,6 +304,13 @@ def score(gold: Mapping[str, Any], answer: str) -> float:
     return float(all(verdict(gold, answer).values()))
 
 
+def parts(gold: Mapping[str, Any], answer: str) -> dict[str, float]:
+    """How far each kind of rule holds, in percent: "task", "format", and "resisted", the share of the three distractors."""
+    found = verdict(gold, answer)
+    resisted = [found[name] for name in gold["distractors"]]
+    return {"task": 100.0 * found["task"], "format": 100.0 * found["format"], "resisted": 100 * sum(resisted) / 3}
+
+
 def _done(answer: str, items: Sequence[str], others: Sequence[str]) -> bool:
     """Whether all items stand in an answer, in their order, and none of the others; in capitals or not."""
     place = 0

@@ -114,11 +114,17 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
                 unparsed=sum(not answered for _, answered in scores) / count,
                 text=group[0]["text"],
                 weight=float(group[0].get("verdict", {}).get("weight", 1)),
-                parts=group[0].get("verdict", {}).get("parts"),
+                parts=_parts(task, group[0]),
                 unjudged=1 - len(judged) / count,
             )
         )
     return found
+
+
+def _parts(task: Task, row: Mapping[str, Any]) -> Mapping[str, float] | None:
+    if task.answer != "rules":
+        return row.get("verdict", {}).get("parts")  # type: ignore[no-any-return]
+    return distraction.parts(json.loads(row["gold"]), after_thinking(row["text"]) or "")
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
