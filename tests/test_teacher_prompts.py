@@ -4,6 +4,7 @@ What a run makes of it over several processes is in steps.py, for test_trainer.p
 """
 
 import copy
+import re
 import shutil
 from concurrent.futures import Future
 
@@ -23,6 +24,7 @@ from camopd.teacher_prompts import TeacherPrompts, contexts_of, fill, read_templ
 from camopd.teachers.local import LocalTeacher
 
 
+SCORES = 1e-5  # nats, of log-probs down to -10 or so: ten of the smallest differences that float32 has there, 2**-20
 HINT = "you know it is 7. {prompt}"
 SYSTEM = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "now {prompt} please"}]
 TURNED = {"schedule": "general:1,domain:1", "teacher_prompt": {"domain": HINT}}
@@ -81,7 +83,7 @@ def check_steps(steps, tokenizer, teacher_of, template=HINT):
             if row["branch"] == "domain":
                 seen = tokenizer(template.replace("{prompt}", row["prompt"]))["input_ids"]
             expected = logps(teacher_of(row["branch"], student), seen, completion)
-            torch.testing.assert_close(sample.teacher_logps, expected, rtol=0, atol=LOGP)
+            torch.testing.assert_close(sample.teacher_logps, expected, rtol=0, atol=SCORES)
             torch.testing.assert_close(sample.student_logps, logps(student, own, completion), rtol=0, atol=LOGP)
             gaps.append((row["branch"], float(sample.gaps.abs().max())))
     return gaps
@@ -401,6 +403,16 @@ def test_prompt_of_a_teacher_that_is_too_long_is_refused_and_not_cut():
     with pytest.raises(ValueError, match="the teacher_prompt of row 3 has 20 tokens, and max_prompt_length is 19"):
         seen({"prompt": "a?"}, {"b": HINT}, limit=19)
     assert len(seen({"prompt": "a?"}, {"b": HINT}, limit=20)) == 20
+
+
+def test_row_that_lacks_what_its_teacher_is_to_see_is_refused():
+    """As one of a stream, whose columns nobody knows beforehand."""
+    message = (
+        "branch 'b': the column 'teacher_prompt' is missing from row 3. The teacher would see something else there than in "
+        "training. Give all prompts of the branch that column, or none."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        seen({"prompt": "a?"}, {"b": None})
 
 
 def test_row_of_a_branch_without_context_has_none():
