@@ -15,8 +15,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from .run import Bench, run
 
 ROOT = Path(__file__).parent.parent.parent
 OUT = Path(__file__).parent.parent / "results" / "testbed"
+PICTURE = ROOT / "docs" / "assets" / "testbed_plane.svg"  # what README and docs/testbed.md show
 
 
 def main() -> None:
@@ -46,6 +48,8 @@ def main() -> None:
     if not options.tables:
         work(options.out, options.models, time.monotonic() + options.seconds, options.seeds)
     tables.write(options.out)
+    if options.out == OUT:
+        atomic.write(PICTURE, (OUT / "plane.svg").read_bytes())
 
 
 def work(out: Path, models: Path, until: float, seeds: int) -> None:
@@ -59,11 +63,15 @@ def work(out: Path, models: Path, until: float, seeds: int) -> None:
         if path.is_file():
             continue
         if time.monotonic() > until:
-            return _say("the time is up; the same command goes on from here")
-        found = {"stage": stage, **run(benches.of(seed), arm, rate, seed)}
-        atomic.write(path, json.dumps(found) + "\n")
-        last = found["points"][-1]["report"]
-        _say(f"{path.stem}: {found['seconds']} s, covered {last['covered']:.2f}, domain {last['domain']:.2f}")
+            return say("the time is up; the same command goes on from here")
+        keep(path, {"stage": stage, **run(benches.of(seed), arm, rate, seed)})
+
+
+def keep(path: Path, found: Mapping[str, Any]) -> None:
+    """Write the file of a run that is done."""
+    atomic.write(path, json.dumps(found) + "\n")
+    last = found["points"][-1]["report"]
+    say(f"{path.stem}: {found['seconds']} s, covered {last['covered']:.2f}, domain {last['domain']:.2f}")
 
 
 def _in_order(out: Path, seeds: int) -> Iterator[tuple[str, int, str, float]]:
@@ -81,20 +89,21 @@ class Benches:
 
     def __init__(self, folder: Path, size: Size = Size()):  # noqa: B008 - it is frozen
         self.folder, self.size = folder, size
-        self._general = load_or_make(folder / "general", lambda: make_general(size, _say))
+        self._general = load_or_make(folder / "general", lambda: make_general(size, say))
         self._last: tuple[int, Bench] | None = None
 
     def of(self, seed: int) -> Bench:
         """What runs of a seed share. Each seed has a specialised model of its own; the general one is the same."""
         if self._last is None or self._last[0] != seed:
             specialised = load_or_make(
-                self.folder / f"specialised-{seed}", lambda: specialise(self._general, self.size, seed, _say)
+                self.folder / f"specialised-{seed}", lambda: specialise(self._general, self.size, seed, say)
             )
             self._last = seed, Bench.of(self._general, specialised, self.size.skills, self.size.domain)
         return self._last[1]
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line with the time of day."""
     print(time.strftime("%H:%M:%S"), text, flush=True)
 
 

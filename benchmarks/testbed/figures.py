@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Ellipse
 
 from camopd import atomic
 from camopd.report.charts import COLOURS, LOOK
@@ -63,72 +62,112 @@ def differences(found: Mapping[str, Sequence[Outcome]]) -> Figure:
 
 
 def plane(ends: Mapping[str, Sequence[Outcome]]) -> Figure:
-    """Recovery and preservation at the end of the runs, with an ellipse of the mean's 95 % region."""
-    figure = Figure(figsize=(8, 6))
+    """Recovery and preservation at the end of the runs, with an ellipse of the mean's 95 % region.
+
+    Marks have numbers, whose names stand beside the plane; arms that ended alike in every run share one.
+    """
+    figure = Figure(figsize=(8, 5.2))
     axes = figure.subplots()
-    spots = {}
-    for arm, outcomes in ends.items():
-        points = np.array([(each.recovery, each.preservation) for each in outcomes])
-        colour, marker = KIND[arm]
-        spots[arm] = points.mean(axis=0)
-        axes.plot(*spots[arm], marker, color=colour, ms=6)
-        if len(points) > 2:
-            _ellipse(axes, points, colour)
+    names, points = _told_apart(ends)
+    spots = {arm: of.mean(axis=0) for arm, of in points.items()}
+    axes.set_yscale("function", functions=(lambda y: np.sign(y) * abs(y) ** 3, np.cbrt))
+    axes.set_ylim(0.22, 1.06)
+    axes.set_yticks([0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0])
+    axes.set_xlim(-0.06, 1.02)
     axes.axhline(0.95, color="black", lw=0.8, ls=":")
-    axes.text(0.0, 0.951, "95 % of the specialised model's domain accuracy", fontsize=7, va="bottom")
-    axes.set_xlim(left=min(0.0, *(spot[0] for spot in spots.values())) - 0.02, right=1.12)
-    axes.set_xlabel("recovery of covered skills (1 is the general teacher, 0 the specialised model)")
-    axes.set_ylabel("domain accuracy (1 is the specialised model)")
-    axes.set_title("At the end of equally many prompts, each arm at its own learning rate; ellipses: 95 % of the mean")
-    _label(axes, spots)
-    _legend(axes)
+    axes.text(-0.05, 0.948, "95 % kept", fontsize=8, va="top")
+    for arm, of in points.items():
+        if len(of) > 2:
+            axes.fill(*_ellipse(of), fc=KIND[arm][0], ec=KIND[arm][0], alpha=0.18)
+    for arm, spot in spots.items():
+        axes.plot(*spot, KIND[arm][1], color=KIND[arm][0], ms=6, mec="white", mew=0.6, zorder=3)
+    numbers = {
+        arm: str(place)
+        for place, arm in enumerate((arm for arms in KINDS.values() for arm in arms if arm in names), 1)
+    }
+    _number(axes, {numbers[arm]: spot for arm, spot in spots.items()})
+    axes.set_xlabel("recovery of the covered skills (share of what was lost)")
+    axes.set_ylabel("domain accuracy (share of the specialised model's; axis stretched towards 1)")
+    axes.set_title(
+        f"Where {len(next(iter(ends.values())))} runs of each method end: means, and the 95 % regions of the means",
+        fontsize=10,
+    )
+    handles = []
+    for kind, arms in KINDS.items():
+        handles.append(axes.plot([], [], " ", label=f"{kind}:")[0])
+        for arm in (arm for arm in arms if arm in names):
+            label = f"{numbers[arm]:>2}  {names[arm]}"
+            handles.append(axes.plot([], [], KIND[arm][1], color=KIND[arm][0], ms=6, label=label)[0])
+    figure.legend(handles=handles, loc="outside right center", fontsize=8, handletextpad=0.2, labelspacing=0.35)
     return figure
+
+
+def _told_apart(ends: Mapping[str, Sequence[Outcome]]) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """Name and points (seeds, 2) of each arm; one that ended as an earlier one in every run is in that one's name."""
+    names: dict[str, str] = {}
+    points: dict[str, np.ndarray] = {}
+    for arm, outcomes in ends.items():
+        of = np.array([(each.recovery, each.preservation) for each in outcomes])
+        twin = next((other for other, its in points.items() if np.array_equal(its, of)), None)
+        if twin:
+            names[twin] += f" ({NAMES[arm].removeprefix(NAMES[twin]).lstrip(', ')}: the same)"
+        else:
+            names[arm], points[arm] = NAMES[arm], of
+    return names, points
 
 
 def learning_rates(runs: Runs) -> Figure:
     """Outcome over the learning rate, a panel per kind of arm."""
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5.4))
     panels = figure.subplots(2, 3, sharey=True).flatten()
     means = rate_means(runs)
-    for axes, (kind, arms) in zip(panels, KINDS.items(), strict=False):
-        for place, arm in enumerate(one for one in arms if one != "sgd"):
+    shown = [*KINDS.items(), ("another optimizer", ("sgd",))]
+    for axes, (kind, arms) in zip(panels, shown, strict=True):
+        arms = [arm for arm in arms if (arm == "sgd") == (kind == shown[-1][0])]
+        for place, arm in enumerate(arms):
             values = [means[arm][rate] for rate in rates(arm)]
             axes.plot(rates(arm), values, "os^D"[place] + "-", color=COLOURS[place], ms=4, lw=1, label=NAMES[arm])
         axes.set_xscale("log")
+        unit = 1 if arms == ["sgd"] else 1e-4
+        axes.set_xticks(rates(arms[0]), [f"{rate / unit:g}" for rate in rates(arms[0])])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("learning rate" + ("" if unit == 1 else " (1e-4)"))
         axes.set_title(kind)
-        axes.legend(fontsize=6.5)
-    panels[-1].plot(rates("sgd"), [means["sgd"][rate] for rate in rates("sgd")], "o-", color=COLOURS[0], ms=4, lw=1)
-    panels[-1].set_xscale("log")
-    panels[-1].set_title("CaMOPD, SGD")
+        axes.set_ylim(-0.03, 1.38)  # room for the names
+        axes.set_yticks(np.arange(0, 1.01, 0.2))
+        axes.legend(loc="upper left", fontsize=7.5, labelspacing=0.25)
     for axes in panels[::3]:
-        axes.set_ylabel("recovery with the domain kept")
-    for axes in panels[3:]:
-        axes.set_xlabel("learning rate")
+        axes.set_ylabel("recovery with the domain kept (share)")
     return figure
 
 
-def _ellipse(axes: Axes, points: np.ndarray, colour: str) -> None:
-    """The mean's 95 % region: chi-squared with two degrees of freedom, 5.99, over the number of points."""
+def _ellipse(points: np.ndarray) -> np.ndarray:
+    """The outline of the mean's 95 % region, (2, 100): chi-squared with two degrees of freedom, 5.99, over the number."""
     values, vectors = np.linalg.eigh(np.cov(points.T) / len(points))
-    width, height = 2 * np.sqrt(np.maximum(values, 0) * 5.99)
-    angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
-    axes.add_patch(Ellipse(points.mean(axis=0), width, height, angle=angle, fc=colour, ec=colour, alpha=0.25))
+    turn = np.linspace(0, 2 * math.pi, 100)
+    circle = np.stack([np.cos(turn), np.sin(turn)]) * np.sqrt(np.maximum(values, 0) * 5.99)[:, None]
+    outline: np.ndarray = points.mean(axis=0)[:, None] + vectors @ circle
+    return outline
 
 
-def _label(axes: Axes, spots: Mapping[str, np.ndarray]) -> None:
-    """Names beside the marks, moved down where another name stands."""
-    taken: list[tuple[float, float]] = []
-    low, high = axes.get_ylim()
-    line = 0.032 * (high - low)
-    for arm in sorted(spots, key=lambda arm: -spots[arm][1]):
-        x, y = spots[arm]
-        place = y
-        while any(abs(place - other) < line and abs(x - where) < 0.3 for where, other in taken):
-            place -= line
-        taken.append((x, place))
+def _number(axes: Axes, spots: Mapping[str, np.ndarray]) -> None:
+    """A number beside each mark, at the nearest of some places that is free of marks and of other numbers."""
+    axes.figure.draw_without_rendering()  # so that places on the page are known
+    marks = {name: axes.transData.transform(spot) for name, spot in spots.items()}
+    point = axes.figure.dpi / 72
+    taken = [(mark, (9.0, 9.0)) for mark in marks.values()]  # with the points that a number keeps away, across and up
+    angles = np.radians([45, 135, -45, -135, 90, -90, 0, 180, 20, 160, -20, -160])
+    offsets = [
+        radius * np.array([np.cos(angle), np.sin(angle)]) for radius in (10, 15, 21, 28, 36) for angle in angles
+    ]
+    for name, mark in sorted(marks.items(), key=lambda each: -each[1][1]):
+        places = [mark + offset * point for offset in offsets]
+        free = (each for each in places if all(np.hypot(*((each - at) / size)) > point for at, size in taken))
+        place = next(free, places[0])
+        taken.append((place, (14.0, 10.0)))
         axes.annotate(
-            NAMES[arm], (x, y), (x + 0.025, place), fontsize=7, va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.6"} if place != y else None,
+            name, spots[name], (place - mark) / point, textcoords="offset points", fontsize=8, ha="center", va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.4", "shrinkA": 0, "shrinkB": 0}, zorder=4,
         )  # fmt: skip
 
 

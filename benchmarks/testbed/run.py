@@ -10,7 +10,9 @@ import importlib.metadata
 import itertools
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,13 @@ from transformers import LlamaForCausalLM
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import CaMOPDError
 from camopd.prompts import PromptStream
+from camopd.report.read import read_run
+from camopd.schedule import Schedule
 from camopd.step import Step, StepCallback
 
 from .arms import ARMS, SFT
 from .models import END, VOCABULARY, WORDS, answer_loss, make_tokenizer, right
+from .signs import numbers
 from .skills import COVERED, Item, mixture
 
 
@@ -117,47 +122,88 @@ class Watch(StepCallback):
         return {"step": step, "prompts": self.prompts, "tokens": self.tokens, **self.bench.measure(self.model)}
 
 
-def run(bench: Bench, arm: str, rate: float, seed: int, steps: int = STEPS, every: int = EVERY) -> dict[str, Any]:
-    """Train an arm. `points` has the accuracies along the way, `stopped` says why a run ended early."""
+def run(
+    bench: Bench,
+    arm: str,
+    rate: float,
+    seed: int,
+    steps: int = STEPS,
+    every: int = EVERY,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train an arm. `points` has the accuracies along the way, `stopped` says why a run ended early.
+
+    `settings` are laid over what all runs share in place of the arm's. With `diagnostics_steps` among them the record has
+    `signs`, the numbers of signs.py.
+    """
     gc.collect()
     gc.freeze()  # accelerate collects garbage as `train` begins, a second among all that has been imported
     started = time.perf_counter()
     student = copy.deepcopy(bench.specialised).requires_grad_(True)  # as a teacher it was frozen by the run before
     watch = Watch(bench, student, every)
-    train = _sft if arm == SFT else _distil
-    stopped = train(bench, student, watch, arm, rate, seed, steps)
+    if arm == SFT:
+        found = _sft(bench, student, watch, rate, seed, steps)
+    else:
+        found = _distil(bench, student, watch, ARMS[arm] if settings is None else settings, rate, seed, steps)
     return {
-        "arm": arm, "learning_rate": rate, "seed": seed, "stopped": stopped, "general": bench.measure(bench.general),
+        "arm": arm, "learning_rate": rate, "seed": seed, **found, "general": bench.measure(bench.general),
         "points": watch.points, "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
+def trainer_of(
+    bench: Bench,
+    student: LlamaForCausalLM,
+    folder: str,
+    rate: float,
+    seed: int,
+    steps: int,
+    callback: StepCallback,
+    settings: Mapping[str, Any],
+) -> CaMOPDTrainer:
+    """A trainer of a student that writes into a folder; `settings` of `CaMOPDConfig` over those that all runs share."""
+    shared = {
+        "max_completion_length": LONGEST, "diagnostics_steps": 0, "guards": dict.fromkeys(_OFF),
+        "prompts_per_step": PROMPTS, "per_device_train_batch_size": PROMPTS,
+    }  # fmt: skip
+    args = CaMOPDConfig(
+        output_dir=folder, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=False, max_steps=steps, max_prompt_length=20, logging_steps=10**6, seed=seed,
+        learning_rate=rate, **{**shared, **settings},
+    )  # fmt: skip
+    branches = Schedule.parse(args.schedule).branches
+    teachers = {"general": bench.general, "domain": bench.specialised}
+    return CaMOPDTrainer(
+        model=student, teachers={branch: teachers[branch] for branch in branches}, args=args,
+        train_dataset={branch: bench.prompts[branch] for branch in branches}, processing_class=make_tokenizer(),
+        callbacks=[callback],
+    )  # fmt: skip
+
+
 def _distil(
-    bench: Bench, student: LlamaForCausalLM, watch: Watch, arm: str, rate: float, seed: int, steps: int
-) -> str | None:
+    bench: Bench,
+    student: LlamaForCausalLM,
+    watch: Watch,
+    settings: Mapping[str, Any],
+    rate: float,
+    seed: int,
+    steps: int,
+) -> dict[str, Any]:
+    stopped = None
     with tempfile.TemporaryDirectory() as folder:
-        args = CaMOPDConfig(
-            output_dir=folder, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-            gradient_checkpointing=False, max_steps=steps, prompts_per_step=PROMPTS, per_device_train_batch_size=PROMPTS,
-            max_completion_length=LONGEST, max_prompt_length=20, diagnostics_steps=0, logging_steps=10**6, seed=seed,
-            learning_rate=rate, guards=dict.fromkeys(_OFF), **ARMS[arm],
-        )  # fmt: skip
-        trainer = CaMOPDTrainer(
-            model=student, teachers={"general": bench.general, "domain": bench.specialised}, args=args,
-            train_dataset=bench.prompts, processing_class=make_tokenizer(), callbacks=[watch],
-        )  # fmt: skip
+        trainer = trainer_of(bench, student, folder, rate, seed, steps, watch, settings)
         watch.rule = trainer.rule
         try:
             with contextlib.redirect_stdout(None):
                 trainer.train()
         except CaMOPDError as error:
-            return f"{type(error).__name__} in step {trainer.state.global_step + 1}: {error}"
-    return None
+            stopped = f"{type(error).__name__} in step {trainer.state.global_step + 1}: {error}"
+        if not settings.get("diagnostics_steps"):
+            return {"stopped": stopped}
+        return {"stopped": stopped, "signs": numbers(read_run(Path(folder) / "metrics.jsonl")[0])}
 
 
-def _sft(
-    bench: Bench, student: LlamaForCausalLM, watch: Watch, arm: str, rate: float, seed: int, steps: int
-) -> str | None:
+def _sft(bench: Bench, student: LlamaForCausalLM, watch: Watch, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """Cross-entropy on the general teacher's answers, drawn at temperature 1; no prompt is of the domain."""
     torch.manual_seed(seed)
     tokenizer, stream = make_tokenizer(), PromptStream(bench.prompts["general"], "general", seed)
@@ -174,7 +220,7 @@ def _sft(
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         watch.count(len(prompts), sum(len(answer) + 1 for answer in answers), step + 1)
-    return None
+    return {"stopped": None}
 
 
 def _until_end(ids: list[int]) -> str:

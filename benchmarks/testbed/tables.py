@@ -212,8 +212,8 @@ def _arms_table(runs: Runs, found: Mapping[str, Sequence[Outcome]], short: set[s
         each, versus = found[arm], against.get(arm)
         rows.append([
             NAMES[arm] + (" †" if arm in short else ""), f"{chosen[arm]:g}",
-            _said(mean_interval([one.recovery for one in each])), _said(versus.interval, "+") if versus else "",
-            f"{versus.adjusted:.3f}" if versus else "", _said(mean_interval([one.uncovered for one in each])),
+            said(mean_interval([one.recovery for one in each])), said(versus.interval, "+") if versus else "",
+            f"{versus.adjusted:.3f}" if versus else "", said(mean_interval([one.uncovered for one in each])),
             f"{_mean([one.preservation for one in each]):.3f}", f"{_mean([one.step for one in each]):.0f}",
             f"{_mean([one.tokens for one in each]):.0f}",
         ])  # fmt: skip
@@ -230,8 +230,8 @@ def _hypotheses(prompts: Mapping[str, Sequence[Outcome]], tokens: Mapping[str, S
         CONTRASTS, contrasts(prompts, pairs), contrasts(tokens, pairs), strict=True
     ):
         rows.append([
-            name, f"{NAMES[first]} > {NAMES[second]}", _said(one.interval, "+"), f"{one.adjusted:.3f}", one.verdict,
-            _said(other.interval, "+"), f"{other.adjusted:.3f}",
+            name, f"{NAMES[first]} > {NAMES[second]}", said(one.interval, "+"), f"{one.adjusted:.3f}", one.verdict,
+            said(other.interval, "+"), f"{other.adjusted:.3f}",
         ])  # fmt: skip
     return markdown_table(rows)
 
@@ -241,7 +241,7 @@ def _ends(runs: Runs) -> str:
     rows = [["arm", "recovery, covered", "recovery, uncovered", "preservation"]]
     for arm, each in ends.items():
         columns = ([getattr(one, name) for one in each] for name in ("recovery", "uncovered", "preservation"))
-        rows.append([NAMES[arm], *(_said(mean_interval(column)) for column in columns)])
+        rows.append([NAMES[arm], *(said(mean_interval(column)) for column in columns)])
     return markdown_table(rows)
 
 
@@ -279,5 +279,6 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def _said(interval: Interval, sign: str = "") -> str:
+def said(interval: Interval, sign: str = "") -> str:
+    """An interval in three digits; `sign` is "+" for a difference."""
     return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

@@ -1,0 +1,211 @@
+"""How noisy the gradient of one step is: the sampled gap, its baseline, and the KL itself, at weights that stand still.
+
+    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.gradients [--seeds 8] [--out FOLDER]
+
+A trainer with a learning rate of 0 draws prompts and completions anew in every step, and each estimator's gradient is taken
+of the very same micro-batches. So the steps of a cell are draws of each estimator, paired. At two places: the specialised
+model, and the same after `MIDDLE` steps of CaMOPD. The seeds are those of the comparison, whose models are there; its
+results are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from camopd import atomic
+from camopd.loss import Loss
+from camopd.report.page import table as markdown_table
+from camopd.samples import MicroBatch
+from camopd.step import Step, StepCallback
+from camopd.token_rules import TokenRule
+
+from .__main__ import ROOT, Benches, say
+from .arms import ARMS, SEEDS
+from .explore import OUT
+from .models import VOCABULARY
+from .run import PROMPTS, Bench, trainer_of
+from .signs import t_interval
+
+
+DRAWS = 32  # steps of a cell
+MIDDLE, MIDDLE_RATE = 16, 3e-4  # steps of CaMOPD after which the second place is, and their learning rate
+LIKELIEST = 20  # tokens of the teacher that are asked for: the default
+FEW = 5  # of them, a share of this vocabulary nearer to that of 20 in a large one
+KINDS: dict[str, dict[str, str]] = {
+    "sampled gap": {},
+    "`baseline: kl`": {"baseline": "kl"},
+    f"`divergence: top_k`, {FEW}": {"divergence": "top_k"},
+    f"`divergence: top_k`, {LIKELIEST}": {"divergence": "top_k"},
+    "`divergence: full`": {"divergence": "full"},
+}
+FULL = list(KINDS)[-1]
+CELLS = (  # place, branch, selection
+    ("start", "general", False),
+    ("start", "general", True),
+    ("middle", "general", False),
+    ("middle", "general", True),
+    ("middle", "domain", True),
+)
+COLUMNS = {  # what `noise` gives, in words
+    "variance": "variance / squared mean",
+    "ratio": "variance, of the sampled gap's",
+    "cosine": "one step's cosine to the mean gradient",
+    "same": "cosine to full on the same completions",
+    "bias": "cosine of the means",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--models", type=Path, default=ROOT / "build" / "testbed")
+    parser.add_argument("--seeds", type=int, default=8)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    options.models.mkdir(parents=True, exist_ok=True)
+    benches = Benches(options.models)
+    for seed in SEEDS[: options.seeds]:
+        path = options.out / "gradients" / f"{seed}.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            atomic.write(path, json.dumps(measure(benches.of(seed), seed)) + "\n")
+            say(f"gradients of seed {seed}: {time.perf_counter() - started:.0f} s")
+    write(options.out)
+
+
+def measure(bench: Bench, seed: int, draws: int = DRAWS, middle: int = MIDDLE) -> list[dict[str, Any]]:
+    """A row for each cell and estimator, with the numbers of `noise`."""
+    start = copy.deepcopy(bench.specialised).requires_grad_(True)
+    moved = copy.deepcopy(start)
+    _train(bench, moved, MIDDLE_RATE, seed, middle, StepCallback(), ARMS["camopd"])
+    rows = []
+    for place, branch, selection in CELLS:
+        model = {"start": start, "middle": moved}[place]
+        before = [weight.clone() for weight in model.parameters()]
+        probe = Probe(model)
+        # The teachers of a run of CaMOPD on one branch, which say their likeliest tokens as well.
+        settings = {"schedule": branch, "selection": selection, "score": ARMS["camopd"]["score"][branch], "scale": 1,
+                    "mass_target": 0.8, "divergence": "top_k", "divergence_top_k": LIKELIEST}  # fmt: skip
+        _train(bench, model, 0.0, seed, draws, probe, settings)
+        assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+        for kind, found in noise({kind: torch.stack(each) for kind, each in probe.found.items()}).items():
+            rows.append({"place": place, "branch": branch, "selection": selection, "kind": kind, **found})
+    return rows
+
+
+def _train(
+    bench: Bench, model: Any, rate: float, seed: int, steps: int, callback: StepCallback, settings: dict[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        trainer = trainer_of(bench, model, folder, rate, seed, steps, callback, settings)
+        if isinstance(callback, Probe):
+            callback.losses = losses_of(trainer.loss)
+        trainer.train()
+
+
+def losses_of(loss: Loss) -> dict[str, Loss]:
+    """A run's loss with each estimator in place of its own, and without a token rule."""
+    found = {}
+    for kind, settings in KINDS.items():
+        args = copy.copy(loss.args)
+        for name, value in {"divergence": "sampled", "baseline": "none", **settings}.items():
+            setattr(args, name, value)
+        found[kind] = Loss(args, loss.student, loss.teachers, TokenRule(args))
+    return found
+
+
+class Probe(StepCallback):
+    """Takes each estimator's gradient of a step before the step trains on it."""
+
+    def __init__(self, model: Any):
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.losses: dict[str, Loss] = {}
+        self.found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+
+    def on_step_ready(self, step: Step) -> None:
+        """Of all its micro-batches."""
+        batches = [batch for batch in step.micro_batches if batch is not None]
+        for kind, loss in self.losses.items():
+            cut = kind == f"`divergence: top_k`, {FEW}"
+            total = sum(loss(_with_few(batch) if cut else batch)[0] for batch in batches)
+            assert isinstance(total, Tensor)
+            self.found[kind].append(torch.cat([each.flatten() for each in torch.autograd.grad(total, self.weights)]))
+
+
+def _with_few(batch: MicroBatch) -> MicroBatch:
+    """With the likeliest of the likeliest tokens, which stand first."""
+    return replace(batch, seen=[{name: values[:, :FEW] for name, values in seen.items()} for seen in batch.seen])
+
+
+def noise(gradients: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Numbers of `COLUMNS` for each estimator, from (draws, weights) of paired draws of each.
+
+    Products of means are taken over pairs of different draws, so that the noise of a draw does not count as signal.
+    """
+    draws = len(gradients[FULL])
+    gram = {(a, b): (gradients[a].double() @ gradients[b].double().T) for a in gradients for b in (a, FULL)}
+
+    def signal(a: str, b: str) -> float:
+        return float(gram[a, b].sum() - gram[a, b].trace()) / (draws * (draws - 1))
+
+    found = {}
+    for kind in gradients:
+        power = float(gram[kind, kind].trace()) / draws  # mean squared norm
+        own, with_full, full = signal(kind, kind), signal(kind, FULL), signal(FULL, FULL)
+        norms = (gram[kind, kind].diagonal() * gram[FULL, FULL].diagonal()).sqrt()
+        found[kind] = {
+            "variance": (power - own) / own if own > 0 else math.nan,
+            "spread": power - own,
+            "cosine": with_full / math.sqrt(power * full) if full > 0 else math.nan,
+            "same": float((gram[kind, FULL].diagonal() / norms).mean()),
+            "bias": with_full / math.sqrt(own * full) if own > 0 and full > 0 else math.nan,
+        }
+    plain = found[next(iter(gradients))]["spread"]
+    return {kind: {**each, "ratio": each["spread"] / plain} for kind, each in found.items()}
+
+
+def write(out: Path) -> None:
+    """gradients.md, of the seeds that are there."""
+    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "gradients").glob("*.json"))]
+    parts = [
+        "# How noisy the gradient of one step is\n",
+        f"Exploratory. `python -m testbed.gradients`: {len(seeds)} seeds, in each cell {DRAWS} steps of {PROMPTS} "
+        "prompts at weights that stand still, every estimator on the same completions; ± 95 % over seeds (Student's t). "
+        f"*Middle* is the student after {MIDDLE} steps of CaMOPD. *Variance* is that of a step's gradient over prompts, "
+        f"completions and sampled tokens, summed over the weights. The vocabulary has {len(VOCABULARY)} tokens.",
+    ]
+    for cell in CELLS:
+        place, branch, selection = cell
+        rows = [["gradient", *COLUMNS.values()]]
+        for kind in KINDS:
+            of = [next(row for row in seed if (row["place"], row["branch"], row["selection"], row["kind"]) == (*cell, kind))
+                  for seed in seeds]  # fmt: skip
+            rows.append([kind, *(_said([row[name] for row in of]) for name in COLUMNS)])
+        words = "selected by Eq. 8" if selection else "all samples"
+        parts += [f"\n## {place.capitalize()}, {branch} prompts, {words}\n", markdown_table(rows)]
+    atomic.write(out / "gradients.md", "\n".join(parts) + "\n")
+    print("\n".join(parts))
+
+
+def _said(values: Sequence[float]) -> str:
+    found = t_interval(values)
+    return f"{found.value:.3f}" + ("" if math.isnan(found.high) else f" ± {found.high - found.value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
