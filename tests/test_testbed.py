@@ -2,19 +2,29 @@
 
 import itertools
 import json
+import math
+import os
 import random
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import ALWAYS, MEASURED, by_branch, make_run
+
+from camopd.report.read import read_run
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
 
-from testbed import arms, figures, models, run, skills, tables
+from testbed import arms, explore, figures, gradients, models, run, signs, skills, tables  # noqa: E402
 
 
 # --- skills and models -------------------------------------------------------------------------------------------
@@ -147,6 +157,202 @@ def test_tables_and_figures_of_what_is_there(tmp_path):
 def test_arms_are_all_named_and_of_one_kind():
     assert set(arms.NAMES) == set(arms.ARMS) == set(figures.KIND)
     assert not {arms.PILOT_SEED, *arms.TUNING_SEEDS} & set(arms.SEEDS)
+
+
+def test_arms_that_end_alike_share_a_mark():
+    ends = {arm: [tables.Outcome(0.5, 0.0, 0.9, 1, 1)] for arm in ("camopd", "scale_1")}
+    ends["vanilla"] = [tables.Outcome(0.5, 0.0, 0.8, 1, 1)]
+    names, points = figures._told_apart(ends)
+    assert names == {"camopd": "CaMOPD (scale 1: the same)", "vanilla": "vanilla 1:1"}
+    assert set(points) == set(names)
+
+
+def test_ellipse_is_the_region_of_the_mean():
+    """Its points are all at the same Mahalanobis distance, whose square is 5.99 over the number of points."""
+    points = np.random.default_rng(0).normal(size=(12, 2)) @ np.array([[2.0, 0.5], [0.0, 0.3]])
+    away = figures._ellipse(points).T - points.mean(axis=0)
+    distances = np.einsum("ij,jk,ik->i", away, np.linalg.inv(np.cov(points.T)), away)
+    assert distances == pytest.approx(np.full(100, 5.99 / 12))
+
+
+# --- what is explored beside the protocol ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Of tiny models that have learned next to nothing."""
+    size = models.Size(layers=1, width=32, steps=30, batch=32, specialise_steps=30, specialise_batch=32)
+    general = models.make_general(size, lambda text: None)
+    specialised = models.specialise(general, size, 1, lambda text: None)
+    return run.Bench.of(general, specialised, size.skills, size.domain)
+
+
+def test_signs_of_a_run_are_the_numbers_of_its_report(tmp_path):
+    path = make_run(
+        tmp_path, 40, **{**ALWAYS, **MEASURED, "gap/{branch}/abs_mean": lambda step, _: 1.0 if step <= 20 else 0.25},
+        grad_norm=by_branch(4.0, 1.0),
+    )  # fmt: skip
+    found = signs.numbers(read_run(path)[0])
+    # 30 general steps: the last ten and the first ten; as many tokens as 8 samples of 100
+    assert found["general gap, last third"] == 0.25 and found["general gap, last over first third"] == 0.25
+    assert found["gradient norm, general over domain"] == 4 and found["trained tokens, general over domain"] == 1
+    assert found["cosine of the branch gradients"] == pytest.approx(-0.1)
+    assert found["coherence beyond a random set, general"] == pytest.approx(5)
+    assert found["update with its gradient"] == 0.5 and found["share kept, general"] == 0.5
+    assert found["entropy, general, last third"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def rows_of(numbers, outcomes, methods):
+    keys = ("number", "outcome", "method")
+    return [dict(zip(keys, row, strict=True)) for row in zip(numbers, outcomes, methods, strict=True)]
+
+
+def test_correlation_is_of_ranks_and_within_methods_of_what_their_means_leave():
+    rows = rows_of([1, 10, 100, 1000], [4, 3, 2, 1], "aabb")
+    assert signs.correlation(rows, "number", "outcome", within=False) == pytest.approx(-1)
+    # Of two methods, one above the other in both; within each the number goes against the outcome.
+    rows = rows_of([1, 2, 11, 12], [2, 1, 12, 11], "aabb")
+    assert signs.correlation(rows, "number", "outcome", within=False) == pytest.approx(0.6)
+    assert signs.correlation(rows, "number", "outcome", within=True) == pytest.approx(-1)
+    assert math.isnan(signs.correlation(rows_of([1, 1, 1], [1, 2, 3], "abc"), "number", "outcome", within=False))
+    assert math.isnan(signs.correlation(rows_of([None] * 3, [1, 2, 3], "abc"), "number", "outcome", within=False))
+
+
+def test_interval_is_that_of_students_t():
+    found = signs.t_interval([1.0, 2.0, 3.0])
+    assert (found.value, found.low) == pytest.approx((2.0, 2 - 4.303 / math.sqrt(3)), abs=1e-3)
+    assert signs.is_clear(signs.t_interval([0.5, 0.51, 0.49])) and not signs.is_clear(
+        signs.t_interval([0.9, 0.1, 0.2])
+    )
+    assert not signs.is_clear(signs.t_interval([0.2, 0.21, 0.19]))
+
+
+def test_explored_tables_are_of_whole_seeds_and_paired(tmp_path):
+    (tmp_path / "runs").mkdir()
+    settings = {name: place for place, name in enumerate(explore.VARIATIONS)}
+    for seed, (name, place), rate in itertools.product((201, 202, 203), settings.items(), explore.RATES):
+        if (seed, name) == (203, "Relaxed OPD"):
+            continue
+        points = ((0.0, 1.0), (0.3, 1.0), (0.5 + 0.01 * place + 0.1 * (seed - 201), 1.0), (0.9, 0.5))
+        one = result(*points, arm=name, seed=seed, rate=rate)
+        for point in one["points"]:
+            point["step"] = explore.EVERY * point["step"]
+        one["signs"] = dict.fromkeys(signs.NUMBERS, place * rate)
+        (tmp_path / "runs" / f"{seed}-{place}-{rate}.json").write_text(json.dumps(one), encoding="utf-8")
+    explore.write(tmp_path)
+    text = (tmp_path / "explore.md").read_text(encoding="utf-8")
+    assert f"{2 * len(settings) * 3} runs on 2 seeds" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| schedule 1-1 |")]
+    # 0.51 and 0.61 with the two seeds; always 0.01 above CaMOPD
+    assert line.split(" | ")[1:6:4] == ["0.560", "+0.010 [+0.010, +0.010]"]
+    (line,) = [line for line in text.splitlines() if line.startswith("| divergence: full |")]
+    assert line.split(" | ")[3:] == ["8.0 [8.0, 8.0]", "+0.0 [+0.0, +0.0]", "6 of 6 |"]
+    found = json.loads((tmp_path / "signs.json").read_text(encoding="utf-8"))
+    assert set(found) == set(signs.NUMBERS)
+    # Both grow with the setting's place; within a setting the outcome is always the same.
+    assert found["share kept, general"]["kept"]["all"]["value"] > 0.5 and found["share kept, general"]["says"] == []
+
+
+def test_explored_run_has_its_signs_and_goes_on_where_it_was(bench, tmp_path, monkeypatch):
+    for name, value in (("RATES", (3e-4,)), ("EVERY", 2), ("STEPS", 8)):
+        monkeypatch.setattr(explore, name, value)
+    few = ("CaMOPD", "divergence: full", "mixed 1:1")
+    monkeypatch.setattr(explore, "VARIATIONS", {name: explore.VARIATIONS[name] for name in few})
+    monkeypatch.setattr(explore, "run", lambda *args, **kwargs: run.run(*args, **kwargs, steps=8))
+    monkeypatch.setattr(explore, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
+    explore.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
+    found = {path: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "runs").iterdir()}
+    assert len(found) == 3
+    for one in found.values():
+        assert [point["step"] for point in one["points"]] == [0, 2, 4, 6, 8] and one["stopped"] is None
+        assert set(one["signs"]) == set(signs.NUMBERS)
+        assert (
+            one["signs"]["general gap, last third"] > 0 and one["signs"]["cosine of the branch gradients"] is not None
+        )
+    monkeypatch.setattr(explore, "run", lambda *args, **kwargs: pytest.fail("it is there"))
+    explore.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
+
+
+def test_noise_of_two_draws_by_hand():
+    """Of draws (2, 1) and (2, -1) the mean is (2, 0): squared 4, of which 1 is noise of the mean; the variance is 2."""
+    plain, full = torch.tensor([[2.0, 1.0], [2.0, -1.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    found = gradients.noise({"plain": plain, gradients.FULL: full})
+    assert found["plain"] == pytest.approx(
+        {"variance": 2 / 3, "spread": 2, "cosine": 4 / math.sqrt(5 * 4), "same": 2 / math.sqrt(5),
+         "bias": 4 / math.sqrt(3 * 4), "ratio": 1}
+    )  # fmt: skip
+    assert found[gradients.FULL] == pytest.approx(
+        {"variance": 0, "spread": 0, "cosine": 1, "same": 1, "bias": 1, "ratio": 0}
+    )
+
+
+def test_gradients_of_a_step_are_measured_for_each_estimator(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "CELLS", (("start", "general", False), ("middle", "domain", True)))
+    rows = gradients.measure(bench, 1, draws=6, middle=4)
+    assert [row["kind"] for row in rows] == [*gradients.KINDS] * 2
+    start = {row["kind"]: row for row in rows[: len(gradients.KINDS)]}
+    assert start["sampled gap"]["ratio"] == 1 and start[gradients.FULL]["same"] == pytest.approx(1)
+    assert start[gradients.FULL]["ratio"] < start["`baseline: kl`"]["ratio"] < 1
+    assert start["`divergence: top_k`, 20"]["same"] > start["sampled gap"]["same"]
+    folder = tmp_path / "gradients"
+    folder.mkdir()
+    (folder / "1.json").write_text(json.dumps(rows), encoding="utf-8")
+    gradients.write(tmp_path)
+    text = (tmp_path / "gradients.md").read_text(encoding="utf-8")
+    assert text.count("| `divergence: full` |") == 2 and "1 seeds" in text
+
+
+# --- killed and started again -------------------------------------------------------------------------------------
+
+# `make testbed` of one arm, one seed and four steps, in the folders that it is given.
+SMALL = f"""
+import os, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from functools import partial
+from pathlib import Path
+from testbed import __main__ as whole, tables
+print(os.getpid(), flush=True)
+whole.ARMS = tables.ARMS = {{"camopd": whole.ARMS["camopd"]}}
+whole.run = partial(whole.run, steps=4, every=2)
+whole.work(*map(Path, sys.argv[1:]), float("inf"), 1)
+"""
+
+
+@pytest.mark.slow
+def test_testbed_killed_in_a_run_goes_on_to_the_same_results(tmp_path, python):
+    size = models.Size(layers=1, width=32, steps=2, batch=4, specialise_steps=2)
+    general = models.load_or_make(
+        tmp_path / "models" / "general", lambda: models.make_general(size, lambda text: None)
+    )
+    for seed in (*arms.TUNING_SEEDS, arms.SEEDS[0]):
+        folder = tmp_path / "models" / f"specialised-{seed}"
+        models.load_or_make(folder, lambda seed=seed: models.specialise(general, size, seed, lambda text: None))
+
+    def start(name):
+        return subprocess.Popen(
+            [python, "-c", SMALL, str(tmp_path / name), str(tmp_path / "models")], stdout=subprocess.PIPE, text=True
+        )
+
+    def results(name):
+        found = {path.name: json.loads(path.read_text("utf-8")) for path in (tmp_path / name / "runs").glob("*.json")}
+        return {name: {key: value for key, value in one.items() if key != "seconds"} for name, one in found.items()}
+
+    killed = start("killed")
+    process = int(killed.stdout.readline())
+    deadline = time.monotonic() + 60
+    while len(results("killed")) < 2:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.05)  # the next run has begun
+    os.kill(process, signal.SIGKILL)
+    killed.communicate(timeout=30)
+    before = results("killed")
+    assert 2 <= len(before) < 6
+    for name in ("killed", "whole"):
+        assert start(name).wait(60) == 0
+    assert len(results("whole")) == 6  # five learning rates, and the one that was best
+    assert results("killed") == results("whole") and before.items() <= results("whole").items()
 
 
 # --- the gate ----------------------------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ def write(out: Path) -> None:
         _gradients(best, steps),
         "\n## Signs\n",
         "Rank correlation of a number of the report with how the run ended. *Within* leaves methods out: only learning "
-        f"rates and chance differ. Bold: at least {signs.CLEAR} and an interval without 0.\n",
+        f"rates and chance differ. A number says something of an outcome where both are at least {signs.CLEAR}, with an "
+        "interval without 0, and of one sign. That rule is older than the runs.\n",
         _signs(rows),
     ]
     atomic.write(out / "explore.md", "\n".join(parts) + "\n")
@@ -209,23 +210,34 @@ def _steps(interval: Interval, sign: str = "") -> str:
 
 
 def evidence(rows: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Of each number of signs.py, the correlations with the outcomes, over all runs and within methods."""
-    return {
-        number: {
-            "sign": each.sign,
-            **{f"{outcome}{', within' if within else ''}": asdict(signs.of_seeds(rows, number, outcome, within))
-               for outcome in OUTCOMES for within in (False, True)},
+    """Of each number of signs.py, the correlations with the outcomes, over all runs and within methods, and the outcomes
+    that it `says` something of: those with which both are clear, in the same direction."""
+    found: dict[str, Any] = {}
+    for number, each in signs.NUMBERS.items():
+        pairs = {
+            outcome: [signs.of_seeds(rows, number, outcome, within) for within in (False, True)]
+            for outcome in OUTCOMES
         }
-        for number, each in signs.NUMBERS.items()
-    }  # fmt: skip
+        found[number] = {
+            "sign": each.sign,
+            "says": [outcome for outcome, (over, inside) in pairs.items()
+                     if signs.is_clear(over) and signs.is_clear(inside) and over.value * inside.value > 0],
+            **{outcome: {"all": asdict(over), "within": asdict(inside)} for outcome, (over, inside) in pairs.items()},
+        }  # fmt: skip
+    return found
 
 
 def _signs(rows: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    head = ["number", *(f"{words}{more}" for words in OUTCOMES.values() for more in ("", ", within"))]
-    lines = [head]
+    lines = [
+        [
+            "number",
+            *(f"{words}{more}" for words in OUTCOMES.values() for more in ("", ", within")),
+            "says something of",
+        ]
+    ]
     for number, found in evidence(rows).items():
-        cells = [Interval(**value) for key, value in found.items() if key != "sign"]
-        lines.append([number, *(f"**{said(one, '+')}**" if signs.is_clear(one) else said(one, "+") for one in cells)])
+        cells = [said(Interval(**found[outcome][which]), "+") for outcome in OUTCOMES for which in ("all", "within")]
+        lines.append([number, *cells, ", ".join(OUTCOMES[outcome] for outcome in found["says"]) or "nothing"])
     return markdown_table(lines)
 
 
