@@ -99,8 +99,8 @@ def measure(bench: Bench, seed: int, draws: int = DRAWS, middle: int = MIDDLE) -
         before = [weight.clone() for weight in model.parameters()]
         probe = Probe(model)
         # The teachers of a run of CaMOPD on one branch, which say their likeliest tokens as well.
-        settings = {"schedule": branch, "selection": selection, "score": ARMS["camopd"]["score"][branch], "scale": 1,
-                    "mass_target": 0.8, "divergence": "top_k", "divergence_top_k": LIKELIEST}  # fmt: skip
+        settings = {"schedule": branch, "selection": selection, "scale": 1, "divergence": "top_k",
+                    "divergence_top_k": LIKELIEST}  # fmt: skip
         _train(bench, model, 0.0, seed, draws, probe, settings)
         assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
         for kind, found in noise({kind: torch.stack(each) for kind, each in probe.found.items()}).items():
