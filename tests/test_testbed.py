@@ -249,6 +249,8 @@ def test_explored_tables_are_of_whole_seeds_and_paired(tmp_path):
     (line,) = [line for line in text.splitlines() if line.startswith("| divergence: full |")]
     assert line.split(" | ")[3:] == ["8.0 [8.0, 8.0]", "+0.0 [+0.0, +0.0]", "6 of 6 |"]
     found = json.loads((tmp_path / "signs.json").read_text(encoding="utf-8"))
+    assert (found["runs"], found["seeds"]) == (2 * len(settings) * 3, 2)
+    found = found["numbers"]
     assert set(found) == set(signs.NUMBERS)
     # Both grow with the setting's place; within a setting the outcome is always the same.
     assert found["share kept, general"]["kept"]["all"]["value"] > 0.5 and found["share kept, general"]["says"] == []

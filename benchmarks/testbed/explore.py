@@ -139,7 +139,8 @@ def write(out: Path) -> None:
         _signs(rows),
     ]
     atomic.write(out / "explore.md", "\n".join(parts) + "\n")
-    atomic.write(out / "signs.json", json.dumps(evidence(rows), indent=1) + "\n")
+    found = {"runs": len(keys) * len(each), "seeds": len(each), "numbers": evidence(rows)}
+    atomic.write(out / "signs.json", json.dumps(found, indent=1) + "\n")
     print("\n".join(parts))
 
 

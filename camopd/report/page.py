@@ -18,6 +18,7 @@ from ..errors import CaMOPDError
 from ..measured import of_run
 from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of
 from .charts import SMOOTH_FROM, draw_all, png
+from .evidence import in_short, worth
 from .read import read_run
 from .signs import Sign, signs_of
 
@@ -141,13 +142,14 @@ def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
     """The section at the top: the answer and its numbers, or with several runs a line for each."""
     first, *more = signs.values()
     if not more:
-        return [first[0].text, *_numbers(first), CAUSES]
+        return [first[0].text, *_numbers(first), in_short(), CAUSES]
     rows = [["run", *(sign.name for sign in first[1:-1])]]
     rows += [[f"`{name}`", *(sign.state for sign in found[1:-1])] for name, found in signs.items()]
     return [
         "\n".join(f"- `{name}`: {found[0].text}" for name, found in signs.items()),
         table(rows),
         f"The numbers behind the words are at the end of the page, run by run. {CAUSES}",
+        in_short(),
     ]
 
 
@@ -157,8 +159,8 @@ def _numbers(signs: Sequence[Sign]) -> list[str]:
     unclear = [sign.name.lower() for sign in signs[1:] if sign.state == "unclear"]
     others = [f"{', '.join(unclear)} (too few measured steps, or neither one nor the other)"] if unclear else []
     others += [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign.state == "not measured"]
-    rows = [[f"**{sign.name}**", sign.state, sign.text] for sign in settled]
-    blocks = [table([["sign", "in this run", "numbers"], *rows])] if rows else []
+    rows = [[f"**{sign.name}**", sign.state, sign.text, worth(sign.name)] for sign in settled]
+    blocks = [table([["sign", "in this run", "numbers", "on small models"], *rows])] if rows else []
     return blocks + ([f"Not settled by this run: {'; '.join(others)}."] if others else [])
 
 
