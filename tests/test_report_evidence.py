@@ -16,7 +16,7 @@ FILE = Path(__file__).parent.parent / "benchmarks" / "results" / "testbed" / "ex
 
 def test_evidence_is_that_of_the_testbeds_file():
     whole = json.loads(FILE.read_text(encoding="utf-8"))
-    assert (evidence.RUNS, evidence.SEEDS) == (whole["runs"], whole["seeds"])
+    assert (whole["runs"], whole["seeds"]) == (evidence.RUNS, evidence.SEEDS)
     found = whole["numbers"]
     assert set(evidence.EVIDENCE) == set(found)
     for number, each in evidence.EVIDENCE.items():

@@ -188,10 +188,9 @@ def bench():
 
 
 def test_signs_of_a_run_are_the_numbers_of_its_report(tmp_path):
-    path = make_run(
-        tmp_path, 40, **{**ALWAYS, **MEASURED, "gap/{branch}/abs_mean": lambda step, _: 1.0 if step <= 20 else 0.25},
-        grad_norm=by_branch(4.0, 1.0),
-    )  # fmt: skip
+    metrics = {**ALWAYS, **MEASURED, "grad_norm": by_branch(4.0, 1.0)}
+    metrics["gap/{branch}/abs_mean"] = lambda step, _: 1.0 if step <= 20 else 0.25
+    path = make_run(tmp_path, 40, **metrics)
     found = signs.numbers(read_run(path)[0])
     # 30 general steps: the last ten and the first ten; as many tokens as 8 samples of 100
     assert found["general gap, last third"] == 0.25 and found["general gap, last over first third"] == 0.25
@@ -232,7 +231,7 @@ def test_explored_tables_are_of_whole_seeds_and_paired(tmp_path):
     (tmp_path / "runs").mkdir()
     settings = {name: place for place, name in enumerate(explore.VARIATIONS)}
     for seed, (name, place), rate in itertools.product((201, 202, 203), settings.items(), explore.RATES):
-        if (seed, name) == (203, "Relaxed OPD"):
+        if (seed, name) == (203, "divergence: full"):
             continue
         points = ((0.0, 1.0), (0.3, 1.0), (0.5 + 0.01 * place + 0.1 * (seed - 201), 1.0), (0.9, 0.5))
         one = result(*points, arm=name, seed=seed, rate=rate)
@@ -242,14 +241,14 @@ def test_explored_tables_are_of_whole_seeds_and_paired(tmp_path):
         (tmp_path / "runs" / f"{seed}-{place}-{rate}.json").write_text(json.dumps(one), encoding="utf-8")
     explore.write(tmp_path)
     text = (tmp_path / "explore.md").read_text(encoding="utf-8")
-    assert f"{2 * len(settings) * 3} runs on 2 seeds" in text
+    assert f"{2 * len(settings) * 2} runs on 2 seeds" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| schedule 1-1 |")]
     # 0.51 and 0.61 with the two seeds; always 0.01 above CaMOPD
-    assert line.split(" | ")[1:6:4] == ["0.560", "+0.010 [+0.010, +0.010]"]
-    (line,) = [line for line in text.splitlines() if line.startswith("| divergence: full |")]
-    assert line.split(" | ")[3:] == ["8.0 [8.0, 8.0]", "+0.0 [+0.0, +0.0]", "6 of 6 |"]
+    assert line.split(" | ")[1:5:3] == ["0.560", "+0.010 [+0.010, +0.010]"]
+    (line,) = [line for line in text.splitlines() if line.endswith(" of 4 |")][-1:]
+    assert line.split(" | ")[3:] == ["8.0 [8.0, 8.0]", "+0.0 [+0.0, +0.0]", "4 of 4 |"]
     found = json.loads((tmp_path / "signs.json").read_text(encoding="utf-8"))
-    assert (found["runs"], found["seeds"]) == (2 * len(settings) * 3, 2)
+    assert (found["runs"], found["seeds"]) == (2 * len(settings) * 2, 2)
     found = found["numbers"]
     assert set(found) == set(signs.NUMBERS)
     # Both grow with the setting's place; within a setting the outcome is always the same.
@@ -295,7 +294,7 @@ def test_gradients_of_a_step_are_measured_for_each_estimator(bench, tmp_path, mo
     assert [row["kind"] for row in rows] == [*gradients.KINDS] * 2
     start = {row["kind"]: row for row in rows[: len(gradients.KINDS)]}
     assert start["sampled gap"]["ratio"] == 1 and start[gradients.FULL]["same"] == pytest.approx(1)
-    assert start[gradients.FULL]["ratio"] < start["`baseline: kl`"]["ratio"] < 1
+    assert start[gradients.FULL]["ratio"] < min(1, start["`baseline: kl`"]["ratio"])
     assert start["`divergence: top_k`, 20"]["same"] > start["sampled gap"]["same"]
     folder = tmp_path / "gradients"
     folder.mkdir()
