@@ -66,6 +66,16 @@ def test_site_has_every_page():
     assert [path.name for path in ROOT.glob("docs/*.md") if f": {path.name}\n" not in nav] == []
 
 
+def test_figures_of_the_choice_of_settings_are_in_the_files_it_names():
+    """Each interval of the page, so that one of an older run does not stay."""
+    page = read(ROOT / "docs" / "choosing.md")
+    files = {link for link in re.findall(r"\]\(([^)\s#]+)\)", page) if link.startswith("../benchmarks/results/")}
+    there = "".join(read(ROOT / "docs" / link) for link in sorted(files))
+    figures = re.findall(r"[+-]?\d[\d.]* (?:\[[^\]]+\]|± [\d.]+)", page)
+    assert len(files) > 2 and len(figures) > 20
+    assert [figure for figure in figures if figure not in there] == []
+
+
 def test_readme_is_read_in_two_minutes():
     """Its prose, without code and tables, at 250 words a minute."""
     lines = FENCE.sub("", read(ROOT / "README.md")).splitlines()

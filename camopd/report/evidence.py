@@ -48,8 +48,8 @@ def in_short() -> str:
     beside = [f"{number} ({', '.join(f'{getattr(each, of):+.2f} with {WORDS[of]}' for of in each.says)})"
               for number, each in EVIDENCE.items() if not each.sign and each.says]  # fmt: skip
     parts = [
-        f"*On small models*: rank correlation with how {RUNS} runs of 0.3 million weights ended ({SEEDS} seeds), of which it "
-        "is known what was recovered and kept."
+        f"*On small models*: rank correlation with how {RUNS} runs of models of 0.3 million weights ended ({SEEDS} seeds): "
+        "what was recovered, and what kept."
     ]
     if useful:
         parts.append(f"There {', '.join(useful)} said something of it.")
