@@ -68,7 +68,7 @@ def test_site_has_every_page():
 
 def test_figures_of_the_choice_of_settings_are_in_the_files_it_names():
     """Each interval of the page, so that one of an older run does not stay."""
-    page = read(ROOT / "docs" / "choosing.md")
+    page = " ".join(read(ROOT / "docs" / "choosing.md").split())
     files = {link for link in re.findall(r"\]\(([^)\s#]+)\)", page) if link.startswith("../benchmarks/results/")}
     there = "".join(read(ROOT / "docs" / link) for link in sorted(files))
     figures = re.findall(r"[+-]?\d[\d.]* (?:\[[^\]]+\]|± [\d.]+)", page)
