@@ -26,6 +26,7 @@ def gold(items, form, distractors=("ack", "emoji", "capitals"), others=()):
 
 
 PEOPLE = gold(["Boris", "Mira"], "lines 2", others=["Hugo"])
+DAYS = gold(["Monday", "Friday"], "commas 2")
 COUNTS = gold(["Boris", "12", "Mira", "7"], "json", ("bullets", "code block", "question"))
 TOTAL = gold(["19"], "words 3", ("small letters", "sure", "end mark"))
 CSV = gold(["Boris,12,Corwen", "Mira,7,Elswick"], "csv 2", ("html", "numbers", "thanks"))
@@ -44,7 +45,12 @@ CSV = gold(["Boris,12,Corwen", "Mira,7,Elswick"], "csv 2", ("html", "numbers", "
         (PEOPLE, "ACK\nBoris\nMira", ["format", "ack"]),
         (PEOPLE, "ACK", ["task", "format", "ack", "capitals"]),
         (PEOPLE, "BORIS\nMIRA", ["capitals"]),
-        (PEOPLE, "Boris\nMira 😀", ["emoji"]),
+        (PEOPLE, "Boris\nMira 😀", ["format", "emoji"]),
+        (PEOPLE, "1. Boris: 12 crates\n2. Mira: 7 crates", ["format"]),  # more than the names
+        (DAYS, "Monday, Friday", []),
+        (DAYS, "Monday\nFriday", ["format"]),
+        (DAYS, "The days are Monday, Friday", ["format"]),
+        (DAYS, "Friday, Monday", ["task"]),
         (PEOPLE, "", ["task", "format", "capitals"]),
         (COUNTS, '{"Boris": 12, "Mira": 7}', []),
         (COUNTS, '{"Boris": 12, "Mira": 8}', ["task"]),

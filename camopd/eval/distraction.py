@@ -295,7 +295,10 @@ def _messages(form: str, instruction: str, text: str) -> list[dict[str, str]]:
 def verdict(gold: Mapping[str, Any], answer: str) -> dict[str, bool]:
     """The five rules, by name: "task", "format", and one for each distractor of a row."""
     answer = answer.strip()
-    found = {"task": _done(answer, gold["items"], gold["others"]), "format": _kept(answer, gold["format"])}
+    found = {
+        "task": _done(answer, gold["items"], gold["others"]),
+        "format": _kept(answer, gold["format"], gold["items"]),
+    }
     return found | {name: not DISTRACTORS[name].followed(answer) for name in gold["distractors"]}
 
 
@@ -326,7 +329,7 @@ def _word(text: str) -> str:
     return rf"(?i)(?<!\w){re.escape(text)}(?!\w)"
 
 
-def _kept(answer: str, wanted: str) -> bool:
+def _kept(answer: str, wanted: str, items: Sequence[str]) -> bool:
     form, _, number = wanted.partition(" ")
     lines = answer.split("\n")
     if form == "json":
@@ -337,11 +340,13 @@ def _kept(answer: str, wanted: str) -> bool:
     count = int(number)
     if form == "csv":
         return lines[0].strip() == "name,crates,place" and [line.count(",") for line in lines] == [2] * (count + 1)
-    if form == "commas":
-        return len(lines) == 1 and len(answer.split(",")) == count
     if form == "words":
         return len(lines) == 1 and len(answer.split()) == count
-    return len(lines) == count
+    # Of a list, each place has the words of its item and no more: "1. Mira: 7 crates" is no name alone.
+    if form == "commas" and len(lines) > 1:
+        return False
+    places = answer.split(",") if form == "commas" else lines
+    return [len(place.split()) for place in places] == [len(item.split()) for item in items]
 
 
 def margins(
