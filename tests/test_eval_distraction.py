@@ -80,7 +80,7 @@ def test_rules_say_of_answers_written_by_hand_which_are_broken(of, answer, broke
 def test_parts_say_which_kind_of_rule_holds_and_are_means_over_items():
     assert distraction.parts(PEOPLE, "Boris\nMira 😀") == {
         "task": 100,
-        "format": 100,
+        "format": 0,
         "resisted": pytest.approx(200 / 3),
     }
     assert distraction.parts(TOTAL, "19") == {"task": 100, "format": 0, "resisted": pytest.approx(200 / 3)}
