@@ -99,6 +99,22 @@ def python():
 
 
 @pytest.fixture(scope="session")
+def vllm_python():
+    """As `python`, and it has imported vLLM: a server does that in three processes, and takes longer over it than over the
+    rest of its start."""
+    forks = Forks(
+        [
+            "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama",
+            "trl.generation.vllm_generation", "torch.distributed.run", "camopd.cli", "camopd.commands.serve",
+            "camopd.commands.check", "conftest", "trainers",
+        ],
+        MALLOC_MMAP_MAX_="65536", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_TOP_PAD_="131072",  # glibc's, not make's
+    )  # fmt: skip
+    yield forks.python
+    forks.close()
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
 

@@ -2,15 +2,17 @@
 
 `Forks(MODULES).python` is a command to use in place of `sys.executable` with `SCRIPT`, `-m MODULE` or `-c CODE`:
 the program runs in a fork of one process that has imported the modules on one thread. It has the environment, the folder,
-the files 0 to 2, the signals and the exit code of that command, and ends as any other does. So do programs that it starts
-by `sys.executable`: the ranks of `accelerate launch`. With other options (-I, -X, ...) a fresh interpreter runs.
+the open files, the signals and the exit code of that command, and ends as any other does. So do programs that it starts
+by `sys.executable`, the ranks of `accelerate launch`, and processes of multiprocessing that it spawns. With other options
+(-I, -X, ...) a fresh interpreter runs.
 
 What differs: what the modules read of the environment as they were imported, the number of threads among it; all forks have
-one seed of hashes.
+one seed of hashes; SIGKILL ends the processes that a fork has started, too, in its own session.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -22,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-OPTIONS = ("-c", "-m", "-u")  # that are understood here
+OPTIONS = ("-c", "-m", "-u", "-B")  # that are understood here
 
 
 class Forks:
@@ -61,11 +63,15 @@ def run(python: str, address: str, words: list[str]) -> None:
     if not words or (words[0].startswith("-") and words[0] not in OPTIONS):
         os.execv(python, [python, *words])
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    opened = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+    files = [0, 1, 2, *(file for file in opened if file > 2)]
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
-    socket.send_fds(connection, [b"."], [0, 1, 2])
-    request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}
+    socket.send_fds(connection, [b"."], files)
+    request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "files": files}
     connection.sendall(f"{json.dumps(request)}\n".encode())
+    for file in files[3:]:  # who waits for the end of one waits for the fork alone
+        os.close(file)
     answers = connection.makefile(encoding="utf-8")
     process = int(answers.readline())
 
@@ -112,6 +118,8 @@ def serve(python: str, descriptor: int, modules: list[str]) -> tuple[object, dic
                 os.kill(process, signal.SIGKILL)
             os._exit(0)
         for connection in waiting.keys() & set(ready):  # killed, and its fork with it
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(waiting[connection], signal.SIGKILL)
             os.kill(waiting[connection], signal.SIGKILL)
             connection.close()
             forks[waiting[connection]] = None
@@ -125,23 +133,36 @@ def serve(python: str, descriptor: int, modules: list[str]) -> tuple[object, dic
                     connection.close()
         if listener in ready:
             connection, _ = listener.accept()
-            _, files, _, _ = socket.recv_fds(connection, 1, 3)
+            _, files, _, _ = socket.recv_fds(connection, 1, 250)
             request = connection.makefile(encoding="utf-8").readline()
-            process = os.fork() if len(files) == 3 and request.endswith("\n") else None
+            process = os.fork() if files and request.endswith("\n") else None
             if process == 0:
                 for open_one in (listener, connection, *filter(None, forks.values())):
                     open_one.close()
-                for number, file in enumerate(files):
-                    os.dup2(file, number)
-                for file in (*files, wake, wakeup):
+                for file in (wake, wakeup):
                     os.close(file)
-                return become(python, **json.loads(request))
+                request = json.loads(request)
+                have_files(files, request.pop("files"))
+                return become(python, **request)
             for file in files:
                 os.close(file)
             if process is not None:
                 forks[process] = connection
                 with suppress(OSError):
                     connection.sendall(f"{process}\n".encode())
+
+
+def have_files(files: list[int], numbers: list[int]) -> None:
+    """Give the open files these numbers, and no other."""
+    above = 1 + max(files + numbers)
+    moved = [
+        fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files
+    ]  # or one would be lost behind the number of another
+    for file in files:
+        os.close(file)
+    for file, number in zip(moved, numbers, strict=True):
+        os.dup2(file, number)
+        os.close(file)
 
 
 def become(python: str, words: list[str], folder: str, environment: dict[str, str]) -> tuple[object, dict]:
@@ -158,14 +179,17 @@ def become(python: str, words: list[str], folder: str, environment: dict[str, st
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = python
+    if "multiprocessing.spawn" in sys.modules:
+        sys.modules["multiprocessing.spawn"].set_executable(python)
     paths = [path for path in sys.path[1:] if path not in own]
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path] + paths
     for number, name in enumerate(("stdin", "stdout", "stderr")):  # they know what kind of file it was before
         own = getattr(sys, name)
         setattr(sys, name, open(number, own.mode, encoding=own.encoding, errors=own.errors, closefd=False))  # noqa: SIM115
     sys.stderr.reconfigure(line_buffering=True)
-    if words[0] == "-u":
-        sys.stdout.reconfigure(line_buffering=True)
+    while words[0] in ("-u", "-B"):
+        if words[0] == "-u":
+            sys.stdout.reconfigure(line_buffering=True)
         words = words[1:]
     main = types.ModuleType("__main__")
     if words[0] == "-c":

@@ -264,7 +264,7 @@ def merged_is_the_adapter_on_its_model(folder: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_guide_serves_a_model_that_answers(tmp_path, monkeypatch):
+def test_guide_serves_a_model_that_answers(tmp_path, monkeypatch, vllm_python):
     """Its step 9, with a real vLLM: the CPU build starts as a module, takes heads of 32, and computes in float32."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
@@ -283,7 +283,7 @@ def test_guide_serves_a_model_that_answers(tmp_path, monkeypatch):
         text.replace("localhost:8000", address).replace("--port 8000", f"--port {address[10:]}") for text in texts
     )
     words = shlex.split(serve.replace("--max-model-len 2048", "--max-model-len 256"))[2:]
-    start = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words, "--host", "127.0.0.1"]
+    start = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", *words, "--host", "127.0.0.1"]
     start += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(16 << 20)]
     child = subprocess.Popen(start)
     try:

@@ -46,14 +46,14 @@ def of_both(python, words, **more):
     return [(run.returncode, run.stdout, run.stderr) for run in runs]
 
 
-@pytest.mark.parametrize("how", ["script", "module", "package", "code", "option"])
+@pytest.mark.parametrize("how", ["script", "module", "package", "code", "option", "harmless"])
 def test_forks_have_the_words_folder_paths_environment_and_files_of_their_command(how, python, tmp_path):
     (tmp_path / "show.py").write_text(SHOW)
     (tmp_path / "shown").mkdir()
     (tmp_path / "shown" / "__main__.py").write_text(SHOW)
     words = {
         "script": ["show.py"], "module": ["-m", "show"], "package": ["-m", "shown"], "code": ["-c", SHOW],
-        "option": ["-B", "show.py"],
+        "option": ["-s", "show.py"], "harmless": ["-B", "-u", "show.py"],
     }[how]  # fmt: skip
     environment = {**os.environ, "WORD": "word", "PYTHONPATH": str(tmp_path / "elsewhere")}
     alone, forked = of_both(python, [*words, "--one", "two"], cwd=tmp_path, env=environment, input="given")
@@ -80,6 +80,54 @@ def test_forks_get_the_signals_and_are_gone_with_their_command(number, python, t
     while time.monotonic() < end and os.path.exists(f"/proc/{fork}"):
         time.sleep(0.01)
     assert not os.path.exists(f"/proc/{fork}")
+
+
+def test_forks_have_the_files_that_are_passed_and_are_the_last_to_have_them(python):
+    reader, writer = os.pipe()
+    other, there = os.pipe()
+    code = (
+        f"import os, time; os.write({writer}, b'one'); os.write({there}, b'two'); os.close({writer}); time.sleep(60)"
+    )
+    process = subprocess.Popen([python, "-c", code], pass_fds=[writer, there])
+    for file in (writer, there):
+        os.close(file)
+    try:
+        with open(reader, "rb") as first, open(other, "rb") as second:
+            assert first.read() == b"one"  # to its end, while the program goes on
+            assert second.read(3) == b"two" and process.poll() is None
+            process.kill()
+            assert second.read() == b""
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+SPAWNS = """
+import multiprocessing, os, sys, time
+def square(number, answers):
+    import forks_main
+    answers.send(number ** 2)
+    time.sleep(60 if number == 3 else 0)
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    for number in (2, 3):
+        child = context.Process(target=square, args=(number, there))
+        child.start()
+        print(here.recv(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_forks_spawn_forks_and_a_kill_ends_them_too(python, tmp_path):
+    (tmp_path / "spawns.py").write_text(SPAWNS)
+    process = subprocess.Popen([python, str(tmp_path / "spawns.py")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["4\n", "9\n"]
+    finally:
+        process.kill()
+    assert process.stdout.read() == ""  # all that had it are gone
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def test_forks_start_forks(python):

@@ -1,11 +1,13 @@
 """A run that is stopped and resumed is the run that was not stopped."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
 import torch
 from conftest import make_model, make_prompts
+from fake_vllm import FakeVLLM
 from trainers import lines, make_trainer
 
 from camopd.errors import ResumeError, TeacherError
@@ -194,6 +196,16 @@ def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
     return [parameter.detach().clone() for parameter in trainer.model.parameters()], generated
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, tokenizer):
+    """Four steps with both teachers on a server that lives, and no checkpoint: the folder, and the final parameters."""
+    folder = tmp_path_factory.mktemp("served")
+    with contextlib.closing(FakeVLLM(make_model(1), tokenizer)) as server:
+        parameters, generated = train_with(server, folder, tokenizer, save_strategy="no", optim="adamw_torch")
+    assert generated == [0, 1, 2, 3]
+    return folder, parameters
+
+
 @pytest.mark.parametrize(
     ("fails_at", "saving"),
     [
@@ -203,29 +215,25 @@ def train_with(server, folder, tokenizer, resume=None, dies_at=None, **kwargs):
     ],
 )
 def test_teacher_that_is_gone_for_good_leaves_a_step_that_is_scored_after_resume(
-    fails_at, saving, start_server, tmp_path, tokenizer
+    fails_at, saving, served, start_server, tmp_path, tokenizer
 ):
+    undisturbed, expected = served
     server = start_server()
     kwargs = {**saving, "optim": "adamw_torch"}
-    expected, generated = train_with(server, tmp_path / "one", tokenizer, **kwargs)
-    assert generated == [0, 1, 2, 3]
-
     with pytest.raises(
         TeacherError,
         match=rf"(?s)has no replica left.*Nothing is lost: the weights before step {fails_at + 1} and its rollouts are in "
         rf"'.*checkpoint-{fails_at}'. Fix the teacher and resume_from_checkpoint=",
     ):
-        train_with(server, tmp_path / "two", tokenizer, dies_at=fails_at, **kwargs)
+        train_with(server, tmp_path, tokenizer, dies_at=fails_at, **kwargs)
 
     again = start_server(port=server.port)
     found, generated = train_with(
-        again, tmp_path / "two", tokenizer, resume=str(tmp_path / "two" / f"checkpoint-{fails_at}"), **kwargs
+        again, tmp_path, tokenizer, resume=str(tmp_path / f"checkpoint-{fails_at}"), **kwargs
     )
     assert generated == list(range(fails_at + 1, 4))  # the kept step is not rolled out again
     for key in ("step", "branch", "loss", "grad_norm", "selection/general/kept"):
-        assert [line.get(key) for line in lines(tmp_path / "two")] == [
-            line.get(key) for line in lines(tmp_path / "one")
-        ]
+        assert [line.get(key) for line in lines(tmp_path)] == [line.get(key) for line in lines(undisturbed)]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 

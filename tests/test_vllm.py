@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -35,7 +34,6 @@ from camopd.teachers.vllm.teacher import ServerTeacher
 pytestmark = pytest.mark.vllm
 
 TESTS = Path(__file__).parent
-VLLM_PYTHON = os.environ.get("CAMOPD_VLLM_PYTHON", str(TESTS.parent / ".venv-vllm" / "bin" / "python"))
 MAX_MODEL_LEN = 512
 UP_SECONDS = 400  # three servers load at once on two cores
 
@@ -43,18 +41,16 @@ UP_SECONDS = 400  # three servers load at once on two cores
 class Server:
     """A plain vLLM process."""
 
-    def __init__(self, model: str, log: Path, port: int = 0):
-        assert Path(VLLM_PYTHON).exists(), f"{VLLM_PYTHON} does not exist; `make test-vllm` makes it"
+    def __init__(self, python: str, model: str, log: Path, port: int = 0):
         self.model, self.log, self.port = model, log, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         # The `vllm` command looks for a distribution of that name, which the CPU build is not.
         command = [
-            VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "smollm2",
+            python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "smollm2",
             "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN),
             "--enforce-eager", "--enable-scale-out",
         ]  # fmt: skip
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
         with open(log, "a") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -120,12 +116,12 @@ def config(domain_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def servers(base_model, config, tmp_path_factory):
+def servers(base_model, config, vllm_python, tmp_path_factory):
     """The general teacher's two replicas, and the process of `camopd serve` with the domain's teacher."""
     logs = tmp_path_factory.mktemp("logs")
-    replicas = [Server(base_model, logs / f"general-{replica}.log") for replica in range(2)]
-    command = [sys.executable, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
-    environment = {**os.environ, "CAMOPD_VLLM_PYTHON": VLLM_PYTHON, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    replicas = [Server(vllm_python, base_model, logs / f"general-{replica}.log") for replica in range(2)]
+    command = [vllm_python, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
+    environment = {**os.environ, "CAMOPD_VLLM_PYTHON": vllm_python, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(logs / "serve.log", "w") as output:
         serve = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -185,12 +181,12 @@ def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_mod
         torch.testing.assert_close(f.logps, e.logps, atol=1e-3, rtol=0)
 
 
-def test_compact_request_is_one_that_vllm_takes_where_its_runner_can(general, conversations):
+def test_compact_request_is_one_that_vllm_takes_where_its_runner_can(general, vllm_python):
     teacher = ServerTeacher([general], "general")
     assert teacher.transports == {general: "JSON"}  # the CPU build runs vLLM's first model runner
     recorded = json.loads((TESTS / "recorded_generate.json").read_text())
     run = subprocess.run(
-        [VLLM_PYTHON, str(TESTS / "schema_of_vllm.py")],
+        [vllm_python, str(TESTS / "schema_of_vllm.py")],
         input=json.dumps(recorded["request"]),
         capture_output=True,
         text=True,
@@ -229,8 +225,8 @@ def test_request_the_server_refuses_fails_at_once_with_its_own_words(general):
     assert time.monotonic() - started < 5
 
 
-def test_camopd_check_finds_the_served_teacher_and_nothing_wrong_with_it(servers, config):
-    command = [sys.executable, "-m", "camopd.cli", "check", str(config)]
+def test_camopd_check_finds_the_served_teacher_and_nothing_wrong_with_it(servers, config, vllm_python):
+    command = [vllm_python, "-m", "camopd.cli", "check", str(config)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"})
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -292,7 +288,7 @@ def test_run_is_the_same_with_its_teachers_on_servers(undisturbed, base_model, d
 
 
 def test_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
-    undisturbed, servers, domain_model, base_model, conversations, tmp_path, caplog
+    undisturbed, servers, domain_model, base_model, conversations, vllm_python, tmp_path, caplog
 ):
     replicas, domain, _, logs = servers
     trainer = make_trainer(tmp_path, domain_model, {"general": [r.url for r in replicas], "domain": domain})
@@ -320,7 +316,7 @@ def test_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
     assert f"replica {replicas[1].url} is out" in caplog.text
 
     # Started again on its port, it is let in; then the other one is killed and it does all the work.
-    replicas[1] = Server(base_model, logs / "general-1.log", replicas[1].port)
+    replicas[1] = Server(vllm_python, base_model, logs / "general-1.log", replicas[1].port)
     replicas[1].wait_until_up()
     deadline = time.monotonic() + 30
     while f"replica {replicas[1].url} is back" not in caplog.text:

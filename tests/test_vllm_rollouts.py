@@ -7,7 +7,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -57,7 +56,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def processes(models, tmp_path_factory):
+def processes(models, vllm_python, tmp_path_factory):
     """Servers of the three models, as they start: that of the student by `camopd serve --student`, and two teachers'."""
     pytest.importorskip("vllm_on_cpu")
     folder = tmp_path_factory.mktemp("servers")
@@ -72,11 +71,10 @@ def processes(models, tmp_path_factory):
     small = ["--kv-cache-memory-bytes", str(16 << 20)]
     name = ["--served-model-name", "student"]
     lora = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
-    serve = [sys.executable, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
-    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "float32",
+    serve = [vllm_python, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
+    plain = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "float32",
              "--max-model-len", str(CONTEXT), "--enforce-eager", "--enable-scale-out", *small]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    environment |= {"CAMOPD_VLLM_PYTHON": sys.executable, "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {**os.environ, "CAMOPD_VLLM_PYTHON": vllm_python, "VLLM_SERVER_DEV_MODE": "1"}
     environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     found = []
     for place, model in enumerate(models):
@@ -665,7 +663,7 @@ def make(output, student, general, domain, **settings):
 """
 
 
-def run_script(text, folder, models, *launcher):
+def run_script(python, text, folder, models, *launcher):
     """In processes of its own, with the folder's name and the models as arguments; returns what it says."""
     path = folder / "run.py"
     path.write_text(START + text)
@@ -673,25 +671,25 @@ def run_script(text, folder, models, *launcher):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
     places = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(places), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, *launcher, str(path), str(folder / "output"), *models]
+    command = [python, *launcher, str(path), str(folder / "output"), *models]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert found.returncode == 0, found.stderr[-3000:]
     return found.stderr
 
 
 @real
-def test_a_run_in_this_process_ends_without_a_traceback(models, tmp_path):
+def test_a_run_in_this_process_ends_without_a_traceback(models, tmp_path, vllm_python):
     text = """
 if __name__ == "__main__":
     trainer = make(*sys.argv[1:])
     trainer.train()
     trainer.accelerator.end_training()
 """
-    assert "Traceback" not in run_script(text, tmp_path, models)
+    assert "Traceback" not in run_script(vllm_python, text, tmp_path, models)
 
 
 @real
-def test_ranks_that_share_an_engine_roll_out_right_in_training_and_evaluation(models, tmp_path):
+def test_ranks_that_share_an_engine_roll_out_right_in_training_and_evaluation(models, tmp_path, vllm_python):
     text = """
 from test_vllm_rollouts import watch
 
@@ -704,4 +702,6 @@ if __name__ == "__main__":
     trainer.evaluate()
     assert len(made) == 2 and max(worst for worst, _ in made) < 1e-4, [worst for worst, _ in made]
 """
-    run_script(text, tmp_path, models, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run_script(
+        vllm_python, text, tmp_path, models, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    )
