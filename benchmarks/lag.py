@@ -98,7 +98,7 @@ def table(found: dict[int, list[dict[str, float]]], options: argparse.Namespace)
     lines += [
         "",
         f"{options.steps} steps of {options.prompts} prompts, completions of at most {options.tokens} tokens, "
-        f"{options.heldout} held-out prompts of each branch, learning rate 4e-5, float32, CPU, {versions()}.",
+        f"{options.heldout} held-out prompts of each branch, learning rate {options.rate:g}, float32, CPU, {versions()}.",
     ]
     return lines
 

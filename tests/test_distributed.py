@@ -90,7 +90,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, python):
-    """The runs of a launch file, in one launch, but for ZeRO-3 of fresh interpreters: the folder that has them by name."""
+    """The folder that has the runs of a launch file by name: of one launch, by fresh interpreters for ZeRO-2 and FSDP2."""
 
     @cache
     def launched(config):
@@ -102,7 +102,7 @@ def launched(tmp_path_factory, python):
             # The adapter first: after that the server has other weights than those of its folder.
             on_servers = {"servers-lora": [*few, *LORA], "servers": few}
             if config == "ddp":
-                launch(sys.executable, "ddp", folder, {"full": FULL, "lora": LORA, **on_servers})
+                launch(python, "ddp", folder, {"full": FULL, "lora": LORA, **on_servers})
             elif config == "zero2":
                 launch(sys.executable, config, folder, {**settings_of(config), "bf16": BF16})
             else:

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -68,12 +67,19 @@ class Server:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            while listens(self.port):  # what it has started ends behind it
+                time.sleep(0.001)
 
 
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def answers(url: str) -> bool:
@@ -323,9 +329,12 @@ def test_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     expected = teacher.score(*conversations)
-    threading.Timer(0.3, replicas[0].kill).start()
-    found = teacher.score(*conversations)
-    assert replicas[0].process.poll() is not None
+    asked = teacher.submit(*conversations)
+    while not teacher._replicas.all[0].requests_in_flight:
+        time.sleep(0.001)
+    replicas[0].kill()
+    assert not asked.done()
+    found = asked.result()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.logps, other.logps, atol=1e-3, rtol=0)
 
