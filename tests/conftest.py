@@ -47,6 +47,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """What takes a minute starts first, and the workers end together."""
+    items.sort(
+        key=lambda item: not (item.get_closest_marker("slow") and item.path.stem in ("test_faults", "test_trainer"))
+    )
+
+
 def pytest_collection_finish():
     """accelerate collects garbage at the start of each `train`, half a second among all that has been imported."""
     gc.collect()
