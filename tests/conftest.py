@@ -112,8 +112,8 @@ def vllm_python():
     forks = Forks(
         [
             "vllm.entrypoints.openai.api_server", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama",
-            "trl.generation.vllm_generation", "torch.distributed.run", "camopd.cli", "camopd.commands.serve",
-            "camopd.commands.check", "conftest", "trainers",
+            "trl.generation.vllm_generation", "torch.distributed.run", "camopd.cli", "camopd.commands.check",
+            "conftest", "trainers",
         ],
         MALLOC_MMAP_MAX_="65536", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_TOP_PAD_="131072",  # glibc's, not make's
     )  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def servers(base_model, config, vllm_python, tmp_path_factory):
     """The general teacher's two replicas, and the process of `camopd serve` with the domain's teacher."""
     logs = tmp_path_factory.mktemp("logs")
     replicas = [Server(vllm_python, base_model, logs / f"general-{replica}.log") for replica in range(2)]
-    command = [vllm_python, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
+    command = [sys.executable, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
     environment = {**os.environ, "CAMOPD_VLLM_PYTHON": vllm_python, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with open(logs / "serve.log", "w") as output:
         serve = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

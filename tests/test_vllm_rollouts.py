@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -71,7 +72,7 @@ def processes(models, vllm_python, tmp_path_factory):
     small = ["--kv-cache-memory-bytes", str(16 << 20)]
     name = ["--served-model-name", "student"]
     lora = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
-    serve = [vllm_python, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
+    serve = [sys.executable, "-m", "camopd.cli", "serve", str(folder / "run.yaml"), "--student"]
     plain = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "float32",
              "--max-model-len", str(CONTEXT), "--enforce-eager", "--enable-scale-out", *small]  # fmt: skip
     environment = {**os.environ, "CAMOPD_VLLM_PYTHON": vllm_python, "VLLM_SERVER_DEV_MODE": "1"}
