@@ -696,15 +696,18 @@ def test_memory_of_the_optimizer_is_that_of_its_kind(tmp_path):
 
 
 def test_end_of_a_turn_may_be_that_of_the_tokenizer_alone(check, student, tmp_path):
+    """And the student's short answers end there, as in a run."""
     folder = shutil.copytree(student, tmp_path / "student")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("'.' }}", "'.</s>' }}")
     tokenizer.save_pretrained(folder)
-    _, table = check(
-        model_name_or_path=str(folder), teachers={branch: str(folder) for branch in ("general", "domain")}
-    )
-    assert table["student", "end of sequence"][0] == "ok"
+    found = []
+    for ends in ([9], [9, tokenizer.eos_token_id]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        _, table = check(model_name_or_path=str(folder), teachers=dict.fromkeys(("general", "domain"), str(folder)))
+        assert table["student", "end of sequence"][0] == "ok"
+        found.append(table["domain", "initial KL"][1])
+    assert found[0] == found[1]
 
 
 def test_what_train_would_refuse_is_an_error(check, student, tmp_path, prompts):

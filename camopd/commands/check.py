@@ -239,9 +239,10 @@ def _check_with_student(
         return [row[:length].float().cpu() for row, length in zip(logps, lengths, strict=True)]
 
     probe = Probe.of(tokenizer, max_tokens, model.generation_config.eos_token_id)
-    written = _write(model, probe, max_tokens, pad)
-    ends = model.generation_config.eos_token_id
-    unended = unended_turn(tokenizer, [*(ends if isinstance(ends, list) else [ends]), pad])  # as a run has them
+    own = model.generation_config.eos_token_id
+    ends = sorted({pad, *([own] if isinstance(own, int) else own or ())})  # as a run has them
+    written = _write(model, probe, max_tokens, pad, ends)
+    unended = unended_turn(tokenizer, ends)
     said = unended or "what ends a turn of the chat template ends its completions"
     findings = [Finding("student", "end of sequence", "warning" if unended else "ok", said)]
     vocab_size = head_size(model)
@@ -293,7 +294,7 @@ def _load(student: str, source: dict[str, Any]) -> Any:
         ) from None
 
 
-def _write(model: Any, probe: Probe, max_tokens: int, pad: int) -> Probe:
+def _write(model: Any, probe: Probe, max_tokens: int, pad: int, ends: list[int]) -> Probe:
     """The student's own short answers to the prompts of a probe."""
     from ..generation import neutral_generation
 
@@ -305,7 +306,7 @@ def _write(model: Any, probe: Probe, max_tokens: int, pad: int) -> Probe:
         with neutral_generation(model):
             output = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0, max_new_tokens=room,
-                pad_token_id=pad,
+                pad_token_id=pad, eos_token_id=ends,
             )  # fmt: skip
         written.token_ids.append(output[0].tolist())
         written.prompt_lens.append(start)
