@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from camopd.callbacks.metrics_file import MetricsFile
 from camopd.errors import CaMOPDError
+from camopd.measured import of_run
 from camopd.step import Step
 
 
@@ -237,3 +238,14 @@ def test_held_out_lines_are_those_of_the_run_and_of_its_checkpoint(tmp_path):
     assert steps() == [0, 4, 4, 4, 5, 9, 2, 2]  # the model of step 2 was loaded, and measured once more
     evaluate(0)
     assert (steps(), steps("held_out-1.jsonl")[-1]) == ([0, 4, 4], 2)
+
+
+def test_resumed_run_is_not_that_of_the_best_model_that_was_loaded_before(tmp_path):
+    """It goes on from its last step: the evaluations up to there are of the model in hand again."""
+    each = [{"step": step, "branch": "general", "kl": step} for step in (0, 2, 4)]
+    text = "".join(json.dumps(record) + "\n" for record in [*each, {"step": 2, "loaded": True}])
+    (tmp_path / "held_out.jsonl").write_text(text)
+    assert (len(of_run(tmp_path)[0]["general"]), of_run(tmp_path)[1]) == (2, 2)
+    file_of(tmp_path, step=4)
+    found, last = of_run(tmp_path)
+    assert ([measured.kl for measured in found["general"]], last) == ([0, 2, 4], None)

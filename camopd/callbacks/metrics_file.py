@@ -134,6 +134,8 @@ def _step_of(line: bytes) -> float | None:
         found = json.loads(line)
     except (ValueError, RecursionError):  # ValueError: also of UTF-8
         return None
+    if isinstance(found, dict) and found.keys() == {"step", "loaded"}:
+        return math.inf  # which holds no more: training goes on from the last step, and not from that model
     step = found.get("step") if isinstance(found, dict) else None
     if not isinstance(step, (int, float)) or isinstance(step, bool) or step != step or abs(step) == math.inf:
         return None
