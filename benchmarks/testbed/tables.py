@@ -62,9 +62,8 @@ def at(run: Mapping[str, Any], point: Mapping[str, Any]) -> Outcome:
         way = top[group] - start[group]
         return (now[group] - start[group]) / way if way > 0 else math.nan
 
-    return Outcome(
-        recovered("covered"), recovered("uncovered"), now["domain"] / start["domain"], point["tokens"], point["step"]
-    )
+    preservation = now["domain"] / start["domain"] if start["domain"] > 0 else math.nan
+    return Outcome(recovered("covered"), recovered("uncovered"), preservation, point["tokens"], point["step"])
 
 
 def outcome(run: Mapping[str, Any], most_tokens: float = math.inf) -> Outcome:
