@@ -354,6 +354,13 @@ def test_server_that_lost_its_weights_is_an_error(start_server, start_domain, ch
     assert "lost its weights" in table["general", "log-probs"][1]
 
 
+def test_run_whose_teachers_are_all_the_student_is_warned_of(start_domain, check):
+    code, table = check(teachers={"general": start_domain().url, "domain": start_domain().url})
+    level, text = table["student", "teachers"]
+    assert code == 0 and level == "warning"
+    assert "'general', 'domain'" in text and "from before the fine-tuning" in text
+
+
 def test_server_with_nan_does_not_hide_what_the_others_are(start_server, start_domain, check):
     general = start_server(compact=True)
     general.edit_logps = lambda logps, body: logps * math.nan

@@ -24,6 +24,7 @@ from ..teachers.check import (
     check_server,
     initial_kl,
     is_student_start,
+    nothing_to_learn,
     reachable,
 )
 from ..teachers.vllm.teacher import ServerTeacher, connect_servers
@@ -247,16 +248,18 @@ def _check_with_student(
     findings = [Finding("student", "end of sequence", "warning" if unended else "ok", said)]
     vocab_size = head_size(model)
     texts = ((probe, own_logps(probe)), (written, own_logps(written)))
+    itself = []
     for branch, spec in asked.items():
         try:
             teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
-            findings += _ask(branch, teacher, tokenizer, vocab_size, texts, is_student_start(teacher, student))
+            itself += [branch] if is_student_start(teacher, student) else []
+            findings += _ask(branch, teacher, tokenizer, vocab_size, texts, branch in itself)
         except (CaMOPDError, ValueError) as error:
             findings.append(Finding(branch, "in the process", "error", str(error)))
         except torch.OutOfMemoryError:
             text = "it does not fit onto the GPU beside the student. Serve it (camopd serve), or free the GPU"
             findings.append(Finding(branch, "in the process", "error", text))
-    return findings
+    return [*findings, nothing_to_learn(itself)] if len(itself) == len(teachers) else findings
 
 
 def _ask(branch: str, teacher: Any, tokenizer: Any, vocab_size: int, texts: Any, same: bool) -> list[Finding]:

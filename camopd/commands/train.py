@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TeacherError
 from ..output_dir import need_checkpoint, need_unused
 from ..run import (
-    SERVED_TEACHERS,
     longest_sequence,
     need_prompts,
     parse,
@@ -118,11 +117,7 @@ def _connect(settings: dict[str, Any]) -> dict[str, Any]:
 def _say_what_is_loaded(teachers: Mapping[str, Any], args: Any) -> None:
     for branch, teacher in teachers.items():
         if isinstance(teacher, str) and teacher not in OWN_TEACHERS and args.process_index == 0:
-            print(
-                f"teacher {branch!r}: {teacher} is loaded into this process; no `camopd serve` runs for it "
-                f"(there is no {SERVED_TEACHERS} with it in {args.output_dir!r}).",
-                flush=True,
-            )
+            print(f"teacher {branch!r}: {teacher} is loaded into this process", flush=True)
 
 
 def quiet(verbose: bool) -> None:

@@ -381,8 +381,8 @@ def initial_kl(branch: str, kl: float, tokens: int) -> Finding:
     if kl > INITIAL_KL_WARNING:
         return Finding(
             branch, "initial KL", "warning",
-            f"{text}, above {INITIAL_KL_WARNING}. Teachers of the student's own origin start lower, as a rule; expect "
-            "larger gaps and watch gap/*/mean, or see whether this is the model the student was made from",
+            f"{text}, above {INITIAL_KL_WARNING}. That is as it should be where a long fine-tuning has moved the student "
+            "away from this teacher: watch gap/*/mean. If not, see whether this is the model the student was made from",
         )  # fmt: skip
     return Finding(branch, "initial KL", "ok", text)
 
@@ -390,6 +390,15 @@ def initial_kl(branch: str, kl: float, tokens: int) -> Finding:
 def is_student_start(teacher: Any, student: str) -> bool:
     """Whether a teacher says that it is the model the student starts from, by name or path."""
     return any(same_model(name, student) for name in (teacher.name, getattr(teacher, "model_path", teacher.name)))
+
+
+def nothing_to_learn(branches: Iterable[str]) -> Finding:
+    """The warning where the teachers of all branches of a run are the model the student starts from."""
+    return Finding(
+        "student", "teachers", "warning",
+        f"the teachers of {', '.join(map(repr, branches))} are all the student itself, so there is nothing to learn from "
+        "them. Give the branch that is to recover the model from before the fine-tuning",
+    )  # fmt: skip
 
 
 def raise_errors(

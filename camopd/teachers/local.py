@@ -152,10 +152,10 @@ def check_same_tokens(student_tokenizer: PreTrainedTokenizerBase, teacher_tokeni
         return
     differing = [token for token in student if teacher.get(token) != student[token]]
     differing += [token for token in teacher if token not in student]
-    example = differing[0]
+    example, known = differing[0], len(student.keys() | teacher.keys())
     raise ValueError(
         f"the teacher of branch {branch!r} has another tokenizer than the student: {len(differing)} of "
-        f"{len(student)} tokens differ, for example {example!r} is id {student.get(example)} for the student and "
+        f"{known} tokens differ, for example {example!r} is id {student.get(example)} for the student and "
         f"{teacher.get(example)} for the teacher. Its log-probs would be those of other words. Use a teacher of the "
         "same family, or copy the student's tokenizer files into the teacher's folder if only added tokens differ."
     )
