@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_forward, make_model, make_summary, make_tokenizer
+from conftest import make_forward, make_model, make_prompts, make_summary, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -535,6 +535,19 @@ def test_step_whose_gaps_are_all_rounding_is_skipped_and_says_so(settings, tmp_p
     assert found[1]["update/changed_share"] == 0
     (text,) = warnings()
     assert re.match(r"step 2 \(domain\): all gaps are (rounding, at most \S+ nats|exactly 0): .* is skipped", text)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_run_that_has_trained_nothing_says_so_at_its_end(seed, tmp_path, tokenizer, warnings):
+    """The student is of seed 1: with it as the only teacher all steps are skipped."""
+    settings = {"schedule": "general", "max_steps": 3, "guards": {"truncated": None, "zero_gap": None}}
+    make_trainer(
+        tmp_path, tokenizer, teachers={"general": make_model(seed)},
+        train_dataset={"general": make_prompts("general")}, **settings,
+    ).train()  # fmt: skip
+    said = [text for text in warnings() if "nothing was trained" in text]
+    assert len(said) == (seed == 1) and all("all 3 steps" in text for text in said)
+    assert all(line["guard/skipped"] == (seed == 1) for line in lines(tmp_path))
 
 
 def test_gap_of_some_roundings_more_and_one_token_with_a_gap_are_stepped_on(tmp_path, tokenizer, warnings):

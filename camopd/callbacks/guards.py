@@ -52,6 +52,7 @@ class Guards(StepCallback):
         self._args, self._limits, self._scores = args, args.guards, scores
         self._deepspeed, self._dtype, self._exact = deepspeed, dtype, exact
         self._skipped = 0  # steps in a row
+        self._closed = self._idle = 0  # steps since the start or resume, and those of them that were skipped
         self._rounding = False  # whether the gaps of the step under way are all rounding
         self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
@@ -212,6 +213,8 @@ class Guards(StepCallback):
     def on_step_closed(self, step: Step) -> None:
         """The band, which is known after the update."""
         self._step = None  # and with it its samples
+        self._closed += 1
+        self._idle += bool(step.metrics["guard/skipped"])
         self._updated |= step.metrics["learning_rate"] > 0 and (self._rounding or not step.metrics["guard/skipped"])
         limit = self._limits["outside_band"]
         outside = step.metrics.get("importance/outside_band", 0.0)
@@ -221,6 +224,14 @@ class Guards(StepCallback):
                 f"{outside:.1%} of the tokens have an importance ratio outside [importance_sampling_low, "
                 "importance_sampling_high]: trainer and rollout engine disagree. Compare their weights, dtype and versions "
                 "(importance/log_ratio in metrics.jsonl)",
+            )  # fmt: skip
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that has trained nothing says so beside its verdict, which may well be that all is kept."""
+        if self._closed and self._idle == self._closed:
+            logger.warning(
+                "nothing was trained: all %d steps since the start were skipped, each with its reason above, and the model "
+                "is the one that they began with. Check the teachers.", self._closed,
             )  # fmt: skip
 
     def _warn(self, name: str, step: Step, text: str) -> None:
