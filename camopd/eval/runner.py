@@ -51,7 +51,9 @@ def main(job_file: str, result_file: str) -> None:
         "dataset_hub": "huggingface", "dataset_dir": str(work / "datasets"),
         "generation_config": job["generation"], "repeats": job["repeats"], "seed": job["seed"],
         "eval_batch_size": job["concurrency"], "work_dir": str(work), "no_timestamp": True,
-        "use_cache": str(work) if begun else None,
+        # evalscope's identity of a run has the server's address in it, which is another after a kill. `jobs.prepare`
+        # compared model, rows and sampling with those of the answers that are there: they are kept, and scored again.
+        "use_cache": str(work) if begun else None, "rerun_review": begun,
     }  # fmt: skip
     samples = samples_of(TaskConfig(**config), job["benchmark"])
     check_lengths(samples, job)
