@@ -6,8 +6,8 @@ Five parts, each in a process of its own:
 
     machine      what is there, and what camopd wants
     tests        those marked `gpu`, held to the CPU's numbers
-    throughput   tokens a second of scoring and training, and their share of the matrix rate measured beside them
     step         an optimizer step on log-normal lengths up to 8,192 tokens, beside TRL's DistillationTrainer
+    throughput   tokens a second of scoring and training, and their share of the matrix rate measured beside them
     memory       peaks, held to the formula of memory_formula.py
 
 All in bfloat16 but what compares with the CPU; models have random weights, nothing is downloaded. What a part finds is
@@ -39,16 +39,17 @@ from typing import Any
 
 import memory_formula
 import step
-from measuring import RESULTS, in_fresh_process, make_tokenizer, peak, reset_peak
+from measuring import KEEP_PAGES, RESULTS, in_fresh_process, make_tokenizer, peak, reset_peak
 from memory_formula import Shape
 
 
 ROOT = Path(__file__).parent.parent
-SECONDS = {"machine": 60, "tests": 170, "throughput": 90, "step": 170, "memory": 80}  # 570 in all
+# 570 in all. A process takes 15 to 20 s to import and to start CUDA, flex attention a minute or two to compile.
+SECONDS = {"machine": 40, "tests": 150, "step": 190, "throughput": 110, "memory": 80}
 DRY = "CAMOPD_GPU_DRY_RUN"  # "1" in the environment of a dry run
 QWEN3_06B = Shape(28, 1024, 3072, 16, 8, 128, 151936, True)
 TINY = Shape(2, 32, 64, 2, 1, 16, 64, True)
-CONTENDERS = ("camopd", "camopd, engine gaps", "TRL")
+CONTENDERS = ("camopd", "TRL", "camopd, engine gaps")
 Lines = Iterator[str]
 
 
@@ -213,8 +214,12 @@ def tests(deadline: float) -> Lines:
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-o", "addopts=", "-m", "gpu", "-v", "--tb=short"]
     command += ["--strict-markers", "-p", "no:cacheprovider"]
     if not is_dry() and importlib.util.find_spec("xdist"):
-        command += ["-n", "4"]  # most of the time goes into compilers
+        command += ["-n", "4", "--dist", "worksteal"]  # most of the time goes into compilers
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    # It says at its end what has failed and why: not when it is killed.
+    timer = threading.Timer(deadline - 15 - time.monotonic(), process.send_signal, [signal.SIGINT])
+    timer.daemon = True
+    timer.start()
     yield "| test | |"
     yield "|---|---|"
     summary = ""
@@ -228,6 +233,7 @@ def tests(deadline: float) -> Lines:
             summary = line.strip("= \n")
     yield ""
     yield f"{summary or 'No test has run'}."
+    timer.cancel()
     if process.wait() or "passed" not in summary:
         sys.exit("some have failed")
 
@@ -344,7 +350,7 @@ def step_beside_trl(deadline: float) -> Lines:
     sizes = (
         {"prompts": 4, "batch": 2, "median": 6, "cap": 12}
         if is_dry()
-        else {**step.ON_GPU, "prompts": 64, "median": 1200}
+        else {**step.ON_GPU, "prompts": 32, "median": 1200}
     )
     found: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     failures, started, rounds = Failures(), time.monotonic(), 0
@@ -356,13 +362,15 @@ def step_beside_trl(deadline: float) -> Lines:
                     "model": folder, "steps": 1, "server": None, "sizes": sizes, "workload": "lengths", "bf16": True,
                     "settings": step.CONTENDERS["lengths"][name],
                 }  # fmt: skip
+                begun = time.monotonic()
                 try:
-                    found[name].append(in_fresh_process(step.__file__, job))
+                    found[name].append(in_fresh_process(step.__file__, job, KEEP_PAGES))
                 except SystemExit as error:
                     yield f"{name}: {failures.of(error)}"
                     yield ""
                 else:
-                    yield f"Round {rounds + 1}, {name}: `{json.dumps(found[name][-1])}`"
+                    seconds = time.monotonic() - begun
+                    yield f"Round {rounds + 1}, {name}, in {seconds:.0f} s: `{json.dumps(found[name][-1])}`"
                     yield ""
             rounds += 1
             if time.monotonic() + 1.2 * (time.monotonic() - started) / rounds > deadline:
@@ -410,7 +418,7 @@ def memory_of_steps(deadline: float) -> Lines:
 
 
 PARTS = {
-    "machine": machine, "tests": tests, "throughput": throughput, "step": step_beside_trl, "memory": memory_of_steps,
+    "machine": machine, "tests": tests, "step": step_beside_trl, "throughput": throughput, "memory": memory_of_steps,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Real weights: SmolLM2-135M specialised on medical answers and on persona chat, and brought back by six methods.
 
-    python benchmarks/real_weights.py DATA                                # everything, on a GPU where there is one
+    python benchmarks/real_weights.py DATA [--at-once 4]                  # everything, on a GPU where there is one
     python benchmarks/real_weights.py DATA --domains medical --stop-after prepare
 
 DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl`, `merged/general_prompts_train.jsonl`,
@@ -8,8 +8,10 @@ DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl`, `merge
 and `camopd sweep` and `camopd eval` leave alone what is finished and go on with the rest. In runs/real/DOMAIN:
 sweep/results.md has the gaps of all runs, eval/METHOD-SEED/eval.md the scores of a recovered model beside those before.
 
-The methods are the paper's, its parts, and those that the testbed puts first beside them (docs/testbed.md). Sizes are those
-of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`.
+The methods are the paper's, its parts, and those that the testbed puts first beside them (docs/testbed.md); then CaMOPD
+with the other estimators of the gradient. Sizes are those of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`. A
+model this small leaves a GPU idle for most of a step, and `--at-once` runs of a sweep share it: four or five. (Of an H200's
+time, five took 3 to 6 s a step each, seventeen 15 to 25 s.) Where the GPU has no evalscope: benchmarks/recorded_answers.py.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ DOMAINS = ("medical", "persona")
 METHODS = (
     "camopd", "vanilla_mopd", "without_decoupling_3_1", "without_selection", "relaxed_opd", "vanilla_mopd_token",
 )  # fmt: skip
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "full": {"divergence": "full"}, "top_k": {"divergence": "top_k"}, "baseline_kl": {"baseline": "kl"},
+}  # fmt: skip
 SEEDS = (0, 1, 2)
 ON_CPU: dict[str, Any] = {
     "specialise": {"max_steps": 40, "max_length": 256},
@@ -48,10 +54,10 @@ ON_GPU: dict[str, Any] = {
     "specialise": {"max_steps": 300, "max_length": 512},
     "held_out": 64,
     "run": {
-        "max_steps": 60, "prompts_per_step": 64, "learning_rate": 2e-5, "max_prompt_length": 512,
-        "max_completion_length": 128, "eval_steps": 20, "save_steps": 10,
+        "max_steps": 40, "prompts_per_step": 64, "learning_rate": 2e-5, "max_prompt_length": 512,
+        "max_completion_length": 128, "eval_steps": 8, "save_strategy": "no",  # a run takes minutes
     },
-    "evaluated": ("--max-tokens", "1024", "--context", "4096"),
+    "evaluated": ("--max-tokens", "256", "--context", "4096"),
 }  # fmt: skip
 STAGES = ("prepare", "specialise", "train")
 
@@ -60,6 +66,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS)
+    parser.add_argument("--at-once", type=int, default=1, help="runs of a sweep beside each other")
     parser.add_argument("--stop-after", choices=STAGES)
     options = parser.parse_args(argv)
     size = ON_GPU if _gpu() else ON_CPU
@@ -68,7 +75,7 @@ def main(argv: list[str]) -> None:
         if options.stop_after != "prepare":
             specialise(domain, size)
         if options.stop_after not in STAGES[:2]:
-            _run(sys.executable, "-m", "camopd.cli", "sweep", str(RUNS / domain / "sweep.yaml"))
+            train(RUNS / domain / "sweep.yaml", options.at_once)
         if options.stop_after is None:
             evaluate(options.data, domain, size)
 
@@ -105,8 +112,11 @@ def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
         "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
         "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
     }  # fmt: skip
+    for name, settings in ESTIMATORS.items():
+        atomic.write(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
     sweep = {
-        "output_dir": str(folder / "sweep"), "configs": list(METHODS), "seeds": list(SEEDS),
+        "output_dir": str(folder / "sweep"), "seeds": list(SEEDS),
+        "configs": [*METHODS, *(str(folder / f"{name}.yaml") for name in ESTIMATORS)],
         "columns": ["eval_general_kl", "eval_domain_kl", "gap/general/abs_mean@5", "gap/domain/abs_mean"],
         "command": "{python} -m camopd.cli train " + str(folder / "run.yaml")
         + " --method {config} --seed {seed} --output_dir {output_dir} {resume}",
@@ -158,6 +168,16 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
     beside.rename(target)
 
 
+def train(sweep: Path, at_once: int) -> None:
+    """All runs of a sweep that are not done, some beside each other, and its table."""
+    words = (sys.executable, "-m", "camopd.cli", "sweep", str(sweep))
+    lines = subprocess.run([*words, "--print"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    with ThreadPoolExecutor(at_once) as pool:
+        for _ in pool.map(lambda line: subprocess.run(line, shell=True, check=False), lines if at_once > 1 else []):
+            pass  # whoever has failed is run again, and told of, by the sweep itself
+    _run(*words)
+
+
 def evaluate(data: Path, domain: str, size: dict[str, Any]) -> None:
     """`camopd eval` of every recovered model against the same start and general model, which answer once."""
     folder = RUNS / domain
@@ -185,7 +205,8 @@ def _gpu() -> bool:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         sys.exit(f"{path} is not there. Give the folder that has it as DATA.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:  # str.splitlines() would also split at a line separator inside a text
+        return [json.loads(line) for line in file]
 
 
 def _run(*words: str) -> None:

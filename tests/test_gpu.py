@@ -89,6 +89,30 @@ def plain_logps(model, rows, dtype=torch.float32):
     return gather(full, [ids.to(row.device) for ids, row in zip(targets(*rows), full, strict=True)])
 
 
+def assert_gradients_as_exact_as(actual, expected, model, rows):
+    """That one computation in float32 is as far from the exact gradients as another one, over all weights together.
+
+    Of `make_wide` they are ill-conditioned: 52 at most, and a plain forward and backward errs by 0.005, a hundred times the
+    rounding of the sums that make them. So they are held to float64, where a wrong number differs from both. Two draws of
+    such an error, which few weights dominate, differ by less than four times.
+    """
+    exact_model = on_cpu_in_float64(model)
+    exact = gradients(exact_model, weighted_sum(pad(plain_logps(exact_model, rows, torch.float64))))
+    assert actual.keys() == expected.keys() == exact.keys()
+    one, other = (
+        sum(float((grads[name].double().cpu() - exact[name]).pow(2).sum()) for name in exact) ** 0.5
+        for grads in (actual, expected)
+    )
+    assert one < 4 * other
+    assert other < 0.5 * sum(float(gradient.pow(2).sum()) for gradient in exact.values()) ** 0.5  # not noise
+
+
+def on_cpu_in_float64(model):
+    exact = copy.deepcopy(model).cpu().double()
+    exact.set_attn_implementation("sdpa")  # flex attention has no float64 on a CPU
+    return exact
+
+
 # --------------------------------------------------------------------------------------------------------- one forward
 
 
@@ -100,7 +124,10 @@ def test_float32_log_probs_and_gradients_are_those_of_the_cpu(make, device):
     expected, here = scored(model, rows), scored(copy.deepcopy(model).to(device), rows)
     for one, other in zip(here[:2], expected[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
-    assert_same_gradients(here[2], expected[2])
+    if model.config.vocab_size == 1500:
+        assert_gradients_as_exact_as(here[2], expected[2], model, rows)
+    else:
+        assert_same_gradients(here[2], expected[2])
 
 
 @pytest.mark.parametrize("make", [make_gemma2, make_phi, make_wide], ids=["soft cap", "bias", "llama"])
@@ -119,7 +146,10 @@ def test_chunked_head_equals_plain_logits(make, device, monkeypatch):
     assert_rows_match(logps, expected, WIDE_LOGP)
     assert_rows_match(entropy, [-(row.exp() * row).sum(dim=-1).detach() for row in plain(model, *rows)], WIDE_LOGP)
     ours, theirs = gradients(model, weighted_sum(logps)), gradients(model, weighted_sum(pad(expected)))
-    assert_same_gradients(ours, theirs)
+    if make is make_wide:
+        assert_gradients_as_exact_as(ours, theirs, model, rows)
+    else:
+        assert_same_gradients(ours, theirs)
 
 
 def test_chunked_head_equals_plain_logits_beyond_a_tile_of_either_side(device):
@@ -143,7 +173,7 @@ def bf16_bound(model):
     know nothing of the head, so that a logit errs by as much of a usual one (the root of the mean square). A log-prob
     carries its logit's error and that of the sum of all.
     """
-    exact, vocab = copy.deepcopy(model).cpu().double(), model.config.vocab_size
+    exact, vocab = on_cpu_in_float64(model), model.config.vocab_size
     with torch.no_grad():
         logits = torch.cat([exact(torch.tensor([ids])).logits[0] for ids in make_rows(vocab)[0]])
     return 2 * BF16 * (15 * model.config.num_hidden_layers + 2) ** 0.5 * float(logits.pow(2).mean().sqrt())
@@ -191,17 +221,9 @@ def test_padding_free_flex_attention_equals_padded_rows(dtype, device, compiler)
     found = gradients(model, weighted_sum(completion_logps(model, *rows, pad_token_id=0, padding_free=True)[0]))
     if dtype == torch.float32:
         torch.testing.assert_close(packed, padded.detach(), rtol=0, atol=WIDE_LOGP)
-        assert_same_gradients(found, expected)
-        return
-    assert (packed - padded).abs().sum() / (padded != 0).sum() < 2 * bf16_bound(model)  # either is off by one
-    exact_model = copy.deepcopy(model).cpu().double()
-    exact_model.set_attn_implementation("sdpa")
-    exact = gradients(exact_model, weighted_sum(pad(plain_logps(exact_model, rows, torch.float64))))
-    one, other = (
-        sum(float((grads[name].double().cpu() - exact[name]).pow(2).sum()) for name in exact) ** 0.5
-        for grads in (found, expected)
-    )
-    assert one < 2 * other  # both round alike, at other places
+    else:
+        assert (packed - padded).abs().sum() / (padded != 0).sum() < 2 * bf16_bound(model)  # either is off by one
+    assert_gradients_as_exact_as(found, expected, model, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ teachers

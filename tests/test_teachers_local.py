@@ -55,6 +55,17 @@ def test_local_teacher_is_frozen_and_stays_as_it_was(teacher_model):
     assert isinstance(teacher, Teacher)
 
 
+def test_local_teacher_comes_back_to_the_memory_that_it_had(teacher_model):
+    """The copies on the device (`meta` is one that every machine has) are dropped, not brought back: that takes as long."""
+    before = {name: (value.data_ptr(), value.clone()) for name, value in teacher_model.state_dict().items()}
+    teacher = LocalTeacher(teacher_model, "local", "meta", batch_size=2)
+    with pytest.raises(RuntimeError), teacher._on_device():
+        assert {weight.device.type for weight in teacher_model.parameters()} == {"meta"}
+        raise RuntimeError
+    for name, value in teacher_model.state_dict().items():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
+
+
 def test_local_teacher_scores_under_the_trainers_autocast_and_answers_in_float32(teacher_model):
     plain = LocalTeacher(teacher_model, "local", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
     rounded = LocalTeacher(

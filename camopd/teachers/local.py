@@ -83,13 +83,23 @@ class LocalTeacher:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        if self.rests_on_cpu:
-            self.model.to(self.device)
+        if not self.rests_on_cpu:
+            yield
+            return
+        # Nothing changes these weights, so the copies on the device are dropped and not brought back.
+        resting = [
+            (module, name, weight, weight.data)
+            for module in self.model.modules()
+            for name, weight in module._parameters.items()
+            if type(weight) is torch.nn.Parameter
+        ]
+        self.model.to(self.device)
         try:
             yield
         finally:
-            if self.rests_on_cpu:
-                self.model.to("cpu")
+            for module, name, weight, data in resting:
+                module._parameters[name], weight.data = weight, data
+            self.model.to("cpu")  # the rest: buffers, and weights of a kind of their own
 
 
 def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) -> PreTrainedModel:
