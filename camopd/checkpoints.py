@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,8 @@ class RunCheckpoints:
             trainer.pushes.add(str(final), last=self._under_way is not None)
             if self._machine.commits:
                 rotate(final, args.save_total_limit, state.best_model_checkpoint)
+                with suppress(OSError):  # it is not empty
+                    folder.parent.rmdir()
         except OSError as error:  # the checkpoint is there
             logger.warning("after the save of %s: %s", final, error)
         trainer.accelerator.wait_for_everyone()  # a rank that ends would have its launcher end one that still sends
@@ -243,6 +245,8 @@ class RunCheckpoints:
         samples, prompts_cut = kept or (None, 0)
         if samples is not None:
             save_rollouts(samples, prompts_cut, self._rollouts_file(folder))
+        if not self.args.save_only_model:
+            trainer.notify("on_saving", folder)
         if state.best_global_step:  # which `write` has looked for in the folder beside
             best = self.folder(self.args.output_dir, state.best_global_step)
             if best == final or best.is_dir():

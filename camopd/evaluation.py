@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ class HeldOutResults:
         self._found: dict[int, SampleSummary] = {}
         self._prompts: dict[int, int] = {}  # checksum of each prompt's token ids
         self._metrics: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        """Prompts that are measured so far."""
+        return len(self._found)
 
     def add(self, samples: Sequence[Sample], rank: int, gather: Callable[[list[Any]], list[Any]]) -> torch.Tensor:
         """Take in one scored batch of every rank. Returns this rank's sampled reverse KL, the mean over its rows, nats."""
@@ -68,6 +72,12 @@ class HeldOutResults:
             "kl_by_prompt": [0.0 - row.gap / row.num_tokens if row.num_tokens else None for row in rows],
             "of": f"{zlib.crc32(array('q', [self._prompts[row.position] for row in rows]).tobytes()):08x}",
         }
+
+
+def is_measured(history: Iterable[Mapping[str, Any]], step: int, branches: Collection[str]) -> bool:
+    """Whether a Trainer's log has evaluations of all branches after so many steps."""
+    found = {name for entry in history if entry.get("step") == step for name in entry}
+    return bool(branches) and {f"eval_{branch}_kl" for branch in branches} <= found
 
 
 def check_name(name: str | None, known: Collection[str]) -> None:

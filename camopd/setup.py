@@ -294,7 +294,8 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     yield StepEnd(trainer.end_step)
     yield MetricsFile(gather_object, lambda: trainer.held_out_results)  # after `StepEnd`, in which all of them measure
     labels = {label(tuple(run.schedule.shares(number))) for number in range(run.schedule.period)}
-    yield Console(run.schedule.branches, sorted(labels), lambda: trainer.held_out_results, args.verbose)
+    yield Console(run.schedule.branches, sorted(labels), lambda: trainer.held_out_results, args.verbose,
+                  trainer.is_world_process_zero())  # fmt: skip
 
 
 def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -286,11 +287,20 @@ class StepCallback(TrainerCallback):
     def on_optimizer_created(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer itself, under what accelerate or DeepSpeed wraps around it."""
 
+    def on_saving(self, folder: Path) -> None:
+        """A checkpoint to go on from is being written; what is added to its folder is there again in `on_resumed`."""
+
+    def on_resumed(self, checkpoint: Path) -> None:
+        """The run goes on from a checkpoint, which is whole."""
+
     def on_step_started(self, step: Step) -> None:
         """Before the rollouts."""
 
     def on_rolled_out(self, samples: list[Sample]) -> None:
         """This rank's samples of a step, or of a batch of an evaluation, before they are scored."""
+
+    def on_evaluation_started(self, name: str, prompts: int) -> None:
+        """Before the first of so many prompts is rolled out; `name` is that of their branch."""
 
     def on_step_ready(self, step: Step) -> None:
         """Rolled out, scored and selected; before the first forward of the loss."""

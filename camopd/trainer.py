@@ -33,7 +33,7 @@ from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
 from .checkpoints import RunCheckpoints
 from .config import CaMOPDConfig
-from .evaluation import HeldOutResults, by_prefix, check_name
+from .evaluation import HeldOutResults, by_prefix, check_name, is_measured
 from .forward import Forward
 from .hub import CheckpointPushes
 from .loss import Loss
@@ -332,6 +332,12 @@ class CaMOPDTrainer(DistillationTrainer):
             found.update(super().evaluate(prompts, ignore_keys, prefix))
         return found
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        """As in the parent; where a run goes on from a step that it has measured, `eval_on_start` need not do so again."""
+        if skip_scheduler and is_measured(self.state.log_history, self.state.global_step, self.eval_dataset or {}):
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
@@ -363,6 +369,7 @@ class CaMOPDTrainer(DistillationTrainer):
         """
         self.held_out_results = HeldOutResults()
         self._metrics["eval"].clear()  # of a `predict`, which logs nothing
+        self.notify("on_evaluation_started", dataloader.dataset[0]["branch"], len(dataloader.dataset))
         keeping = self.checkpoints.keeping(self) if self.is_in_train else nullcontext()
         with keeping, torch.random.fork_rng():
             self.rollouts.drain()
@@ -392,6 +399,8 @@ class CaMOPDTrainer(DistillationTrainer):
         self.step = None
         self.rollouts.cancel()
         with self.run_folder.entered(self, resume_from_checkpoint) as checkpoint:
+            if checkpoint is not None:
+                self.notify("on_resumed", Path(checkpoint))
             with self.stops.listening():
                 output = super().train(checkpoint, *args, **kwargs)
             self.pushes.finish()

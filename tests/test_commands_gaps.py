@@ -40,7 +40,8 @@ def test_gaps_of_the_trained_model_are_those_that_its_run_has_measured_last(run,
     kept = sorted(path.name for path in (tmp_path / "out").iterdir())
     cli.main(["gaps", str(tmp_path / "out"), "--config", str(run), "--json", str(tmp_path / "gaps.json")])
     result = json.loads((tmp_path / "gaps.json").read_text())
-    shown = capsys.readouterr().out
+    shown, beside = capsys.readouterr()
+    assert "9 of general and 9 of domain held-out prompts" in beside
     assert list(result["branches"]) == ["general", "domain"]
     for line in lines[2:]:
         found = result["branches"][line["branch"]]

@@ -151,7 +151,10 @@ def test_console_shows_a_line_per_step_a_table_per_evaluation_and_the_verdict_la
     assert [line for line in said if line.startswith("held-out prompts")] == [
         f"held-out prompts at step {step}: KL to the teacher, nats per token, ± is 95 %" for step in (0, 4)
     ]
-    assert sum(line.startswith("  general ") and " KL " in line for line in said) == 2
+    for branch in ("general", "domain"):  # said before it is measured, where nothing moves
+        begun = [place for place, line in enumerate(said) if re.fullmatch(f"evaluating 9 .* of {branch} .*", line)]
+        rows = [place for place, line in enumerate(said) if line.startswith(f"  {branch} ") and " KL " in line]
+        assert len(begun) == len(rows) == 2 and begun[0] < rows[0] < begun[1] < rows[1]
     last = said.index("Did it recover? Held-out KL to the teacher, nats per token, 95 % intervals:")
     assert "general" in said[last + 1] and not any("KL " in line for line in said[last + 1 :])
     assert "{" not in "".join(said) and "\x1b" not in "".join(said) and max(map(len, said)) < 124
@@ -186,7 +189,13 @@ def test_console_of_a_terminal_leaves_no_bar_behind(tmp_path, tokenizer, monkeyp
     monkeypatch.setattr(sys, "stdout", terminal)
     trainer.train()
     shown = screen(terminal.getvalue())
-    assert "step 1: rollouts" in terminal.getvalue() and "evaluation" in terminal.getvalue()
+    drawn = terminal.getvalue()
+    assert "step 1: rollouts" in drawn
+    assert (
+        drawn.index("0/2 evaluating general: 0 of 9 prompts") < drawn.index("general: 8 of 9") < drawn.index("9 of 9")
+    )
+    assert "0/2 evaluating domain: 9 of 9 prompts" in drawn and "2/2 evaluating domain: 0 of 9 prompts" in drawn
+    assert "held-out prompts of" not in drawn  # the line of a log
     assert not any("[#" in line or "[." in line for line in shown)
     assert max(map(len, shown)) < 80
 

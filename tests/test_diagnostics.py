@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -144,6 +145,26 @@ def test_stale_conflict_is_that_of_the_gradients_that_autograd_gave(
         assert line["conflict/dot"] == pytest.approx(cosine * largest, abs=rounding(4 * largest))
         assert line[f"conflict/{line['branch']}_norm"] == norms[step]
         assert line[f"conflict/{written[other]['branch']}_norm"] == norms[other]
+
+
+@pytest.mark.parametrize("stopped_after", [2, 3, 4])
+def test_conflict_of_a_resumed_run_is_that_of_one_that_was_not_stopped(stopped_after, tmp_path, tokenizer):
+    """After step 3 the next one is the domain's, whose gradient is held against that of step 3."""
+
+    def train(folder, resume=None):
+        make_trainer(
+            folder, tokenizer, max_steps=5, save_strategy="steps", save_steps=1,
+            teachers={"general": make_model(2), "domain": make_model(3)},
+        ).train(resume_from_checkpoint=resume)  # fmt: skip
+        kinds = ("conflict/", "coherence/")
+        return [{name: line[name] for name in line if name.startswith(kinds)} for line in lines(folder)]
+
+    expected = train(tmp_path / "one")
+    assert ["conflict/cosine" in line for line in expected] == [False, False, False, True, True]
+    name = f"checkpoint-{stopped_after}"
+    shutil.copytree(tmp_path / "one" / name, tmp_path / "two" / name)
+    shutil.copy(tmp_path / "one" / "metrics.jsonl", tmp_path / "two")
+    assert train(tmp_path / "two", str(tmp_path / "two" / name)) == expected
 
 
 def test_schedule_of_three_branches_is_held_against_the_one_before(tmp_path, tokenizer):

@@ -48,6 +48,12 @@ def requirements() -> dict[str, Requirement]:
     return {found.name: found for found in map(Requirement, texts) if found.name not in NOT_OLDEST}
 
 
+def test_editable_install_is_a_path_of_which_setuptools_does_not_warn():
+    """Without a `package-dir` for the root it installs a finder, and prints a BuildBackendWarning of it."""
+    setuptools = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]
+    assert setuptools["package-dir"] == {"": "."}  # what `_select_strategy` of its editable_wheel asks for
+
+
 def test_citation_names_this_version_and_the_paper():
     citation = yaml.safe_load(read("CITATION.cff"))
     assert (citation["title"], citation["version"]) == ("camopd", camopd.__version__)

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback
 from ..measured import HELD_OUT, lines_of, of_lines, of_run
 from ..step import Step, StepCallback
 from ..verdict import NOT_MEASURED, Measured, change_of, interval, short, signed, verdicts_of
+from ..words import counted
 
 
 HEAD_EVERY = 20  # lines
@@ -32,21 +33,25 @@ class Console(PrinterCallback, StepCallback):
     """In place of transformers' printed dictionaries and bars, on the main process. As one of its `PrinterCallback`s it is
     taken out as usual: `trainer.remove_callback(PrinterCallback)`."""
 
-    def __init__(self, branches: Sequence[str], labels: Sequence[str], held_out: Any, verbose: bool = False):
+    def __init__(
+        self, branches: Sequence[str], labels: Sequence[str], held_out: Any, verbose: bool = False, main: bool = True
+    ):
         """
         Args:
             branches: of the run.
             labels: of its steps, such as "general" or "general+domain"; the longest sets the width.
             held_out: gives the results of the latest evaluation.
             verbose: whether transformers prints its dictionaries, too; then only the verdict is shown here.
+            main: whether this is the main process.
         """
-        self._branches, self._held_out, self._verbose = branches, held_out, verbose
+        self._branches, self._held_out, self._verbose, self._main = branches, held_out, verbose, main
         self._width = max(map(len, ("branch", *labels)))
         self._cells = max(label.count("+") for label in labels) + 1
         self._bar = Bar()
         self._step: Step | None = None
         self._started = self._mark = 0.0  # seconds: of training, and since when the step takes its time
-        self._first = self._total = self._lines = 0
+        self._first = self._done = self._total = self._lines = 0
+        self._evaluated = ("", 0)  # branch and prompts of the evaluation under way
         self._first_of: dict[tuple[str, str], Measured] = {}  # evaluation of a branch's prompts
         self._table: tuple[int, set[str]] = (-1, set())  # step and branches of the one under way
 
@@ -54,7 +59,8 @@ class Console(PrinterCallback, StepCallback):
         """Start the clock."""
         self._bar.begin(not (self._verbose or args.disable_tqdm) and state.is_world_process_zero)
         self._started = self._mark = time.perf_counter()
-        self._first, self._total, self._lines = state.global_step, state.max_steps, 0
+        self._first = self._done = state.global_step
+        self._total, self._lines = state.max_steps, 0
         self._first_of, self._table = {}, (-1, set())
         if state.global_step and state.is_world_process_zero:  # goes on after these
             with contextlib.suppress(OSError, ValueError):
@@ -92,6 +98,7 @@ class Console(PrinterCallback, StepCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step that is not logged is not on the screen."""
+        self._done = state.global_step
         if not control.should_log:
             self._step, self._mark = None, time.perf_counter()
 
@@ -99,11 +106,23 @@ class Console(PrinterCallback, StepCallback):
         """The next step's time begins, after evaluation and checkpoint."""
         self._mark = time.perf_counter()
 
+    def on_evaluation_started(self, name: str, prompts: int) -> None:
+        """The first batch may take minutes: say so, on the bar where one is drawn, and else in a line."""
+        self._evaluated = (name, prompts)
+        if self._bar.drawn:
+            self._draw_evaluation()
+        elif self._main and not self._verbose:
+            self._say(f"evaluating {counted(prompts, 'held-out prompt')} of {name} ...")
+
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Say on the bar what goes on."""
-        self._draw(state.global_step, "evaluation")
+        """Say on the bar how far it is."""
+        self._draw_evaluation()
+
+    def _draw_evaluation(self) -> None:
+        name, prompts = self._evaluated
+        self._draw(self._done, f"evaluating {name}: {len(self._held_out())} of {counted(prompts, 'prompt')}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A row of the table for the branch that was measured."""
@@ -148,6 +167,11 @@ class Bar:
         self.wanted = False
         self._shown = False
         self._loggers: list[logging.Handler] = []
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is one."""
+        return self.wanted and sys.stdout.isatty()
 
     def begin(self, wanted: bool) -> None:
         """From here on it is drawn, if it is `wanted`, and goes before a line of a logger, which would leave its end."""

@@ -5,12 +5,16 @@ Looks only: training draws the same random numbers and makes the same updates wi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import gradients
@@ -54,6 +58,26 @@ class Diagnostics(StepCallback):
             gradients.warn_of_no_layers(model)
         self._sketch: gradients.Sketch | None = None  # of the step's gradient, on this process
         self._latest: dict[str, tuple[Tensor, float]] = {}  # sketch and norm of each branch's, the latest branch last
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def on_saving(self, folder: Path) -> None:
+        """Keep the gradients that the next steps are held against; of sharded ones each process has a part."""
+        if self._latest:
+            norms = json.dumps([[name, norm] for name, (_, norm) in self._latest.items()])
+            sketches = {name: sketch for name, (sketch, _) in self._latest.items()}
+            save_file(sketches, self._file(folder), metadata={"norms": norms})
+
+    def on_resumed(self, checkpoint: Path) -> None:
+        """Take them up again; another number of processes has other parts, and begins anew."""
+        self._latest = {}
+        if all(self._gather([self._file(checkpoint).is_file()])):
+            with safe_open(self._file(checkpoint), framework="pt", device=str(self._args.device)) as file:
+                for name, norm in json.loads(file.metadata()["norms"]):
+                    self._latest[name] = (file.get_tensor(name), norm)
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"gradients-{self._args.process_index}-of-{self._args.world_size}.safetensors"
 
     # ------------------------------------------------------------------------------------------ gradients of samples
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,9 @@ def gaps(argv: list[str]) -> None:
     overrides += _without_adapter(options.model, settings)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(options.config, overrides, measure=options.model, folder=folder)
+        if not trainer.args.process_index:
+            parts = [f"{len(rows):,} of {branch}" for branch, rows in trainer.eval_dataset.items()]
+            print(f"evaluating {' and '.join(parts)} held-out prompts ...", file=sys.stderr, flush=True)
         records = measure(trainer)
         trainer.accelerator.end_training()
     if trainer.args.process_index:
