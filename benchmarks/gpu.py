@@ -2,13 +2,14 @@
 
     benchmarks/gpu.sh [--report FILE] [--only PART ...] [--dry-run]
 
-Five parts, each in a process of its own:
+Six parts, each in a process of its own:
 
     machine      what is there, and what camopd wants
     tests        those marked `gpu`, held to the CPU's numbers
     step         an optimizer step on log-normal lengths up to 8,192 tokens, beside TRL's DistillationTrainer
     throughput   tokens a second of scoring and training, and their share of the matrix rate measured beside them
     memory       peaks, held to the formula of memory_formula.py
+    flex         tests and throughput of flex attention without padding, which a compiler makes first; last, for it is slow
 
 All in bfloat16 but what compares with the CPU; models have random weights, nothing is downloaded. What a part finds is
 added to the report at once. A part that fails, or that has used up its seconds, does not stop the others; seconds that one
@@ -44,8 +45,8 @@ from memory_formula import Shape
 
 
 ROOT = Path(__file__).parent.parent
-# 570 in all. A process takes 15 to 20 s to import and to start CUDA, flex attention a minute or two to compile.
-SECONDS = {"machine": 40, "tests": 150, "step": 190, "throughput": 110, "memory": 80}
+# 570 in all. A process takes 15 to 20 s to import and to start CUDA, TRL's step 100 s, flex attention minutes to compile.
+SECONDS = {"machine": 30, "tests": 100, "step": 180, "throughput": 40, "memory": 80, "flex": 140}
 DRY = "CAMOPD_GPU_DRY_RUN"  # "1" in the environment of a dry run
 QWEN3_06B = Shape(28, 1024, 3072, 16, 8, 128, 151936, True)
 TINY = Shape(2, 32, 64, 2, 1, 16, 64, True)
@@ -209,9 +210,10 @@ def gpu_name() -> str:
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
-def tests(deadline: float) -> Lines:
+def tests(deadline: float, which: str = "not flex_attention") -> Lines:
     """A line for each test that has ended, and how pytest ended."""
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-o", "addopts=", "-m", "gpu", "-v", "--tb=short"]
+    command += ["-k", which]
     command += ["--strict-markers", "-p", "no:cacheprovider"]
     if not is_dry() and importlib.util.find_spec("xdist"):
         command += ["-n", "4", "--dist", "worksteal"]  # most of the time goes into compilers
@@ -241,7 +243,7 @@ def tests(deadline: float) -> Lines:
 # ---------------------------------------------------------------------------------------------------------- throughput
 
 
-def throughput(deadline: float) -> Lines:
+def throughput(deadline: float, attention: str = "sdpa", packed: bool = False) -> Lines:
     """Scoring and training of one student without a trainer: rows of one length, 16,384 tokens in a forward."""
     import torch
 
@@ -255,29 +257,35 @@ def throughput(deadline: float) -> Lines:
     yield ""
     yield f"A Llama of {shape.weights / 1e9:.2g} billion random weights in bfloat16, {tokens:,} tokens a forward, an eighth"
     yield "of each row prompt. Operations are those that run: training goes through the model four times (checkpointing)."
-    yield "Medians of 3."
+    yield "Medians of 3, after one to warm up, whose seconds are `first`."
     yield ""
-    yield "| attention | row (tokens) | score (tokens/s) | of ceiling | train (tokens/s) | of ceiling | peak (MiB) |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| attention | row (tokens) | score (tokens/s) | of ceiling | train (tokens/s) | of ceiling | peak MiB | first |"
+    yield "|---|---|---|---|---|---|---|---|"
     torch.manual_seed(0)
     with device:
         model = memory_formula.make_llama(shape).to(torch.bfloat16)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     failures = Failures()
-    # Of flex attention there is no backward on a CPU.
-    for attention, packed in (("sdpa", False), ("sdpa" if is_dry() else "flex_attention", True)):
-        model.set_attn_implementation(attention)
-        for length in lengths:
-            name = f"{attention}{', padding-free' if packed else ''} | {length}"
-            try:
-                found = speed(model, shape, length, tokens, packed)
-            except Exception as error:  # out of memory, or a compiler's
-                yield f"| {name} | {failures.of(error)} | | | | |"
-                continue
-            cells = (f"{tokens / found[kind]:,.0f} | {found[f'{kind} operations'] / found[kind] / rate:.1%}" for kind in
-                     ("score", "train"))  # fmt: skip
-            yield f"| {name} | {' | '.join(cells)} | {found['peak']:.0f} |"
+    model.set_attn_implementation(attention)
+    for length in lengths:
+        name = f"{attention}{', padding-free' if packed else ''} | {length}"
+        try:
+            found = speed(model, shape, length, tokens, packed)
+        except Exception as error:  # out of memory, or a compiler's
+            yield f"| {name} | {failures.of(error)} | | | | | |"
+            continue
+        cells = (f"{tokens / found[kind]:,.0f} | {found[f'{kind} operations'] / found[kind] / rate:.1%}" for kind in
+                 ("score", "train"))  # fmt: skip
+        yield f"| {name} | {' | '.join(cells)} | {found['peak']:.0f} | {found['first']:.0f} |"
     failures.end()
+
+
+def flex(deadline: float) -> Lines:
+    """Flex attention without padding: its throughput, then its tests."""
+    kind = "sdpa" if is_dry() else "flex_attention"  # of flex attention there is no backward on a CPU
+    yield from throughput(deadline, kind, packed=True)
+    yield ""
+    yield from tests(deadline, "flex_attention")
 
 
 def speed(model: Any, shape: Shape, length: int, tokens: int, packed: bool) -> dict[str, float]:
@@ -303,7 +311,10 @@ def speed(model: Any, shape: Shape, length: int, tokens: int, packed: bool) -> d
     reset_peak()
     once = forward_operations(shape, [length] * count, prompt)
     found = {"score operations": once, "train operations": 4 * once}
-    return {**found, "score": seconds_of(score), "train": seconds_of(train), "peak": peak()}
+    for kind, function in (("score", score), ("train", train)):
+        first, found[kind] = seconds_of(function)
+        found["first"] = found.get("first", 0.0) + first
+    return {**found, "peak": peak()}
 
 
 def forward_operations(shape: Shape, lengths: list[int], prompt: int) -> float:
@@ -314,15 +325,15 @@ def forward_operations(shape: Shape, lengths: list[int], prompt: int) -> float:
     return 2 * layers * sum(lengths) + attention + head
 
 
-def seconds_of(function: Callable[[], Any], times: int = 3) -> float:
-    """The median, after one call to warm up, until the GPU is done."""
+def seconds_of(function: Callable[[], Any], times: int = 3) -> tuple[float, float]:
+    """Of one call to warm up, and the median of those after it, until the GPU is done."""
     found = []
     for _ in range(1 + times):
         started = time.perf_counter()
         function()
         step.wait_for_gpu()
         found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    return found[0], statistics.median(found[1:])
 
 
 def matrix_rate(side: int, device: Any) -> float:
@@ -330,7 +341,7 @@ def matrix_rate(side: int, device: Any) -> float:
     import torch
 
     one, other = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 * 10 / seconds_of(lambda: [one @ other for _ in range(10)])
+    return 2 * side**3 * 10 / seconds_of(lambda: [one @ other for _ in range(10)])[1]
 
 
 def copy_rate(side: int, device: Any) -> float:
@@ -339,7 +350,7 @@ def copy_rate(side: int, device: Any) -> float:
 
     source = torch.randn(8, side, side, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / seconds_of(lambda: target.copy_(source))
+    return 2 * source.numel() * 4 / seconds_of(lambda: target.copy_(source))[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- step
@@ -419,6 +430,7 @@ def memory_of_steps(deadline: float) -> Lines:
 
 PARTS = {
     "machine": machine, "tests": tests, "step": step_beside_trl, "throughput": throughput, "memory": memory_of_steps,
+    "flex": flex,
 }  # fmt: skip
 
 

@@ -7,14 +7,18 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from fake_rollouts import FakeRollouts
 from fake_vllm import FakeVLLM
+
+from camopd.generation import neutral_generation
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -30,6 +34,7 @@ import measuring  # noqa: E402
 import memory  # noqa: E402
 import memory_formula  # noqa: E402
 import real_weights  # noqa: E402
+import recorded_answers  # noqa: E402
 import scaling  # noqa: E402
 import scoring_batches  # noqa: E402
 import step  # noqa: E402
@@ -383,6 +388,51 @@ def test_benchmarks_measure_with_several_processes(monkeypatch, python):
     job = {"prompts": 8, "median": 6, "processes": 2, "model": {**scaling.MODEL, "hidden_size": 32}, "cap": 12}
     found = measuring.in_fresh_process(scaling.__file__, job, processes=2)
     assert found["train/tokens"] > 0 and found["time/step"] > 0
+
+
+def ask(server, **body):
+    url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
+    return httpx.post(url, json={**recorded_answers.GREEDY, "model": "mine", **body}, trust_env=False)
+
+
+def test_recorded_answers_come_out_where_the_same_is_asked(tiny, tmp_path):
+    """Noted from a server's requests, written by a model, and given by another server: each question its own answer."""
+    words = ["a", "b b b", "", "a \u2028 b"]
+    asked = [
+        {"messages": [{"role": "user", "content": word}], "max_tokens": count} for word in words for count in (3, 5)
+    ]
+    path, out = tmp_path / "questions.jsonl", tmp_path / "answers"
+    with serving(recorded_answers.server(0, path, None)) as server:
+        for row in [*asked, asked[0]]:
+            assert ask(server, **row).json()["choices"][0]["message"]["content"] == ""
+    assert recorded_answers.read(path) == asked
+    recorded_answers.main(
+        ["write", f"mine={tiny}", "--questions", str(path), "--out", str(out), "--batch-tokens", "64"]
+    )
+    model, tokenizer = make_model(1).eval(), make_tokenizer()
+    with serving(recorded_answers.server(0, None, out)) as server:
+        for row in asked:
+            ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_tensors="pt")[
+                "input_ids"
+            ]
+            with torch.no_grad(), neutral_generation(model):
+                alone = model.generate(input_ids=ids, max_new_tokens=row["max_tokens"], do_sample=False)[
+                    0, ids.size(1) :
+                ]
+            choice = ask(server, **row).json()["choices"][0]
+            assert choice["message"]["content"] == tokenizer.decode(alone, skip_special_tokens=True)
+            assert choice["finish_reason"] == ("stop" if alone[-1] == tokenizer.eos_token_id else "length")
+        for other in ({"temperature": 0.7}, {"max_tokens": 4}):
+            assert ask(server, **{**asked[0], **other}).status_code == 400
+
+
+@contextlib.contextmanager
+def serving(server):
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def test_benchmarks_measure_in_a_fresh_process_and_end_with_its_error(tmp_path):
