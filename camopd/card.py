@@ -146,10 +146,10 @@ def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]
     lines = ["## Gaps before and after", ""]
     if any(held_out.values()):
         lines += [
-            "Sampled reverse KL to the teacher of the branch on held-out prompts, nats per token (± standard error over "
-            "prompts).",
+            "Sampled reverse KL to the teacher of the branch on held-out prompts, nats per token; SE is the standard error "
+            "over prompts.",
             "",
-            "| branch | before | after | prompts |",
+            "| branch | before ± SE | after ± SE | prompts |",
             "|---|---|---|---|",
         ]
         for branch, entries in held_out.items():

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
+from .words import counted
+
 
 FEWEST = 8  # prompts, below which no verdict is given
 SAME = 0.01  # nats per token, below which a model is its teacher: what rounding of 16 bits alone makes
@@ -167,7 +169,8 @@ def _verdict(
 def _judge(branch: str, before: Measured, after: Measured, change: Change, largest: float) -> tuple[str, str]:
     moves = f"{short(before.kl)} → {short(after.kl)}"
     if change.prompts < FEWEST or not math.isfinite(change.half):
-        return "not settled", f"{branch}: {change.prompts} held-out prompts are too few to tell ({moves})"
+        few = "is too few" if change.prompts == 1 else "are too few"
+        return "not settled", f"{branch}: {counted(change.prompts, 'held-out prompt')} {few} to tell ({moves})"
     low, high = change.value - change.half, change.value + change.half
     moves += f", change {signed(change.value)} ({signed(low)} to {signed(high)})"
     if abs(before.kl) < SAME:
@@ -221,7 +224,7 @@ def signed(value: float) -> str:
 
 
 def _with_error(measured: Measured) -> str:
-    return f"{short(measured.kl)} ± {short(measured.half)} ({measured.prompts} prompts)"
+    return f"{short(measured.kl)} ± {short(measured.half)} (95 %, {counted(measured.prompts, 'prompt')})"
 
 
 def interval(middle: float, half: float) -> str:
@@ -231,7 +234,8 @@ def interval(middle: float, half: float) -> str:
 
 def rows_of(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """The numbers as a table: its head, and a row for each branch. Intervals of 95 %, nats per token."""
-    rows = [["branch", "before", "after", "change", "recovered", "prompts", "smallest change found"]]
+    values = (f"{name} ± 95 %" for name in ("before", "after", "change", "recovered"))
+    rows = [["branch", *values, "prompts", "smallest change found"]]
     for verdict in verdicts:
         ends = [interval(each.kl, each.half) if each else "not measured" for each in (verdict.before, verdict.after)]
         cells = ["", "", "", ""]

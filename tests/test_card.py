@@ -78,6 +78,7 @@ def test_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, 
         for entry in (before, after)
     ]
     assert row(card, "general") == [*cells, "3"]
+    assert "| branch | before ± SE | after ± SE | prompts |" in card
     assert "| domain | not measured | not measured | |" in card
     assert "| general | 0.8 | absolute | 2.0 | on | 11 prompts of prompts.jsonl |" in card
     assert "| domain | 0.8 | positive | 0.5 | on | [11 prompts of prompts.jsonl](data_cards/domain.md) |" in card

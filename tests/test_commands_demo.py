@@ -2,15 +2,21 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import TrainerCallback, set_seed
 
+from camopd import cli
 from camopd.commands import demo, demo_stages
 from camopd.commands.demo import run_demo
 from camopd.commands.demo_stages import MODELS, DemoSettings, unpack_base_model
@@ -70,6 +76,10 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"{result['recovered_share']:.0%} of the lost general gap came back" in report
     assert "Which of my branches is hurting?" in report
+    for branch in BRANCHES:
+        gap = result["specialised"][f"gap_to_{branch}"]
+        assert f"on {branch} prompts ± SE |" in report
+        assert f"| {gap['mean']:.3f} ± {gap['standard_error']:.3f} |" in report
     (checked,) = result["checked"]
     assert {model: numbers["items"] for model, numbers in checked["models"].items()} == dict.fromkeys(
         ("start", "general", "result"), demo_stages.CHECKED
@@ -87,6 +97,54 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
             assert len(lines) == len(load_prompts(branch, split))
             roles = [message["role"] for message in json.loads(lines[0])["prompt"]]
             assert roles == (["system", "user"] if branch == "domain" else ["user"])
+
+
+def test_demo_ends_with_a_command_that_shows_the_verdict_again(first, capsys):
+    *_, last = first[2].splitlines()
+    name, *words = shlex.split(last)
+    assert shutil.which(name) and words[0] == "report"
+    cli.main(words)
+    verdicts = capsys.readouterr().out.splitlines()[: len(BRANCHES)]
+    assert [verdict.split(":")[0] for verdict in verdicts] == list(BRANCHES)
+    assert "prompts are too few to tell (" in verdicts[0]  # with the three prompts of this test
+    assert all(verdict in " ".join(first[2].split()) for verdict in verdicts)
+
+
+@pytest.mark.parametrize("stopped_in", [3, 6])
+def test_demo_s_fine_tuning_that_was_stopped_goes_on_from_its_last_whole_checkpoint(
+    stopped_in, settings, tmp_path, monkeypatch
+):
+    settings = replace(settings, finetune_steps=7)
+    steps = []
+
+    class Trainer(demo_stages.SFTTrainer):
+        stops = None
+
+        def training_step(self, *args, **kwargs):
+            steps.append(self.state.global_step + 1)
+            if steps[-1] == self.stops:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(demo_stages, "SFTTrainer", Trainer)
+
+    def specialise(name):
+        set_seed(settings.seed)
+        models = {"general": Path(settings.model), "specialised": tmp_path / name / "specialised"}
+        demo_stages.specialise(models, settings)
+        return load_file(models["specialised"] / "model.safetensors")
+
+    expected = specialise("undisturbed")
+    Trainer.stops = stopped_in
+    with pytest.raises(KeyboardInterrupt):
+        specialise("stopped")
+    (tmp_path / "stopped" / "specialise-run" / "checkpoint-6").mkdir(parents=True)  # of a save that was cut short
+    Trainer.stops = None
+    steps.clear()
+    found = specialise("stopped")
+    assert steps == list(range(1 if stopped_in == 3 else 5, 8))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["specialised"]
 
 
 def test_demo_that_runs_again_trains_nothing_and_gives_the_same_numbers(again, settings, tmp_path, monkeypatch):
@@ -107,8 +165,6 @@ def test_demo_makes_a_model_again_that_is_gone(again, settings, tmp_path, capsys
 
 @pytest.mark.slow
 def test_demo_of_several_seeds_runs_them_apart_and_shows_the_spread(settings, tmp_path, capsys):
-    from dataclasses import replace
-
     result = run_demo(tmp_path / "out", [settings, replace(settings, seed=1)])
     assert [row["settings"]["seed"] for row in result["seeds"]] == [0, 1]
     assert result["seeds"][0]["recovered_share"] != result["seeds"][1]["recovered_share"]
@@ -157,8 +213,6 @@ def test_demo_stopped_by_ctrl_c_leaves_a_checkpoint_and_ends_where_an_undisturbe
 
 @pytest.mark.slow
 def test_demo_with_changed_settings_starts_over(again, settings, tmp_path, capsys):
-    from dataclasses import replace
-
     run_demo(tmp_path / "out", [replace(settings, learning_rate=1e-3)])
     assert "starting over" in " ".join(capsys.readouterr().out.split())
 

@@ -172,6 +172,9 @@ def test_rows_have_the_numbers_of_each_branch():
     found = {"general": [plain(0, 0.5, 0.03), plain(9, 0.3, 0.04)], "domain": [plain(0, 0, 0)]}
     head, general, domain = rows_of(verdicts_of(found))
     assert len(head) == len(general) == len(domain)
+    assert [("±" in cell, "95 %" in name) for name, cell in zip(head, general, strict=True)] == [
+        (name.split()[0] in ("before", "after", "change", "recovered"),) * 2 for name in head
+    ]
     assert general[:4] == ["general", "0.500 ± 0.061", "0.300 ± 0.081", "-0.200 ± 0.101"]
     assert domain == ["domain", "0.000 ± 0.000", "not measured", "", "", "", ""]
 

