@@ -171,7 +171,8 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
 def train(sweep: Path, at_once: int) -> None:
     """All runs of a sweep that are not done, some beside each other, and its table."""
     words = (sys.executable, "-m", "camopd.cli", "sweep", str(sweep))
-    lines = subprocess.run([*words, "--print"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    done = subprocess.run([*words, "--print"], check=True, stdout=subprocess.PIPE, encoding="utf-8")
+    lines = done.stdout.splitlines()
     with ThreadPoolExecutor(at_once) as pool:
         for _ in pool.map(lambda line: subprocess.run(line, shell=True, check=False), lines if at_once > 1 else []):
             pass  # whoever has failed is run again, and told of, by the sweep itself
