@@ -6,6 +6,7 @@ again for a job, and `run` tells the two apart.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -148,7 +149,8 @@ def make_tokenizer() -> Any:
 
 def metrics_of(output_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    with open(Path(output_dir) / "metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def base_model(model: str | None, folder: str) -> str:
@@ -178,8 +180,8 @@ def demo_trainer(
     from camopd import CaMOPDConfig, CaMOPDTrainer
 
     def read(branch: str, split: str, limit: int | None = None) -> Dataset:
-        lines = (prompts / f"{branch}-{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        return Dataset.from_list([json.loads(line) for line in lines[:limit]])
+        with open(prompts / f"{branch}-{split}.jsonl", encoding="utf-8") as file:
+            return Dataset.from_list([json.loads(line) for line in itertools.islice(file, limit)])
 
     settings = {
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": heldout, "max_prompt_length": 256, "use_cpu": True,

@@ -133,8 +133,8 @@ def seconds_a_step(steps: Sequence[Stages], sync: float = 0.0, lag: int = 0, str
 
 def steps_of(metrics: Path, skip: int) -> list[dict[str, float]]:
     """The lines of a run's steps but the first `skip`, which warm up. Raises `ValueError` where not two are left."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "time/train" in line][skip:]
+    with open(metrics, encoding="utf-8") as file:
+        lines = [line for line in map(json.loads, file) if "time/train" in line][skip:]
     if len(lines) < 2:
         raise ValueError(f"{metrics} has {len(lines)} steps after the first {skip}; at least 2 are needed")
     return lines

@@ -199,6 +199,13 @@ def with_prompts(dataset: Dataset, column: str | None, to_prompt: ToPrompt | Non
     return dataset.map(convert, with_indices=True, features=features, load_from_cache_file=False)
 
 
+def json_lines(text: str) -> list[str]:
+    """The lines of a JSON Lines text, without their ends. Only a line feed ends one: `str.splitlines()` would also split at
+    U+2028, U+2029 and U+0085, which JSON has in its strings where it is not written in ASCII."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def file_type(path: str | Path) -> str | None:
     """The loader of `datasets` for a file of this name, or None for a name that is of no such file."""
     name = Path(path).name.lower()

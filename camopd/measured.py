@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import json_lines
 from .manifest import step_of
 from .verdict import Measured
 
@@ -25,14 +26,15 @@ def lines_of(path: Path, of: str = "branch") -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
+    content = path.read_text(encoding="utf-8", errors="replace")
+    texts = [(number, text) for number, text in enumerate(json_lines(content), start=1) if text.strip()]
     lines = []
-    for number, text in enumerate(texts, start=1):
+    for number, text in texts:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             line = None
-            if number == len(texts):
+            if number == texts[-1][0]:
                 break
         if not isinstance(line, dict) or "step" not in line or not line.keys() & {of, "loaded"}:
             raise ValueError(f"line {number} of {str(path)!r} is no evaluation: {text[:60]!r}. Delete the line.")

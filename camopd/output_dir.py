@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CaMOPDError, ResumeError
+from .files import json_lines
 from .hub import is_hub_id, public_name
 from .manifest import CHECKPOINT, MANIFEST, saved_at
 from .schedule import by_step, number_of, short
@@ -63,7 +64,7 @@ def _whose(folder: Path) -> str:
     student = (_record(newest).get("student") if newest else None) or {}
     facts = [f"of the student {student['name']!r}"] if isinstance(student, dict) and student.get("name") else []
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = json_lines((folder / METRICS).read_text(encoding="utf-8", errors="replace"))
         facts += [f"{json.loads(lines[-1])['step']} steps"]
         at = time.localtime((folder / METRICS).stat().st_mtime)
         facts += [f"last written {time.strftime('%Y-%m-%d %H:%M', at)}"]

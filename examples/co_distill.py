@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-6)
     parser.add_argument("--output-dir", type=Path, default=Path("co-distilled"))
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.problems.read_text(encoding="utf-8").splitlines()]
+    with open(options.problems, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in ("prompt", "answer", "concepts") if name not in row]:
             parser.error(

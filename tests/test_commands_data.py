@@ -14,6 +14,7 @@ from fake_hub import SHA, FakeHub
 from trainers import refused
 
 from camopd import cli
+from camopd.files import json_lines
 
 
 def lines(rows):
@@ -148,7 +149,7 @@ def camopd_data(tmp_path):
 def test_medical_sources_are_read_from_the_hub_at_one_commit(hub, camopd_data, tmp_path):
     done = camopd_data(hub.url, "medical", "--limit", "80")
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in json_lines((tmp_path / "out" / "prompts.jsonl").read_text())]
     assert len(rows) == 80
     found = {row["id"] for row in rows}
     assert not {"medmcqa-uuid-2", "medreason-3"} & found  # in the tests of MedQA and MedXpertQA

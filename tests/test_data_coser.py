@@ -9,6 +9,7 @@ from data_rows import CHARACTER, START, talk
 from camopd.data import coser
 from camopd.data.coser import build_roleplay, stream_list
 from camopd.errors import DataError
+from camopd.files import json_lines
 
 
 ENVIRONMENT = "You are a world model for a role-playing game. Your task is to provide the environmental feedback: ..."
@@ -22,7 +23,7 @@ def make(tmp_path):
         path.write_text(conversations if isinstance(conversations, str) else json.dumps(conversations))
         build_roleplay(tmp_path / out, limit, seed, {"coser": str(path)}, "camopd data roleplay", **options)
         prompts, sft = (
-            [json.loads(line) for line in (tmp_path / out / name).read_text().splitlines()]
+            [json.loads(line) for line in json_lines((tmp_path / out / name).read_text())]
             for name in ("prompts.jsonl", "sft.jsonl")
         )
         return prompts, sft, (tmp_path / out / "README.md").read_text()

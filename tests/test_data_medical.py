@@ -8,6 +8,7 @@ from data_rows import GOLD, distill, m23k, medmcqa, medqa, medreason, medxpertqa
 
 from camopd.data.medical import CLOSING_OPEN, build_medical, parse_options, stem, to_prompt
 from camopd.errors import DataError
+from camopd.files import json_lines
 
 
 SYSTEM = (  # Figure 7 of arXiv 2605.27115, typed from the paper
@@ -38,7 +39,7 @@ def make(tmp_path):
             else:
                 sources[name] = "none"
         build_medical(tmp_path / out, limit, seed, sources, "camopd data medical")
-        found = [json.loads(line) for line in (tmp_path / out / "prompts.jsonl").read_text().splitlines()]
+        found = [json.loads(line) for line in json_lines((tmp_path / out / "prompts.jsonl").read_text())]
         return found, (tmp_path / out / "README.md").read_text()
 
     return make

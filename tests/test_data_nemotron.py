@@ -12,6 +12,7 @@ from camopd.data import sampling
 from camopd.data.nemotron import ROWS, build_general
 from camopd.data.sampling import largest_remainder, normalise
 from camopd.errors import DataError
+from camopd.files import json_lines
 
 
 NAMES = {split: split.removesuffix("_calling") for split in ROWS}  # the files of tool_calling are called tool-*
@@ -44,7 +45,7 @@ def make(tmp_path):
 
 
 def read(folder: Path):
-    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in json_lines((folder / "prompts.jsonl").read_text())]
     return rows, (folder / "README.md").read_text()
 
 

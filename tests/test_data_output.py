@@ -15,6 +15,16 @@ from camopd.data import nemotron, sampling
 from camopd.data.coser import build_roleplay
 from camopd.data.nemotron import ROWS, build_general
 from camopd.data.output import building, write_jsonl
+from camopd.files import json_lines, load_prompts
+
+
+def test_written_rows_with_line_ends_of_unicode_are_as_many_when_they_are_read(tmp_path):
+    """In the file they are as they are."""
+    texts = [f"a{mark}b" for mark in "\u2028\u2029\x85\n\r\x0b\x0c\x1c"]
+    path = tmp_path / "prompts.jsonl"
+    assert write_jsonl(path, [{"id": str(n), "prompt": text} for n, text in enumerate(texts)]) == len(texts)
+    assert [json.loads(line)["prompt"] for line in json_lines(path.read_text(encoding="utf-8"))] == texts
+    assert load_prompts(str(path), "general")["prompt"][:] == texts
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -51,6 +51,16 @@ def test_rows_have_the_baseline_of_their_category_and_the_official_words(checkou
                     {"baseline": "gemini-2.0-flash-001 on u3", "system": "Judge the stories."}]  # fmt: skip
 
 
+def test_questions_and_answers_with_line_ends_of_unicode_are_as_many(checkout):
+    answers = checkout.parent / "model_answer" / "o3-mini-2025-01-31.jsonl"
+    for path in (checkout, answers):
+        text = path.read_text(encoding="utf-8").replace("Prompt", "a\u2028b\x85").replace("on u", "on a\u2028b\x85u")
+        path.write_text(text, encoding="utf-8")
+    found = rows.read(HARD, checkout, None)
+    assert [row["query"] for row in found] == [f"a\u2028b\x85 {n}?" for n in (0, 2, 4)]
+    assert [json.loads(row["response"])["baseline"][-6:] for row in found] == [f"a\u2028b\x85u{n}" for n in (0, 2, 4)]
+
+
 def test_what_is_missing_of_a_checkout_is_named(checkout, tmp_path):
     with pytest.raises(
         DataError, match=r"no file 'nowhere/arena_hard.jsonl'\. Arena-Hard v2 is read from a checkout of"

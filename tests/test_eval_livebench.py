@@ -42,6 +42,18 @@ def test_pooled_mean_is_that_of_categories_of_tasks(checkout):
     assert sum(item.weight * item.score for item in found) == pytest.approx(((0.5 + 1) / 2 + 0.25) / 2)
 
 
+def test_judgments_with_line_ends_of_unicode_are_as_many(checkout):
+    path = next(checkout.rglob("ground_truth_judgment.jsonl"))
+    lines = [json.loads(line) | {"said": "a\u2028b\u2029c\x85d"} for line in path.open(encoding="utf-8")]
+    before = items_of(checkout, "start")
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert items_of(checkout, "start") == before
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"score": 1}\n')
+    with pytest.raises(DataError, match=rf"line {len(lines) + 1} of .* is no judgment of LiveBench"):
+        items_of(checkout, "start")
+
+
 def test_missing_judgments_are_named_with_the_commands_that_make_them(checkout, tmp_path):
     with pytest.raises(
         DataError, match=r"has no judgments for the model 'result'\. .*gen_api_answer\.py .*2024-11-25"

@@ -7,6 +7,7 @@ import pytest
 from camopd.errors import DataError
 from camopd.eval import rows
 from camopd.eval.tasks import TASKS
+from camopd.files import json_lines
 
 
 MEDQA, IFEVAL = TASKS["medqa"], TASKS["ifeval"]
@@ -30,13 +31,14 @@ def test_limit_draws_the_same_rows_from_all_of_the_file_in_its_order(tmp_path):
 
 
 def test_written_rows_lie_where_evalscope_looks_and_come_back(tmp_path):
-    found = rows.read(MEDQA, save(tmp_path / "m.jsonl", [question(1)]), None)
+    odd = "1?\u2028\u2029\x85."
+    found = rows.read(MEDQA, save(tmp_path / "m.jsonl", [question(1) | {"question": odd}]), None)
     rows.write(MEDQA, found, tmp_path / "rows")
     text = (tmp_path / "rows" / "default_val.jsonl").read_text(encoding="utf-8")
     assert (
-        [json.loads(line) for line in text.splitlines()]
+        [json.loads(line) for line in json_lines(text)]
         == found
-        == [{"question": "1?", "A": "x", "B": "y", "answer": "A"}]
+        == [{"question": odd, "A": "x", "B": "y", "answer": "A"}]
     )
 
 

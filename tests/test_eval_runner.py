@@ -84,6 +84,19 @@ def test_answers_are_those_of_all_samples_each_once(tmp_path):
     assert {row["text"] for row in found} == {"A"} and {row["scores"]["accuracy"] for row in found} == {1.0}
 
 
+def test_answers_with_line_ends_of_unicode_are_as_many(tmp_path):
+    """evalscope writes them as they are."""
+    text = "a\u2028b\u2029c\x85d"
+    folder_of_evalscope(tmp_path)
+    for path in tmp_path.rglob("*.jsonl"):
+        path.write_text(path.read_text(encoding="utf-8").replace('"A"', f'"{text}"'), encoding="utf-8")
+    found = runner.answers(tmp_path, JOB, [Sample(n) for n in range(4)])
+    assert [row["text"] for row in found] == [text] * 4
+    path = tmp_path / jobs.ANSWERS
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+    assert scores.read_answers(path) == found
+
+
 @pytest.mark.parametrize(
     ("count", "said"), [(3, "answer 3 of 4 .* is missing"), (5, "has 5 answers .* and it has 4 rows")]
 )
@@ -214,6 +227,7 @@ GIVEN = [
     '{"answer": "My answer is yes."}',
     "Sure:\nMy answer is no.\n\nThen we go. One. Two. Three.",
     "***\nfirst one\n******\nsecond one",
+    "first\u2028second\u2029third\x85fourth",
     "",
 ]
 # The files of the task alone, as the package wants torch; its langdetect has no seed.

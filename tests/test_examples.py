@@ -345,9 +345,9 @@ def test_co_distill_says_that_no_answer_is_right(monkeypatch, capsys, tutors):
 
 
 def test_co_distill_names_a_line_without_a_column_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
-    path = jsonl(
-        tmp_path / "problems.jsonl", [{"prompt": "1?", "answer": "1", "concepts": []}, {"prompt": "2?", "answer": "2"}]
-    )
+    path = tmp_path / "problems.jsonl"
+    rows = [{"prompt": "1\u2028\x85?", "answer": "1", "concepts": []}, {"prompt": "2?", "answer": "2"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(SystemExit):
         run_example(load_example("co_distill"), monkeypatch, capsys, "no/such", "no/such", path)
     assert "line 2 of " in capsys.readouterr().err

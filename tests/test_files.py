@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import io
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 
 from camopd.data.sources import Source, open_source
 from camopd.errors import DataError
-from camopd.files import file_type, load_prompts
+from camopd.files import file_type, json_lines, load_prompts
 from camopd.messages import render
 from camopd.prompts import PromptStream, check_prompts
+from camopd.surroundings import columns_of
 
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the answer"}]
@@ -142,6 +144,38 @@ def test_cells_of_a_csv_file_are_texts(tmp_path, cells):
     dataset = load_prompts(path, "general")
     assert dataset["prompt"][:] == cells
     assert set(dataset["category"][:]) == {"x, y"}
+
+
+# Any, and such of little else than the characters at which `str.splitlines()` ends a line.
+TEXTS = st.text(st.characters(codec="utf-8")) | st.text('"a\u2028\u2029\x85\n\r\x0b\x0c\x1c\x1d\x1e')
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(TEXTS), st.booleans(), st.sampled_from(["\n", "\r\n"]))
+def test_json_lines_are_as_many_as_were_written_and_the_same(tmp_path, texts, in_ascii, end):
+    path = save(tmp_path / "p.jsonl", "".join(json.dumps(text, ensure_ascii=in_ascii) + end for text in texts))
+    assert [json.loads(line) for line in json_lines(Path(path).read_text(encoding="utf-8"))] == texts
+
+
+@given(TEXTS)
+def test_json_lines_are_those_that_reading_line_by_line_gives(text):
+    """Blank ones and one without an end, which a crash has cut, included."""
+    assert json_lines(text) == [line.removesuffix("\n") for line in io.StringIO(text)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
+def test_prompts_with_line_ends_of_unicode_come_out_as_they_went_in(tmp_path, kind):
+    texts = [f"a{mark}b" for mark in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    content = {
+        "jsonl": "".join(f"{row}\n" for row in rows), "json": f"[{','.join(rows)}]",
+        "csv": "".join(f"{text}\n" for text in ("prompt", *texts)),
+    }  # fmt: skip
+    path = save(tmp_path / f"p.{kind}", content[kind])
+    assert drawn(path) == texts
+    assert columns_of(path) in (["prompt"], None)
+    source = Source("s", "nobody/s", ("prompt",))
+    assert [row["prompt"] for row in open_source(source, path).rows()] == texts
 
 
 def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
@@ -310,3 +344,28 @@ def test_text_files_are_all_opened_as_utf_8():
     assert {name: calls for name, calls in found.items() if calls} == {}
     for call in ("open(x)", "x.open('w')", "x.read_text()", "run(x, text=True)"):
         assert list(without_encoding(ast.parse(call)))
+
+
+# Functions that cut a text at all line ends that Unicode knows, and what it is. JSON Lines are cut by `json_lines`.
+CUT = {
+    "commands/check_run.py _free_memory": "/proc/meminfo",
+    "commands/sweep.py _do": "the end of a log, shown",
+    "eval/cage.py run": "what a program has said last, shown",
+    "eval/jobs.py last_error": "a log, of which one line is shown",
+    "report/page.py quote": "an answer that is shown: a page must not take any of it for its own line",
+    "report/page.py to_html": "what `quote` gave",
+    "threads.py _threads_of_torch": "/proc/self/task/*/status",
+}
+
+
+def test_no_function_cuts_json_lines_at_line_ends_of_unicode():
+    root, found = Path(__file__).parents[1] / "camopd", set()
+    for file in sorted(root.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        name = file.relative_to(root).as_posix()
+        owners = [(node.name, node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "splitlines":
+                around = [owner for owner, body in owners if body.lineno <= node.lineno <= body.end_lineno]
+                found.add(f"{name} {around[0] if around else ''}".strip())
+    assert found == set(CUT)

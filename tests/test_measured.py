@@ -66,6 +66,17 @@ def test_line_without_a_branch_is_named(tmp_path):
         of_run(tmp_path)
 
 
+def test_lines_that_other_tools_have_written_are_as_many_and_have_their_numbers(tmp_path):
+    """As they are in the file: with blank ones between, and U+2028 in a text."""
+    texts = [json.dumps(line(step, of="a\u2028b\x85"), ensure_ascii=False) for step in (0, 1)]
+    (tmp_path / HELD_OUT).write_text("".join(f"\n{text}\n" for text in texts), encoding="utf-8")
+    assert [each["step"] for each in lines_of(tmp_path / HELD_OUT)] == [0, 1]
+    with open(tmp_path / HELD_OUT, "a", encoding="utf-8") as file:
+        file.write('{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 5 of .*held_out.jsonl' is no evaluation"):
+        lines_of(tmp_path / HELD_OUT)
+
+
 def test_line_that_a_crash_has_cut_is_left_out_and_no_other(tmp_path):
     write(tmp_path, line(0))
     with open(tmp_path / HELD_OUT, "a") as file:

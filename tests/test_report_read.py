@@ -59,6 +59,16 @@ def test_read_run_names_the_number_of_any_other_broken_line(tmp_path):
         read_run(path)
 
 
+def test_read_run_of_lines_that_another_tool_has_written_has_them_all_and_their_numbers(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'\n{{"step": {n}, "branch": "a", "said": "x\u2028y\x85z"}}\n' for n in (1, 2)]
+    path.write_text("".join(lines), encoding="utf-8")
+    assert list(read_run(path)[0].index) == [1, 2]
+    path.write_text("".join([*lines, "[]\n"]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 5 of .*metrics\.jsonl' is not a step of a run"):
+        read_run(path)
+
+
 @pytest.mark.parametrize("text", ["", "\n\n"])
 def test_read_run_without_steps_says_when_there_will_be_one(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)

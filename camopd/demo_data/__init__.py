@@ -6,6 +6,8 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from ..files import json_lines
+
 
 BRANCHES = ("general", "domain")
 ROLE = "You are Marlow, the old keeper of the Gull Rock lighthouse. Stay in character."
@@ -15,7 +17,7 @@ def load_prompts(branch: str, split: str) -> list[dict[str, str]]:
     """Rows of the demo's own prompts. `branch` is "general" or "domain"; `split` is "train", "heldout" or, for the
     domain, "finetune", whose rows have an `answer`."""
     text = (resources.files(__name__) / f"{branch}.jsonl").read_text(encoding="utf-8")
-    return [row for row in map(json.loads, text.splitlines()) if row["split"] == split]
+    return [row for row in map(json.loads, json_lines(text)) if row["split"] == split]
 
 
 def write_prompts(folder: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import json_lines
 from .judge import Judge, Unusable
 from .verdicts import Verdict, after_thinking
 
@@ -54,7 +55,7 @@ def rows_of(category: str) -> Callable[[Path], Callable[[dict[str, Any]], dict[s
         if not answers.is_file():
             raise ValueError(f"there is no {str(answers)!r}, the answers of the baseline of {category}")
         baseline = {}
-        for line in filter(str.strip, answers.read_text(encoding="utf-8").splitlines()):
+        for line in filter(str.strip, json_lines(answers.read_text(encoding="utf-8"))):
             row = json.loads(line)
             baseline[row["uid"]] = row["messages"][-1]["content"]["answer"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import json_lines
 from .scores import Item
 
 
@@ -28,7 +29,7 @@ def items_of(checkout: Path | None, model: str) -> list[Item]:
     folder = checkout / "livebench" if checkout is not None and (checkout / "livebench").is_dir() else checkout
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(JUDGMENTS)) if folder is not None else ():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(json_lines(path.read_text(encoding="utf-8")), start=1):
             try:
                 row = json.loads(line)
                 if row["model"].lower() == model.lower() and row["score"] != -1:  # -1: not judged

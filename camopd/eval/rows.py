@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import atomic
 from ..errors import DataError
+from ..files import json_lines
 from .tasks import Task
 
 
@@ -26,7 +27,7 @@ def read(task: Task, path: Path, limit: int | None) -> list[dict[str, Any]]:
     except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"rows of the task {task.name}: {error}. {task.source.format(task.name)}.") from None
     text = path.read_text(encoding="utf-8-sig")
-    lines = text.split("\n")
+    lines = json_lines(text)
     if path.suffix == ".json":  # one list
         try:
             lines = [json.dumps(row) for row in json.loads(text)]

@@ -164,7 +164,8 @@ def rows_by_index(folder: Path, benchmark: str) -> dict[int, dict[str, Any]]:
     files = sorted(folder.glob(f"{MODEL}/{benchmark}_*.jsonl"))
     if len(files) > 1:
         raise ValueError(f"{folder} has answers of more than one subset: {[path.name for path in files]}.")
-    lines = files[0].read_text(encoding="utf-8").splitlines() if files else []
+    # Not str.splitlines(), which would also end a line at U+2028, U+2029 or U+0085 within an answer.
+    lines = files[0].read_text(encoding="utf-8").split("\n") if files else []
     rows = [json.loads(line) for line in lines if line.strip()]
     return {row["index"]: row for row in rows}
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import json_lines
 from . import distraction
 from .code import program_of
 from .tasks import LETTERS, Task
@@ -129,4 +130,4 @@ def _parts(task: Task, row: Mapping[str, Any]) -> Mapping[str, float] | None:
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """Rows that the runner has written."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in json_lines(path.read_text(encoding="utf-8"))]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..files import json_lines
 from .runner import cut_torn_line
 
 
@@ -45,7 +46,7 @@ def collect(
     kept: dict[str, Verdict] = {}
     if path.exists():
         cut_torn_line(path)
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = json_lines(path.read_text(encoding="utf-8"))
         kept = {line["answer"]: line for line in map(json.loads, lines)}
     lock = threading.Lock()
 

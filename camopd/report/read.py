@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..files import json_lines
+
 
 NAME_LENGTH = 40  # characters of a run's name in a legend
 
@@ -50,13 +52,14 @@ def read_run(path: Path) -> tuple[pd.DataFrame, str]:
     A last line that was cut short by a crash is left out, and the note says so. Raises `ValueError` for a file without
     steps, for any other broken line, and for lines that are not steps of a run.
     """
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [(number, line) for number, line in enumerate(json_lines(text), start=1) if line.strip()]
     records, note = [], ""
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines) > 1:
+            if number == lines[-1][0] and len(lines) > 1:
                 note = (
                     f"the last line of {path.name} is cut short and left out; the run was stopped while it wrote it."
                 )
