@@ -81,6 +81,7 @@ ELSEWHERE = {
     "_get_default_store": lambda: torch.distributed.distributed_c10d,
     "_hf_deepspeed_config_weak_ref": lambda: deepspeed,
     "_is_stateful": lambda: PreTrainedModel,
+    "_parameters": lambda: torch.nn.Module(),
     "_supports_attention_backend": lambda: PreTrainedModel,
 }
 
