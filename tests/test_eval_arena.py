@@ -72,7 +72,14 @@ def test_what_is_missing_of_a_checkout_is_named(checkout, tmp_path):
         DataError, match=r"line 7 .*the uid 'u9', which the baseline o3-mini-2025-01-31 has not answered"
     ):
         rows.read(HARD, checkout, None)
-    (checkout.parent / "model_answer" / "o3-mini-2025-01-31.jsonl").unlink()
+    answers = checkout.parent / "model_answer" / "o3-mini-2025-01-31.jsonl"
+    for line in ('{"uid": "u9"', '{"uid": "u9"}', '{"uid": "u9", "messages": []}', "[]"):
+        answers.write_text(f"\n{line}\n", encoding="utf-8")
+        with pytest.raises(
+            DataError, match=r"line 2 of '.*o3-mini-2025-01-31.jsonl' is no answer of a baseline: .*Error"
+        ):
+            rows.read(HARD, checkout, None)
+    answers.unlink()
     with pytest.raises(DataError, match=r"there is no '.*o3-mini-2025-01-31.jsonl', the answers of the baseline"):
         rows.read(HARD, checkout, None)
     settings = checkout.parents[2] / "utils" / "judge_utils.py"

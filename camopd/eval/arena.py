@@ -55,9 +55,13 @@ def rows_of(category: str) -> Callable[[Path], Callable[[dict[str, Any]], dict[s
         if not answers.is_file():
             raise ValueError(f"there is no {str(answers)!r}, the answers of the baseline of {category}")
         baseline = {}
-        for line in filter(str.strip, json_lines(answers.read_text(encoding="utf-8"))):
-            row = json.loads(line)
-            baseline[row["uid"]] = row["messages"][-1]["content"]["answer"]
+        for number, line in enumerate(json_lines(answers.read_text(encoding="utf-8")), start=1):
+            try:
+                if line.strip():
+                    row = json.loads(line)
+                    baseline[row["uid"]] = row["messages"][-1]["content"]["answer"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"line {number} of {str(answers)!r} is no answer of a baseline: {error!r}") from None
 
         def convert(row: dict[str, Any]) -> dict[str, Any] | None:
             missing = [name for name in ("uid", "category", "prompt") if name not in row]
