@@ -22,6 +22,7 @@ from .schedule import Schedule
 from .teachers.address import OWN_TEACHERS
 from .verdict import NOT_MEASURED, verdicts_of
 from .version import __version__
+from .words import counted
 
 
 PAPER = {
@@ -186,7 +187,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
         "specialised model (the student at the start)": _model(facts.student),
         **{f"{branch} teacher": _model(name) for branch, name in facts.teachers.items()},
         "schedule": f"`{facts.schedule}`",
-        "steps": f"{facts.step} of {args.max_steps}, one answer to each of {args.prompts_per_step} prompts",
+        "steps": f"{facts.step} of {args.max_steps}, one answer to each of {counted(args.prompts_per_step, 'prompt')}",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "tokens": f"prompts up to {args.max_prompt_length}, answers up to {args.max_completion_length}, T = 1",
         "trained": f"LoRA on {_model(facts.base)}" if facts.is_peft else "all weights",
@@ -295,7 +296,7 @@ def _source(dataset: Any, branch: str, out: Path) -> tuple[str, str]:
     """Name of a branch's prompts, and where in `out` their data card is: copied, if `camopd data` wrote one beside them."""
     from huggingface_hub import DatasetCard
 
-    count = f"{len(dataset):,} prompts" if hasattr(dataset, "__len__") else "a stream of prompts"
+    count = counted(len(dataset), "prompt") if hasattr(dataset, "__len__") else "a stream of prompts"
     home = str(getattr(dataset.info, "homepage", "") or "")
     if home.startswith(_HUB_DATASET):
         return home.removeprefix(_HUB_DATASET), ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .hub import is_hub_id, public_name
 from .manifest import CHECKPOINT, MANIFEST, saved_at
 from .schedule import by_step, number_of, short
 from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder
+from .words import counted
 
 
 METRICS = "metrics.jsonl"
@@ -32,6 +34,19 @@ _COMPARED = (
 def checkpoints_in(folder: Path) -> list[Path]:
     """What is named like a checkpoint, whole or not."""
     return [path for path in sorted(folder.glob("checkpoint-*")) if CHECKPOINT.fullmatch(path.name)]
+
+
+@contextmanager
+def unmade_on_error(folder: Path) -> Iterator[None]:
+    """Where it raises inside, a folder that was not there before goes again, with those it stands in, if they are empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def run_id_of(folder: Path) -> str | None:
@@ -65,7 +80,7 @@ def _whose(folder: Path) -> str:
     facts = [f"of the student {student['name']!r}"] if isinstance(student, dict) and student.get("name") else []
     try:
         lines = json_lines((folder / METRICS).read_text(encoding="utf-8", errors="replace"))
-        facts += [f"{json.loads(lines[-1])['step']} steps"]
+        facts += [counted(json.loads(lines[-1])["step"], "step")]
         at = time.localtime((folder / METRICS).stat().st_mtime)
         facts += [f"last written {time.strftime('%Y-%m-%d %H:%M', at)}"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

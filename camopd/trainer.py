@@ -38,6 +38,7 @@ from .forward import Forward
 from .hub import CheckpointPushes
 from .loss import Loss
 from .optimizer import kind_and_settings
+from .output_dir import unmade_on_error
 from .prompts import StepDataset, one_item_per_micro_step
 from .record import record_of
 from .rejected import kept
@@ -49,6 +50,7 @@ from .scoring import Scorer
 from .selection import Branch, select_samples
 from .signals import StopRequests
 from .step import Step, StepCallback
+from .teachers.adapters import used_up
 from .threads import let_threads_rest
 from .token_rules import rule_of, weigh
 from .watchdog import phase, watching
@@ -129,39 +131,40 @@ class CaMOPDTrainer(DistillationTrainer):
             model, teachers, args, train_dataset, eval_dataset, processing_class, callbacks or [], optimizers,
             quantization_config, peft_config, tools,
         )  # fmt: skip
-        with vllm_rollouts.starting(self, args):
-            super().__init__(
-                model=run.model, args=args, train_dataset=run.dataset, eval_dataset=run.held_out, callbacks=callbacks,
-                processing_class=processing_class, optimizers=optimizers, peft_config=peft_config, tools=tools,
-                quantization_config=run.quantization_config,
+        with unmade_on_error(Path(args.output_dir)):  # which the parent makes
+            with vllm_rollouts.starting(self, args), used_up(args, run.adapter_loaded):
+                super().__init__(
+                    model=run.model, args=args, train_dataset=run.dataset, eval_dataset=run.held_out, callbacks=callbacks,
+                    processing_class=processing_class, optimizers=optimizers, peft_config=peft_config, tools=tools,
+                    quantization_config=run.quantization_config,
+                )  # fmt: skip
+            self.schedule, self.branches, self.run = run.schedule, Branch.all_of(args), run
+            student = self.accelerator.unwrap_model(self.model)
+            self.reader, self.teacher_prompts = setup.make_readers(self, student)
+            setup.check_ready(self, run, optimizers[0], self._tokenizer)
+            self.student = Forward(
+                student, self._in_wrapper, lambda **inputs: self.model_wrapped(**inputs), self.accelerator.autocast,
+                args.score_rows, self._tokenizer.pad_token_id, args.padding_free, "the student",
             )  # fmt: skip
-        self.schedule, self.branches, self.run = run.schedule, Branch.all_of(args), run
-        student = self.accelerator.unwrap_model(self.model)
-        self.reader, self.teacher_prompts = setup.make_readers(self, student)
-        setup.check_ready(self, run, optimizers[0], self._tokenizer)
-        self.student = Forward(
-            student, self._in_wrapper, lambda **inputs: self.model_wrapped(**inputs), self.accelerator.autocast,
-            args.score_rows, self._tokenizer.pad_token_id, args.padding_free, "the student",
-        )  # fmt: skip
-        self.teachers = setup.load_teachers(self, run)
-        self.rule = rule_of(args)
-        self.loss = Loss(args, self.student, self.teachers, self.rule)
-        self.stops = StopRequests(gather_object, self.is_world_process_zero())
-        end = self._tokenizer.eos_token_id
-        self.scorer = Scorer(self.student, self.teachers, end, gather_object, args.guards, self.stops)
-        self.batcher = Batcher(args, self.student, end, gather_object)
-        self.checkpoints = RunCheckpoints(args, record_of(args, run, self.teachers, student, optimizers))
-        self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
-        self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
-        self.step: Any = None  # the `Step` under way, or the last one
-        self.engine = make_engine(self)
-        self.rollouts = Rollouts(self)
-        self.log_completions = False  # TRL's table lacks the branches; callbacks/completions.py writes one with them
-        self.held_out_results = HeldOutResults()
-        self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
-        self.observed_optimizer: Any = None
-        self.tasks = setup.make_tasks(self, run)
-        setup.add_measures(self, run)
+            self.teachers = setup.load_teachers(self, run)
+            self.rule = rule_of(args)
+            self.loss = Loss(args, self.student, self.teachers, self.rule)
+            self.stops = StopRequests(gather_object, self.is_world_process_zero())
+            end = self._tokenizer.eos_token_id
+            self.scorer = Scorer(self.student, self.teachers, end, gather_object, args.guards, self.stops)
+            self.batcher = Batcher(args, self.student, end, gather_object)
+            self.checkpoints = RunCheckpoints(args, record_of(args, run, self.teachers, student, optimizers))
+            self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
+            self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
+            self.step: Any = None  # the `Step` under way, or the last one
+            self.engine = make_engine(self)
+            self.rollouts = Rollouts(self)
+            self.log_completions = False  # TRL's table lacks the branches; see callbacks/completions.py
+            self.held_out_results = HeldOutResults()
+            self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
+            self.observed_optimizer: Any = None
+            self.tasks = setup.make_tasks(self, run)
+            setup.add_measures(self, run)
 
     # ------------------------------------------------------------------------------------------- one optimizer step
 

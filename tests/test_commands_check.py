@@ -595,7 +595,7 @@ def test_prompts_are_shown_as_the_model_sees_them(config, capsys, student, promp
         "2 rows; of the 2 looked at, 7 to 105 tokens, 56 in the middle; max_prompt_length 64: 1 lose their"
     )
     assert table["domain", "prompts"] == (
-        "ok", "1 rows; of the 1 looked at, 3 to 3 tokens, 3 in the middle; max_prompt_length 64"
+        "ok", "1 row; of the 1 looked at, 3 to 3 tokens, 3 in the middle; max_prompt_length 64"
     )  # fmt: skip
     assert table["general", "held-out prompts"][0] == "warning"
     assert f"general, row 0 ({prompts['talks']}), as the model sees it (7 tokens):\nu   h i . a" in shown

@@ -173,7 +173,7 @@ def test_order_hangs_on_the_seed_and_the_choice_does_not(make, tmp_path):
 
 def test_conversations_that_are_too_few_are_an_error_with_the_counts(make, tmp_path):
     with pytest.raises(
-        DataError, match=r"prompts has 1 prompts, and 3 are wanted\. Of 2 rows .*\n    assistant names the next"
+        DataError, match=r"prompts has 1 prompt, and 3 are wanted\. Dropped of 2 rows:\n    assistant names the next"
     ):
         make([talk(5), talk(9, NEXT)], limit=3)
     assert [path.name for path in tmp_path.iterdir()] == ["sft_conversations_sharegpt.json"]

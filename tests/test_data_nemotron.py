@@ -303,16 +303,14 @@ def test_reasoning_flag_makes_no_other_prompt(make):
 
 def test_rows_that_are_too_few_are_an_error_with_the_counts(make, tmp_path):
     with pytest.raises(
-        DataError, match=r"stem has 1 prompts, and 8 are wanted. Of 2 rows were dropped:\n    no assistant turn: 1"
+        DataError, match=r"stem has 1 prompt, and 8 are wanted. Dropped of 2 rows:\n    no assistant turn: 1"
     ):
         make(limit=10, stem=[raw("stem", 0), raw("stem", 1, turn("user", "alone"))])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nemotron"]
 
 
 def test_prompt_set_that_is_too_long_throughout_is_an_error(make):
-    with pytest.raises(
-        DataError, match=r"stem has 0 prompts, and 1 are wanted. Of 1 rows were dropped:\n    too long: 1"
-    ):
+    with pytest.raises(DataError, match=r"stem has 0 prompts, and 1 are wanted. Dropped of 1 row:\n    too long: 1"):
         make(limit=1, stem=[raw("stem", 0, turn("user", "x" * 20_000), turn("assistant", "a"))])
 
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import make_model
+from fake_vllm import other_tokenizer
+from trainers import make_trainer
 
 from camopd.errors import CaMOPDError, ResumeError
 from camopd.output_dir import need_checkpoint, need_same_run, need_same_run_as, need_unused
@@ -33,6 +36,20 @@ def run(tmp_path):
     (tmp_path / "run" / "checkpoint-12").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 7}\n{"step": 8}\n')
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("there", ["", "runs", "runs/mine", "runs/mine/notes"])
+def test_trainer_that_refuses_a_teacher_leaves_the_folders_as_they_were(there, tmp_path, tokenizer):
+    make_model(2).save_pretrained(tmp_path / "other")
+    other_tokenizer().save_pretrained(tmp_path / "other")
+    (tmp_path / "place" / there).mkdir(parents=True)
+    before = sorted((tmp_path / "place").rglob("*"))
+    with pytest.raises(ValueError, match="another tokenizer than the student"):
+        make_trainer(
+            tmp_path / "place" / "runs" / "mine", tokenizer,
+            teachers={"general": str(tmp_path / "other"), "domain": make_model(1)},
+        )  # fmt: skip
+    assert sorted((tmp_path / "place").rglob("*")) == before
 
 
 def test_used_folder_says_whose_it_is(run):

@@ -232,6 +232,20 @@ def test_adapter_start_of_an_adapter_that_has_changed_its_base(tmp_path, init):
     torch.testing.assert_close(teacher_logps(student, "adapter_start"), start, rtol=0, atol=0)
 
 
+def test_saved_adapter_as_a_student_is_made_with_its_settings_of_which_nothing_is_said_to_be_ignored(
+    tmp_path, tokenizer, caplog
+):
+    make_model(1).save_pretrained(tmp_path / "base")
+    get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), lora()).save_pretrained(tmp_path / "adapter")
+    settings = {"attn_implementation": "eager"}
+    trainer = make_trainer(
+        tmp_path / "out", tokenizer, model=str(tmp_path / "adapter"), model_init_kwargs=settings,
+        teachers={"general": make_model(2), "domain": "adapter_off"},
+    )  # fmt: skip
+    assert trainer.model.config._attn_implementation == "eager" and trainer.args.model_init_kwargs == settings
+    assert not [record for record in caplog.records if "model_init_kwargs" in record.getMessage()]
+
+
 def test_adapter_start_of_replicated_layers(tmp_path):
     get_peft_model(make_base(), lora(layer_replication=[(0, 2), (1, 2)])).save_pretrained(tmp_path)
     student = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True)

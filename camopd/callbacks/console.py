@@ -254,9 +254,8 @@ def duration(seconds: float) -> str:
 
 def row_of(branch: str, now: Measured, first: Measured, width: int) -> str:
     """A branch's row in the table of an evaluation, with the change since the first one."""
-    row = (
-        f"  {branch:<{width}}  KL {interval(now.kl, now.half):<15}  |gap| {short(now.gap_abs)}  {now.prompts} prompts"
-    )
+    row = f"  {branch:<{width}}  KL {interval(now.kl, now.half):<15}  |gap| {short(now.gap_abs)}"
+    row += f"  {counted(now.prompts, 'prompt')}"
     if first is now:
         return row
     change = change_of(first, now)

@@ -18,6 +18,7 @@ from ..teacher_prompts import TeacherPrompts
 from ..teachers.address import OWN_TEACHERS
 from ..teachers.check import Finding
 from ..teachers.local import context_length
+from ..words import counted
 
 
 GIB = 2**30
@@ -53,8 +54,8 @@ def check_prompts(branch: str, what: str, rows: list[dict[str, Any]], count: int
     """Lengths of some of a branch's prompts against `max_prompt_length`. `what` they are: "prompts" or "held-out"."""
     lengths = sorted(map(len, reader.ids(rows)))
     text = (
-        f"{count:,} rows; of the {len(rows)} looked at, {lengths[0]} to {lengths[-1]} tokens, {median(lengths):.0f} in the "
-        f"middle; max_prompt_length {most}"
+        f"{counted(count, 'row')}; of the {len(rows)} looked at, {lengths[0]} to {lengths[-1]} tokens, "
+        f"{median(lengths):.0f} in the middle; max_prompt_length {most}"
     )
     cut = sum(length > most for length in lengths)
     if not cut:
@@ -184,7 +185,7 @@ def _disk(args: Any, model: float, moments: float) -> Finding:
     folder = Path(args.output_dir).expanduser().absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     needed = count * one + model
-    text = f"{count} checkpoints of {_gib(one)} and the model take {_gib(needed)}; {_gib(free)} are free"
+    text = f"{counted(count, 'checkpoint')} of {_gib(one)} and the model take {_gib(needed)}; {_gib(free)} are free"
     if needed <= free:
         return Finding("run", "disk", "ok", text)
     return Finding(

@@ -18,6 +18,7 @@ import ijson
 from ..errors import DataError
 from ..hub import hub_errors
 from ..messages import SHAREGPT_ROLES
+from ..words import counted
 from .output import Part, building, write_card, write_jsonl
 from .sampling import LIMIT, Messages, enough, progress, shorten, shuffled
 from .sources import Opened, Source, explain, hub_facts, licence_of
@@ -82,8 +83,8 @@ def build_roleplay(
             [opened],
             [prompts, tuning],
             {
-                "prompts.jsonl": f"{prompts.kept:,} prompts: `prompt` (messages), `category`, `source`, `id`",
-                "sft.jsonl": f"{tuning.kept:,} conversations: `messages`, `category`, `source`, `id`",
+                "prompts.jsonl": f"{counted(prompts.kept, 'prompt')}: `prompt` (messages), `category`, `source`, `id`",
+                "sft.jsonl": f"{counted(tuning.kept, 'conversation')}: `messages`, `category`, `source`, `id`",
             },
             [
                 f"The prompts are of the longest conversations, with {min(longest.values())} to {max(longest.values())} "

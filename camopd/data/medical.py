@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..words import counted
 from .output import building, write_card, write_jsonl
 from .sampling import LIMIT, Messages, enough, largest_remainder, normalise, sample, shorten, shuffled, user_text
 from .sources import Source, open_source
@@ -88,7 +89,7 @@ def build_medical(
             command,
             list(opened.values()),
             parts,
-            {"prompts.jsonl": f"{len(rows):,} prompts: `prompt` (messages), `category`, `source`, `id`"},
+            {"prompts.jsonl": f"{counted(len(rows), 'prompt')}: `prompt` (messages), `category`, `source`, `id`"},
             [
                 f"Drawn uniformly from each source, seed {seed}; the shares are "
                 f"{', '.join(f'{name} {weight}' for name, weight in mixture.items())} in {sum(mixture.values()):,}.",

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..words import counted
 from .output import Build, Part, building, write_card, write_jsonl
 from .sampling import LIMIT, Messages, enough, largest_remainder, priority, sample, shorten, shuffled, user_text
 from .sources import Opened, Source, open_source
@@ -71,7 +72,8 @@ def build_general(
             [*opened.values(), *questions.values()],
             parts,
             {
-                "prompts.jsonl": f"{len(rows):,} prompts: `prompt` (messages), `category` (split), `source`, `id` (uuid)"
+                "prompts.jsonl": f"{counted(len(rows), 'prompt')}: `prompt` (messages), `category` (split), `source`, "
+                "`id` (uuid)"
             },
             [
                 f"Rows per category follow the sizes of the splits by largest remainder, seed {seed}.",

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import DataError
 from ..version import __version__
+from ..words import counted
 from .output import Build, Part
 from .sources import Opened
 
@@ -170,6 +171,6 @@ def enough(part: Part, wanted: int, found: int) -> None:
     if found < wanted:
         dropped = "".join(f"\n    {reason}: {count:,}" for reason, count in sorted(part.dropped.items()))
         raise DataError(
-            f"{part.name} has {found:,} prompts, and {wanted:,} are wanted. Of {part.read:,} rows were dropped:"
-            f"{dropped or ' none'}\nGive more rows with --source, or a smaller --limit."
+            f"{part.name} has {counted(found, 'prompt')}, and {wanted:,} are wanted. Dropped of "
+            f"{counted(part.read, 'row')}:{dropped or ' none'}\nGive more rows with --source, or a smaller --limit."
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..words import counted
 from .read import branches_of, lines_of, step_kinds, teacher_seconds
 
 
@@ -37,7 +38,9 @@ class Number:
     """A number of a sign: the mean of a metric in a line of it, in words, and whether the sign is seen in it."""
 
     metric: str  # with {branch} where there is one for each branch
-    words: str  # with {mean}, {short} for the mean in three digits, {beside} for the mean of `beside`, {steps}
+    words: (
+        str  # with {mean}, {short} for the mean in three digits, {beside} for the mean of `beside`, {measured} steps
+    )
     seen: Callable[[pd.Series], bool] | None = None  # None: no sign, only shown
     beside: str = ""
 
@@ -66,7 +69,7 @@ DETECTORS = (
         (
             Number("coherence/{branch}/gcg", "GCG {mean:+.1f}%"),
             Number("coherence/{branch}/gcg_control", "random control {mean:+.1f}%"),
-            Number("coherence/{branch}/gcg_excess", "difference {mean:+.1f} points ({steps} measured steps)",
+            Number("coherence/{branch}/gcg_excess", "difference {mean:+.1f} points ({measured})",
                    lambda excess: excess.mean() > CLEAR * excess.sem()),
         ),
         lead=("kept samples agree more than chance gives: ", "kept samples agree no more than chance gives: "),
@@ -97,7 +100,7 @@ DETECTORS = (
     Detector(
         "Steps mostly momentum",
         "the optimizer keeps no Adam moments that can be read.",
-        (Number("update/cosine", "{mean:+.2f} in {steps} measured steps", lambda cosine: cosine.mean() < 0.1),),
+        (Number("update/cosine", "{mean:+.2f} in {measured}", lambda cosine: cosine.mean() < 0.1),),
         "step",
         ("mean cosine of Adam's update with the step's own gradient: ",) * 2,
     ),
@@ -177,7 +180,9 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
     if not trends:
         parts = ["Not measured: this run has no gaps."]
     elif len(short) == len(trends):
-        moves = ", ".join(f"{_move(branch, trend)} ({trend.steps} steps)" for branch, trend in trends.items())
+        moves = ", ".join(
+            f"{_move(branch, trend)} ({counted(trend.steps, 'step')})" for branch, trend in trends.items()
+        )
         parts = [
             f"This run is too short to tell: a trend takes {FEWEST_FOR_TREND} steps of a branch. Its gaps, first to last "
             f"third, in nats per token: {moves}."
@@ -202,7 +207,7 @@ def _gaps(trends: Mapping[str, Trend]) -> Sign:
         end = "" if trend.verdict == "is flat" else f", {number(trend.start)} → {number(trend.end)}"
         how = f", and {trend.verdict} over the last third{end}"
         if trend.verdict == "too few steps":
-            how = f" ({trend.steps} steps, too few for a trend)"
+            how = f" ({counted(trend.steps, 'step')}, too few for a trend)"
         parts.append(_move(branch, trend) + how)
     verdicts = {trend.verdict for trend in trends.values()}
     state = "unclear" if verdicts == {"too few steps"} else "seen" if "rises" in verdicts else "not seen"
@@ -227,19 +232,20 @@ def _detect(detector: Detector, frame: pd.DataFrame) -> Sign:
     lines = [line for line in lines if any(shown.seen and line in values for shown, values in found)]
     if not lines:
         return Sign(detector.name, "not measured", detector.missing)
-    texts, verdicts, counted = [], [], []
+    texts, verdicts, judged = [], [], []
     for line in lines:
         here = [(shown, values[line]) for shown, values in found if line in values]
-        counted.append(next(values for shown, values in here if shown.seen))
+        judged.append(next(values for shown, values in here if shown.seen))
         verdicts += [shown.seen(values) for shown, values in here if shown.seen]
         words = []
         for shown, values in here:
             mean = values.mean()
             beside = frame[shown.beside.format(branch=line)].mean() if shown.beside else math.nan
-            words.append(shown.words.format(mean=mean, short=number(mean), beside=beside, steps=len(values)))
+            steps = counted(len(values), "measured step")
+            words.append(shown.words.format(mean=mean, short=number(mean), beside=beside, measured=steps))
         texts.append(f"**{line}** {', '.join(words)}")
     texts[0] = detector.lead[0 if any(verdicts) else 1] + texts[0]
-    return _sign(detector.name, "seen" if any(verdicts) else "not seen", texts, counted)
+    return _sign(detector.name, "seen" if any(verdicts) else "not seen", texts, judged)
 
 
 def _counteraction(frame: pd.DataFrame) -> Sign:
@@ -267,14 +273,14 @@ def _imbalance(frame: pd.DataFrame) -> Sign:
     norms = lines_of(frame, "grad_norm", "step")
     if not branches <= set(norms):  # every step is a mix
         norms = lines_of(frame, "conflict/{branch}_norm")
-    texts, ratios, counted = [], [], []
+    texts, ratios, used = [], [], []
     for found, words in (
         (norms, "the gradient norm"),
         (lines_of(frame, "selection/{branch}/tokens"), "the trained completion tokens"),
     ):
         if len(branches) < 2 or not branches <= set(found):
             continue
-        counted += [found[branch] for branch in branches]
+        used += [found[branch] for branch in branches]
         of = pd.DataFrame(
             {branch: found[branch].agg(["mean", "sum", "count"]) for branch in found if branch in branches}
         )
@@ -288,7 +294,7 @@ def _imbalance(frame: pd.DataFrame) -> Sign:
             )
     if not ratios:
         return Sign("Imbalance", "not measured", "no two branches with a gradient norm or kept tokens of their own.")
-    return _sign("Imbalance", "seen" if max(ratios) >= 2 else "not seen", texts, counted)
+    return _sign("Imbalance", "seen" if max(ratios) >= 2 else "not seen", texts, used)
 
 
 def _cost(frame: pd.DataFrame) -> Sign:
@@ -310,8 +316,8 @@ def _cost(frame: pd.DataFrame) -> Sign:
     return Sign("Time and padding", "", f"{text}.")
 
 
-def _sign(name: str, state: str, texts: Sequence[str], counted: Iterable[pd.Series]) -> Sign:
+def _sign(name: str, state: str, texts: Sequence[str], used: Iterable[pd.Series]) -> Sign:
     """A sign in this state, unless a branch has too few measured steps to say so."""
-    if min(map(len, counted)) < FEWEST:
+    if min(map(len, used)) < FEWEST:
         state, texts = "unclear", [*texts, f"fewer than {FEWEST} measured steps of a branch say little"]
     return Sign(name, state, f"{'; '.join(texts)}.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -246,6 +247,17 @@ def load_adapter_student(path: str, init_kwargs: dict[str, Any]) -> Any:
             f"the student {path!r} is an adapter for {base!r}, and that model cannot be loaded: {error}"
         ) from error
     return PeftModel.from_pretrained(model, path, is_trainable=True)
+
+
+@contextmanager
+def used_up(args: Any, loaded: bool) -> Iterator[None]:
+    """Inside, a student that is `loaded` has no `model_init_kwargs`: they were used, and TRL would deny it."""
+    given = args.model_init_kwargs
+    args.model_init_kwargs = None if loaded else given
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
 
 
 def keep_start_adapter(student: Any) -> None:
