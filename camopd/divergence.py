@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -49,6 +50,9 @@ def outputs_of(
     not a copy."""
     hidden_MH, _, _, causal_lm = completion_hidden_states(model, token_ids, prompt_lens, pad_token_id, padding_free)
     weight, bias = head_weights(causal_lm)
+    if hasattr(weight, "ds_status"):  # of the student itself under ZeRO-3, whose shards are together in here alone
+        with maybe_gather_lm_head_ctx(weight, bias):
+            weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
     # Of its data: a teacher that rests on the CPU takes its parameters away before the backward reads them.
     return Outputs(
         hidden_MH.to(weight.device), weight.detach(), None if bias is None else bias.detach(),
@@ -93,9 +97,15 @@ def logps_and_kl(
 
 
 def _exact_kl(student: Outputs, teacher: Outputs) -> Tensor:
+    weight, bias = teacher.weight.to(student.weight.device), teacher.bias
+    if is_deepspeed_zero3_enabled():  # the kernel asks every weight whether it is in shards
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        for whole in (weight, bias):
+            if whole is not None:
+                whole.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     kl_M, _ = ChunkedDivergenceFunction.apply(
-        student.hidden, student.weight, student.bias,
-        teacher.hidden.to(student.weight.device), teacher.weight.to(student.weight.device), teacher.bias,
+        student.hidden, student.weight, student.bias, teacher.hidden.to(student.weight.device), weight, bias,
         1.0,  # beta: the reverse KL
         1.0,  # temperature
         student.scale, student.softcap, teacher.scale, teacher.softcap,

@@ -76,11 +76,15 @@ class Loss:
     def _outputs(self, batch: MicroBatch) -> list[tuple[list[int], Outputs]]:
         """What each branch's teacher makes of its rows."""
         found = []
-        for branch in dict.fromkeys(batch.branches):
+        for branch, teacher in self.teachers.items():
             rows = [row for row, name in enumerate(batch.branches) if name == branch]
-            teacher: Any = self.teachers[branch]
-            ids, lens = zip(*(batch.for_teacher[row] for row in rows), strict=True)
-            found.append((rows, teacher.outputs(list(ids), list(lens))))
+            assert isinstance(teacher, (LocalTeacher, *OWN))
+            if rows:
+                ids, lens = zip(*(batch.for_teacher[row] for row in rows), strict=True)
+                found.append((rows, teacher.outputs(list(ids), list(lens))))
+            elif isinstance(teacher, OWN) and self.args.world_size > 1:
+                # It goes through the student's wrapper, where ranks wait for each other, and another rank may have rows.
+                teacher.outputs([batch.token_ids[0][:1] * 2], [1])
         return found
 
 

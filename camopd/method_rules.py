@@ -286,15 +286,16 @@ def _check_divergence(args: Any) -> None:
             "sample it. Leave one of them out."
         )
     rules = ("relaxed_opd", "teacher_free", *(("selectkd",) if args.divergence == "top_k" else ()))
+    asked = f"divergence={args.divergence!r}" if exact else f"baseline={args.baseline!r}"
     if (exact or args.baseline != "none") and args.token_rule in rules:
         raise ValueError(
-            f"token_rule={args.token_rule!r} is about the sampled gap, in whose place divergence={args.divergence!r} and "
-            f"baseline={args.baseline!r} put another number. Leave token_rule or these out."
+            f"token_rule={args.token_rule!r} is about the sampled gap, in whose place {asked} puts another number. Leave "
+            "one of them out."
         )
     if (exact or args.baseline != "none") and args.rebalance and args.world_size > 1:
         raise ValueError(
-            f"divergence={args.divergence!r} and baseline={args.baseline!r} need what the teacher sees and says of a "
-            "sample, which rebalance=True leaves on the rank that has asked for it. Set rebalance=False."
+            f"{asked} needs what the teacher sees and says of a sample, which rebalance=True leaves on the rank that has "
+            "asked for it. Set rebalance=False."
         )
 
 

@@ -33,6 +33,9 @@ METRIC = 2e-4
 FULL = ["--optimizer_moments", "per_branch"]
 ENGINE = [*FULL, "--student_logps", "engine", "--importance_sampling_mode", "none"]
 LORA = ["--lora", "true"]
+# A step of both branches and one of the teacher that is the student itself; some micro-batches have rows of one alone.
+EXACT = [*LORA, "--rebalance", "false", "--max_steps", "2", "--schedule", "general:1+domain:1,domain:1"]
+EXACT_RUNS = {"full": ["--divergence", "full"], "kl": ["--baseline", "kl"]}
 # (launch file, settings, activation checkpointing), by name; the launch files are those that shard.
 SHARDED = {
     "zero2": ("zero2", FULL, "true"),
@@ -101,14 +104,15 @@ def launched(tmp_path_factory, python):
             few = ["--rollout_servers", server.url, "--max_steps", "2", "--save_strategy", "no"]
             # The adapter first: after that the server has other weights than those of its folder.
             on_servers = {"servers-lora": [*few, *LORA], "servers": few}
+            exact = {f"exact-{name}": [*EXACT, *more, "--save_strategy", "no"] for name, more in EXACT_RUNS.items()}
             if config == "ddp":
-                launch(python, "ddp", folder, {"full": FULL, "lora": LORA, **on_servers})
+                launch(python, "ddp", folder, {"full": FULL, "lora": LORA, **exact, **on_servers})
             elif config == "zero2":
                 launch(sys.executable, config, folder, {**settings_of(config), "bf16": BF16})
             else:
                 bf16 = {} if config == "zero3" else {"bf16": BF16}
                 fresh = python if config == "zero3" else sys.executable
-                launch(fresh, config, folder, {**settings_of(config), **bf16, **on_servers})
+                launch(fresh, config, folder, {**settings_of(config), **bf16, **exact, **on_servers})
         return folder
 
     return launched
@@ -178,6 +182,18 @@ def test_sharded_runs_are_the_data_parallel_run(name, launched, resumed):
     assert again[-1]["loss"] == pytest.approx(lines[-1]["loss"], rel=METRIC)
     for key, value in weights(resumed(config) / name / "final").items():
         torch.testing.assert_close(value, found[key], atol=WEIGHT, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", EXACT_RUNS)
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+@pytest.mark.slow
+def test_sharded_runs_with_whole_distributions_are_the_data_parallel_run(config, name, launched):
+    """Whose teachers forward in the loss: one inside the student's wrapper, where all ranks must, and heads in shards."""
+    lines, expected = (lines_of(launched(each) / f"exact-{name}") for each in (config, "ddp"))
+    assert [line["branch"] for line in lines] == ["general+domain", "domain"] and lines[0]["loss"] != 0
+    for line, other in zip(lines, expected, strict=True):
+        for metric in ("loss", "grad_norm"):
+            assert line[metric] == pytest.approx(other[metric], rel=METRIC, abs=METRIC), (line["step"], metric)
 
 
 @pytest.mark.parametrize("config", ["zero2", "fsdp2"])
