@@ -72,9 +72,9 @@ class Diagnostics(StepCallback):
         """Take them up again; another number of processes has other parts, and begins anew."""
         self._latest = {}
         if all(self._gather([self._file(checkpoint).is_file()])):
-            with safe_open(self._file(checkpoint), framework="pt", device=str(self._args.device)) as file:
+            with safe_open(self._file(checkpoint), framework="pt") as file:
                 for name, norm in json.loads(file.metadata()["norms"]):
-                    self._latest[name] = (file.get_tensor(name), norm)
+                    self._latest[name] = (file.get_tensor(name).to(self._args.device), norm)
 
     def _file(self, folder: Path) -> Path:
         return folder / f"gradients-{self._args.process_index}-of-{self._args.world_size}.safetensors"
