@@ -9,9 +9,10 @@ and `camopd sweep` and `camopd eval` leave alone what is finished and go on with
 sweep/results.md has the gaps of all runs, eval/METHOD-SEED/eval.md the scores of a recovered model beside those before.
 
 The methods are the paper's, its parts, and those that the testbed puts first beside them (docs/testbed.md); then CaMOPD
-with the other estimators of the gradient. Sizes are those of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`. A
-model this small leaves a GPU idle for most of a step, and `--at-once` runs of a sweep share it: four or five. (Of an H200's
-time, five took 3 to 6 s a step each, seventeen 15 to 25 s.) Where the GPU has no evalscope: benchmarks/recorded_answers.py.
+with the other estimators of the gradient, of which the gaps alone are measured. Sizes are those of `ON_CPU`, which two
+cores manage in a night, or of `ON_GPU`. A model this small leaves a GPU idle for most of a step, and `--at-once` runs of a
+sweep share it. Not too many: seventeen on one H200 took 26 to 37 s a step each. Where the GPU has no evalscope:
+benchmarks/recorded_answers.py.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def outputs_of(
     model: Any, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int], pad_token_id: int, padding_free: bool
 ) -> Outputs:
     """A teacher's, for `logps_and_kl`; arguments as those of `completion_logps`. The head's weights are the model's own,
-    not a copy."""
+    a copy only under ZeRO-3."""
     hidden_MH, _, _, causal_lm = completion_hidden_states(model, token_ids, prompt_lens, pad_token_id, padding_free)
     weight, bias = head_weights(causal_lm)
     if hasattr(weight, "ds_status"):  # of the student itself under ZeRO-3, whose shards are together in here alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,12 +72,6 @@ class HeldOutResults:
             "kl_by_prompt": [0.0 - row.gap / row.num_tokens if row.num_tokens else None for row in rows],
             "of": f"{zlib.crc32(array('q', [self._prompts[row.position] for row in rows]).tobytes()):08x}",
         }
-
-
-def is_measured(history: Iterable[Mapping[str, Any]], step: int, branches: Collection[str]) -> bool:
-    """Whether a Trainer's log has evaluations of all branches after so many steps."""
-    found = {name for entry in history if entry.get("step") == step for name in entry}
-    return bool(branches) and {f"eval_{branch}_kl" for branch in branches} <= found
 
 
 def check_name(name: str | None, known: Collection[str]) -> None:

@@ -37,7 +37,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def unmade_on_error(folder: Path) -> Iterator[None]:
+def removed_on_error(folder: Path) -> Iterator[None]:
     """Where it raises inside, a folder that was not there before goes again, with those it stands in, if they are empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -33,12 +33,12 @@ from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
 from .checkpoints import RunCheckpoints
 from .config import CaMOPDConfig
-from .evaluation import HeldOutResults, by_prefix, check_name, is_measured
+from .evaluation import HeldOutResults, by_prefix, check_name
 from .forward import Forward
 from .hub import CheckpointPushes
 from .loss import Loss
 from .optimizer import kind_and_settings
-from .output_dir import unmade_on_error
+from .output_dir import removed_on_error
 from .prompts import StepDataset, one_item_per_micro_step
 from .record import record_of
 from .rejected import kept
@@ -50,7 +50,7 @@ from .scoring import Scorer
 from .selection import Branch, select_samples
 from .signals import StopRequests
 from .step import Step, StepCallback
-from .teachers.adapters import used_up
+from .teachers.adapters import without_init_kwargs
 from .threads import let_threads_rest
 from .token_rules import rule_of, weigh
 from .watchdog import phase, watching
@@ -131,8 +131,8 @@ class CaMOPDTrainer(DistillationTrainer):
             model, teachers, args, train_dataset, eval_dataset, processing_class, callbacks or [], optimizers,
             quantization_config, peft_config, tools,
         )  # fmt: skip
-        with unmade_on_error(Path(args.output_dir)):  # which the parent makes
-            with vllm_rollouts.starting(self, args), used_up(args, run.adapter_loaded):
+        with removed_on_error(Path(args.output_dir)):  # which the parent makes
+            with vllm_rollouts.starting(self, args), without_init_kwargs(args, run.adapter_loaded):
                 super().__init__(
                     model=run.model, args=args, train_dataset=run.dataset, eval_dataset=run.held_out, callbacks=callbacks,
                     processing_class=processing_class, optimizers=optimizers, peft_config=peft_config, tools=tools,
@@ -334,12 +334,6 @@ class CaMOPDTrainer(DistillationTrainer):
         for prefix, prompts in by_prefix(self, eval_dataset, "eval_dataset", metric_key_prefix).items():
             found.update(super().evaluate(prompts, ignore_keys, prefix))
         return found
-
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
-        """As in the parent; where a run goes on from a step that it has measured, `eval_on_start` need not do so again."""
-        if skip_scheduler and is_measured(self.state.log_history, self.state.global_step, self.eval_dataset or {}):
-            return {}
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"

@@ -182,6 +182,9 @@ def become(python: str, words: list[str], folder: str, environment: dict[str, st
     if "multiprocessing.spawn" in sys.modules:
         sys.modules["multiprocessing.spawn"].set_executable(python)
     paths = [path for path in sys.path[1:] if path not in own]
+    # One of them may also be named by an editable install, and then stays, at the end.
+    files = [file for path in paths if path.endswith("site-packages") for file in sorted(Path(path).glob("*.pth"))]
+    paths += [path for file in files for path in file.read_text(encoding="utf-8").splitlines() if path in own]
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path] + paths
     for number, name in enumerate(("stdin", "stdout", "stderr")):  # they know what kind of file it was before
         own = getattr(sys, name)

@@ -57,30 +57,6 @@ def test_resume_true_takes_the_last_checkpoint(undisturbed, tmp_path, tokenizer)
     assert prompts == expected_prompts[4:]
 
 
-def evaluations(folder):
-    written = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(line["step"], line["branch"]) for line in map(json.loads, written)]
-
-
-@pytest.mark.parametrize("stopped_after", [1, 2])
-def test_resume_measures_a_step_on_start_that_has_not_been(stopped_after, tmp_path, tokenizer):
-    def steps(folder, resume=None):
-        held_out = {branch: make_prompts(branch, 2) for branch in ("general", "domain")}
-        trainer = make_trainer(
-            folder, tokenizer, eval_dataset=held_out, eval_on_start=True, eval_strategy="steps", eval_steps=2,
-            save_strategy="steps", save_steps=1, max_steps=3,
-        )  # fmt: skip
-        trainer.train(resume_from_checkpoint=resume)
-        return [step for step, branch in evaluations(folder) if branch == "domain"]
-
-    assert steps(tmp_path / "one") == [0, 2, 3]
-    checkpoint = tmp_path / "two" / f"checkpoint-{stopped_after}"
-    shutil.copytree(tmp_path / "one" / checkpoint.name, checkpoint)
-    for name in ("metrics.jsonl", "held_out.jsonl"):
-        shutil.copy(tmp_path / "one" / name, tmp_path / "two")
-    assert steps(tmp_path / "two", str(checkpoint)) == sorted({0, stopped_after, 2, 3})
-
-
 def test_resume_of_streamed_prompts_is_at_the_right_row(tmp_path, tokenizer):
     streams = lambda: {name: make_prompts(name).to_iterable_dataset() for name in ("general", "domain")}  # noqa: E731
     expected, _ = train(tmp_path / "one", tokenizer, train_dataset=streams())

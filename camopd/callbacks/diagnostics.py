@@ -69,15 +69,16 @@ class Diagnostics(StepCallback):
             save_file(sketches, self._file(folder), metadata={"norms": norms})
 
     def on_resumed(self, checkpoint: Path) -> None:
-        """Take them up again; another number of processes has other parts, and begins anew."""
+        """Take them up again; with another number or kind of processes, which have other parts, begin anew."""
         self._latest = {}
         if all(self._gather([self._file(checkpoint).is_file()])):
             with safe_open(self._file(checkpoint), framework="pt") as file:
                 for name, norm in json.loads(file.metadata()["norms"]):
-                    self._latest[name] = (file.get_tensor(name).to(self._args.device), norm)
+                    self._latest[name] = (file.get_tensor(name), norm)
 
     def _file(self, folder: Path) -> Path:
-        return folder / f"gradients-{self._args.process_index}-of-{self._args.world_size}.safetensors"
+        kind = str(self._args.distributed_state.distributed_type.value).lower()
+        return folder / f"gradients-{kind}-{self._args.process_index}-of-{self._args.world_size}.safetensors"
 
     # ------------------------------------------------------------------------------------------ gradients of samples
 
@@ -156,7 +157,7 @@ class Diagnostics(StepCallback):
         others = [name for name in self._latest if name != step.label]
         products = torch.zeros(3, dtype=torch.float64)
         if mine is not None:
-            other = self._latest[others[-1]][0] if others else torch.zeros_like(mine)
+            other = self._latest[others[-1]][0].to(mine.device) if others else torch.zeros_like(mine)
             products = torch.stack([mine @ other, mine @ mine, other @ other]).double().cpu()
         # Sharded gradients add up over ranks, and whole ones are on every rank alike, which no cosine sees.
         both, square, other_square = torch.stack(self._gather([products])).sum(dim=0).tolist()

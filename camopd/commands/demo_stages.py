@@ -125,12 +125,20 @@ def specialise(models: dict[str, Path], settings: DemoSettings) -> None:
             train_dataset=datasets.Dataset.from_list(rows),
         )
         _replace_progress(trainer, progress, "specialise", lambda logs: f"loss {float(logs['loss']):.2f}")
-        # The state is written last; older checkpoints go after that.
-        whole = [path.parent for path in run.glob("checkpoint-*/trainer_state.json")]
+        # The state is written last, and may itself be cut short; older checkpoints go after that.
+        whole = [path.parent for path in run.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
         newest = max(whole, key=step_of, default=None)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     trainer.save_model(str(models["specialised"]))
     shutil.rmtree(run, ignore_errors=True)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def recover(models: dict[str, Path], run: Path, settings: DemoSettings) -> None:

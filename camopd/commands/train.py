@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
         trainer.push_to_hub()
     trainer.accelerator.end_training()
     if args.process_index == 0:
-        print(f"The model is in {args.output_dir}; `{command()} report {args.output_dir}` draws the run.", flush=True)
+        report = f"{command()} report {shlex.quote(args.output_dir)}"
+        print(f"The model is in {args.output_dir}; `{report}` draws the run.", flush=True)
 
 
 def make_trainer(

@@ -38,9 +38,8 @@ class Number:
     """A number of a sign: the mean of a metric in a line of it, in words, and whether the sign is seen in it."""
 
     metric: str  # with {branch} where there is one for each branch
-    words: (
-        str  # with {mean}, {short} for the mean in three digits, {beside} for the mean of `beside`, {measured} steps
-    )
+    # With {mean}, {short} for the mean in three digits, {beside} for the mean of `beside`, {measured} steps.
+    words: str
     seen: Callable[[pd.Series], bool] | None = None  # None: no sign, only shown
     beside: str = ""
 

@@ -250,8 +250,8 @@ def load_adapter_student(path: str, init_kwargs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def used_up(args: Any, loaded: bool) -> Iterator[None]:
-    """Inside, a student that is `loaded` has no `model_init_kwargs`: they were used, and TRL would deny it."""
+def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
+    """Without `model_init_kwargs` where the student is `loaded` with them already: TRL would warn that they are ignored."""
     given = args.model_init_kwargs
     args.model_init_kwargs = None if loaded else given
     try:

@@ -25,8 +25,9 @@ _FSDP_LOADS_ONCE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's, which trans
 class LocalTeacher:
     """A frozen model on the trainer's own device.
 
-    A whole copy lives on every rank. On an accelerator it is moved there to score and back to the CPU afterwards, so
-    that only the student takes memory while its own forward and backward run, and a resting branch costs nothing.
+    A whole copy lives on every rank. On an accelerator its weights are copied there to score, and the copies dropped
+    afterwards, so that only the student takes memory while its own forward and backward run, and a resting branch costs
+    nothing.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class LocalTeacher:
             for name, weight in module._parameters.items()
             if type(weight) is torch.nn.Parameter
         ]
-        self.model.to(self.device)
         try:
+            self.model.to(self.device)
             yield
         finally:
             for module, name, weight, data in resting:

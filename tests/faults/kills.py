@@ -139,7 +139,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         output_dir=job["folder"], use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="steps",
         save_steps=1, save_total_limit=2, gradient_checkpointing=False, learning_rate=1e-2, max_steps=STEPS,
         prompts_per_step=4, per_device_train_batch_size=1, max_completion_length=6, max_prompt_length=64,
-        optim="adamw_torch", seed=job.get("seed", 1), log_level="error", diagnostics_steps=0,
+        optim="adamw_torch", seed=job.get("seed", 1), log_level="error", diagnostics_steps=1,
         **({"overwrite_output_dir": True} if job["used"] else {}),
         **({"rollout_servers": [job["rollouts"]], "rollout_lag": 1} if job["kind"] == "ahead" else {}),
     )  # fmt: skip
