@@ -250,7 +250,7 @@ def trial(
     ended = "not killed" if not any(codes) else ""
     # A signal that comes before the run listens ends it.
     allowed = [[-signal.SIGKILL, 0], [REQUEUE, -signal.SIGTERM, -signal.SIGKILL, 0]]["signal" in job]
-    if scenario.processes > 1 and -signal.SIGKILL in codes:
+    if scenario.processes > 1 and {-signal.SIGKILL, -signal.SIGTERM} & set(codes):
         allowed.append(1)  # the one that is left finds the other gone
     if any(code not in allowed for code in codes) or (REQUEUE in codes and set(codes) != {REQUEUE}):
         return f"stuck: exit {codes} where it was killed: {answers[0][-800:]}"
