@@ -50,8 +50,12 @@ def main(argv: list[str]) -> None:
             print(f"http://127.0.0.1:{found.server_port}/v1", flush=True)
             found.serve_forever()
     else:
-        for model in options.models:
-            name, _, path = model.partition("=")
+        if not options.questions.is_file():
+            sys.exit(f"--questions {options.questions} is not there. `serve --questions` makes it, see above.")
+        models = [model.partition("=") for model in options.models]
+        if wrong := [name for name, _, path in models if not Path(path or "?").is_dir()]:
+            sys.exit(f"{', '.join(wrong)}: not NAME=PATH with the folder of a model. Write mine=runs/mine, say.")
+        for name, _, path in models:
             write(Path(path), read(options.questions), options.out / f"{name}.jsonl", options.batch_tokens)
 
 

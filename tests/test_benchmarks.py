@@ -426,6 +426,15 @@ def test_recorded_answers_come_out_where_the_same_is_asked(tiny, tmp_path):
             assert ask(server, **{**asked[0], **other}).status_code == 400
 
 
+@pytest.mark.parametrize("given", ["mine", "mine=nowhere"])
+def test_recorded_answers_refuse_a_model_that_is_not_there_before_the_first_is_loaded(given, tiny, tmp_path):
+    (tmp_path / "questions.jsonl").write_text("")
+    words = ["--questions", str(tmp_path / "questions.jsonl"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="mine: not NAME=PATH"):
+        recorded_answers.main(["write", f"tiny={tiny}", given, *words])
+    assert not (tmp_path / "out").exists()
+
+
 @contextlib.contextmanager
 def serving(server):
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)

@@ -55,13 +55,26 @@ def test_local_teacher_is_frozen_and_stays_as_it_was(teacher_model):
     assert isinstance(teacher, Teacher)
 
 
-def test_local_teacher_comes_back_to_the_memory_that_it_had(teacher_model):
-    """The copies on the device (`meta` is one that every machine has) are dropped, not brought back: that takes as long."""
+@pytest.mark.parametrize("full", [False, True], ids=["used", "full"])
+def test_local_teacher_comes_back_to_the_memory_that_it_had(full, teacher_model, monkeypatch):
+    """The copies on the device (`meta` is one that every machine has) are dropped, not brought back: that takes as long.
+    Also where the device is found to be full on the way to it."""
     before = {name: (value.data_ptr(), value.clone()) for name, value in teacher_model.state_dict().items()}
-    teacher = LocalTeacher(teacher_model, "local", "meta", batch_size=2)
-    with pytest.raises(RuntimeError), teacher._on_device():
-        assert {weight.device.type for weight in teacher_model.parameters()} == {"meta"}
-        raise RuntimeError
+    teacher, to = LocalTeacher(teacher_model, "local", "meta", batch_size=2), teacher_model.to
+    seen = set()
+
+    def move(device):
+        if str(device) == "cpu":  # nothing comes back from `meta`, buffers neither
+            return
+        to(device)
+        seen.update(weight.device.type for weight in teacher_model.parameters())
+        if full:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(teacher_model, "to", move)
+    with pytest.raises(torch.OutOfMemoryError if full else ZeroDivisionError), teacher._on_device():
+        raise ZeroDivisionError
+    assert seen == {"meta"}
     for name, value in teacher_model.state_dict().items():
         assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
 
