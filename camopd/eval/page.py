@@ -33,9 +33,9 @@ def write(
     from ..report import page  # with matplotlib and the rest of the extra [report]
 
     out.mkdir(parents=True, exist_ok=True)
-    short = [*summary(rows), *(["**Scores**", page.table(score_rows(rows))] if rows else [])]
+    short = [*summary(rows), *([SCORES, page.table(score_rows(rows))] if rows else [])]
     if any("change" in row for row in rows):
-        short += [f"**From {START} to {RESULT}**", page.table(change_rows(rows))]
+        short += [CHANGES, page.table(change_rows(rows))]
     if gaps:
         first, last = gaps[0].steps
         short += [
@@ -65,6 +65,8 @@ def write(
     return short
 
 
+SCORES = "**Scores**, percent ± the standard error over items"
+CHANGES = f"**From {START} to {RESULT}**, points and shares [95 % interval]"
 READING = (
     "Scores are percent, ± the standard error over items. A change has its paired 95 % interval over the same items; p is "
     "the exact McNemar test: how often as uneven a split of the items that changed comes by chance. A task is called "
