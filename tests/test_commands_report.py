@@ -32,11 +32,22 @@ def test_report_into_a_file_is_refused(tmp_path, capsys):
     )
 
 
-def test_report_without_matplotlib_shows_the_command_to_type():
-    code = "import sys; sys.modules['matplotlib'] = None; from camopd.cli import main; main(['report', 'x'])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+def test_report_without_matplotlib_shows_the_command_to_type(tmp_path):
+    path = make_run(tmp_path, 8, **GAP)
+    code = "import sys; sys.modules['matplotlib'] = None; from camopd.cli import main; main(sys.argv[1:])"
+    found = subprocess.run(
+        [sys.executable, "-c", code, "report", str(path)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert found.returncode == 2
     assert re.search(r"camopd: figures need 'matplotlib.*': pip install -e '\.\[report\]'", found.stderr)
+
+
+def test_folder_without_a_run_is_said_before_figures_are_imported(tmp_path):
+    code = "import sys; sys.modules['matplotlib'] = None; from camopd.cli import main; main(sys.argv[1:])"
+    found = subprocess.run(
+        [sys.executable, "-c", code, "report", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert found.returncode == 2 and "which training writes into its output_dir" in found.stderr
 
 
 def test_report_imports_no_torch(tmp_path):

@@ -15,10 +15,11 @@ def report(argv: list[str]) -> None:
     parser.add_argument("--out", help="folder for the pages and figures (default: report/ in the first RUN)")
     options = parser.parse_args(argv)
 
-    from ..report.page import write_report
     from ..report.read import metrics_file, names_of
 
     paths = [metrics_file(run) for run in options.runs]
+    from ..report.page import write_report  # a second, which a folder without a run need not wait for
+
     out = Path(options.out) if options.out else paths[0].parent / "report"
     for line in write_report(dict(zip(names_of(paths), paths, strict=True)), out):
         print(line)
