@@ -358,22 +358,44 @@ def test_testbed_killed_in_a_run_goes_on_to_the_same_results(tmp_path, python):
 
 # --- the gate ----------------------------------------------------------------------------------------------------
 
-# Bands of the recovery of covered skills at the end of the runs. CaMOPD had 0.87 and 0.81 with seeds 1 and 2, vanilla
-# 0.61 and without selection 0.87 with seed 1; 40 items of two skills have a standard error of 0.05.
-GATE = {"camopd": (0.6, 1.01), "vanilla": (0.35, 0.9), "without_selection": (0.6, 1.01)}
+# At least so much of the way back to the general model, and of the domain's lead over it, in cross-entropy of the right
+# answers. Ten general models, from other random weights, gave 0.88 to 0.99 of the one and 0.86 to 0.99 of the other, with a
+# standard deviation of 0.03; a run that learns nothing has 0 and 1. (Accuracy is no measure for models so small: those that
+# another processor trains, with other roundings, get anything between 0.1 and 1 of it back.)
+GATE = 0.75
+GATED = ("camopd", "vanilla", "without_selection")
 
 
 @pytest.mark.slow
 def test_gate_recovery_is_in_its_band():
     """Three runs of a trainer that computes everything right and learns."""
     size = models.Size(
-        layers=2, width=64, steps=300, batch=64, specialise_steps=120, skills=("last", "max", "dup"), domain=("last",)
+        layers=2, width=64, steps=300, batch=64, specialise_steps=60, skills=("last", "max", "dup"), domain=("last",)
     )
     general = models.make_general(size, lambda text: None)
     specialised = models.specialise(general, size, 1, lambda text: None)
-    bench = run.Bench.of(general, specialised, size.skills, size.domain, covered=("max", "dup"))
-    for arm, (low, high) in GATE.items():
-        found = run.run(bench, arm, 5e-4, seed=1, steps=32, every=32)
-        end = tables.at(found, found["points"][-1])
-        assert low <= end.recovery <= high, (arm, end)
-        assert end.preservation >= 0.3, (arm, end)
+    covered = ("max", "dup")
+    bench = run.Bench.of(general, specialised, size.skills, size.domain, covered=covered)
+    students = []
+
+    @torch.no_grad()
+    def loss(model, *names):
+        pairs = [(item.prompt, item.answer) for item in bench.items if item.skill in names]
+        return models.answer_loss(model.eval(), pairs).item()
+
+    def share(student, *names, start, end):
+        first, last = loss(start, *names), loss(end, *names)
+        return (first - loss(student, *names)) / (first - last)
+
+    class Kept(run.Watch):
+        def __init__(self, bench, model, every):
+            super().__init__(bench, model, every)
+            students.append(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Watch", Kept)
+        for arm in GATED:
+            assert run.run(bench, arm, 5e-4, seed=1, steps=24, every=24)["stopped"] is None
+    for arm, student in zip(GATED, students, strict=True):
+        assert share(student, *covered, start=specialised, end=general) > GATE, arm
+        assert share(student, "domain", start=general, end=specialised) > GATE, arm
