@@ -24,7 +24,7 @@ from camopd.report.read import read_run
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from testbed import arms, explore, figures, gradients, models, run, signs, skills, tables  # noqa: E402
+from testbed import arms, explore, figures, gradients, lag, models, run, signs, skills, tables  # noqa: E402
 
 
 # --- skills and models -------------------------------------------------------------------------------------------
@@ -273,6 +273,28 @@ def test_explored_run_has_its_signs_and_goes_on_where_it_was(bench, tmp_path, mo
         )
     monkeypatch.setattr(explore, "run", lambda *args, **kwargs: pytest.fail("it is there"))
     explore.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
+
+
+def test_cost_of_a_lag_is_that_of_runs_that_begin_alike(bench, tmp_path, monkeypatch):
+    for name, value in (("RATES", (3e-4,)), ("EVERY", 2), ("STEPS", 8)):
+        monkeypatch.setattr(lag, name, value)
+    short = lag.run
+    monkeypatch.setattr(lag, "run", lambda *args: short(*args, steps=8))
+    monkeypatch.setattr(lag, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
+    lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201, 202])
+    found = {(run["seed"], run["lag"]): run for run in tables.read(tmp_path)}
+    assert set(found) == set(itertools.product((201, 202), lag.LAGS))
+    for seed in (201, 202):
+        plain, ahead = (found[seed, of]["points"] for of in lag.LAGS)
+        assert plain[0] == ahead[0] and [point["prompts"] for point in plain] == [point["prompts"] for point in ahead]
+        # Without a lag the ratio of trainer and sampler is all rounding, with one it is an update.
+        assert abs(found[seed, 0]["importance/log_ratio"]) < 1e-5 < abs(found[seed, 1]["importance/log_ratio"])
+    monkeypatch.setattr(lag, "run", lambda *args: pytest.fail("it is there"))
+    lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
+    (tmp_path / "runs" / "202-lag_1-0.0003.json").unlink()  # a seed that lacks a run is in no table
+    lag.write(tmp_path)
+    text = (tmp_path / "lag.md").read_text(encoding="utf-8")
+    assert "1 seeds, 2 runs of 8 steps" in text and "| `importance/log_ratio` | 0.0000 |" in text
 
 
 def test_noise_of_two_draws_by_hand():
