@@ -133,6 +133,7 @@ def _tokens_of(answer: str) -> list[int]:
 def real(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]:
     """A trainer of the given model, with the given servers."""
     from datasets import Dataset
+    from peft import LoraConfig
 
     from camopd import CaMOPDConfig, CaMOPDTrainer
 
@@ -150,6 +151,7 @@ def real(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]:
             per_device_train_batch_size=4, max_prompt_length=64, max_completion_length=options.tokens, learning_rate=1e-6,
             rollout_servers=[options.rollout_server], rollout_lag=lag, diagnostics_steps=0,
         ),
+        peft_config=LoraConfig(r=32, target_modules="all-linear"),  # vLLM on a CPU cannot be given weights with a tied head
     )  # fmt: skip
     return trainer, lambda: None
 

@@ -171,8 +171,9 @@ def demo_folder(given: Path | None, folder: Path, **settings: Any) -> Path:
 
 
 def demo_trainer(
-    student: Any, teachers: dict[str, str], prompts: Path, heldout: int, optimizer: Any = None, **args: Any
-):
+    student: Any, teachers: dict[str, str], prompts: Path, heldout: int, optimizer: Any = None, peft_config: Any = None,
+    **args: Any,
+):  # fmt: skip
     """The demo's trainer on a CPU, with the prompts that its output folder has, and settings of one's own."""
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback
@@ -196,6 +197,7 @@ def demo_trainer(
         eval_dataset={branch: read(branch, "heldout", heldout) for branch in teachers},
         processing_class=AutoTokenizer.from_pretrained(teachers["general"]),
         optimizers=(optimizer, None),
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

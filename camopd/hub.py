@@ -98,7 +98,7 @@ _MODEL = re.compile(
     r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
 )
 _FILES = re.compile(
-    r"README\.md|(metrics|held_out)\.jsonl|training_args\.bin|chat_template\.(jinja|json)|(added_tokens|special_tokens_map|tokenizer)\.json|"
+    r"README\.md|(metrics|held_out|eval_tasks)\.jsonl|training_args\.bin|chat_template\.(jinja|json)|(added_tokens|special_tokens_map|tokenizer)\.json|"
     r"((generation_|tokenizer_|processor_|preprocessor_)?config|trainer_state|(all|train|eval|test)_results)\.json"
 )
 _FOLDERS = re.compile(

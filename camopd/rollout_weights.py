@@ -79,7 +79,9 @@ class WeightsFolder:
         self._count += 1
         model = trainer.accelerator.unwrap_model(trainer.model)
         name = f"camopd-{self._run}-{self._count}"
-        version = Version(name, self._path / name, is_peft_model(model))
+        is_adapter, config = is_peft_model(model), model.config.get_text_config()
+        tied = not is_adapter and bool(getattr(config, "tie_word_embeddings", False))
+        version = Version(name, self._path / name, is_adapter, tied)
         beside = self._path / f"_{name}"
         error: OSError | SafetensorError | None = None
         writer = _Writer(beside)

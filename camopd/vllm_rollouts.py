@@ -15,11 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from transformers import set_seed
 from trl.extras.profiling import profiling_context
 from trl.generation import vllm_generation
@@ -105,11 +106,13 @@ def settle(trainer: Any, longest: int) -> None:
     generation.generation_kwargs = {
         **(args.generation_kwargs or {}), "stop_token_ids": ends_of(trainer), "ignore_eos": True,
     }  # fmt: skip
+    if is_peft_model(trainer.model) and generation._dist.fsdp_version != 1:
+        generation._iter_named_params = partial(adapted_weights, generation)
     if args.vllm_mode != "server":
         end_quietly(generation)
         return
     send = generation._iter_named_params
-    # The sender packs tensors and copies them once many are together. By then TRL has taken the adapter out of the last of
+    # The sender packs tensors and copies them once many are together. By then the adapter has been taken out of the last of
     # them again, in place: without a copy of its own the server gets the student without its adapter.
     generation._iter_named_params = lambda: ((name, weight.clone()) for name, weight in send())
     with on_all_ranks(gather_object):
@@ -117,6 +120,43 @@ def settle(trainer: Any, longest: int) -> None:
         if client is not None:
             client.generate = in_requests(client.generate)
             check_server(client, longest, compute_dtype(trainer.accelerator, trainer.model))
+
+
+def adapted_weights(generation: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """In place of TRL's `_iter_named_params`: the weights of a student with an adapter, by the names that vLLM knows, each
+    layer's adapter in its base until the next weight is asked for. A collective of all ranks.
+
+    TRL merges all layers in place and subtracts their adapters again, which rounds: at every sync the frozen base would
+    move, `adapter_off` with it, and the adapter that is saved would be one of another base.
+    """
+    model = generation.model
+    with generation._dist.gather_params(list(model.parameters())):
+        for name in [name for name, _ in model.named_parameters()]:
+            if model.prefix in name or "original_module" in name:
+                continue
+            path, is_base, _ = name.rpartition(".base_layer.")
+            with merged(model.get_submodule(path)) if is_base else nullcontext():
+                weight = model.get_parameter(name)
+                if hasattr(weight, "full_tensor"):  # of FSDP2, which may keep it on the CPU
+                    weight = weight.to(generation.accelerator.device).full_tensor()
+                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                known = generation._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."])
+                yield known, weight.data
+
+
+@contextmanager
+def merged(layer: Any) -> Iterator[None]:
+    """Inside, a layer of PEFT has its adapter in its base; afterwards the base is what it was, to the bit."""
+    base = layer.get_base_layer()
+    kept = {name: (weight, weight.data.clone()) for name, weight in base.named_parameters(recurse=False)}
+    layer.merge()
+    try:
+        yield
+    finally:
+        layer.unmerge()
+        for name, (weight, data) in kept.items():
+            weight.data.copy_(data)
+            setattr(base, name, weight)  # a quantized one is replaced when it is merged
 
 
 def end_quietly(generation: Any) -> None:

@@ -20,6 +20,7 @@ class FakeRollouts(FakeVLLM):
     def __init__(self, model, tokenizer, dev=True, lora=True, **more):
         self.dev, self.lora = dev, lora  # whether it was started so that it takes weights, and adapters
         self.instance = f"{next(instances):05}"  # another one of the same port is another one
+        self.device = "cuda"
         self.adapters = {}  # name -> the model with it
         self.loads = []  # folders that weights were read from
         super().__init__(model, tokenizer, **more)
@@ -44,7 +45,9 @@ class FakeRollouts(FakeVLLM):
         if path.endswith("_lora_adapter") and self.lora:
             return self._adapter(path, body)
         if self.dev and path == "/server_info":
-            return 200, json.dumps({"vllm_config": {"instance_id": self.instance}})
+            return 200, json.dumps(
+                {"vllm_config": {"instance_id": self.instance, "device_config": {"device": self.device}}}
+            )
         if self.dev and path == "/collective_rpc":
             return self._reload(Path(body["kwargs"]["weights_path"]))
         if self.dev and path == "/reset_prefix_cache":

@@ -18,6 +18,7 @@ from transformers.utils import PushInProgress
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import ResumeError, TeacherError
 from camopd.hub import check_trusted, public_name
+from camopd.output_dir import EVAL_TASKS
 from camopd.teachers.local import LocalTeacher
 
 
@@ -210,12 +211,15 @@ def test_push_sends_what_the_run_has_written_and_nothing_beside_it(
     trainer.train()
     for sent in hub.sent.values():
         assert not sent & set(STRAY)
+    out = tmp_path / "run"
+    measured = ("held_out.jsonl", EVAL_TASKS)  # of each held-out prompt, and of each row of eval_tasks
+    for name in measured:
+        (out / name).write_text("{}\n")
     trainer.save_state()
     trainer.push_to_hub()
-    out = tmp_path / "run"
     weights = ["adapter_model.safetensors", "adapter_config.json"] if lora else ["model.safetensors", "config.json"]
-    wanted = {*weights, "README.md", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json", "training_args.bin",
-              "chat_template.jinja", "trainer_state.json"}  # fmt: skip
+    wanted = {*weights, *measured, "README.md", "metrics.jsonl", "tokenizer.json", "tokenizer_config.json",
+              "training_args.bin", "chat_template.jinja", "trainer_state.json"}  # fmt: skip
     assert hub.sent[""] >= wanted
     top = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     left_out = {name for name in top - hub.sent[""] if not name.startswith("checkpoint-")}

@@ -20,18 +20,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import VOCAB, make_prompts, make_tokenizer
+from accelerate import Accelerator
+from conftest import VOCAB, make_model, make_prompts, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trainers import ROUNDED, make_trainer, worst
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
-from camopd.errors import CaMOPDError, GuardError
+from camopd.errors import CaMOPDError, GuardError, RolloutError
 from camopd.evaluation import HeldOutResults
 from camopd.step import Step
-from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests
+from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, settle
 
 
 real = pytest.mark.vllm
@@ -220,6 +224,39 @@ def test_weights_are_given_once_for_each_step_and_each_evaluation():
         counts.append(trainer.vllm_generation.synced)
     assert counts == [1, 1, 2, 2, 3, 4]
     assert all(math.isnan(value) for row in logps for value in row)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_base_below_an_adapter_is_the_same_to_the_bit_after_its_weights_were_sent(dtype):
+    """And what is sent is what TRL sends, whose own way moves the base."""
+
+    def generation():
+        config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(1).to(dtype), config)
+        found = VLLMGeneration.__new__(VLLMGeneration)
+        found.accelerator, found.model = Accelerator(cpu=True), model
+        found._dist = DistributedBackend(found.accelerator)
+        return found, model, {name: weight.clone() for name, weight in model.named_parameters()}
+
+    def sent(generation):
+        return {name: weight.clone() for name, weight in generation._iter_named_params()}
+
+    of_trl, moved, before = generation()
+    expected = sent(of_trl)
+    assert any(not torch.equal(weight, before[name]) for name, weight in moved.named_parameters())
+    ours, model, before = generation()
+    args = SimpleNamespace(generation_kwargs=None, vllm_mode="colocate")
+    settle(SimpleNamespace(vllm_generation=ours, args=args, model=model, eos_token_ids=[2]), 10)
+    found = sent(ours)
+    assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+    with suppress(StopIteration):  # and where the one that is sent to fails on its way
+        sending = ours._iter_named_params()
+        for _ in range(4):
+            next(sending)
+        sending.close()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
 @given(st.integers(0, 5000))
@@ -592,6 +629,15 @@ def test_plain_server_with_old_weights_stops_the_run(lora, plain, make):
     sync = trainer.engine.sync
     trainer.engine.sync = lambda under_way: trainer.state.global_step == 1 or sync(under_way)
     with pytest.raises(GuardError, match=r"step 2 \(domain\): the log-probs"):
+        trainer.train()
+    trainer.run.sampler.close()
+
+
+@real
+def test_plain_server_on_a_cpu_is_not_given_a_head_that_is_the_embeddings(plain, make, models):
+    student = AutoModelForCausalLM.from_pretrained(models[0], tie_word_embeddings=True)
+    trainer = make(use_vllm=False, rollout_servers=plain, model=student)
+    with pytest.raises(RolloutError, match="tie_word_embeddings"):
         trainer.train()
     trainer.run.sampler.close()
 

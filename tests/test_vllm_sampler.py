@@ -208,6 +208,27 @@ def test_weights_are_kept_from_a_server_that_comes_back_while_new_ones_are_given
     assert holders == {server.url: "another"}
 
 
+@pytest.mark.parametrize(("device", "tied"), [("cpu", True), ("cpu", False), ("cuda", True)])
+def test_head_that_is_the_embeddings_is_not_given_to_vllm_on_a_cpu(device, tied, start, connect, tmp_path):
+    """Which would go on with the old one: tests/test_vllm_rollouts.py has it from a real server."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.clone() for k, v in make_model(1).state_dict().items()}, tmp_path / "model.safetensors")
+    server = start()
+    server.device = device
+    sampler = connect(server)
+    sampler.hold()
+    version = Version("one", tmp_path, is_adapter=False, ties_head=tied)
+    if device == "cpu" and tied:
+        with pytest.raises(RolloutError, match=rf"{server.url}.*tie_word_embeddings.*use_peft"):
+            sampler.give(version)
+        sampler.release()
+        assert not server.loads
+    else:
+        sampler.adopt(version, sampler.give(version))
+        assert server.loads == [tmp_path]
+
+
 def test_prefix_cache_that_is_not_reset_keeps_the_server_out(start, connect, tmp_path, monkeypatch):
     server = start()
     sampler = connect(server)

@@ -39,6 +39,7 @@ class Version(NamedTuple):
     name: str
     folder: Path  # which the servers read
     is_adapter: bool  # a LoRA adapter alone, which requests name as their model
+    ties_head: bool = False  # all weights, and the output head is the embeddings
 
 
 class Completion(NamedTuple):
@@ -209,12 +210,21 @@ class Sampler:
         self._holders[url] = process
 
     async def _process(self, url: str) -> str:
-        """Tells a server from another one that was started in its place."""
+        """Tells a server from another one that was started in its place. Raises `RolloutError` for one that would take only
+        some of the weights."""
         found = await self._tell(url, "/server_info?config_format=json", None, _WHOLE)
         config = found.get("vllm_config") if isinstance(found, dict) else None
         name = config.get("instance_id") if isinstance(config, dict) else None
         if not isinstance(name, str) or not name:
             raise RolloutError(f"{ROLE.name} at {url} does not say which instance it is. Is it vLLM 0.12 or newer?")
+        # vLLM 0.32 packs a copy of the head there, and packs it again only where it is loaded as a weight of its own.
+        on_cpu = (config.get("device_config") or {}).get("device") == "cpu"
+        if on_cpu and self._version is not None and self._version.ties_head:
+            raise RolloutError(
+                f"{ROLE.name} at {url} is vLLM on a CPU. Given new weights of a model whose output head is its embeddings "
+                "(tie_word_embeddings), it goes on with the old head. Train a LoRA adapter (use_peft), leave "
+                "rollout_servers out, or have the server on a GPU."
+            )
         return name
 
     async def _load_adapter(self, url: str, version: Version) -> None:
