@@ -68,6 +68,7 @@ class RunCheckpoints:
         belongs to a run with other settings, student, teachers or prompts, before anything is loaded.
         """
         self._machine.in_turn(partial(clean_up, Path(self.args.output_dir)))
+        self._resumed_from = None  # of a call of `train` that failed before its first step
         if given in (None, False):
             return None
         if given is True or given == "auto":

@@ -39,7 +39,8 @@ class HeldOutResults:
         return torch.tensor([-summary.gap / max(1, summary.num_tokens) for summary in mine]).mean()
 
     def fill(self, output: Any, prefix: str, expected: int, logged: dict[str, list[float]]) -> Any:
-        """The parent's `output` with the gaps of all prompts as `<prefix>_*`; those that TRL logs go to `logged`.
+        """The parent's `output` with the gaps of all prompts as `<prefix>_*`, and in place of what TRL has `logged` of the
+        completions, over batches and under one name for all branches, the same over prompts.
 
         Raises `CaMOPDError` unless as many prompts were measured as `expected`.
         """
@@ -49,11 +50,13 @@ class HeldOutResults:
                 "set dataloader_drop_last=False."
             )
         rows = [self._found[position] for position in sorted(self._found)]
-        logged.update({name: [value] for name, value in metrics.of_completions(rows).items()})
+        of_completions = metrics.of_completions(rows)
+        for name in of_completions:
+            logged.pop(name, None)
         found = self._metrics = metrics.of_evaluation(rows)
         output = output._replace(num_samples=len(rows))
         output.metrics[f"{prefix}_loss"] = found["kl"]  # without the empty completions the batches count
-        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        output.metrics.update({f"{prefix}_{name}": value for name, value in {**found, **of_completions}.items()})
         return output
 
     def record(self) -> dict[str, Any]:

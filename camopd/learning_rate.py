@@ -92,6 +92,11 @@ def of_deepspeed(args: Any, section: str) -> Any:
     return None if plugin is None else (plugin.deepspeed_config or {}).get(section)
 
 
+def says_where_to_clip(args: Any) -> bool:
+    """Whether there is no DeepSpeed config, or one with `gradient_clipping`: accelerate leaves clipping to DeepSpeed."""
+    return getattr(args, "deepspeed_plugin", None) is None or of_deepspeed(args, "gradient_clipping") is not None
+
+
 def check_passed(args: Any, optimizer: Any, scheduler: Any) -> None:
     """Raise `ValueError` when a scheduler was passed that would not drive the run's optimizer.
 

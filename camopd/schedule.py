@@ -104,6 +104,11 @@ class Schedule:
         """Optimizer steps until the schedule repeats."""
         return len(self.steps)
 
+    @property
+    def alternates(self) -> bool:
+        """Whether some steps are of other branches than others."""
+        return len({frozenset(dict(step)) for step in self.steps}) > 1
+
     def shares(self, step: int) -> dict[str, float]:
         """Share of each branch in optimizer step `step`, counted from 0: `{"general": 1.0}` for a pure step."""
         return dict(self.steps[step % self.period])

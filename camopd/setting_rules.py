@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import ParallelismConfig
-from datasets import IterableDataset
 from torch import nn
 
 from . import guards
-from .learning_rate import of_deepspeed
-from .schedule import short
+from .learning_rate import of_deepspeed, says_where_to_clip
+from .schedule import Schedule, short
 from .teachers.address import OWN_TEACHERS, is_server
 
 
@@ -225,6 +224,10 @@ NEEDS = (
         "lr_scheduler_type lr_scheduler_kwargs", lambda a: of_deepspeed(a, "scheduler") is None,
         "the DeepSpeed config has a scheduler of its own. Take it out of there",
     ),
+    Need(
+        "max_grad_norm", says_where_to_clip,
+        "the DeepSpeed config has no gradient_clipping, and DeepSpeed has its own default. Write gradient_clipping: auto",
+    ),
     Need("weight_decay", lambda a: not any(w in _optim(a) for w in ("galore", "apollo")), "a low-rank optim gets none"),
     Need("optim_target_modules", lambda a: any(w in _optim(a) for w in ("galore", "apollo")), "optim is not low-rank"),
     Need("fsdp_config", lambda a: bool(a.fsdp), "fsdp is not set; a launch file of accelerate has its own fsdp_config"),
@@ -247,6 +250,12 @@ NEEDS = (
     Need(
         "importance_sampling_mode " + _BAND, lambda a: a.divergence == "sampled", "divergence samples no token to weigh"
     ),
+    Need(
+        "importance_sampling_mode " + _BAND, lambda a: a.use_vllm or a.rollout_servers or a.student_logps != "trainer",
+        "transformers draws with the weights that are trained, and student_logps='trainer' takes w_t as 1",
+    ),
+    Need("optimizer_moments", lambda a: Schedule.parse(a.schedule).alternates, "all steps are of the same branches"),
+    Need("eval_tasks eval_tasks_items", lambda a: a.eval_strategy != "no" or a.eval_on_start, "eval_strategy is 'no'"),
     Need(
         "relaxed_mixture relaxed_entropy_share relaxed_exploration_steps", lambda a: a.token_rule == "relaxed_opd",
         "token_rule is not 'relaxed_opd'",
@@ -405,18 +414,6 @@ def is_set(args: Any, name: str) -> bool:
     usual = default.default_factory() if callable(default.default_factory) else default.default
     value = getattr(args, name)
     return getattr(value, "value", value) != usual
-
-
-def read_streams_in_this_process(args: Any, datasets: Iterable[Any]) -> None:
-    """Give up worker processes where prompts are streamed: several would each see a part of the stream."""
-    if args.dataloader_num_workers and any(isinstance(dataset, IterableDataset) for dataset in datasets):
-        warn(
-            [("dataloader_num_workers", args.dataloader_num_workers, "streamed prompts are read in this process")],
-            args,
-        )
-        args.dataloader_num_workers = 0
-        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
-        args.dataloader_persistent_workers = False
 
 
 def _is_loaded_here(teacher: Any) -> bool:

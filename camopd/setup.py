@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
@@ -113,7 +113,6 @@ def prepare(
     schedule = Schedule.parse(args.schedule)
     streams = _make_streams(train_dataset, args, schedule)
     held = None if eval_dataset is None else held_out(eval_dataset, schedule, "eval_dataset", args.prefill)
-    setting_rules.read_streams_in_this_process(args, [stream.dataset for stream in streams.values()])
     check_metric(args, schedule.branches, held or {}, callbacks)
     tasks = live_tasks.load(args, held)
     check_passed(args, *optimizers)
@@ -351,10 +350,16 @@ def _make_streams(datasets: Any, args: CaMOPDConfig, schedule: Schedule) -> dict
     for _, text in schedule.mismatches("train_dataset", datasets):
         raise ValueError(text)
     seed = args.seed if args.data_seed is None else args.data_seed
-    return {
+    streams = {
         branch: PromptStream(datasets[branch], branch, seed, bool(args.shuffle_dataset), args.prefill)
         for branch in schedule.branches
     }
+    if args.dataloader_num_workers and any(isinstance(each.dataset, IterableDataset) for each in streams.values()):
+        reason = "streamed prompts are read in this process"  # several would each see a part of the stream
+        setting_rules.warn([("dataloader_num_workers", args.dataloader_num_workers, reason)], args)
+        args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
+        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
+    return streams
 
 
 def _make_dataset(streams: dict[str, PromptStream], schedule: Schedule, args: CaMOPDConfig) -> StepDataset:

@@ -345,9 +345,10 @@ def check_evaluations(results):
             rate, seconds = found[f"eval_{branch}_samples_per_second"], found[f"eval_{branch}_runtime"]
             assert rate * seconds == pytest.approx(count, rel=0.2, abs=0.6), where  # both are rounded
             lengths = expected["lengths"]
-            assert logged["eval_completions/mean_length"] == pytest.approx(sum(lengths) / count), where
-            assert logged["eval_completions/min_length"] == min(lengths), where
-            assert logged["eval_completions/max_length"] == max(lengths), where
+            assert logged[f"eval_{branch}_completions/mean_length"] == pytest.approx(sum(lengths) / count), where
+            assert logged[f"eval_{branch}_completions/min_length"] == min(lengths), where
+            assert logged[f"eval_{branch}_completions/max_length"] == max(lengths), where
+            assert not {name for name in logged if name.startswith(("eval_completions", "eval_entropy"))}, where
 
 
 if __name__ == "__main__":  # torchrun --standalone --nproc_per_node 2 tests/steps.py FOLDER BATCH_SIZE

@@ -12,6 +12,7 @@ from trainers import lines, make_trainer
 from transformers import TrainerState
 
 from camopd.callbacks.engine_logps import MARGIN, EngineLogps
+from camopd.errors import TeacherError
 from camopd.guards import LOG_RATIO
 from camopd.step import Step, StepCallback
 
@@ -146,3 +147,31 @@ def test_engine_takes_its_log_probs_in_every_step(tmp_path, tokenizer):
     settings = {**AUTO, "student_logps": "engine", "max_steps": 2}
     make_trainer(tmp_path, tokenizer, model=make_model(1), **settings).train()
     assert [line["importance/engine_logps"] for line in lines(tmp_path)] == [1, 1]
+
+
+def test_evaluation_after_a_step_that_broke_off_has_the_trainers_log_probs(tmp_path, tokenizer):
+    """With entropies, which the engine's have none of."""
+    held_out = {"general": make_prompts("general", count=2)}
+    trainer = make_trainer(tmp_path, tokenizer, **{**AUTO, "student_logps": "engine"}, eval_dataset=held_out)
+    score = trainer.scorer.score
+
+    def fail(*args, **kwargs):
+        raise TeacherError("it is gone")
+
+    trainer.scorer.score = fail
+    with pytest.raises(TeacherError):
+        trainer.train()
+    trainer.scorer.score = score
+    found = trainer.evaluate()
+    assert found["eval_general_entropy"] > 0 and not trainer.scorer.engine_logps
+
+
+def test_evaluation_names_the_branch_in_all_that_it_says(tmp_path, tokenizer):
+    held_out = {branch: make_prompts(branch, count=2) for branch in ("general", "domain")}
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=held_out)
+    found = trainer.evaluate()
+    of_each = [{name.removeprefix(f"eval_{branch}_") for name in found if name.startswith(f"eval_{branch}_")}
+               for branch in held_out]  # fmt: skip
+    assert of_each[0] == of_each[1] >= {"entropy", "completions/mean_length", "kl"}
+    assert found["eval_general_entropy"] != found["eval_domain_entropy"]
+    assert len(found) - 2 * len(of_each[0]) <= 2  # num_tokens and epoch, which are of the run

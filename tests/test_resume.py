@@ -238,6 +238,21 @@ def test_teacher_that_is_gone_for_good_leaves_a_step_that_is_scored_after_resume
         assert torch.equal(one, other)
 
 
+def test_run_that_starts_anew_after_a_resume_that_failed_has_rollouts_of_its_own(start_server, tmp_path, tokenizer):
+    """Those of the checkpoint are of another step."""
+    server = start_server()
+    with pytest.raises(TeacherError):
+        train_with(server, tmp_path, tokenizer, dies_at=2, save_strategy="steps", save_steps=1)
+    trainer = make_trainer(
+        tmp_path, tokenizer, teachers={"general": make_model(2), "domain": make_model(3)}, save_strategy="no",
+        overwrite_output_dir=True,
+    )  # fmt: skip
+    checkpoint = tmp_path / "checkpoint-2"
+    trainer.checkpoints._resumed_from = checkpoint  # as a resume leaves it whose first step was never begun
+    assert trainer.checkpoints.find(None, False) is None
+    assert trainer.checkpoints.saved_rollouts(trainer, []) is None
+
+
 @pytest.mark.parametrize("as_checkpoint", [True, False])
 def test_resume_does_not_use_rollouts_that_another_run_has_left(as_checkpoint, start_server, tmp_path, tokenizer):
     kwargs = {"save_strategy": "steps", "save_steps": 1, "seed": 7}

@@ -107,10 +107,12 @@ NEEDS = {
     "vllm_server_port": (9, {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://host:1"}),
     "data_seed": (3, {"shuffle_dataset": False}), "importance_sampling_low": (0.1, {"importance_sampling_mode": "none"}),
     "importance_sampling_high": (9.0, {"divergence": "top_k"}), "relaxed_mixture": (0.2, {}),
-    "importance_sampling_mode": ("none", {"divergence": "full"}),
+    "importance_sampling_mode": ("truncate", {}),
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
-    "divergence_top_k": (5, {}),
+    "divergence_top_k": (5, {}), "optimizer_moments": ("per_branch", {"schedule": "general:1+domain:1"}),
+    "eval_tasks": (["ifeval"], {}), "eval_tasks_items": (9, {"eval_tasks": ["ifeval"]}),
+    "max_grad_norm": (0.3, OWN_OPTIMIZER),
     "trust_checkpoint": (True, {}),
 }  # fmt: skip
 

@@ -56,7 +56,11 @@ class EngineLogps(StepCallback):
         self._scorer.engine_logps = step.engine_logps
 
     def on_step_ready(self, step: Step) -> None:
-        """An evaluation has the trainer's."""
+        """What is scored after it, for diagnostics, has the trainer's."""
+        self._scorer.engine_logps = False
+
+    def on_evaluation_started(self, name: str, prompts: int) -> None:
+        """As an evaluation has, also one after a step that was broken off in the middle."""
         self._scorer.engine_logps = False
 
     def on_step_closed(self, step: Step) -> None:

@@ -214,7 +214,8 @@ class Sampler:
         some of the weights."""
         found = await self._tell(url, "/server_info?config_format=json", None, _WHOLE)
         config = found.get("vllm_config") if isinstance(found, dict) else None
-        name = config.get("instance_id") if isinstance(config, dict) else None
+        config = config if isinstance(config, dict) else {}
+        name = config.get("instance_id")
         if not isinstance(name, str) or not name:
             raise RolloutError(f"{ROLE.name} at {url} does not say which instance it is. Is it vLLM 0.12 or newer?")
         # vLLM 0.32 packs a copy of the head there, and packs it again only where it is loaded as a weight of its own.
