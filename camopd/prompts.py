@@ -143,13 +143,9 @@ class StepDataset(TorchDataset):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.streams = streams
-        self.schedule = schedule
-        self.rows_per_step = rows_per_step
-        self.num_steps = num_steps
-        self.micro_steps = micro_steps
-        self.rank = rank
-        self.world_size = world_size
+        self.streams, self.schedule, self.rank, self.world_size = streams, schedule, rank, world_size
+        self.rows_per_step, self.num_steps, self.micro_steps = rows_per_step, num_steps, micro_steps
+        self._latest: tuple[int, list[dict[str, Any]]] = (-1, [])  # a step and its rows
 
     def __len__(self) -> int:
         return self.num_steps * self.micro_steps
@@ -162,6 +158,10 @@ class StepDataset(TorchDataset):
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
         """This rank's rows of optimizer step `step`, in the order of their places in the global batch."""
+        if (
+            step == self._latest[0]
+        ):  # with a lag each step is asked for twice, and a stream would be read from its start
+            return [{**row} for row in self._latest[1]]
         drawn = self.schedule.rows_before(step, self.rows_per_step)
         rows: list[dict[str, Any]] = []
         position = 0  # of the branch's first row in the global batch
@@ -171,7 +171,8 @@ class StepDataset(TorchDataset):
             for place, row in enumerate(self.streams[branch].draw(draws)):
                 rows.append({**row, "position": position + first + place * self.world_size})
             position += count
-        return rows
+        self._latest = step, rows
+        return [{**row} for row in rows]
 
 
 def one_item_per_micro_step(dataset: StepDataset, args: Any) -> DataLoader:

@@ -548,3 +548,23 @@ def test_lists_in_lists_without_end_are_refused_in_words():
             named(read_row, {**row, "row": "row 3"})
     with pytest.raises(ValueError, match=r"^row 3 has lists or mappings in one another"):
         named(read_row, {"prompt": [{"role": "user", "content": "a"}], "tools": "[" * 10**5, "row": "row 3"})
+
+
+def test_stream_is_read_once_where_each_step_is_asked_for_twice():
+    """As with `rollout_lag`: for the rollouts that begin ahead, and by the loader."""
+    read = []
+
+    def rows():
+        for number in range(1000):
+            read.append(number)
+            yield {"prompt": f"prompt {number}"}
+
+    stream = PromptStream(IterableDataset.from_generator(rows), "general", seed=0, shuffle=False)
+    dataset = StepDataset({"general": stream}, Schedule.parse("general"), rows_per_step=4, num_steps=10)
+    read.clear()  # what was looked at when it was made
+    for step in range(10):
+        ahead, loaded = dataset.rows_of(step), dataset[step]
+        assert ahead == loaded and [row["prompt"] for row in loaded] == [f"prompt {4 * step + at}" for at in range(4)]
+        ahead[0]["prompt"] = "changed by its reader"
+        assert dataset.rows_of(step) == loaded
+    assert len(read) <= 10 * 4 + 1
