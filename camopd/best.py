@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 GREATER_IS_BETTER = {"kl": False, "loss": False, "gap": True, "gap_abs": False, "gap_positive": False}
 OF_TASKS = {"score": True, "broken": False}  # of each of `eval_tasks`
 # What evaluation also gives, and what says nothing about the model.
-NO_MEASURE = ("kl_se", "prompts", "runtime", "samples_per_second", "steps_per_second")
+NO_MEASURE = (
+    "kl_se", "prompts", "runtime", "samples_per_second", "steps_per_second", "entropy", "completions/clipped_ratio",
+    *(f"completions/{kind}_{ended}length" for kind in ("mean", "min", "max") for ended in ("", "terminated_")),
+)  # fmt: skip
 
 
 def task_name(task: str) -> str:

@@ -411,8 +411,8 @@ def warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
     """`camopd train` evaluates by these settings alone; a script may do so by hand."""
     if prompts.eval_prompts and args.eval_strategy == "no" and not args.eval_on_start:
         logger.warning(
-            "eval_prompts have no effect: nothing says when they are measured. Set eval_strategy: steps and eval_steps, or "
-            "eval_on_start"
+            "%s no effect: nothing says when they are measured. Set eval_strategy: steps and eval_steps, or eval_on_start",
+            "eval_prompts and eval_tasks have" if args.eval_tasks else "eval_prompts have",
         )
     elif prompts.eval_prompts and not args.eval_on_start and not args.resume_from_checkpoint:
         logger.warning(

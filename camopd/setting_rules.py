@@ -255,7 +255,6 @@ NEEDS = (
         "transformers draws with the weights that are trained, and student_logps='trainer' takes w_t as 1",
     ),
     Need("optimizer_moments", lambda a: Schedule.parse(a.schedule).alternates, "all steps are of the same branches"),
-    Need("eval_tasks eval_tasks_items", lambda a: a.eval_strategy != "no" or a.eval_on_start, "eval_strategy is 'no'"),
     Need(
         "relaxed_mixture relaxed_entropy_share relaxed_exploration_steps", lambda a: a.token_rule == "relaxed_opd",
         "token_rule is not 'relaxed_opd'",

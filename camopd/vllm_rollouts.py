@@ -107,13 +107,13 @@ def settle(trainer: Any, longest: int) -> None:
         **(args.generation_kwargs or {}), "stop_token_ids": ends_of(trainer), "ignore_eos": True,
     }  # fmt: skip
     if is_peft_model(trainer.model) and generation._dist.fsdp_version != 1:
+        refuse_adapter_on_half_a_tie(trainer.model)
         generation._iter_named_params = partial(adapted_weights, generation)
     if args.vllm_mode != "server":
         end_quietly(generation)
         return
     send = generation._iter_named_params
-    # The sender packs tensors and copies them once many are together. By then the adapter has been taken out of the last of
-    # them again, in place: without a copy of its own the server gets the student without its adapter.
+    # The sender packs tensors and copies them once many are together: gathered ones are gone by then.
     generation._iter_named_params = lambda: ((name, weight.clone()) for name, weight in send())
     with on_all_ranks(gather_object):
         client = getattr(generation, "vllm_client", None)  # of the first rank alone
@@ -124,17 +124,18 @@ def settle(trainer: Any, longest: int) -> None:
 
 def adapted_weights(generation: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """In place of TRL's `_iter_named_params`: the weights of a student with an adapter, by the names that vLLM knows, each
-    layer's adapter in its base until the next weight is asked for. A collective of all ranks.
+    with its layer's adapter in it. A collective of all ranks.
 
     TRL merges all layers in place and subtracts their adapters again, which rounds: at every sync the frozen base would
-    move, `adapter_off` with it, and the adapter that is saved would be one of another base.
+    move, `adapter_off` with it, and the adapter that is saved would be one of another base. Here the base is not written
+    to, whatever stream of a GPU the next weight is asked for on.
     """
     model = generation.model
     with generation._dist.gather_params(list(model.parameters())):
         for name in [name for name, _ in model.named_parameters()]:
             if model.prefix in name or "original_module" in name:
                 continue
-            path, is_base, _ = name.rpartition(".base_layer.")
+            path, is_base, _ = name.partition(".base_layer.")
             with merged(model.get_submodule(path)) if is_base else nullcontext():
                 weight = model.get_parameter(name)
                 if hasattr(weight, "full_tensor"):  # of FSDP2, which may keep it on the CPU
@@ -146,17 +147,39 @@ def adapted_weights(generation: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def merged(layer: Any) -> Iterator[None]:
-    """Inside, a layer of PEFT has its adapter in its base; afterwards the base is what it was, to the bit."""
-    base = layer.get_base_layer()
-    kept = {name: (weight, weight.data.clone()) for name, weight in base.named_parameters(recurse=False)}
-    layer.merge()
+    """Inside, a layer of PEFT has a copy of its base, with its adapters in it; those of several parameters are around each
+    other."""
+    base, around = layer.get_base_layer(), []
+    while hasattr(layer, "base_layer"):
+        around.append(layer)
+        layer = layer.base_layer
+    kept = dict(base.named_parameters(recurse=False))
     try:
+        for name, weight in kept.items():
+            setattr(base, name, torch.nn.Parameter(weight.data.clone(), requires_grad=False))
+        for layer in around:
+            layer.merge()
         yield
     finally:
-        layer.unmerge()
-        for name, (weight, data) in kept.items():
-            weight.data.copy_(data)
-            setattr(base, name, weight)  # a quantized one is replaced when it is merged
+        for name, weight in kept.items():
+            setattr(base, name, weight)
+        for layer in around:
+            layer.merged_adapters.clear()
+
+
+def refuse_adapter_on_half_a_tie(model: Any) -> None:
+    """Raise `ValueError` for an adapter on one of two layers that share a weight, which vLLM has once."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    for tied in names.values():
+        adapted = [name for name in tied if ".base_layer." in name]
+        ensured = all(getattr(config, "ensure_weight_tying", False) for config in model.peft_config.values())
+        if adapted and len(tied) > 1 and not (ensured and len(adapted) == len(tied)):
+            raise ValueError(
+                f"{' and '.join(tied)} are one weight, and an adapter on {adapted[0]} makes two of it: vLLM has one. "
+                "Leave embeddings and output head out of target_modules, or set ensure_weight_tying in the LoraConfig."
+            )
 
 
 def end_quietly(generation: Any) -> None:

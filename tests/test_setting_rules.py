@@ -111,7 +111,6 @@ NEEDS = {
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
     "divergence_top_k": (5, {}), "optimizer_moments": ("per_branch", {"schedule": "general:1+domain:1"}),
-    "eval_tasks": (["ifeval"], {}), "eval_tasks_items": (9, {"eval_tasks": ["ifeval"]}),
     "max_grad_norm": (0.3, OWN_OPTIMIZER),
     "trust_checkpoint": (True, {}),
 }  # fmt: skip

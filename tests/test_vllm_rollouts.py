@@ -226,14 +226,35 @@ def test_weights_are_given_once_for_each_step_and_each_evaluation():
     assert all(math.isnan(value) for row in logps for value in row)
 
 
+class Experts(torch.nn.Module):
+    """Two parameters of one module, as those of a layer with experts: PEFT puts an adapter around an adapter."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj, self.down_proj = (
+            torch.nn.Parameter(torch.randn(2, config.hidden_size, config.hidden_size)) for _ in range(2)
+        )
+
+
+def make_student(experts):
+    model = make_model(1)
+    for layer in model.model.layers if experts else ():
+        layer.mlp.experts = Experts(model.config)
+    return model
+
+
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_base_below_an_adapter_is_the_same_to_the_bit_after_its_weights_were_sent(dtype):
+def test_base_below_an_adapter_is_the_same_to_the_bit_after_its_weights_were_sent(dtype, experts):
     """And what is sent is what TRL sends, whose own way moves the base."""
 
     def generation():
-        config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False)
+        more = {"target_parameters": ["experts.up_proj", "experts.down_proj"]} if experts else {}
+        config = LoraConfig(
+            r=4, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False, **more
+        )
         torch.manual_seed(0)
-        model = get_peft_model(make_model(1).to(dtype), config)
+        model = get_peft_model(make_student(experts).to(dtype), config)
         found = VLLMGeneration.__new__(VLLMGeneration)
         found.accelerator, found.model = Accelerator(cpu=True), model
         found._dist = DistributedBackend(found.accelerator)
@@ -249,6 +270,7 @@ def test_base_below_an_adapter_is_the_same_to_the_bit_after_its_weights_were_sen
     args = SimpleNamespace(generation_kwargs=None, vllm_mode="colocate")
     settle(SimpleNamespace(vllm_generation=ours, args=args, model=model, eos_token_ids=[2]), 10)
     found = sent(ours)
+    assert sum("experts" in name for name in found) == 2 * experts * model.config.num_hidden_layers
     assert list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
     with suppress(StopIteration):  # and where the one that is sent to fails on its way
         sending = ours._iter_named_params()
@@ -257,6 +279,20 @@ def test_base_below_an_adapter_is_the_same_to_the_bit_after_its_weights_were_sen
         sending.close()
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_adapter_on_half_of_a_tie_is_refused(both):
+    """vLLM has one weight for both."""
+    student = make_model(1)
+    student.config.tie_word_embeddings = True
+    student.tie_weights()
+    targets = ["lm_head", *(["embed_tokens"] if both else [])]
+    model = get_peft_model(student, LoraConfig(r=4, target_modules=targets))
+    args = SimpleNamespace(generation_kwargs=None, vllm_mode="colocate")
+    generation = SimpleNamespace(model=model, _dist=SimpleNamespace(fsdp_version=None))
+    with pytest.raises(ValueError, match=r"embed_tokens.*lm_head.*are one weight.*target_modules"):
+        settle(SimpleNamespace(vllm_generation=generation, args=args, model=model, eos_token_ids=[2]), 10)
 
 
 @given(st.integers(0, 5000))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from camopd import atomic
+from camopd.errors import CaMOPDError
 from camopd.report.page import table as markdown_table
 from camopd.report.read import read_run
 
@@ -85,13 +86,18 @@ def run(bench: Bench, rate: float, seed: int, lag: int, steps: int = STEPS) -> d
         settings = {**ARMS["camopd"], "rollout_servers": [server.url], "rollout_lag": lag, "diagnostics_steps": EVERY}
         trainer = trainer_of(bench, student, folder, rate, seed, steps, watch, settings)
         watch.rule = trainer.rule
-        trainer.train()
-        trainer.run.sampler.close()
+        stopped = None
+        try:
+            trainer.train()
+        except CaMOPDError as error:
+            stopped = f"{type(error).__name__} in step {trainer.state.global_step + 1}: {error}"
+        finally:
+            trainer.run.sampler.close()
         frame = read_run(Path(folder) / "metrics.jsonl")[0]
-    if frame["rollout/lag"].tolist() != [0] + [lag] * (steps - 1):
+    if stopped is None and frame["rollout/lag"].tolist() != [0] + [lag] * (steps - 1):
         raise RuntimeError(f"completions were of other weights than asked for: {frame['rollout/lag'].tolist()}")
     return {
-        "arm": f"lag {lag}", "lag": lag, "learning_rate": rate, "seed": seed, "stopped": None, "points": watch.points,
+        "arm": f"lag {lag}", "lag": lag, "learning_rate": rate, "seed": seed, "stopped": stopped, "points": watch.points,
         "general": bench.measure(bench.general), "signs": signs.numbers(frame),
         **{name: statistics.fmean(frame[name]) for name in METRICS}, "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip

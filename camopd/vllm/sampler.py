@@ -219,7 +219,8 @@ class Sampler:
         if not isinstance(name, str) or not name:
             raise RolloutError(f"{ROLE.name} at {url} does not say which instance it is. Is it vLLM 0.12 or newer?")
         # vLLM 0.32 packs a copy of the head there, and packs it again only where it is loaded as a weight of its own.
-        on_cpu = (config.get("device_config") or {}).get("device") == "cpu"
+        device = config.get("device_config")
+        on_cpu = isinstance(device, dict) and device.get("device") == "cpu"
         if on_cpu and self._version is not None and self._version.ties_head:
             raise RolloutError(
                 f"{ROLE.name} at {url} is vLLM on a CPU. Given new weights of a model whose output head is its embeddings "
