@@ -46,7 +46,7 @@ test: install  ## Run the tests that need no processes of their own and no serve
 test-slow: install  ## Run the tests that start several processes or whole runs
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $(ARGS)
 
-test-faults: install  ## Kill runs, fill disks, and train for long with a bad teacher (a quarter of an hour; as root for the disks)
+test-faults: install  ## Kill runs, fill disks, and train for long with a bad teacher (half an hour; as root for the disks)
 	$(BIN)/python tests/faults/kills.py
 	$(BIN)/python tests/faults/disk.py
 	$(BIN)/python tests/faults/soak.py
