@@ -178,15 +178,11 @@ class StepDataset(TorchDataset):
 def one_item_per_micro_step(dataset: StepDataset, args: Any) -> DataLoader:
     """A loader whose items are this rank's own already: nothing in them is left for accelerate to shard or move."""
     return DataLoader(
-        dataset,
-        batch_size=1,
-        sampler=SequentialSampler(dataset),
-        collate_fn=_only_item,
-        num_workers=args.dataloader_num_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
+        dataset, batch_size=1, sampler=SequentialSampler(dataset), collate_fn=_only_item,
+        num_workers=args.dataloader_num_workers, prefetch_factor=args.dataloader_prefetch_factor,
         persistent_workers=args.dataloader_persistent_workers,
         multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
+    )  # fmt: skip
 
 
 def _only_item(items: list[Any]) -> Any:
