@@ -85,7 +85,7 @@ def test_gaps_stand_on_the_page_alone_and_beside_tasks(tmp_path, capsys):
     assert kept["gaps"][2]["gone"] == pytest.approx([0.75] * 3) and kept["tasks"] == []
     rows = compare([TASKS["ifeval"]], {"start": {"ifeval": items([0, 1])}})
     short = page.write(rows, (), {}, tmp_path / "out", gaps=gaps.of_run(run))
-    assert short[0].startswith("**Scores**") and len(short) == 5  # two tables with what they are, and a note
+    assert short[0] == page.SCORES and len(short) == 5  # two tables with what they are, and a note
 
 
 def test_gaps_without_a_run_are_refused(capsys):

@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_prompts
 from fake_vllm import FakeVLLM
 from trainers import lines, make_trainer
+from transformers import TrainerCallback
 
 from camopd.errors import ResumeError, TeacherError
 from camopd.prompts import StepDataset
@@ -238,19 +239,33 @@ def test_teacher_that_is_gone_for_good_leaves_a_step_that_is_scored_after_resume
         assert torch.equal(one, other)
 
 
-def test_run_that_starts_anew_after_a_resume_that_failed_has_rollouts_of_its_own(start_server, tmp_path, tokenizer):
-    """Those of the checkpoint are of another step."""
+def test_run_that_starts_anew_after_a_resume_that_failed_rolls_out_its_first_step(start_server, tmp_path, tokenizer):
+    """The checkpoint has the rollouts of step 2, of the same branch."""
     server = start_server()
     with pytest.raises(TeacherError):
         train_with(server, tmp_path, tokenizer, dies_at=2, save_strategy="steps", save_steps=1)
+
+    class FailsOnce(TrainerCallback):
+        failures = iter([RuntimeError("not yet")])
+
+        def on_train_begin(self, *args, **kwargs):
+            for failure in self.failures:
+                raise failure
+
+    again = start_server(port=server.port)
+    teachers = {"general": again.url, "domain": [again.url]}
     trainer = make_trainer(
-        tmp_path, tokenizer, teachers={"general": make_model(2), "domain": make_model(3)}, save_strategy="no",
-        overwrite_output_dir=True,
+        tmp_path, tokenizer, teachers=teachers, teacher_timeout=0.3, max_steps=4, callbacks=[FailsOnce()],
+        save_strategy="steps", save_steps=1,
     )  # fmt: skip
-    checkpoint = tmp_path / "checkpoint-2"
-    trainer.checkpoints._resumed_from = checkpoint  # as a resume leaves it whose first step was never begun
-    assert trainer.checkpoints.find(None, False) is None
-    assert trainer.checkpoints.saved_rollouts(trainer, []) is None
+    generated, roll_out = [], trainer.roll_out
+    trainer.roll_out = lambda *args: generated.append(trainer.state.global_step) or roll_out(*args)
+    with pytest.raises(RuntimeError, match="not yet"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.train()
+    assert generated == [0, 1, 2, 3]
+    for teacher in trainer.teachers.values():
+        teacher.close()
 
 
 @pytest.mark.parametrize("as_checkpoint", [True, False])
