@@ -24,6 +24,7 @@ from camopd.report.read import read_run
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import testbed.__main__  # noqa: E402
 from testbed import arms, explore, figures, gradients, lag, models, run, signs, skills, tables  # noqa: E402
 
 
@@ -261,7 +262,9 @@ def test_explored_run_has_its_signs_and_goes_on_where_it_was(bench, tmp_path, mo
     few = ("CaMOPD", "divergence: full", "mixed 1:1")
     monkeypatch.setattr(explore, "VARIATIONS", {name: explore.VARIATIONS[name] for name in few})
     monkeypatch.setattr(explore, "run", lambda *args, **kwargs: run.run(*args, **kwargs, steps=8))
-    monkeypatch.setattr(explore, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
+    monkeypatch.setattr(
+        testbed.__main__, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)})
+    )
     explore.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "runs").iterdir()}
     assert len(found) == 3
@@ -280,7 +283,9 @@ def test_cost_of_a_lag_is_that_of_runs_that_begin_alike(bench, tmp_path, monkeyp
         monkeypatch.setattr(lag, name, value)
     short = lag.run
     monkeypatch.setattr(lag, "run", lambda *args: short(*args, steps=8))
-    monkeypatch.setattr(lag, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
+    monkeypatch.setattr(
+        testbed.__main__, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)})
+    )
     lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201, 202])
     found = {(run["seed"], run["lag"]): run for run in tables.read(tmp_path)}
     assert set(found) == set(itertools.product((201, 202), lag.LAGS))

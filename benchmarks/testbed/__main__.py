@@ -15,7 +15,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .run import Bench, run
 
 ROOT = Path(__file__).parent.parent.parent
 OUT = Path(__file__).parent.parent / "results" / "testbed"
+Job = tuple[str, int, Callable[[Bench], Mapping[str, Any]]]  # name of a run, its seed, and how it is made
 PICTURE = ROOT / "docs" / "assets" / "testbed_plane.svg"  # what README and docs/testbed.md show
 
 
@@ -54,24 +56,33 @@ def main() -> None:
 
 def work(out: Path, models: Path, until: float, seeds: int) -> None:
     """Do the runs that are not there, until a time of `time.monotonic`."""
+    jobs = (
+        (f"{stage}-{seed}-{arm}-{rate:g}", seed, partial(_run, stage, seed, arm, rate))
+        for stage, seed, arm, rate in _in_order(out, seeds)
+    )
+    go_through(jobs, out, models, until)
+
+
+def _run(stage: str, seed: int, arm: str, rate: float, bench: Bench) -> dict[str, Any]:
+    return {"stage": stage, **run(bench, arm, rate, seed)}
+
+
+def go_through(jobs: Iterable[Job], out: Path, models: Path, until: float) -> None:
+    """Do those of the jobs, in their order, whose run is not there, until a time of `time.monotonic`."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for folder in (out / "runs", models):
         folder.mkdir(parents=True, exist_ok=True)
     benches = Benches(models)
-    for stage, seed, arm, rate in _in_order(out, seeds):
-        path = out / "runs" / f"{stage}-{seed}-{arm}-{rate:g}.json"
+    for name, seed, run_on in jobs:
+        path = out / "runs" / f"{name}.json"
         if path.is_file():
             continue
         if time.monotonic() > until:
             return say("the time is up; the same command goes on from here")
-        keep(path, {"stage": stage, **run(benches.of(seed), arm, rate, seed)})
-
-
-def keep(path: Path, found: Mapping[str, Any]) -> None:
-    """Write the file of a run that is done."""
-    atomic.write(path, json.dumps(found) + "\n")
-    last = found["points"][-1]["report"]
-    say(f"{path.stem}: {found['seconds']} s, covered {last['covered']:.2f}, domain {last['domain']:.2f}")
+        found = run_on(benches.of(seed))
+        atomic.write(path, json.dumps(found) + "\n")
+        last = found["points"][-1]["report"]
+        say(f"{name}: {found['seconds']} s, covered {last['covered']:.2f}, domain {last['domain']:.2f}")
 
 
 def _in_order(out: Path, seeds: int) -> Iterator[tuple[str, int, str, float]]:

@@ -16,19 +16,18 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from camopd import atomic
 from camopd.eval.stats import Interval
 from camopd.report.page import table as markdown_table
 
 from . import signs, tables
-from .__main__ import ROOT, Benches, keep, say
+from .__main__ import ROOT, go_through, say
 from .arms import ARMS
-from .run import STEPS, run
+from .run import STEPS, Bench, run
 from .tables import Outcome, said
 
 
@@ -71,20 +70,18 @@ def main() -> None:
 
 def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
     """Do the runs that are not there, all of a seed before the next."""
-    torch.set_num_threads(1)
-    for folder in (out / "runs", models):
-        folder.mkdir(parents=True, exist_ok=True)
-    benches = Benches(models)
-    for seed in seeds:
-        for name, settings in VARIATIONS.items():
-            for rate in RATES:
-                path = out / "runs" / f"{seed}-{re.sub('[^a-z0-9.]+', '_', name.lower())}-{rate:g}.json"
-                if path.is_file():
-                    continue
-                if time.monotonic() > until:
-                    return say("the time is up; the same command goes on from here")
-                settings = {**settings, "diagnostics_steps": EVERY}
-                keep(path, run(benches.of(seed), name, rate, seed, every=EVERY, settings=settings))
+    jobs = (
+        (f"{seed}-{re.sub('[^a-z0-9.]+', '_', name.lower())}-{rate:g}", seed, partial(_run, name, rate, seed))
+        for seed in seeds
+        for name in VARIATIONS
+        for rate in RATES
+    )
+    go_through(jobs, out, models, until)
+
+
+def _run(name: str, rate: float, seed: int, bench: Bench) -> dict[str, Any]:
+    settings = {**VARIATIONS[name], "diagnostics_steps": EVERY}
+    return run(bench, name, rate, seed, every=EVERY, settings=settings)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

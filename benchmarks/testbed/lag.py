@@ -21,15 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from camopd import atomic
 from camopd.errors import CaMOPDError
 from camopd.report.page import table as markdown_table
 from camopd.report.read import read_run
 
 from . import signs, tables
-from .__main__ import ROOT, Benches, keep, say
+from .__main__ import ROOT, go_through, say
 from .arms import ARMS
 from .explore import EVERY, OUT, RATES, SEEDS
 from .models import make_tokenizer
@@ -58,19 +56,13 @@ def main() -> None:
 
 def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
     """Do the runs that are not there, all of a seed before the next."""
-    torch.set_num_threads(1)
-    for folder in (out / "runs", models):
-        folder.mkdir(parents=True, exist_ok=True)
-    benches = Benches(models)
-    for seed in seeds:
-        for rate in RATES:
-            for lag in LAGS:
-                path = out / "runs" / f"{seed}-lag_{lag}-{rate:g}.json"
-                if path.is_file():
-                    continue
-                if time.monotonic() > until:
-                    return say("the time is up; the same command goes on from here")
-                keep(path, run(benches.of(seed), rate, seed, lag))
+    jobs = (
+        (f"{seed}-lag_{lag}-{rate:g}", seed, lambda bench, of=(rate, seed, lag): run(bench, *of))
+        for seed in seeds
+        for rate in RATES
+        for lag in LAGS
+    )
+    go_through(jobs, out, models, until)
 
 
 def run(bench: Bench, rate: float, seed: int, lag: int, steps: int = STEPS) -> dict[str, Any]:
