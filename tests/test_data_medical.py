@@ -148,10 +148,38 @@ def test_benchmark_questions_are_found_in_m23k_with_options_behind_them(make):
     assert "in the test split of medqa: 1" in card
 
 
-def test_stem_ends_where_the_options_begin():
-    assert stem("A man.\nA. is not an option here if it is: no") == "A man."
-    assert stem("Vitamin A. What is it?") == "Vitamin A. What is it?"
-    assert stem("What?\nAnswer Choices: (A) one (B) two") == stem("What?\n(A) one\n(B) two") == "What?"
+OPTIONS = {"A": "one", "B": "two"}
+STATEMENTS = (
+    "Of these findings:\n\nA) Fixed intervals\nB) Longer intervals\n\nwhich comes first?"  # as a row of MedXpertQA
+)
+
+
+@pytest.mark.parametrize(
+    "behind", ["A. one\nB. two", "(A) one\n(B)  TWO\n", "\nA) one\nB) two", "Answer Choices: (A) one"]
+)
+@pytest.mark.parametrize("question", ["What?", STATEMENTS, "Vitamin A. What is it?", "A man.\nA. is no option."])
+def test_stem_ends_where_the_options_of_the_row_begin(question, behind):
+    assert stem(f"{question}\n{behind}", OPTIONS) == question
+
+
+@pytest.mark.parametrize(
+    "question", [STATEMENTS, "What?\nA. one\nB. three", "What?\nA. one\nB. two\nC. three", "What?\nA. one"]
+)
+def test_stem_keeps_what_is_not_the_options_of_the_row(question):
+    assert stem(question, OPTIONS) == question
+    _, user = to_prompt({"question": question, "options": {"A": "A > B", "B": "B > A"}})
+    assert user["content"].startswith(f"{question}\nA. A > B\nB. B > A\n")
+
+
+@pytest.mark.parametrize("behind", ["", "\nA. A > B\nB. B > A", "\nAnswer Choices: (A) A > B (B) B > A"])
+def test_benchmark_question_with_statements_under_letters_is_found_whole(make, behind):
+    rows, card = make(
+        m23k=[m23k(0, prompt=STATEMENTS + behind), m23k(1), m23k(2)],
+        medmcqa=[medmcqa(99, question=STATEMENTS), *(medmcqa(n) for n in range(8))],
+        medxpertqa=[medxpertqa(STATEMENTS)],
+    )
+    assert not {"m23k-0", "medmcqa-uuid-99"} & {row["id"] for row in rows}
+    assert card.count("in the test split of medxpertqa: 1") == 2
 
 
 def test_duplicates_are_removed_over_all_sources(make):

@@ -69,7 +69,8 @@ def build_medical(
             for name, source in {**SOURCES, **BENCHMARKS}.items()
             if name in shares or name in benchmarks
         }
-        benchmark = {normalise(stem(raw["question"])): name for name in benchmarks for raw in opened[name].rows()}
+        tests = {raw["question"]: name for name in benchmarks for raw in opened[name].rows()}
+        benchmark = {reading: name for question, name in tests.items() for reading in readings(question)}
         rows: dict[int, dict[str, Any]] = {}
         parts = []
         for name, share in shares.items():
@@ -95,22 +96,48 @@ def build_medical(
                 f"{', '.join(f'{name} {weight}' for name, weight in mixture.items())} in {sum(mixture.values()):,}.",
                 "The template is that of Figure 7 of arXiv 2605.27115. Gold answers, explanations and reasoning are in no "
                 "prompt.",
-                f"Questions of the test splits of {' and '.join(benchmarks) or 'no benchmark'} ({len(benchmark):,} texts) "
-                "are removed, if the text is the same but for case, white space, Unicode form and options.",
+                f"Questions of the test splits of {' and '.join(benchmarks) or 'no benchmark'} ({len(tests):,} texts) "
+                "are removed, if the text is the same but for case, white space, Unicode form and what stands behind a "
+                'line that begins with "A." or "Answer Choices:".',
                 "Duplicates have the same question and options but for case, white space and Unicode form, and are removed "
                 "over all sources; those of rows that are not drawn are not counted.",
             ],
         )
 
 
-def stem(question: str) -> str:
-    """A question without the options that some datasets put behind it.
+def stem(question: str, options: dict[str, str]) -> str:
+    """A question without its own `options`, which some datasets put behind it as well.
 
-    >>> stem("Which one?\\nAnswer Choices: (A) this (B) that")
+    What it says under letters of its own stays: it asks about that.
+
+    >>> stem("Which one?\\nAnswer Choices: (A) this (B) that", {"A": "this", "B": "that"})
     'Which one?'
     """
-    begin = _OPTIONS_BEGIN.search(question)
-    return question[: begin.start()] if begin else question
+    begins = list(_OPTIONS_BEGIN.finditer(question))
+    for begin in begins:
+        if begin[0].strip().lower() == "answer choices:":
+            return question[: begin.start()]
+    for begin in reversed(begins):
+        rest = question[begin.start() :].strip()
+        if len(_OPTION.findall(rest)) > len(options):
+            break
+        if _same(parse_options(rest) or {}, options):
+            return question[: begin.start()]
+    return question
+
+
+def _same(one: dict[str, str], other: dict[str, str]) -> bool:
+    return [*map(normalise, one.values())] == [*map(normalise, other.values())]
+
+
+def readings(question: str) -> set[str]:
+    """A question, and what it may be without options behind it, where these are not known: normalised, to be looked up.
+
+    >>> sorted(readings("Which?\\nA. one is wrong\\nB. two is\\nA. both\\nB. neither"))[:2]
+    ['which?', 'which? a. one is wrong b. two is']
+    """
+    ends = [begin.start() for begin in _OPTIONS_BEGIN.finditer(question)][:20]  # more is no question, but takes time
+    return {normalise(question[:end]) for end in (*ends, len(question))} - {""}
 
 
 def prompt_of(question: str, options: dict[str, str] | None, choice: bool) -> Messages:
@@ -148,7 +175,7 @@ def to_prompt(row: dict[str, Any]) -> Messages:
             'mapping from letters, {"A": "...", "B": "..."}, a list of texts, or lines "A. ...".'
         )
     # MedXpertQA has its options behind the question, too.
-    return prompt_of(stem(question.strip()) if found else question.strip(), found, bool(found))
+    return prompt_of(stem(question.strip(), found) if found else question.strip(), found, bool(found))
 
 
 def parse_options(text: str | None) -> dict[str, str] | None:
@@ -214,8 +241,8 @@ def _convert(raw: dict[str, Any], index: int, name: str, benchmark: dict[str, st
     question = raw["prompt" if name == "m23k" else "question"]
     if not isinstance(question, str) or not question.strip():
         return "no question"
-    if (test := benchmark.get(normalise(stem(question.strip())))) is not None:
-        return f"in the test split of {test}"
+    if tests := {benchmark[reading] for reading in readings(question.strip()) if reading in benchmark}:
+        return f"in the test split of {min(tests)}"
     messages = _PROMPTS[name](raw)
     if isinstance(messages, str):
         return messages
