@@ -11,10 +11,12 @@ from typing import Any
 
 from .files import json_lines
 from .manifest import step_of
+from .output_dir import METRICS, RUN_ID, RUN_RECORD, run_id_of
 from .verdict import Measured
 
 
 HELD_OUT = "held_out.jsonl"  # in output_dir: a line for each branch of each evaluation
+STATE = "trainer_state.json"  # in output_dir at the end of a run, and in every checkpoint
 _KL = re.compile(r"eval_(.+)_kl")
 
 
@@ -93,28 +95,70 @@ def of_history(
     return found
 
 
-def of_run(folder: Path) -> tuple[dict[str, list[Measured]], int | None]:
+def of_run(folder: Path, mark: str = "") -> tuple[dict[str, list[Measured]], int | None]:
     """Evaluations by branch of a run in its folder, and how many steps the model in hand has, where that is known.
 
-    From held_out.jsonl; of an older run, from trainer_state.json, there or in the newest checkpoint.
+    From held_out.jsonl; of an older run, from trainer_state.json, there or in the newest checkpoint. `mark` is what the
+    names of an earlier run's files end with, `-1` of metrics-1.jsonl.
     """
-    lines = lines_of(folder / HELD_OUT)
+    lines = lines_of(_marked(folder / HELD_OUT, mark))
     loaded = next((int(line["step"]) for line in reversed(lines) if "loaded" in line), None)
-    state = _state_of(folder)
-    last = loaded if loaded is not None else state.get("global_step")
-    return of_lines(lines) or of_history(state.get("log_history", [])), last
+    steps = _steps_in(_marked(folder / METRICS, mark))
+    state = _state_of(folder, mark, steps)
+    last = state.get("global_step") if steps is None else steps
+    return of_lines(lines) or of_history(state.get("log_history", [])), last if loaded is None else loaded
 
 
-def _state_of(folder: Path) -> dict[str, Any]:
-    checkpoints = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0]
-    for path in (folder, *sorted(checkpoints, key=step_of, reverse=True)):
+def of_metrics(path: Path) -> tuple[dict[str, list[Measured]], int | None]:
+    """`of_run` of the run whose metrics.jsonl this is, or metrics-1.jsonl. Of a file of another name nothing is known: what
+    lies beside it is of others."""
+    found = re.fullmatch(r"metrics((?:-\d+)?)\.jsonl", path.name)
+    return of_run(path.parent, found[1]) if found else ({}, None)
+
+
+def _marked(path: Path, mark: str) -> Path:
+    return path.with_name(f"{path.stem}{mark}{path.suffix}")
+
+
+def _steps_in(metrics: Path) -> int | None:
+    """The step of the last whole line of a metrics.jsonl; `None` where there is none."""
+    if not metrics.is_file():
+        return None
+    for text in reversed(json_lines(metrics.read_text(encoding="utf-8", errors="replace"))):
         try:
-            found = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            step = json.loads(text)["step"]
+        except (ValueError, LookupError, TypeError, RecursionError):
             continue
-        if isinstance(found, dict):
-            return found
-    return {}
+        if isinstance(step, int):
+            return step
+    return None
+
+
+def _state_of(folder: Path, mark: str, steps: int | None) -> dict[str, Any]:
+    """The Trainer's state after the run's `steps`, or else that of its newest checkpoint.
+
+    A run writes the first when it has ended. Until then one of another number of steps may lie there, and checkpoints of
+    another run, or of later steps than those that it has gone back to.
+    """
+    found = []
+    own = _json(_marked(folder / STATE, mark))
+    if steps is None or own.get("global_step", steps) == steps:
+        found.append(own)
+    run_id = run_id_of(folder)
+    for path in folder.glob("checkpoint-*") if not mark else ():
+        if 0 <= step_of(path) <= (math.inf if steps is None else steps):
+            named = _json(path / RUN_RECORD).get(RUN_ID)
+            found += [_json(path / STATE)] if None in (named, run_id) or named == run_id else []
+    return max(found, key=lambda state: state.get("global_step", -1) if state else -2, default={})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _number(value: Any) -> float:

@@ -1,8 +1,14 @@
-"""One run, one folder: `output_dir` has the files of a single run, which has an id, and only one trains in it."""
+"""One run, one folder: `output_dir` has the files of a single run, which has an id, and only one trains in it; and how the
+files that it adds lines to are written."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
+import math
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,11 +21,12 @@ from accelerate.utils import gather_object
 from . import atomic, record, rejected
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
-from .measured import HELD_OUT
+from .measured import HELD_OUT, STATE
 from .output_dir import EVAL_TASKS, METRICS, RUN_FILE, checkpoints_in, need_unused, run_id_of
 
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -98,9 +105,8 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             else:
                 shutil.rmtree(path)
-        for path in (self.path / METRICS, self.path / HELD_OUT, self.path / EVAL_TASKS):
-            if overwrite and checkpoint is not None and path.exists():
-                set_aside(path)  # a run that begins at step 0 does so itself
+        if overwrite or checkpoint is None:  # what an earlier run has measured is not for the reports of this one
+            set_aside(*(self.path / name for name in (METRICS, HELD_OUT, EVAL_TASKS, STATE)))
         return run_id
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -127,9 +133,94 @@ def is_own(checkpoint: Path) -> bool:
     return own is None or known is None or own == known
 
 
-def set_aside(path: Path) -> None:
-    """Rename a file `name.ending` to the first of `name-1.ending`, `name-2.ending`, ... that is free."""
+def set_aside(*paths: Path) -> None:
+    """Rename those files `name.ending` of one folder that are there to `name-1.ending`, or the first number that is free
+    for all of them: a number is a run."""
     number = 1
-    while path.with_name(f"{path.stem}-{number}{path.suffix}").exists():
+    while any(_numbered(path, number).exists() for path in paths):
         number += 1
-    path.rename(path.with_name(f"{path.stem}-{number}{path.suffix}"))
+    for path in paths:
+        if path.exists():
+            path.rename(_numbered(path, number))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def best_step(args: Any, state: Any) -> int | None:
+    """The step of the model in hand at the end of training, where it is the best one, loaded from its checkpoint."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:  # which another rank may not see
+        return None
+    return int(state.best_global_step)
+
+
+# ------------------------------------------------------------------------------------------------------ files of lines
+
+
+@contextmanager
+def named_if_unwritten(path: Path) -> Iterator[None]:
+    """An `OSError` inside is a `CaMOPDError` that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way = f"The disk or quota of {str(path.parent)!r} is full: free some" if full else "Repair it"
+        raise CaMOPDError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}. {way}, and go on from the last checkpoint by "
+            "`--resume auto` (resume_from_checkpoint='auto'). What was written before is as it was."
+        ) from error
+
+
+def make_room(path: Path, step: int) -> None:
+    """Make a file of lines ready for a run that is at this step: those of later steps go, and those that are none; of step
+    0 all are of an earlier run. Raises `OSError`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    if step == 0:
+        set_aside(path)
+        return
+    kept, strange = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        found = _step_of(line)
+        if found is None and line.strip() and number < len(lines):  # the last one was cut short; its step comes again
+            strange.append(f"line {number} ({line[:60]!r})")
+        elif found is not None and found <= step:
+            kept.append(line + b"\n")
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        logger.warning(
+            "%s: %s%s, not a JSON object with a number `step`, left out", path, ", ".join(strange[:3]), more
+        )
+    atomic.write(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError: also of UTF-8
+        return None
+    if isinstance(found, dict) and found.keys() == {"step", "loaded"}:
+        return math.inf  # which holds no more: training goes on from the last step, and not from that model
+    step = found.get("step") if isinstance(found, dict) else None
+    if not isinstance(step, (int, float)) or isinstance(step, bool) or step != step or abs(step) == math.inf:
+        return None
+    return step
+
+
+def append(path: Path, lines: str, flush: bool = False) -> None:
+    """Add whole lines, or nothing: half of one would be read as a step; `flush` waits for the disk. Raises `OSError`."""
+    with open(path, "ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        left = lines.encode()
+        try:
+            while left:  # of a full disk the first write may take a part, and the second says why
+                left = left[file.write(left) :]
+            if flush:
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise

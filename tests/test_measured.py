@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camopd.measured import HELD_OUT, lines_of, of_history, of_lines, of_run
+from camopd.measured import HELD_OUT, STATE, lines_of, of_history, of_lines, of_metrics, of_run
 
 
 def line(step, branch="general", kl=0.5, **more):
@@ -58,6 +58,49 @@ def test_run_is_read_from_its_lines_then_from_its_state_then_from_its_newest_che
     assert (found["general"][0].by_prompt, last) == ((0.4, 0.5), 12)
     write(tmp_path, line(0), line(12), {"step": 6, "loaded": True})
     assert of_run(tmp_path)[1] == 6
+
+
+def test_run_that_goes_on_to_more_steps_is_not_measured_by_the_state_of_its_first_end(tmp_path):
+    """That one is written at the end of training, and the verdict is said before."""
+    write(tmp_path, {"global_step": 40, "log_history": [entry(0), entry(40)]}, name=STATE)
+    write(tmp_path, *({"step": step, "branch": "general"} for step in range(1, 121)), name="metrics.jsonl")
+    write(tmp_path, line(0), line(40), line(120))
+    assert of_run(tmp_path)[1] == 120
+    (tmp_path / HELD_OUT).unlink()
+    assert of_run(tmp_path) == ({}, 120)
+    write(tmp_path / "checkpoint-80", {"global_step": 80, "log_history": [entry(0), entry(80)]}, name=STATE)
+    write(tmp_path / "checkpoint-160", {"global_step": 160, "log_history": [entry(160)]}, name=STATE)
+    found, last = of_run(tmp_path)
+    assert ([each.step for each in found["general"]], last) == ([0, 80], 120)
+
+
+def test_state_in_the_checkpoint_of_another_run_is_not_this_ones(tmp_path):
+    write(tmp_path, {"run_id": "two"}, name="_run.json")
+    write(tmp_path, {"step": 9, "branch": "general"}, name="metrics.jsonl")
+    for step, run_id in ((4, "two"), (6, "one")):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        write(checkpoint, {"global_step": step, "log_history": [entry(step)]}, name=STATE)
+        write(checkpoint, {"run_id": run_id}, name="camopd.json")
+    assert [each.step for each in of_run(tmp_path)[0]["general"]] == [4]
+
+
+def test_steps_of_a_run_are_those_of_its_last_whole_line(tmp_path):
+    write(tmp_path, {"step": 3, "branch": "general"}, name="metrics.jsonl")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "bra')
+    assert of_run(tmp_path) == ({}, 3)
+
+
+def test_metrics_of_an_earlier_run_go_with_its_evaluations(tmp_path):
+    for mark, kl in (("", 0.1), ("-1", 0.7)):
+        write(tmp_path, {"step": 9, "branch": "general"}, name=f"metrics{mark}.jsonl")
+        write(tmp_path, line(9, kl=kl), name=f"held_out{mark}.jsonl")
+        assert [each.kl for each in of_metrics(tmp_path / f"metrics{mark}.jsonl")[0]["general"]] == [kl]
+    write(tmp_path, {"global_step": 5, "log_history": [entry(5)]}, name="trainer_state-2.json")
+    write(tmp_path, {"step": 5, "branch": "general"}, name="metrics-2.jsonl")
+    assert of_metrics(tmp_path / "metrics-2.jsonl") == (of_history([entry(5)]), 5)
+    for name in ("metrics-3.jsonl", "copy.jsonl", "metrics-a.jsonl"):
+        assert of_metrics(tmp_path / name) == ({}, None)
 
 
 def test_line_without_a_branch_is_named(tmp_path):

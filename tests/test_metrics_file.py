@@ -145,7 +145,7 @@ class Disk:
 
 
 def use_disk(monkeypatch, *how):
-    opened = "camopd.callbacks.metrics_file.open"
+    opened = "camopd.run_folder.open"
     monkeypatch.setattr(opened, lambda path, *_, **__: Disk(path, *how), raising=False)
 
 

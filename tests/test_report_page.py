@@ -80,6 +80,20 @@ def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):
     )
 
 
+def test_page_of_an_earlier_run_in_the_folder_has_its_own_verdict(tmp_path):
+    path = make_run(tmp_path / "run", 20, **ALWAYS)
+    held_out(tmp_path / "run", (0, "general", [0.5] * 9), (20, "general", [0.1] * 9))
+    for name in ("metrics.jsonl", "held_out.jsonl"):
+        (path.parent / name).rename(path.parent / name.replace(".", "-1."))
+    make_run(tmp_path / "run", 20, **ALWAYS)
+    held_out(tmp_path / "run", (0, "general", [0.5] * 9), (20, "general", [0.6] * 9))
+    (path.parent / "other.jsonl").write_bytes(path.read_bytes())
+    said = [write_report({"run": path.with_name(name)}, tmp_path / "out")[0]
+            for name in ("metrics.jsonl", "metrics-1.jsonl", "other.jsonl")]  # fmt: skip
+    assert "0.500 → 0.600" in said[0] and "0.500 → 0.100" in said[1]
+    assert said[2].startswith("Whether the model recovered is not known")
+
+
 def test_page_has_one_line_for_what_a_run_does_not_settle(tmp_path):
     write_report({"run": make_run(tmp_path / "run", 7, **ALWAYS)}, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()

@@ -4,12 +4,13 @@ import json
 import os
 
 import pytest
-from conftest import make_model
+from conftest import make_model, make_prompts
 from trainers import lines, make_trainer
 from transformers import TrainerCallback
 
 from camopd.errors import CaMOPDError, ResumeError
 from camopd.folder_lock import LOCK_FILE
+from camopd.measured import of_run
 from camopd.run_folder import RUN_FILE, RunFolder, is_own, need_unused, run_id_of
 
 
@@ -60,7 +61,26 @@ def test_used_folder_is_refused_with_the_choice(left, tmp_path):
 def test_used_folder_may_be_overwritten(tmp_path):
     use(tmp_path)
     assert begin(tmp_path, overwrite=True) == run_id_of(tmp_path) != "one"
-    assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics.jsonl", "model.safetensors"]  # the callback renames it
+    assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics-1.jsonl", "model.safetensors"]
+
+
+@pytest.mark.parametrize("given", ["auto", None])
+def test_new_run_sets_all_aside_that_an_earlier_one_has_measured_under_one_number(given, tmp_path):
+    """Also the Trainer's state, from which a report would take the earlier run's evaluations for its own."""
+    names = ["eval_tasks.jsonl", "held_out.jsonl", "metrics.jsonl", "trainer_state.json"]
+    for name in [*names, "metrics-1.jsonl", "held_out-2.jsonl"]:
+        (tmp_path / name).write_text(name)
+    begin(tmp_path, given=given, overwrite=given is None)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != RUN_FILE}
+    marked = {name.replace(".", "-3."): name for name in names}
+    assert found == {**marked, "metrics-1.jsonl": "metrics-1.jsonl", "held_out-2.jsonl": "held_out-2.jsonl"}
+
+
+def test_run_that_goes_on_keeps_what_it_has_measured(tmp_path):
+    checkpoint = use(tmp_path) / "checkpoint-2"
+    (tmp_path / "trainer_state.json").write_text("{}")
+    begin(tmp_path, checkpoint, True)
+    assert not list(tmp_path.glob("*-1.*")) and (tmp_path / "trainer_state.json").exists()
 
 
 def test_student_in_the_folder_is_not_overwritten(tmp_path):
@@ -264,6 +284,20 @@ def test_runs_at_once_are_refused_and_the_first_goes_on(tmp_path, tokenizer):
 
     make_trainer(tmp_path, tokenizer, max_steps=4, callbacks=[Second()]).train()
     assert refused == [2] and [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_new_run_without_evaluations_has_no_verdict_of_the_run_before(tmp_path, tokenizer, capsys):
+    """As with `camopd train`, which leaves the Trainer's state at the end."""
+    held_out = {"eval_dataset": {"general": make_prompts("general", 2)}, "eval_strategy": "steps", "eval_steps": 2,
+                "eval_on_start": True}  # fmt: skip
+    first = make_trainer(tmp_path, tokenizer, max_steps=2, **held_out)
+    first.train()
+    first.save_state()
+    assert of_run(tmp_path)[0] and "Not known" not in capsys.readouterr().out
+    make_trainer(tmp_path, tokenizer, max_steps=2, overwrite_output_dir=True).train()
+    assert of_run(tmp_path) == ({}, 2)
+    said = capsys.readouterr().out
+    assert "is not known: no held-out prompts were measured" in " ".join(said.split())
 
 
 def test_trainer_may_train_twice(tmp_path, tokenizer):

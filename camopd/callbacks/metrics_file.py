@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import atomic
-from ..errors import CaMOPDError, on_all_ranks
+from ..errors import on_all_ranks
 from ..evaluation import HeldOutResults
 from ..measured import HELD_OUT
 from ..output_dir import METRICS
-from ..run_folder import set_aside
+from ..run_folder import append, best_step, make_room, named_if_unwritten
 from ..step import Step, StepCallback
-
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsFile(StepCallback):
@@ -48,7 +40,7 @@ class MetricsFile(StepCallback):
         self._path = Path(args.output_dir) / METRICS if state.is_world_process_zero else None
         self._begun, self._loaded = True, None
         for name in (METRICS, HELD_OUT):
-            self._on_first(lambda path: _make_room(path, state.global_step), name)
+            self._on_first(lambda path: make_room(path, state.global_step), name)
 
     def on_step_closed(self, step: Step) -> None:
         """Wait until all callbacks have been told, those that come after this one, too."""
@@ -65,7 +57,7 @@ class MetricsFile(StepCallback):
             for name, value in record.items()
         }
         line = f"{json.dumps(finite, default=str)}\n"  # of a user's callback, anything
-        self._on_first(lambda path: _append(path, line.encode()))
+        self._on_first(lambda path: append(path, line))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the line of a branch; of an evaluation before training none, when the folder is not yet the run's."""
@@ -78,8 +70,7 @@ class MetricsFile(StepCallback):
         """Where the best model was loaded, say that what was measured after it is of another one."""
         if not args.load_best_model_at_end:
             return
-        if state.best_model_checkpoint is not None:  # which another rank may not see
-            self._loaded = int(state.best_global_step)
+        self._loaded = best_step(args, state)
         self._write_evaluation({} if self._loaded is None else {"step": self._loaded, "loaded": True})
 
     def _write_evaluation(self, record: dict[str, Any]) -> None:
@@ -87,7 +78,7 @@ class MetricsFile(StepCallback):
         if not record:
             self._on_first(lambda path: None, HELD_OUT)
             return
-        self._on_first(lambda path: _append(path, f"{json.dumps(record)}\n".encode(), flush=True), HELD_OUT)
+        self._on_first(lambda path: append(path, f"{json.dumps(record)}\n", flush=True), HELD_OUT)
 
     def _on_first(self, work: Callable[[Path], None], name: str = METRICS) -> None:
         """`work` on the first process; where it fails, all raise, so that none waits for the others."""
@@ -95,63 +86,5 @@ class MetricsFile(StepCallback):
             if self._path is None:
                 return
             path = self._path.with_name(name)
-            try:
+            with named_if_unwritten(path):
                 work(path)
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                way = f"The disk or quota of {str(path.parent)!r} is full: free some" if full else "Repair it"
-                raise CaMOPDError(
-                    f"{str(path)!r} cannot be written: {error.strerror or error}. {way}, and go on from the last "
-                    "checkpoint by `--resume auto` (resume_from_checkpoint='auto'). The lines before are as they were."
-                ) from error
-
-
-def _make_room(path: Path, step: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return
-    if step == 0:
-        set_aside(path)
-        return
-    kept, strange = [], []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        found = _step_of(line)
-        if found is None and line.strip() and number < len(lines):  # the last one was cut short; its step comes again
-            strange.append(f"line {number} ({line[:60]!r})")
-        elif found is not None and found <= step:
-            kept.append(line + b"\n")
-    if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        logger.warning(
-            "%s: %s%s, not a JSON object with a number `step`, left out", path, ", ".join(strange[:3]), more
-        )
-    atomic.write(path, b"".join(kept))
-
-
-def _step_of(line: bytes) -> float | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):  # ValueError: also of UTF-8
-        return None
-    if isinstance(found, dict) and found.keys() == {"step", "loaded"}:
-        return math.inf  # which holds no more: training goes on from the last step, and not from that model
-    step = found.get("step") if isinstance(found, dict) else None
-    if not isinstance(step, (int, float)) or isinstance(step, bool) or step != step or abs(step) == math.inf:
-        return None
-    return step
-
-
-def _append(path: Path, line: bytes, flush: bool = False) -> None:
-    """Add a whole line, or nothing: half of one would be read as a step; `flush` waits for the disk. Raises `OSError`."""
-    with open(path, "ab", buffering=0) as file:
-        before = os.fstat(file.fileno()).st_size
-        try:
-            while line:  # of a full disk the first write may take a part, and the second says why
-                line = line[file.write(line) :]
-            if flush:
-                os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.truncate(before)
-            raise

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from .. import atomic
 from ..errors import CaMOPDError
-from ..measured import of_run
+from ..measured import of_metrics
 from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of
 from .charts import SMOOTH_FROM, draw_all, png
 from .evidence import in_short, worth
@@ -80,7 +80,7 @@ def write_report(
     read = {name: read_run(path) for name, path in paths.items()}
     runs = {name: frame for name, (frame, _) in read.items()}
     signs = {name: signs_of(frame) for name, frame in runs.items()}
-    held_out: dict[str, HeldOut] = {name: of_run(path.parent) for name, path in paths.items()}
+    held_out: dict[str, HeldOut] = {name: of_metrics(path) for name, path in paths.items()}
     figures = draw_all(runs, {name: found for name, (found, _) in held_out.items()})
     out.mkdir(parents=True, exist_ok=True)
     images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}
