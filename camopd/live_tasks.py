@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from . import atomic
 from .best import task_name
 from .errors import on_all_ranks
-from .measured import lines_of
+from .files import json_lines
 from .output_dir import EVAL_TASKS
 from .rollouts import rng_state, set_rng_state
-from .run_folder import set_aside
+from .run_folder import append, best_step, make_room, named_if_unwritten
 
 
 Loaded = tuple[dict[str, Any], dict[str, list[int]]]  # tasks of lm-eval by name, and the rows of each that are asked
@@ -104,26 +103,26 @@ class LiveTasks(TrainerCallback):
         self._autocast, self._gather = autocast, gather
         self._first: dict[str, list[float]] = {}  # scores of a task's rows in the run's first evaluation
         self._path: Path | None = None  # of the first process, since training has begun
+        self._loaded: int | None = None  # step of the best model, once it was loaded at the end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make room for the run's lines; a run that is gone on with keeps its first evaluation."""
         path = Path(args.output_dir) / EVAL_TASKS
-        self._first, lines = {}, []
-        with on_all_ranks(self._gather):
-            if state.global_step:
-                lines = [line for line in lines_of(path, "task") if line["step"] <= state.global_step]
-            elif path.exists() and state.is_world_process_zero:
-                set_aside(path)
-            if state.is_world_process_zero:
-                self._path = path
-                atomic.write(path, "".join(json.dumps(line) + "\n" for line in lines))
-        for line in self._gather([lines])[0]:  # elsewhere the file may not be seen
-            if line["rows"] == self._drawn.get(line["task"]):
-                self._first.setdefault(line["task"], line["scores"])
+        self._path, self._loaded = path if state.is_world_process_zero else None, None
+        firsts: list[dict[str, list[float]]] = [{}]
+        with on_all_ranks(self._gather), named_if_unwritten(path):
+            if self._path is not None:
+                make_room(path, state.global_step)
+                firsts = [_firsts_of(path, self._drawn)]
+        self._first = self._gather(firsts)[0]  # elsewhere the file may not be seen
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is measured after the best model was loaded is of its step."""
+        self._loaded = best_step(args, state)
 
     def add_to(self, found: dict[str, float], trainer: Any) -> dict[str, float]:
         """The metrics of an evaluation and those of the tasks, which the trainer logs."""
-        measured = self.measure(trainer.state.global_step)
+        measured = self.measure(trainer.state.global_step if self._loaded is None else self._loaded)
         trainer.log(measured)
         return {**found, **measured}
 
@@ -143,8 +142,8 @@ class LiveTasks(TrainerCallback):
             lines += json.dumps({"step": step, "task": name, "rows": self._drawn[name], "scores": scores}) + "\n"
         with on_all_ranks(self._gather):
             if self._path is not None:
-                with open(self._path, "a", encoding="utf-8") as file:
-                    file.write(lines)
+                with named_if_unwritten(self._path):
+                    append(self._path, lines, flush=True)
         return measured
 
     def _ask(self) -> dict[str, list[float]]:
@@ -160,6 +159,20 @@ class LiveTasks(TrainerCallback):
                 bootstrap_iters=0, apply_chat_template=bool(self._tokenizer.chat_template),
             )["samples"]  # fmt: skip
         return {name: _scores(name, task, found[name], self._drawn[name]) for name, task in self._tasks.items()}
+
+
+def _firsts_of(path: Path, drawn: dict[str, list[int]]) -> dict[str, list[float]]:
+    """The scores of the first evaluation of each task in a run's file, of those that asked the drawn rows. A line that is
+    none, as one that was written by hand, is passed over: the next evaluation is the first one then."""
+    found: dict[str, list[float]] = {}
+    for text in json_lines(path.read_text(encoding="utf-8")) if path.exists() else ():
+        line = json.loads(text)
+        name, scores = line.get("task"), line.get("scores")
+        if not isinstance(name, str) or line.get("rows") != drawn.get(name) or not isinstance(scores, list):
+            continue
+        if len(scores) == len(drawn[name]) and all(type(score) in (int, float) for score in scores):
+            found.setdefault(name, scores)
+    return found
 
 
 def metric_of(task: Any) -> str | None:

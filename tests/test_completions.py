@@ -1,11 +1,16 @@
 """The table of completions that a run logs."""
 
+import errno
+import os
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 from conftest import make_model, make_prompts
 from trainers import make_trainer
 
-from camopd.errors import TeacherError
+from camopd.callbacks.completions import CompletionsTable
+from camopd.errors import CaMOPDError, TeacherError
 
 
 def test_table_of_completions_has_the_branch_of_each(tmp_path, tokenizer, capsys):
@@ -39,6 +44,26 @@ def test_completions_of_an_evaluation_do_not_take_the_place_of_the_steps(tmp_pat
     for name, table in found.items():
         kind, count = ("held", 3) if name.startswith("held") else ("train", 4)
         assert len(table) == count and all(kind in prompt.replace(" ", "") for prompt in table["prompt"])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_table_that_cannot_be_written_is_an_error_on_all_ranks_and_leaves_the_one_before(
+    is_first, tmp_path, tokenizer, monkeypatch
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said = [] if is_first else [(CaMOPDError, "completions_00001.parquet' cannot be written: No space left on device")]
+    table = CompletionsTable(SimpleNamespace(prompts_per_step=4), tokenizer, lambda mine: [*said, *mine], lambda: True)
+    table._new = True
+    folder = tmp_path / "completions"
+    folder.mkdir()
+    (folder / "completions_00001.parquet").write_text("whole")
+    monkeypatch.setattr(os, "fsync", fail)
+    state = SimpleNamespace(global_step=1, is_world_process_zero=is_first)
+    with pytest.raises(CaMOPDError, match=r"completions_00001.parquet' cannot be written: No space left on device"):
+        table.on_log(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("completions_00001.parquet", "whole")]
 
 
 def test_completions_that_a_stopped_run_has_left_are_in_the_table(tmp_path, tokenizer):

@@ -1,6 +1,8 @@
 """`eval_tasks`: tasks of lm-eval on the model in training (camopd/live_tasks.py); with `-m eval` the real lm-eval."""
 
+import errno
 import json
+import os
 import random
 import sys
 import types
@@ -11,7 +13,8 @@ import torch
 from conftest import make_model, make_prompts
 from trainers import lines, make_args, make_trainer
 
-from camopd.live_tasks import metric_of
+from camopd.errors import CaMOPDError
+from camopd.live_tasks import LiveTasks, metric_of
 
 
 HELD_OUT = {"general": make_prompts("general", 2)}
@@ -131,6 +134,63 @@ def test_resumed_run_compares_with_its_first_evaluation(tmp_path, tokenizer, ask
         trainer.state.log_history[-1].get("eval_sums/broken", trainer.state.log_history[-2].get("eval_sums/broken"))
         == 7 / 9
     )
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        '{"step": 0, "task": "sums"}',
+        '{"step": "x", "task": "sums"}',
+        '{"step": 0, "task": ["sums"], "rows": 3}',
+        '{"step": 0, "task": "sums", "rows": [0, 1, 2, 3, 4, 5, 6, 7, 8], "scores": "000000000"}',
+        '{"step": 0, "task": "sums", "rows": [0, 1, 2, 3, 4, 5, 6, 7, 8], "scores": [0]}',
+        "[1]",
+    ],
+)
+def test_line_that_is_no_evaluation_does_not_keep_a_run_from_going_on(strange, tmp_path, tokenizer, asked):
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_tasks": ["sums"], "eval_dataset": HELD_OUT}
+    make_trainer(tmp_path, tokenizer, **EVALUATES | {"max_steps": 1}, **saves).train()
+    path = tmp_path / "eval_tasks.jsonl"
+    path.write_text(f"{strange}\n{path.read_text()}")
+    trainer = make_trainer(tmp_path, tokenizer, **EVALUATES | {"max_steps": 2, "eval_on_start": False}, **saves)
+    trainer.train(resume_from_checkpoint=True)
+    logged = [entry["eval_sums/broken"] for entry in trainer.state.log_history if "eval_sums/broken" in entry]
+    assert logged[-1] == 7 / 9  # against the first that is one
+
+
+def test_full_disk_leaves_no_half_line_of_a_task_and_an_error_that_names_the_file(
+    tmp_path, tokenizer, asked, monkeypatch
+):
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks="sums", **EVALUATES)
+    tasks = next(each for each in trainer.callback_handler.callbacks if isinstance(each, LiveTasks))
+    tasks.on_train_begin(trainer.args, trainer.state, None)
+    tasks.measure(0)
+    before = (tmp_path / "eval_tasks.jsonl").read_bytes()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(
+        CaMOPDError,
+        match=r"eval_tasks.jsonl' cannot be written: No space left.* is full: free some, and go on from the",
+    ):
+        tasks.measure(1)
+    assert (tmp_path / "eval_tasks.jsonl").read_bytes() == before
+
+
+def test_measure_after_the_best_model_was_loaded_is_of_its_step(tmp_path, tokenizer, asked):
+    asked.right = [set(), {0, 1}, {0}, {0}, {0, 1}]
+    trainer = make_trainer(
+        tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["sums"], metric_for_best_model="eval_sums/score",
+        load_best_model_at_end=True, save_strategy="steps", save_steps=1, **EVALUATES,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.state.best_global_step == 1
+    for name in ("eval_tasks", "held_out"):
+        found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in found if "loaded" not in line] == [0, 1, 2, 3, 1]
 
 
 def test_best_model_is_that_with_the_greater_score_or_that_broke_less(tmp_path, tokenizer, asked):

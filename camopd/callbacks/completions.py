@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pandas as pd
 from trl.trainer.utils import print_prompt_completions_sample
 
+from .. import atomic
+from ..errors import on_all_ranks
+from ..run_folder import named_if_unwritten
 from ..samples import Sample
 from ..step import Step, StepCallback
 
@@ -58,23 +62,36 @@ class CompletionsTable(StepCallback):
         return self._decode(ids, skip_special_tokens=True)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the table."""
-        if not (state.is_world_process_zero and self._new):
+        """Show the table. Called by all ranks, which raise `CaMOPDError` where its file cannot be written."""
+        if not self._new:
             return
         self._new = False
         name, rows = ("completions", self._rows) if self._training() else ("held_out", self._held_out)
         table = pd.DataFrame(rows, columns=["branch", "prompt", "completion"])
         table.insert(0, "step", state.global_step)
+        path = Path(args.output_dir) / "completions" / f"{name}_{state.global_step:05d}.parquet"
+        with on_all_ranks(self._gather):
+            if state.is_world_process_zero:
+                _write(table, path)
+        if state.is_world_process_zero:
+            self._show(args, state.global_step, name, table)
+
+    def _show(self, args: Any, step: int, name: str, table: pd.DataFrame) -> None:
         print_prompt_completions_sample(
-            table["prompt"].tolist(), table["completion"].tolist(), {}, None, state.global_step,
-            args.num_completions_to_print, extra={"branch": table["branch"].tolist()},
+            table["prompt"].tolist(), table["completion"].tolist(), {}, None, step, args.num_completions_to_print,
+            extra={"branch": table["branch"].tolist()},
         )  # fmt: skip
-        folder = Path(args.output_dir) / "completions"
-        folder.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(folder / f"{name}_{state.global_step:05d}.parquet")
         shown = table.drop_duplicates(subset=["branch", "prompt"]) if args.log_unique_prompts else table
         for tracker in ("wandb", "trackio"):
             if tracker in (args.report_to or ()):
                 backend = __import__(tracker)
                 if tracker == "trackio" or backend.run is not None:
                     backend.log({name: backend.Table(dataframe=shown)})
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    content = io.BytesIO()
+    table.to_parquet(content)
+    with named_if_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, content.getvalue())
