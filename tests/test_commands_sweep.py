@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from camopd import cli
-from camopd.commands.sweep import MARK, TRAIN, read_sweep, results, table
+from camopd.commands.sweep import MARK, REQUEUE, read_sweep, results, table
 from camopd.errors import CaMOPDError
-from camopd.run import read_settings
+from camopd.signals import REQUEUE as OF_A_RUN
 
 
 # A run: notes that it was started, then does what its config says.
@@ -102,17 +102,28 @@ def test_held_out_gaps_of_the_last_evaluation_are_columns(write, capsys):
 
 def test_held_out_gaps_are_those_of_the_best_model_where_that_was_loaded(write):
     history = [{"step": step, "eval_general_kl": kl} for step, kl in ((0, 1.0), (2, 0.2), (4, 0.7))]
-    lines = [{"step": step, "branch": "general"} for step in (0, 2, 4)] + [{"step": 2, "loaded": True}]
+    lines = [{"step": each["step"], "branch": "general", "kl": each["eval_general_kl"]} for each in history]
+    lines.append({"step": 2, "loaded": True})
     texts = {
         "trainer_state.json": json.dumps({"global_step": 4, "log_history": history}),
         "held_out.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
     }
-    write({"one": ONE}, seeds=[0], columns=["eval_general_kl"])
+    write({"one": ONE}, seeds=[0], columns=["eval_general_kl", "eval_general_kl@2", "eval_general_kl@9"])
     Path("run.py").write_text(
         SCRIPT + "".join(f"(out / {name!r}).write_text({text!r})\n" for name, text in texts.items())
     )
     assert exit_code("sweep.yaml") == 0
-    assert pd.read_csv("out/runs.csv")["eval_general_kl"].tolist() == [0.2]
+    # the last one, and the means of the last two and of both there are
+    assert pd.read_csv("out/runs.csv").iloc[0, 2:].tolist() == pytest.approx([0.2, 0.6, 0.6])
+
+
+def test_held_out_gaps_of_an_earlier_run_in_the_folder_are_not_columns(write):
+    """A run without evaluations ends with another number of steps than the state there says."""
+    state = json.dumps({"global_step": 40, "log_history": [{"step": 40, "eval_general_kl": 0.7}]})
+    write({"one": ONE}, seeds=[0], columns=["eval_general_kl"])
+    Path("run.py").write_text(f"{SCRIPT}(out / 'trainer_state.json').write_text({state!r})\n")
+    assert exit_code("sweep.yaml") == 0
+    assert pd.read_csv("out/runs.csv")["eval_general_kl"].isna().all()
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -159,9 +170,10 @@ def ignore_ctrl_c():
 
 
 @pytest.mark.parametrize(
-    ("what", "before"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGTERM, ignore_ctrl_c)]
+    ("what", "before"),
+    [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGTERM, ignore_ctrl_c), (signal.SIGUSR1, None)],
 )
-def test_ctrl_c_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(write, what, before):
+def test_signal_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(write, what, before):
     write({"one": {**ONE, "hang": True}}, seeds=[0], command=f"{COMMAND} {{resume}}")
     command = [sys.executable, "-m", "camopd.cli", "sweep", "sweep.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
@@ -173,7 +185,7 @@ def test_ctrl_c_stops_the_run_and_the_same_command_goes_on_from_its_checkpoint(w
         time.sleep(0.05)
     process.send_signal(what)
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == REQUEUE == OF_A_RUN
     assert "it may save a checkpoint first. Ctrl-C again stops it at once." in said
     assert "The same command goes on" in said
     assert Path("out/one/seed-0/checkpoint-2").is_dir()  # the run had its time
@@ -198,6 +210,20 @@ def test_second_ctrl_c_kills_a_run_that_does_not_stop(write, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
+
+
+def test_run_that_a_signal_has_stopped_has_not_failed_and_no_other_is_started(write, capsys):
+    write({"one": {**ONE, "fail": 0}, "two": TWO})
+    Path("run.py").write_text(SCRIPT.replace("sys.exit(3)", f"sys.exit({OF_A_RUN})"))
+    assert exit_code("sweep.yaml") == REQUEUE
+    said = capsys.readouterr().out
+    assert order() == ["one 0"] and "FAILED" not in said
+    assert re.search(
+        r"one/seed-0: stopped by a signal after \d+ s, log in .*\nStopped\. The same command goes on", said
+    )
+    Path("fixed").touch()
+    assert exit_code("sweep.yaml") == 0
+    assert order() == ["one 0", "one 0", "one 1", "two 0", "two 1"]
 
 
 @pytest.mark.parametrize("change", ["config", "command"])
@@ -254,62 +280,12 @@ def test_option_only_names_a_run_of_the_sweep(write):
         cli.main(["--debug", "sweep", "sweep.yaml", "--only", "one/seed-7"])
 
 
-# --- commands ----------------------------------------------------------------------------------------------------
-
-
-def test_default_command_trains_with_the_common_settings(write):
-    common = {"max_steps": 3, "bf16": False, "run_name": "a b", "mass_target": {"general": 0.5}}
-    sweep = read_sweep(write({"one": ONE}, command=TRAIN, set=common, output_dir="the out"))
-    words = sweep.words(sweep.runs[1], resume=True)
-    assert words[:5] == [sys.executable, "-m", "camopd.cli", "train", "one.yaml"]
-    read = read_settings("one.yaml", words[5:])
-    assert read == {**ONE, **common, "seed": 1, "output_dir": "the out/one/seed-1", "resume_from_checkpoint": True}
-    assert "--resume_from_checkpoint" not in sweep.words(sweep.runs[1], resume=False)
-    assert sweep.words(sweep.runs[1], resume="auto")[-2:] == ["--resume_from_checkpoint", "auto"]
-
-
 def test_run_that_was_stopped_before_its_first_checkpoint_starts_in_its_used_folder(write):
     write({"one": ONE}, seeds=[0], command=f"{COMMAND} {{resume}}")
     Path("out/one/seed-0").mkdir(parents=True)
     Path("out/one/seed-0/metrics.jsonl").write_text("")
     assert exit_code("sweep.yaml") == 0
     assert order() == ["one 0 --resume_from_checkpoint auto"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"config": ["a.yaml"]}, r"'config' in 'sweep\.yaml' is not a setting of a sweep\. Did you mean 'configs'\?"),
-        ({"max_steps": 3}, r"'max_steps' in .* There are configs, seeds, .*; settings of runs go to `set`"),
-        ({"configs": "one.yaml"}, r"configs in 'sweep\.yaml' must be a list of YAML files, got 'one\.yaml'"),
-        ({"configs": []}, r"configs in 'sweep\.yaml' must be a list of YAML files, got \[\]"),
-        ({"seeds": 3}, r"seeds in 'sweep\.yaml' must be a list of whole numbers such as \[0, 1\], got 3"),
-        ({"seeds": [0, True]}, r"seeds in .* got \[0, True\]"),
-        ({"seeds": [0, 0]}, r"seeds in 'sweep\.yaml' has '0' twice; its runs would share a folder\. Take one out\."),
-        ({"configs": ["one.yaml", "b/one.yaml"]}, r"configs in .* has 'one' twice; .* Take one out, or rename a file"),
-        ({"output_dir": None}, r"output_dir in 'sweep\.yaml' must be the folder for the runs and the table, got None"),
-        ({"set": ["max_steps"]}, r"set in 'sweep\.yaml' must be a mapping from settings to values, got \['max_steps'\]"),
-        ({"set": {"seed": 3}}, r"set in 'sweep\.yaml' has 'seed', which the sweep gives each run itself\. Take it out"),
-        ({"columns": ["loss@0"]}, r"columns in .* must be a list of metrics such as gap/.*got \['loss@0'\]"),
-        ({"columns": "loss"}, r"columns in .* must be a list of metrics .* got 'loss'"),
-        ({"command": ["a"]}, r"command in 'sweep\.yaml' must be one line of text, got \['a'\]"),
-        ({"command": "a 'b"}, r"command in .* cannot be split into words: No closing quotation\. Fix its quotes"),
-        ({"command": "a {seed}"}, r"command in .* has no \{output_dir\}, but the table is made from what a run"),
-        ({"command": "a {output_dir}"}, r"command in .* has no \{seed\}, but there are 2 seeds\. Put it in: 'a \{out"),
-        ({"configs": ["a", "b"], "command": "a {output_dir} {seed}"}, r"has no \{config\}, but there are 2 configs"),
-        ({"set": {"max_steps": 1}}, r"command in .* has no \{set\} as a word of its own, where `set` would go"),
-        ({"configs": ["no.yaml"], "command": TRAIN}, r"configs in .* has 'no\.yaml', but there is no such file\. Paths"),
-    ],
-)  # fmt: skip
-def test_sweep_that_is_wrong_is_refused_before_anything_runs(write, settings, message):
-    with pytest.raises(ValueError, match=message):
-        read_sweep(write({"one": ONE}, **settings))
-    assert not Path("out").exists()
-
-
-def test_sweep_that_is_not_there_is_an_error_with_its_path():
-    with pytest.raises(ValueError, match=r"the config 'no\.yaml' cannot be read"):
-        read_sweep("no.yaml")
 
 
 # --- results -----------------------------------------------------------------------------------------------------
@@ -341,11 +317,33 @@ def test_table_without_columns_shows_the_gaps_and_the_numbers_of_the_result(writ
     assert exit_code("sweep.yaml") == 0
     frame = pd.read_csv("out/results.csv")
     assert list(frame.columns) == [
-        "config", "seeds", "gap/general/abs_mean@5 mean", "gap/general/abs_mean@5 sd", "share mean", "share sd"
+        "config", "seeds", *(f"gap/general/abs_mean@5 {what}" for what in ("mean", "sd", "n")),
+        *(f"share {what}" for what in ("mean", "sd", "n")),
     ]  # fmt: skip
     assert frame["gap/general/abs_mean@5 mean"][0] == pytest.approx(13 / 3)  # all three there are
     assert frame["share sd"].isna().all()  # one seed has no spread
     assert "| one | 1 | 4.333 | 4.5 |" in Path("out/results.md").read_text()
+
+
+def test_table_says_of_how_many_seeds_a_number_is(write, capsys):
+    sweep = read_sweep(write({"one": ONE}, seeds=[0, 1, 2], columns=["share", "other"]))
+    assert exit_code("sweep.yaml") == 0
+    Path("out/one/seed-1/result.json").write_text('{"share": null}')
+    capsys.readouterr()
+    assert exit_code("sweep.yaml") == 0
+    # 0.5 and 2.5
+    assert "| one | 3 | 1.5 ± 1.4 (2 of 3) | - |" in capsys.readouterr().out
+    means = table(sweep, results(sweep)[0])
+    assert means[["seeds", "share n", "other n"]].to_numpy().tolist() == [[3, 2, 0]]
+
+
+def test_column_with_the_last_values_of_a_single_number_is_named(write, capsys):
+    write({"one": ONE}, columns=["share@3", "inner.x@2"])
+    assert exit_code("sweep.yaml") == 0
+    said = capsys.readouterr().out
+    assert "no run has the column 'share@3'. 'share' is one number of result.json: leave @3 out." in said
+    assert "no run has the column 'inner.x@2'. 'inner.x' is one number of result.json: leave @2 out." in said
+    assert "| one | 2 | - | - |" in said
 
 
 def test_column_that_no_run_has_is_named_with_what_may_be_meant(write, capsys):

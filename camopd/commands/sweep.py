@@ -14,7 +14,7 @@ not run again. There is no queue and nothing runs side by side: `--print` gives 
 from __future__ import annotations
 
 import argparse
-import difflib
+import contextlib
 import hashlib
 import json
 import math
@@ -24,15 +24,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import atomic
 from ..errors import CaMOPDError
 from ..measured import of_run
-from ..run import as_words, config_first, methods, read_settings
+from ..run import config_first, methods
+from ..sweep import Run, Sweep, meant, read_sweep
 from . import processes
 
 
@@ -42,54 +42,14 @@ if TYPE_CHECKING:  # and imported where the results are read: --help is quick, a
 MARK = "sweep.json"  # in the folder of a run that has ended well
 LOG = "sweep.log"
 LOG_LINES = 12  # of a failed run, shown
+REQUEUE = os.EX_TEMPFAIL  # that of signals.py, which imports torch
+STOPPED = "Stopped. The same command goes on: finished runs stay, this one starts from its last checkpoint."
 DEFAULT_LAST = 5  # values of a metric that the default columns average
-TRAIN = "{python} -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One config with one seed."""
-
-    name: str  # of the config: its file without the ending
-    config: str
-    seed: int
-    folder: Path
-
-    @property
-    def key(self) -> str:
-        """What `--only` takes."""
-        return f"{self.name}/seed-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep as its YAML file says."""
-
-    runs: tuple[Run, ...]
-    settings: dict[str, Any]
-    command: str
-    columns: tuple[str, ...]
-    output_dir: Path
-
-    def words(self, run: Run, resume: bool | str) -> list[str]:
-        """The command of a run, as the words that start it; `resume` is a value of `resume_from_checkpoint`."""
-        several = {
-            "{set}": as_words(self.settings),
-            "{resume}": ["--resume_from_checkpoint", "true" if resume is True else resume] if resume else [],
-        }
-        single = {
-            "{python}": sys.executable, "{config}": run.config, "{seed}": str(run.seed), "{output_dir}": str(run.folder),
-        }  # fmt: skip
-        words = []
-        for word in shlex.split(self.command):  # first split, then filled in: a path may have spaces
-            for name, value in single.items():
-                word = word.replace(name, value)
-            words += several.get(word, [word])
-        return words
 
 
 def sweep(argv: list[str]) -> None:
-    """The command line. Exits with 1 when a run has failed and with 130 after Ctrl-C.
+    """The command line. Exits with 1 when a run has failed, and with `REQUEUE` when a signal has stopped it or a run: the
+    same command goes on.
 
     Raises what `read_sweep` raises, and `CaMOPDError` for a folder that another command has made.
     """
@@ -132,98 +92,6 @@ def sweep(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-# ----------------------------------------------------------------------------------------------------- the YAML file
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(item) is kind for item in value)
-
-
-def _is_columns(value: Any) -> bool:
-    return value == [] or (_is_list_of(str, value) and all(re.fullmatch("[^@]+(@0*[1-9][0-9]*)?", v) for v in value))
-
-
-# What a sweep sets: its default, how to tell a right value, and what that is in words.
-_SETTINGS: dict[str, tuple[Any, Any, str]] = {
-    "configs": (None, lambda value: _is_list_of(str, value), "a list of YAML files"),
-    "seeds": (None, lambda value: _is_list_of(int, value), "a list of whole numbers such as [0, 1]"),
-    "set": ({}, lambda value: isinstance(value, dict), "a mapping from settings to values"),
-    "command": (TRAIN, lambda value: isinstance(value, str), "one line of text"),
-    "output_dir": (None, lambda value: isinstance(value, str) and value, "the folder for the runs and the table"),
-    "columns": ([], _is_columns, "a list of metrics such as gap/general/abs_mean (its last value), gap/general/abs_mean@5 "
-                "(mean of its last five), eval_general_kl or a key of result.json"),
-}  # fmt: skip
-
-
-def read_sweep(path: str) -> Sweep:
-    """Read the YAML file of a sweep. Raises `ValueError` that names what is wrong in it."""
-    given = {name: value for name, value in read_settings(path, []).items() if value is not None}
-    for name in given:
-        if name not in _SETTINGS:
-            there = f" There are {', '.join(_SETTINGS)}; settings of runs go to `set`."
-            raise ValueError(f"{name!r} in {path!r} is not a setting of a sweep.{_meant(name, _SETTINGS) or there}")
-    settings = {name: given.get(name, default) for name, (default, _, _) in _SETTINGS.items()}
-    for name, (_, is_right, form) in _SETTINGS.items():
-        if not is_right(settings[name]):
-            raise ValueError(f"{name} in {path!r} must be {form}, got {settings[name]!r}.")
-    configs, seeds = settings["configs"], settings["seeds"]
-    names = [Path(config).stem for config in configs]
-    for what, values, way in (("configs", names, ", or rename a file."), ("seeds", seeds, ".")):
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
-        if twice:
-            raise ValueError(
-                f"{what} in {path!r} has {twice[0]!r} twice; its runs would share a folder. Take one out{way}"
-            )
-    for name in ("seed", "output_dir"):
-        if name in settings["set"]:
-            raise ValueError(f"set in {path!r} has {name!r}, which the sweep gives each run itself. Take it out.")
-    _check_command(path, settings)
-    folder = Path(settings["output_dir"]).expanduser()
-    runs = [
-        Run(name, config, seed, folder / name / f"seed-{seed}")
-        for name, config in zip(names, configs, strict=True)
-        for seed in seeds
-    ]
-    return Sweep(tuple(runs), settings["set"], settings["command"], tuple(settings["columns"]), folder)
-
-
-def _check_command(path: str, settings: Mapping[str, Any]) -> None:
-    command, configs, seeds = settings["command"], settings["configs"], settings["seeds"]
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise ValueError(
-            f"command in {path!r} cannot be split into words: {error}. Fix its quotes: {command!r}."
-        ) from None
-    for needed, place, why in (
-        (True, "{output_dir}", "the table is made from what a run writes there"),
-        (len(configs) > 1, "{config}", f"there are {len(configs)} configs"),
-        (len(seeds) > 1, "{seed}", f"there are {len(seeds)} seeds"),
-    ):
-        if needed and not any(place in word for word in words):
-            raise ValueError(f"command in {path!r} has no {place}, but {why}. Put it in: {command!r}.")
-    if settings["set"] and "{set}" not in words:
-        raise ValueError(
-            f"command in {path!r} has no {{set}} as a word of its own, where `set` would go: {command!r}."
-        )
-    if command != TRAIN and "train" not in words:  # a command of another program may make its files itself
-        return
-    named = [("configs", config) for config in configs if command == TRAIN or config not in methods()]
-    named += [("command", word) for word in words if word.endswith((".yaml", ".yml")) and "{" not in word]
-    for name, file in named:
-        if not Path(file).is_file():
-            raise ValueError(
-                f"{name} in {path!r} has {file!r}, but there is no such file. Paths start from the folder in which the "
-                f"command is given.{_meant(file, methods())}"
-            )
-
-
-def _meant(name: Any, known: Iterable[str]) -> str:
-    """The known name that is closest, as a question; "" where none is close."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
@@ -261,8 +129,22 @@ def _made_by(sweep: Sweep, run: Run) -> dict[str, str]:
     return made_by
 
 
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Those of `processes`, and SIGUSR1, which schedulers send some time before the end of a job."""
+    with processes.noted_signals() as signals:
+        before = signal.signal(signal.SIGUSR1, lambda number, frame: signals.append(number))
+        try:
+            yield signals
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+
 def _do(sweep: Sweep, run: Run, label: str) -> bool:
-    """Start a run, or go on with it from its last checkpoint, and wait for its end. Returns whether it ended well."""
+    """Start a run, or go on with it from its last checkpoint, and wait for its end. Returns whether it ended well.
+
+    Raises `SystemExit` where a signal has stopped it, or this process, which then stops the run.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     resume: bool | str = any(run.folder.glob("checkpoint-*"))
     if not resume and (run.folder / "metrics.jsonl").exists():  # stopped before its first checkpoint
@@ -272,7 +154,7 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
     made_by = _made_by(sweep, run)  # of the config that is read now, not of one that is edited meanwhile
     print(f"{label}: {'going on from its checkpoint' if resume is True else 'started'}, log in {log}", flush=True)
     started = time.monotonic()
-    with open(log, "ab") as file, processes.noted_signals() as signals:
+    with open(log, "ab") as file, _noted_signals() as signals:
         file.write(f"$ {shlex.join(words)}\n".encode())
         file.flush()
         try:
@@ -284,10 +166,13 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
             time.sleep(processes.PAUSE)
         if signals:
             print(f"\n{label}: stopping; it may save a checkpoint first. Ctrl-C again stops it at once.", flush=True)
-            processes.end([child], signals, signal.SIGINT)
-            print("Stopped. The same command goes on: finished runs stay, this one starts from its last checkpoint.")
-            raise SystemExit(130)
+            processes.end([child], signals, signal.SIGINT)  # whatever has come: every program knows Ctrl-C
+            print(STOPPED, flush=True)
+            raise SystemExit(128 + signals[-1] if len(signals) > 1 else REQUEUE)
     seconds = time.monotonic() - started
+    if child.returncode == REQUEUE:  # the signal came to it alone
+        print(f"{label}: stopped by a signal after {seconds:.0f} s, log in {log}\n{STOPPED}", flush=True)
+        raise SystemExit(REQUEUE)
     if child.returncode == 0:
         text = json.dumps({"made_by": made_by, "seconds": seconds}, indent=2) + "\n"
         atomic.write(run.folder / MARK, text)
@@ -315,30 +200,34 @@ def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
     for run in sweep.runs:
         if (run.folder / MARK).is_file():
             try:
-                found[run] = (_metrics_of(run), _result_of(run))
+                found[run] = (_metrics_of(run), _held_out_of(run), _result_of(run))
             except ValueError as error:
                 notes.append(f"{run.key} is not in the table: {error}")
     columns = dict.fromkeys(sweep.columns)
     if not columns:
-        for metrics, result in found.values():
+        for metrics, held_out, result in found.values():
             columns |= dict.fromkeys(
                 f"{name}@{DEFAULT_LAST}" for name in metrics if re.fullmatch("gap/.*/abs_mean", name)
             )
-            columns |= dict.fromkeys(name for name, value in result.items() if _is_number(value))
+            columns |= dict.fromkeys([*held_out, *(name for name, value in result.items() if _is_number(value))])
     rows = [
-        {"config": run.name, "seed": run.seed, **{column: _value(column, metrics, result) for column in columns}}
-        for run, (metrics, result) in found.items()
+        {"config": run.name, "seed": run.seed, **{column: _value(column, *values) for column in columns}}
+        for run, values in found.items()
     ]
     frame = pd.DataFrame(rows, columns=["config", "seed", *columns])
-    known = sorted({name for metrics, result in found.values() for name in (*metrics, *result)})
+    known = sorted({name for values in found.values() for names in values for name in names})
     for column in columns:
         if len(frame) and frame[column].isna().all():
-            notes.append(f"no run has the column {column!r}.{_meant(column.partition('@')[0], known)}")
+            name, _, count = column.partition("@")
+            single = count and any(_is_number(_below(result, name)) for _, _, result in found.values())
+            way = f" {name!r} is one number of result.json: leave @{count} out." if single else meant(name, known)
+            notes.append(f"no run has the column {column!r}.{way}")
     return frame, notes
 
 
 def table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
-    """A row per config: how many seeds, and of each column mean and standard deviation over them (NaN for one seed)."""
+    """A row per config: how many seeds, and of each column mean and standard deviation over them (NaN for one seed), and
+    how many of them have a value."""
     import pandas as pd
 
     rows = []
@@ -346,7 +235,8 @@ def table(sweep: Sweep, frame: pd.DataFrame) -> pd.DataFrame:
         mine = frame[frame["config"] == name]
         row: dict[str, Any] = {"config": name, "seeds": len(mine)}
         for column in frame.columns[2:]:
-            row[f"{column} mean"], row[f"{column} sd"] = mine[column].mean(), mine[column].std(ddof=1)
+            values = mine[column].dropna()
+            row |= {f"{column} mean": values.mean(), f"{column} sd": values.std(ddof=1), f"{column} n": len(values)}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -370,11 +260,11 @@ def _write_results(sweep: Sweep) -> None:
     for row in means.to_dict("records"):
         wanted = sum(run.name == row["config"] for run in sweep.runs)
         seeds = f"{row['seeds']} of {wanted}" if row["seeds"] < wanted else str(row["seeds"])
-        lines.append([row["config"], seeds, *(_cell(row[f"{name} mean"], row[f"{name} sd"]) for name in columns)])
+        lines.append([row["config"], seeds, *(_cell(row, name) for name in columns)])
     text = markdown_table(lines)
     head = (
         "Mean ± standard deviation over seeds. `@5` is the mean of a run's last five values of a metric, without it the "
-        "last one."
+        "last one. Where not all of the seeds have a value, it says of how many the numbers are."
     )
     image = ""
     bars = {
@@ -402,46 +292,51 @@ def _metrics_of(run: Run) -> pd.DataFrame:
     return read_run(files[0])[0] if len(files) == 1 else pd.DataFrame()
 
 
+def _held_out_of(run: Run) -> dict[str, list[float]]:
+    """The held-out gaps of the model that a run has left and of its earlier steps, by the metric's name."""
+    found, _ = of_run(run.folder)
+    kls = {f"eval_{branch}_kl": [each.kl for each in measured] for branch, measured in found.items()}
+    return {name: [kl for kl in values if not math.isnan(kl)] for name, values in kls.items()}
+
+
 def _result_of(run: Run) -> dict[str, Any]:
-    """The last held-out gaps of the model that a run has left, which the Trainer's state has, and what is in result.json,
-    where a run writes one."""
-    state, own = (
-        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for path in (run.folder / "trainer_state.json", run.folder / "result.json")
-    )
-    _, last = of_run(run.folder)  # where the best model was loaded at the end, its step
-    held_out = {
-        name: value
-        for entry in state.get("log_history", [])
-        if last is None or entry.get("step", 0) <= last
-        for name, value in entry.items()
-        if re.fullmatch("eval_.*_kl", name)
-    }
-    return {**held_out, **own} if isinstance(own, dict) else held_out
+    """What is in result.json, where a run writes one."""
+    path = run.folder / "result.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
-def _value(column: str, metrics: pd.DataFrame, result: Mapping[str, Any]) -> float:
-    """`name` is the last value of a metric or a key of result.json, with dots for keys below keys; `name@k` is the mean of
-    a metric's last k values. NaN where the run has neither."""
+def _value(
+    column: str, metrics: pd.DataFrame, held_out: Mapping[str, list[float]], result: Mapping[str, Any]
+) -> float:
+    """`name` is a key of result.json, with dots for keys below keys, or the last value of a held-out gap or of a metric;
+    `name@k` is the mean of the last k values of these two. NaN where the run has none."""
     from ..report.read import new_name
 
-    name, _, last = column.partition("@")
-    inner: Any = result
+    name, _, count = column.partition("@")
+    single = _below(result, name)
+    if _is_number(single) and not count:
+        return float(single)
+    values = held_out.get(name, [])
+    if not values and new_name(name) in metrics and name != "branch":
+        values = metrics[new_name(name)].dropna().tolist()
+    last = values[-int(count or 1) :]
+    return sum(last) / len(last) if last else math.nan
+
+
+def _below(result: Any, name: str) -> Any:
     for key in name.split("."):
-        inner = inner.get(key) if isinstance(inner, dict) else None
-    if _is_number(inner):
-        return float(inner)
-    name = new_name(name)
-    if name not in metrics or name == "branch":
-        return math.nan
-    return float(metrics[name].dropna().iloc[-int(last or 1) :].mean())
+        result = result.get(key) if isinstance(result, dict) else None
+    return result
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _cell(mean: float, spread: float) -> str:
-    if math.isnan(mean):
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    mean, spread, count = (row[f"{column} {what}"] for what in ("mean", "sd", "n"))
+    if not count:
         return "-"
-    return f"{mean:.4g}" if math.isnan(spread) else f"{mean:.4g} ± {spread:.2g}"
+    of = "" if count == row["seeds"] else f" ({count} of {row['seeds']})"
+    return f"{mean:.4g}{'' if math.isnan(spread) else f' ± {spread:.2g}'}{of}"
