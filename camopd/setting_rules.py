@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import ParallelismConfig
@@ -128,7 +129,8 @@ REFUSED = (
 REFUSED_PARTS = (
     ("model_init_kwargs", ("tp_plan", "tp_size", "device_mesh", "distributed_config"), _ONE_RANK_ONE_SHARE),
     (
-        "activation_checkpointing_kwargs", ("every_n_layers", "offload"),
+        # Which the latter, its old name, becomes from transformers 5.23 on.
+        "activation_checkpointing_kwargs gradient_checkpointing_kwargs", ("every_n_layers", "offload"),
         "TRL switches checkpointing off to generate and on again without it, which leaves nothing of it",
     ),
     (
@@ -285,8 +287,8 @@ def refuse(args: Any) -> None:
     written = _value(args, "accelerator_config.gradient_accumulation_kwargs", absent=None) or {}
     if written.get("num_steps") == 1:  # by the trainer of a config that is copied
         del written["num_steps"]
-    for name, parts, reason in REFUSED_PARTS:
-        for part in parts:
+    for names, parts, reason in REFUSED_PARTS:
+        for name, part in product(names.split(), parts):
             if part in (_value(args, name, absent=None) or ()):
                 raise ValueError(f"{name} with {part!r} cannot be used with CaMOPD: {reason}. Leave it out.")
     _refuse_optim_args(args)

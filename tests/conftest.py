@@ -1,5 +1,6 @@
 """Small real models and prompts. Nothing here reaches a network."""
 
+import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -183,6 +184,14 @@ def prompts():
 @pytest.fixture
 def teacher_model(model_factory):
     return model_factory(1)
+
+
+def later_settings() -> set[str]:
+    """Settings that transformers 5.23 has and the installed one lacks."""
+    from camopd import CaMOPDConfig
+
+    later = {"activation_checkpointing", "activation_checkpointing_kwargs"}
+    return later - {field.name for field in dataclasses.fields(CaMOPDConfig)}
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 
 ROOT = Path(__file__).parent.parent
@@ -21,9 +23,15 @@ REFUSED = {
 }
 
 
+# Whose tiny config the transformers before 5.23 cannot build.
+LATER = (
+    {"CohereCompassForCausalLM", "DbrxForCausalLM"} if Version(transformers.__version__) < Version("5.23") else set()
+)
+
+
 @pytest.fixture(scope="module")
 def verdicts():
-    return list(architectures.sweep())
+    return [verdict for verdict in architectures.sweep() if verdict.architecture not in LATER]
 
 
 def test_causal_architectures_are_each_right_or_refused(verdicts):
@@ -34,7 +42,7 @@ def test_causal_architectures_are_each_right_or_refused(verdicts):
     assert set(refused) == set(REFUSED)
     for name, reason in REFUSED.items():
         assert reason in refused[name]
-    assert len(verdicts) >= 181
+    assert len(verdicts) >= 181 - len(LATER)
 
 
 def test_documentation_of_architectures_says_what_the_sweep_finds(verdicts):
@@ -43,7 +51,8 @@ def test_documentation_of_architectures_says_what_the_sweep_finds(verdicts):
         name, word, *_ = (cell.strip() for cell in [*line.strip("|").split("|"), ""])
         if word in ("right", "refused", "not tried"):
             rows[name] = word
-    assert rows == {verdict.architecture: verdict.word for verdict in verdicts}
+    found = {verdict.architecture: verdict.word for verdict in verdicts}
+    assert {name: word for name, word in rows.items() if name not in LATER} == found
 
 
 def test_model_made_from_bert_is_refused_where_it_attends_to_both_sides():

@@ -149,7 +149,8 @@ def _memory(args: Any, shape: Shape, static: float, size: float) -> Finding:
         f"some {_gib(static + moving)} for a step, by its sizes: {_gib(static)} for weights, gradients and optimizer, "
         f"{_gib(moving)} for micro-batches of {tokens:,} tokens"
     )
-    if not (args.gradient_checkpointing or args.activation_checkpointing):
+    # The latter is its name from transformers 5.23 on.
+    if not (args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)):
         text += " and more without gradient_checkpointing"
     if free is None:
         return Finding("run", "memory", "ok", f"{text}; what is free here is not known")

@@ -249,6 +249,15 @@ def load_adapter_student(path: str, init_kwargs: dict[str, Any]) -> Any:
     return PeftModel.from_pretrained(model, path, is_trainable=True)
 
 
+def load_trained_adapter(student: Any, folder: str) -> None:
+    """Give a student with a `START` beside its adapter the trained one of a checkpoint.
+
+    A checkpoint has `START` in a folder of its own, and transformers below 5.23 loads nothing else where it finds one.
+    """
+    if is_peft_model(student) and START in student.peft_config:
+        student.load_adapter(folder, "default", is_trainable=True)
+
+
 @contextmanager
 def without_init_kwargs(args: Any, loaded: bool) -> Iterator[None]:
     """Without `model_init_kwargs` where the student is `loaded` with them already: TRL would warn that they are ignored."""
