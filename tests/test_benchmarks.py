@@ -192,7 +192,8 @@ def test_step_ahead_is_timed_with_known_latencies(tmp_path, monkeypatch):
         )
 
 
-def test_step_ahead_is_timed_on_servers_that_are_named(demo_folder, capsys):
+def test_step_ahead_is_timed_on_servers_that_are_named(demo_folder, capsys, monkeypatch):
+    monkeypatch.setattr(ahead, "PROMPTS", 4)
     with (
         contextlib.closing(FakeRollouts(make_model(1), make_tokenizer(), max_model_len=512)) as rollouts,
         contextlib.closing(FakeVLLM(make_model(0), make_tokenizer())) as teacher,

@@ -118,6 +118,11 @@ def test_defaults_of_the_optimizer_are_those_of_the_paper(make_config):
     assert (config.adam_beta1, config.adam_beta2) == (0.9, 0.999)
 
 
+def test_run_of_the_papers_length_saves_ten_checkpoints_by_default(make_config):
+    config = make_config()
+    assert (config.save_strategy, config.max_steps // config.save_steps) == ("steps", 10)
+
+
 def test_default_lengths_are_those_of_the_paper(make_config):
     config = make_config()
     assert config.max_prompt_length == 4096

@@ -13,6 +13,7 @@ processes, and must end with the exit code for "requeue" in all of them.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -82,10 +83,12 @@ SCENARIOS = (
 
 
 class Ticks:
-    """Counts file operations of saves; at the n-th one the process is killed."""
+    """Counts file operations of saves; at the n-th one the process is killed, or from it on the disk is full."""
 
-    def __init__(self, deadly: int | None):
-        self.deadly, self.count, self.saving = deadly, 0, False
+    def __init__(self, deadly: int | None, full: int | None = None, folder: str = ""):
+        """`full`: the operation after which nothing more can be written in `folder`."""
+        self.deadly, self.full, self.folder = deadly, full, folder
+        self.count, self.saving = 0, False
 
     def tick(self) -> None:
         if self.saving:
@@ -93,8 +96,13 @@ class Ticks:
             if self.count == self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def write(self, path: Any) -> None:
+        """Something is about to be written to a path."""
+        if self.full is not None and self.count >= self.full and str(path).startswith(self.folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
     def install(self) -> None:
-        sys.addaudithook(lambda event, _: self.tick() if event in FILE_EVENTS else None)
+        sys.addaudithook(self._heard)
         os.fsync = self._around(os.fsync)  # ty: ignore
         torch.save = self._written(torch.save)
         transformers.modeling_utils.safe_save_file = self._written(safetensors.torch.save_file)
@@ -106,6 +114,13 @@ class Ticks:
             self.saving = False
 
         CaMOPDTrainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+    def _heard(self, event: str, details: tuple[Any, ...]) -> None:
+        if event not in FILE_EVENTS:
+            return
+        self.tick()
+        if event == "os.mkdir" or (event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR)):
+            self.write(details[0])
 
     def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -119,6 +134,7 @@ class Ticks:
 
         def write(content: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
             self.tick()
+            self.write(path)  # torch and safetensors open it where Python does not see it
             result = function(content, path, *args, **kwargs)
             if self.saving and self.deadly == self.count + 1:
                 os.truncate(path, os.path.getsize(path) // 2)
@@ -131,7 +147,7 @@ class Ticks:
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """One run, or one process of it. What it comes to, for `same`."""
     torch.manual_seed(0)
-    ticks = Ticks(job.get("deadly"))
+    ticks = Ticks(job.get("deadly"), job.get("full"), job["folder"])
     ticks.install()
     lora = job["kind"] == "lora"
     general = job["url"] if job["kind"] in ("server", "ahead") else make_model(2)
