@@ -200,18 +200,7 @@ class RunCheckpoints:
             self._write(trainer, folder, final, write, kept)
             self._commit(trainer, folder, final)
         except FAILURES as error:
-            if isinstance(error, RuntimeError) and not (
-                isinstance(error, OtherRankError) or any(words in str(error) for words in OF_TORCH_SAVE)
-            ):
-                raise  # of another rank that is gone, say
-            free = shutil.disk_usage(folder.parent if folder.parent.is_dir() else ".").free / 2**30
-            before = f"the one before, {str(self.latest)!r}, is whole" if self.latest else "there is none yet"
-            shutil.rmtree(folder, ignore_errors=True)
-            raise CaMOPDError(
-                f"the checkpoint of step {state.global_step} cannot be written to {args.output_dir!r}, where {free:.2f} "
-                f"GiB are free: {error}. Of checkpoints, {before}. Make room, and go on with resume_from_checkpoint="
-                "'auto'."
-            ) from error
+            raise self._failed(f"the checkpoint of step {state.global_step}", error, folder) from error
         finally:
             self.staging = None
         self.latest = final
@@ -225,13 +214,44 @@ class RunCheckpoints:
             logger.warning("after the save of %s: %s", final, error)
         trainer.accelerator.wait_for_everyone()  # a rank that ends would have its launcher end one that still sends
 
-    def check_finished(self, trainer: Any) -> None:
-        """Raise `CaMOPDError` where the weights of the model in hand are not finite.
+    def save_model(self, trainer: Any, output_dir: str | None, write: Callable[[str], None], check: bool) -> None:
+        """Have `write` make the files of the model in hand: those of a checkpoint, or in `output_dir`.
 
-        Unless they are in shards, each rank looks for itself: the main process may save them alone.
+        There they are made beside, so that a file that is there is replaced by a whole one. Raises `CaMOPDError` where the
+        disk does not take them, and with `check` before that where weights are not finite. Unless they are in shards, each
+        rank looks for itself: the main process may save them alone.
         """
-        alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-        check_finite(trainer.model, None, "of the finished model", self.latest, alone=alone)
+        if self.staging is not None:
+            write(str(output_dir))
+            return
+        if check:
+            alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+            check_finite(trainer.model, None, "of the finished model", self.latest, alone=alone)
+        final = Path(output_dir or self.args.output_dir)
+        folder = final / SAVING / "model"
+        try:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            write(str(folder))
+            if self.args.should_save and folder.is_dir():
+                manifest.move_in(folder, final)
+        except FAILURES as error:
+            raise self._failed("the finished model", error, folder) from error
+
+    def _failed(self, what: str, error: BaseException, folder: Path) -> CaMOPDError:
+        """What is said where files cannot be written in a folder, which goes. An error of another kind is raised again."""
+        if isinstance(error, RuntimeError) and not (
+            isinstance(error, OtherRankError) or any(words in str(error) for words in OF_TORCH_SAVE)
+        ):
+            raise error  # of another rank that is gone, say
+        place = folder.parent.parent
+        free = shutil.disk_usage(place if place.is_dir() else ".").free / 2**30
+        before = f"the last one, {str(self.latest)!r}, is whole" if self.latest else "there is none yet"
+        manifest.leave(folder)
+        return CaMOPDError(
+            f"{what} cannot be written to {str(place)!r}, where {free:.2f} GiB are free: {error}. Of checkpoints, {before}."
+            " Make room, and go on with resume_from_checkpoint='auto'."
+        )
 
     def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None], kept: Kept) -> None:
         """What goes into a checkpoint. What fails in `write` fails on one rank alone: transformers has collectives of its

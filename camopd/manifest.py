@@ -7,6 +7,7 @@ short or changed afterwards is found by size and hash.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -122,6 +123,28 @@ def put_in_place(folder: Path, final: Path) -> None:
         raise
     atomic.flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def move_in(folder: Path, final: Path) -> None:
+    """Put the files of a model where older ones may be, each in one step; last the configs, by which a model is known."""
+    for path in folder.rglob("*"):
+        atomic.flush(path)
+    last = ("config.json", "adapter_config.json")
+    for path in sorted(
+        folder.iterdir(), key=lambda path: (path.name in last, path.suffix != ".safetensors", path.name)
+    ):
+        if path.is_dir():
+            shutil.rmtree(final / path.name, ignore_errors=True)
+        path.replace(final / path.name)
+    atomic.flush(final)
+    leave(folder)
+
+
+def leave(folder: Path) -> None:
+    """Remove a folder of `_saving`, and that if nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
 
 
 def clean_up(output_dir: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import SchedulerType
+from transformers.utils import get_json_schema
 from trl.trainer.utils import get_config_model_id
 
 from .config import CaMOPDConfig
@@ -39,6 +40,7 @@ from .teachers.local import LocalTeacher
 logger = logging.getLogger(__name__)
 
 PROBED_VALUES = 16  # of each weight
+PROBED_TEXT = "The patient's dose: 2.5 mg/kg.\n\tNaïve Ωmega, 中文, עברית, 👩‍⚕️ def f(x): return x**2"
 
 # Fields of the config that do not change the numbers of a run, by the reason. All others are recorded: what is forgotten
 # here is compared, and at worst refuses a resume that could have been.
@@ -94,19 +96,20 @@ _NO_SETTING = re.compile(r"^(cache_dir|device_map|max_memory|offload_\w+|local_f
 _PATH = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]).*|.*://.*", re.DOTALL)
 
 
-def record_of(
-    args: CaMOPDConfig, run: Any, teachers: Mapping[str, Teacher], student: Any, optimizers: tuple[Any, Any]
-) -> dict[str, Any]:
+def record_of(trainer: Any, run: Any, student: Any, optimizers: tuple[Any, Any]) -> dict[str, Any]:
     """What a run is, as it is written into every checkpoint. Called by all ranks; the same on each, as JSON has it.
 
     Args:
+        trainer: whose settings, teachers by branch, tokenizer and tools are there. Of a teacher in this process its
+            starting weights count as well as its public name. A server shows no weights and may be started elsewhere: it
+            is the model whose name it serves.
         run: as `setup.prepare` makes it: schedule, prompts by branch, the student's name or "", and whether its adapter is
             a saved one, and so a part of the starting weights.
-        teachers: by branch. Of one in this process its starting weights count as well as its public name. A server shows
-            no weights and may be started elsewhere: it is the model whose name it serves.
         student: the model outside wrappers, before training.
         optimizers: optimizer and scheduler that were passed to the trainer.
     """
+    args: CaMOPDConfig = trainer.args
+    teachers: Mapping[str, Teacher] = trainer.teachers
     left_out = {name for names in LEFT_OUT.values() for name in names.split()}
     if args.lr_scheduler_type in FOLLOWS_METRIC:
         left_out -= set(_FOLLOWED)
@@ -126,6 +129,9 @@ def record_of(
         "teachers": {branch: public_name(teacher.name) for branch, teacher in teachers.items()},
         "teacher_weights": {branch: weights.get(branch) for branch in teachers},
         "prompts": {branch: fingerprint(dataset) for branch, dataset in run.prompts.items()},
+        "all_prompts": {branch: of_all_rows(dataset) for branch, dataset in run.prompts.items()},
+        "tokens": tokens_of(trainer),
+        "rollouts_from_servers": bool(args.rollout_servers),  # wherever they are: w_t counts then
         "student": {
             "name": public_name(run.student_name or get_config_model_id(student.config) or ""), **weights["student"],
         },
@@ -181,17 +187,45 @@ def as_json(value: Any) -> Any:
 def _without_place(text: str) -> str:
     """The last part of a path; of a URL, which may have a key in it, a hash."""
     name = "" if "://" in text else PureWindowsPath(text).name  # which takes both kinds of slashes
-    return name or f"sha256:{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:12]}"
+    return name or f"sha256:{_hash(text)}"
 
 
 def fingerprint(dataset: Dataset | IterableDataset) -> str:
-    """Tells prompt datasets apart for the checkpoint's record: row count and a hash of the first and last 32 prompts."""
+    """Tells prompt datasets apart for the checkpoint's record: row count and a hash of the first and last 32 prompts.
+
+    Beside `of_all_rows`, because a checkpoint of an older camopd has this alone.
+    """
     if not isinstance(dataset, Dataset):
         return "streamed"
     ends = sorted({*range(min(32, len(dataset))), *range(max(0, len(dataset) - 32), len(dataset))})
     rows = what_the_model_sees(dataset.select(ends))
     text = "\x00".join(str(value) for row in rows for value in row.values())
-    return f"{len(dataset)} rows, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{len(dataset)} rows, {_hash(text)}"
+
+
+def of_all_rows(dataset: Dataset | IterableDataset) -> str | None:
+    """A hash of all prompts; `None` of a stream, which is not read before its rows are needed."""
+    if not isinstance(dataset, Dataset):
+        return None
+    digest = hashlib.sha256()
+    for batch in what_the_model_sees(dataset).iter(1024):
+        digest.update(repr(sorted(batch.items())).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:12]
+
+
+def tokens_of(trainer: Any) -> dict[str, Any]:
+    """What makes tokens of a prompt: the tokenizer, by those of a text, the chat template and the tools, each as a hash."""
+    template = trainer.chat_template or getattr(trainer.processing_class, "chat_template", None)  # TRL's, for tools
+    tools = [get_json_schema(tool) for tool in trainer.tools or ()]
+    return {
+        "tokenizer": _hash(repr(trainer._tokenizer(PROBED_TEXT)["input_ids"])),
+        "chat_template": _hash(repr(template)) if template else None,
+        "tools": _hash(json.dumps(tools)) if tools else None,
+    }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def fingerprint_of(model: Any, with_adapter: bool = False) -> dict[str, str | None]:
@@ -237,7 +271,7 @@ def _adapter_of(student: Any) -> dict[str, Any] | None:
 def _hashes(values: Any) -> dict[str, str] | None:
     if not values:
         return None
-    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12] for name, value in values.items()}
+    return {name: _hash(json.dumps(value)) for name, value in values.items()}
 
 
 def _passed(optimizer: Any, scheduler: Any) -> dict[str, Any] | None:

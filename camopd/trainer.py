@@ -50,7 +50,7 @@ from .scoring import Scorer
 from .selection import Branch, select_samples
 from .signals import StopRequests
 from .step import Step, StepCallback
-from .teachers.adapters import without_init_kwargs
+from .teachers.adapters import load_trained_adapter, without_init_kwargs
 from .threads import let_threads_rest
 from .token_rules import rule_of, weigh
 from .watchdog import phase, watching
@@ -153,7 +153,7 @@ class CaMOPDTrainer(DistillationTrainer):
             end = self._tokenizer.eos_token_id
             self.scorer = Scorer(self.student, self.teachers, end, gather_object, args.guards, self.stops)
             self.batcher = Batcher(args, self.student, end, gather_object)
-            self.checkpoints = RunCheckpoints(args, record_of(args, run, self.teachers, student, optimizers))
+            self.checkpoints = RunCheckpoints(args, record_of(self, run, student, optimizers))
             self.run_folder = RunFolder(args.output_dir, args.process_index == 0)
             self.pushes = CheckpointPushes(self, super()._push_from_checkpoint, super()._finish_current_push)
             self.step: Any = None  # the `Step` under way, or the last one
@@ -414,15 +414,22 @@ class CaMOPDTrainer(DistillationTrainer):
         """Not before it is whole, see `checkpoints`."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in the parent. Raises `CaMOPDError` where the weights are not finite, before it writes."""
-        if not _internal_call:
-            self.checkpoints.check_finished(self)
-        super().save_model(output_dir, _internal_call)
+        """As in the parent, file by file in one step. Raises `CaMOPDError` where the weights are not finite, before it
+        writes, and where the disk does not take them."""
+        write = partial(super().save_model, _internal_call=True)
+        self.checkpoints.save_model(self, output_dir, write, check=not _internal_call)
+        if self.args.push_to_hub and not _internal_call:  # as the parent does
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, of `output_dir` the files alone that the run has written."""
         with self.pushes.only_own():
             return super().push_to_hub(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which has all weights in one file of its own
+            load_trained_adapter(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self.checkpoints.need_whole(Path(str(self.state.best_model_checkpoint)))

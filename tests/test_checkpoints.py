@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -165,6 +166,36 @@ def test_finished_model_is_not_saved_with_numbers_that_are_not_finite(tmp_path, 
     with pytest.raises(CaMOPDError, match=r"1 of .* weights of the finished model are not finite"):
         trainer.save_model(str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("after", range(2))
+def test_finished_model_that_cannot_be_written_leaves_the_one_before(after, tmp_path, tokenizer, monkeypatch):
+    model = tmp_path / "model"
+    trainer = make_trainer(tmp_path / "run", tokenizer)
+    trainer.save_model(str(model))
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(before)
+    next(trainer.model.parameters()).data += 1.0
+    with monkeypatch.context() as patch:
+        full_disk(patch, after)
+        with pytest.raises(
+            CaMOPDError, match=r"finished model cannot be written to .*model.*free.*No space(.|\n)*auto"
+        ):
+            trainer.save_model(str(model))
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    trainer.save_model(str(model))
+    changed = {path.name for path in model.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == {"model.safetensors"}
+
+
+def test_finished_model_is_put_in_place_by_its_config_last(tmp_path, tokenizer, monkeypatch):
+    """A process that is killed meanwhile leaves no folder that is taken for a model."""
+    named = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: named.append(path.name) or replace(path, to))
+    make_trainer(tmp_path / "run", tokenizer).save_model(str(tmp_path / "model"))
+    assert named[0] == "model.safetensors" and named[-1] == "config.json"
+    assert set(named) == {path.name for path in (tmp_path / "model").iterdir()}
 
 
 def test_best_checkpoint_is_known_by_its_own_folder(tmp_path, tokenizer):

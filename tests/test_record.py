@@ -5,19 +5,34 @@ import logging
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_model, make_prompts
+from conftest import later_settings, make_model, make_prompts, make_tokenizer
+from datasets import Dataset
+from fake_rollouts import FakeRollouts
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tokenizers.normalizers import Lowercase
 from trainers import make_args, make_trainer
 from transformers import LlamaForCausalLM
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import ResumeError
-from camopd.record import LEFT_OUT, NOTED, RUN_RECORD, as_json, check, differences, fingerprint_of, notes, read
+from camopd.record import (
+    LEFT_OUT,
+    NOTED,
+    RUN_RECORD,
+    as_json,
+    check,
+    differences,
+    fingerprint_of,
+    notes,
+    read,
+    tokens_of,
+)
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -50,7 +65,7 @@ def test_record_has_every_field_of_the_config_or_a_reason_to_leave_it_out(record
     left_out = [name for text in LEFT_OUT.values() for name in text.split()]
     assert len(left_out) == len(set(left_out))
     known = {each.name for each in fields(CaMOPDConfig)}
-    assert set(left_out) <= known
+    assert set(left_out) - later_settings() <= known
     assert known - set(left_out) - {"max_steps"} == known & set(record) - {"teachers", "deepspeed"}
     assert set(NOTED) <= set(record)
 
@@ -109,6 +124,58 @@ def test_record_of_another_adapter_is_a_difference_and_of_random_weights_is_not(
     first, again, changed = (record_with(peft_config=LoraConfig(**{**LORA, **each})) for each in (one, one, other))
     assert differences(first, again) == []
     assert names(differences(first, changed)) == ["adapter"]
+
+
+def test_record_of_other_prompts_in_the_middle_is_a_difference(record_with):
+    rows = [{"prompt": f"a {number}"} for number in range(200)]
+    other = [*rows[:90], {"prompt": "b"}, *rows[91:]]
+    given = [{"general": Dataset.from_list(each), "domain": make_prompts("domain")} for each in (rows, rows[:], other)]
+    first, again, changed = (record_with(train_dataset=each) for each in given)
+    assert differences(first, again) == []
+    assert names(differences(first, changed)) == ["all_prompts"]
+
+
+@pytest.mark.parametrize("what", ["template", "tokenizer"])
+def test_record_of_other_tokens_for_a_prompt_is_a_difference(what, record, tmp_path):
+    changed = make_tokenizer()
+    if what == "template":
+        changed.chat_template = changed.chat_template.replace("'a '", "'b '")
+    else:
+        changed.backend_tokenizer.normalizer = Lowercase()
+    trainer = make_trainer(tmp_path, changed)
+    assert names(differences(record, trainer.checkpoints.record)) == ["tokens"]
+
+
+def test_record_of_other_tools_is_a_difference(tokenizer):
+    def weigh(dose: int) -> int:
+        """
+        Weighs.
+
+        Args:
+            dose: in mg.
+        """
+        return dose
+
+    def of(*tools):
+        return tokens_of(
+            SimpleNamespace(chat_template=None, tools=tools, processing_class=tokenizer, _tokenizer=tokenizer)
+        )
+
+    before = of(weigh)
+    assert before == of(weigh) != of()
+    weigh.__doc__ = weigh.__doc__.replace("mg", "g")  # which the student reads
+    assert of(weigh) != before
+
+
+def test_record_of_rollouts_from_servers_is_a_difference_wherever_they_are(record, record_with, tokenizer):
+    servers = [FakeRollouts(make_model(9), tokenizer) for _ in range(2)]
+    try:
+        one, other = (record_with(rollout_servers=[server.url]) for server in servers)
+    finally:
+        for server in servers:
+            server.close()
+    assert differences(one, other) == []
+    assert names(differences(record, one)) == ["rollouts_from_servers"]
 
 
 def test_max_steps_counts_where_the_learning_rate_depends_on_it(record, record_with):
