@@ -84,8 +84,13 @@ class StopRequests:
     def listening(self) -> Iterator[None]:
         """Hear signals inside. Those that the program handles or ignores itself are left to it."""
         usual = (signal.SIG_DFL, signal.default_int_handler)
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) in usual}
+        found = {getattr(signal, name) for name in SIGNALS if hasattr(signal, name)}
+        handlers = {number: signal.getsignal(number) for number in found}
+        before = {
+            number: handler
+            for number, handler in handlers.items()
+            if handler in usual or getattr(handler, "gives_way", False)  # of commands/ctrl_c.py
+        }
         if threading.current_thread() is not threading.main_thread() or not before:  # no other may set handlers
             yield
             return

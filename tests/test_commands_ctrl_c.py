@@ -1,5 +1,6 @@
 """Ctrl-C where there is nothing to tidy up: a line and the end, whoever would have caught it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 import pytest
 
 from camopd.commands.ctrl_c import STOPPED, ends_at_once
+from camopd.signals import REQUEUE, StopAsked, StopRequests
 
 
 CAUGHT = """
@@ -22,6 +24,7 @@ with ends_at_once():
     {body}
 print("still here")
 """
+REQUEUED = CAUGHT.replace("ends_at_once():", "ends_at_once(requeue=True):")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,39 @@ def test_ctrl_c_ends_the_process_though_the_code_inside_catches_everything(body)
     command = [sys.executable, "-c", CAUGHT.format(body=body)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", f"{STOPPED}\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_what_a_scheduler_sends_ends_the_process_with_the_code_that_starts_it_again(name):
+    text = REQUEUED.format(body=f"signal.raise_signal(signal.{name})")
+    found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50, check=False)
+    assert (found.returncode, found.stdout) == (REQUEUE, "")
+    assert name in found.stderr and "--resume auto" in found.stderr and len(found.stderr.splitlines()) == 1
+
+
+def test_worker_that_is_forked_inside_ends_as_usual():
+    text = REQUEUED.format(
+        body="""import os
+    child = os.fork()
+    if not child:
+        signal.raise_signal(signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"""
+    )
+    found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, f"{-signal.SIGTERM}\nstill here\n", "")
+
+
+def test_run_that_trains_hears_the_signals_itself():
+    stops = StopRequests(lambda mine: mine, announces=False)
+    with ends_at_once(requeue=True):
+        before = signal.getsignal(signal.SIGTERM)
+        assert before is not signal.SIG_DFL
+        with stops.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(StopAsked, match="SIGTERM"):
+                stops.check()
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_ctrl_c_is_a_keyboard_interrupt_again_afterwards():

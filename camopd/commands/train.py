@@ -34,16 +34,16 @@ def train(config: str, overrides: list[str], to_prompt: Mapping[str, ToPrompt] |
     `to_prompt` makes a prompt of a row of a branch, as in [`camopd.files.load_prompts`]. Raises `ValueError` for settings
     that cannot be, `TeacherError` for a server that does not answer.
     """
-    with ends_at_once():  # nothing has begun that could be saved
+    with ends_at_once(requeue=True):  # before training nothing has begun, and what comes after it is made again
         trainer = make_trainer(config, overrides, to_prompt)
-    args = trainer.args
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()  # with the held-out gaps, for `camopd sweep`
-    trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
+        args = trainer.args
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model(args.output_dir)
+        trainer.save_state()  # with the held-out gaps, for `camopd sweep`
+        trainer.create_model_card()
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        trainer.accelerator.end_training()
     if args.process_index == 0:
         report = f"{command()} report {shlex.quote(args.output_dir)}"
         print(f"The model is in {args.output_dir}; `{report}` draws the run.", flush=True)
