@@ -170,7 +170,7 @@ class Rollouts:
     def _collect(self, ahead: Ahead, forward_early: bool = False, prefix: int | None = None) -> list[Sample]:
         if ahead.samples is None:
             scorer, found, ready = self._trainer.scorer, [], []
-            with on_all_ranks(gather_object):
+            with on_all_ranks(gather_object), self._trainer.engine.waiting():
                 for sample in ahead.flight.samples():
                     found.append(sample)
                     ready.append(sample)

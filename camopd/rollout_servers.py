@@ -6,9 +6,10 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -24,9 +25,12 @@ from .signals import StopRequests
 from .tokens import head_size
 from .vllm.sampler import Completion, Sampler, Sampling, Version
 from .vllm_rollouts import ends_of
+from .watchdog import ROLLOUT_SERVERS, current, phase
 
 
-POLL = 0.5  # seconds between two looks whether a signal ends the wait for completions
+T = TypeVar("T")
+POLL = 0.5  # seconds between two looks whether a signal ends the wait for servers
+STOPPED = "a signal has ended the wait for the rollout servers."
 
 
 def connect(args: Any, tools: Any = None, max_tokens: int = 0) -> Sampler | None:
@@ -119,7 +123,7 @@ class Flight:
         with self._changed:
             while len(self._finished) <= place and self._error is None:
                 if self._stops is not None and self._stops.heard:
-                    self._fail(RolloutError("a signal has ended the wait for the rollout servers."))
+                    self._fail(RolloutError(STOPPED))
                     break
                 self._changed.wait(POLL)
             if len(self._finished) > place:
@@ -215,7 +219,8 @@ class ServerEngine:
             gather_object([None])  # no rank sends the weights of before to a server that has come back
             with on_all_ranks(gather_object):
                 if self._trainer.args.process_index == 0:
-                    holders = self._sampler.give(version)
+                    with phase(f"{current().what}: weights of the student for {self._sampler.where}"):
+                        holders = self._wait(self._sampler.give(version))
         except BaseException:
             self._sampler.release()
             raise
@@ -249,12 +254,10 @@ class ServerEngine:
             read = [named(read_row, row) for row in rows]  # held-out rows come as they lie in their dataset
             prompt_ids = trainer.reader.ids(read)
             for_teachers = trainer.teacher_prompts.ids(read, prompt_ids)
-            self._sampler.begin().result()
+            self._wait(self._sampler.begin())
         limit = trainer.args.max_prompt_length
-        # An evaluation that decides something is finished, see `trainer.prediction_step`.
-        cut_short = trainer.model.training or trainer.args.metric_for_best_model is None
         prompts_cut = sum(len(ids) > limit for ids in prompt_ids)
-        flight = Flight(len(rows), prompts_cut, trainer.stops if cut_short else None, finished)
+        flight = Flight(len(rows), prompts_cut, self._stops, finished)
         sampling = Sampling(max_tokens, frozenset(self._ends), self._vocab_size)
         asked = []
         for place in sorted(range(len(rows)), key=lambda place: -len(prompt_ids[place])):
@@ -266,6 +269,24 @@ class ServerEngine:
         flight._start(asked)
         self._flights = [*self._still_under_way(), flight]
         return flight
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Inside, the watchdog says that it is the servers who are waited for."""
+        return phase(f"{current().what}: {ROLLOUT_SERVERS} ({self._sampler.where})")
+
+    @property
+    def _stops(self) -> StopRequests | None:
+        """What ends a wait. An evaluation that decides something is finished, see `trainer.prediction_step`."""
+        trainer = self._trainer
+        return trainer.stops if trainer.model.training or trainer.args.metric_for_best_model is None else None
+
+    def _wait(self, future: Future[T]) -> T:
+        """What a request gives. Raises `RolloutError` after a signal: servers may read weights for a quarter of an hour."""
+        while not wait([future], timeout=POLL).done:
+            if self._stops is not None and self._stops.heard:
+                future.cancel()
+                raise RolloutError(STOPPED)
+        return future.result()
 
     def _still_under_way(self) -> list[Flight]:
         return [flight for flight in self._flights if not flight.done()]

@@ -11,13 +11,15 @@ import hashlib
 import logging
 import math
 import random
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -25,8 +27,11 @@ from transformers import set_seed
 from trl.extras.profiling import profiling_context
 from trl.generation import vllm_generation
 
-from .errors import CaMOPDError, on_all_ranks
+from .errors import CaMOPDError, RolloutError, on_all_ranks
 from .precision import compute_dtype
+from .teachers.address import public_url
+from .vllm import limits
+from .watchdog import ROLLOUT_SERVERS, current, phase
 
 
 logger = logging.getLogger(__name__)
@@ -39,12 +44,13 @@ PROMPTS_PER_REQUEST = 1024  # vLLM refuses more: VLLM_MAX_COMPLETION_PROMPTS of 
 
 @contextmanager
 def starting(trainer: Any, args: Any) -> Iterator[None]:
-    """Inside, TRL starts vLLM in this process with the type that the student computes in.
+    """Inside, TRL starts vLLM in this process with the type that the student computes in, or reaches its server.
 
-    TRL names none: vLLM then takes bfloat16 or float16 for a float32 checkpoint. Loading also seeds the random numbers of
-    this process, the same for every `seed`; those of before are there again afterwards.
+    TRL names no type: vLLM then takes bfloat16 or float16 for a float32 checkpoint. Loading also seeds the random numbers
+    of this process, the same for every `seed`; those of before are there again afterwards. Its client waits for an answer
+    without end, see `reach`.
     """
-    make = getattr(vllm_generation, "LLM", None)
+    make, client = getattr(vllm_generation, "LLM", None), vllm_generation.VLLMClient
     if not args.use_vllm or make is None:
         yield
         return
@@ -54,11 +60,57 @@ def starting(trainer: Any, args: Any) -> Iterator[None]:
         with random_numbers():
             return make(**{**given, "dtype": str(dtype).removeprefix("torch.")})
 
-    vllm_generation.LLM = make_in_type
+    vllm_generation.LLM, vllm_generation.VLLMClient = make_in_type, partial(reach, client, args)
     try:
         yield
     finally:
-        vllm_generation.LLM = make
+        vllm_generation.LLM, vllm_generation.VLLMClient = make, client
+
+
+def reach(make: Callable[..., Any], args: Any, **given: Any) -> Any:
+    """TRL's client of a server that answers, whose every request ends.
+
+    Raises `CaMOPDError` where it does not answer within `vllm_server_timeout`. Later that is a `RolloutError`, before which
+    a checkpoint is made; with several ranks the others wait for the answer, and the launcher ends them.
+    """
+    url, began = given["base_url"], time.monotonic()
+    while True:
+        try:
+            well = httpx.get(f"{url}/health", timeout=limits.ANSWER_SECONDS).status_code == 200
+            why = "it is not well"
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            well, why = False, f"{type(error).__name__}: {error}"
+        if well:
+            break
+        if time.monotonic() - began > args.vllm_server_timeout:
+            raise CaMOPDError(
+                f"the rollout server at {public_url(url)} has not answered for {args.vllm_server_timeout:g} s, which is "
+                f"vllm_server_timeout ({why}). Is it running, and does vllm_server_base_url, or vllm_server_host and "
+                "vllm_server_port, say where?"
+            )
+        time.sleep(limits.QUESTION_PAUSE)
+    client = make(**given)
+    client.session.request = bounded(
+        client.session.request, url, max(limits.WEIGHTS_SECONDS, limits.completion_seconds(args.longest_completion)),
+        RolloutError if args.world_size == 1 else CaMOPDError,
+    )  # fmt: skip
+    for adapter in client.session.adapters.values():
+        adapter.max_retries.read = 0  # TRL's five would wait five times as long, and write it all again
+    return client
+
+
+def bounded(request: Callable[..., Any], url: str, seconds: float, kind: type[CaMOPDError]) -> Callable[..., Any]:
+    """`requests.Session.request`, which waits for an answer no longer than so many seconds, and raises errors of a kind."""
+
+    from requests.exceptions import RequestException  # TRL's client needs it, and nothing else here
+
+    def ask(*words: Any, **given: Any) -> Any:
+        try:
+            return request(*words, **{"timeout": (limits.CONNECT_SECONDS, seconds), **given})
+        except RequestException as error:
+            raise kind(f"the rollout server at {public_url(url)} has not answered: {type(error).__name__}") from error
+
+    return ask
 
 
 def check_student(model: Any, args: Any) -> None:
@@ -212,15 +264,15 @@ def check_server(client: Any, longest: int, dtype: torch.dtype) -> None:
     length = model.get("max_model_len")
     if isinstance(length, int) and length < longest:
         raise CaMOPDError(
-            f"the rollout server at {client.base_url} takes sequences of {length} tokens, and max_prompt_length + "
-            f"max_completion_length is {longest}: it would cut completions before max_completion_length. Start it with "
+            f"the rollout server at {public_url(client.base_url)} takes sequences of {length} tokens, and max_prompt_length"
+            f" + max_completion_length is {longest}: it would cut completions before max_completion_length. Start it with "
             f"--max-model-len {longest}, or lower max_completion_length."
         )
     theirs, ours = str(model.get("dtype", "")).removeprefix("torch."), str(dtype).removeprefix("torch.")
     if theirs and theirs != ours:
         logger.warning(
             "the rollout server at %s computes in %s, the student in %s: importance/log_ratio grows by the rounding. Start "
-            "it with --dtype %s.", client.base_url, theirs, ours, ours,
+            "it with --dtype %s.", public_url(client.base_url), theirs, ours, ours,
         )  # fmt: skip
 
 
@@ -262,7 +314,7 @@ class VLLMTurns:
         self._sync(trainer.held_out_results if step is None else step)
         self._turns += 1
         numbers = random_numbers(self._seed(step)) if trainer.args.vllm_mode == "colocate" else nullcontext()
-        with numbers:
+        with numbers, self._waiting():
             _, completion_ids, logprobs, _ = trainer.vllm_generation.generate(
                 prompts=prompt_ids,
                 images=None,
@@ -270,6 +322,13 @@ class VLLMTurns:
                 profiler=profiling_context(trainer, "vLLM.generate"),
             )
         return completion_ids, [[math.nan if token[0] is None else token[0] for token in row] for row in logprobs]
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """Inside, the watchdog says that the first rank waits for TRL's server."""
+        client = getattr(self._trainer.vllm_generation, "vllm_client", None)
+        if client is None:
+            return nullcontext()
+        return phase(f"{current().what}: {ROLLOUT_SERVERS} ({public_url(client.base_url)})")
 
     def _sync(self, under_way: Any) -> None:
         """Give vLLM the student's weights, once for each step and for each evaluation.
@@ -279,7 +338,7 @@ class VLLMTurns:
         """
         if self._under_way() is under_way:
             return
-        with profiling_context(self._trainer, "sync_weights"):
+        with profiling_context(self._trainer, "sync_weights"), self._waiting():
             self._trainer.vllm_generation.sync_weights()
         # Weak: the samples of a step are gone before the next ones are rolled out.
         self._under_way, self._turns = weakref.ref(under_way), 0

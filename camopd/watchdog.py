@@ -29,6 +29,7 @@ END = 5.0  # that the end of a run waits for a thread which a frozen store may h
 
 SHOWN = 8  # ranks in a message
 ENDED = "ended"
+ROLLOUT_SERVERS = "rollout servers"  # in the phase of a rank that waits for them
 PUSH = "push to the Hub"  # of the first process, for which the others do not wait
 
 
@@ -188,7 +189,9 @@ class Watchdog:
         if set(range(self._rank)) - set(silent) - set(ended):
             return "", False  # a rank below says it
         alarm = bool(silent or (ended and now.what != PUSH))
-        if not alarm and (not due or (not told and now.what.endswith("rollout"))):  # which may well take a minute
+        # Which may well take a minute.
+        writes = now.what.endswith("rollout") or f": {ROLLOUT_SERVERS} (" in now.what
+        if not alarm and (not due or (not told and writes)):
             return "", False
         self._told = (now, told + due, alarmed or alarm)
         lines = [f"{now.what}, for {lasts:.0f} s so far", *self._of_others(now, others, silent)]

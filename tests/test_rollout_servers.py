@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from trainers import make_trainer, worst
 from camopd.errors import RolloutError
 from camopd.rollout_servers import seed_of
 from camopd.signals import RunInterrupted
+from camopd.watchdog import ROLLOUT_SERVERS, current
 
 
 ADAPTER = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -229,6 +231,33 @@ def test_signal_ends_the_wait_and_the_run_is_saved(start, make):
     server.before = hear
     with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped; the weights after step 2 are in .*checkpoint-2"):
         trainer.train()
+
+
+def test_signal_ends_the_wait_for_new_weights_and_the_run_is_saved(start, make):
+    server = start()
+    trainer, load = make(server), server._reload
+
+    def slow(folder):
+        if len(server.loads) == 2:
+            trainer.stops.heard = "SIGTERM"
+            server.released.wait(20)
+        return load(folder)
+
+    server._reload = slow
+    began = time.monotonic()
+    with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped; the weights after step 2 are in .*checkpoint-2"):
+        trainer.train()
+    assert time.monotonic() - began < 15
+
+
+def test_servers_that_are_waited_for_are_in_the_phase_that_the_watchdog_tells(start, make):
+    server = start()
+    trainer, load, seen = make(server, max_steps=1), server._reload, []
+    server._reload = lambda folder: seen.append(current().what) or load(folder)
+    server.before = lambda: seen.append(current().what)
+    trainer.train()
+    assert seen[0] == f"step 1: rollout: weights of the student for {server.url}"
+    assert f"step 1: rollout: {ROLLOUT_SERVERS} ({server.url})" in seen
 
 
 @given(

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+import requests
 import torch
 import yaml
 from accelerate import Accelerator
@@ -26,16 +27,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from requests.adapters import HTTPAdapter
 from trainers import ROUNDED, make_trainer, worst
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
+from urllib3.util.retry import Retry
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import CaMOPDError, GuardError, RolloutError
 from camopd.evaluation import HeldOutResults
 from camopd.step import Step
-from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, settle
+from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, reach, settle
 
 
 real = pytest.mark.vllm
@@ -324,6 +327,39 @@ def test_run_that_vllm_could_not_do_is_refused_before_it_is_started(settings, me
         monkeypatch.setattr(CaMOPDConfig, "world_size", 2)
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, make_tokenizer(), use_vllm=True, max_prompt_length=64, tools=tools, **settings)
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """URL of a server that accepts and never answers, with a password in it."""
+    monkeypatch.setattr("camopd.vllm.limits.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("camopd.vllm.limits.QUESTION_PAUSE", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://me:secret@127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_server_that_accepts_and_never_answers_is_given_up_at_the_start(silent):
+    args = SimpleNamespace(vllm_server_timeout=0.5, longest_completion=8, world_size=1)
+    began = time.monotonic()
+    with pytest.raises(CaMOPDError, match=r"not answered for 0\.5 s, which is vllm_server_timeout") as error:
+        reach(lambda **_: pytest.fail("TRL's client would wait for ever"), args, base_url=silent)
+    assert "secret" not in str(error.value) and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(1, RolloutError), (2, CaMOPDError)])
+def test_request_to_a_server_that_has_fallen_silent_ends(ranks, kind, silent, monkeypatch):
+    """As a `RolloutError`, which all ranks must meet, only where there is no other."""
+    monkeypatch.setattr("camopd.vllm.limits.WEIGHTS_SECONDS", 0.3)
+    monkeypatch.setattr("camopd.vllm.limits.ROLLOUT_SECONDS", 0.1)
+    monkeypatch.setattr("httpx.get", lambda *_, **__: SimpleNamespace(status_code=200))  # well at the start
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(max_retries=Retry(total=5, read=5, allowed_methods=["POST"])))  # TRL's
+    args = SimpleNamespace(vllm_server_timeout=9.0, longest_completion=1, world_size=ranks)
+    client = reach(lambda **_: SimpleNamespace(session=session), args, base_url=silent)
+    began = time.monotonic()
+    with pytest.raises(kind, match="has not answered") as error:
+        client.session.post(f"{silent}/v1/completions", json={})
+    assert type(error.value) is kind and "secret" not in str(error.value) and time.monotonic() - began < 1.4
 
 
 def test_server_that_computes_in_another_type_is_warned_of(caplog):

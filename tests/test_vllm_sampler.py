@@ -194,13 +194,13 @@ def test_weights_are_kept_from_a_server_that_comes_back_while_new_ones_are_given
     sampler = connect(server)
     old, new = version("old"), version("new")
     sampler.hold()
-    sampler.adopt(old, sampler.give(old))
+    sampler.adopt(old, sampler.give(old).result())
     sampler.begin().result()  # it has them
     assert server.loads == [old.folder]
     server.instance = "another"  # it was started again
     sampler.hold()
     back = sampler.begin()
-    holders = sampler.give(new)
+    holders = sampler.give(new).result()
     assert not back.done()
     sampler.adopt(new, holders)
     back.result()
@@ -221,11 +221,11 @@ def test_head_that_is_the_embeddings_is_not_given_to_vllm_on_a_cpu(device, tied,
     version = Version("one", tmp_path, is_adapter=False, ties_head=tied)
     if device == "cpu" and tied:
         with pytest.raises(RolloutError, match=rf"{server.url}.*tie_word_embeddings.*use_peft"):
-            sampler.give(version)
+            sampler.give(version).result()
         sampler.release()
         assert not server.loads
     else:
-        sampler.adopt(version, sampler.give(version))
+        sampler.adopt(version, sampler.give(version).result())
         assert server.loads == [tmp_path]
 
 
@@ -240,7 +240,7 @@ def test_prefix_cache_that_is_not_reset_keeps_the_server_out(start, connect, tmp
     )
     sampler.hold()
     with pytest.raises(RolloutError, match="did not reset its prefix cache"):
-        sampler.give(Version("one", tmp_path, is_adapter=False))
+        sampler.give(Version("one", tmp_path, is_adapter=False)).result()
     sampler.release()
 
 
@@ -260,7 +260,7 @@ def test_old_adapter_serves_what_was_asked_for_with_it(start, connect, tmp_path)
 
     def give(version):
         sampler.hold()
-        sampler.adopt(version, sampler.give(version))
+        sampler.adopt(version, sampler.give(version).result())
 
     server = start()
     sampler = connect(server)

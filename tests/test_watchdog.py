@@ -90,9 +90,10 @@ def test_phase_of_one_process_is_told_after_1_5_10_20_minutes(clock, seconds_per
     ]
 
 
-def test_rollout_of_a_minute_is_not_told(clock):
+@pytest.mark.parametrize("what", ["step 12: rollout", "step 12: rollout: rollout servers (http://host:1)"])
+def test_rollout_of_a_minute_is_not_told(what, clock):
     dog = Watchdog()
-    with phase("step 12: rollout"):
+    with phase(what):
         for seconds, told in ((61, False), (200, False), (40, True), (100, False), (200, True)):
             clock.now += seconds
             assert bool(dog.report()[0]) is told

@@ -121,13 +121,14 @@ class Sampler:
         """Let no weights be sent by this rank until `adopt`; a server that comes back waits for it."""
         self._loop.wait(self._settling.acquire())
 
-    def give(self, version: Version) -> dict[str, str]:
-        """Between `hold` and `adopt`, on one rank: give all servers that are well these weights. Returns who has them.
+    def give(self, version: Version) -> Future[dict[str, str]]:
+        """Between `hold` and `adopt`, on one rank: give all servers that are well these weights. To be waited for: who has
+        them.
 
         A server that fails is taken out, and gets them when it is well again. Raises `RolloutError` where a server refuses
         them, and where any fails to take the first ones.
         """
-        return self._loop.wait(self._give(version))
+        return self._loop.submit(self._give(version))
 
     def adopt(self, version: Version, holders: Mapping[str, str]) -> None:
         """After `hold`, on all ranks: ask for completions by these weights, which `holders` have."""
