@@ -4,8 +4,11 @@ import json
 
 import pytest
 import yaml
-from conftest import make_prompts
-from trainers import SETTINGS, save_models
+from conftest import make_model, make_prompts
+from fake_rollouts import FakeRollouts
+from peft import LoraConfig, get_peft_model
+from trainers import SETTINGS, refused, save_models
+from transformers import AutoModelForCausalLM
 
 from camopd import cli
 from camopd.measured import lines_of
@@ -72,6 +75,41 @@ def test_gaps_of_a_merged_model_are_those_to_the_student_that_had_the_adapter(ru
         rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "±" in line}
         assert (rows["domain"][1] == "0.000") == (model == "student")
         assert (rows["general"][1] == "0.000") == (model == "teacher")
+
+
+def test_gaps_of_an_adapter_are_those_to_the_model_that_the_run_began_with(run, tmp_path, capsys):
+    """Without its adapter it is the run's teacher if it is on the run's student, or on that one's base."""
+    save_models(tmp_path, other=3)
+    for name in ("student", "other"):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / f"on-{name}")
+    settings = yaml.safe_load(run.read_text())
+    teachers = {"general": settings["teachers"]["general"], "domain": "adapter_off"}
+    for student in ("student", "on-student"):
+        changed = {**settings, "teachers": teachers, "model_name_or_path": str(tmp_path / student), "use_peft": True}
+        run.write_text(yaml.safe_dump(changed, sort_keys=False))
+        said = refused(capsys, "gaps", str(tmp_path / "on-other"), "--config", str(run))
+        assert f"the adapter '{tmp_path / 'on-other'}' is on '{tmp_path / 'other'}', and the run's teacher" in said
+        named = {**teachers, "domain": str(tmp_path / "student")}
+        assert f"Name the run's: --teachers '{json.dumps(named)}'" in said
+        for model in ("on-student", "student"):  # an adapter as PEFT makes it changes nothing
+            cli.main(["gaps", str(tmp_path / model), "--config", str(run)])
+            rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "±" in line}
+            assert rows["domain"][1] == "0.000"
+
+
+def test_gaps_by_rollout_servers_write_weights_where_the_servers_can_read_them(run, tmp_path, tokenizer, start_server):
+    server = FakeRollouts(make_model(9), tokenizer)
+    try:
+        words = ["--rollout_servers", json.dumps([server.url])]
+        cli.main(["gaps", str(tmp_path / "student"), "--config", str(run), *words])
+    finally:
+        server.close()
+    assert server.loads and all(folder.is_relative_to(tmp_path / "out") for folder in server.loads)
+    assert all(
+        folder.relative_to(tmp_path / "out").parts[0].startswith("_") for folder in server.loads
+    )  # not for the Hub
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

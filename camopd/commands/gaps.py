@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from ..early import check_early
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers
 from ..surroundings import check_machine
-from ..teachers.address import OWN_TEACHERS, has_adapter, names_missing_folder
+from ..teachers.address import OWN_TEACHERS, has_adapter, names_missing_folder, same_model, without_secrets
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
 from .train import make_trainer
 
@@ -37,7 +39,8 @@ def gaps(argv: list[str]) -> None:
     check_machine(settings)
     _check(options.model, settings)
     overrides += _without_adapter(options.model, settings)
-    with tempfile.TemporaryDirectory() as folder:
+    run = Path(str(settings.get("output_dir") or "trainer_output"))
+    with tempfile.TemporaryDirectory(**_place(settings, run)) as folder:
         trainer = make_trainer(options.config, overrides, measure=options.model, folder=folder)
         if not trainer.args.process_index:
             parts = [f"{len(rows):,} of {branch}" for branch, rows in trainer.eval_dataset.items()]
@@ -46,7 +49,6 @@ def gaps(argv: list[str]) -> None:
         trainer.accelerator.end_training()
     if trainer.args.process_index:
         return
-    run = Path(str(settings.get("output_dir") or "trainer_output"))
     found = of_lines({"step": 1, **record} for record in records.values())  # any after the start: which is not known
     verdicts = since_start(found, of_lines(lines_of(run / HELD_OUT)))
     print(f"{options.model}: held-out KL to the teacher, nats per token, ± is 95 %")
@@ -76,13 +78,38 @@ def _check(model: str, settings: dict[str, Any]) -> None:
             )
 
 
+def _place(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """Where the weights for rollout servers are written: on the disk that they read those of the run from."""
+    if not settings.get("rollout_servers"):
+        return {}
+    run.mkdir(parents=True, exist_ok=True)
+    return {"dir": run, "prefix": "_gaps-"}
+
+
 def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
-    """Words that name the run's student where a teacher is the student without its adapter, and the model has none."""
-    student, teachers = str(settings.get("model_name_or_path")), named_teachers(dict(settings))
-    if "adapter_off" not in teachers.values() or has_adapter(model) or has_adapter(student):
+    """Words that name the teacher that is the student without its adapter, where the model has none to take off.
+
+    Raises `ValueError` for an adapter on another model than that teacher.
+    """
+    teachers, base = named_teachers(dict(settings)), _base_of(str(settings.get("model_name_or_path")))
+    if "adapter_off" not in teachers.values() or (has_adapter(model) and same_model(_base_of(model), base)):
         return []
-    named = {branch: student if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
-    return ["--teachers", json.dumps(named)]
+    named = {branch: base if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
+    words = ["--teachers", json.dumps(named)]
+    if has_adapter(model):
+        raise ValueError(
+            f"the adapter {model!r} is on {_base_of(model)!r}, and the run's teacher 'adapter_off' is {base!r}: without "
+            f"its adapter the model is another teacher than that. Name the run's: {without_secrets(shlex.join(words))}"
+        )
+    return words
+
+
+def _base_of(model: str) -> str:
+    """The model under a saved adapter, or the model itself. A path as it is on this machine."""
+    if has_adapter(model):
+        config = json.loads((Path(model).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        model = str(config.get("base_model_name_or_path"))
+    return os.path.expanduser(model)
 
 
 def measure(trainer: Any) -> dict[str, dict[str, Any]]:
