@@ -39,6 +39,18 @@ PAPER = {
 }
 DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompts, a file per branch
 _HUB_DATASET = "https://huggingface.co/datasets/"
+# Of `selection`: which samples a branch is trained on, in words.
+_SAMPLES = {
+    True: "the samples with the largest teacher-student gaps",
+    False: "all samples",
+    "random": "samples drawn at random",
+    "smallest": "the samples with the smallest teacher-student gaps",
+}
+# What changes the method, and is shown where it is not as in the paper.
+_METHOD = (
+    "token_rule", "loss_normalization", "branch_weights", "divergence", "baseline", "rollout_lag",
+    "importance_sampling_mode", "loss_prefix_tokens", "optimizer_moments",
+)  # fmt: skip
 
 
 @dataclass
@@ -101,9 +113,7 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
     body = [
         f"# {model_name}",
         "",
-        f"The specialised model {_model(facts.student)}, trained with [CaMOPD](https://arxiv.org/abs/{PAPER['id']}) to "
-        "bring its general abilities back and keep its domain: it wrote its own answers, and moved toward the teacher of "
-        "each branch in turn, on the samples with the largest teacher-student gaps.",
+        f"The specialised model {_model(facts.student)}, trained {_method(facts)}",
         "",
         *_recovery(facts, out),
         *_gaps(facts.history, facts.schedule.branches),
@@ -118,6 +128,41 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
+
+
+def _method(facts: RunFacts) -> str:
+    """How the model was trained, as the end of a sentence."""
+    args, schedule = facts.args, facts.schedule
+    by_branch: dict[Any, list[str]] = {}
+    for branch, selection in args.per_branch("selection").items():
+        by_branch.setdefault(selection, []).append(branch)
+    samples = " and ".join(
+        _SAMPLES[selection] + (f" ({', '.join(branches)})" if len(by_branch) > 1 else "")
+        for selection, branches in by_branch.items()
+    )
+    if len(schedule.branches) == 1:
+        toward = "toward its teacher"
+    elif not any(len(shares) > 1 for shares in schedule.steps):
+        toward = "toward the teacher of each branch in turn"
+    elif all(len(shares) == len(schedule.branches) for shares in schedule.steps):
+        toward = "toward the teachers of all branches in every step"
+    else:
+        toward = "toward the teachers of its branches, of several in one step"
+    paper = f"[CaMOPD](https://arxiv.org/abs/{PAPER['id']})"
+    as_published = toward.endswith("in turn") and list(by_branch) == [True] and not _other_method(args)
+    how = f"with {paper}"
+    if not as_published:
+        how = f"by on-policy distillation with the code of {paper}, in another form than the paper's,"
+    return (
+        f"{how} to bring its general abilities back and keep its domain: it wrote its own answers, and moved {toward}, on "
+        f"{samples}."
+    )
+
+
+def _other_method(args: Any) -> dict[str, str]:
+    """The settings of the method that are not as in the paper, with their values."""
+    fields = args.__dataclass_fields__
+    return {name: str(getattr(args, name)) for name in _METHOD if getattr(args, name) != fields[name].default}
 
 
 def _recovery(facts: RunFacts, out: Path) -> list[str]:
@@ -190,6 +235,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
         "steps": f"{facts.step} of {args.max_steps}, one answer to each of {counted(args.prompts_per_step, 'prompt')}",
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "tokens": f"prompts up to {args.max_prompt_length}, answers up to {args.max_completion_length}, T = 1",
+        **{f"`{name}`": f"`{value}`" for name, value in _other_method(args).items()},
         "trained": f"LoRA on {_model(facts.base)}" if facts.is_peft else "all weights",
         "processes": str(args.world_size),
     }

@@ -13,11 +13,11 @@ from fake_hub import FakeHub
 from forks import Forks
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from trainers import save_models
+from trainers import make_trainer, save_models
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, cli
 from camopd.files import load_all
-from camopd.run import SERVED_TEACHERS
+from camopd.run import SERVED_TEACHERS, methods
 
 
 DATA_CARD = "---\npretty_name: Medical prompts\ntags:\n- camopd\n- on-policy-distillation\n---\n\n# Medical prompts\n"
@@ -148,6 +148,51 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     ]
     trainer.create_model_card("named")  # of a run under way
     assert row(card_of(tmp_path / "out"), "general") == ["1.000 ± 0.100 (step 0)", "not measured yet", "3"]
+
+
+PAPER = "[CaMOPD](https://arxiv.org/abs/2605.27115)"
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "rows"),
+    [
+        ("camopd", "in turn, on the samples with the largest teacher-student gaps.", {}),
+        ("vanilla_mopd", "toward the teachers of all branches in every step, on all samples.", {}),
+        ("without_selection", "toward the teacher of each branch in turn, on all samples.", {}),
+        ("random_selection", "toward the teacher of each branch in turn, on samples drawn at random.", {}),
+        ("smallest_gaps", "in turn, on the samples with the smallest teacher-student gaps.", {}),
+        ("relaxed_opd", "of all branches in every step, on all samples.",
+         {"token_rule": "relaxed_opd", "loss_normalization": "token"}),
+        ("dn_mopd", "of all branches in every step, on all samples.", {"branch_weights": "sigma"}),
+    ],
+)  # fmt: skip
+def test_card_describes_the_method_that_ran(tmp_path, tokenizer, method, said, rows):
+    settings = yaml.safe_load(Path(methods()[method]).read_text())
+    make_trainer(tmp_path, tokenizer, **settings).create_model_card("named")
+    card = card_of(tmp_path)
+    assert said in card
+    assert (f"trained with {PAPER} to bring" in card) == (method == "camopd")
+    assert (f"trained by on-policy distillation with the code of {PAPER}, in another form than the paper's, to" in card) == (
+        method != "camopd"
+    )
+    shown = {line.split("`")[1]: line.split("`")[3] for line in card.splitlines() if line.startswith("| `")}
+    assert shown == rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"selection": {"general": True, "domain": False}},
+         "on the samples with the largest teacher-student gaps (general) and all samples (domain)."),
+        ({"schedule": "general:2,general+domain"}, "toward the teachers of its branches, of several in one step, on"),
+        ({"divergence": "full"}, "| `divergence` | `full` |"),
+        ({"baseline": "kl"}, "| `baseline` | `kl` |"),
+        ({"loss_prefix_tokens": 3}, "| `loss_prefix_tokens` | `3` |"),
+    ],
+)  # fmt: skip
+def test_card_says_what_is_not_as_in_the_paper(tmp_path, tokenizer, settings, said):
+    make_trainer(tmp_path, tokenizer, **settings).create_model_card("named")
+    assert said in card_of(tmp_path) and "with the code of [CaMOPD]" in card_of(tmp_path)
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------------
