@@ -42,36 +42,36 @@ def columns_of(names: list[str]) -> list[str]:
     return [*found[0], *(name for name in ("tools", "chat_template_kwargs") if name in names)]
 
 
-def main() -> None:
-    script_args, training_args, model_args = TrlParser(
-        [ScriptArguments, SFTConfig, ModelConfig]
-    ).parse_args_and_config()
-
-    if script_args.dataset_name is None:
+def rows_of(script: ScriptArguments):
+    """What is trained on. Raises `ValueError` where there is none, and for what would be ignored."""
+    name, split = script.dataset_name, script.dataset_train_split
+    if name is None:
         raise ValueError("--dataset_name is missing: a JSONL, JSON, Parquet or CSV file, or a dataset of the Hub.")
-    is_file = file_type(script_args.dataset_name) is not None
-    if is_file:
-        dataset = read_file(script_args.dataset_name)
-    else:
-        dataset = load_dataset(
-            script_args.dataset_name, script_args.dataset_config, split=script_args.dataset_train_split
-        )
+    if script.dataset_streaming:
+        raise ValueError("--dataset_streaming would be ignored: all rows are read at the start. Leave it out.")
+    is_file = file_type(name) is not None
+    for setting, value in (("config", script.dataset_config), ("train_split", split if split != "train" else None)):
+        if is_file and value is not None:
+            raise ValueError(f"--dataset_{setting} {value} would be ignored: {name!r} is a file. Leave it out.")
+    rows = read_file(name) if is_file else load_dataset(name, script.dataset_config, split=split)
+    return rows.select_columns(columns_of(rows.column_names))
 
-    training_args.model_init_kwargs = settle_model(model_args, training_args.model_init_kwargs, written(sys.argv[1:]))
+
+def main() -> None:
+    script, args, model = TrlParser([ScriptArguments, SFTConfig, ModelConfig]).parse_args_and_config()
+    args.model_init_kwargs = settle_model(model, args.model_init_kwargs, written(sys.argv[1:]))
     trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=dataset.select_columns(columns_of(dataset.column_names)),
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=rows_of(script),
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
     )
-    trainer.train(
-        resume_from_checkpoint=training_args.resume_from_checkpoint == "true" or training_args.resume_from_checkpoint
-    )
-
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=None if is_file else script_args.dataset_name)
+    given = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(given).lower(), given))
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=None if file_type(script.dataset_name) else script.dataset_name)
     trainer.accelerator.end_training()
 
 

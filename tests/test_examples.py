@@ -215,6 +215,46 @@ def test_specialize_takes_the_columns_of_each_form_of_trl():
         columns(["prompt", "answer"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dataset_streaming": True}, "--dataset_streaming would be ignored: all rows are read at the start"),
+        ({"dataset_config": "main"}, r"--dataset_config main would be ignored: '.*\.jsonl' is a file\. Leave it out"),
+        ({"dataset_train_split": "test"}, "--dataset_train_split test would be ignored"),
+        ({"dataset_name": None}, "--dataset_name is missing"),
+    ],
+)
+def test_specialize_refuses_what_it_would_ignore(tmp_path, settings, said):
+    module = load_example("specialize")
+    name = jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert module.rows_of(module.ScriptArguments(dataset_name=name)).column_names == ["text"]
+    with pytest.raises(ValueError, match=said):
+        module.rows_of(module.ScriptArguments(**{"dataset_name": name, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("false", None), ("True", True), ("out/checkpoint-2", "out/checkpoint-2")]
+)
+def test_specialize_goes_on_where_it_is_told_to(tmp_path, monkeypatch, given, taken):
+    module, seen = load_example("specialize"), []
+
+    class Trainer:
+        def __init__(self, **_):
+            pass
+
+        def train(self, resume_from_checkpoint):
+            seen.append(resume_from_checkpoint)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "SFTTrainer", Trainer)
+    words = ["--model_name_or_path", "org/model", "--dataset_name", jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])]
+    words += ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--resume_from_checkpoint", given]
+    monkeypatch.setattr(sys, "argv", ["specialize.py", *words])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert seen == [taken]
+
+
 @pytest.mark.slow
 def test_train_custom_needs_no_config(models, tmp_path, script):
     prompts = {
