@@ -26,6 +26,7 @@ from datasets import Dataset
 from .config import CaMOPDConfig
 from .errors import CaMOPDError
 from .generation import neutral_generation
+from .signals import RunInterrupted
 from .trainer import CaMOPDTrainer
 
 
@@ -223,8 +224,9 @@ def co_distill(
     Returns a line for each student and round: `student`, `round`, and the counts of `lessons_of`.
 
     Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer passes the
-    gate for none of the problems it is needed for in it, and where a student has nothing to learn from; `ValueError` for a
-    config with another schedule, and for two students of one name.
+    gate for none of the problems it is needed for in it, where a student has nothing to learn from, and where a signal has
+    stopped a training: both models are in memory alone. `ValueError` for a config with another schedule, and for two
+    students of one name.
     """
     tutoring = tutoring or Tutoring()
     if students[0].name == students[1].name:
@@ -261,10 +263,19 @@ def _learn(student: Student, rows: list[dict[str, Any]], args: CaMOPDConfig) -> 
             f"the config of {student.name!r} has schedule={args.schedule!r}, and lessons are one branch. Make it with "
             f"schedule={BRANCH!r}."
         )
-    CaMOPDTrainer(
+    trainer = CaMOPDTrainer(
         model=student.model, teachers={BRANCH: "self"}, args=args, train_dataset={BRANCH: Dataset.from_list(rows)},
         processing_class=student.tokenizer,
-    ).train()  # fmt: skip
+    )  # fmt: skip
+    try:
+        trainer.train()
+    except RunInterrupted as error:
+        # Not its exit code, by which a scheduler would start the same command: that finds the folder used.
+        raise CaMOPDError(
+            f"a signal has stopped the training of {student.name!r} in {args.output_dir!r}. A co-distillation cannot go on "
+            "from there, whatever that run has said: both students and their lessons were in memory. Start again with the "
+            "first round, in another folder."
+        ) from error
 
 
 def _need_right(students: Sequence[Student], problems: Sequence[Problem], graded: Sequence[Sequence[Graded]]) -> None:

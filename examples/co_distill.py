@@ -7,8 +7,9 @@ problems of both domains:
 
     {"prompt": "Which gas ...?\\nA. ...\\nB. ...\\nEnd with 'Answer: X'.", "answer": "B", "concepts": ["ideal gas law"]}
 
-An answer is right when its last line is `Answer: ` and the answer. Both models are in this process; for more than one GPU
-write a loop of your own around `lessons_of` and `CaMOPDTrainer`.
+An answer is right when its last line is `Answer: ` and the answer. Both models are in this process and saved at the end:
+what is stopped before starts again, in another --output-dir. For more than one GPU write a loop of your own around
+`lessons_of` and `CaMOPDTrainer`.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from trainers import make_args
 
 from camopd import CaMOPDConfig
 from camopd.co_distill import (
@@ -23,6 +24,7 @@ from camopd.co_distill import (
     lessons_of,
 )
 from camopd.errors import CaMOPDError
+from camopd.signals import RunInterrupted
 
 
 PROBLEMS = [
@@ -149,6 +151,26 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
     assert [(line["student"], line["round"]) for line in lines] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     for student, weights in zip(students, before, strict=True):
         assert any(not torch.equal(one, two) for one, two in zip(weights, student.model.parameters(), strict=True))
+
+
+def test_co_distill_that_a_signal_stops_says_to_start_again(tmp_path, monkeypatch):
+    """Its students are in memory, and the folder of the round is used: nothing goes on with `--resume auto`, or at 75."""
+
+    def stopped(self):
+        raise RunInterrupted("SIGTERM: stopped; go on with `--resume auto`")
+
+    monkeypatch.setattr("camopd.co_distill.CaMOPDTrainer.train", stopped)
+    students = tuple(Student(name, make_model(seed), make_tokenizer()) for seed, name in enumerate("ab"))
+
+    def config(name, number):
+        return make_args(tmp_path / f"{name}-{number}", schedule=BRANCH, max_prompt_length=400)
+
+    with pytest.raises(
+        CaMOPDError, match=r"a signal has stopped the training of 'a' in '.*a-0'\. .* Start again with the"
+    ):
+        co_distill(
+            students, lambda number: PROBLEMS, lambda problem, text: True, config, 1, Tutoring(max_answer=2, max_feedback=2)
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", [{"rollouts": 0}, {"threshold": 1.5}, {"threshold": -0.1}])
