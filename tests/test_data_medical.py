@@ -159,7 +159,7 @@ STATEMENTS = (
 )
 @pytest.mark.parametrize("question", ["What?", STATEMENTS, "Vitamin A. What is it?", "A man.\nA. is no option."])
 def test_stem_ends_where_the_options_of_the_row_begin(question, behind):
-    assert stem(f"{question}\n{behind}", OPTIONS) == question
+    assert stem(f"{question}\n{behind}", OPTIONS) == stem(f"{question}\n{behind}") == question
 
 
 @pytest.mark.parametrize(
@@ -167,15 +167,18 @@ def test_stem_ends_where_the_options_of_the_row_begin(question, behind):
 )
 def test_stem_keeps_what_is_not_the_options_of_the_row(question):
     assert stem(question, OPTIONS) == question
+    assert stem(STATEMENTS) == STATEMENTS
     _, user = to_prompt({"question": question, "options": {"A": "A > B", "B": "B > A"}})
     assert user["content"].startswith(f"{question}\nA. A > B\nB. B > A\n")
 
 
 @pytest.mark.parametrize("behind", ["", "\nA. A > B\nB. B > A", "\nAnswer Choices: (A) A > B (B) B > A"])
 def test_benchmark_question_with_statements_under_letters_is_found_whole(make, behind):
+    other = STATEMENTS.replace("first", "last")  # of the same findings
     rows, card = make(
         m23k=[m23k(0, prompt=STATEMENTS + behind), m23k(1), m23k(2)],
-        medmcqa=[medmcqa(99, question=STATEMENTS), *(medmcqa(n) for n in range(8))],
+        medmcqa=[medmcqa(99, question=STATEMENTS), *(medmcqa(n, question=f"{n}: {other}") for n in range(8))],
+        medreason=[medreason(n, question=other, options=f'["a", "{n}"]') for n in range(8)],
         medxpertqa=[medxpertqa(STATEMENTS)],
     )
     assert not {"m23k-0", "medmcqa-uuid-99"} & {row["id"] for row in rows}

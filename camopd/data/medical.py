@@ -69,8 +69,7 @@ def build_medical(
             for name, source in {**SOURCES, **BENCHMARKS}.items()
             if name in shares or name in benchmarks
         }
-        tests = {raw["question"]: name for name in benchmarks for raw in opened[name].rows()}
-        benchmark = {reading: name for question, name in tests.items() for reading in readings(question)}
+        benchmark = {normalise(stem(raw["question"])): name for name in benchmarks for raw in opened[name].rows()}
         rows: dict[int, dict[str, Any]] = {}
         parts = []
         for name, share in shares.items():
@@ -96,19 +95,19 @@ def build_medical(
                 f"{', '.join(f'{name} {weight}' for name, weight in mixture.items())} in {sum(mixture.values()):,}.",
                 "The template is that of Figure 7 of arXiv 2605.27115. Gold answers, explanations and reasoning are in no "
                 "prompt.",
-                f"Questions of the test splits of {' and '.join(benchmarks) or 'no benchmark'} ({len(tests):,} texts) "
-                "are removed, if the text is the same but for case, white space, Unicode form and what stands behind a "
-                'line that begins with "A." or "Answer Choices:".',
+                f"Questions of the test splits of {' and '.join(benchmarks) or 'no benchmark'} ({len(benchmark):,} texts) "
+                "are removed, if the text is the same but for case, white space, Unicode form and options.",
                 "Duplicates have the same question and options but for case, white space and Unicode form, and are removed "
                 "over all sources; those of rows that are not drawn are not counted.",
             ],
         )
 
 
-def stem(question: str, options: dict[str, str]) -> str:
-    """A question without its own `options`, which some datasets put behind it as well.
+def stem(question: str, options: dict[str, str] | None = None) -> str:
+    """A question without its own options, which some datasets put behind it as well.
 
-    What it says under letters of its own stays: it asks about that.
+    What it says under letters of its own stays: it asks about that. Where the `options` are not known, they are the lines
+    that end the text as a whole list.
 
     >>> stem("Which one?\\nAnswer Choices: (A) this (B) that", {"A": "this", "B": "that"})
     'Which one?'
@@ -119,25 +118,23 @@ def stem(question: str, options: dict[str, str]) -> str:
             return question[: begin.start()]
     for begin in reversed(begins):
         rest = question[begin.start() :].strip()
-        if len(_OPTION.findall(rest)) > len(options):
+        if len(_OPTION.findall(rest)) > (26 if options is None else len(options)):
             break
-        if _same(parse_options(rest) or {}, options):
+        found = [*(parse_options(rest) or {}).values()]
+        wanted = [text for text in found if "\n" not in text] if options is None else [*options.values()]
+        if found and [*map(normalise, found)] == [*map(normalise, wanted)]:
             return question[: begin.start()]
     return question
 
 
-def _same(one: dict[str, str], other: dict[str, str]) -> bool:
-    return [*map(normalise, one.values())] == [*map(normalise, other.values())]
-
-
 def readings(question: str) -> set[str]:
-    """A question, and what it may be without options behind it, where these are not known: normalised, to be looked up.
+    """A question, and what it is without any lines behind it that may be options: normalised, to be looked up.
 
     >>> sorted(readings("Which?\\nA. one is wrong\\nB. two is\\nA. both\\nB. neither"))[:2]
     ['which?', 'which? a. one is wrong b. two is']
     """
     ends = [begin.start() for begin in _OPTIONS_BEGIN.finditer(question)][:20]  # more is no question, but takes time
-    return {normalise(question[:end]) for end in (*ends, len(question))} - {""}
+    return {normalise(question[:end]) for end in (*ends, len(question))}
 
 
 def prompt_of(question: str, options: dict[str, str] | None, choice: bool) -> Messages:
