@@ -1,5 +1,7 @@
 """Answers into scores (camopd/eval/scores.py)."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,46 @@ def test_letter_is_taken_only_where_it_is_said_to_be_the_answer(text, letter):
 @given(st.text(), st.sampled_from("ABCD"))
 def test_letter_of_a_last_line_is_found_behind_any_text(before, letter):
     assert letter_of(f"{before}\nFinal answer: {letter}", 4) == letter
+
+
+PAIRS = [("**", "**"), ("_", "_"), ("`", "`"), ("$", "$"), ('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("(", ")"),
+         ("[", "]"), (r"\(", r"\)"), (r"\[ ", r" \]"), (r"\boxed{", "}"), (r"\text{", "}"), (r"\textbf{", "}"),
+         (r"\mathrm {", "}")]  # fmt: skip
+HEADS = ["Final answer: ", "**Final Answer**: ", "**Final answer:** ", "__Final answer__ : ", "`Final answer`:",
+         "Answer\n\n", "The answer is ", "The answer **is** ", "the *answer* is: ", '{"answer": ']  # fmt: skip
+
+
+def wrapped(text, pairs):
+    for left, right in pairs:
+        text = f"{left}{text}{right}"
+    return text
+
+
+@given(st.sampled_from(HEADS), st.lists(st.sampled_from(PAIRS), max_size=4), st.sampled_from("ABCD"),
+       st.sampled_from(["", ".", "\n\nBecause it is.", " **\n"]))  # fmt: skip
+def test_letter_is_found_in_any_dress_and_the_earlier_one_does_not_count(head, pairs, letter, end):
+    earlier = "ABCD"["BCDA".index(letter)]
+    assert letter_of(f"Final answer: {earlier}\n\n{head}{wrapped(letter, pairs)}{end}", 4) == letter
+    assert letter_of(wrapped(letter, pairs) + ".", 4) == letter
+
+
+@given(
+    st.sampled_from(HEADS),
+    st.lists(st.sampled_from(PAIRS), max_size=4),
+    st.sampled_from(["A cat", "All", "I'm", "B's"]),
+)
+def test_letter_of_a_word_is_none_in_any_dress(head, pairs, word):
+    assert letter_of(head + wrapped(word, pairs), 10) is None
+    assert letter_of(wrapped(word, pairs), 10) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["answer" + " " * 10**5, "answer is " * 10**4, "(" * 10**5, "C" + ")" * 10**5 + "\nx"]
+)
+def test_letter_is_looked_for_in_time_that_grows_with_the_text(text):
+    started = time.monotonic()
+    assert letter_of(text, 4) is None
+    assert time.monotonic() - started < 5  # minutes, where each start of a run of signs is tried
 
 
 @given(st.text(), st.integers(2, 10))

@@ -19,8 +19,11 @@ from .verdicts import after_thinking
 
 
 # The last one counts. Whatever follows the letter must not make a word of it, as in "Final answer: A cat".
-_FINAL = re.compile(r"(?i:answer\s*(?:is)?)\s*:?[\s*_$]*(?:\\boxed\{)?[\[(]?([A-J])(?![\w'])(?![ \t]+[a-z])")
-_ALONE = re.compile(r"[*_(\[]*([A-J])(?:[*_)\].:]*|\)[^\n]*)")  # the whole text: "C", "(C).", "C) an option"
+_SIGNS = r"[\s*_$`\"'\u201c\u201d\u2018\u2019]*+"
+_OPEN = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\[(]|\\[(\[]|\\(?:boxed|text|math)[a-z]*\s*\{)*+"  # \(\textbf{C}\)
+_CLOSE = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+"
+_FINAL = re.compile(rf"(?i:answer){_SIGNS}(?i:is)?{_SIGNS}:?{_OPEN}([A-J])(?![_'\u2019]*[^\W_])(?![ \t]+[a-z])")
+_ALONE = re.compile(rf"{_OPEN}([A-J])(?:{_CLOSE}|\)[^\n]*)")  # the whole text: "C", "(C).", "C) an option"
 CUT = "max_tokens"  # evalscope's word for an answer that the limit has ended
 
 
