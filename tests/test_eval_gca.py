@@ -223,6 +223,10 @@ def test_parts_are_means_over_scenes():
     found = items_of(GCA, [{**base, "item": n, "verdict": verdict} for n, verdict in enumerate(verdicts)])
     (row,) = compare([GCA], {"general": {"gca": found}})
     assert row["models"]["general"]["parts"] == {"a": 50, "b": 70}
+    errors = {"a": 10, "b": 10}  # 20 / sqrt(2) / sqrt(2)
+    assert row["models"]["general"]["parts_standard_error"] == pytest.approx(errors)
+    (one,) = compare([GCA], {"general": {"gca": found[:1]}})
+    assert one["models"]["general"]["parts_standard_error"] == {"a": None, "b": None}
     row["models"]["general"]["parts"] = dict.fromkeys(gca.DIMENSIONS, 50.0)
     table, _ = beside("roleplay", [row])
     assert [line[5] for line in table[-5:]] == ["50.00*"] * 4 + ["60.00*"]

@@ -80,12 +80,27 @@ def numbers(task: Task, items: Sequence[Item]) -> dict[str, Any]:
         "standard_error": None if math.isnan(error) else error,
         "items": len(having),
         "repeats": items[0].repeats,
-        "truncated": sum(item.truncated for item in items) / len(items),
-        "unparsed": sum(item.unparsed for item in items) / len(items),
+        "truncated": share_of([item.truncated for item in items]),
+        "unparsed": share_of([item.unparsed for item in items]),
         **({} if pooled is None else {"pooled": pooled}),
-        **({"parts": {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}} if parts else {}),
+        **(of_parts(parts) if parts else {}),
         **({"unjudged": sum(item.unjudged for item in items) / len(items)} if task.judged else {}),
     }
+
+
+def of_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """The mean of each part of a score over items, and its standard error."""
+    found = {name: mean_and_error([part[name] for part in parts]) for name in parts[0]}
+    return {
+        "parts": {name: mean for name, (mean, _) in found.items()},
+        "parts_standard_error": {name: None if math.isnan(error) else error for name, (_, error) in found.items()},
+    }
+
+
+def share_of(shares: Sequence[float | None]) -> float | None:
+    """The mean of the items' shares; `None` where they have none."""
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
 
 
 def change(before: Sequence[Item], after: Sequence[Item]) -> dict[str, Any]:

@@ -53,5 +53,5 @@ def items_of(checkout: Path | None, model: str) -> list[Item]:
         tasks = counts[row["category"]]
         weight = 1 / (len(counts) * len(tasks) * tasks[row["task"]])
         prompt = f"{row['category']}, {row['task']}: {name}"
-        items.append(Item(name, prompt, row["score"], 1, 0.0, 0.0, "", weight))
+        items.append(Item(name, prompt, row["score"], 1, None, None, "", weight))
     return items

@@ -125,7 +125,7 @@ def score_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         )
         table.append(
             [row["task"], *(score(found[name]) for name in models), items]
-            + [" / ".join(f"{found[name][share]:.0%}" for name in models) for share in ("truncated", "unparsed")]
+            + [" / ".join(percent(found[name][share]) for name in models) for share in ("truncated", "unparsed")]
             + ([" / ".join(f"{found[name].get('unjudged', 0):.0%}" for name in models)] if judged else [])
         )
     return table
@@ -150,6 +150,11 @@ def score(numbers: Mapping[str, Any]) -> str:
     if numbers["mean"] is None:
         return "-"
     return f"{100 * numbers['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def percent(share: float | None) -> str:
+    """`41%`, or `-` for a share that nobody has counted."""
+    return "-" if share is None else f"{share:.0%}"
 
 
 def signed(interval: Mapping[str, float]) -> str:

@@ -35,8 +35,8 @@ class Item:
     prompt: str
     score: float | None  # mean over the repeats that have one, 0 to 1; `None` where none of them has
     repeats: int
-    truncated: float  # share of the repeats
-    unparsed: float  # share of the repeats that hold no answer, which count as wrong
+    truncated: float | None  # share of the repeats; `None` where nobody has said
+    unparsed: float | None  # share of the repeats that hold no answer, which count as wrong; `None` where any is one
     text: str  # of the first repeat
     weight: float = 1.0  # in the pooled mean of a benchmark that has one
     parts: Mapping[str, float] | None = None  # of the score, in percent, where a benchmark has several
@@ -100,6 +100,7 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     for row in rows:
         groups.setdefault(row["item"], []).append(row)
     seen: Counter[str] = Counter()
+    played = task.answer == "played"  # many messages, and no answer
     found = []
     for group in groups.values():
         scores = [score_of(task, row) for row in group]
@@ -114,8 +115,8 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
                 prompt=group[0]["prompt"],
                 score=sum(judged) / len(judged) if judged else None,
                 repeats=count,
-                truncated=sum(row["stop"] == CUT for row in group) / count,
-                unparsed=sum(not answered for _, answered in scores) / count,
+                truncated=None if played else sum(row["stop"] == CUT for row in group) / count,
+                unparsed=None if played else sum(not answered for _, answered in scores) / count,
                 text=group[0]["text"],
                 weight=float(group[0].get("verdict", {}).get("weight", 1)),
                 parts=_parts(task, group[0]),
