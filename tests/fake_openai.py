@@ -1,19 +1,34 @@
 """An OpenAI-compatible server in a thread, whose answers a test gives."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
 
+@dataclass
+class Raw:
+    """A reply as it is. `{key}` in its body becomes the Authorization of the request; `pause` is behind each byte."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
+
+
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model: str = "tiny") -> Iterator[Any]:
+def serving(
+    answer: Callable[[dict[str, Any]], Any], context: int = 4096, model: str = "tiny", listing: Raw | None = None
+) -> Iterator[Any]:
     """Yields an object with `url` and `requests`, the bodies of chat requests in the order of their arrival.
 
     `answer` gives the text of a request's answer, or (text, finish_reason), or an int: a status with an error, or bytes: a
-    body as it is. `keys` has the Authorization of each request.
+    body as it is, or a `Raw`. `listing` is in place of the list of models, and of counts of tokens. `keys` has the
+    Authorization of each request, and `encodings` what it accepts.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -23,7 +38,29 @@ def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model:
         def log_message(self, *args):
             pass
 
+        def handle(self):
+            with suppress(ConnectionError):  # a client that has read enough
+                super().handle()
+
+        def finish(self):
+            with suppress(ConnectionError):
+                super().finish()
+
+        def raw(self, found):
+            content = found.body.replace(b"{key}", (self.headers["Authorization"] or "").encode())
+            self.send_response(found.status)
+            for name, value in {"Content-Length": str(len(content)), **found.headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            for place in range(len(content) if found.pause else 0):
+                self.wfile.write(content[place : place + 1])
+                self.wfile.flush()
+                time.sleep(found.pause)
+            self.wfile.write(content if not found.pause else b"")
+
         def reply(self, status, body):
+            if isinstance(body, Raw):
+                return self.raw(body)
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -32,7 +69,9 @@ def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model:
             self.wfile.write(content)
 
         def do_GET(self):
-            if self.path == "/v1/models":
+            if self.path == "/v1/models" and listing is not None:
+                self.raw(listing)
+            elif self.path == "/v1/models":
                 card = {"id": model, "object": "model", "max_model_len": context, "root": model}
                 self.reply(200, {"object": "list", "data": [card]})
             else:
@@ -40,13 +79,16 @@ def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model:
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize" and listing is not None:
+                return self.raw(listing)
             if self.path == "/tokenize":
                 words = sum(len(message["content"].split()) for message in body["messages"])
                 return self.reply(200, {"count": words, "max_model_len": context})
             server.requests.append(body)
             server.keys.append(self.headers["Authorization"])
+            server.encodings.append(self.headers["Accept-Encoding"])
             found = answer(body)
-            if isinstance(found, bytes):
+            if isinstance(found, bytes | Raw):
                 return self.reply(200, found)
             if isinstance(found, int):
                 text = "This model's maximum context length is 8 tokens. However, you requested more."
@@ -69,7 +111,7 @@ def serving(answer: Callable[[dict[str, Any]], Any], context: int = 4096, model:
             )
 
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.keys = [], []
+    server.requests, server.keys, server.encodings = [], [], []
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()

@@ -1,15 +1,17 @@
 """Models that judge (camopd/eval/judge.py): a server that is good, malformed, refusing, busy and unreachable."""
 
 import contextlib
+import gzip
 import json
 
 import pytest
-from fake_openai import serving
+from fake_openai import Raw, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
 from camopd.errors import CaMOPDError
 from camopd.eval import judge
+from camopd.eval.asking import MOST
 from camopd.eval.compare import compare
 from camopd.eval.judge import ATTEMPTS, GONE, Judge
 from camopd.eval.scores import items_of
@@ -99,12 +101,44 @@ def test_answer_without_text_is_wrong_without_a_judge():
         assert judge.verify(Judge(NOWHERE, "tiny"), row(text)) == {"passed": False, "extracted": "none", "said": None}
 
 
-def test_key_goes_to_the_judge_and_nowhere_else(tmp_path):
-    with serving(lambda body: YES) as server:
-        found = of_answers(judge_of(server, key="secret"), tmp_path, [row()])
-        assert "secret" not in repr(judge_of(server, key="secret"))
-    assert server.keys == ["Bearer secret"] and "secret" not in json.dumps(found)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        YES,
+        *(Raw(b"who is {key}?", status) for status in (200, 401, 500)),
+        Raw(b"", 401, {"Content-Encoding": "a-secret"}),
+        Raw(b'{"choices": [{"message": {"content": "{key}"}}]}'),
+        Raw(
+            b'{"choices": [{"message": {"content": "<extracted_answer>{key}</extracted_answer><decision>no</decision>"}}]}'
+        ),
+    ],
+)
+def test_key_goes_to_the_judge_and_nowhere_else(tmp_path, reply):
+    with serving(lambda body: reply) as server:
+        one = judge_of(server, key="a-secret")
+        found = of_answers(one, tmp_path, [row()])
+        assert "secret" not in repr(one)
+    assert set(server.keys) == {"Bearer a-secret"} and "secret" not in json.dumps(found)
     assert "secret" not in (tmp_path / "verdicts.jsonl").read_text(encoding="utf-8")
+
+
+def test_key_that_is_a_word_of_a_reply_changes_no_verdict():
+    with serving(lambda body: YES) as server:
+        assert judge.verify(judge_of(server, key="yes"), row())["said"] == YES
+
+
+def test_answer_of_a_judge_that_is_packed_or_without_end_is_no_verdict():
+    packed = Raw(gzip.compress(YES.encode()), headers={"Content-Encoding": "gzip"})
+    found, server = verdict(lambda body: packed)
+    assert "HTTP 200: in Content-Encoding 'gzip'" in found["failed"] and len(server.requests) == 1
+    found, server = verdict(lambda body: b"x" * (MOST + 1))
+    assert "HTTP 200: longer than" in found["failed"] and len(server.requests) == 1
+
+
+def test_judge_has_one_deadline_for_all_of_a_reply():
+    with serving(lambda body: Raw(b"x" * 100, pause=0.05)) as server:
+        found = judge.verify(judge_of(server, timeout=0.3), row())
+    assert found["failed"] == "no answer in 0 seconds" and len(server.requests) == ATTEMPTS
 
 
 def judged(verdicts):

@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from fake_openai import serving
+from fake_openai import Raw, serving
 
 from camopd.eval import code, jobs, rows, runner, scores
 from camopd.eval.tasks import CODE_PROMPT, TASKS
@@ -65,6 +67,27 @@ class Sample:
         self.id, self.input, self.target, self.metadata = number, f"prompt {number // 2}", "A", {}
 
 
+class Prompt:
+    """A sample whose message a server can count."""
+
+    def __init__(self, text):
+        self.input = [SimpleNamespace(role="user", content=text, text=text)]
+
+
+def test_runner_leaves_the_names_of_libraries_to_libraries(tmp_path):
+    """Here evalscope is a module that imports pdb, and that the names of this folder's files."""
+    (tmp_path / "evalscope").mkdir()
+    (tmp_path / "evalscope" / "__init__.py").write_text(
+        "import pdb, code; raise SystemExit(f'{code.__file__} is Python\\'s')"
+    )
+    (tmp_path / "job.json").write_text(json.dumps({"work": str(tmp_path / "work")}))
+    words = [sys.executable, runner.__file__, str(tmp_path / "job.json"), "x"]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert "code.py is Python's" in done.stderr, done.stderr
+
+
 def folder_of_evalscope(folder, count=4, value=1.0):
     message = {"choices": [{"message": {"content": [{"type": "text", "text": "A"}]}, "stop_reason": "stop"}]}
     save(folder, "predictions", [{"index": n, "model_output": message} for n in range(count)])
@@ -114,6 +137,23 @@ def test_answer_whose_checker_failed_is_no_zero(tmp_path):
         runner.answers(tmp_path, JOB, [Sample(n) for n in range(4)])
     found = runner.answers(tmp_path, JOB | {"unscored_is_wrong": True}, [Sample(n) for n in range(4)])
     assert scores.score_of(TASKS["zebralogic"], found[0]) == (0.0, False)
+
+
+@pytest.mark.parametrize("reply", [Raw(b"x" * 2000), Raw(b"x", headers={"Content-Encoding": "gzip"}),
+                                   Raw(b"x" * 500, pause=0.02)])  # fmt: skip
+def test_count_of_tokens_is_bounded_in_size_and_time_and_not_unpacked(monkeypatch, reply):
+    monkeypatch.setattr(runner, "MOST", 1000)
+    monkeypatch.setattr(runner, "SECONDS", 0.3)
+    with serving(lambda body: "", listing=reply) as server, pytest.raises(ValueError, match="answers with more than"):
+        runner.check_lengths([Prompt("a b")], {"url": server.url, "context": 9, "model": "m", "concurrency": 1})
+
+
+def test_prompt_that_leaves_no_room_is_refused():
+    job = {"context": 9, "model": "m", "concurrency": 1, "generation": {"max_tokens": 7}}
+    with serving(lambda body: "", context=9) as server:
+        runner.check_lengths([Prompt("a b")], job | {"url": server.url})
+        with pytest.raises(ValueError, match=r"longest prompt has 3 tokens .* set --max-tokens to at most 6"):
+            runner.check_lengths([Prompt("a b"), Prompt("a b c")], job | {"url": server.url})
 
 
 # --- with the real evalscope ------------------------------------------------------------------------------------------

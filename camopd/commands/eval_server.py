@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from ..errors import CaMOPDError
+from ..eval.asking import key_of
 from ..eval.jobs import KEY
 from ..eval.models import Model
 from ..teachers.vllm.plan import VLLM, Server, environment_of
@@ -44,8 +45,8 @@ def served(model: Model, context: int, vllm: VLLM, log: Path, signals: Sequence[
     words += ["--enforce-eager", "--dtype", "float32"] if vllm.cpu else ["--data-parallel-size", str(len(gpus))]
     # The key of the evaluation and no other: teachers have theirs.
     environment = {name: value for name, value in os.environ.items() if "API_KEY" not in name}
-    if os.environ.get(KEY):
-        environment["VLLM_API_KEY"] = os.environ[KEY]
+    if key := key_of(KEY):
+        environment["VLLM_API_KEY"] = key
     with open(log, "ab") as file:
         child = processes.start(words, stdout=file, env=environment_of(server, vllm, environment))
     try:

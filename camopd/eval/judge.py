@@ -6,6 +6,7 @@ the response's answer and a decision. Its words are ours, as the paper does not 
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -13,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
 from ..errors import CaMOPDError
-from ..teachers.address import public_url, without_secrets
+from ..teachers.address import public_url
+from .asking import Line, Unanswered
 from .verdicts import Verdict, after_thinking
 
 
@@ -24,6 +24,7 @@ KEY = "CAMOPD_JUDGE_API_KEY"
 ATTEMPTS = 3  # per verdict
 GONE = 8  # verdicts in a row for which the server was not reached: it is gone
 LONGEST = 16000  # tokens of a reply, as Arena-Hard sets for GPT-4.1
+WORD = 6  # characters: a shorter key, as EMPTY, is no secret, and may be a word of a reply
 VERIFIER_TEMPERATURE = 0.2  # the paper's
 VERIFY = """\
 Check whether a response comes to the known answer of its prompt. Find the final answer of the response and compare that \
@@ -69,16 +70,14 @@ class Judge:
     model: str
     key: str | None = field(default=None, repr=False)
     pause: float = 2.0
-    timeout: float = 300.0
+    timeout: float = 300.0  # of a request as a whole
     what: str = "judge"  # it is, in an error
     more: Mapping[str, Any] = field(default_factory=dict)  # of the body of a request
     _unreached: int = field(default=0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        limits = httpx.Limits(max_connections=None)  # as many as ask at a time
-        self._client = httpx.Client(headers=headers, timeout=self.timeout, trust_env=False, limits=limits)
+        self._line = Line(self.key, self.timeout)
 
     def ask(
         self, messages: Sequence[Mapping[str, str]], temperature: float, read: Callable[[str], Verdict],
@@ -127,22 +126,23 @@ class Judge:
             **self.more,
         }
         try:
-            reply = self._client.post(f"{self.url}/v1/chat/completions", json=body)
-        except httpx.HTTPError as error:
-            raise Unreached(f"{type(error).__name__}: {without_secrets(str(error))[:200]}") from None
-        if reply.status_code == 429 or reply.status_code >= 500:
-            raise Unreached(f"HTTP {reply.status_code}")
-        if reply.status_code != 200:
-            raise Refused(f"HTTP {reply.status_code}: {without_secrets(reply.text)[:200]}")
+            reply = self._line.send(f"{self.url}/v1/chat/completions", body)
+        except Unanswered as error:
+            raise Unreached(str(error)) from None
+        shown = reply.unread or self._line.shown(reply.text)
+        if reply.status == 429 or reply.status >= 500:
+            raise Unreached(f"HTTP {reply.status}")
+        if reply.status != 200 or reply.unread:
+            raise Refused(f"HTTP {reply.status}: {shown}")
         with self._lock:
             self._unreached = 0
         try:
-            text = reply.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise Unusable(f"not a chat completion: {without_secrets(reply.text)[:200]!r}") from None
+            text = json.loads(reply.text)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            raise Unusable(f"not a chat completion: {shown!r}") from None
         if not isinstance(text, str):
             raise Unusable("a reply without text")
-        return text
+        return self._line.without_key(text) if len(self.key or "") >= WORD else text
 
 
 def verify(judge: Judge, row: Mapping[str, Any]) -> Verdict:

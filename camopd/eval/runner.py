@@ -20,12 +20,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 
 API = "strict_openai_api"
+SECONDS, MOST = 60.0, 16 << 20  # for a server to count the tokens of a prompt, and bytes of its answer
 MODEL = "model"  # evalscope names files after it; a job has one
 
 
@@ -46,7 +48,7 @@ def main(job_file: str, result_file: str) -> None:
     begun = (work / "configs" / "task_config.yaml").exists()
     config: dict[str, Any] = {
         "model": job["model"], "model_id": MODEL, "api_url": job["url"], "eval_type": API,
-        "api_key": os.environ.get("CAMOPD_EVAL_API_KEY") or "EMPTY",
+        "api_key": key() or "EMPTY",  # which evalscope keeps as a secret: its files have stars
         "datasets": [job["benchmark"]], "dataset_args": {job["benchmark"]: job["dataset_args"]},
         "dataset_hub": "huggingface", "dataset_dir": str(work / "datasets"),
         "generation_config": job["generation"], "repeats": job["repeats"], "seed": job["seed"],
@@ -126,16 +128,14 @@ def check_lengths(samples: list[Any], job: dict[str, Any]) -> None:
 
     if not job["context"]:
         return
-    key = os.environ.get("CAMOPD_EVAL_API_KEY")
     address = job["url"].removesuffix("/v1") + "/tokenize"
-    with httpx.Client(
-        timeout=60, trust_env=False, headers={"Authorization": f"Bearer {key}"} if key else {}
-    ) as client:
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key()}"} if key() else {})}
+    with httpx.Client(timeout=SECONDS, trust_env=False, headers=headers) as client:
 
         def count(sample: Any) -> int:
             messages = [{"role": message.role, "content": message.text} for message in sample.input]
-            reply = client.post(address, json={"model": job["model"], "messages": messages})
-            return reply.json()["count"] if reply.status_code == 200 else 0
+            with client.stream("POST", address, json={"model": job["model"], "messages": messages}) as reply:
+                return json.loads(bounded(reply))["count"] if reply.status_code == 200 else 0
 
         if count(samples[0]) == 0:
             return
@@ -148,6 +148,28 @@ def check_lengths(samples: list[Any], job: dict[str, Any]) -> None:
             f"server's context is {job['context']}. Serve the model with --max-model-len {wanted}, or set --max-tokens to "
             f"at most {job['context'] - longest}."
         )
+
+
+def bounded(reply: Any) -> bytes:
+    """The body of a reply as it arrives. Raises `ValueError` for one that is packed, too long or too slow."""
+    encoding = reply.headers.get("Content-Encoding", "identity").strip().lower()
+    content, until = bytearray(), time.monotonic() + SECONDS
+    if encoding == "identity":
+        for chunk in reply.iter_raw():
+            content += chunk
+            if len(content) > MOST or time.monotonic() > until:
+                break
+        else:
+            return bytes(content)
+    raise ValueError(
+        f"{reply.url} answers with more than {MOST} bytes, in more than {SECONDS:.0f} seconds, or compressed, asked for "
+        "nothing of these. Is the server a vLLM, without a proxy before it that compresses?"
+    )
+
+
+def key() -> str:
+    """The key of the model's server, or ""."""
+    return os.environ.get("CAMOPD_EVAL_API_KEY", "").strip()  # env files and mounted secrets end in a newline
 
 
 def cut_torn_line(path: Path) -> None:
@@ -214,5 +236,12 @@ def content_of(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in content if part.get("type") == "text")
 
 
+def leave_own_folder() -> None:
+    """No library is to find this folder's code.py in place of Python's, which pdb imports, and torch pdb."""
+    own = Path(__file__).resolve().parent
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != own]
+
+
 if __name__ == "__main__":
+    leave_own_folder()
     main(*sys.argv[1:])
