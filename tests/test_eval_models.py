@@ -1,10 +1,13 @@
 """Which models are evaluated, and whether they are there (camopd/eval/models.py)."""
 
 import json
+import os
+import re
+import time
 
 import pytest
 import yaml
-from fake_openai import serving
+from fake_openai import Raw, serving
 
 from camopd.errors import CaMOPDError
 from camopd.eval.models import Model, look, need_whole, of_run, parse
@@ -90,6 +93,98 @@ def test_newest_checkpoint_of_a_run_is_the_one_with_most_steps(tmp_path):
     assert of_run(str(path))[2].where.endswith("checkpoint-12")
 
 
+def make_checkpoint(folder, step, student="org/medical", general="org/general", saved=None):
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    found = {"student": {"name": student}, "teachers": {"general": general}}
+    (checkpoint / "camopd.json").write_text(json.dumps(found), encoding="utf-8")
+    (checkpoint / "config.json").write_text("{}", encoding="utf-8")
+    if saved is not None:
+        manifest = {"files": {}, "saved": time.time() + saved}
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        set_time(checkpoint / "manifest.json", saved)
+    return checkpoint
+
+
+def set_time(path, seconds):
+    os.utime(path, (time.time() + seconds,) * 2)
+
+
+def make_model(folder, seconds):
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("{}", encoding="utf-8")
+        set_time(folder / name, seconds)
+
+
+def test_result_is_the_newest_checkpoint_where_the_folder_has_an_earlier_model(tmp_path):
+    """As after an overwrite or a resume that was killed."""
+    checkpoint = make_checkpoint(tmp_path, 4, saved=-50)
+    make_model(tmp_path, -100)
+    result = of_run(str(tmp_path))[2]
+    assert result == Model("result", str(checkpoint)) and f"after the model in {tmp_path} itself" in result.note
+    set_time(tmp_path / "config.json", -10)  # the last save was killed, too
+    assert of_run(str(tmp_path))[2] == result
+    later = make_checkpoint(tmp_path, 2, saved=-40)  # which went back to a step before
+    assert of_run(str(tmp_path))[2].where == str(later)
+
+
+@pytest.mark.parametrize("saved", [-200, -50, None])
+def test_result_is_the_model_of_the_folder_where_it_may_be_the_last(tmp_path, saved):
+    """Where either clock says so, that of the run or that of the files; a checkpoint without a manifest is in part."""
+    checkpoint = make_checkpoint(tmp_path, 4, saved=saved)
+    make_model(tmp_path, -100)
+    if saved == -50:
+        set_time(checkpoint / "manifest.json", -150)
+    result = of_run(str(tmp_path))[2]
+    assert result == Model("result", str(tmp_path)) and result.note == ""
+
+
+@pytest.mark.parametrize("name", ["specialised", "checkpoint-4 (run)", "gpt2", "general model", "/nowhere/model"])
+@pytest.mark.parametrize("of", ["start", "general"])
+def test_name_without_its_place_in_the_record_of_a_run_is_refused(tmp_path, monkeypatch, name, of):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "specialised").mkdir()  # another one of that name
+    make_checkpoint(tmp_path / "out", 4, **{"student" if of == "start" else of: name})
+    said = rf"have of the {of} model '{re.escape(name)}' alone.*Give the run's config, or --models {of}=PATH_OR_URL"
+    with pytest.raises(ValueError, match=said):
+        of_run("out")
+    other = Model(of, "org/other")
+    assert other in of_run("out", {of: other})
+
+
+def test_place_in_the_record_of_a_run_is_taken(tmp_path):
+    make_checkpoint(tmp_path / "out", 4, general=str(tmp_path))
+    assert of_run(str(tmp_path / "out"))[1] == Model("general", str(tmp_path))
+
+
+def test_hub_id_that_is_a_folder_here_is_neither(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "out", 4)
+    (tmp_path / "org" / "general").mkdir(parents=True)
+    with pytest.raises(ValueError, match="have of the general model 'org/general' alone"):
+        of_run("out")
+
+
+def test_models_that_are_given_are_not_looked_for(tmp_path):
+    """As an error asks for."""
+    path = make_run(tmp_path, "adapter_off")
+    (tmp_path / "out" / "config.json").unlink()
+    given = {name: Model(name, f"org/{name}") for name in ("general", "result")}
+    assert of_run(str(path), given) == [Model("start", "org/medical"), *given.values()]
+    with pytest.raises(ValueError, match=r"does not say where the result model is, .* --models result="):
+        of_run(str(path), {"general": given["general"]})
+    everything = {"start": Model("start", "org/start"), **given}
+    (tmp_path / "empty").mkdir()
+    assert of_run(str(tmp_path / "empty"), everything) == list(everything.values())
+
+
+@pytest.mark.parametrize("teacher", ["adapter_off", "adapter_start", "self", "adapter_off:general", "self:org/base"])
+def test_general_teacher_that_is_the_student_itself_is_refused_in_a_folder_too(tmp_path, teacher):
+    make_checkpoint(tmp_path, 4, general=teacher)
+    with pytest.raises(ValueError, match=f"general teacher of .* is '{teacher}', the student .*--models general="):
+        of_run(str(tmp_path))
+
+
 @pytest.mark.parametrize("teacher", ["adapter_off", "adapter_start", "self"])
 def test_general_teacher_that_is_the_student_itself_is_no_model_to_evaluate(tmp_path, teacher):
     with pytest.raises(ValueError, match=f"general teacher of .* is '{teacher}', the student .*--models general="):
@@ -119,6 +214,24 @@ def test_server_says_what_it_serves():
             CaMOPDError, match=r"of 'm', http://.*, serves org/tiny, not 'org/other'\. Write --models m=http"
         ):
             look(Model("m", url, "org/other"), url, "KEY")
+
+
+@pytest.mark.parametrize(
+    ("listing", "said"),
+    [
+        (Raw(b"{key}", 401), r"\(HTTP 401: Bearer \*\*\*\)\. .* Its key is read from KEY"),
+        (Raw(b"1"), r"\(TypeError: "),
+        (Raw(b'{"data": [{"id": "{key}"}, {"id": "x"}]}'), r"serves Bearer \*\*\*, x, and none was named"),
+        (Raw(b"", headers={"Content-Encoding": "gzip"}), "in Content-Encoding 'gzip', and asked for none"),
+    ],
+)
+def test_server_that_repeats_its_key_does_not_have_it_shown(listing, said, monkeypatch):
+    monkeypatch.setenv("KEY", "a-secret")
+    with serving(lambda body: "", listing=listing) as server:
+        url = server.url.removesuffix("/v1")
+        with pytest.raises(CaMOPDError, match=said) as raised:
+            look(Model("m", url), url, "KEY")
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://u:secret@127.0.0.1:9"])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from ..errors import CaMOPDError
-from ..manifest import CHECKPOINT, step_of
+from ..hub import is_hub_id
+from ..manifest import CHECKPOINT, MANIFEST, saved_at, step_of
 from ..run import read_settings
 from ..teachers.address import (
     OWN_TEACHERS,
@@ -23,11 +23,15 @@ from ..teachers.address import (
     same_model,
     without_secrets,
 )
+from .asking import Line, Unanswered, key_of
 from .compare import GENERAL, RESULT, START
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RUN_RECORD = "camopd.json"
+_OF_A_MODEL = ("config.json", "adapter_config.json", "model*.safetensors", "adapter_model*.safetensors",
+               "pytorch_model*.bin")  # fmt: skip
+LOOK_SECONDS = 30.0  # until a server must have said what it serves
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Model:
     name: str
     where: str  # path, id of the Hub, or URL
     served: str | None = None  # what a URL must serve; `None` is its only model
+    note: str = field(default="", compare=False)  # what is to be said of the choice
 
     @property
     def is_url(self) -> bool:
@@ -67,39 +72,75 @@ def parse(text: str, option: str = "--models") -> Model:
     return Model(name, where, served or None)
 
 
-def of_run(run: str) -> list[Model]:
+def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
     """The start, the general teacher and the result of a run, from its config (a YAML file) or its output_dir.
 
-    Raises `ValueError` where they cannot be told.
+    One that is `given` is not looked for. Raises `ValueError` where another cannot be told.
     """
-    path = Path(run)
+    given, path = given or {}, Path(run)
+    wanted = [name for name in (START, GENERAL, RESULT) if name not in given]
     if path.is_dir():
-        return _of_folder(path)
-    settings = read_settings(run, [])
-    folder = Path(str(settings.get("output_dir") or "trainer_output"))
-    teachers = settings.get("teachers")
-    general = teachers.get("general") if isinstance(teachers, dict) else None
-    if isinstance(general, dict) and is_server(general):
-        general = f"{_first(general['urls'])}#{general['model']}"
-    if isinstance(general, list) and is_server(general):
-        general = _first(general)
-    return _named(run, settings.get("model_name_or_path"), general, _result_in(folder))
+        folder, found = path, _recorded(path, wanted)
+    else:
+        settings = read_settings(run, [])
+        folder = Path(str(settings.get("output_dir") or "trainer_output"))
+        teachers = settings.get("teachers")
+        general = teachers.get("general") if isinstance(teachers, dict) else None
+        if isinstance(general, dict) and is_server(general):
+            general = f"{_first(general['urls'])}#{general['model']}"
+        if isinstance(general, list) and is_server(general):
+            general = _first(general)
+        found = {START: settings.get("model_name_or_path"), GENERAL: general}
+    result, note = _result_in(folder)
+    own = str(found.get(GENERAL)).partition(":")[0]
+    if own in OWN_TEACHERS and GENERAL in wanted:
+        raise ValueError(
+            f"the general teacher of {run!r} is {found[GENERAL]!r}, {OWN_TEACHERS[own]}, which is no model of its own on "
+            f"disk. Name it with --models {GENERAL}=PATH_OR_URL."
+        )
+    found[RESULT] = result
+    missing = [name for name in wanted if not isinstance(found.get(name), str) or not found[name]]
+    if missing:
+        raise ValueError(
+            f"{run!r} does not say where the {' and the '.join(missing)} model is, or it is not there. Name it with "
+            f"--models {missing[0]}=PATH_OR_URL."
+        )
+    if path.is_dir():
+        _need_places(run, {name: found[name] for name in wanted if name != RESULT})
+    named = {name: given.get(name) or parse(f"{name}={found[name]}") for name in (START, GENERAL, RESULT)}
+    if RESULT in wanted:
+        named[RESULT] = replace(named[RESULT], note=note)
+    return list(named.values())
 
 
-def _of_folder(folder: Path) -> list[Model]:
+def _recorded(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
+    """The names that a run's newest checkpoint has of the models it began with."""
     newest = _newest_in(folder)
-    if newest is None:
+    if newest is None and set(wanted) & {START, GENERAL}:
         raise ValueError(
             f"{str(folder)!r} has no checkpoint that says what run it is. Give the run's config, or the models one by one: "
             f"--models {START}=PATH {GENERAL}=PATH {RESULT}=PATH."
         )
+    if newest is None:
+        return {}
     from .. import record
 
     found = record.read(newest)
     student, teachers = found.get("student"), found.get("teachers")
-    start = student.get("name") if isinstance(student, dict) else None
-    general = teachers.get("general") if isinstance(teachers, dict) else None
-    return _named(str(folder), start, general, _result_in(folder))
+    return {
+        START: student.get("name") if isinstance(student, dict) else None,
+        GENERAL: teachers.get("general") if isinstance(teachers, dict) else None,
+    }
+
+
+def _need_places(run: str, found: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a name that says of no model where it lies: of a path a record has the last part alone."""
+    for name, where in found.items():
+        if not is_hub_id(where) and not (os.path.isabs(where) and os.path.exists(where)):
+            raise ValueError(
+                f"the checkpoints of {run!r} have of the {name} model {where!r} alone, the last part of a path, or "
+                f"a name that a server gave it. Give the run's config, or --models {name}=PATH_OR_URL."
+            )
 
 
 def need_whole(models: Iterable[Model]) -> None:
@@ -113,38 +154,41 @@ def need_whole(models: Iterable[Model]) -> None:
 
 
 def _newest_in(folder: Path) -> Path | None:
-    """The checkpoint with most steps that says what run it is of."""
+    """The checkpoint that was saved last, of those that say what run they are of; by its own words, which a copy keeps."""
     found = [
         path.parent for path in folder.glob(f"checkpoint-*/{_RUN_RECORD}") if CHECKPOINT.fullmatch(path.parent.name)
     ]
-    return max(found, key=step_of, default=None)
+    return max(found, key=lambda path: (saved_at(path), step_of(path)), default=None)
 
 
-def _result_in(folder: Path) -> str | None:
-    """Where a run has left its model: its folder, or its newest checkpoint."""
-    saved = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    result = folder if saved else _newest_in(folder)
-    return None if result is None else str(result)
+def _result_in(folder: Path) -> tuple[str | None, str]:
+    """Where a run has left its model, its folder or its newest checkpoint, and what is to be said of that."""
+    newest = _newest_in(folder)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return (None if newest is None else str(newest)), ""
+    if newest is not None and _is_older(folder, newest):
+        return str(newest), (
+            f"saved after the model in {folder} itself, which is what was there before the run began anew or went on"
+        )
+    return str(folder), ""
+
+
+def _is_older(folder: Path, checkpoint: Path) -> bool:
+    """Whether the model files of a folder are from before one of its whole checkpoints was saved.
+
+    By two clocks, that of the run and that of the disk: those of two machines differ, and a copy may have no times.
+    """
+    model = [path.stat().st_mtime for pattern in _OF_A_MODEL for path in folder.glob(pattern)]
+    try:
+        kept = (checkpoint / MANIFEST).stat().st_mtime  # written last, so that the checkpoint is whole
+    except FileNotFoundError:
+        return False
+    saved = saved_at(checkpoint)
+    return math.isfinite(saved) and min(model) < min(saved, kept)  # min: a save that was killed has written some
 
 
 def _first(urls: Any) -> str:
     return str(urls if isinstance(urls, str) else urls[0])
-
-
-def _named(run: str, start: Any, general: Any, result: Any) -> list[Model]:
-    if general in OWN_TEACHERS:
-        raise ValueError(
-            f"the general teacher of {run!r} is {general!r}, {OWN_TEACHERS[general]}, which is no model of its own on "
-            f"disk. Name it with --models {GENERAL}=PATH_OR_URL, and {START}= and {RESULT}= as well, without the run."
-        )
-    found = {START: start, GENERAL: general, RESULT: result}
-    missing = [name for name, where in found.items() if not isinstance(where, str) or not where]
-    if missing:
-        raise ValueError(
-            f"{run!r} does not say where the {' and the '.join(missing)} model is, or it is not there. Name it with "
-            f"--models {missing[0]}=PATH_OR_URL."
-        )
-    return [parse(f"{name}={where}") for name, where in found.items()]
 
 
 def look(model: Model, url: str, key_name: str, option: str = "--models") -> tuple[str, int | None]:
@@ -155,19 +199,15 @@ def look(model: Model, url: str, key_name: str, option: str = "--models") -> tup
     Raises `CaMOPDError` for a server that does not answer, has several models and none was named, or another one.
     """
     shown = public_url(url)
-    key = os.environ.get(key_name)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    line = Line(key_of(key_name), LOOK_SECONDS)
     try:
-        with httpx.Client(timeout=30, trust_env=False, headers=headers) as client:
-            reply = client.get(f"{url}/v1/models")
-            reply.raise_for_status()
-            cards = reply.json()["data"]
-            served = {str(card["id"]): card for card in cards}
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        hint = f" Its key is read from {key_name}." if "401" in str(error) else ""
+        served = {str(card["id"]): card for card in line.get(f"{url}/v1/models")["data"]}
+    except (Unanswered, KeyError, TypeError) as error:
+        why = str(error) if isinstance(error, Unanswered) else f"{type(error).__name__}: {line.shown(str(error))}"
+        hint = f" Its key is read from {key_name}." if "HTTP 401" in why else ""
         raise CaMOPDError(
             f"the model {model.name!r} has the address {shown}, which does not answer {shown}/v1/models with a list of "
-            f"models ({type(error).__name__}: {without_secrets(str(error))[:200]}). Start it, or fix the address.{hint}"
+            f"models ({why}). Start it, or fix the address.{hint}"
         ) from None
     if model.served is None and len(served) == 1:
         name = next(iter(served))
@@ -177,8 +217,9 @@ def look(model: Model, url: str, key_name: str, option: str = "--models") -> tup
         matching = [name for name, root in roots.items() if same_model(wanted, name) or same_model(wanted, root)]
         if not matching:
             asked = f"not {wanted!r}" if wanted else "and none was named"
+            names = line.without_key(", ".join(sorted(served)))
             raise CaMOPDError(
-                f"the server of {model.name!r}, {shown}, serves {', '.join(sorted(served)) or 'nothing'}, {asked}. "
+                f"the server of {model.name!r}, {shown}, serves {names or 'nothing'}, {asked}. "
                 f"Write {option} {model.name}={shown}#ONE_OF_THEM."
             )
         name = matching[0]
