@@ -19,6 +19,11 @@ def make(folder, max_tokens=None, rows=ROWS, weights=None, served="m", concurren
     return json.loads((folder / "job.json").read_text(encoding="utf-8"))
 
 
+def answer(folder, name="work/predictions/model/general_mcq_default.jsonl"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("{}\n", encoding="utf-8")
+
+
 def test_job_leaves_nothing_to_a_default(tmp_path):
     job = make(tmp_path)
     assert job["dataset_args"]["few_shot_num"] == 0 and job["dataset_args"]["subset_list"] == ["default"]
@@ -52,10 +57,27 @@ def test_jobs_of_two_models_share_no_folder(tmp_path):
 )
 def test_folder_with_answers_of_another_job_is_refused(tmp_path, change, said):
     make(tmp_path)
+    answer(tmp_path)
     with pytest.raises(
         CaMOPDError, match=rf"has answers that were made with {said}.*Give another --out, or remove the folder"
     ):
         make(tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    "name", ["answers.jsonl", "work/verdicts.jsonl", "work/predictions/model/general_mcq_default.jsonl"]
+)
+def test_job_without_answers_may_change_and_one_with_any_may_not(tmp_path, name):
+    """As the error asks for that a prompt leaves an answer no room."""
+    make(tmp_path, max_tokens=9)
+    answer(tmp_path, "work/configs/task_config.yaml")
+    job = make(tmp_path, max_tokens=5)
+    assert job["generation"]["max_tokens"] == job["told"]["generation"]["max_tokens"] == 5
+    assert not (tmp_path / "work").exists()  # whose settings were those of 9
+    answer(tmp_path, name)
+    assert make(tmp_path, max_tokens=5) == job and (tmp_path / name).is_file()
+    with pytest.raises(CaMOPDError, match="has answers that were made with another generation"):
+        make(tmp_path, max_tokens=9)
 
 
 def test_job_goes_on_elsewhere_and_faster(tmp_path):
@@ -94,6 +116,18 @@ def test_environment_of_a_job_holds_no_key_but_its_own(monkeypatch):
     found = jobs.environment()
     assert [name for name, value in found.items() if value == "secret"] == [jobs.KEY]
     assert "PATH" in found
+
+
+def test_key_that_a_server_has_repeated_is_taken_out_of_what_a_job_has_said(tmp_path, monkeypatch):
+    monkeypatch.setenv(jobs.KEY, "secret\n")
+    logs = [tmp_path / "log.txt", tmp_path / "work" / "logs" / "eval_log.log"]
+    logs[1].parent.mkdir(parents=True)
+    for path in logs:
+        path.write_bytes(b"a \xff\nError code: 401 - no 'Bearer secret'\n")
+    jobs.hide_key(tmp_path)
+    assert {path.read_bytes() for path in logs} == {b"a \xff\nError code: 401 - no 'Bearer ***'\n"}
+    monkeypatch.delenv(jobs.KEY)
+    jobs.hide_key(tmp_path / "nowhere")
 
 
 def test_missing_environment_is_named_with_the_way_to_make_it(monkeypatch):

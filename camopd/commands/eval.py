@@ -317,6 +317,7 @@ def _run(python: str, folder: Path, task: Task, total: int, signals: Sequence[in
                 progress.update(bar, completed=jobs.answered(folder))
         finally:
             processes.end([child], signals, grace=10)
+            jobs.hide_key(folder)
     if not signals and child.returncode:
         raise jobs.failed(folder, total)
 

@@ -14,7 +14,9 @@ from typing import Any
 from .. import atomic
 from ..errors import CaMOPDError
 from . import rows
+from .asking import key_of
 from .tasks import Task
+from .verdicts import VERDICTS
 
 
 PYTHON = ".venv-eval/bin/python"
@@ -75,7 +77,8 @@ def prepare(
 ) -> None:
     """Write the folder of a job on the rows `found`.
 
-    Raises `CaMOPDError` where the folder has answers of another model, other rows or other sampling.
+    Raises `CaMOPDError` where the folder has answers of another model, other rows or other sampling; where it has none, all
+    of these may change.
     """
     args = {name: value for name, value in job["dataset_args"].items() if name != "local_path"}
     content = json.dumps(found, sort_keys=True).encode()
@@ -85,7 +88,7 @@ def prepare(
         "rows": f"{len(found)} rows, sha256 {hashlib.sha256(content).hexdigest()}",
     }
     path = folder / JOB
-    if path.exists():
+    if path.exists() and has_answers(folder):
         before = json.loads(path.read_text(encoding="utf-8")).get("told", {})
         changed = [name for name in told if before.get(name) != told[name]]
         if changed:
@@ -94,6 +97,8 @@ def prepare(
                 f"{str(folder)!r} has answers that were made with another {', another '.join(changed)}: {changed[0]} was "
                 f"{pair[0]} and is {pair[1]}. Give another --out, or remove the folder."
             )
+    elif not has_answers(folder):  # a job that has come to nothing; evalscope would compare its settings
+        shutil.rmtree(folder / "work", ignore_errors=True)
     rows.write(task, list(found), folder / "rows")
     atomic.write(path, json.dumps({"told": told, **job}, indent=1) + "\n")
 
@@ -115,6 +120,15 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name == KEY or not _SECRET.search(name)}
 
 
+def hide_key(folder: Path) -> None:
+    """Take the key of the models' servers out of what a job has said: a server that refuses it may have repeated it."""
+    key = (key_of(KEY) or "").encode()
+    for path in [folder / LOG, *(folder / "work" / "logs").rglob("*.log")] if key else []:
+        said = path.read_bytes() if path.is_file() else b""
+        if key in said:
+            path.write_bytes(said.replace(key, b"***"))
+
+
 def failed(folder: Path, total: int) -> CaMOPDError:
     """What a job that has ended with an error has met."""
     return CaMOPDError(
@@ -127,6 +141,11 @@ def answered(folder: Path) -> int:
     """Answers that the engine has written so far."""
     files = (folder / "work" / "predictions").rglob("*.jsonl")
     return sum(path.read_bytes().count(b"\n") for path in files)
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether there are answers of a job, all or the first ones, or scenes that were played for it."""
+    return (folder / ANSWERS).is_file() or (folder / "work" / VERDICTS).is_file() or answered(folder) > 0
 
 
 def last_error(log: Path) -> str:
