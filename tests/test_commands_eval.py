@@ -99,6 +99,55 @@ def test_other_model_behind_the_same_name_is_refused(data, capsys):
         assert 'another model: model was "tiny" and is "other"' in said and not server.requests
 
 
+def test_limit_of_the_server_that_an_error_names_can_be_followed(data, capsys, monkeypatch):
+    """No answer was made with the first one."""
+    with serving(lambda body: "A") as server:
+        words = ["--tasks", "qasc", "--models", f"m={server.url}", "--limit", "5", "--max-tokens"]
+        monkeypatch.setenv("CAMOPD_EVAL_PYTHON", "false")
+        assert "has 0 of 5 answers, and then failed" in error_of(capsys, *words, "9000")
+        monkeypatch.setenv("CAMOPD_EVAL_PYTHON", str(data.parent / "python"))
+        cli.main(["eval", *words, "8000"])
+        assert '"max_tokens": 8000' in Path("eval-output/eval.json").read_text(encoding="utf-8")
+        assert "another generation" in error_of(capsys, *words, "7000")
+
+
+def test_answers_of_weights_that_cannot_be_seen_are_taken_with_a_word(data, capsys):
+    with serving(lambda body: "A") as server:
+        words = ["eval", "--tasks", "qasc,medqa", "--limit", "5", "--models", f"m={server.url}"]
+        cli.main(words)
+        assert "earlier call" not in capsys.readouterr().out
+        cli.main(words)
+        said = (
+            f"qasc, medqa: with answers of an earlier call. Whether {server.url.removesuffix('/v1')} still has those"
+        )
+        assert said in capsys.readouterr().out
+
+
+def test_key_that_a_server_repeats_is_in_no_file_and_not_shown(data, capsys, monkeypatch):
+    monkeypatch.setenv("CAMOPD_EVAL_API_KEY", "a-secret")
+    engine = data.parent / "python"
+    engine.write_text(f"#!{sys.executable}\nraise ValueError('401: no Bearer a-secret')\n", encoding="utf-8")
+    with serving(lambda body: "A") as server:
+        said = error_of(capsys, "--tasks", "qasc", "--models", f"m={server.url}")
+    assert "ValueError: 401: no Bearer ***" in said and "secret" not in said
+    for path in Path("eval-output").rglob("*"):
+        assert path.is_dir() or b"secret" not in path.read_bytes(), path
+
+
+def test_model_that_a_run_does_not_have_is_named_beside_it(data, capsys, tmp_path):
+    with serving(lambda body: "A") as server:
+        (tmp_path / "run.yaml").write_text(
+            f"model_name_or_path: {server.url}\noutput_dir: nowhere\nteachers: {{general: adapter_off}}\n",
+            encoding="utf-8",
+        )
+        words = ["run.yaml", "--tasks", "qasc", "--limit", "5"]
+        assert "Name it with --models general=" in error_of(capsys, *words)
+        words += ["--models", f"general={server.url}"]
+        assert "Name it with --models result=" in error_of(capsys, *words)
+        cli.main(["eval", *words, f"result={server.url}"])
+    assert "| task | start | general | result |" in capsys.readouterr().out
+
+
 def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CAMOPD_JUDGE_API_KEY", "secret")
     engine = tmp_path / "python"
@@ -174,6 +223,11 @@ def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
             ["--tasks", "gpqa", "--models", "m=http://127.0.0.1:9", "--judge", "gpqa=x"],
             "--judge takes the URL of a server",
         ),
+        (
+            ["--tasks", "medqa", "--models", "m=x", "--judge", "http://h:1"],
+            "--judge http://h:1, as none of medqa is judged",
+        ),
+        (["--tasks", "medqa", "--models", "m=x", "m=y"], "--models names 'm' twice, as x and as y"),
         (["run.yaml", "--tasks", "medqa"], "the config 'run.yaml' cannot be read"),
     ],
 )

@@ -10,7 +10,7 @@ from camopd import cli
 from camopd.errors import CaMOPDError, DataError
 from camopd.eval import gca, rows
 from camopd.eval.compare import compare
-from camopd.eval.judge import ATTEMPTS, Judge, Unusable
+from camopd.eval.judge import ATTEMPTS, LONGEST, Judge, Unusable
 from camopd.eval.paper import beside
 from camopd.eval.scores import items_of
 from camopd.eval.tasks import TASKS
@@ -192,25 +192,53 @@ def test_scene_that_a_server_refuses_is_an_error_and_the_others_are_kept(checkou
         gca.play_all(gone, gone, tmp_path / "gone", scenes, 1, lambda: None)
 
 
-def test_command_plays_and_judges_and_stands_beside_the_paper(checkout, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def command(checkout, tmp_path, monkeypatch):
+    """The command on the checkout, with the server's words: two scenes of six messages each, with flaws of 6."""
     monkeypatch.chdir(tmp_path)
-    replies = [flaws(name, {"severity": 6}) for name in gca.DIMENSIONS] * 2
+    replies = [flaws(name, {"severity": 6}) for name in gca.DIMENSIONS] * 4
 
     class Both(Table):
         def __call__(self, body):
             return replies.pop(0) if "JUDGE" in str(body) else super().__call__(body)
 
-    with serving(Both(["Bo", "Ann", "Bo", "Ann", "Bo", "<END CHAT>"] * 2)) as server:
-        cli.main(["eval", "--tasks", "gca", "--models", f"start={server.url}", "--judge", server.url, "--data",
-                  f"gca={checkout}", "--paper", "roleplay", "--concurrency", "1"])  # fmt: skip
+    def command(server, *words, world=None):
+        cli.main(["eval", "--tasks", "gca", "--models", f"start={server.url}", "--judge", world or server.url, "--data",
+                  f"gca={checkout}", "--concurrency", "1", *words])  # fmt: skip
+
+    command.table = Both(["Bo", "Ann", "Bo", "Ann", "Bo", "<END CHAT>"] * 4)
+    return command
+
+
+def test_command_plays_and_judges_and_stands_beside_the_paper(command, capsys):
+    with serving(command.table) as server:
+        command(server, "--paper", "roleplay")
         asked = len(server.requests)
-        cli.main(["eval", "--tasks", "gca", "--models", f"start={server.url}", "--judge", server.url, "--data",
-                  f"gca={checkout}", "--concurrency", "1"])  # fmt: skip
+        command(server)
         assert len(server.requests) == asked  # nothing is played or judged twice
     said = capsys.readouterr().out
-    assert "| gca | 79.0 ± 0.0 | 2 of 200 |" in said  # 100 - 5 (6 - 0.3 x 6)
+    assert "| gca | 79.0 ± 0.0 | 2 of 200 | - | - | 0% |" in said  # 100 - 5 (6 - 0.3 x 6)
     assert "| Anthro. | 23.09 | 33.42 | 34.91 | 33.96 | - | 79.00* | - |" in said
     assert "| Avg. | 30.92 | 41.08 | 42.86 | 45.00 | - | 79.00* | - |" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--max-tokens", "77"]])
+def test_command_gives_the_actor_the_tokens_that_it_is_told_to(command, words):
+    with serving(command.table) as server:
+        command(server, *words)
+    asked = {body["max_tokens"] for body in server.requests if "PLAY" in str(body["messages"][0])}
+    assert asked == {int(words[1]) if words else 8196}
+    (world,) = {body["max_tokens"] for body in server.requests if "NEXT" in str(body["messages"][0])}
+    assert world == LONGEST
+
+
+def test_command_does_not_judge_what_another_world_has_played(command, capsys):
+    with serving(command.table) as server, serving(command.table, model="other") as other:
+        command(server)
+        with pytest.raises(SystemExit):
+            command(server, world=other.url)
+        assert not other.requests
+        assert 'another world: world was "tiny" and is "other"' in " ".join(capsys.readouterr().err.split())
 
 
 def test_parts_are_means_over_scenes():

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .. import atomic
 from ..eval import arena, cage, code, compare, gaps, gca, jobs, judge, livebench, models, rows, scores, verdicts
+from ..eval import options as effects
+from ..eval.asking import key_of
 from ..eval.judge import Judge
 from ..eval.models import Model
 from ..eval.paper import TABLES
@@ -39,15 +41,13 @@ def eval(argv: list[str]) -> None:
     names = options.tasks.split(",")
     measured = gaps.of_run(_folder(options.run)) if gaps.NAME in names else []
     tasks = named([name for name in names if name != gaps.NAME])
+    wanted = _wanted(options) if tasks else {}
+    for line in effects.check(options, tasks, wanted):
+        console.print(line, markup=False)
     if not tasks:
         from ..eval import page
 
         return _say(page.write([], (), {"run": options.run}, Path(options.out), gaps=measured), Path(options.out))
-    wanted = {model.name: model for model in models.of_run(options.run)} if options.run else {}
-    wanted |= {model.name: model for model in map(models.parse, options.models)}
-    if not wanted:
-        raise ValueError("there is no model to evaluate. Name a run, its config, or --models NAME=PATH_OR_URL.")
-    models.need_whole(wanted.values())
     python = jobs.python_of_evalscope() if any(task.benchmark for task in tasks) else ""
     if any(task.answer == "code" for task in tasks):
         cage.find()
@@ -58,15 +58,15 @@ def eval(argv: list[str]) -> None:
     found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     read = [task for task in tasks if task.answer == "read"]
     for name in wanted if read else ():
-        found[name][read[0].name] = livebench.items_of(_given(options).get(read[0].name), name)
+        found[name][read[0].name] = livebench.items_of(effects.files_of(options.data).get(read[0].name), name)
     asked = [task for task in tasks if task not in read]
     vllm = _vllm(options, wanted.values()) if asked else None
     task_rows = _rows(asked, options)
     for model in wanted.values() if asked else ():  # what is refused is refused before anything is generated
-        _prepare(model, asked, task_rows, out, options)
+        _prepare(model, asked, task_rows, judges, out, options)
     with processes.noted_signals() as signals:
         for model in wanted.values():
-            console.print(f"{model.name}: {model.where}", markup=False)
+            _introduce(model, asked, out)
             left = [task for task in asked if not (out / model.name / task.name / jobs.ANSWERS).is_file()]
             if left:
                 with _served(model, asked, options, vllm, out / model.name, signals) as url:
@@ -91,6 +91,29 @@ def eval(argv: list[str]) -> None:
     names = {task.name for task in tasks}
     notes = [text for of, text in NOTES.items() if names & set(of.split())]
     _say(page.write(compared, notes, about, out, options.paper, measured), out)
+
+
+def _wanted(options: argparse.Namespace) -> dict[str, Model]:
+    """The models, by name: those of the run, and those that are named beside it or in their place."""
+    given = effects.models_of(options.models)
+    of_run = models.of_run(options.run, given) if options.run else []
+    wanted = {model.name: model for model in of_run} | given
+    if not wanted:
+        raise ValueError("there is no model to evaluate. Name a run, its config, or --models NAME=PATH_OR_URL.")
+    models.need_whole(wanted.values())
+    return wanted
+
+
+def _introduce(model: Model, tasks: Sequence[Task], out: Path) -> None:
+    """Say which model is next, and what is not known of its answers that are there."""
+    console.print(f"{model.name}: {model.where}{model.note and f' ({model.note})'}", markup=False)
+    kept = [task.name for task in tasks if jobs.has_answers(out / model.name / task.name)]
+    if kept and jobs.weights_of(Path(model.where).expanduser()) is None:  # of a folder that is compared
+        console.print(
+            f"  {', '.join(kept)}: with answers of an earlier call. Whether {model.where} still has those weights cannot "
+            f"be seen; where it has others, give another --out or remove {out / model.name}.",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _stop(signals: Sequence[int]) -> None:
@@ -161,27 +184,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _given(options: argparse.Namespace) -> dict[str, Path]:
-    return {name: Path(path) for name, _, path in (text.partition("=") for text in options.data if "=" in text)}
-
-
 def _rows(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """The rows of each task. All are read before any model is asked."""
-    given = _given(options)
-    folders = [text for text in options.data if "=" not in text]
-    if len(folders) > 1:
-        raise ValueError(f"--data takes one folder, got {', '.join(folders)}. A file is named TASK=FILE.")
-    named(list(given))
-    folder = Path(folders[0] if folders else "eval-data")
+    folder, given = effects.folder_of(options.data), effects.files_of(options.data)
     return {task.name: rows.read(task, rows.find(task, folder, given), options.limit) for task in tasks}
 
 
 def _judges(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Judge]:
     """The judge of each task that needs one, found to be there and to serve its model."""
-    given: dict[str, str] = {}
-    for text in options.judge:
-        name, _, url = text.partition("=")
-        given |= {name: url} if name in TASKS else {"": text}
+    given = effects.judges_of(options.judge)
     found = {}
     for task in [task for task in tasks if task.judged]:
         if task.name not in given and "" not in given:
@@ -193,7 +204,7 @@ def _judges(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Jud
         if not model.is_url:
             raise ValueError(f"--judge takes the URL of a server, got {model.where!r}.")
         served, _ = models.look(model, model.where, judge.KEY, "--judge")
-        found[task.name] = Judge(model.where, served, os.environ.get(judge.KEY))
+        found[task.name] = Judge(model.where, served, key_of(judge.KEY))
     return found
 
 
@@ -224,7 +235,8 @@ def _play(
     """Have the model of a folder's job play its scenes, with the judge's model as everything but the characters."""
     job = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
     url = job["url"].removesuffix("/v1")
-    actor = Judge(url, job["model"], os.environ.get(jobs.KEY), what="model that plays", more=gca.SENT)
+    actor = Judge(url, job["model"], key_of(jobs.KEY), what="model that plays",
+                  more=gca.SENT | {"max_tokens": job["generation"]["max_tokens"]})  # fmt: skip
     with _ticking(f"{task.name}: scenes", len(scenes), signals) as tick:
         found = gca.play_all(actor, world, folder / "work", scenes, options.concurrency, tick)
     atomic.write(folder / jobs.ANSWERS, "".join(json.dumps(row) + "\n" for row in found))
@@ -259,6 +271,7 @@ def _prepare(
     model: Model,
     tasks: Sequence[Task],
     task_rows: dict[str, list[dict[str, Any]]],
+    judges: dict[str, Judge],
     out: Path,
     options: argparse.Namespace,
 ) -> None:
@@ -271,13 +284,16 @@ def _prepare(
     for task in tasks:
         folder = out / model.name / task.name
         job = jobs.job_of(task, folder, name, context, options.max_tokens, options.concurrency)
+        if task.answer == "played":  # the other half of what was played
+            job["world"] = judges[task.name].model
         jobs.prepare(task, job, weights, task_rows[task.name], folder)
 
 
 def _context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
     """Of a server that is started here, tokens."""
-    longest = options.max_tokens or max(task.generation["max_tokens"] for task in tasks)
-    return int(options.context or longest + ROOM)
+    room = {"played": gca.HEARD}
+    longest = (room.get(task.answer, ROOM) + (options.max_tokens or task.generation["max_tokens"]) for task in tasks)
+    return int(options.context or max(longest))
 
 
 def _vllm(options: argparse.Namespace, wanted: Any) -> VLLM | None:

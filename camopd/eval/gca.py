@@ -37,8 +37,9 @@ WHAT = (
     "gca=CHECKOUT/data/test/test_set.json"
 )
 # Of the actor's requests, beside the temperature, which is 0: nothing is left to the model's own file.
-SENT = {"top_k": -1, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0,
-        "max_tokens": 8196}  # fmt: skip
+SENT = {"top_k": -1, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0}
+MAX_TOKENS = 8196  # of a message, as in CoSER
+HEARD = 28 << 10  # tokens of a scene, as its actor hears it
 _FUNCTIONS = ("get_character_prompt", "get_environment_prompt", "get_nsp_prompt")
 _THOUGHT = re.compile(r"\[.*?\]")
 

@@ -158,7 +158,7 @@ TASKS = {
              "default_test", {"metric_list": ["acc"], "primary_metric": "acc"}, make=distraction.rows),
         Task("livebench", "general", "", None, 0, dict, "read", "", paper="LiveBench 1125"),  # its size is its release's
         Task("gca", "domain", "", None, 200, dict, "played", "", paper="Avg.", judge="Qwen2.5-72B-Instruct",
-             source=gca.WHAT, opened=gca.opened),
+             generation=GREEDY | {"max_tokens": gca.MAX_TOKENS}, source=gca.WHAT, opened=gca.opened),
         # The paper's own, below: all but IF-Eval need a judge, a cage, or data behind a gate.
         Task("gpqa", "general", "gpqa_diamond", ("Idavidrein/gpqa", "gpqa_diamond", "train"), 198,
              with_columns("Question", "Correct Answer", *(f"Incorrect Answer {n}" for n in (1, 2, 3))), "verified", "",

@@ -1,0 +1,92 @@
+"""What the options of `camopd eval` say of its tasks, and those without effect (camopd/eval/options.py)."""
+
+from pathlib import Path
+
+import pytest
+
+from camopd.commands.eval import _parse
+from camopd.eval.models import Model
+from camopd.eval.options import check, files_of, folder_of, judges_of, models_of
+from camopd.eval.tasks import named
+
+
+HERE, THERE = {"m": Model("m", "org/model")}, {"m": Model("m", "http://h:1")}
+
+
+def checked(tasks, *words, models=HERE):
+    options = _parse(["--tasks", tasks, *words])
+    return check(options, named([name for name in tasks.split(",") if name != "gaps"]), models)
+
+
+def test_options_are_told_apart_by_task():
+    assert files_of(["folder", "medqa=a=b"]) == {"medqa": Path("a=b")}
+    assert folder_of(["medqa=a"]) == Path("eval-data") and folder_of(["x", "medqa=a"]) == Path("x")
+    assert judges_of(["http://h:1/?a=b", "gpqa=http://h:2#m"]) == {"": "http://h:1/?a=b", "gpqa": "http://h:2#m"}
+    assert list(models_of(["a=org/x", "b=org/x"])) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (lambda: models_of(["m=org/a", "m=org/b"]), "--models names 'm' twice, as org/a and as org/b. Leave one"),
+        (lambda: files_of(["qasc=a", "qasc=b"]), "--data names 'qasc' twice, as a and as b"),
+        (
+            lambda: judges_of(["http://h:1", "http://u:secret@h:2"]),
+            "--judge is given twice, as http://h:1 and as http://h:2",
+        ),
+        (lambda: judges_of(["gpqa=http://h:1", "gpqa=http://h:2"]), "--judge names 'gpqa' twice"),
+        (lambda: folder_of(["a", "b"]), "--data takes one folder, got a, b"),
+    ],
+)
+def test_option_that_says_two_things_of_one_is_refused(found, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        found()
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words", "said"),
+    [
+        ("gaps", ["--limit", "1", "--paper", "medical"], "--paper, as the task gaps asks no model; --limit, as"),
+        ("gaps", ["--models", "m=org/model"], "--models, as the task gaps asks no model. Leave it out"),
+        ("gaps", ["--judge", "http://h:1", "--data", "x", "--max-tokens", "5"], "--judge, .*--data, .*--max-tokens, "),
+        ("livebench", ["--limit", "1", "--max-tokens", "5"], "--limit, as livebench is read as it was run; --max-tokens"),
+        ("livebench", ["--context", "9"], "--context, as no server is started here"),
+        ("livebench", ["--data", "x", "livebench=y"], "--data x, as no rows are read from it"),
+        ("qasc", ["--judge", "http://h:1"], "--judge http://h:1, as none of qasc is judged by a model"),
+        ("qasc", ["--judge", "qasc=http://h:1"], "--judge qasc=, as that task is not judged by a model"),
+        ("qasc", ["--judge", "gpqa=http://h:1"], "--judge gpqa=, as that task is not asked for"),
+        ("gpqa", ["--judge", "http://h:1", "gpqa=http://h:2"], "--judge http://h:1, as each task that is judged has"),
+        ("qasc", ["--data", "medqa=x"], "--data medqa=, as that task is not asked for"),
+        ("qasc", ["--data", "x", "qasc=y"], "--data x, as no rows are read from it"),
+    ],
+)  # fmt: skip
+def test_option_without_effect_is_refused(tasks, words, said):
+    with pytest.raises(ValueError, match=f"without effect: .*{said}"):
+        checked(tasks, *words)
+
+
+@pytest.mark.parametrize("option", ["context", "vllm-python"])
+def test_option_of_servers_here_is_refused_where_all_are_elsewhere(option):
+    words = ("qasc", f"--{option}", "9")
+    assert not checked(*words) and not checked(*words, models=HERE | {"n": THERE["m"]})
+    with pytest.raises(ValueError, match=f"--{option}, as no server is started here"):
+        checked(*words, models=THERE)
+
+
+def test_option_without_effect_on_a_part_is_said():
+    (line,) = checked("qasc,livebench,gaps", "--limit", "5")
+    assert line == "--limit is without effect on livebench, which is read as it was run."
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ("gaps", []),
+        ("qasc,gaps", ["--limit", "5", "--max-tokens", "5", "--paper", "medical", "--data", "x"]),
+        ("qasc,gpqa,gca", ["--judge", "http://h:1", "gca=http://h:2", "--data", "x", "gca=y"]),
+        ("livebench", ["--data", "livebench=x", "--paper", "medical"]),
+    ],
+)  # fmt: skip
+def test_option_with_an_effect_is_silent(tasks, words):
+    assert checked(tasks, *words) == []
