@@ -615,3 +615,8 @@ def test_rollout_servers_of_this_machine_are_started_and_all_are_printed(write, 
         command.serve([config, "--student", "--vllm-python", "/no/such/python"])
     with pytest.raises(ValueError, match=r"none of rollout_servers is on this machine: 192\.0\.2\.1"):
         command.serve([config, "--student", "--rollout_servers", urls[1]])
+    for number in ("1", "3"):
+        with pytest.raises(
+            ValueError, match=rf"--replicas {number} is of teachers: --student starts one server for each"
+        ):
+            command.serve([config, "--student", "--print", "--replicas", number])

@@ -155,6 +155,8 @@ def test_rollout_servers_are_planned_on_their_hosts_and_ports():
     assert [(each.host, each.port, each.url) for each in (one, two)] == [
         ("localhost", 9000, "http://localhost:9000"), ("node-b", 9001, "http://node-b:9001")
     ]  # fmt: skip
+    text = f" {' , '.join(settings['rollout_servers'])},"  # as `camopd train` takes it, too
+    assert plan_students({**settings, "rollout_servers": text}, None, None) == [one, two]
     moved = plan_students(settings, "0.0.0.0", 7000)
     assert [(each.host, each.port) for each in moved] == [("0.0.0.0", 7000), ("0.0.0.0", 7001)]
     line = command_line(one, flags_of(one, [one, two], None, 512))

@@ -38,6 +38,7 @@ from ..teachers.vllm.plan import (
     command_line,
     environment_of,
     flags_of,
+    is_here,
     key_of,
     models_of,
     plan_servers,
@@ -117,8 +118,13 @@ def serve(argv: list[str]) -> None:
 
 def _students_of(settings: dict, options: argparse.Namespace) -> list[Server]:
     """The rollout servers of the student: all to print them, and to start them those of this machine, or `ValueError`."""
+    if options.replicas is not None:
+        raise ValueError(
+            f"--replicas {options.replicas} is of teachers: --student starts one server for each of rollout_servers. Leave "
+            "it out, and name as many there as there are to be."
+        )
     planned = plan_students(settings, options.host, options.port)
-    here = [server for server in planned if options.print or options.host or _is_here(server.host)]
+    here = [server for server in planned if options.print or options.host or is_here(server.host)]
     if not here:
         raise ValueError(
             f"none of rollout_servers is on this machine: {', '.join(server.host for server in planned)}. Name it there, "
@@ -127,18 +133,11 @@ def _students_of(settings: dict, options: argparse.Namespace) -> list[Server]:
     return here
 
 
-def _is_here(host: str) -> bool:
-    """Whether an address is one of this machine's, which can be listened on."""
-    with contextlib.suppress(OSError), socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]):
-        return True
-    return False
-
-
 def _teachers_of(settings: dict, options: argparse.Namespace, notes: list[str]) -> list[Server]:
     """The servers of the config's teachers."""
     teachers = named_teachers(settings)
     models = models_of(teachers, notes)
-    replicas = replicas_of(options.replicas, models, [str(branch) for branch in teachers])
+    replicas = replicas_of(options.replicas or "1", models, [str(branch) for branch in teachers])
     missing = set(Schedule.parse(str(settings.get("schedule") or PAPER_SCHEDULE)).branches) - set(teachers)
     if missing:
         notes.append(f"warning: the schedule visits {sorted(missing)}, for which the config has no teacher.")
@@ -399,7 +398,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML file of the run")
-    add("--replicas", default="1", help="processes per teacher: 2, or general=2,domain=1 (default: 1)")
+    add("--replicas", help="processes per teacher: 2, or general=2,domain=1 (default: 1)")
     add("--tensor-parallel-size", type=int, default=1, help="GPUs of a process (default: 1)")
     add(
         "--gpus",

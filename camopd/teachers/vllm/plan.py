@@ -152,7 +152,7 @@ def plan_students(settings: Mapping[str, Any], host: str | None, port: int | Non
     Raises `ValueError` for a config without a student, or whose runs would ask no such server.
     """
     urls = settings.get("rollout_servers")
-    urls = [url.strip() for url in urls.split(",")] if isinstance(urls, str) else urls
+    urls = [url.strip() for url in urls.split(",") if url.strip()] if isinstance(urls, str) else urls
     if not urls:
         return [plan_student(settings, host or "127.0.0.1", port)]
     if not is_server(urls) or isinstance(urls, dict):
@@ -168,6 +168,13 @@ def plan_students(settings: Mapping[str, Any], host: str | None, port: int | Non
         at = host or parts.hostname or "", own if port is None else port + place
         planned.append(Server(["student"], place, model, *at, student=True, plain=True, lora_rank=rank))
     return planned
+
+
+def is_here(host: str) -> bool:
+    """Whether an address is one of this machine's, which can be listened on."""
+    with contextlib.suppress(OSError), socket.create_server((host, 0), family=socket.getaddrinfo(host, 0)[0][0]):
+        return True
+    return False
 
 
 def plan_student(settings: Mapping[str, Any], host: str, port: int | None) -> Server:
