@@ -24,6 +24,7 @@ from .files import json_lines
 from .output_dir import EVAL_TASKS
 from .rollouts import rng_state, set_rng_state
 from .run_folder import append, best_step, make_room, named_if_unwritten
+from .watchdog import phase
 
 
 Loaded = tuple[dict[str, Any], dict[str, list[int]]]  # tasks of lm-eval by name, and the rows of each that are asked
@@ -122,7 +123,10 @@ class LiveTasks(TrainerCallback):
 
     def add_to(self, found: dict[str, float], trainer: Any) -> dict[str, float]:
         """The metrics of an evaluation and those of the tasks, which the trainer logs."""
-        measured = self.measure(trainer.state.global_step if self._loaded is None else self._loaded)
+        if trainer.args.metric_for_best_model is None:  # else an evaluation decides something, and is finished
+            trainer.stop_if_asked()
+        with phase(f"evaluation: {', '.join(self._tasks)}"):
+            measured = self.measure(trainer.state.global_step if self._loaded is None else self._loaded)
         trainer.log(measured)
         return {**found, **measured}
 

@@ -15,6 +15,8 @@ from trainers import lines, make_args, make_trainer
 
 from camopd.errors import CaMOPDError
 from camopd.live_tasks import LiveTasks, metric_of
+from camopd.signals import RunInterrupted
+from camopd.watchdog import current
 
 
 HELD_OUT = {"general": make_prompts("general", 2)}
@@ -94,6 +96,25 @@ def test_tasks_are_measured_with_each_evaluation_and_say_what_broke(tmp_path, to
     assert [(line["step"], sum(line["scores"])) for line in scores(tmp_path)] == [(0, 9), (1, 3), (2, 2)]
     drawn, options = asked.calls[0]
     assert drawn == {"sums": list(range(ROWS))} and options["apply_chat_template"] is bool(tokenizer.chat_template)
+
+
+def test_signal_before_the_tasks_of_an_evaluation_leaves_them_and_saves_the_run(
+    tmp_path, tokenizer, asked, monkeypatch
+):
+    saves = {"save_strategy": "steps", "save_steps": 9, "max_steps": 3, "eval_on_start": False}
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks="sums", **EVALUATES | saves)
+    add, phases = trainer.tasks.add_to, []
+    monkeypatch.setattr(trainer.tasks, "measure", lambda step: phases.append(current().what) or {})
+
+    def hear(found, given):
+        if given.state.global_step == 2:
+            given.stops.heard = "SIGTERM"
+        return add(found, given)
+
+    monkeypatch.setattr(trainer.tasks, "add_to", hear)
+    with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped; the weights after step 2 are in .*checkpoint-2"):
+        trainer.train()
+    assert phases == ["evaluation: sums"]  # of the first step
 
 
 def test_metric_is_the_first_of_which_more_is_better():
