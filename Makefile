@@ -71,6 +71,8 @@ test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers o
 
 test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
 	$(VLLM_BIN)/python -m pytest -m vllm $(ARGS)
+	@echo "==> What depends on transformers, whose version is an older one there, as vLLM needs"
+	$(VLLM_BIN)/python -m pytest -n 2 tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
 
 .venv-eval/installed: constraints-eval.txt
 	@echo "==> Making .venv-eval with evalscope, which cannot be beside the datasets library of camopd (two minutes)"
