@@ -128,13 +128,15 @@ def test_result_is_the_newest_checkpoint_where_the_folder_has_an_earlier_model(t
     assert of_run(str(tmp_path))[2].where == str(later)
 
 
-@pytest.mark.parametrize("saved", [-200, -50, None])
-def test_result_is_the_model_of_the_folder_where_it_may_be_the_last(tmp_path, saved):
+@pytest.mark.parametrize(("saved", "written"), [(-200, -200), (-50, -150), (-200, -50), (None, -50), (None, None)])
+def test_result_is_the_model_of_the_folder_where_it_may_be_the_last(tmp_path, saved, written):
     """Where either clock says so, that of the run or that of the files; a checkpoint without a manifest is in part."""
     checkpoint = make_checkpoint(tmp_path, 4, saved=saved)
     make_model(tmp_path, -100)
-    if saved == -50:
-        set_time(checkpoint / "manifest.json", -150)
+    if written is not None:
+        if saved is None:
+            (checkpoint / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+        set_time(checkpoint / "manifest.json", written)
     result = of_run(str(tmp_path))[2]
     assert result == Model("result", str(tmp_path)) and result.note == ""
 
