@@ -160,7 +160,7 @@ def test_train_without_prompts_is_an_error_that_shows_the_form(run, capsys, give
 def test_train_survives_a_day_of_signals_and_ends_as_if_undisturbed(run, tmp_path, python):
     """Ctrl-C, SIGTERM, and kill -9 in a save, each followed by the same command."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
-    words = ["--max_steps", "24", "--save_steps", "2", "--log_level", "warning", "--resume", "auto", "--output_dir"]
+    words = ["--max_steps", "24", "--save_steps", "2", "--resume", "auto", "--output_dir"]
 
     def start(folder: Path) -> subprocess.Popen:
         command = [python, "-m", "camopd.cli", "train", run, *words, str(folder)]
@@ -183,10 +183,13 @@ def test_train_survives_a_day_of_signals_and_ends_as_if_undisturbed(run, tmp_pat
             if len(lines_of(out)) >= done and (number != signal.SIGKILL or (out / "_saving").exists()):
                 process.send_signal(number)
                 break
-        _, stderr = process.communicate(timeout=300)
+        stdout, stderr = process.communicate(timeout=300)
         code = process.returncode
         assert code == expected, stderr
         assert "Traceback" not in stderr
+        # Which checkpoint it is, and what is left out of it, in one line.
+        chosen = [line for line in (stdout + stderr).splitlines() if "going on from" in line]
+        assert len(chosen) == (number != signal.SIGINT), stdout + stderr
         if code == 75:
             name = signal.Signals(number).name
             assert f"{name}: stopped; the weights" in stderr and "--resume auto" in stderr
