@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_openai import serving
 from trainers import refused
 
 from camopd import cli
+from camopd.commands.eval import _context
+from camopd.eval.tasks import named
 
 
 # Asks the server of its job for each row, as the runner does, and fails as `fail` in the environment says.
@@ -146,6 +149,17 @@ def test_model_that_a_run_does_not_have_is_named_beside_it(data, capsys, tmp_pat
         assert "Name it with --models result=" in error_of(capsys, *words)
         cli.main(["eval", *words, f"result={server.url}"])
     assert "| task | start | general | result |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tasks", "max_tokens", "context"),
+    [("qasc", None, 32768 + 4096), ("ifeval,gca", None, 8196 + 28672), ("qasc,gca", 100, 28772), ("qasc", 100, 4196)],
+)
+def test_context_of_a_server_here_has_room_for_the_longest_task(tasks, max_tokens, context):
+    options = SimpleNamespace(context=None, max_tokens=max_tokens)
+    assert _context(named(tasks.split(",")), options) == context
+    options.context = 5
+    assert _context(named(tasks.split(",")), options) == 5
 
 
 def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):

@@ -47,7 +47,7 @@ def test_server_asks_for_the_key_of_the_evaluation_and_no_other(tmp_path, monkey
     for name in ("CAMOPD_TEACHER_API_KEY", "CAMOPD_TEACHER_API_KEY_START", "VLLM_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, "another")
     if key:
-        monkeypatch.setenv("CAMOPD_EVAL_API_KEY", key)
+        monkeypatch.setenv("CAMOPD_EVAL_API_KEY", f"{key}\n")  # as an env file has it
     log = tmp_path / "server.txt"
     vllm = make(tmp_path, "import os; print({n: v for n, v in os.environ.items() if 'KEY' in n}, flush=True)")
     with served(Model("start", "x"), 512, vllm, log, []):
