@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of writing; the last is FSDP2's
 OF_TORCH_SAVE = ("inline_container", "iostream error", "PytorchStreamWriter")  # its RuntimeErrors of a full disk
+CARD = "README.md"
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
 Kept = tuple[Sequence[Sample] | None, int] | None  # rollouts of a step, and how many of their prompts were cut
 
@@ -228,10 +229,15 @@ class RunCheckpoints:
             alone = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
             check_finite(trainer.model, None, "of the finished model", self.latest, alone=alone)
         final = Path(output_dir or self.args.output_dir)
-        folder = final / SAVING / "model"
+        # Of each machine its own, where each saves; but DeepSpeed's ranks may write shards together.
+        writer = self.args.process_index if self.args.should_save and not trainer.is_deepspeed_enabled else 0
+        folder = final / SAVING / f"model-{writer}"
         try:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
+                if (final / CARD).is_file():  # PEFT fills in the one that it finds, and else writes an empty one
+                    folder.mkdir(parents=True)
+                    shutil.copyfile(final / CARD, folder / CARD)
             write(str(folder))
             if self.args.should_save and folder.is_dir():
                 manifest.move_in(folder, final)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from .commands.ctrl_c import EXIT_CODE, STOPPED, ends_at_once
+from .commands.ctrl_c import STOPPED, ends_at_once
+from .exit_codes import INTERRUPTED
 from .version import __version__
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once what the exit may wait for
         print(STOPPED, file=sys.stderr)
-        raise SystemExit(EXIT_CODE) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _main(argv: list[str] | None) -> None:
@@ -103,7 +104,7 @@ def run(command: str, argv: list[str]) -> None:
 
         demo_words.parse(argv)  # --help is quick, and so are errors
     try:
-        with ends_at_once():
+        with ends_at_once(requeue=command == "train"):
             module = importlib.import_module(f".commands.{command}", __package__)
     except ModuleNotFoundError as error:
         if command != "demo":

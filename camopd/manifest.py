@@ -25,6 +25,7 @@ from . import atomic
 SAVING = "_saving"  # in output_dir; transformers sends nothing to the Hub that begins so
 MANIFEST = "manifest.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder's name, and its step
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of a whole model
 READERS = 4  # files hashed at once by a process; hashing releases the GIL
 
 
@@ -126,16 +127,22 @@ def put_in_place(folder: Path, final: Path) -> None:
 
 
 def move_in(folder: Path, final: Path) -> None:
-    """Put the files of a model where older ones may be, each in one step; last the configs, by which a model is known."""
+    """Put the files of a model where older ones may be, each in one step; last the configs, by which a model is known.
+
+    Of older weights in other shards none stays: programs that find an index take what it lists.
+    """
     for path in folder.rglob("*"):
         atomic.flush(path)
-    last = ("config.json", "adapter_config.json")
-    for path in sorted(
-        folder.iterdir(), key=lambda path: (path.name in last, path.suffix != ".safetensors", path.name)
-    ):
-        if path.is_dir():
-            shutil.rmtree(final / path.name, ignore_errors=True)
-        path.replace(final / path.name)
+    last, new = ("config.json", "adapter_config.json"), {path.name for path in folder.iterdir()}
+    for name in sorted(new, key=lambda name: (name in last, WEIGHTS.fullmatch(name) is None, name)):
+        if (folder / name).is_dir():
+            put_in_place(folder / name, final / name)
+        else:
+            (folder / name).replace(final / name)
+        if WEIGHTS.fullmatch(name):
+            for old in final.iterdir():
+                if WEIGHTS.fullmatch(old.name) and old.name not in new:
+                    old.unlink()
     atomic.flush(final)
     leave(folder)
 

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
+from .exit_codes import REQUEUE, SIGNALS
+
 
 logger = logging.getLogger(__name__)
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. What a scheduler is told to requeue.
-REQUEUE = 75
 # Seconds in which a signal that comes again is the same one: a scheduler sends it to a launcher and its workers, and the
 # launcher hands it on.
 REPEATS = 2.0
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGHUP: the terminal is gone
 
 
 END = b"\0"  # no signal has this number

@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -29,7 +28,7 @@ from trl.generation import vllm_generation
 
 from .errors import CaMOPDError, RolloutError, on_all_ranks
 from .precision import compute_dtype
-from .teachers.address import public_url
+from .teachers.address import public_url, without_secrets
 from .vllm import limits
 from .watchdog import ROLLOUT_SERVERS, current, phase
 
@@ -68,18 +67,21 @@ def starting(trainer: Any, args: Any) -> Iterator[None]:
 
 
 def reach(make: Callable[..., Any], args: Any, **given: Any) -> Any:
-    """TRL's client of a server that answers, whose every request ends.
+    """TRL's client of a server that answers, none of whose requests waits for ever.
 
-    Raises `CaMOPDError` where it does not answer within `vllm_server_timeout`. Later that is a `RolloutError`, before which
-    a checkpoint is made; with several ranks the others wait for the answer, and the launcher ends them.
+    Raises `CaMOPDError` where the server does not answer within `vllm_server_timeout`. Later that is a `RolloutError`, for
+    which a checkpoint is made; with several ranks the others wait for the answer, and the launcher ends them. A server that
+    stops while weights are sent is not noticed so: torch waits for it then, and the watchdog says for whom.
     """
+    import requests  # which TRL's client is made of, and nothing else here
+
     url, began = given["base_url"], time.monotonic()
     while True:
         try:
-            well = httpx.get(f"{url}/health", timeout=limits.ANSWER_SECONDS).status_code == 200
+            well = requests.get(f"{url}/health", timeout=limits.ANSWER_SECONDS).status_code == 200
             why = "it is not well"
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            well, why = False, f"{type(error).__name__}: {error}"
+        except requests.RequestException as error:
+            well, why = False, without_secrets(str(error))
         if well:
             break
         if time.monotonic() - began > args.vllm_server_timeout:
@@ -90,27 +92,47 @@ def reach(make: Callable[..., Any], args: Any, **given: Any) -> Any:
             )
         time.sleep(limits.QUESTION_PAUSE)
     client = make(**given)
-    client.session.request = bounded(
-        client.session.request, url, max(limits.WEIGHTS_SECONDS, limits.completion_seconds(args.longest_completion)),
-        RolloutError if args.world_size == 1 else CaMOPDError,
-    )  # fmt: skip
+    # All of a step is asked for at once, and the server writes so many together.
+    prompts = max(args.prompts_per_step, args.world_size * args.per_device_eval_batch_size)
+    waves = math.ceil(prompts / limits.ROLLOUTS_PER_REPLICA)
+    seconds = max(limits.WEIGHTS_SECONDS, waves * limits.completion_seconds(args.longest_completion))
+    kind = RolloutError if args.world_size == 1 else CaMOPDError
+    client.session.request = bounded(client.session.request, url, seconds, kind)
     for adapter in client.session.adapters.values():
-        adapter.max_retries.read = 0  # TRL's five would wait five times as long, and write it all again
+        adapter.max_retries = _patient_once(adapter.max_retries)
     return client
 
 
 def bounded(request: Callable[..., Any], url: str, seconds: float, kind: type[CaMOPDError]) -> Callable[..., Any]:
     """`requests.Session.request`, which waits for an answer no longer than so many seconds, and raises errors of a kind."""
-
-    from requests.exceptions import RequestException  # TRL's client needs it, and nothing else here
+    import requests
 
     def ask(*words: Any, **given: Any) -> Any:
         try:
             return request(*words, **{"timeout": (limits.CONNECT_SECONDS, seconds), **given})
-        except RequestException as error:
-            raise kind(f"the rollout server at {public_url(url)} has not answered: {type(error).__name__}") from error
+        except requests.RequestException as error:
+            raise kind(
+                f"the rollout server at {public_url(url)} has not answered within {seconds:.0f} s, or has failed: "
+                f"{without_secrets(str(error))}. Look at its log, start it again, and go on with resume_from_checkpoint="
+                "'auto'."
+            ) from error
 
     return ask
+
+
+def _patient_once(retries: Any) -> Any:
+    """TRL's retries of a request, but none for an answer that has not come in time: each would wait as long again."""
+    from urllib3.exceptions import ReadTimeoutError
+
+    class PatientOnce(type(retries)):  # type: ignore[misc]
+        def increment(self, *words: Any, **given: Any) -> Any:
+            error = given.get("error")
+            if isinstance(error, ReadTimeoutError):
+                raise error
+            return super().increment(*words, **given)
+
+    names = ("total", "connect", "read", "status", "status_forcelist", "backoff_factor", "allowed_methods")
+    return PatientOnce(**{name: getattr(retries, name) for name in names})
 
 
 def check_student(model: Any, args: Any) -> None:

@@ -172,9 +172,9 @@ def test_card_describes_the_method_that_ran(tmp_path, tokenizer, method, said, r
     card = card_of(tmp_path)
     assert said in card
     assert (f"trained with {PAPER} to bring" in card) == (method == "camopd")
-    assert (f"trained by on-policy distillation with the code of {PAPER}, in another form than the paper's, to" in card) == (
-        method != "camopd"
-    )
+    assert (
+        f"trained by on-policy distillation with the code of {PAPER}, in another form than the paper's, to" in card
+    ) == (method != "camopd")
     shown = {line.split("`")[1]: line.split("`")[3] for line in card.splitlines() if line.startswith("| `")}
     assert shown == rows
 

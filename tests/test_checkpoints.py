@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import make_prompts
+from peft import LoraConfig
 from torchao.optim import AdamW8bit
 from trainers import lines, make_trainer
 from transformers import TrainerCallback
@@ -186,6 +187,29 @@ def test_finished_model_that_cannot_be_written_leaves_the_one_before(after, tmp_
     trainer.save_model(str(model))
     changed = {path.name for path in model.iterdir() if path.read_bytes() != before[path.name]}
     assert changed == {"model.safetensors"}
+
+
+def test_finished_adapter_leaves_the_card(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "CaMOPD" in card
+    trainer.save_model()
+    assert "CaMOPD" in (tmp_path / "README.md").read_text() and (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_finished_model_leaves_no_shard_of_an_older_one(tmp_path, tokenizer):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ):
+        (model / name).write_text("old")
+    (model / "my-model.safetensors").write_text("of the user")
+    make_trainer(tmp_path / "run", tokenizer).save_model(str(model))
+    assert {path.name for path in model.glob("*model*")} == {"model.safetensors", "my-model.safetensors"}
 
 
 def test_finished_model_is_put_in_place_by_its_config_last(tmp_path, tokenizer, monkeypatch):

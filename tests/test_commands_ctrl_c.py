@@ -1,6 +1,7 @@
 """Ctrl-C where there is nothing to tidy up: a line and the end, whoever would have caught it."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import threading
 import pytest
 
 from camopd.commands.ctrl_c import STOPPED, ends_at_once
-from camopd.signals import REQUEUE, StopAsked, StopRequests
+from camopd.exit_codes import REQUEUE
+from camopd.signals import StopAsked, StopRequests
 
 
 CAUGHT = """
@@ -47,6 +49,24 @@ def test_what_a_scheduler_sends_ends_the_process_with_the_code_that_starts_it_ag
     found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50, check=False)
     assert (found.returncode, found.stdout) == (REQUEUE, "")
     assert name in found.stderr and "--resume auto" in found.stderr and len(found.stderr.splitlines()) == 1
+
+
+def test_closed_terminal_ends_the_process_with_the_code_that_starts_it_again():
+    child, terminal = pty.fork()
+    if not child:
+        text = REQUEUED.format(body="import time; print('begun', flush=True); time.sleep(50)")
+        os.execv(sys.executable, [sys.executable, "-c", text])
+    assert b"begun" in os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == REQUEUE
+
+
+def test_one_process_of_several_is_ended_by_the_signal_of_its_launcher(monkeypatch):
+    """Which has another reason: a process that cannot start must not be started again for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    text = REQUEUED.format(body="signal.raise_signal(signal.SIGTERM)")
+    found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50, check=False)
+    assert (found.returncode, found.stderr) == (-signal.SIGTERM, "")
 
 
 def test_worker_that_is_forked_inside_ends_as_usual():

@@ -14,6 +14,7 @@ import torch
 import transformers.trainer
 from accelerate import Accelerator
 from datasets import IterableDataset
+from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from trl import DistillationTrainer
@@ -52,7 +53,7 @@ get_optimizer_cls_and_kwargs(args, model=None)
 get_test_dataloader(self, test_dataset)
 num_examples(self, dataloader)
 save_model(self, output_dir=None, _internal_call=False)
-push_to_hub(self, commit_message='End of training', blocking=True, token=None, revision=None)
+push_to_hub(self, commit_message='End of training', blocking=True, token=None, revision=None, private=None, **kwargs)
 predict(self, test_dataset, ignore_keys=None, metric_key_prefix='test')
 train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)
 """
@@ -237,10 +238,11 @@ def test_parent_has_the_method_with_the_parameters_that_we_expect(name):
     exec(f"def {EXPECTED[name]}: ...", made)
     expected = list(signature(made[name]).parameters.values())
     found = list(signature(getattr(DistillationTrainer, name)).parameters.values())
+    if name == "push_to_hub" and Version(transformers.__version__) < Version("5.23"):
+        expected = [value for value in expected if value.name != "private"]
     assert found[: len(expected)] == expected
     # What a newer version has added: calls without it stay right.
-    later = [value for value in found[len(expected) :] if value.kind is not value.VAR_KEYWORD]
-    assert all(value.default is not inspect.Parameter.empty for value in later)
+    assert all(value.default is not inspect.Parameter.empty for value in found[len(expected) :])
 
 
 @pytest.mark.parametrize("name", [name for name in rows(OVERRIDDEN) if name != "__init__"])

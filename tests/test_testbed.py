@@ -286,17 +286,17 @@ def test_cost_of_a_lag_is_that_of_runs_that_begin_alike(bench, tmp_path, monkeyp
     monkeypatch.setattr(
         testbed.__main__, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)})
     )
-    lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
+    lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201, 202])
     found = {(run["seed"], run["lag"]): run for run in tables.read(tmp_path)}
-    assert set(found) == {(201, of) for of in lag.LAGS}
-    plain, ahead = (found[201, of]["points"] for of in lag.LAGS)
-    assert plain[0] == ahead[0] and [point["prompts"] for point in plain] == [point["prompts"] for point in ahead]
-    # Without a lag the ratio of trainer and sampler is all rounding, with one it is an update.
-    assert abs(found[201, 0]["importance/log_ratio"]) < 1e-5 < abs(found[201, 1]["importance/log_ratio"])
+    assert set(found) == set(itertools.product((201, 202), lag.LAGS))
+    for seed in (201, 202):
+        plain, ahead = (found[seed, of]["points"] for of in lag.LAGS)
+        assert plain[0] == ahead[0] and [point["prompts"] for point in plain] == [point["prompts"] for point in ahead]
+        # Without a lag the ratio of trainer and sampler is all rounding, with one it is an update.
+        assert abs(found[seed, 0]["importance/log_ratio"]) < 1e-5 < abs(found[seed, 1]["importance/log_ratio"])
     monkeypatch.setattr(lag, "run", lambda *args: pytest.fail("it is there"))
     lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
-    one = json.dumps({**found[201, 0], "seed": 202})  # a seed that lacks a run is in no table
-    (tmp_path / "runs" / "202-lag_0-0.0003.json").write_text(one)
+    (tmp_path / "runs" / "202-lag_1-0.0003.json").unlink()  # a seed that lacks a run is in no table
     lag.write(tmp_path)
     text = (tmp_path / "lag.md").read_text(encoding="utf-8")
     assert "1 seeds, 2 runs of 4 steps" in text and "| `importance/log_ratio` | 0.0000 |" in text

@@ -31,6 +31,7 @@ from requests.adapters import HTTPAdapter
 from trainers import ROUNDED, make_trainer, worst
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.distributed import DistributedBackend
+from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from urllib3.util.retry import Retry
 
@@ -38,7 +39,7 @@ from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import CaMOPDError, GuardError, RolloutError
 from camopd.evaluation import HeldOutResults
 from camopd.step import Step
-from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, reach, settle
+from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, reach, settle, starting
 
 
 real = pytest.mark.vllm
@@ -329,37 +330,103 @@ def test_run_that_vllm_could_not_do_is_refused_before_it_is_started(settings, me
         make_trainer(tmp_path, make_tokenizer(), use_vllm=True, max_prompt_length=64, tools=tools, **settings)
 
 
+class Silent:
+    """A server that accepts and never answers, or hangs up. There is a password in its URL."""
+
+    def __init__(self):
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.settimeout(0.05)
+        self.url = f"http://me:secret@127.0.0.1:{self._server.getsockname()[1]}"
+        self.hang_up, self._open, self._end = False, [], threading.Event()
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self):
+        while not self._end.is_set():
+            with suppress(TimeoutError):
+                connection, _ = self._server.accept()
+                self._open.append(connection)
+                if self.hang_up:
+                    connection.close()
+
+    def connections(self):
+        time.sleep(0.2)  # those that wait are accepted
+        return len(self._open)
+
+    def close(self):
+        self._end.set()
+        self._thread.join()
+        for each in (self._server, *self._open):
+            each.close()
+
+
 @pytest.fixture
 def silent(monkeypatch):
-    """URL of a server that accepts and never answers, with a password in it."""
     monkeypatch.setattr("camopd.vllm.limits.ANSWER_SECONDS", 0.2)
     monkeypatch.setattr("camopd.vllm.limits.QUESTION_PAUSE", 0.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://me:secret@127.0.0.1:{server.getsockname()[1]}"
+    server = Silent()
+    yield server
+    server.close()
 
 
-def test_server_that_accepts_and_never_answers_is_given_up_at_the_start(silent):
-    args = SimpleNamespace(vllm_server_timeout=0.5, longest_completion=8, world_size=1)
-    began = time.monotonic()
-    with pytest.raises(CaMOPDError, match=r"not answered for 0\.5 s, which is vllm_server_timeout") as error:
-        reach(lambda **_: pytest.fail("TRL's client would wait for ever"), args, base_url=silent)
-    assert "secret" not in str(error.value) and time.monotonic() - began < 10
+@pytest.fixture
+def session(monkeypatch):
+    """As TRL's client has one, with fewer retries, of a server that is well at the start."""
+    monkeypatch.setattr("requests.get", lambda *_, **__: SimpleNamespace(status_code=200))
+    with requests.Session() as session:
+        retries = Retry(total=2, connect=2, read=2, backoff_factor=0, allowed_methods=["POST"])
+        session.mount("http://", HTTPAdapter(max_retries=retries))
+        yield session
+
+
+def settings_of(ranks=1, **changes):
+    return SimpleNamespace(
+        **{"use_vllm": True, "vllm_server_timeout": 0.5, "longest_completion": 1, "world_size": ranks,
+           "prompts_per_step": 4, "per_device_eval_batch_size": 1, **changes}
+    )  # fmt: skip
+
+
+def test_server_that_accepts_and_never_answers_is_given_up_at_the_start(silent, monkeypatch):
+    """Where the trainer has TRL make its client, which would wait for ever."""
+    monkeypatch.setattr(vllm_generation, "LLM", object, raising=False)  # of a vLLM that is installed
+    monkeypatch.setattr(vllm_generation, "VLLMClient", lambda **_: pytest.fail("waits for ever"))
+    before = vllm_generation.VLLMClient
+    with (
+        starting(None, settings_of()),
+        pytest.raises(CaMOPDError, match=r"not answered for 0\.5 s, which is vllm_server") as e,
+    ):
+        vllm_generation.VLLMClient(base_url=silent.url)
+    assert "secret" not in str(e.value) and vllm_generation.VLLMClient is before
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(1, RolloutError), (2, CaMOPDError)])
-def test_request_to_a_server_that_has_fallen_silent_ends(ranks, kind, silent, monkeypatch):
-    """As a `RolloutError`, which all ranks must meet, only where there is no other."""
+def test_request_to_a_server_that_has_fallen_silent_ends(ranks, kind, silent, session, monkeypatch):
+    """As a `RolloutError`, which all ranks must meet, only where there is no other; and it is not sent again."""
     monkeypatch.setattr("camopd.vllm.limits.WEIGHTS_SECONDS", 0.3)
     monkeypatch.setattr("camopd.vllm.limits.ROLLOUT_SECONDS", 0.1)
-    monkeypatch.setattr("httpx.get", lambda *_, **__: SimpleNamespace(status_code=200))  # well at the start
-    session = requests.Session()
-    session.mount("http://", HTTPAdapter(max_retries=Retry(total=5, read=5, allowed_methods=["POST"])))  # TRL's
-    args = SimpleNamespace(vllm_server_timeout=9.0, longest_completion=1, world_size=ranks)
-    client = reach(lambda **_: SimpleNamespace(session=session), args, base_url=silent)
-    began = time.monotonic()
-    with pytest.raises(kind, match="has not answered") as error:
-        client.session.post(f"{silent}/v1/completions", json={})
-    assert type(error.value) is kind and "secret" not in str(error.value) and time.monotonic() - began < 1.4
+    client = reach(lambda **_: SimpleNamespace(session=session), settings_of(ranks), base_url=silent.url)
+    with pytest.raises(kind, match=r"not answered within 0 s.*timed out.*resume_from_checkpoint") as error:
+        client.session.post(f"{silent.url}/v1/completions", json={})
+    assert type(error.value) is kind and "secret" not in str(error.value) and silent.connections() == 1
+
+
+@pytest.mark.parametrize(("prompts", "seconds"), [(4, 900), (256, 900), (512, 2 * (300 + 0.2 * 8192))])
+def test_server_has_time_for_all_completions_of_a_step(prompts, seconds, silent, session, monkeypatch):
+    asked = []
+    session.request = lambda *_, timeout, **__: asked.append(timeout)
+    length = 8192 if prompts > 256 else 100
+    args = settings_of(prompts_per_step=prompts, longest_completion=length)
+    reach(lambda **_: SimpleNamespace(session=session), args, base_url=silent.url).session.post(silent.url)
+    assert [read for _, read in asked] == [pytest.approx(seconds)]
+
+
+def test_request_whose_connection_breaks_is_sent_again(silent, session):
+    """As TRL does it."""
+    client = reach(lambda **_: SimpleNamespace(session=session), settings_of(), base_url=silent.url)
+    silent.hang_up = True
+    with pytest.raises(RolloutError, match="Connection"):
+        client.session.post(f"{silent.url}/v1/completions", json={})
+    assert silent.connections() == 3
 
 
 def test_server_that_computes_in_another_type_is_warned_of(caplog):

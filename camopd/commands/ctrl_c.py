@@ -6,14 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from ..exit_codes import INTERRUPTED, REQUEUE, SIGNALS
 
 
 STOPPED = "camopd: stopped by Ctrl-C."
-EXIT_CODE = 130  # of a process that SIGINT has ended, as shells have it
-REQUEUE = 75  # that of camopd.signals, which imports torch
-BY_SCHEDULERS = ("SIGTERM", "SIGUSR1", "SIGHUP")
 
 
 @contextmanager
@@ -24,11 +23,12 @@ def ends_at_once(requeue: bool = False) -> Iterator[None]:
     missing and go on half imported, and in the callback of a weak reference Python itself prints and forgets it.
 
     `requeue`: what a scheduler sends is a line and the end, too, with the exit code that has it start the run again. For a
-    run before its training and after it, which `camopd.signals` hears in between.
+    run before its training and after it, which `camopd.signals` hears in between. Not of one process of several: there it
+    may come from the launcher, because another one has failed.
     """
-    usual = {signal.SIGINT: signal.default_int_handler}
-    if requeue:
-        usual |= {getattr(signal, name): signal.SIG_DFL for name in BY_SCHEDULERS if hasattr(signal, name)}
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
+    if requeue and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        usual |= {getattr(signal, name): signal.SIG_DFL for name in SIGNALS if hasattr(signal, name)} | usual
     # What is ignored, as in a script's background, or handled by whoever calls, is left to them.
     mine = {number: before for number, before in usual.items() if signal.getsignal(number) is before}
     if threading.current_thread() is not threading.main_thread():
@@ -54,8 +54,9 @@ def _end_of(process: int) -> Callable[[int, Any], None]:
         name = signal.Signals(number).name
         text, code = f"camopd: {name}: stopped outside of training; `camopd train ... --resume auto` goes on.", REQUEUE
         if number == signal.SIGINT:
-            text, code = STOPPED, EXIT_CODE
-        os.write(2, f"{text}\n".encode())  # not by print: the signal may come in the middle of another
+            text, code = STOPPED, INTERRUPTED
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, f"{text}\n".encode())  # not by print: the signal may come in the middle of another
         os._exit(code)
 
     end.gives_way = True  # type: ignore[attr-defined]  # to the signals that a run listens to

@@ -24,12 +24,12 @@ from ..errors import CaMOPDError
 from ..eval.compare import RESULT, START, compare
 from ..eval.scores import Item
 from ..eval.tasks import Task
+from ..exit_codes import INTERRUPTED
 from ..generation import neutral_generation
 from ..manifest import step_of
 from ..measured import HELD_OUT
 from ..signals import RunInterrupted
 from ..trainer import CaMOPDTrainer
-from .ctrl_c import EXIT_CODE
 from .gaps import measure as held_out_records
 
 
@@ -163,7 +163,7 @@ def recover(models: dict[str, Path], run: Path, settings: DemoSettings) -> None:
             console.print(
                 f"\nStopped in step {step} of {settings.steps}. Run the same command again to go on from there."
             )
-            raise SystemExit(EXIT_CODE) from None
+            raise SystemExit(INTERRUPTED) from None
     trainer.save_model(str(models["recovered"]))
     shutil.copy(run / "metrics.jsonl", models["recovered"] / "metrics.jsonl")
     shutil.rmtree(run)

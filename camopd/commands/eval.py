@@ -23,11 +23,11 @@ from ..eval.judge import Judge
 from ..eval.models import Model
 from ..eval.paper import TABLES
 from ..eval.tasks import TASKS, Task, named
+from ..exit_codes import INTERRUPTED
 from ..run import read_settings
 from ..teachers.address import public_url
 from ..teachers.vllm.plan import VLLM
 from . import processes
-from .ctrl_c import EXIT_CODE
 
 
 ROOM = 4096  # tokens of a prompt, in the context of a server that is started here
@@ -119,7 +119,7 @@ def _introduce(model: Model, tasks: Sequence[Task], out: Path) -> None:
 def _stop(signals: Sequence[int]) -> None:
     if signals:
         console.print("Stopped. Finished answers are kept: run the same command again.")
-        raise SystemExit(EXIT_CODE)
+        raise SystemExit(INTERRUPTED)
 
 
 def _say(blocks: Sequence[str], out: Path) -> None:

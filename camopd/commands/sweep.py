@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import atomic
 from ..errors import CaMOPDError
+from ..exit_codes import REQUEUE
 from ..measured import of_run
 from ..run import config_first, methods
 from ..sweep import Run, Sweep, meant, read_sweep
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # and imported where the results are read: --help is quick, a
 MARK = "sweep.json"  # in the folder of a run that has ended well
 LOG = "sweep.log"
 LOG_LINES = 12  # of a failed run, shown
-REQUEUE = os.EX_TEMPFAIL  # that of signals.py, which imports torch
 STOPPED = "Stopped. The same command goes on: finished runs stay, this one starts from its last checkpoint."
 DEFAULT_LAST = 5  # values of a metric that the default columns average
 
@@ -165,9 +165,13 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
         while child.poll() is None and not signals:
             time.sleep(processes.PAUSE)
         if signals:
-            print(f"\n{label}: stopping; it may save a checkpoint first. Ctrl-C again stops it at once.", flush=True)
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print(
+                    f"\n{label}: stopping; it may save a checkpoint first. Ctrl-C again stops it at once.", flush=True
+                )
             processes.end([child], signals, signal.SIGINT)  # whatever has come: every program knows Ctrl-C
-            print(STOPPED, flush=True)
+            with contextlib.suppress(OSError):
+                print(STOPPED, flush=True)
             raise SystemExit(128 + signals[-1] if len(signals) > 1 else REQUEUE)
     seconds = time.monotonic() - started
     if child.returncode == REQUEUE:  # the signal came to it alone
