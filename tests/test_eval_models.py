@@ -128,6 +128,15 @@ def test_result_is_the_newest_checkpoint_where_the_folder_has_an_earlier_model(t
     assert of_run(str(tmp_path))[2].where == str(later)
 
 
+def test_files_of_a_model_before_do_not_make_the_folders_model_an_earlier_one(tmp_path):
+    make_checkpoint(tmp_path, 4, saved=-50)
+    make_model(tmp_path, -10)
+    for name in ("pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+        set_time(tmp_path / name, -100)
+    assert of_run(str(tmp_path))[2] == Model("result", str(tmp_path))
+
+
 @pytest.mark.parametrize(("saved", "written"), [(-200, -200), (-50, -150), (-200, -50), (None, -50), (None, None)])
 def test_result_is_the_model_of_the_folder_where_it_may_be_the_last(tmp_path, saved, written):
     """Where either clock says so, that of the run or that of the files; a checkpoint without a manifest is in part."""

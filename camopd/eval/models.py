@@ -29,8 +29,10 @@ from .compare import GENERAL, RESULT, START
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RUN_RECORD = "camopd.json"
-_OF_A_MODEL = ("config.json", "adapter_config.json", "model*.safetensors", "adapter_model*.safetensors",
-               "pytorch_model*.bin")  # fmt: skip
+_WEIGHTS = {  # by the config that they go with
+    "config.json": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    "adapter_config.json": ("adapter_model.safetensors",),
+}
 LOOK_SECONDS = 30.0  # until a server must have said what it serves
 
 
@@ -164,7 +166,7 @@ def _newest_in(folder: Path) -> Path | None:
 def _result_in(folder: Path) -> tuple[str | None, str]:
     """Where a run has left its model, its folder or its newest checkpoint, and what is to be said of that."""
     newest = _newest_in(folder)
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((folder / name).is_file() for name in _WEIGHTS):
         return (None if newest is None else str(newest)), ""
     if newest is not None and _is_older(folder, newest):
         return str(newest), (
@@ -178,13 +180,19 @@ def _is_older(folder: Path, checkpoint: Path) -> bool:
 
     By two clocks, that of the run and that of the disk: those of two machines differ, and a copy may have no times.
     """
-    model = [path.stat().st_mtime for pattern in _OF_A_MODEL for path in folder.glob(pattern)]
+
+    def time_of(name: str) -> float:
+        path = folder / name
+        return path.stat().st_mtime if path.is_file() else -math.inf
+
+    config = max(_WEIGHTS, key=time_of)  # what is of the other one, or in other files, is of a model before
+    written = min(time_of(config), max(map(time_of, _WEIGHTS[config])))  # a save that was killed has written some
     try:
         kept = (checkpoint / MANIFEST).stat().st_mtime  # written last, so that the checkpoint is whole
     except FileNotFoundError:
         return False
     saved = saved_at(checkpoint)
-    return math.isfinite(saved) and min(model) < min(saved, kept)  # min: a save that was killed has written some
+    return math.isfinite(saved) and written < min(saved, kept)
 
 
 def _first(urls: Any) -> str:
