@@ -94,7 +94,7 @@ def test_end_of_a_process_that_is_gone_ends_what_it_has_left_behind(start):
     assert wait_until_gone(child)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_are_noted_and_the_handlers_put_back(number):
     before = signal.getsignal(number)
     with processes.noted_signals() as signals:

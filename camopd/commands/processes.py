@@ -17,13 +17,13 @@ PAUSE = 0.1  # seconds between two looks at processes
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP only add their number to the list that is yielded.
+    """Ctrl-C, a scheduler's SIGTERM and SIGUSR1 and a closed terminal's SIGHUP only add their number to what is yielded.
 
     `start` inside: a child must not inherit that SIGINT is ignored, as it is in a script's background.
     """
     # No threading.Event: its lock is not for signal handlers, which would wait forever for the thread they interrupt.
     signals: list[int] = []
-    handled = [signal.SIGINT, signal.SIGTERM]
+    handled = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         handled.append(signal.SIGHUP)  # the children, in sessions of their own, would outlive the terminal
     before = {number: signal.signal(number, lambda number, frame: signals.append(number)) for number in handled}

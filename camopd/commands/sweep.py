@@ -24,7 +24,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,17 +129,6 @@ def _made_by(sweep: Sweep, run: Run) -> dict[str, str]:
     return made_by
 
 
-@contextlib.contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Those of `processes`, and SIGUSR1, which schedulers send some time before the end of a job."""
-    with processes.noted_signals() as signals:
-        before = signal.signal(signal.SIGUSR1, lambda number, frame: signals.append(number))
-        try:
-            yield signals
-        finally:
-            signal.signal(signal.SIGUSR1, before)
-
-
 def _do(sweep: Sweep, run: Run, label: str) -> bool:
     """Start a run, or go on with it from its last checkpoint, and wait for its end. Returns whether it ended well.
 
@@ -154,7 +143,7 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
     made_by = _made_by(sweep, run)  # of the config that is read now, not of one that is edited meanwhile
     print(f"{label}: {'going on from its checkpoint' if resume is True else 'started'}, log in {log}", flush=True)
     started = time.monotonic()
-    with open(log, "ab") as file, _noted_signals() as signals:
+    with open(log, "ab") as file, processes.noted_signals() as signals:
         file.write(f"$ {shlex.join(words)}\n".encode())
         file.flush()
         try:
