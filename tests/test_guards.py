@@ -29,7 +29,7 @@ from train_tiny import fsdp_on_cpu
 from trainers import BrokenTeacher, lines, make_trainer
 from trl import TrlParser
 
-from camopd import CaMOPDConfig, TokenScores
+from camopd import CaMOPDConfig, TokenScores, scoring
 from camopd.callbacks.guards import Guards, says_nothing
 from camopd.errors import CaMOPDError, GuardError
 from camopd.guards import GUARDS, log_ratio_bound, rounding_bound, settle
@@ -695,8 +695,9 @@ def test_guards_are_silent_on_a_healthy_run_and_cost_less_than_a_hundredth_of_it
 
         return inside
 
-    for name in ("on_step_ready", "on_pre_optimizer_step", "on_step_closed"):
-        monkeypatch.setattr(Guards, name, timed(getattr(Guards, name)))
+    parts = [(Guards, name) for name in ("on_step_ready", "on_pre_optimizer_step", "on_step_closed")]
+    for owner, name in [*parts, (scoring, "_check_logps"), (Step, "check_trained")]:
+        monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     settings = {"max_steps": 8, "prompts_per_step": 8, "max_completion_length": 48, "learning_rate": 1e-4}
     if engine == "sampler":
         settings.update(BAND, guards={"truncated": None})  # none of its completions ends
