@@ -83,7 +83,12 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 
 def run(command: str, argv: list[str]) -> None:
-    """What a subcommand does with its words."""
+    """What a subcommand does with its words. A signal ends `train` so that a scheduler starts it again, from now on."""
+    with ends_at_once(requeue=True) if command == "train" else nullcontext():
+        _run(command, argv)
+
+
+def _run(command: str, argv: list[str]) -> None:
     arguments: Sequence[Any] = [argv]
     if command in ("train", "check"):
         from . import early, surroundings
@@ -104,7 +109,7 @@ def run(command: str, argv: list[str]) -> None:
 
         demo_words.parse(argv)  # --help is quick, and so are errors
     try:
-        with ends_at_once(requeue=command == "train"):
+        with ends_at_once():
             module = importlib.import_module(f".commands.{command}", __package__)
     except ModuleNotFoundError as error:
         if command != "demo":

@@ -133,16 +133,22 @@ def move_in(folder: Path, final: Path) -> None:
     """
     for path in folder.rglob("*"):
         atomic.flush(path)
-    last, new = ("config.json", "adapter_config.json"), {path.name for path in folder.iterdir()}
-    for name in sorted(new, key=lambda name: (name in last, WEIGHTS.fullmatch(name) is None, name)):
+    names = {path.name for path in folder.iterdir()}
+    weights, configs = (
+        {name for name in names if WEIGHTS.fullmatch(name)},
+        names & {"config.json", "adapter_config.json"},
+    )
+    for name in sorted(weights):
+        (folder / name).replace(final / name)
+    if weights:  # all of them are there
+        for old in final.iterdir():
+            if WEIGHTS.fullmatch(old.name) and old.name not in weights:
+                old.unlink(missing_ok=True)  # another machine may have
+    for name in [*sorted(names - weights - configs), *configs]:
         if (folder / name).is_dir():
             put_in_place(folder / name, final / name)
         else:
             (folder / name).replace(final / name)
-        if WEIGHTS.fullmatch(name):
-            for old in final.iterdir():
-                if WEIGHTS.fullmatch(old.name) and old.name not in new:
-                    old.unlink()
     atomic.flush(final)
     leave(folder)
 

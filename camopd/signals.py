@@ -14,14 +14,10 @@ from typing import Any
 
 import torch
 
-from .exit_codes import REQUEUE, SIGNALS
+from .exit_codes import REPEATS, REQUEUE, SIGNALS
 
 
 logger = logging.getLogger(__name__)
-
-# Seconds in which a signal that comes again is the same one: a scheduler sends it to a launcher and its workers, and the
-# launcher hands it on.
-REPEATS = 2.0
 
 
 END = b"\0"  # no signal has this number

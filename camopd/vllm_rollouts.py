@@ -78,7 +78,8 @@ def reach(make: Callable[..., Any], args: Any, **given: Any) -> Any:
     url, began = given["base_url"], time.monotonic()
     while True:
         try:
-            well = requests.get(f"{url}/health", timeout=limits.ANSWER_SECONDS).status_code == 200
+            asked = (requests.get(f"{url}{path}", timeout=limits.ANSWER_SECONDS) for path in ("/health", "/v1/models"))
+            well = all(answer.status_code == 200 for answer in asked)  # as TRL asks
             why = "it is not well"
         except requests.RequestException as error:
             well, why = False, without_secrets(str(error))

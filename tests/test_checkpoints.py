@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from camopd.checkpoints import check_finite
 from camopd.errors import CaMOPDError, ResumeError
+from camopd.manifest import move_in
 
 
 STEPS = 4
@@ -210,6 +211,32 @@ def test_finished_model_leaves_no_shard_of_an_older_one(tmp_path, tokenizer):
     (model / "my-model.safetensors").write_text("of the user")
     make_trainer(tmp_path / "run", tokenizer).save_model(str(model))
     assert {path.name for path in model.glob("*model*")} == {"model.safetensors", "my-model.safetensors"}
+
+
+def test_older_model_is_there_until_all_of_the_new_one_is(tmp_path, monkeypatch):
+    new, final = tmp_path / "_saving" / "model-0", tmp_path
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+    replace = Path.replace
+
+    def write(folder, *names):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*names, "config.json"):
+            (folder / name).write_text(folder.name)
+
+    def fail(path, to):
+        if path.name == shards[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(path, to)
+
+    write(final, "model.safetensors")
+    write(new, *shards)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Path, "replace", fail)
+        move_in(new, final)
+    assert (final / "model.safetensors").read_text() == (final / "config.json").read_text() == final.name
+    write(new, *shards)
+    move_in(new, final)
+    assert {path.name for path in final.iterdir()} == {*shards, "config.json"}
 
 
 def test_finished_model_is_put_in_place_by_its_config_last(tmp_path, tokenizer, monkeypatch):

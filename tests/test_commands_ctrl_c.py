@@ -43,6 +43,18 @@ def test_ctrl_c_ends_the_process_though_the_code_inside_catches_everything(body)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", f"{STOPPED}\n")
 
 
+def test_signal_while_a_run_is_looked_at_starts_it_again():
+    """Before anything heavy is imported."""
+    text = """
+import os, signal
+from camopd import cli, early
+early.check_early = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+cli.run("train", ["run.yaml"])
+"""
+    found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50, check=False)
+    assert found.returncode == REQUEUE, found.stderr
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_what_a_scheduler_sends_ends_the_process_with_the_code_that_starts_it_again(name):
     text = REQUEUED.format(body=f"signal.raise_signal(signal.{name})")
@@ -61,9 +73,10 @@ def test_closed_terminal_ends_the_process_with_the_code_that_starts_it_again():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == REQUEUE
 
 
-def test_one_process_of_several_is_ended_by_the_signal_of_its_launcher(monkeypatch):
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_one_process_of_several_is_ended_by_the_signal_of_its_launcher(variable, monkeypatch):
     """Which has another reason: a process that cannot start must not be started again for ever."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(variable, "2")
     text = REQUEUED.format(body="signal.raise_signal(signal.SIGTERM)")
     found = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50, check=False)
     assert (found.returncode, found.stderr) == (-signal.SIGTERM, "")

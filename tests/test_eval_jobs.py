@@ -80,6 +80,13 @@ def test_job_without_answers_may_change_and_one_with_any_may_not(tmp_path, name)
         make(tmp_path, max_tokens=9)
 
 
+def test_scenes_that_have_all_failed_are_no_answers(tmp_path):
+    make(tmp_path, max_tokens=9)
+    answer(tmp_path, "work/verdicts.jsonl")
+    (tmp_path / "work" / "verdicts.jsonl").write_text('{"item": 1, "failed": "HTTP 400: context"}\n', encoding="utf-8")
+    assert make(tmp_path, max_tokens=5)["generation"]["max_tokens"] == 5
+
+
 def test_job_goes_on_elsewhere_and_faster(tmp_path):
     make(tmp_path)
     jobs.set_url(tmp_path, "http://localhost:1/")

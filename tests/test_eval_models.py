@@ -135,6 +135,9 @@ def test_files_of_a_model_before_do_not_make_the_folders_model_an_earlier_one(tm
         (tmp_path / name).write_text("{}", encoding="utf-8")
         set_time(tmp_path / name, -100)
     assert of_run(str(tmp_path))[2] == Model("result", str(tmp_path))
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights.of.another.name")
+    assert of_run(str(tmp_path))[2] == Model("result", str(tmp_path))  # whose config is new
 
 
 @pytest.mark.parametrize(("saved", "written"), [(-200, -200), (-50, -150), (-200, -50), (None, -50), (None, None)])

@@ -28,7 +28,7 @@ UNTESTED = {
     "commands.check_run": "what `camopd check` says of the run: test_commands_check.py",
     "commands.demo_words": "the words of `camopd demo`: test_commands_demo.py",
     "commands.demo_stages": "the stages of `camopd demo`: test_commands_demo.py",
-    "exit_codes": "three constants",
+    "exit_codes": "constants",
     "precision": "shows only under the launchers: test_distributed.py",
     "rejected": "what guards keep of a step: test_guards.py",
     "token_rules.base": "what every rule must give, with the table of them: test_token_rules.py",

@@ -410,12 +410,15 @@ def test_request_to_a_server_that_has_fallen_silent_ends(ranks, kind, silent, se
     assert type(error.value) is kind and "secret" not in str(error.value) and silent.connections() == 1
 
 
-@pytest.mark.parametrize(("prompts", "seconds"), [(4, 900), (256, 900), (512, 2 * (300 + 0.2 * 8192))])
-def test_server_has_time_for_all_completions_of_a_step(prompts, seconds, silent, session, monkeypatch):
+@pytest.mark.parametrize(
+    ("prompts", "held_out", "length", "seconds"),
+    [(256, 1, 100, 900), (256, 1, 8192, 300 + 0.2 * 8192), (257, 1, 8192, 2 * (300 + 0.2 * 8192)),
+     (4, 300, 8192, 4 * (300 + 0.2 * 8192))],
+)  # fmt: skip
+def test_server_has_time_for_all_completions_of_a_step(prompts, held_out, length, seconds, silent, session):
     asked = []
     session.request = lambda *_, timeout, **__: asked.append(timeout)
-    length = 8192 if prompts > 256 else 100
-    args = settings_of(prompts_per_step=prompts, longest_completion=length)
+    args = settings_of(3, prompts_per_step=prompts, per_device_eval_batch_size=held_out, longest_completion=length)
     reach(lambda **_: SimpleNamespace(session=session), args, base_url=silent.url).session.post(silent.url)
     assert [read for _, read in asked] == [pytest.approx(seconds)]
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..exit_codes import INTERRUPTED, REQUEUE, SIGNALS
 
 
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # where accelerate looks
 STOPPED = "camopd: stopped by Ctrl-C."
 
 
@@ -27,7 +28,7 @@ def ends_at_once(requeue: bool = False) -> Iterator[None]:
     may come from the launcher, because another one has failed.
     """
     usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
-    if requeue and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if requeue and all(int(os.environ.get(name, "1")) == 1 for name in WORLD_SIZES):
         usual |= {getattr(signal, name): signal.SIG_DFL for name in SIGNALS if hasattr(signal, name)} | usual
     # What is ignored, as in a script's background, or handled by whoever calls, is left to them.
     mine = {number: before for number, before in usual.items() if signal.getsignal(number) is before}

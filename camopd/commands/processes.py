@@ -16,17 +16,27 @@ PAUSE = 0.1  # seconds between two looks at processes
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def noted_signals(repeats: float = 0.0) -> Iterator[list[int]]:
     """Ctrl-C, a scheduler's SIGTERM and SIGUSR1 and a closed terminal's SIGHUP only add their number to what is yielded.
+
+    For so many seconds of `repeats` after the first one another is the same one.
 
     `start` inside: a child must not inherit that SIGINT is ignored, as it is in a script's background.
     """
     # No threading.Event: its lock is not for signal handlers, which would wait forever for the thread they interrupt.
     signals: list[int] = []
+    first = math.inf
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        first = min(first, time.monotonic())
+        if not signals or time.monotonic() - first > repeats:
+            signals.append(number)
+
     handled = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         handled.append(signal.SIGHUP)  # the children, in sessions of their own, would outlive the terminal
-    before = {number: signal.signal(number, lambda number, frame: signals.append(number)) for number in handled}
+    before = {number: signal.signal(number, note) for number in handled}
     try:
         yield signals
     finally:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import atomic
 from ..errors import CaMOPDError
-from ..exit_codes import REQUEUE
+from ..exit_codes import REPEATS, REQUEUE
 from ..measured import of_run
 from ..run import config_first, methods
 from ..sweep import Run, Sweep, meant, read_sweep
@@ -143,7 +143,7 @@ def _do(sweep: Sweep, run: Run, label: str) -> bool:
     made_by = _made_by(sweep, run)  # of the config that is read now, not of one that is edited meanwhile
     print(f"{label}: {'going on from its checkpoint' if resume is True else 'started'}, log in {log}", flush=True)
     started = time.monotonic()
-    with open(log, "ab") as file, processes.noted_signals() as signals:
+    with open(log, "ab") as file, processes.noted_signals(REPEATS) as signals:
         file.write(f"$ {shlex.join(words)}\n".encode())
         file.flush()
         try:

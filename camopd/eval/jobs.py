@@ -145,7 +145,10 @@ def answered(folder: Path) -> int:
 
 def has_answers(folder: Path) -> bool:
     """Whether there are answers of a job, all or the first ones, or scenes that were played for it."""
-    return (folder / ANSWERS).is_file() or (folder / "work" / VERDICTS).is_file() or answered(folder) > 0
+    played = folder / "work" / VERDICTS
+    lines = played.read_text(encoding="utf-8").split("\n") if played.is_file() else []  # the last one may be cut
+    scenes = any(line.strip() and '"failed":' not in line for line in lines)
+    return (folder / ANSWERS).is_file() or scenes or answered(folder) > 0
 
 
 def last_error(log: Path) -> str:

@@ -30,8 +30,13 @@ from .compare import GENERAL, RESULT, START
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RUN_RECORD = "camopd.json"
 _WEIGHTS = {  # by the config that they go with
-    "config.json": ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
-    "adapter_config.json": ("adapter_model.safetensors",),
+    "config.json": (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    "adapter_config.json": ("adapter_model.safetensors", "adapter_model.bin"),
 }
 LOOK_SECONDS = 30.0  # until a server must have said what it serves
 
@@ -186,7 +191,10 @@ def _is_older(folder: Path, checkpoint: Path) -> bool:
         return path.stat().st_mtime if path.is_file() else -math.inf
 
     config = max(_WEIGHTS, key=time_of)  # what is of the other one, or in other files, is of a model before
-    written = min(time_of(config), max(map(time_of, _WEIGHTS[config])))  # a save that was killed has written some
+    weights = max(map(time_of, _WEIGHTS[config]))
+    written = (
+        min(time_of(config), weights) if math.isfinite(weights) else time_of(config)
+    )  # a save may have been killed
     try:
         kept = (checkpoint / MANIFEST).stat().st_mtime  # written last, so that the checkpoint is whole
     except FileNotFoundError:
