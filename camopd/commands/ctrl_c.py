@@ -28,7 +28,7 @@ def ends_at_once(requeue: bool = False) -> Iterator[None]:
     may come from the launcher, because another one has failed.
     """
     usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
-    if requeue and all(int(os.environ.get(name, "1")) == 1 for name in WORLD_SIZES):
+    if requeue and all(os.environ.get(name, "1") in ("", "1") for name in WORLD_SIZES):
         usual |= {getattr(signal, name): signal.SIG_DFL for name in SIGNALS if hasattr(signal, name)} | usual
     # What is ignored, as in a script's background, or handled by whoever calls, is left to them.
     mine = {number: before for number, before in usual.items() if signal.getsignal(number) is before}
