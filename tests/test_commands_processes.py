@@ -103,6 +103,13 @@ def test_signals_are_noted_and_the_handlers_put_back(number):
     assert signal.getsignal(number) is before
 
 
+def test_terminal_that_is_closed_is_noted_once():
+    with processes.noted_signals() as signals:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert signals == [signal.SIGHUP, signal.SIGTERM]
+
+
 def test_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
