@@ -1,9 +1,10 @@
 """A long run with a teacher that fails one request in twenty: memory, descriptors, threads and tasks must stay level.
 
-    python tests/faults/soak.py [--steps 300]
+    python tests/faults/soak.py [--steps 300] [--leak 0]
 
 The server answers with errors, cuts answers in half and drops lines. Exits with 1 when resident memory grows by more than
 1 MB per 100 steps after the first 100, or when descriptors, threads or tasks grow.
+`--leak 20000` keeps so many bytes in each step, which must be seen.
 """
 
 from __future__ import annotations
@@ -52,10 +53,13 @@ def serve(told: Path) -> int:
 class Watch(TrainerCallback):
     """Notes what the process holds every 20 steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, leak: int) -> None:
+        """`leak`: bytes that are kept in each step."""
+        self._leak, self._kept = leak, []
         self.rows: list[tuple[int, float, int, int, int]] = []
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._kept.append(b"x" * self._leak)
         if state.global_step % 20:
             return
         gc.collect()
@@ -83,13 +87,14 @@ def slope(rows) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--leak", type=int, default=0, help="bytes a step")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="camopd-soak-") as folder:
         told = Path(folder) / "url"
         server = serve(told)
         while not told.exists():
             time.sleep(0.01)
-        watch = Watch()
+        watch = Watch(options.leak)
         trainer = CaMOPDTrainer(
             model=make_model(1),
             teachers={"general": told.read_text(), "domain": make_model(1)},
