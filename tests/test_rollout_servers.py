@@ -235,26 +235,32 @@ def test_signal_ends_the_wait_and_the_run_is_saved(start, make):
 
 def test_signal_ends_the_wait_for_new_weights_and_the_run_is_saved(start, make):
     server = start()
-    trainer, load = make(server), server._reload
+    trainer, load, waits = make(server), server._reload, []
 
     def slow(folder):
         if len(server.loads) == 2:
             trainer.stops.heard = "SIGTERM"
-            server.released.wait(20)
+            waits.append(server.released.wait(20))
         return load(folder)
 
     server._reload = slow
-    began = time.monotonic()
     with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped; the weights after step 2 are in .*checkpoint-2"):
         trainer.train()
-    assert time.monotonic() - began < 15
+    assert waits == []  # it still reads them
 
 
 def test_servers_that_are_waited_for_are_in_the_phase_that_the_watchdog_tells(start, make):
     server = start()
     trainer, load, seen = make(server, max_steps=1), server._reload, []
     server._reload = lambda folder: seen.append(current().what) or load(folder)
-    server.before = lambda: seen.append(current().what)
+
+    def before():  # which may be faster than the trainer
+        end = time.monotonic() + 10
+        while ROLLOUT_SERVERS not in current().what and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append(current().what)
+
+    server.before = before
     trainer.train()
     assert seen[0] == f"step 1: rollout: weights of the student for {server.url}"
     assert f"step 1: rollout: {ROLLOUT_SERVERS} ({server.url})" in seen
