@@ -38,6 +38,12 @@ class HeldOutResults:
             self._prompts.setdefault(summary.position, prompt)
         return torch.tensor([-summary.gap / max(1, summary.num_tokens) for summary in mine]).mean()
 
+    @property
+    def log_ratio(self) -> float:
+        """Mean |student's log-prob - rollout engine's| of what is measured so far, nats per token; 0 without the latter."""
+        rows = self._found.values()
+        return sum(row.log_ratio for row in rows) / max(1, sum(row.num_ratios for row in rows))
+
     def fill(self, output: Any, prefix: str, expected: int, logged: dict[str, list[float]]) -> Any:
         """The parent's `output` with the gaps of all prompts as `<prefix>_*`, and in place of what TRL has `logged` of the
         completions, over batches and under one name for all branches, the same over prompts.

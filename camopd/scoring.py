@@ -180,11 +180,23 @@ class Scorer:
     def _collect(
         self, branch: str, group: Sequence[Sample], requests: list[tuple[list[Sample], Asked]], rule: TokenRule
     ) -> list[TokenScores]:
-        """The answers for a branch's samples, in their order; the first that fails ends the wait for the others."""
+        """The answers for a branch's samples, in their order; the first that fails ends the wait for the others.
+
+        What `ask` has begun, and a teacher was gone too long for while others were still written, is asked for again: only
+        now is it waited for.
+        """
         found: dict[int, TokenScores] = {}
         try:
-            for samples, asked in requests:
-                answers = self._read(branch, samples, self._wait(asked.answers), len(samples), rule)
+            for samples, asked in requests:  # which grows
+                try:
+                    scores = self._wait(asked.answers)
+                except TeacherError:
+                    if samples[0].asked is None or (self._stops is not None and self._stops.heard):
+                        raise
+                    samples[0].asked = None
+                    requests.append((samples, self._submit(samples, rule)))
+                    continue
+                answers = self._read(branch, samples, scores, len(samples), rule)
                 asked.work.stop()  # where the future has not come to its callback yet
                 found.update((sample.position, answer) for sample, answer in zip(samples, answers, strict=True))
         except BaseException:

@@ -43,7 +43,7 @@ class Step:
     losses: list[tuple[list[int], Tensor]] = field(default_factory=list)  # of each of these, with positions of samples
     broken_losses: list[tuple[list[int], float]] = field(default_factory=list)  # of all ranks, those not finite
     log_ratio: float = 0.0  # of all ranks' losses, nats per token
-    ahead_log_ratio: float = 0.0  # of completions of the next step, with the weights that write them
+    ahead_log_ratio: float | None = None  # of completions of the next step, with the weights that write them; if any
     clocks: dict[str, Clock] = field(default_factory=dict)  # of the teachers that have worked for this rank
 
     def __post_init__(self) -> None:
@@ -301,6 +301,10 @@ class StepCallback(TrainerCallback):
 
     def on_evaluation_started(self, name: str, prompts: int) -> None:
         """Before the first of so many prompts is rolled out; `name` is that of their branch."""
+
+    def on_evaluation_scored(self, log_ratio: float) -> None:
+        """After each batch of an evaluation: how far the trainer's log-probs of all that is measured so far, on all ranks,
+        are from the rollout engine's, in nats per token."""
 
     def on_step_ready(self, step: Step) -> None:
         """Rolled out, scored and selected; before the first forward of the loss."""

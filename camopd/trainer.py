@@ -362,7 +362,8 @@ class CaMOPDTrainer(DistillationTrainer):
         prompts: `kl`, the sampled reverse KL to the teacher (the negative of Eq. 1), and `gap`, `gap_abs`, `gap_positive`
         of Eq. 1.
 
-        Every evaluation draws the same random numbers and leaves those of training alone; a vLLM server has its own.
+        Every evaluation draws the same random numbers and leaves those of training alone; with `vllm_mode: server` alone
+        the server has its own.
         """
         self.held_out_results = HeldOutResults()
         self._metrics["eval"].clear()  # of a `predict`, which logs nothing
@@ -382,6 +383,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 self.stops.check()
             self.scorer.score(samples, [samples[0].branch])  # an evaluation set is one branch
         loss = self.held_out_results.add(samples, self.args.process_index, gather_object)
+        self.notify("on_evaluation_scored", self.held_out_results.log_ratio)
         return loss.to(self.args.device), None, None
 
     # ---------------------------------------------------------------------------------------- checkpoints and card

@@ -17,7 +17,7 @@ from trainers import lines, make_args, make_trainer
 from transformers import TrainerCallback
 
 from camopd import TokenScores
-from camopd.errors import GuardError, RolloutError
+from camopd.errors import GuardError, RolloutError, TeacherError
 from camopd.rollout_servers import seed_of
 from camopd.signals import RunInterrupted
 
@@ -347,3 +347,55 @@ def test_steps_ahead_need_servers_and_the_trainers_log_probs(tmp_path):
     with pytest.raises(ValueError, match="rollout_lag must be 0 or 1"):
         make_args(tmp_path, rollout_lag=2, rollout_servers=["http://localhost:1"])
     assert not (Path(tmp_path) / "metrics.jsonl").exists()
+
+
+def test_teacher_that_was_gone_while_completions_were_written_is_asked_again(run, tmp_path):
+    """As it is where nothing is asked before all are written; one that is still gone stops the run."""
+    plain = run("plain")
+    plain.train()
+    trainer = run()
+    teacher, failed = trainer.teachers["general"], []
+
+    def fail(count):
+        submit = teacher.submit
+
+        def gone(token_ids, *more):
+            if len(failed) == count:
+                return submit(token_ids, *more)
+            failed.append(token_ids)
+            answers = Future()
+            answers.set_exception(TeacherError("no replica left"))
+            return answers
+
+        teacher.submit = gone
+
+    fail(3)
+    trainer.train()
+    assert len(failed) == 3
+    assert [line["loss"] for line in lines(tmp_path / "run")] == [line["loss"] for line in lines(tmp_path / "plain")]
+    stays = run("stays")
+    teacher, failed = stays.teachers["general"], []
+    fail(1000)
+    with pytest.raises(TeacherError, match="no replica left"):
+        stays.train()
+    assert len(failed) <= 2 * 4  # each sample twice at most
+
+
+def test_servers_whose_weights_are_never_seen_are_warned_of(run, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("camopd.callbacks.guards.UNSEEN", 2)
+    trainer = run(lag=1)
+    monkeypatch.setattr(trainer.rollouts, "compare", lambda step: None)  # as where none is finished
+    trainer.train()
+    assert caplog.text.count("was not seen in 2 steps") == 1 and "log_ratio" in caplog.text
+    caplog.clear()
+    trainer = run("seen", lag=1)
+    compare = trainer.rollouts.compare
+
+    def when_one_is_finished(step):
+        while trainer.rollouts._ahead is not None and not trainer.rollouts._ahead.finished:
+            time.sleep(0.01)
+        compare(step)
+
+    monkeypatch.setattr(trainer.rollouts, "compare", when_one_is_finished)
+    trainer.train()
+    assert "was not seen" not in caplog.text

@@ -1,14 +1,17 @@
 """Held-out prompts: each counted once, with the gaps of plain log-probs, and nothing of training changed."""
 
+import json
+
 import pytest
 import torch
 from conftest import LOGP, make_model, make_prompts
 from datasets import Dataset
+from fake_rollouts import FakeRollouts
 from steps import FakeSampler, check_evaluations, evaluations, use_sampler
 from trainers import lines, make_trainer
 from trl import LogCompletionsCallback
 
-from camopd.errors import CaMOPDError
+from camopd.errors import CaMOPDError, GuardError
 
 
 def test_evaluation_on_one_process_counts_every_held_out_prompt_once(tmp_path):
@@ -124,3 +127,21 @@ def test_evaluation_measures_nothing_into_a_step(tmp_path, tokenizer):
     assert trainer.step is None
     trainer.train()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_evaluation_whose_completions_another_model_has_drawn_stops(tmp_path, tokenizer):
+    """A server that takes the weights and does not load them would decide which checkpoint is the best."""
+    server = FakeRollouts(make_model(9), tokenizer)
+    server._reload = lambda folder: (200, json.dumps({"results": [None]}))
+    trainer = make_trainer(
+        tmp_path, tokenizer, rollout_servers=[server.url], eval_dataset={"general": make_prompts("general", 3)}
+    )
+    try:
+        with pytest.raises(GuardError, match=r"^evaluation: .* nats per token apart.*guards\['log_ratio'\]=0\.01"):
+            trainer.evaluate()
+        trainer.args.guards["log_ratio"] = None
+        trainer.evaluate()
+        assert trainer.held_out_results.log_ratio > 0.1  # as it was all along
+    finally:
+        trainer.run.sampler.close()
+        server.close()

@@ -208,6 +208,39 @@ def test_weights_are_kept_from_a_server_that_comes_back_while_new_ones_are_given
     assert holders == {server.url: "another"}
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_server_that_was_replaced_while_it_was_idle_gets_the_weights_before_it_writes(
+    slow, start, connect, tmp_path, monkeypatch
+):
+    """In the middle of a batch, when another one's requests come to it; and a server that hangs is left in seconds."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.clone() for k, v in make_model(1).state_dict().items()}, tmp_path / "model.safetensors")
+    server = start()
+    sampler = connect(server)
+    version = Version("one", tmp_path, is_adapter=False)
+    sampler.hold()
+    sampler.adopt(version, sampler.give(version).result())
+    sampler.begin().result()
+    expected = sampler.submit(PROMPT, 3, SAMPLING).result()
+    server.instance, server.model = "another", make_model(9)
+    answer, hangs, written, left = server.answer, [slow], threading.Event(), []
+
+    def hang(path, body):
+        if path.startswith("/server_info") and any(hangs):
+            hangs.clear()
+            left.append(written.wait(60))
+        return answer(path, body)
+
+    monkeypatch.setattr("camopd.vllm.limits.STATE_SECONDS", 1.0)
+    monkeypatch.setattr(server, "answer", hang)
+    assert sampler.submit(PROMPT, 3, SAMPLING).result() == expected
+    assert len(server.loads) == 2
+    written.set()
+    server.close()
+    assert all(left)  # nobody has waited for it
+
+
 @pytest.mark.parametrize(("device", "tied"), [("cpu", True), ("cpu", False), ("cuda", True)])
 def test_head_that_is_the_embeddings_is_not_given_to_vllm_on_a_cpu(device, tied, start, connect, tmp_path):
     """Which would go on with the old one: tests/test_vllm_rollouts.py has it from a real server."""

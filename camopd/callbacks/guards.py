@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import GuardError
 from ..guards import log_ratio_bound, rounding_bound, stop
 from ..rejected import keep, keeping, said
 from ..samples import SampleSummary
@@ -22,6 +23,7 @@ from ..step import Step, StepCallback
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # positions in a message
+UNSEEN = 5  # lagged steps in a row without a look at the servers' weights, before a warning
 FEW = 8  # completions of a branch in a mixed step, below which all of them may be alike by chance
 
 
@@ -57,10 +59,18 @@ class Guards(StepCallback):
         self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
         self._steps: Counter[str] = Counter()  # of each branch, since the start or resume
+        self._unseen = 0  # lagged steps since the servers' weights were last compared
         self._entropy: dict[str, float] = {}  # of each branch's first one
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------------------------------- what was rolled out
+
+    def on_evaluation_scored(self, log_ratio: float) -> None:
+        """An evaluation of another model than the one in hand may decide which checkpoint is the best."""
+        try:
+            self._look_at_sampler(log_ratio, lag=0)
+        except GuardError as error:
+            raise GuardError(f"evaluation: {error}") from None
 
     def on_step_ready(self, step: Step) -> None:
         """Look at completions, gaps and entropies of all ranks."""
@@ -69,15 +79,29 @@ class Guards(StepCallback):
         self._rounding = all(self._is_rounding(step, branch) for branch in step.branches)
         step.metrics["guard/rounding"] = float(self._rounding)
         tokens = sum(row.num_ratios for row in step.summaries)
-        self._look_at_sampler(step, sum(row.log_ratio for row in step.summaries) / max(1, tokens), step.lag)
-        self._look_at_sampler(step, step.ahead_log_ratio, lag=0)
+        self._look_at_sampler(sum(row.log_ratio for row in step.summaries) / max(1, tokens), step.lag)
+        self._look_at_ahead(step)
         self._look_at_completions(step)
         for branch in step.branches:
             self._steps[branch] += 1 if self._updated or not self._steps[branch] else 0
             self._look_at_gaps(step, branch)
             self._look_at_entropy(step, branch)
 
-    def _look_at_sampler(self, step: Step, log_ratio: float, lag: int) -> None:
+    def _look_at_ahead(self, step: Step) -> None:
+        if step.ahead_log_ratio is not None:
+            self._unseen = 0
+            self._look_at_sampler(step.ahead_log_ratio, lag=0)
+            return
+        self._unseen += step.lag  # steps whose own log-probs tell nothing, since they are of the weights before
+        if self._unseen == UNSEEN and self._limits["log_ratio"] is not None:
+            logger.warning(
+                "%s: whether the rollout servers have the student's weights was not seen in %d steps: no completion of the "
+                "next step was finished when a step was scored. Look at importance/log_ratio, or bound it (guards: "
+                "log_ratio).",
+                said(step), UNSEEN,
+            )  # fmt: skip
+
+    def _look_at_sampler(self, log_ratio: float, lag: int) -> None:
         """Stop where the tokens were not drawn from the student that is trained. With the trainer's log-probs scoring knows
         it, with the engine's the loss's forwards."""
         given = self._limits["log_ratio"]
@@ -163,7 +187,7 @@ class Guards(StepCallback):
         if step is None:
             return
         with keeping(step, self._args):
-            self._look_at_sampler(step, step.log_ratio, step.lag)
+            self._look_at_sampler(step.log_ratio, step.lag)
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
         if limit is None:

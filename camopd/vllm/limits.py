@@ -8,6 +8,7 @@ TOKENS_PER_REQUEST = 8192  # short sequences share a JSON request up to this; a 
 ATTEMPTS = 6  # for one request, over all replicas
 CONNECT_SECONDS = 4.0
 ANSWER_SECONDS = 5.0  # for the small questions: which model, is it well, tokenize this
+STATE_SECONDS = 30.0  # for a rollout server, busy with others' completions, to say which process it is
 QUESTION_SECONDS = 3.0  # after which a small question is not asked again
 SCORE_SECONDS = 300.0
 ROLLOUTS_PER_REPLICA = 256  # completions in flight at once from this process; vLLM itself decodes as many together

@@ -213,7 +213,7 @@ class Sampler:
     async def _process(self, url: str) -> str:
         """Tells a server from another one that was started in its place. Raises `RolloutError` for one that would take only
         some of the weights."""
-        found = await self._tell(url, "/server_info?config_format=json", None, _WHOLE)
+        found = await self._tell(url, "/server_info?config_format=json", None, _WHOLE, seconds=limits.STATE_SECONDS)
         config = found.get("vllm_config") if isinstance(found, dict) else None
         config = config if isinstance(config, dict) else {}
         name = config.get("instance_id")
@@ -249,9 +249,12 @@ class Sampler:
 
         await together(drop(replica.url) for replica in self._replicas.all if replica.alive)
 
-    async def _tell(self, url: str, path: str, body: dict[str, Any] | None, needs: str, parse: bool = True) -> Any:
+    async def _tell(
+        self, url: str, path: str, body: dict[str, Any] | None, needs: str, parse: bool = True,
+        seconds: float = limits.WEIGHTS_SECONDS,
+    ) -> Any:  # fmt: skip
         try:
-            return await self._client.request(url, path, body, limits.WEIGHTS_SECONDS, parse=parse, may_miss=True)
+            return await self._client.request(url, path, body, seconds, parse=parse, may_miss=True)
         except NotThere:
             raise RolloutError(f"{ROLE.name} at {url} has no {path.partition('?')[0]}. {needs}.") from None
 
@@ -270,6 +273,10 @@ class Sampler:
         most = 65536 + BYTES_PER_TOKEN * sampling.max_tokens + 32 * len(prompt)
         ask = (replica.url, "/v1/completions", body, seconds, most)
         process, outages = self._holders.get(replica.url), replica.outages
+        whole = version is not None and not version.is_adapter
+        if whole and replica.requests_in_flight == 1 and await self._process(replica.url) != process:
+            # While it had none of this rank's requests, no failure could tell.
+            raise Fault(f"{replica.url} was started again since it was given the weights")
         try:
             try:
                 answer = await self._client.request(*ask, may_miss=True)
@@ -281,7 +288,6 @@ class Sampler:
                 answer = await self._client.request(*ask, may_miss=True)
         except NotThere as error:
             raise RolloutError(f"{ROLE.name} at {replica.url} answered 404: {error}") from None
-        whole = version is not None and not version.is_adapter
         if whole and replica.outages != outages and await self._process(replica.url) != process:
             # The request may have reached another server than the one that had the weights when it was made.
             raise Fault(f"{replica.url} was started again while a completion was asked for", takes_out=False)
