@@ -19,8 +19,9 @@ import torch
 from transformers import TrainerCallback
 
 from .best import task_name
-from .errors import on_all_ranks
+from .errors import CaMOPDError, on_all_ranks
 from .files import json_lines
+from .generation import neutral_generation
 from .output_dir import EVAL_TASKS
 from .rollouts import rng_state, set_rng_state
 from .run_folder import append, best_step, make_room, named_if_unwritten
@@ -50,7 +51,7 @@ def load(args: Any, held_out: Any) -> Loaded | None:
     except ImportError as error:
         raise ValueError(
             f"eval_tasks={tasks} are measured by lm-eval, which is not here ({error}). Install it with `pip install "
-            "'camopd[eval]'`, or leave eval_tasks out."
+            "-e '.[eval]'` in a clone of camopd, or leave eval_tasks out."
         ) from None
     manager = TaskManager()
     known = manager.all_subtasks
@@ -157,7 +158,11 @@ class LiveTasks(TrainerCallback):
         model = HFLM(
             pretrained=self._model, tokenizer=self._tokenizer, batch_size=self._args.per_device_eval_batch_size
         )
-        with self._autocast(), torch.no_grad():
+        with contextlib.suppress(ImportError):  # which IF-Eval asks; unseeded it says by turns this and that of a text
+            import langdetect
+
+            langdetect.DetectorFactory.seed = 0
+        with self._autocast(), torch.no_grad(), neutral_generation(self._model):
             found = evaluate(
                 lm=model, task_dict={"tasks": self._tasks, "groups": {}, "group_map": {}}, samples=self._drawn,
                 bootstrap_iters=0, apply_chat_template=bool(self._tokenizer.chat_template),
@@ -191,6 +196,11 @@ def _scores(name: str, task: Any, samples: Sequence[dict[str, Any]], rows: Seque
     """`metric_of` a task on each of its rows, by the first of its filters."""
     metric: Any = metric_of(task)  # there is one, see `load`
     of_first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    if of_first and not isinstance(of_first[0][metric], (int, float)):
+        raise CaMOPDError(
+            f"eval_tasks: {name!r} has no score of each row: its metric {metric!r} is one of all rows together. Leave it "
+            "out."
+        )
     by_row = {sample["doc_id"]: float(sample[metric]) for sample in of_first}
     if sorted(by_row) != list(rows):
         raise RuntimeError(f"lm-eval has answered {len(by_row)} of the {len(rows)} rows of {name}.")

@@ -137,6 +137,10 @@ def test_game_without_a_verdict_leaves_the_prompt_out(reply, asked):
     assert "failed" in arena.compare(Judge("http://127.0.0.1:9", "j", pause=0), row())
 
 
+def test_label_in_single_brackets_counts_where_there_is_no_other():
+    assert judged("My verdict is tie: [A=B]", "[A] or [B]: [[A=B]]")[0]["score"] == 0.5
+
+
 def test_answer_without_text_has_lost_without_a_judge():
     found = arena.compare(Judge("http://127.0.0.1:9", "j"), row("<think>Hm"))
     assert (found["score"], found["weight"]) == (0, 6)

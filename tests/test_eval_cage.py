@@ -29,6 +29,20 @@ def test_cage_that_cannot_be_made_says_what_to_install(monkeypatch):
         cage.find()
 
 
+def test_cage_that_does_not_start_is_refused_before_an_answer_is_wrong(monkeypatch, tmp_path):
+    """In many containers bubblewrap is there and may make no namespace."""
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text(
+        "#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n", encoding="utf-8"
+    )
+    for path in (tmp_path, *tmp_path.parents):
+        path.chmod(path.stat().st_mode | 0o055)  # for nobody
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("CAMOPD_BWRAP", str(bwrap))
+    with pytest.raises(CaMOPDError, match=r"cannot be made here: bwrap: No permissions .* user namespaces"):
+        cage.find()
+
+
 @pytest.mark.parametrize("root", [True, False])
 def test_cage_has_no_network_no_keys_and_never_root(root, monkeypatch):
     monkeypatch.setattr(cage.os, "geteuid", lambda: 0 if root else 1000)

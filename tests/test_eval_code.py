@@ -74,3 +74,11 @@ def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
 def test_answers_are_run_in_the_cage(tmp_path):
     verdicts = code.judge(tmp_path, rows())
     assert [verdict["passed"] for verdict in verdicts] == list(ANSWERS.values())
+
+
+@pytest.mark.parametrize("fence", ["```python", "``` python", "```Python3", "```"])
+def test_program_is_that_of_python_where_there_are_other_blocks(fence):
+    install = "```bash\npip install x\n```\n" if fence != "```" else ""
+    body = next(text for text, right in ANSWERS.items() if right and "```" not in text)
+    assert "pip install" not in code.program_of(row(f"{install}{fence}\n{body}\n```"))
+    assert body in code.program_of(row(f"{install}{fence}\n{body}\n```"))

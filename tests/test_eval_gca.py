@@ -126,6 +126,23 @@ def test_scene_goes_on_as_predicted_and_ends_from_the_sixth_message_on(checkout)
     assert len(early) == gca.ROUNDS  # an end that comes too early is none, and twenty are all
 
 
+@pytest.mark.parametrize(
+    ("reply", "speaker"),
+    [
+        ("1. Reasoning: It is too early for <END CHAT>.\n2. Next Speaker: Mr. Bo.", "Mr. Bo."),
+        ("Next speaker: Ann.", "Ann"),
+        ("**Next Speaker:** Ann", "Ann"),
+        ("Next speaker is Ann", "Ann"),
+        ("Next Speaker: Ann\nNo. Next Speaker: <END CHAT>", gca.END),
+        ("Next speaker: random", None),
+        ("The next speaker could be anyone.\nAnn", None),
+        ("It is over. <END CHAT>", gca.END),
+    ],
+)
+def test_last_line_that_says_the_next_speaker_names_it(reply, speaker):
+    assert gca.next_of(reply, ["Ann", "Mr. Bo."]) == speaker
+
+
 def test_speaker_that_is_none_is_drawn_by_the_scene(checkout):
     (scene, _) = rows.read(GCA, checkout, None)
     names = [[name for name, _ in played(Table(["random"] * 30), scene)["messages"]] for _ in range(2)]

@@ -27,8 +27,8 @@ def checkout(tmp_path):
         with open(folder / "ground_truth_judgment.jsonl", "a", encoding="utf-8") as file:
             for row in (
                 {**line, "score": 0.5},
-                {**line, "score": score},
                 {**line, "score": -1},
+                {**line, "score": score},
                 {**line, "model": "x", "score": 1},
             ):
                 file.write(json.dumps(row) + "\n")
@@ -40,6 +40,16 @@ def test_pooled_mean_is_that_of_categories_of_tasks(checkout):
     assert [(item.key, item.score) for item in found] == [("a", 1), ("b", 0), ("c", 1), ("d", 0.25)]
     assert sum(item.weight for item in found) == pytest.approx(1)
     assert sum(item.weight * item.score for item in found) == pytest.approx(((0.5 + 1) / 2 + 0.25) / 2)
+
+
+def test_question_that_was_not_judged_is_an_item_without_a_score(checkout):
+    """Else models would seem to have been asked different questions."""
+    path = sorted(checkout.rglob("ground_truth_judgment.jsonl"))[0]
+    line = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "question_id": "z", "score": -1}) + "\n")
+    found = {item.key: (item.score, item.weight) for item in items_of(checkout, "start")}
+    assert found.pop("z") == (None, 0.0) and sum(weight for _, weight in found.values()) == pytest.approx(1)
 
 
 def test_judgments_with_line_ends_of_unicode_are_as_many(checkout):

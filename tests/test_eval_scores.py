@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camopd.eval.scores import after_thinking, items_of, letter_of, options_of, score_of
+from camopd.eval.scores import CUT, after_thinking, items_of, letter_of, options_of, score_of
 from camopd.eval.tasks import LETTER_PROMPT, TASKS
 
 
@@ -36,6 +36,16 @@ def row(text, gold="C", scores=None, item=0, repeat=0, stop="stop", prompt=PROMP
         ("C. the third", None),  # may be a name
         ("A cat sat on the mat.", None),
         ("Final answer: A cat", None),
+        ("Final answer: C heat", "C"),
+        ("The answer is C because it is.", "C"),
+        ("Final answer: Option C", "C"),
+        ("The correct answer is option (C).", "C"),
+        ("Final answer: A, B, C", None),  # each of them would be right
+        ("Final answer: A/B", None),
+        ("Final answer: (A) or (C)", None),
+        ("Final answer: C D", None),
+        ("Final answer: C, as A and B are wrong.", "C"),
+        ("Final answer: C. A is wrong.", "C"),
         ("Final answer: X, where X is one of A,B,C,D", None),
         ("I think it is C", None),
         ("Final answer: E", None),  # there are four
@@ -137,3 +147,13 @@ def test_items_are_known_by_prompt_and_gold_and_a_row_may_come_twice():
     assert len(set(keys)) == 4
     assert keys[0].removesuffix("-1") == keys[2].removesuffix("-2")
     assert keys == [item.key for item in items_of(MEDQA, [{**each, "text": "other"} for each in rows])]
+
+
+def test_reasoning_that_the_template_has_opened_is_no_answer_where_it_is_cut_off():
+    """Its beginning is in the prompt: what other answers of the model end with tells it."""
+    task = TASKS["medqa"]
+    rows = [row("so it is B.</think>Final answer: C"), row("the answer: C. But wait", item=1, stop=CUT)]
+    assert [(item.score, item.unparsed) for item in items_of(task, rows)] == [(1, 0), (0, 1)]
+    assert [(item.score, item.unparsed) for item in items_of(task, rows[1:])] == [
+        (1, 0)
+    ]  # of a model that does not think

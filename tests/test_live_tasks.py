@@ -14,7 +14,7 @@ from conftest import make_model, make_prompts
 from trainers import lines, make_args, make_trainer
 
 from camopd.errors import CaMOPDError
-from camopd.live_tasks import LiveTasks, metric_of
+from camopd.live_tasks import LiveTasks, _scores, metric_of
 from camopd.signals import RunInterrupted
 from camopd.watchdog import current
 
@@ -50,7 +50,9 @@ class Unsafe(Task):
 def asked(monkeypatch):
     """lm-eval's modules in small. Yields what it was asked; `right` of it says which rows are right in each evaluation."""
     known = {"sums": Task(), "code": Unsafe(), "loss": Perplexity()}
-    found = types.SimpleNamespace(calls=[], right=[set(range(ROWS)), {0, 1, 2}, {2, 3}])
+    found = types.SimpleNamespace(
+        calls=[], penalties=[], detector=types.SimpleNamespace(seed=None), right=[set(range(ROWS)), {0, 1, 2}, {2, 3}]
+    )
 
     class TaskManager:
         all_subtasks, all_tasks = list(known), [*known, "many"]
@@ -64,6 +66,7 @@ def asked(monkeypatch):
         random.random(), np.random.rand(), torch.rand(1)
         lm["pretrained"].eval()
         right = found.right[len(found.calls)]
+        found.penalties.append(lm["pretrained"].generation_config.repetition_penalty)
         found.calls.append((samples, options))
         rows = [(name, row) for name, rows in samples.items() for row in rows]
         each = [
@@ -73,6 +76,7 @@ def asked(monkeypatch):
 
     for name, content in {
         "lm_eval": {}, "lm_eval.models": {}, "lm_eval.tasks": {"TaskManager": TaskManager},
+        "langdetect": {"DetectorFactory": found.detector},
         "lm_eval.evaluator": {"evaluate": evaluate}, "lm_eval.models.huggingface": {"HFLM": dict},
     }.items():  # fmt: skip
         module = types.ModuleType(name)
@@ -123,6 +127,22 @@ def test_metric_is_the_first_of_which_more_is_better():
     assert metric_of(Task()) == metric_of(task) == "acc"
     task.config = types.SimpleNamespace(metric_list=None)
     assert metric_of(task) == "acc" and metric_of(Perplexity()) is None
+
+
+def test_answers_are_drawn_plainly_and_languages_are_told_by_a_seed(tmp_path, tokenizer, asked):
+    """Whatever penalty the model's folder has for chats: it would decide which checkpoint is the best."""
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["sums"], max_steps=1)
+    trainer.model.generation_config.repetition_penalty = 1.3
+    trainer.tasks.measure(0)
+    assert asked.penalties == [None] and asked.detector.seed == 0
+    assert trainer.model.generation_config.repetition_penalty == 1.3
+
+
+def test_metric_of_all_rows_together_is_none_of_each(tmp_path):
+    sample = {"doc_id": 0, "filter": "a", "acc": (1, 0)}
+    with pytest.raises(CaMOPDError, match=r"eval_tasks: 'cola' has no score of each row.*'acc'.*Leave it out"):
+        _scores("cola", Task(), [sample], [0])
+    assert _scores("sums", Task(), [{**sample, "acc": 1.0}], [0]) == [1.0]
 
 
 def test_rows_are_drawn_once_and_for_all(tmp_path, tokenizer, asked):
@@ -256,7 +276,7 @@ def test_tasks_need_held_out_prompts_and_names(tmp_path, tokenizer, asked):
 
 def test_missing_lm_eval_is_named_with_the_line_that_installs_it(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"lm-eval, which is not here .*`pip install 'camopd\[eval\]'`"):
+    with pytest.raises(ValueError, match=r"lm-eval, which is not here .*`pip install -e '\.\[eval\]'` in a clone"):
         make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["ifeval"])
     make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT).evaluate()  # which needs none of it
 

@@ -36,6 +36,7 @@ SHOWN = """\
 {b}
 <|The End of Assistant B's Answer|>"""  # the layout of its configuration
 _LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
+_LONE = re.compile(r"\[([AB<>=]+)\]")  # the second of its configuration, where the first finds none
 _SCORES = {
     "A>>B": (1.0, STRONG),
     "A>B": (1.0, 1),
@@ -130,7 +131,7 @@ def label_of(reply: str) -> Verdict:
     >>> label_of("It is [[A=B]]. No: [[a<<b]]")
     {'label': 'B>>A'}
     """
-    found = _LABEL.findall(reply.upper())
+    found = _LABEL.findall(reply.upper()) or _LONE.findall(reply.upper())
     label = _TURNED.get(found[-1], found[-1]) if found else None
     if label not in _SCORES:
         raise Unusable(f"no verdict in {reply[-200:]!r}")

@@ -33,7 +33,10 @@ _END = "\nimport os as _os, sys as _sys\n_sys.stdout.flush()\n_os.write(1, {toke
 
 
 def find() -> tuple[str, str]:
-    """The paths of bubblewrap and of a Python that the cage can show. Raises `CaMOPDError` that says what to install."""
+    """The paths of bubblewrap and of a Python that the cage can show, in which a program has come to its end.
+
+    Raises `CaMOPDError` that says what to install, or why no cage can be made.
+    """
     bwrap = shutil.which(os.environ.get("CAMOPD_BWRAP", "bwrap"))
     if bwrap is None:
         raise CaMOPDError(
@@ -45,7 +48,15 @@ def find() -> tuple[str, str]:
     if not pythons or needed:
         missing = "python3 below /usr" if not pythons else f"{needed[0]} (package util-linux)"
         raise CaMOPDError(f"the cage for code that models have written needs {missing}. Install it.")
-    return bwrap, pythons[0]
+    cage = bwrap, pythons[0]
+    made, how = run("pass", cage)  # in many containers it cannot be, and every answer would be wrong
+    if not made:
+        raise CaMOPDError(
+            f"the cage for code that models have written cannot be made here: {how}. Bubblewrap needs user namespaces "
+            "(sysctl kernel.unprivileged_userns_clone, the security profile of a container). Allow them, or leave out the "
+            "tasks with code."
+        )
+    return cage
 
 
 def words(bwrap: str, python: str) -> list[str]:

@@ -25,7 +25,8 @@ def program_of(row: Mapping[str, Any]) -> str | None:
     if "evaluation_sample" in gold:
         source = live_code.code_in(text)
         return live_code.program_of(source, gold) if source and source.strip() else None
-    block = re.search(r"```\w*\n(.*?)(```|\Z)", text, re.DOTALL)
+    block = re.search(r"```[ \t]*(?:[Pp]ython3?|py)[ \t]*\n(.*?)(```|\Z)", text, re.DOTALL)
+    block = block or re.search(r"```[ \t]*\w*[ \t]*\n(.*?)(```|\Z)", text, re.DOTALL)
     code = block.group(1) if block else text
     if not code.strip():
         return None

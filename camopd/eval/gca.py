@@ -207,6 +207,10 @@ def next_of(reply: str, speakers: Sequence[str]) -> str | None:
     ('Ann', '<END CHAT>', None)
     """
     text = reply.strip()
+    said = re.findall(r"(?im)next speaker[\W_]*?(?::|\bis\b)(.+)$", text)
+    if said:  # the last line that says it, whatever the reasoning before it names
+        name = said[-1].strip(" \t*_`\"'.,:;()[]")
+        return END if END in said[-1] else next((each for each in speakers if each.strip(".") == name), None)
     for part in (text, text.partition(":")[0].strip(), text.rpartition(":")[2].strip()):
         if part in (*speakers, END):
             return part

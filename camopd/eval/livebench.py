@@ -32,8 +32,9 @@ def items_of(checkout: Path | None, model: str) -> list[Item]:
         for number, line in enumerate(json_lines(path.read_text(encoding="utf-8")), start=1):
             try:
                 row = json.loads(line)
-                if row["model"].lower() == model.lower() and row["score"] != -1:  # -1: not judged
-                    found[row["question_id"]] = {**row, "score": float(row["score"])}  # the last one counts
+                if row["model"].lower() == model.lower():
+                    score = None if row["score"] == -1 else float(row["score"])  # -1: not judged
+                    found[row["question_id"]] = {**row, "score": score}  # the last one counts
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"line {number} of {str(path)!r} is no judgment of LiveBench: {error!r}.") from None
     if not found:
@@ -46,12 +47,13 @@ def items_of(checkout: Path | None, model: str) -> list[Item]:
             "--data livebench=CHECKOUT."
         )
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for row in found.values():
+    for row in (row for row in found.values() if row["score"] is not None):
         counts[row["category"]][row["task"]] += 1
     items = []
     for name, row in sorted(found.items()):
         tasks = counts[row["category"]]
-        weight = 1 / (len(counts) * len(tasks) * tasks[row["task"]])
+        shares = len(counts) * len(tasks) * tasks[row["task"]]
+        weight = 1 / shares if row["score"] is not None else 0.0
         prompt = f"{row['category']}, {row['task']}: {name}"
         items.append(Item(name, prompt, row["score"], 1, None, None, "", weight))
     return items

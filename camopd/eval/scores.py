@@ -22,7 +22,15 @@ from .verdicts import after_thinking
 _SIGNS = r"[\s*_$`\"'\u201c\u201d\u2018\u2019]*+"
 _OPEN = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\[(]|\\[(\[]|\\(?:boxed|text|math)[a-z]*\s*\{)*+"  # \(\textbf{C}\)
 _CLOSE = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+"
-_FINAL = re.compile(rf"(?i:answer){_SIGNS}(?i:is)?{_SIGNS}:?{_OPEN}([A-J])(?![_'\u2019]*[^\W_])(?![ \t]+[a-z])")
+_SAID = rf"(?:(?i:is)?{_SIGNS}:?|(?:(?i:is){_SIGNS}:?|:){_SIGNS}(?i:option|choice)[ \t])"
+_LETTER = r"(?:[AI](?![ \t]+[a-z])|[B-HJ])(?![_'\u2019]*[^\W_])"
+_FINAL = re.compile(rf"(?i:answer){_SIGNS}{_SAID}{_OPEN}({_LETTER})")
+# "A, B", "A/B", "A or B", "A B": no answer, since each of them would count as right.
+_SECOND = re.compile(
+    rf"{_CLOSE}(?:(?<=[ \t])(?:(?i:and|or)[ \t]+)|[,/&+][ \t]*(?:(?i:and|or)[ \t]+)?)"
+    rf"{_OPEN}(?i:option[ \t]+)?[A-J](?![\w'\u2019])|(?:[ \t]+[A-J])+[ \t.]*$",
+    re.MULTILINE,
+)
 _ALONE = re.compile(rf"{_OPEN}([A-J])(?:{_CLOSE}|\)[^\n]*)")  # the whole text: "C", "(C).", "C) an option"
 CUT = "max_tokens"  # evalscope's word for an answer that the limit has ended
 
@@ -49,11 +57,11 @@ def letter_of(text: str, options: int) -> str | None:
     >>> letter_of("So it is B or C. **Final answer: (C)**", 4), letter_of("B", 4), letter_of("A cat", 4)
     ('C', 'B', None)
     """
-    found = [match.group(1) for match in _FINAL.finditer(text)]
+    found = [None if _SECOND.match(text, match.end()) else match.group(1) for match in _FINAL.finditer(text)]
     alone = _ALONE.fullmatch(text.strip())
     if not found and alone:
         found = [alone.group(1)]
-    return found[-1] if found and found[-1] in LETTERS[:options] else None
+    return found[-1] if found and found[-1] in [*LETTERS[:options]] else None
 
 
 def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float | None, bool]:
@@ -97,7 +105,11 @@ def options_of(prompt: str) -> int:
 def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     """One `Item` per row of the task, in order, from the runner's answers."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
+    # Where the chat template opens the reasoning, no answer has its beginning, and one that is cut off not its end.
+    opened = any("</think>" in row["text"] and "<think>" not in row["text"].partition("</think>")[0] for row in rows)
     for row in rows:
+        if opened and row.get("stop") == CUT and "</think>" not in row["text"]:
+            row = {**row, "text": f"<think>{row['text']}"}
         groups.setdefault(row["item"], []).append(row)
     seen: Counter[str] = Counter()
     played = task.answer == "played"  # many messages, and no answer
