@@ -79,3 +79,12 @@ def test_page_is_written_three_times_and_holds_every_item(tmp_path, models):
     if len(models) > 1:
         assert "## medqa: what broke, 5 of 10" in text and "(410 characters)" in text
         assert "<b>0" not in html and "&lt;b&gt;0" in html
+
+
+def test_page_names_models_judges_and_what_was_cut_short(tmp_path):
+    about = {"models": {"start": "a/b"}, "judges": {"arena_hp": "http://h#j"}, "limit": 4, "max_tokens": None}
+    page.write(ROWS, [], about, tmp_path)
+    for name in ("eval.md", "eval.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert all(word in text for word in ("start: a/b", "judge of arena_hp: http://h#j", "limit: 4"))
+        assert "max_tokens" not in text

@@ -45,3 +45,16 @@ def test_medical_average_weighs_both_benchmarks_alike():
     found = {"medqa": items([1, 1, 1, 0]), "medxpertqa": items([0, 1])}
     table, _ = beside("medical", compare([TASKS[name] for name in found], {"result": found}))
     assert table[-1][5:] == ["-", "-", "62.50*"]
+
+
+def test_another_judge_and_another_length_than_the_papers_are_named():
+    rows = compare(
+        [TASKS["arena_hard"], TASKS["medqa"]], {"start": {"arena_hard": items([1, 0]), "medqa": items([1])}}
+    )
+    about = {"judges": {"arena_hard": "http://127.0.0.1:1/v1#toyjudge"}, "max_tokens": 128}
+    _, notes = beside("medical", rows, about)
+    assert "Arena HP: judged by toyjudge here, and by gpt-4.1 in the paper." in notes
+    assert any("cut at 128 tokens" in note for note in notes)
+    about["judges"]["arena_hard"], about["max_tokens"] = "https://x/v1#gpt-4.1-2025-04-14", None
+    _, notes = beside("medical", rows, about)
+    assert not any("judged by" in note or "tokens" in note for note in notes)

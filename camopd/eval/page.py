@@ -44,9 +44,15 @@ def write(
             f"Held-out KL to the teachers, nats per token, steps {first} and {last}. {ABOUT_GAPS}",
         ]
     if paper is not None:
-        table, differences = beside(paper, rows)
+        table, differences = beside(paper, rows, about)
         short += ["**Beside the paper**", page.table(table), "\n".join(f"- {line}" for line in differences)]
-    blocks = ["# camopd eval", *short, *([READING] if rows else []), *(f"- {note}" for note in notes)]
+    blocks = [
+        "# camopd eval",
+        *short,
+        *([READING] if rows else []),
+        *(f"- {note}" for note in notes),
+        settings_of(about),
+    ]
     for row in rows:
         for title, name in (("broke", "broke"), ("came back", "came_back")):
             listed = row.get("change", {}).get(name, [])
@@ -63,6 +69,14 @@ def write(
     atomic.write(out / "eval.md", "\n\n".join(blocks) + "\n")
     atomic.write(out / "eval.html", page.to_html("camopd eval", blocks, {}))
     return short
+
+
+def settings_of(about: Mapping[str, Any]) -> str:
+    """Which models these are, who has judged, and what was cut short, as a list."""
+    lines = [f"- {name}: {where}" for name, where in about.get("models", {}).items()]
+    lines += [f"- judge of {task}: {by}" for task, by in about.get("judges", {}).items()]
+    lines += [f"- {name}: {about[name]}" for name in ("limit", "max_tokens") if about.get(name)]
+    return "\n".join(lines)
 
 
 SCORES = "**Scores**, percent ± the standard error over items"

@@ -63,11 +63,14 @@ UNKNOWN = {
 }
 
 
-def beside(table: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+def beside(
+    table: str, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None = None
+) -> tuple[list[list[str]], list[str]]:
     """The columns of a table of the paper with one's own scores beside them, percent, and a line for each difference.
 
-    `rows` are those of `compare`. A mark * is on what was run on a part of the items.
+    `rows` are those of `compare`, `about` the settings of eval.json. A mark * is on what was run on a part of the items.
     """
+    about = about or {}
     names, values = TABLES[table]
     own = {TASKS[row["task"]].paper: row for row in rows if TASKS[row["task"]].paper in names}
     own |= {name: own["Avg."] for name in _PARTS if "Avg." in own}  # of one task
@@ -85,9 +88,15 @@ def beside(table: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[str
         found.append([name, *(f"{column[place]:.2f}" for column in values), *cells])
         if name in own and name in UNKNOWN:
             notes.append(f"{name}: {UNKNOWN[name]}.")
+        task = own.get(name, {}).get("task")
+        used, theirs = about.get("judges", {}).get(task, "").rpartition("#")[2], TASKS[task].judge if task else None
+        if used and theirs and theirs.lower() not in used.lower():
+            notes.append(f"{name}: judged by {used} here, and by {theirs} in the paper.")
     missing = [name for name in names if name not in own and not name.endswith("Avg.")]
     if missing:
         notes.append(f"Not run here: {', '.join(missing)}.")
+    if about.get("max_tokens"):
+        notes.append(f"Answers are cut at {about['max_tokens']:,} tokens here, whatever the paper gives them.")
     if any(cell.endswith("*") for row in found for cell in row):
         notes.append("Scores with * are of a part of the items.")
     return found, notes
