@@ -15,6 +15,7 @@ right rollout and without feedback is left out, because its self-teacher would s
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,18 @@ from .signals import RunInterrupted
 from .trainer import CaMOPDTrainer
 
 
+logger = logging.getLogger(__name__)
+
 BRANCH = "lessons"
+_OPTION = re.compile(r"\(?([A-Za-z])[).]?")  # an answer that is one: "A", "A.", "(A)"
+# What stands before the letter of one, whatever its case.
+_CALLED_OPTION = re.compile(r"\b(?:option|choice|letter)s?\W{1,3}$|\banswer\s*:\W{0,3}$", re.IGNORECASE)
+_CALLED_ANSWER = re.compile(r"\b(?:answer|option|choice|letter)\s+(?:is|was)\W{1,3}$", re.IGNORECASE)
+_STARTS_SENTENCE = re.compile(r"(?:^|[.!?\n])[\s\"'\u201c]*$")
+_IS_ARTICLE = re.compile(
+    r"\s+(?!(?:is|was|would|has|had|because|since|as|and|or|follows|fits|holds)\b)[a-z]"
+)  # behind "A"
+_THOUSANDS = r"(?:,|\{,\}|\\,|\s)"  # what may stand between the groups of a number
 
 
 @dataclass(frozen=True)
@@ -146,14 +158,53 @@ def grade(
 
 def anchor(feedback: str, problem: Problem) -> str | None:
     """What may be passed on of a peer's feedback: the right answer is taken out wherever it stands as a word, and what is
-    left has to name one of the problem's concepts. `None` where it does not."""
-    kept = (
-        re.sub(rf"(?<!\w){re.escape(problem.answer)}(?!\w)", "", feedback, flags=re.IGNORECASE)
-        if problem.answer
-        else feedback
-    )
+    left has to name one of the problem's concepts. `None` where it does not.
+
+    An answer is found in other white space and with other thousands separators, too. One that is the letter of an option is
+    found as a letter in its own case, or as an option in any, and the option's text goes with it, where the prompt has that
+    on a line.
+    """
+    option = _OPTION.fullmatch(problem.answer.strip())
+    if option is None:
+        kept = _without(problem.answer, feedback)
+    else:
+        listed = re.search(rf"(?m)^\s*\(?{option[1]}[).:]\s*(.+)$", problem.prompt)
+        kept = _without_letter(option[1], _without(listed[1].rstrip(" .\r"), feedback) if listed else feedback)
     named = any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", kept, re.IGNORECASE) for label in problem.concepts)
     return kept.strip() if named else None
+
+
+def _without(answer: str, text: str) -> str:
+    """A text without an answer, whatever white space and thousands separators either has."""
+    words = re.findall(r"\d+|[^\W\d]+|[^\w\s]", re.sub(rf"(?<=\d){_THOUSANDS}(?=\d{{3}}(?!\d))", "", answer))
+    if not words:
+        return text
+    patterns = []
+    for word in words:
+        first = len(word) % 3 or 3
+        groups = [word[:first], *(word[at : at + 3] for at in range(first, len(word), 3))]
+        patterns.append(f"(?:{_THOUSANDS})?".join(groups) if word.isdecimal() else re.escape(word))
+    pattern = r"\s*".join(patterns)
+    return re.sub(rf"(?<!\w){pattern}(?!\w)", "", text, flags=re.IGNORECASE)
+
+
+def _without_letter(letter: str, text: str) -> str:
+    """A text without an option's letter, but with the articles and the pronoun that look like it."""
+
+    def cut(found: re.Match[str]) -> str:
+        before, after = text[: found.start()], text[found.end() :]
+        if found[0][0] == "(" or found[0][-1] == ")" or _CALLED_OPTION.search(before):
+            return ""
+        word: Any = re.match(r"\s+[a-z]|['\u2019]", after)
+        if found[0] != letter:  # in the other case
+            word = word or not _CALLED_ANSWER.search(before)
+        elif letter == "A":
+            word = _STARTS_SENTENCE.search(before) and _IS_ARTICLE.match(after)
+        elif letter not in "aI":
+            word = None
+        return found[0] if word else ""
+
+    return re.sub(rf"\({letter}\)|(?<!\w){letter}(?!\w)\)?", cut, text, flags=re.IGNORECASE)
 
 
 def lessons_of(
@@ -223,10 +274,10 @@ def co_distill(
 
     Returns a line for each student and round: `student`, `round`, and the counts of `lessons_of`.
 
-    Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer passes the
-    gate for none of the problems it is needed for in it, where a student has nothing to learn from, and where a signal has
+    Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer that is
+    needed passes the gate for no problem at all in it, where a student has nothing to learn from, and where a signal has
     stopped a training: both models are in memory alone. `ValueError` for a config with another schedule, and for two
-    students of one name.
+    students of one name. A gate that is closed in another round, or for just the problems in need, is warned of.
     """
     tutoring = tutoring or Tutoring()
     if students[0].name == students[1].name:
@@ -241,8 +292,8 @@ def co_distill(
         for at, student in enumerate(students):
             peer = students[1 - at]
             rows, counts = lessons_of(student, peer, asked, graded[at], graded[1 - at], tutoring)
-            if number == 0 and tutoring.feedback and counts["need"] and not counts["open"]:
-                _refuse_gate(peer, counts["need"], graded[at], graded[1 - at], tutoring)
+            if tutoring.feedback and counts["need"] and not counts["open"]:
+                _closed_gate(peer, counts["need"], graded[1 - at], tutoring, number)
             if not rows:
                 raise CaMOPDError(
                     f"{student.name!r} has nothing to learn from in round {number}: it has answered none of "
@@ -289,12 +340,18 @@ def _need_right(students: Sequence[Student], problems: Sequence[Problem], graded
     )
 
 
-def _refuse_gate(
-    peer: Student, need: int, own: Sequence[Graded], of_peer: Sequence[Graded], tutoring: Tutoring
-) -> None:
-    best = max(theirs.rate for mine, theirs in zip(own, of_peer, strict=True) if mine.wrong)
+def _closed_gate(peer: Student, need: int, of_peer: Sequence[Graded], tutoring: Tutoring, number: int) -> None:
+    """Warn of a round without feedback. Raises `CaMOPDError` for the first one where the peer is reliable on no problem."""
+    best = max(graded.rate for graded in of_peer)
+    if number > 0 or best >= tutoring.threshold:
+        logger.warning(
+            "%r passes the gate for none of the %d problems its peer needs feedback on in round %d (threshold %.0f%%), "
+            "and the peer learns from its own right answers alone",
+            peer.name, need, number, 100 * tutoring.threshold,
+        )  # fmt: skip
+        return
     raise CaMOPDError(
-        f"{peer.name!r} passes the gate for none of the {need} problems that its peer needs feedback on: at most "
-        f"{best:.0%} of its own {tutoring.rollouts} answers to one are right, and the threshold is "
+        f"{peer.name!r} passes the gate for none of {len(of_peer)} problems, of which its peer needs it on {need}: at "
+        f"most {best:.0%} of its own {tutoring.rollouts} answers to one are right, and the threshold is "
         f"{tutoring.threshold:.0%}. Lower the threshold, draw more rollouts, or ask problems of its domain."
     )

@@ -11,14 +11,16 @@ from typing import Any
 
 from datasets import Dataset
 
-from .messages import Messages, as_messages, read_row
+from .messages import MOST_BYTES, Messages, as_messages, read_row
 from .prompts import PromptReader, PromptStream, named
 from .schedule import short
+from .special_tokens import SpecialTokens
 
 
 COLUMN = "teacher_prompt"  # of rows; the setting of the config has the same name
 PLACE = "{prompt}"  # in a template
 MOST_COMPARED = 64  # tokens at the end of two prompts
+MOST_ADDED = 8  # tokens of a prompt beside those of its bytes: what a tokenizer puts at its beginning and its end
 FORM = (
     f"Write a text with {PLACE}, which takes the place of the last user message, or messages of which the last one is the "
     f"user's and has {PLACE}."
@@ -141,6 +143,7 @@ class TeacherPrompts:
         """
         self.branches: Collection[str] = contexts.keys()
         self._reader, self._tokenizer, self._contexts, self._limit = reader, tokenizer, contexts, limit
+        self._special = SpecialTokens(tokenizer)
 
     def ids(self, rows: Iterable[Mapping[str, Any]], prompt_ids: Iterable[list[int]]) -> list[list[int] | None]:
         """Token ids of what the teachers of rows see in place of the prompts; `None` where they see the same.
@@ -174,15 +177,19 @@ class TeacherPrompts:
         return ids
 
     def check(self, datasets: Mapping[str, Iterable[Any]]) -> None:
-        """Raise `ValueError` as `ids` does, for any row of a branch's dataset; of each the longest alone is encoded."""
-        for branch, rows in datasets.items():
-            longest: list[dict[str, Any]] = []
-            self._reader.check({f"{branch} ({COLUMN})": self._seen(branch, rows, longest)})
-            self.ids(longest, self._reader.ids(longest))
+        """Raise `ValueError` as `ids` does, for any row of a branch's dataset.
 
-    def _seen(self, branch: str, rows: Iterable[Any], longest: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """What its teacher sees of a branch's rows; `longest` gets the row of which that has the most characters."""
-        most = 0
+        Measured are the rows that could be longer than `limit`: a prompt has no more tokens than bytes, where a character
+        may be several. The ends of two prompts are compared in all rows as text, and as tokens in the largest.
+        """
+        for branch, rows in datasets.items():
+            self._reader.check({f"{branch} ({COLUMN})": self._seen(branch, rows)})
+
+    def _seen(self, branch: str, rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """What its teacher sees of a branch's rows. They are measured, many at a time, as the next ones are asked for."""
+        most, total = 0, 0
+        largest: list[dict[str, Any]] = []
+        pending: list[tuple[dict[str, Any], bool, str]] = []  # rows, whether the prompt is a text, and what is encoded
         for unread in rows:
             row = {**named(read_row, unread), "branch": branch}
             other = self._as_seen(row)
@@ -192,9 +199,32 @@ class TeacherPrompts:
             for (text, _), (_, end) in ((one, two), (two, one)):
                 if not text.endswith(end):
                     self._refuse_ending(other, one[0][-len(end) :], two[0][-len(end) :])
-            if len(two[0]) > most:
-                most, longest[:] = len(two[0]), [row]
             yield other
+            size = len(two[0].encode())
+            if size > most:
+                most, largest = size, [row]
+            if size + MOST_ADDED > self._limit:
+                pending.append((row, isinstance(other["prompt"], str), two[0]))
+                total += size
+                if self._special.first(other):  # which the reader may encode as text
+                    self.ids([row], self._reader.ids([row]))
+            if total > MOST_BYTES:
+                self._refuse_long(pending)
+                pending, total = [], 0
+        self._refuse_long(pending)
+        self.ids(largest, self._reader.ids(largest))
+
+    def _refuse_long(self, rows: Sequence[tuple[dict[str, Any], bool, str]]) -> None:
+        for is_text in (
+            True,
+            False,
+        ):  # of which a text gets the tokenizer's own special tokens, as in `messages.tokenize`
+            some = [(row, text) for row, of, text in rows if of is is_text]
+            if not some:
+                continue
+            found = self._tokenizer([text for _, text in some], add_special_tokens=is_text)["input_ids"]
+            long = [row for (row, _), ids in zip(some, found, strict=True) if len(ids) > self._limit]
+            self.ids(long[:1], self._reader.ids(long[:1]))
 
     def _as_seen(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """The row with the teacher's prompt in place of the student's."""

@@ -30,6 +30,7 @@ DAYS = gold(["Monday", "Friday"], "commas 2")
 COUNTS = gold(["Boris", "12", "Mira", "7"], "json", ("bullets", "code block", "question"))
 TOTAL = gold(["19"], "words 3", ("small letters", "sure", "end mark"))
 CSV = gold(["Boris,12,Corwen", "Mira,7,Elswick"], "csv 2", ("html", "numbers", "thanks"))
+BULLETS = CSV | {"distractors": ["bullets", "quotation", "thanks"]}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,35 @@ CSV = gold(["Boris,12,Corwen", "Mira,7,Elswick"], "csv 2", ("html", "numbers", "
         (CSV, "Boris,12,Corwen\nMira,7,Elswick", ["format"]),
         (CSV, "1. name,crates,place\n2. Boris,12,Corwen\n3. Mira,7,Elswick", ["format", "numbers"]),
         (CSV, "<p>name,crates,place\nBoris,12,Corwen\nMira,7,Elswick</p>", ["format", "html"]),
+        # numbers that only hold the right one
+        (TOTAL, "Total: 1,019 crates", ["task", "format"]),
+        (TOTAL, "Total: 19,000 crates", ["task", "format"]),
+        (TOTAL, "Total: 19.9 crates", ["task", "format"]),
+        (TOTAL, "Total: -19 crates", ["task", "format"]),
+        (TOTAL, "Not 19 crates", ["task", "format"]),
+        (TOTAL, "Total: 19 apples", ["format"]),
+        (TOTAL, "19 - 2", ["format", "small letters"]),
+        (TOTAL, "`Total: 19 crates`.", []),  # signs around it, as around a name
+        (COUNTS, '{"Boris": -12, "Mira": -7}', ["task"]),
+        (COUNTS, '{"Boris": 12.5, "Mira": 7}', ["task"]),
+        (COUNTS, '{"Boris": "not 12", "Mira": 7}', ["task"]),
+        (COUNTS, '{"Boris": "12", "Mira": 7}', ["task"]),
+        (COUNTS, '{"Boris": [12, 13], "Mira": 7}', ["task"]),
+        (COUNTS, '{"Boris": 12, "Mira": 7, "Hugo": 3}', ["task"]),
+        (COUNTS, '{"Mira": 7, "Boris": 12}', ["task"]),
+        (COUNTS, '{"all": [{"name": "Boris", "crates": 12}, {"name": "Mira", "crates": 7}]}', ["task"]),
+        (COUNTS, "[" * 100_000, ["task", "format"]),
+        (COUNTS | {"distractors": ["capitals", "html", "sure"]}, '{"BORIS": 12, "MIRA": 7}', ["capitals"]),
+        # a line distractor that is followed in some lines
+        (CSV, "name,crates,place\n1. Boris,12,Corwen\n2. Mira,7,Elswick", ["format", "numbers"]),
+        (CSV, "name,crates,place\nBoris,12,Corwen\n2. Mira,7,Elswick", ["format", "numbers"]),
+        (BULLETS, "name,crates,place\n- Boris,12,Corwen\n- Mira,7,Elswick", ["format", "bullets"]),
+        (BULLETS, "name,crates,place\n>Boris,12,Corwen\n>Mira,7,Elswick", ["format", "quotation"]),
+        (PEOPLE | {"distractors": ["quotation", "ack", "html"]}, "Boris\n>Mira", ["quotation"]),
+        (CSV, "name,crates,place\nBoris,12,Corwen on Monday\nMira,7,Elswick on Monday", ["format"]),
+        (CSV, "name,crates,place\nBoris,12,Corwen,Monday\nMira,7,Elswick", ["format"]),
+        (CSV, "name,crates,place\nBoris,-12,Corwen\nMira,7,Elswick", ["task", "format"]),
+        (CSV, "name,crates,place\nBoris,13,Corwen\nMira,7,Elswick", ["task"]),
     ],
 )
 def test_rules_say_of_answers_written_by_hand_which_are_broken(of, answer, broken):

@@ -5,12 +5,12 @@ import json
 import pytest
 
 from camopd.errors import DataError
-from camopd.eval import rows
+from camopd.eval import distraction, rows
 from camopd.eval.tasks import TASKS
 from camopd.files import json_lines
 
 
-MEDQA, IFEVAL = TASKS["medqa"], TASKS["ifeval"]
+MEDQA, IFEVAL, DISTRACTION = TASKS["medqa"], TASKS["ifeval"], TASKS["distraction"]
 
 
 def save(path, found):
@@ -56,6 +56,46 @@ def test_rows_that_are_none_are_refused_with_their_line(tmp_path, text, said):
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=said):
         rows.read(MEDQA, path, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"distractors": ["ack", "emojy", "bold"]},
+            r"has the distractors .*'emojy'.* three different ones of .*'emoji'",
+        ),
+        ({"distractors": ["ack", "ack", "bold"]}, "must be three different ones of"),
+        ({"distractors": ["ack", ["ack"], "bold"]}, "must be three different ones of"),
+        ({"distractors": ["ack", "bold"]}, r"\['ack', 'bold'\] in its gold, which must be a list of three names"),
+        ({"distractors": None}, "has the distractors None in its gold, which must be a list of three names"),
+        ({"format": "lines"}, r"has the format 'lines' in its gold; .* \(2\) one of \['lines 2', .*'json'\] is right"),
+        ({"format": "lines 3"}, "has the format 'lines 3'"),
+        ({"format": ["json"]}, r"has the format \['json'\]"),
+        ({"format": "words 1"}, "has the format 'words 1'"),
+        ({"items": ["19"], "format": "json"}, r"one of \[.*'words 1', 'words 3'\] is right"),
+        ({"items": None}, "has the items None in its gold, which must be a list of 1 or more texts"),
+        ({"items": []}, r"has the items \[\]"),
+        ({"items": ["Mira", 7]}, r"has the items \['Mira', 7\]"),
+        ({"others": None}, "has the others None in its gold, which must be a list of 0 or more texts"),
+    ],
+)
+def test_rows_of_distraction_that_nothing_can_be_scored_by_are_refused_with_their_line(tmp_path, changed, said):
+    good = {
+        "messages": [{"role": "user", "content": "?"}],
+        "gold": {
+            "items": ["Boris", "Mira"],
+            "others": [],
+            "format": "lines 2",
+            "distractors": ["ack", "emoji", "bold"],
+        },
+    }
+    path = save(tmp_path / "d.jsonl", [good, {**good, "gold": good["gold"] | changed}])
+    with pytest.raises(DataError, match=rf"^line 2 of '.*d\.jsonl', rows of the task distraction: .*{said}"):
+        rows.read(DISTRACTION, path, 1)
+    assert len(rows.read(DISTRACTION, save(path, [good, *distraction.rows(48)]), None)) == 49
+    with pytest.raises(DataError, match=r"line 1 of .*: has the gold 'Boris', which is no object as"):
+        rows.read(DISTRACTION, save(path, [{**good, "gold": "Boris"}]), None)
 
 
 def test_missing_file_without_the_hub_says_which_to_put_where(tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ from datasets import Dataset
 from fake_rollouts import FakeRollouts
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from trainers import lines, make_trainer
+from transformers import PreTrainedTokenizerFast
 
 from camopd.errors import ResumeError, TeacherError
 from camopd.prompts import PromptReader, PromptStream
@@ -353,8 +355,8 @@ THINKING = (
 )
 
 
-def readers(contexts, template=None, limit=64):
-    tokenizer = make_tokenizer()
+def readers(contexts, template=None, limit=64, tokenizer=None):
+    tokenizer = tokenizer or make_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
     reader = PromptReader(tokenizer, tokenizer, len(tokenizer), [], None, {})
     return reader, TeacherPrompts(reader, tokenizer, contexts, limit)
@@ -403,6 +405,50 @@ def test_prompt_of_a_teacher_that_is_too_long_is_refused_and_not_cut():
     with pytest.raises(ValueError, match="the teacher_prompt of row 3 has 20 tokens, and max_prompt_length is 19"):
         seen({"prompt": "a?"}, {"b": HINT}, limit=19)
     assert len(seen({"prompt": "a?"}, {"b": HINT}, limit=20)) == 20
+
+
+def byte_tokenizer():
+    """One token for each byte, so that a Japanese character has three."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.WordLevel({token: place for place, token in enumerate(["<unk>", *alphabet])}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(False, use_regex=False), pre_tokenizers.Split("", "isolated")]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_rows_of_fewer_characters_and_more_tokens_are_refused_beforehand(place):
+    rows = [
+        {"prompt": "a", "teacher_prompt": text, "row": f"row {at}"} for at, text in enumerate(["a" * 40, "b" * 30])
+    ]
+    reader, prompts = readers({"b": None}, limit=44, tokenizer=byte_tokenizer())
+    prompts.check({"b": rows})
+    rows.insert(place, {"prompt": "a", "teacher_prompt": "\u3042" * 15, "row": "the row"})
+    with pytest.raises(ValueError, match=r"^the teacher_prompt of the row has 45 tokens, and max_prompt_length is 44"):
+        prompts.check({"b": rows})
+    encoded, ids = [], reader.ids
+    reader.ids = lambda rows: encoded.extend(row["prompt"] for row in rows) or ids(rows)
+    readers({"b": None}, limit=45, tokenizer=byte_tokenizer())[1].check({"b": rows})
+    prompts._limit = 100  # which no row could exceed: the largest alone is encoded, to compare the ends
+    prompts.check({"b": rows})
+    assert encoded == ["a", "\u3042" * 15]
+
+
+def test_rows_whose_special_tokens_are_encoded_as_text_are_measured_so():
+    """Where a larger row has fewer tokens, thanks to its chat template's."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<assistant>"]})
+    tokenizer.chat_template = THINKING
+    reader = PromptReader(tokenizer, tokenizer, len(tokenizer), [], None, {}, split_special_tokens=True)
+    rows = [
+        {"prompt": "a", "teacher_prompt": "a" * 30 + "<assistant>", "row": "row 0"},
+        {"prompt": user("a"), "teacher_prompt": user("b" * 25), "row": "row 1"},
+    ]
+    TeacherPrompts(reader, tokenizer, {"b": None}, 41).check({"b": rows})
+    with pytest.raises(ValueError, match="the teacher_prompt of row 0 has 41 tokens, and max_prompt_length is 40"):
+        TeacherPrompts(reader, tokenizer, {"b": None}, 40).check({"b": rows})
 
 
 def test_row_that_lacks_what_its_teacher_is_to_see_is_refused():

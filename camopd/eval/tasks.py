@@ -96,8 +96,10 @@ def human_eval(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def over_a_text(row: dict[str, Any]) -> dict[str, Any]:
-    """A conversation of the task `distraction`, and what its answer is held against."""
-    return {"messages": need(row, "messages"), "response": json.dumps(need(row, "gold"))}
+    """A conversation of the task `distraction`, and what its answer is held against. Raises as `distraction.check`."""
+    gold = need(row, "gold")
+    distraction.check(gold)
+    return {"messages": need(row, "messages"), "response": json.dumps(gold)}
 
 
 def zebra(row: dict[str, Any]) -> dict[str, Any]:
