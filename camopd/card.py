@@ -6,6 +6,8 @@ paths are shortened to their names, because the card is for others.
 
 from __future__ import annotations
 
+import re
+import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ PAPER = {
         }"""),  # noqa: E501
 }
 DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompts, a file per branch
+_METRICS = "`metrics.jsonl` beside this card has every step; `camopd report` draws it."
 _HUB_DATASET = "https://huggingface.co/datasets/"
 # Of `selection`: which samples a branch is trained on, in words.
 _SAMPLES = {
@@ -125,6 +128,32 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
     path = out / "README.md"
     atomic.write(path, str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body))))
     return path
+
+
+def write_merged_card(run: str | Path, folder: str | Path, name: str | None = None) -> Path:
+    """Write `README.md` of a folder with the whole model that a run's adapter was merged into. Returns its path.
+
+    It is the run's card with the name and the use of that model, `name` or that of the folder, without what says that an
+    adapter is loaded or leads to files that stay with the run. Data cards are copied.
+
+    Raises `OSError` where the run has no card, or the folder cannot be written.
+    """
+    from huggingface_hub import ModelCard
+
+    run, folder = Path(run), Path(folder)
+    name = name or folder.resolve().name
+    title = name.rpartition("/")[2]
+    card = ModelCard((run / "README.md").read_text(encoding="utf-8"))
+    vars(card.data).update(library_name="transformers", model_name=title)
+    before, _, behind = card.text.strip().replace(f"{_METRICS}\n\n", "").partition("## Use\n")
+    before = re.sub(r"^# .*", lambda _: f"# {title}", before)
+    before = re.sub(r"^(\| trained \| LoRA on .*) \|$", r"\1, merged into it |", before, flags=re.MULTILINE)
+    use, versions = "\n".join(_use(name, is_peft=False)), "\n## Versions\n" + behind.partition("## Versions\n")[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    if (run / DATA_CARDS).is_dir():
+        shutil.copytree(run / DATA_CARDS, folder / DATA_CARDS, dirs_exist_ok=True)
+    atomic.write(folder / "README.md", f"---\n{card.data.to_yaml()}\n---\n\n{before}{use}{versions}\n")
+    return folder / "README.md"
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -253,7 +282,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
         values = [settings[name][branch] for name in ("mass_target", "score", "scale")]
         selection = {True: "on", False: "off"}.get(settings["selection"][branch], settings["selection"][branch])
         lines.append(f"| {branch} | {' | '.join(map(str, values))} | {selection} | {_prompts(*sources[branch])} |")
-    return [*lines, "", "`metrics.jsonl` beside this card has every step; `camopd report` draws it.", ""]
+    return [*lines, "", _METRICS, ""]
 
 
 def _use(model: str, is_peft: bool) -> list[str]:

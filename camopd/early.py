@@ -13,11 +13,22 @@ from .errors import CaMOPDError
 from .ranges import check_written
 from .run import check_names, named_teachers, read_settings
 from .schedule import Schedule, mapping_form
-from .settings import default_of, values_of
+from .settings import default_of, keys_of, types, values_of
 from .teachers.address import names_missing_folder, without_secrets
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")  # of TRL's ModelConfig
+# Settings with the values of an enumeration of transformers: the file and its name
+ENUMERATIONS = {
+    "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
+    "eval_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    "logging_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    "save_strategy": ("trainer_utils.py", "SaveStrategy"),
+    "hub_strategy": ("trainer_utils.py", "HubStrategy"),
+    "optim": ("training_args.py", "OptimizerNames"),
+}
+BOOLS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # as transformers' parser reads them
+_FEW = 12  # names that an error lists where one of them is near
 
 
 def check_early(config: str, overrides: list[str], training: bool = False) -> dict[str, Any]:
@@ -54,12 +65,44 @@ def check_early(config: str, overrides: list[str], training: bool = False) -> di
 
 
 def _check_values(settings: dict[str, Any]) -> None:
-    schedulers = values_of("transformers", "trainer_utils.py", "SchedulerType")
-    for name, allowed in (("dtype", DTYPES), ("lr_scheduler_type", schedulers)):
-        value = settings.get(name)
-        if isinstance(value, str) and value not in allowed:
-            raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}.{_meant(value, allowed)}")
+    for name, value in settings.items():
+        if not isinstance(value, str):
+            continue
+        if name in ENUMERATIONS:
+            allowed = values_of("transformers", *ENUMERATIONS[name])
+        elif name == "token_rule":
+            allowed = keys_of("camopd", "token_rules/__init__.py", "TOKEN_RULES")
+        elif name == "dtype":
+            allowed = DTYPES
+        else:
+            continue
+        if value not in allowed:
+            meant = _meant(value, allowed)
+            names = "the names there are" if meant and len(allowed) > _FEW else ", ".join(allowed)
+            raise ValueError(f"{name}={value!r} is none of {names}.{meant}")
     check_written(settings)
+    for name, value in settings.items():
+        if isinstance(value, str):
+            _check_type(name, value)
+    epochs = settings.get("num_train_epochs")
+    if isinstance(epochs, (int, float, str)) and float(epochs) != -1:
+        raise ValueError(
+            f"num_train_epochs={epochs} cannot be used with CaMOPD: with a stream per branch there is no epoch to count; "
+            "set max_steps. Leave it out, or at -1.0."
+        )
+
+
+def _check_type(name: str, text: str) -> None:
+    """Raise `ValueError` for a text where a number, or true or false, has to be."""
+    kinds = types().get(name, frozenset())
+    if kinds == {"bool"} and text.lower() not in BOOLS:
+        raise ValueError(f"{name} must be true or false, got {without_secrets(repr(text))}.")
+    for kind, read, must_be in (("int", int, "a whole number"), ("float", float, "a number")):
+        if kinds == {kind}:
+            try:
+                read(text)
+            except ValueError:
+                raise ValueError(f"{name} must be {must_be}, got {without_secrets(repr(text))}.") from None
 
 
 def _schedule(settings: dict[str, Any]) -> Schedule:
@@ -70,5 +113,10 @@ def _schedule(settings: dict[str, Any]) -> Schedule:
 
 
 def _meant(value: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(value, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """Of the names that are near, or begin with what is near."""
+
+    def nearness(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, value, text).ratio() for text in (name, name[: len(value)]))
+
+    nearest = max(known, key=nearness)
+    return f" Did you mean {nearest!r}?" if nearness(nearest) >= 0.6 else ""

@@ -165,9 +165,16 @@ def _column_of_prompts(dataset: Dataset, spec: Mapping[str, Any], branch: str, m
 
 def no_column(path: str, branch: str, known: list[str], wanted: list[str]) -> str:
     """What to say of prompts without any of the wanted columns."""
+    others = [name for name in known if name != "text"]
+    texts = " A column 'text' for fine-tuning has prompt and answer in one: the answer would be in the prompt." * (
+        "text" in known
+    )
+    way = (
+        f"Name the one with the prompts: {{path: {path}, column: ...}}." if others else "Give a file that has prompts."
+    )
     return (
         f"the prompts of branch {branch!r}, {path!r}, have the columns {known}, none of them "
-        f"{' or '.join(map(repr, wanted))}. Name the one with the prompts: {{path: {path}, column: ...}}."
+        f"{' or '.join(map(repr, wanted))}.{texts} {way}"
     )
 
 

@@ -55,6 +55,12 @@ _DECLARED = (
 
 def declared() -> Iterator[tuple[str, str, str, str]]:
     """Group, name, default and help of every setting of a run."""
+    for group, name, node, constants in _nodes():
+        yield group, name, *_default_and_help(node.value, constants)
+
+
+def _nodes() -> Iterator[tuple[str, str, ast.AnnAssign, dict[str, str]]]:
+    """Group, name and declaration of every setting, and the constants of the file it is in."""
     seen: set[str] = set()
     group = ""
     for title, package, file, cls in _DECLARED:
@@ -73,7 +79,7 @@ def declared() -> Iterator[tuple[str, str, str, str]]:
                 if "ClassVar" in ast.unparse(node.annotation):
                     continue
                 seen.add(node.target.id)
-                yield group, node.target.id, *_default_and_help(node.value, constants)
+                yield group, node.target.id, node, constants
 
 
 def list_of_settings() -> str:
@@ -136,6 +142,28 @@ def write_table(path: str) -> None:
 def default_of(name: str) -> Any:
     """The default of a setting, where it is written as a value."""
     return next(ast.literal_eval(default) for _, each, default, _ in declared() if each == name)
+
+
+@cache
+def types() -> dict[str, frozenset[str]]:
+    """The names of the types that each setting is declared with, `None` left out."""
+    left_out = {"None", "Optional", "Union"}
+    return {
+        name: frozenset(re.findall(r"\w+", ast.unparse(node.annotation))) - left_out for _, name, node, _ in _nodes()
+    }
+
+
+def keys_of(package: str, file: str, table: str) -> tuple[str, ...]:
+    """The keys of a table of texts, read from its source."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    (found,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table and isinstance(node.value, ast.Dict)
+    )
+    return tuple(str(ast.literal_eval(key)) for key in found.keys if key is not None)
 
 
 def values_of(package: str, file: str, enumeration: str) -> tuple[str, ...]:

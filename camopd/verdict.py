@@ -17,7 +17,7 @@ from .words import counted
 FEWEST = 8  # prompts, below which no verdict is given
 SAME = 0.01  # nats per token, below which a model is its teacher: what rounding of 16 bits alone makes
 HALF = 0.5  # share of the gap from which on a branch has recovered, and not in part
-KEPT = 0.1  # of the largest gap of the run before it: a branch that has moved less is kept
+KEPT = 0.1  # of the largest gap of the run before it: a branch whose gap was less is kept if it has moved less
 POWER = 0.8  # with which the smallest change that can be shown is found
 NOT_MEASURED = (
     "whether the model recovered is not known: no held-out prompts were measured. Set eval_prompts (eval_dataset), "
@@ -77,6 +77,7 @@ class Verdict:
     before: Measured | None = None
     after: Measured | None = None
     change: Change | None = None
+    small: bool = False  # the gap before was too small to recover: the branch is judged by how far it has moved
 
     @property
     def text(self) -> str:
@@ -136,7 +137,9 @@ def verdicts_of(found: Mapping[str, Sequence[Measured]], last_step: int | None =
     """
     ends = {branch: _ends(measured) for branch, measured in found.items()}
     starts = [before.kl for before, _ in ends.values() if before is not None and before.kl >= SAME]
-    return [_verdict(branch, *ends[branch], max(starts, default=0.0), last_step) for branch in found]
+    elsewhere = {branch: max((each.step for each in measured), default=0) for branch, measured in found.items()}
+    largest = max(starts, default=0.0)
+    return [_verdict(branch, *ends[branch], elsewhere[branch], largest, last_step) for branch in found]
 
 
 def _ends(measured: Sequence[Measured]) -> tuple[Measured | None, Measured | None]:
@@ -147,11 +150,17 @@ def _ends(measured: Sequence[Measured]) -> tuple[Measured | None, Measured | Non
 
 
 def _verdict(
-    branch: str, before: Measured | None, after: Measured | None, largest: float, last_step: int | None
+    branch: str, before: Measured | None, after: Measured | None, elsewhere: int, largest: float, last_step: int | None
 ) -> Verdict:
+    """`elsewhere` is the last step that was measured, on whichever prompts."""
     if before is None or after is None:
         if before is not None:
             words = f"{branch}: not known yet, its gap before the run is {_with_error(before)}, and none was measured after"
+            if elsewhere > 0:
+                words = (
+                    f"{branch}: not known, its gap before the run is {_with_error(before)}, and that at step {elsewhere} "
+                    "was measured on other prompts (eval_prompts), so the two cannot be compared"
+                )
             return Verdict(branch, "not known", words, before=before)
         if after is None:
             return Verdict(branch, "not known", f"{branch}: not measured on held-out prompts")
@@ -161,23 +170,28 @@ def _verdict(
         )
         return Verdict(branch, "not known", words, after=after)
     change = change_of(before, after)
-    state, words = _judge(branch, before, after, change, largest)
+    allowed = max(SAME, KEPT * largest)
+    small = abs(before.kl) < allowed
+    state, words = _judge(branch, before, after, change, largest, allowed if small else None)
     late = "" if last_step in (None, after.step) else f" (measured at step {after.step} of {last_step})"
-    return Verdict(branch, state, words + late, _limits(before, change, state), before, after, change)
+    return Verdict(branch, state, words + late, _limits(before, change, state, small), before, after, change, small)
 
 
-def _judge(branch: str, before: Measured, after: Measured, change: Change, largest: float) -> tuple[str, str]:
+def _judge(
+    branch: str, before: Measured, after: Measured, change: Change, largest: float, allowed: float | None
+) -> tuple[str, str]:
+    """`allowed` is how far a branch may move away that has nothing to recover; `None` of one that has."""
     moves = f"{short(before.kl)} → {short(after.kl)}"
     if change.prompts < FEWEST or not math.isfinite(change.half):
         few = "is too few" if change.prompts == 1 else "are too few"
         return "not settled", f"{branch}: {counted(change.prompts, 'held-out prompt')} {few} to tell ({moves})"
     low, high = change.value - change.half, change.value + change.half
     moves += f", change {signed(change.value)} ({signed(low)} to {signed(high)})"
-    if abs(before.kl) < SAME:
-        allowed = max(SAME, KEPT * largest)
-        away = f" by {change.value / largest:.0%} of the largest gap before" if largest else ""
+    if allowed is not None:
+        away = f" by {_percent(change.value / largest)} of the largest gap before" if largest else ""
         if high <= allowed:
-            return "kept", f"{branch} is kept: {moves}"
+            by = f", a change of {_percent(change.value / largest, '+')} of the largest gap before" if largest else ""
+            return "kept", f"{branch} is kept{by}: {moves}"
         if low > allowed:
             return "moved", f"{branch} has MOVED AWAY from its teacher{away}: {moves}"
         return "not settled", f"{branch}: whether it is kept is not settled: {moves}"
@@ -200,14 +214,20 @@ def _judge(branch: str, before: Measured, after: Measured, change: Change, large
     return "not shown", f"{branch} is not shown to have recovered: {moves}"
 
 
-def _limits(before: Measured, change: Change, state: str) -> str:
+def _percent(share: float, sign: str = "") -> str:
+    """Without decimals, and below a percent with one."""
+    return f"{share:{sign}.{0 if abs(share) >= 0.0095 else 1}%}"
+
+
+def _limits(before: Measured, change: Change, state: str, small: bool) -> str:
     """What so many prompts can show."""
     if not math.isfinite(change.smallest) or change.smallest <= 0:
         return ""
-    of_gap = f" ({change.smallest / before.kl:.0%} of the gap)" if before.kl >= SAME else ""
+    has_gap = before.kl >= SAME and not small
+    of_gap = f" ({change.smallest / before.kl:.0%} of the gap)" if has_gap else ""
     text = f"{change.prompts} prompts find a change of {short(change.smallest)}{of_gap} four times in five"
     wanted = HALF * before.kl
-    if state in ("not recovered", "not shown", "not settled") and before.kl >= SAME and change.smallest > wanted:
+    if state in ("not recovered", "not shown", "not settled") and has_gap and change.smallest > wanted:
         needed = math.ceil(change.prompts * (change.smallest / wanted) ** 2)
         text += f"; to find half of the gap takes about {needed:,}"
     return f"{text}." if change.paired else f"{text} (not paired: the values of single prompts were not kept)."
@@ -241,7 +261,7 @@ def rows_of(verdicts: Sequence[Verdict]) -> list[list[str]]:
         cells = ["", "", "", ""]
         change, before = verdict.change, verdict.before
         if change is not None and before is not None:
-            told = before.kl >= SAME and before.kl > before.half and math.isfinite(change.share)
+            told = not verdict.small and before.kl > before.half and math.isfinite(change.share)
             spread = t_quantile(change.prompts - 1) * change.share_se if change.prompts > 1 else math.nan
             share = f"{change.share:.0%} ± {spread:.0%}" if told and math.isfinite(spread) else ""
             smallest = short(change.smallest) if math.isfinite(change.smallest) else ""

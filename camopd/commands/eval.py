@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..eval.paper import TABLES
 from ..eval.tasks import TASKS, Task, named
 from ..exit_codes import INTERRUPTED
 from ..run import read_settings
+from ..surroundings import context_of
 from ..teachers.address import public_url
 from ..teachers.vllm.plan import VLLM
 from . import processes
@@ -60,6 +62,8 @@ def eval(argv: list[str]) -> None:
     for name in wanted if read else ():
         found[name][read[0].name] = livebench.items_of(effects.files_of(options.data).get(read[0].name), name)
     asked = [task for task in tasks if task not in read]
+    if asked:
+        _need_context(wanted.values(), asked, options)
     vllm = _vllm(options, wanted.values()) if asked else None
     task_rows = _rows(asked, options)
     for model in wanted.values() if asked else ():  # what is refused is refused before anything is generated
@@ -291,9 +295,31 @@ def _prepare(
 
 def _context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
     """Of a server that is started here, tokens."""
-    room = {"played": gca.HEARD}
-    longest = (room.get(task.answer, ROOM) + (options.max_tokens or task.generation["max_tokens"]) for task in tasks)
+    longest = (_heard(task) + (options.max_tokens or task.generation["max_tokens"]) for task in tasks)
     return int(options.context or max(longest))
+
+
+def _heard(task: Task) -> int:
+    """Tokens that a server started here has for a prompt of a task."""
+    return gca.HEARD if task.answer == "played" else ROOM
+
+
+def _need_context(wanted: Iterable[Model], tasks: Sequence[Task], options: argparse.Namespace) -> None:
+    """Raise `ValueError` for a model to serve here whose positions are fewer than the context: vLLM would refuse it."""
+    if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true"):
+        return
+    context = _context(tasks, options)
+    for model in wanted:
+        limit = math.inf if model.is_url else context_of(model.where)
+        if context > limit:
+            heard = max(map(_heard, tasks))
+            how = "as --context says" if options.context else f"{context - heard} of an answer and {heard} of prompt"
+            tokens = int(limit - heard if limit > heard else limit // 2)
+            raise ValueError(
+                f"a server of the model {model.name!r}, {model.where}, needs a context of {context} tokens, {how}, and the "
+                f"model has {limit:.0f} positions (config.json). Shorten answers with --max-tokens, or prompt and answer "
+                f"with --context; here --max-tokens {tokens} --context {limit:.0f} is the longest that fits."
+            )
 
 
 def _vllm(options: argparse.Namespace, wanted: Any) -> VLLM | None:
