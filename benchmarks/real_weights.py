@@ -8,7 +8,7 @@ DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl`, `merge
 and `camopd sweep` and `camopd eval` leave alone what is finished and go on with the rest. In runs/real/DOMAIN:
 sweep/results.md has the gaps of all runs, eval/METHOD-SEED/eval.md the scores of a recovered model beside those before.
 
-The methods are the paper's, its parts, and those that the testbed puts first beside them (docs/testbed.md); then CaMOPD
+The methods are the paper's, its parts, and the two that the testbed puts first beside them (docs/testbed.md); then CaMOPD
 with the other estimators of the gradient, of which the gaps alone are measured. Sizes are those of `ON_CPU`, which two
 cores manage in a night, or of `ON_GPU`. A model this small leaves a GPU idle for most of a step, and `--at-once` runs of a
 sweep share it. Not too many: seventeen on one H200 took 26 to 37 s a step each. Where the GPU has no evalscope:
@@ -35,8 +35,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 RUNS = Path("runs") / "real"
 DOMAINS = ("medical", "persona")
+SETTINGS: dict[str, dict[str, Any]] = {"beta1_0": {"adam_beta1": 0.0}}  # methods without a file of their own
 METHODS = (
-    "camopd", "vanilla_mopd", "without_decoupling_3_1", "without_selection", "relaxed_opd", "vanilla_mopd_token",
+    "camopd", "vanilla_mopd", "without_decoupling_3_1", "without_selection", "relaxed_opd", *SETTINGS,
 )  # fmt: skip
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "full": {"divergence": "full"}, "top_k": {"divergence": "top_k"}, "baseline_kl": {"baseline": "kl"},
@@ -113,11 +114,13 @@ def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
         "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
         "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
     }  # fmt: skip
-    for name, settings in ESTIMATORS.items():
+    of_settings = {**SETTINGS, **ESTIMATORS}
+    for name, settings in of_settings.items():
         atomic.write(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
     sweep = {
         "output_dir": str(folder / "sweep"), "seeds": list(SEEDS),
-        "configs": [*METHODS, *(str(folder / f"{name}.yaml") for name in ESTIMATORS)],
+        "configs": [*(name for name in METHODS if name not in SETTINGS),
+                    *(str(folder / f"{name}.yaml") for name in of_settings)],
         "columns": ["eval_general_kl", "eval_domain_kl", "gap/general/abs_mean@5", "gap/domain/abs_mean"],
         "command": "{python} -m camopd.cli train " + str(folder / "run.yaml")
         + " --method {config} --seed {seed} --output_dir {output_dir} {resume}",

@@ -25,7 +25,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import testbed.__main__  # noqa: E402
-from testbed import arms, explore, figures, gradients, lag, models, run, signs, skills, tables  # noqa: E402
+from testbed import arms, explore, figures, gradients, lag, models, run, signs, skills, tables, tutors  # noqa: E402
 
 
 # --- skills and models -------------------------------------------------------------------------------------------
@@ -109,6 +109,59 @@ def test_outcome_is_read_from_the_half_that_did_not_choose():
     one = result((0.2, 0.8), (0.6, 0.8), (0.5, 0.8))
     one["points"][1]["report"]["covered"] = 0.3
     assert tables.outcome(one).recovery == pytest.approx(0.125)
+
+
+def test_matched_step_is_the_nearest_in_mean_tokens_and_a_run_is_read_up_to_it(tmp_path):
+    """Of an arm with 100 tokens a step and of one with 170; the second has lost its domain at the matched step."""
+    runs = [result((0.2, 1.0), (0.4, 1.0), (0.6, 1.0), (0.8, 1.0), arm=arm, seed=seed)
+            for arm in arms.ARMS for seed in (1, 2)]  # fmt: skip
+    dear = [one for one in runs if one["arm"] == "without_selection"]
+    for one in dear:
+        one["points"][2]["choose"]["domain"] = one["points"][2]["report"]["domain"] = 0.5
+        for point, tokens in zip(one["points"], (0, 170, 340, 510), strict=True):
+            point["tokens"] = tokens
+    steps = tables.matched_steps(runs, 300)
+    assert (steps["camopd"], steps["without_selection"]) == (3, 2)
+    assert tables.last(dear[0], most_tokens=300).tokens == 170
+    up_to = tables.outcome(dear[0], last_step=steps["without_selection"])
+    there = tables.last(dear[0], last_step=steps["without_selection"])
+    assert (up_to.step, up_to.recovery) == (1, pytest.approx(0.25))
+    assert (there.step, there.tokens, there.recovery, there.preservation) == (2, 340, pytest.approx(0.5), 0.5)
+    (tmp_path / "runs").mkdir()
+    for place, one in enumerate(runs):
+        for stage in ("comparison", *(("tuning",) if one["seed"] == 1 else ())):
+            for rate in arms.rates(one["arm"]) if stage == "tuning" else (1.0,):
+                text = json.dumps({**one, "stage": stage, "learning_rate": rate})
+                (tmp_path / "runs" / f"{place}-{stage}-{rate}.json").write_text(text, encoding="utf-8")
+    tables.write(tmp_path)
+    own, matched = (tmp_path / "tables.md").read_text(encoding="utf-8").split("## Hypo")[0].split("## Matched")
+    (row,) = [line for line in own.split("## Equal trained")[1].splitlines() if line.startswith("| without sel")]
+    assert row.endswith("| 170 |")  # reached within the 300 of the protocol's budget
+    (row,) = [line for line in matched.splitlines() if line.startswith("| without sel")]
+    assert row.startswith("| without selection | 2 | 340 | 0.250 ") and "| -0.500 [-0.500, -0.500] |" in row
+    assert "0.500 [0.500, 0.500] | -0.250 [-0.250, -0.250] | 0.500 [0.500, 0.500] |" in row
+
+
+def test_tutors_report_pairs_every_outcome_by_seed(tmp_path):
+    """From the files alone; own codes fall by 0.1 and by 0.3 without feedback, and as much of them is broken."""
+    (tmp_path / "runs").mkdir()
+    for arm, rate, seed in itertools.product(tutors.ARMS, tutors.RATES, (0, 1, 2)):
+        lost = {1: 1, 2: 3}.get(seed, 0) if arm == "no feedback" else 0
+        before = dict.fromkeys((*tutors.CODES, "named"), "1" * 10)
+        after = {**dict.fromkeys(tutors.CODES, "0" * lost + "1" * (10 - lost)), "named": "1" * 10}
+        found = {
+            "before": dict.fromkeys(tutors.SIDES, before),
+            "after": dict.fromkeys(tutors.SIDES, after),
+            "lines": [],
+        }
+        path = tmp_path / "runs" / f"{arm.replace(' ', '_')}-{rate:g}-{seed}.json"
+        path.write_text(json.dumps(found), encoding="utf-8")
+    tutors.write(tmp_path, {}, 2)
+    text = (tmp_path / "tutors.md").read_text(encoding="utf-8")
+    assert "| no feedback | -0.200 ± 1.271 | -0.200 ± 1.271 | +0.200 ± 1.271 |" in text  # t of one degree: 12.71
+    assert "| | own codes | peer's codes | broken |" in text
+    with pytest.raises(SystemExit, match="is not there"):
+        tutors.write(tmp_path, {}, 3)
 
 
 def test_rate_is_that_of_the_best_mean_over_the_tuning_seeds():

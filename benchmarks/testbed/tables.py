@@ -66,7 +66,7 @@ def at(run: Mapping[str, Any], point: Mapping[str, Any]) -> Outcome:
     return Outcome(recovered("covered"), recovered("uncovered"), preservation, point["tokens"], point["step"])
 
 
-def outcome(run: Mapping[str, Any], most_tokens: float = math.inf) -> Outcome:
+def outcome(run: Mapping[str, Any], most_tokens: float = math.inf, last_step: float = math.inf) -> Outcome:
     """The primary outcome: recovery at the best measured step that keeps the domain.
 
     Of the steps within the budget at which the half of the items that chooses has at least 95 % of the specialised model's
@@ -74,8 +74,24 @@ def outcome(run: Mapping[str, Any], most_tokens: float = math.inf) -> Outcome:
     one of them, with a recovery of 0.
     """
     needed = KEPT * run["points"][0]["choose"]["domain"]
-    allowed = [p for p in run["points"] if p["choose"]["domain"] >= needed and p["tokens"] <= most_tokens]
+    within = [p for p in run["points"] if p["tokens"] <= most_tokens and p["step"] <= last_step]
+    allowed = [p for p in within if p["choose"]["domain"] >= needed]
     return at(run, max(allowed, key=lambda point: point["choose"]["covered"]))
+
+
+def last(run: Mapping[str, Any], most_tokens: float = math.inf, last_step: float = math.inf) -> Outcome:
+    """The last measured point within the budget, whatever it keeps of the domain."""
+    return at(run, [p for p in run["points"] if p["tokens"] <= most_tokens and p["step"] <= last_step][-1])
+
+
+def matched_steps(runs: Runs, tokens: float) -> dict[str, int]:
+    """By arm the measured step at which the mean of trained tokens over the seeds is nearest; of equal ones the earlier."""
+    steps = sorted({point["step"] for run in runs for point in run["points"]})
+    trained = {step: by_arm(runs, lambda run, step=step: last(run, last_step=step)) for step in steps}
+    return {
+        arm: min(steps, key=lambda step: abs(_mean([each.tokens for each in trained[step][arm]]) - tokens))
+        for arm in ARMS
+    }
 
 
 def chosen_rates(runs: Runs) -> dict[str, float]:
@@ -177,15 +193,24 @@ def write(out: Path) -> None:
             run["points"][-1]["tokens"] for run in runs if run["stage"] == "comparison" and run["arm"] == BASE
         )
         tokens = by_arm(runs, lambda run: outcome(run, budget))
-        short = {arm for arm, ends in by_arm(runs, lambda run: at(run, run["points"][-1])).items()
+        short = {arm for arm, ends in by_arm(runs, last).items()
                  if min(end.tokens for end in ends) < budget}  # fmt: skip
         parts += [
             "## Equal prompts\n", _arms_table(runs, prompts, set()),
-            f"\n## Equal trained tokens: at most {budget}\n", _arms_table(runs, tokens, short),
+            f"\n## Equal trained tokens: at most {budget}\n",
+            _arms_table(runs, tokens, short, by_arm(runs, lambda run: last(run, budget))),
             "\n† has trained fewer tokens than that in a run's whole budget of prompts.",
+            "\nThis is the protocol's table, and its tokens are not equal: runs are measured every few steps, and an arm "
+            "is judged by the last measurement before the limit. *Reached* is what it has trained by then, "
+            "mean over seeds.",
+            f"\n## Matched trained tokens, beside the protocol: about {budget}\n", _matched_table(runs, budget),
+            "\nNot in the protocol, made after its tables had been seen. Each arm up to the measured step at which it has "
+            "trained nearest to that many tokens, the same step for all seeds. On the left the protocol's outcome: the "
+            "best step until then that keeps the domain; p after Holm over the arms of this table. On the right the "
+            "measurement at that step itself, whatever it keeps of the domain.",
             "\n## Hypotheses\n", _hypotheses(prompts, tokens), "\n## The end of the runs\n", _ends(runs),
         ]  # fmt: skip
-        figures.draw(out, runs, prompts, by_arm(runs, lambda run: at(run, run["points"][-1])))
+        figures.draw(out, runs, prompts, by_arm(runs, last))
     parts += ["\n## Learning rates\n", _rates(runs)]
     atomic.write(out / "tables.md", "\n".join(parts) + "\n")
     print("\n".join(parts))
@@ -201,12 +226,17 @@ def _head(runs: Runs) -> str:
     )
 
 
-def _arms_table(runs: Runs, found: Mapping[str, Sequence[Outcome]], short: set[str]) -> str:
+def _arms_table(
+    runs: Runs,
+    found: Mapping[str, Sequence[Outcome]],
+    short: set[str],
+    reached: Mapping[str, Sequence[Outcome]] | None = None,
+) -> str:
     chosen = chosen_rates(runs)
     others = [arm for arm in ARMS if arm != BASE]
     against = {each.first: each for each in contrasts(found, [(arm, BASE) for arm in others])}
     rows = [["arm", "learning rate", "recovery, covered", "minus CaMOPD", "p (Holm)", "recovery, uncovered",
-             "preservation", "step", "trained tokens"]]  # fmt: skip
+             "preservation", "step", "trained tokens", *(["reached"] if reached else [])]]  # fmt: skip
     for arm in sorted(ARMS, key=lambda arm: -_mean([each.recovery for each in found[arm]])):
         each, versus = found[arm], against.get(arm)
         rows.append([
@@ -215,8 +245,29 @@ def _arms_table(runs: Runs, found: Mapping[str, Sequence[Outcome]], short: set[s
             f"{versus.adjusted:.3f}" if versus else "", said(mean_interval([one.uncovered for one in each])),
             f"{_mean([one.preservation for one in each]):.3f}", f"{_mean([one.step for one in each]):.0f}",
             f"{_mean([one.tokens for one in each]):.0f}",
+            *([f"{_mean([one.tokens for one in reached[arm]]):.0f}"] if reached else []),
         ])  # fmt: skip
-    rows.append(["no training", "", "0", "", "", "0", "1", "0", "0"])
+    rows.append(["no training", "", "0", "", "", "0", "1", "0", "0", *(["0"] if reached else [])])
+    return markdown_table(rows)
+
+
+def _matched_table(runs: Runs, tokens: int) -> str:
+    steps = matched_steps(runs, tokens)
+    kept = by_arm(runs, lambda run: outcome(run, last_step=steps[run["arm"]]))
+    there = by_arm(runs, lambda run: last(run, last_step=steps[run["arm"]]))
+    pairs = [(arm, BASE) for arm in ARMS if arm != BASE]
+    left, right = ({each.first: each for each in contrasts(found, pairs)} for found in (kept, there))
+    rows = [["arm", "up to step", "trained tokens", "recovery, covered", "minus CaMOPD", "p (Holm)",
+             "at that step: recovery", "minus CaMOPD", "preservation"]]  # fmt: skip
+    for arm in sorted(ARMS, key=lambda arm: -_mean([each.recovery for each in kept[arm]])):
+        rows.append([
+            NAMES[arm], str(steps[arm]), f"{_mean([one.tokens for one in there[arm]]):.0f}",
+            said(mean_interval([one.recovery for one in kept[arm]])),
+            said(left[arm].interval, "+") if arm in left else "", f"{left[arm].adjusted:.3f}" if arm in left else "",
+            said(mean_interval([one.recovery for one in there[arm]])),
+            said(right[arm].interval, "+") if arm in right else "",
+            said(mean_interval([one.preservation for one in there[arm]])),
+        ])  # fmt: skip
     return markdown_table(rows)
 
 
@@ -236,7 +287,7 @@ def _hypotheses(prompts: Mapping[str, Sequence[Outcome]], tokens: Mapping[str, S
 
 
 def _ends(runs: Runs) -> str:
-    ends = by_arm(runs, lambda run: at(run, run["points"][-1]))
+    ends = by_arm(runs, last)
     rows = [["arm", "recovery, covered", "recovery, uncovered", "preservation"]]
     for arm, each in ends.items():
         columns = ([getattr(one, name) for one in each] for name in ("recovery", "uncovered", "preservation"))
@@ -248,24 +299,40 @@ def _rates(runs: Runs) -> str:
     means, chosen = rate_means(runs), {}
     if not any(math.isnan(mean) for row in means.values() for mean in row.values()):
         chosen = chosen_rates(runs)
-    rows = [["arm", "first", "second", "third", "fourth", "fifth", "range"]]
+    rows = [["arm", "first", "second", "third", "fourth", "fifth", "range", "steps that keep the domain"]]
     for arm, row in means.items():
         known = [mean for mean in row.values() if not math.isnan(mean)]
         cells = [f"{'-' if math.isnan(mean) else f'{mean:.3f}'}{' *' if chosen.get(arm) == rate else ''} ({rate:g})"
                  for rate, mean in row.items()]  # fmt: skip
-        rows.append([NAMES[arm], *cells, f"{max(known) - min(known):.3f}" if len(known) == len(row) else "-"])
+        rows.append([NAMES[arm], *cells, f"{max(known) - min(known):.3f}" if len(known) == len(row) else "-",
+                     _keeping(runs, arm, chosen[arm]) if chosen else "-"])  # fmt: skip
     text = markdown_table(rows)
     if chosen:
         best = [means[arm][chosen[arm]] for arm in ARMS]
         same = [[means[arm][rate] for arm in ARMS if arm != "sgd"] for rate in rates(BASE)]
         turned = [_turned(first, second) for first, second in itertools.pairwise(same)]
+        between = max(best) - min(best)
+        within = _mean([max(row.values()) - min(row.values()) for row in means.values()])
         text += (
-            f"\n\n`*` is chosen. Between arms, each at its own rate, the range is {max(best) - min(best):.3f}; within an "
-            f"arm over its rates it is {_mean([max(row.values()) - min(row.values()) for row in means.values()]):.3f} on "
-            f"average. From one rate to the next {', '.join(f'{share:.0%}' for share in turned)} of the pairs of arms "
-            "change their order (SGD left out)."
+            f"\n\n`*` is chosen. Between arms, each at its own rate, the range is {between:.3f}; within an arm over its "
+            f"rates it is {within:.3f} on average: the hypothesis *learning rate* is "
+            f"{'supported' if within > between else 'not supported'}. "
+            f"From one rate to the next {', '.join(f'{share:.0%}' for share in turned)} of the pairs of arms "
+            "change their order (SGD left out). The last column is of the chosen rate: at how many measurements behind the "
+            "start the tuning run has 95 % of the domain in the half that chooses."
         )
     return text
+
+
+def _keeping(runs: Runs, arm: str, rate: float) -> str:
+    """At how many of the measurements of an arm's tuning runs the domain is kept."""
+    kept = [
+        point["choose"]["domain"] >= KEPT * run["points"][0]["choose"]["domain"]
+        for run in runs
+        if (run["stage"], run["arm"], run["learning_rate"]) == ("tuning", arm, rate)
+        for point in run["points"][1:]
+    ]
+    return f"{sum(kept)} of {len(kept)}"
 
 
 def _turned(first: Sequence[float], second: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """Two small models tutor each other (camopd/co_distill.py, OPCoD), against what each part of it is for.
 
     OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.tutors [--seeds 5] [--out FOLDER]
+    PYTHONPATH=benchmarks python -m testbed.tutors --tables     # run nothing: the report of the runs that are there
 
 Both models have six skills under their names (`rev abc=`). A task can also come under a code, `k3 abc=`: each model knows
 the codes of three of the skills and guesses at those of the other three. So feedback of one word, the skill's name, is all
@@ -21,6 +22,7 @@ import contextlib
 import copy
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -63,20 +65,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
+    if options.tables:
+        return write(options.out, {}, options.seeds)
     (options.out / "runs").mkdir(parents=True, exist_ok=True)
     MODELS.mkdir(parents=True, exist_ok=True)
     start = load_or_make(MODELS / "start", make_start)
     pairs = {side: load_or_make(MODELS / side, lambda side=side: make_master(start, side)) for side in SIDES}
-    jobs = [(arm, rate, 0) for arm in ARMS for rate in RATES]
-    for arm, rate, seed in jobs:
-        _run(options.out, pairs, arm, rate, seed)
-    chosen = {arm: max(RATES, key=lambda rate, arm=arm: _all(_run(options.out, pairs, arm, rate, 0))) for arm in ARMS}
+    chosen = chosen_rates(options.out, pairs)
     for seed in range(1, options.seeds + 1):
         for arm in ARMS:
             _run(options.out, pairs, arm, chosen[arm], seed)
-        atomic.write(options.out / "tutors.md", "\n".join(table(options.out, pairs, chosen, seed)) + "\n")
-    print((options.out / "tutors.md").read_text(encoding="utf-8"))
+    write(options.out, pairs, options.seeds)
+
+
+def chosen_rates(out: Path, pairs: dict[str, Any]) -> dict[str, float]:
+    """By arm the rate with the highest accuracy over all codes on seed 0."""
+    return {arm: max(RATES, key=lambda rate, arm=arm: _all(_run(out, pairs, arm, rate, 0))) for arm in ARMS}
+
+
+def write(out: Path, pairs: dict[str, Any], seeds: int) -> None:
+    """tutors.md. Without models it takes files of all runs."""
+    text = "\n".join(table(out, pairs, chosen_rates(out, pairs), seeds)) + "\n"
+    atomic.write(out / "tutors.md", text)
+    print(text)
 
 
 # ------------------------------------------------------------------------------------------------------------- the models
@@ -148,6 +161,8 @@ def _run(out: Path, pairs: dict[str, Any], arm: str, rate: float, seed: int) -> 
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
+    if not pairs:
+        sys.exit(f"{path} is not there; without --tables it is made.")
     started = time.perf_counter()
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -254,7 +269,8 @@ def table(out: Path, pairs: dict[str, Any], chosen: dict[str, float], seeds: int
         "# Two small models that tutor each other",
         "",
         "Share of right greedy answers, mean over both models, ± the half width of a 95 % interval (Student's t) over "
-        f"{seeds} seeds. Before and after {ROUNDS} rounds of {STEPS} steps of {PROMPTS} prompts each.",
+        f"{seeds} seeds. Before and after {ROUNDS} rounds of {STEPS} steps of {PROMPTS} prompts each. Each arm's learning "
+        f"rate is the better of {' and '.join(f'{rate:g}' for rate in RATES)} on seed 0.",
         "",
         "| | learning rate | " + " | ".join(names) + " |",
         "|---" * (len(names) + 2) + "|",
@@ -264,12 +280,15 @@ def table(out: Path, pairs: dict[str, Any], chosen: dict[str, float], seeds: int
         each = [outcomes(run, "after") for run in found]
         cells = [_with_interval([one[name] for one in each]) for name in names]
         lines.append(f"| {arm} | {chosen[arm]:g} | " + " | ".join(cells) + " |")
-    lines += ["", "Difference to `opcod` in the peer's codes, paired by seed:", "", "| | |", "|---|---|"]
-    whole = [outcomes(run, "after")["peer's codes"] for run in runs["opcod"]]
+    lines += ["", "Difference to `opcod`, paired by seed:", ""]
+    compared = [name for name in names if name != "by name"]
+    lines += ["| | " + " | ".join(compared) + " |", "|---" * (len(compared) + 1) + "|"]
+    whole = [outcomes(run, "after") for run in runs["opcod"]]
     for arm, found in runs.items():
         if arm != "opcod":
-            pairs_of = [outcomes(run, "after")["peer's codes"] - full for run, full in zip(found, whole, strict=True)]
-            lines.append(f"| {arm} | {_with_interval(pairs_of, signed=True)} |")
+            both = [(outcomes(run, "after"), full) for run, full in zip(found, whole, strict=True)]
+            cells = [_with_interval([one[name] - full[name] for one, full in both], signed=True) for name in compared]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", "Feedback in the first round and in the last, of both students over all seeds:", ""]
     lines += ["| | round | problems | answer wrong | gate open | feedback kept | rows |", "|---" * 7 + "|"]
     for arm, found in runs.items():
