@@ -63,6 +63,8 @@ def test_anchor_names_a_concept_and_never_the_answer(feedback, answer, concepts)
     words = re.findall(r"\w+", kept.lower())
     one_letter = re.fullmatch("[a-zA-Z]", answer)  # may look like an article: by hand below
     assert not re.fullmatch(r"\w+", answer) or one_letter or answer.lower() not in words
+    if one_letter and answer.lower() not in "ai":
+        assert not re.search(rf"(?<!\w){answer}(?!['\u2019\w])", kept)
 
 
 @pytest.mark.parametrize(

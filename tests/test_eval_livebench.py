@@ -27,8 +27,8 @@ def checkout(tmp_path):
         with open(folder / "ground_truth_judgment.jsonl", "a", encoding="utf-8") as file:
             for row in (
                 {**line, "score": 0.5},
-                {**line, "score": -1},
                 {**line, "score": score},
+                {**line, "score": -1},
                 {**line, "model": "x", "score": 1},
             ):
                 file.write(json.dumps(row) + "\n")

@@ -34,7 +34,8 @@ def items_of(checkout: Path | None, model: str) -> list[Item]:
                 row = json.loads(line)
                 if row["model"].lower() == model.lower():
                     score = None if row["score"] == -1 else float(row["score"])  # -1: not judged
-                    found[row["question_id"]] = {**row, "score": score}  # the last one counts
+                    if score is not None or row["question_id"] not in found:  # the last one that is judged counts
+                        found[row["question_id"]] = {**row, "score": score}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"line {number} of {str(path)!r} is no judgment of LiveBench: {error!r}.") from None
     if not found:
