@@ -161,17 +161,26 @@ def anchor(feedback: str, problem: Problem) -> str | None:
     left has to name one of the problem's concepts. `None` where it does not.
 
     An answer is found in other white space and with other thousands separators, too. One that is the letter of an option is
-    found as a letter in its own case, or as an option in any, and the option's text goes with it, where the prompt has that
-    on a line.
+    found as a letter in its own case, or as an option in any, and the option's text goes with it, where the prompt lists
+    options, each on a line or one behind the other.
     """
     option = _OPTION.fullmatch(problem.answer.strip())
     if option is None:
         kept = _without(problem.answer, feedback)
     else:
-        listed = re.search(rf"(?m)^\s*\(?{option[1]}[).:]\s*(.+)$", problem.prompt)
-        kept = _without_letter(option[1], _without(listed[1].rstrip(" .\r"), feedback) if listed else feedback)
+        listed = _text_of(option[1], problem.prompt)
+        kept = _without_letter(option[1], _without(listed, feedback) if listed else feedback)
     named = any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", kept, re.IGNORECASE) for label in problem.concepts)
     return kept.strip() if named else None
+
+
+def _text_of(letter: str, prompt: str) -> str:
+    """What a prompt lists behind an option's letter, up to the end of the line or to the next letter in the same form."""
+    following = chr(ord(letter) + 1)
+    found = re.search(
+        rf"(?m)(?:^|[\s;,])(\(?){letter}([).:])\s*(.+?)(?=[\s;,]+\1{re.escape(following)}\2|\s*$)", prompt
+    )
+    return found[3].rstrip(" .;,\r") if found else ""
 
 
 def _without(answer: str, text: str) -> str:

@@ -113,7 +113,13 @@ def test_anchor_finds_answers_in_other_forms_and_no_articles(answer, feedback, k
     assert anchor(feedback, Problem("?", answer, ("copy",))) == kept
 
 
-@pytest.mark.parametrize("form", ["A) {}\nB) {}", "A. {}\nB. {}.", " (A) {}\n (B) {}", "A: {}\r\nB: {}\r"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "A) {}\nB) {}", "A. {}\nB. {}.", " (A) {}\n (B) {}", "A: {}\r\nB: {}\r", "A) {} B) {}",
+        "A. {}; B. {}; C. none; D. all", "Is it (A) {}, (B) {}, (C) none, or (D) all?", "A: {} B: {} C: none",
+    ],
+)  # fmt: skip
 def test_anchor_takes_out_the_text_of_the_right_option(form):
     prompt = f"Which gas is it?\n{form.format('noble gas', 'Carbon dioxide (CO2)')}\nAnswer with a letter."
     said = "A hint on density: it is no noble gas, carbon  dioxide (CO2) is heavier"
