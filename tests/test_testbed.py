@@ -1,5 +1,6 @@
 """The testbed: its skills and statistics by other means, and the gate, which sees whether training still teaches."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import testbed.__main__  # noqa: E402
-from testbed import arms, explore, figures, gradients, lag, models, run, signs, skills, tables, tutors  # noqa: E402
+from testbed import arms, explore, figures, gradients, knobs, lag, models, run, signs, skills, tables, tutors  # noqa: E402
 
 
 # --- skills and models -------------------------------------------------------------------------------------------
@@ -353,6 +354,52 @@ def test_cost_of_a_lag_is_that_of_runs_that_begin_alike(bench, tmp_path, monkeyp
     lag.write(tmp_path)
     text = (tmp_path / "lag.md").read_text(encoding="utf-8")
     assert "1 seeds, 2 runs of 4 steps" in text and "| `importance/log_ratio` | 0.0000 |" in text
+
+
+def test_knob_turned_is_what_runs_see_and_models_of_one_size_are_made_once(tmp_path, monkeypatch):
+    tiny = models.Size(layers=1, width=32, steps=4, batch=8, specialise_steps=4, specialise_batch=8)
+    sizes = {"specialised for 60 steps": {"specialise_steps": 6}, "specialised for 1000 steps": {"specialise_steps": 8},
+             "near domain": {"domain": skills.NEAR}, "width 64": {"width": 16}, "width 160": {"width": 64}}  # fmt: skip
+    turned = {
+        name: dataclasses.replace(each, size=dataclasses.replace(tiny, **sizes.get(name, {})))
+        for name, each in knobs.KNOBS.items()
+    }
+    monkeypatch.setattr(knobs, "KNOBS", turned)
+    monkeypatch.setattr(knobs, "Size", lambda: tiny)
+    made = []
+    for name in ("make_general", "specialise"):
+        real = getattr(models, name)
+        monkeypatch.setattr(knobs, name, lambda *args, name=name, real=real: made.append(name) or real(*args))
+    seen = {}
+
+    def record(bench, arm, rate, seed):
+        model, prompts = bench.specialised, bench.prompts
+        seen.setdefault(seed, []).append((model.config.hidden_size, bench.covered, prompts["general"]["prompt"][:50],
+                                          prompts["domain"]["prompt"][0][-1]))  # fmt: skip
+        return result((0.1 * seed, 1.0), (0.5, 1.0), arm=arm, seed=seed, rate=rate)
+
+    monkeypatch.setattr(knobs, "run", record)
+    knobs.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [1, 2])
+    # Widths and the near domain have a general model of their own; lengths of specialisation and sizes a start of theirs.
+    assert made.count("make_general") == 1 + 3 and made.count("specialise") == 2 * (1 + 5)
+    runs = len(knobs.METHODS) * len(knobs.RATES)
+    for rows in seen.values():
+        rows = dict(zip(knobs.KNOBS, rows[::runs], strict=True))
+        names = {name: {text.split()[0] for text in row[2]} for name, row in rows.items()}
+        assert names[knobs.BASE] == set(skills.COVERED) == set(rows[knobs.BASE][1])
+        assert names["2 of 8 skills covered"] == {"copy", "rev"} and rows["2 of 8 skills covered"][1] == (
+            "copy",
+            "rev",
+        )
+        assert len(names["7 of 8 skills covered"]) == 7
+        assert max(len(text) for text in rows["proxy words of 1 or 2 letters"][2]) == len("shift ab=")
+        assert [rows[name][0] for name in (knobs.BASE, "width 64", "width 160")] == [32, 16, 64]
+        assert (rows["near domain"][3], rows[knobs.BASE][3]) == ("!", "=")
+    (tmp_path / "runs" / "2-near_domain-vanilla-0.0003.json").unlink()  # a seed that lacks a run is in no table
+    knobs.write(tmp_path)
+    text = (tmp_path / "knobs.md").read_text(encoding="utf-8")
+    assert f"{len(knobs.KNOBS) * runs} runs on 1 seeds" in text
+    assert text.count("| near domain |") == 3 and "+0.000" in text
 
 
 def test_noise_of_two_draws_by_hand():

@@ -32,7 +32,7 @@ from .run import Bench, run
 
 ROOT = Path(__file__).parent.parent.parent
 OUT = Path(__file__).parent.parent / "results" / "testbed"
-Job = tuple[str, int, Callable[[Bench], Mapping[str, Any]]]  # name of a run, its seed, and how it is made
+Job = tuple[str, Any, Callable[[Bench], Mapping[str, Any]]]  # name of a run, its seed or key, and how it is made
 PICTURE = ROOT / "docs" / "assets" / "testbed_plane.svg"  # what README and docs/testbed.md show
 
 
@@ -67,19 +67,24 @@ def _run(stage: str, seed: int, arm: str, rate: float, bench: Bench) -> dict[str
     return {"stage": stage, **run(bench, arm, rate, seed)}
 
 
-def go_through(jobs: Iterable[Job], out: Path, models: Path, until: float) -> None:
-    """Do those of the jobs, in their order, whose run is not there, until a time of `time.monotonic`."""
+def go_through(
+    jobs: Iterable[Job], out: Path, models: Path, until: float, kind: Callable[[Path], Any] | None = None
+) -> None:
+    """Do those of the jobs, in their order, whose run is not there, until a time of `time.monotonic`.
+
+    `kind` makes what gives each key of a job its `Bench`, of the folder of models: `Benches`, by seed.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for folder in (out / "runs", models):
         folder.mkdir(parents=True, exist_ok=True)
-    benches = Benches(models)
-    for name, seed, run_on in jobs:
+    benches = (kind or Benches)(models)
+    for name, key, run_on in jobs:
         path = out / "runs" / f"{name}.json"
         if path.is_file():
             continue
         if time.monotonic() > until:
             return say("the time is up; the same command goes on from here")
-        found = run_on(benches.of(seed))
+        found = run_on(benches.of(key))
         atomic.write(path, json.dumps(found) + "\n")
         last = found["points"][-1]["report"]
         say(f"{name}: {found['seconds']} s, covered {last['covered']:.2f}, domain {last['domain']:.2f}")
