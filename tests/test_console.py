@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trainers import lines, make_trainer
 from transformers import PrinterCallback, ProgressCallback
 
-from camopd.callbacks.console import Bar, Console, answer, bar, duration, head, line_of, row_of
+from camopd.callbacks.console import Bar, Console, answer, bar, duration, head, layout, line_of, row_of
 from camopd.verdict import Measured
 
 
@@ -62,8 +62,45 @@ def test_bar_fits_its_terminal_and_is_as_full_as_the_run(done, total, doing, col
 
 def test_row_of_an_evaluation_has_the_change_since_the_first_one():
     first = measured(0, 0.5)
-    assert row_of("general", first, first, 7) == "  general  KL 0.500 ± 0.020    |gap| 0.300  40 prompts"
-    assert row_of("general", measured(9, 0.4), first, 7).endswith("40 prompts  change -0.100 ± 0.029")
+    assert row_of("general", first, first, 7, 80) == "  general  KL 0.500 ± 0.020    |gap| 0.300  40 prompts"
+    assert row_of("general", measured(9, 0.4), first, 7, 80).endswith("40 prompts  change -0.100 ± 0.029")
+    for now in (first, measured(9, 0.4)):  # a name too long for one line: all rows of the table are alike
+        name, numbers = row_of("resistance", now, first, 10, 80).split("\n")
+        assert name == "  resistance" and numbers.startswith("    KL 0.") and len(numbers) < 80
+
+
+def test_line_of_a_step_of_three_branches_has_a_line_for_each_where_one_is_too_long():
+    labels = ("general+domain+code", "general")
+    assert layout(labels, 94) == (19, 3) and layout(labels, 93) == (8, 1)
+    shown = line_of("12/200", {"branch": labels[0], **NUMBERS}, 12_340, 10.0, 623.4, 8, 1)
+    assert [head(8, 1), *shown.split("\n")] == [
+        "       step branch    |gap|  kept  tokens/s  s/step     left",
+        "     12/200 general+  0.354   62%     1,234   10.00    10:23",
+        "            domain+   0.020     -",
+        "            code          -     -",
+    ]
+
+
+NAME = st.text("abc_-é", min_size=1, max_size=60)
+
+
+@given(st.lists(NAME, min_size=1, max_size=4, unique=True), st.integers(80, 130), st.integers(0, 99_999))
+def test_console_fits_its_terminal_with_any_branches_and_leaves_out_no_letter(names, columns, prompts):
+    label = "+".join(names)
+    width, cells = layout((label, *names), columns)
+    gaps = {f"gap/{name}/abs_mean": 0.1 + place / 100 for place, name in enumerate(names)}
+    step = line_of("12/200", {"branch": label, **gaps}, 12_340, 10.0, 623.4, width, cells).split("\n")
+    assert "".join(line[12 : 12 + width].rstrip() for line in step) == label
+    assert all(f"{gap:.3f}" in "".join(step) for gap in gaps.values())
+    found = {name: [measured(0, 0.5, prompts=prompts), measured(9, 0.4, prompts=prompts)] for name in names}
+    rows = [row_of(name, found[name][1], found[name][0], max(map(len, names)), columns) for name in names]
+    for name, row in zip(names, rows, strict=True):
+        assert "".join(row.split()).startswith(f"{name}KL0.400") and "change -0.100" in row
+    said = answer(found, 9, names, columns)
+    shown = [head(width, cells), *step, *"\n".join(rows).split("\n"), *said]
+    assert max(map(len, shown)) < columns
+    for name in names:
+        assert name in "".join("".join(said).split())
 
 
 def test_answer_is_the_verdict_on_each_branch_in_lines_that_fit():
@@ -157,7 +194,7 @@ def test_console_shows_a_line_per_step_a_table_per_evaluation_and_the_verdict_la
         assert len(begun) == len(rows) == 2 and begun[0] < rows[0] < begun[1] < rows[1]
     last = said.index("Did it recover? Held-out KL to the teacher, nats per token, 95 % intervals:")
     assert "general" in said[last + 1] and not any("KL " in line for line in said[last + 1 :])
-    assert "{" not in "".join(said) and "\x1b" not in "".join(said) and max(map(len, said)) < 124
+    assert "{" not in "".join(said) and "\x1b" not in "".join(said) and max(map(len, said)) < 80
 
 
 def test_verbose_brings_the_dictionaries_back(tmp_path, tokenizer, capsys):
@@ -167,7 +204,8 @@ def test_verbose_brings_the_dictionaries_back(tmp_path, tokenizer, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("{'loss'") and "gap/general/mean" in said[0]
     assert not any(re.match(r" +1/1 ", line) for line in said)
-    assert said[-1].startswith("`camopd gaps") or "Did it recover?" in "".join(said)
+    verdict = answer({}, None, ("general", "domain"), 80)
+    assert verdict[0].startswith("Did it recover?") and said[-len(verdict) :] == verdict
 
 
 def test_console_stands_in_for_the_printers_of_transformers_alone(tmp_path, tokenizer):

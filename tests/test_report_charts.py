@@ -79,13 +79,19 @@ def test_draw_has_no_panel_that_is_empty_or_repeats_another(tmp_path):
     titles = [axes.get_title(loc="left") for axes in shown["work"].axes]
     assert titles == ["tokens trained", "time of a step"]  # one process: no fullest one
     assert [axes.get_title(loc="left") for axes in shown["conflict"].axes] == ["cosine of the branch gradients"]
-    for figure in shown.values():
-        drawn = [
-            [tuple(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines]
+    for name, figure in shown.items():
+        drawn = [  # without the grey line of a reference, which is there without any data
+            [tuple(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in axes.lines if named(line)]
             for axes in figure.axes
             if axes.get_visible()
         ]
-        assert all(drawn)
+        assert all(points for panel in drawn for points in panel) and all(drawn), name
+        assert all(panel not in drawn[:place] for place, panel in enumerate(drawn)), name
+
+
+def named(line):
+    """Whether a line stands in the legend: matplotlib gives the others a label that begins so."""
+    return not line.get_label().startswith("_")
 
 
 def test_draw_gives_stale_cosines_a_line_of_their_own(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -26,6 +27,7 @@ from ..words import counted
 
 HEAD_EVERY = 20  # lines
 WIDTH = 80  # columns where there is no terminal
+NUMBERS = 66  # columns of a row of an evaluation, without the branch: room for the change, which the first one has not
 LOGGERS = ("", "camopd", "transformers")  # that may write to it
 
 
@@ -39,14 +41,13 @@ class Console(PrinterCallback, StepCallback):
         """
         Args:
             branches: of the run.
-            labels: of its steps, such as "general" or "general+domain"; the longest sets the width.
+            labels: of its steps, such as "general" or "general+domain".
             held_out: gives the results of the latest evaluation.
             verbose: whether transformers prints its dictionaries, too; then only the verdict is shown here.
             main: whether this is the main process.
         """
         self._branches, self._held_out, self._verbose, self._main = branches, held_out, verbose, main
-        self._width = max(map(len, ("branch", *labels)))
-        self._cells = max(label.count("+") for label in labels) + 1
+        self._labels, self._layout = labels, layout(labels, WIDTH)
         self._bar = Bar()
         self._step: Step | None = None
         self._started = self._mark = 0.0  # seconds: of training, and since when the step takes its time
@@ -85,7 +86,8 @@ class Console(PrinterCallback, StepCallback):
         if step is None or self._verbose or not state.is_world_process_zero:
             return
         if self._lines % HEAD_EVERY == 0:
-            self._say(head(self._width, self._cells))
+            self._layout = layout(self._labels, columns_of_terminal())
+            self._say(head(*self._layout))
         self._lines += 1
         now = time.perf_counter()
         done = max(1, state.global_step - self._first)
@@ -93,7 +95,7 @@ class Console(PrinterCallback, StepCallback):
         # Of completions all that were written, also what `loss_prefix_tokens` takes away.
         tokens = sum(row.num_ids - row.num_tokens + row.length for row in step.summaries)
         number = f"{step.number + 1}/{self._total}"
-        self._say(line_of(number, step.metrics, tokens, now - self._mark, left, self._width, self._cells))
+        self._say(line_of(number, step.metrics, tokens, now - self._mark, left, *self._layout))
         self._draw(state.global_step, "")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,7 +114,7 @@ class Console(PrinterCallback, StepCallback):
         if self._bar.drawn:
             self._draw_evaluation()
         elif self._main and not self._verbose:
-            self._say(f"evaluating {counted(prompts, 'held-out prompt')} of {name} ...")
+            self._wrapped(f"evaluating {counted(prompts, 'held-out prompt')} of {name} ...")
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -132,19 +134,18 @@ class Console(PrinterCallback, StepCallback):
         for branch, (now,) in of_lines([{"step": step, **self._held_out().record()}]).items():
             if self._table[0] != step or branch in self._table[1]:
                 self._table = (step, set())
-                self._say(f"held-out prompts at step {step}: KL to the teacher, nats per token, ± is 95 %")
+                self._wrapped(f"held-out prompts at step {step}: KL to the teacher, nats per token, ± is 95 %")
             self._table[1].add(branch)
             first = self._first_of.setdefault((branch, now.of), now)
-            self._say(row_of(branch, now, first, max(map(len, self._branches))))
+            self._say(row_of(branch, now, first, max(map(len, self._branches)), columns_of_terminal()))
         self._lines = 0  # the head of the steps again
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The answer: has it recovered, and what is kept?"""
         self._bar.end()
         if state.is_world_process_zero:
-            columns = shutil.get_terminal_size((WIDTH, 24)).columns
             try:
-                lines = answer(*of_run(Path(args.output_dir)), self._branches, columns)
+                lines = answer(*of_run(Path(args.output_dir)), self._branches, columns_of_terminal())
             except (OSError, ValueError) as error:  # the model is trained, and has yet to be saved
                 lines = [f"Did it recover? Not known: {error}"]
             for line in lines:
@@ -153,6 +154,10 @@ class Console(PrinterCallback, StepCallback):
     def _draw(self, done: int, doing: str) -> None:
         if self._bar.wanted:
             self._bar.draw(done, self._total, doing)
+
+    def _wrapped(self, text: str) -> None:
+        for line in textwrap.wrap(text, columns_of_terminal() - 1, subsequent_indent="  "):
+            self._say(line)
 
     def _say(self, text: str) -> None:
         self._bar.clear()
@@ -213,6 +218,30 @@ def bar(done: int, total: int, doing: str, columns: int) -> str:
     return f"[{'#' * full}{'.' * (room - full)}]{tail}"[: max(0, columns - 1)]
 
 
+def columns_of_terminal() -> int:
+    """Its columns, or `WIDTH` where there is none; at least 40, so that there is room for a word."""
+    return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+def layout(labels: Sequence[str], columns: int) -> tuple[int, int]:
+    """Width of the column of branches, and how many numbers of a mixed step stand side by side.
+
+    Where a line of them would not be shorter than `columns`, each branch of a step has a line of its own, and a name that
+    is longer than the column goes on in the next line.
+    """
+    width, cells = max(map(len, ("branch", *labels))), max(label.count("+") for label in labels) + 1
+    if len(head(width, cells)) < columns:
+        return width, cells
+    longest = max(len(name) for label in labels for name in _names(label))
+    room = columns - 1 - len(head(0, 1)) + len("branch")
+    return max(len("branch"), min(longest, room)), 1
+
+
+def _names(label: str) -> list[str]:
+    """Of a step's branches, with a + behind all but the last."""
+    return re.findall(r"[^+]+\+?", label)
+
+
 def head(width: int, cells: int) -> str:
     """The head of the lines; `width` of a branch, and `cells` numbers of a mixed step."""
     gap, kept = 6 * cells, 5 * cells
@@ -225,16 +254,22 @@ def line_of(
     number: str, metrics: Mapping[str, Any], tokens: int, seconds: float, left: float, width: int, cells: int
 ) -> str:
     """The line of a step: its number, its branch, mean |gap| in nats per token, the share of samples kept, tokens of
-    prompts and completions per second, seconds of the step, and the time left."""
-    branches = str(metrics["branch"]).split("+")
-    gaps = "/".join(_gap(metrics.get(f"gap/{branch}/abs_mean", math.nan)) for branch in branches)
-    kept = "/".join(_share(metrics.get(f"selection/{branch}/kept_fraction", math.nan)) for branch in branches)
+    prompts and completions per second, seconds of the step, and the time left. Several lines where `layout` says so."""
+    label = str(metrics["branch"])
+    branches = label.split("+")
+    gaps = [_gap(metrics.get(f"gap/{branch}/abs_mean", math.nan)) for branch in branches]
+    kept = [_share(metrics.get(f"selection/{branch}/kept_fraction", math.nan)) for branch in branches]
     rate = f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
     pace = f"{seconds:.2f}" if seconds < 100 else f"{seconds:.0f}"
-    return (
-        f"{number:>11} {metrics['branch']:<{width}} {gaps:>{6 * cells}} {kept:>{5 * cells}} {rate:>9} {pace:>7} "
-        f"{duration(left):>8}"
-    )
+    rows = [(label, "/".join(gaps), "/".join(kept))]
+    if len(branches) > cells or len(label) > width:
+        rows = []
+        for name, *numbers in zip(_names(label), gaps, kept, strict=True):
+            first, *more = (name[start : start + width] for start in range(0, len(name), width))
+            rows += [(first, numbers[0], numbers[1]), *((part, "", "") for part in more)]
+    lines = [f"{'':>11} {name:<{width}} {gap:>{6 * cells}} {share:>{5 * cells}}" for name, gap, share in rows]
+    lines[0] = f"{number:>11}{lines[0][11:]} {rate:>9} {pace:>7} {duration(left):>8}"
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _gap(value: float) -> str:
@@ -252,26 +287,31 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
-def row_of(branch: str, now: Measured, first: Measured, width: int) -> str:
-    """A branch's row in the table of an evaluation, with the change since the first one."""
-    row = f"  {branch:<{width}}  KL {interval(now.kl, now.half):<15}  |gap| {short(now.gap_abs)}"
-    row += f"  {counted(now.prompts, 'prompt')}"
-    if first is now:
-        return row
-    change = change_of(first, now)
-    half = f" ± {short(change.half)}" if math.isfinite(change.half) else ""
-    return f"{row}  change {signed(change.value)}{half}"
+def row_of(branch: str, now: Measured, first: Measured, width: int, columns: int) -> str:
+    """A branch's row in the table of an evaluation, with the change since the first one.
+
+    `width` is that of the longest branch. Where the row would not be shorter than `columns`, the numbers stand below it.
+    """
+    row = f"KL {interval(now.kl, now.half):<15}  |gap| {short(now.gap_abs)}  {counted(now.prompts, 'prompt')}"
+    if first is not now:
+        change = change_of(first, now)
+        half = f" ± {short(change.half)}" if math.isfinite(change.half) else ""
+        row += f"  change {signed(change.value)}{half}"
+    if 2 + width + 2 + max(NUMBERS, len(row)) < columns:
+        return f"  {branch:<{width}}  {row}"
+    name = textwrap.wrap(branch, columns - 1, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join([*name, f"    {row}"])
 
 
 def answer(
     found: Mapping[str, Sequence[Measured]], last_step: int | None, branches: Sequence[str], columns: int
 ) -> list[str]:
     """The last lines of a run: its verdict for each branch, from the evaluations in `found`."""
-    width = max(40, columns - 1)
+    width = columns - 1
     if not found:
         return textwrap.wrap(f"Did it recover? {NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.", width)
     wanted = {branch: found.get(branch, []) for branch in branches}
-    lines = ["Did it recover? Held-out KL to the teacher, nats per token, 95 % intervals:"]
+    lines = textwrap.wrap("Did it recover? Held-out KL to the teacher, nats per token, 95 % intervals:", width)
     for verdict in verdicts_of(wanted, last_step):
         lines += textwrap.wrap(f"{verdict.words}.", width, initial_indent="  ", subsequent_indent="    ")
         if verdict.limits:
