@@ -19,7 +19,9 @@ import yaml
 from . import atomic
 from .best import history_of_model
 from .hub import is_hub_id, public_name
-from .measured import HELD_OUT, lines_of, of_history
+from .measured import HELD_OUT, lines_of, of_history, of_run
+from .output_dir import METRICS
+from .results import benchmarks_of, table, tasks_of
 from .schedule import Schedule
 from .teachers.address import OWN_TEACHERS
 from .verdict import NOT_MEASURED, verdicts_of
@@ -41,6 +43,7 @@ PAPER = {
 }
 DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompts, a file per branch
 _METRICS = "`metrics.jsonl` beside this card has every step; `camopd report` draws it."
+_BENCHMARKS = "## Benchmarks"
 _HUB_DATASET = "https://huggingface.co/datasets/"
 # Of `selection`: which samples a branch is trained on, in words.
 _SAMPLES = {
@@ -120,6 +123,7 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
         "",
         *_recovery(facts, out),
         *_gaps(facts.history, facts.schedule.branches),
+        *_tasks(out),
         *_training(facts, sources),
         *_use(facts.hub_model_id or model_name, facts.is_peft),
         *_versions(),
@@ -134,7 +138,7 @@ def write_merged_card(run: str | Path, folder: str | Path, name: str | None = No
     """Write `README.md` of a folder with the whole model that a run's adapter was merged into. Returns its path.
 
     It is the run's card with the name and the use of that model, `name` or that of the folder, without what says that an
-    adapter is loaded or leads to files that stay with the run. Data cards are copied.
+    adapter is loaded or leads to files that stay with the run. It has what `camopd eval` has found; data cards are copied.
 
     Raises `OSError` where the run has no card, or the folder cannot be written.
     """
@@ -152,8 +156,25 @@ def write_merged_card(run: str | Path, folder: str | Path, name: str | None = No
     folder.mkdir(parents=True, exist_ok=True)
     if (run / DATA_CARDS).is_dir():
         shutil.copytree(run / DATA_CARDS, folder / DATA_CARDS, dirs_exist_ok=True)
-    atomic.write(folder / "README.md", f"---\n{card.data.to_yaml()}\n---\n\n{before}{use}{versions}\n")
+    text = _with_benchmarks(f"{before}{use}{versions}", run)
+    atomic.write(folder / "README.md", f"---\n{card.data.to_yaml()}\n---\n\n{text}\n")
     return folder / "README.md"
+
+
+def add_benchmarks(run: str | Path) -> Path:
+    """Put what `camopd eval` has found of a run into its card, which was written before that. Returns the card's path.
+
+    Raises `OSError` where the run has no card, and `ValueError` where there are no results of its last model.
+    """
+    run = Path(run)
+    if not any(found.rows for found in benchmarks_of(run)):
+        why = " ".join(found.problem for found in benchmarks_of(run))
+        raise ValueError(
+            why or f"no folder of {str(run)!r} has the eval.json of `camopd eval`. Run it with --out {run / 'eval'}."
+        )
+    path = run / "README.md"
+    atomic.write(path, _with_benchmarks(path.read_text(encoding="utf-8"), run))
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -253,6 +274,31 @@ def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]
         cells = [f"{value:.3f} (step {number})" for number, value in (values[:1] + values[-1:])] or ["none", "none"]
         lines.append(f"| {branch} | {cells[0]} | {cells[-1]} |")
     return [*lines, ""]
+
+
+def _tasks(out: Path) -> list[str]:
+    """Scores of `eval_tasks`, where there are any."""
+    try:
+        rows = tasks_of(out / METRICS, of_run(out)[1])
+    except (OSError, ValueError):  # as above
+        rows = []
+    note = "`eval_tasks` in training, with 95 % intervals over rows. A row broke whose last score is below its first."
+    return ["## Tasks in training", "", table(rows), "", note, ""] if rows else []
+
+
+def _with_benchmarks(text: str, run: Path) -> str:
+    """A card's text with the results of `camopd eval` before its settings, in place of those that it has."""
+    section = []
+    for found in benchmarks_of(run):
+        if found.rows:
+            section += [table(found.rows), "", *([found.about, ""] if found.about else [])]
+    if section:
+        note = (
+            "Percent, 95 % intervals over items. An item came back or broke where its score is higher or lower after."
+        )
+        section = [_BENCHMARKS, "", *section, note, "", ""]
+    before, training, behind = text.partition("## Training\n")
+    return before.partition(f"{_BENCHMARKS}\n")[0] + "\n".join(section) + training + behind
 
 
 def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[str]:

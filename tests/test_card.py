@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import make_model, make_prompts, make_tokenizer
+from eval_items import items
 from fake_hub import FakeHub
 from forks import Forks
 from huggingface_hub import ModelCard
@@ -16,7 +17,10 @@ from safetensors.torch import load_file
 from trainers import make_trainer, save_models
 
 from camopd import CaMOPDConfig, CaMOPDTrainer, cli
-from camopd.card import write_merged_card
+from camopd.card import add_benchmarks, write_merged_card
+from camopd.eval import page
+from camopd.eval.compare import compare
+from camopd.eval.tasks import TASKS
 from camopd.files import load_all
 from camopd.run import SERVED_TEACHERS, methods
 
@@ -173,6 +177,50 @@ def merged_card_is_of_a_whole_model(run: Path, folder: Path) -> None:
     assert card.count("## ") == before.count("## ")
     assert (folder / "data_cards" / "domain.md").read_text() == DATA_CARD
     assert "# merged\n" in card_of(write_merged_card(run, folder).parent)
+
+
+def evaluate(run: Path) -> None:
+    found = {name: {"ifeval": items(scores)} for name, scores in (
+        ("start", [0, 0]), ("general", [1, 1]), ("result", [1, 0])
+    )}  # fmt: skip
+    page.write(compare([TASKS["ifeval"]], found), [], {"models": {"result": "/home/me/run"}}, run / "eval")
+
+
+def test_card_takes_the_results_of_camopd_eval(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    text = "---\nlibrary_name: peft\n---\n\n# run\n\n## Gaps before and after\n\nx\n\n## Training\n\ny\n\n## Use\n"
+    (run / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=r"no folder of '.*run' has the eval.json.*Run it with --out .*run/eval"):
+        add_benchmarks(run)
+    assert "Benchmarks" not in card_of(write_merged_card(run, tmp_path / "merged").parent)
+    evaluate(run)
+    for _ in range(2):  # a second time in place of the first
+        card = card_of(add_benchmarks(run).parent)
+        assert "/home" not in card and card.count("## Benchmarks\n") == 1
+        assert row(card, "ifeval")[3:] == ["2", "+50.0 (+0.0 to +100.0)", "1 of 2", "0 of 2"]
+        assert "x\n\n## Benchmarks\n\n| task | before" in card and "after.\n\n## Training\n\ny" in card
+    merged = card_of(write_merged_card(run, tmp_path / "merged").parent)
+    assert merged.count("## Benchmarks\n") == 1 and row(merged, "ifeval") == row(card, "ifeval")
+    (run / "README.md").write_text(text)
+    assert row(card_of(write_merged_card(run, tmp_path / "merged").parent), "ifeval") == row(card, "ifeval")
+    (run / "eval" / "eval.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as results of"):
+        add_benchmarks(run)
+
+
+def test_card_has_the_scores_of_tasks_in_training(tmp_path):
+    trainer = make_trainer(tmp_path, make_tokenizer(), max_steps=1)
+    trainer.train()
+    trainer.create_model_card("named")
+    assert "in training" not in card_of(tmp_path)
+    lines = [{"step": step, "task": "ifeval", "rows": [0, 1], "scores": [1, 1 - step]} for step in (0, 1, 2)]
+    (tmp_path / "eval_tasks.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    trainer.create_model_card("named")  # of the model after step 1
+    assert row(card_of(tmp_path), "ifeval")[0] == "2" and "(step 1)" in row(card_of(tmp_path), "ifeval")[3]
+    (tmp_path / "eval_tasks.jsonl").write_text("x\ny\n")
+    trainer.create_model_card("named")  # a broken file keeps no model from its card
+    assert "in training" not in card_of(tmp_path)
 
 
 PAPER = "[CaMOPD](https://arxiv.org/abs/2605.27115)"

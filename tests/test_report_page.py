@@ -4,10 +4,14 @@ import html
 import json
 import re
 
+from eval_items import items
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import ALWAYS, GAP, MEASURED, make_run
 
+from camopd.eval.compare import compare
+from camopd.eval.page import write as write_evaluation
+from camopd.eval.tasks import TASKS
 from camopd.report.charts import CHARTS
 from camopd.report.page import quote, table, to_html, write_report
 from camopd.report.signs import DIAGNOSTICS
@@ -58,6 +62,46 @@ def held_out(folder, *evaluations):
         for step, branch, values in evaluations
     ]  # fmt: skip
     (folder / "held_out.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def test_page_has_benchmarks_where_there_are_some(tmp_path):
+    path = make_run(tmp_path / "run", 20, **ALWAYS)
+    found = {name: {"ifeval": items(scores)} for name, scores in (
+        ("start", [0, 1, 0]), ("general", [1, 1, 1]), ("result", [1, 0, 0])
+    )}  # fmt: skip
+    write_evaluation(compare([TASKS["ifeval"]], found), [], {"limit": 3}, path.parent / "eval")
+    line = {"step": 20, "task": "qasc", "rows": [0, 1], "scores": [0.5, 1.0]}
+    (path.parent / "eval_tasks.jsonl").write_text(f"{json.dumps(line)}\n")
+    said = write_report({"run": path}, tmp_path / "out")
+    text, page = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    top, _, section = text.partition("## Benchmarks\n")
+    section = section.partition("\n## ")[0]
+    assert "## Did it recover?" in top and "## Which of my branches" not in top
+    assert f"`{path.parent / 'eval' / 'eval.json'}`. Measured on at most 3 rows of each task." in section
+    assert "| ifeval | 33.3 ± 143.4 | 100.0 ± 0.0 | 33.3 ± 143.4 | 3 | +0.0 (" in section
+    assert "| 1 of 3 | 1 of 3 |" in section and "| qasc | 2 | 0.750 ± " in section
+    assert "<td>ifeval</td>" in page and len(said) == 2
+    write_report({"one": path, "two": make_run(tmp_path / "two", 20, **GAP)}, tmp_path / "out")
+    assert f"`one`, `{path.parent / 'eval' / 'eval.json'}`. " in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_page_without_benchmarks_has_no_word_of_them(tmp_path):
+    write_report({"run": make_run(tmp_path / "run", 20, **ALWAYS)}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Benchmarks" not in text and "eval_tasks" not in text
+
+
+def test_page_says_which_benchmarks_cannot_be_read_and_shows_the_rest(tmp_path):
+    path = make_run(tmp_path / "run", 20, **ALWAYS)
+    (path.parent / "eval").mkdir()
+    (path.parent / "eval" / "eval.json").write_text('{"tasks": [{}]}')
+    (path.parent / "eval_tasks.jsonl").write_text("x\n{}\n")
+    *_, evaluated, trained = write_report({"run": path}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"**Note.** `{path.parent / 'eval' / 'eval.json'}` is not shown: it cannot be read as results of" in text
+    assert evaluated.startswith(f"{path.parent / 'eval' / 'eval.json'} is not shown: it cannot be read as results")
+    assert trained.startswith("Scores of eval_tasks are not shown: line 1 of ") and "Delete the line" in trained
+    assert "## Which of my branches is hurting?" in text
 
 
 def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):

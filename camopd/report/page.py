@@ -16,6 +16,8 @@ from markdown_it import MarkdownIt
 from .. import atomic
 from ..errors import CaMOPDError
 from ..measured import of_metrics
+from ..output_dir import METRICS
+from ..results import benchmarks_of, table, tasks_of
 from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of
 from .charts import SMOOTH_FROM, draw_all, png
 from .evidence import in_short, worth
@@ -31,6 +33,14 @@ HELD_OUT = (
 TRAINING = (
     "From the training gaps: those of the run's own prompts, others in each step. They show how training went, and not "
     "whether the model recovered."
+)
+BENCHMARKS = (
+    "Scores are percent ± 95 % interval over items. A change has its paired interval; an item came back where its score is "
+    "higher after than before, and broke where it is lower. eval.html beside eval.json shows them."
+)
+IN_TRAINING = (
+    "Scores as each task's own metric has them, ± 95 % interval over its rows. The best of several evaluations is partly "
+    "the luckiest. A row broke whose last score is lower than its first."
 )
 HeldOut = tuple[Mapping[str, Sequence[Measured]], int | None]  # evaluations by branch, and steps of the model in hand
 CAUSES = (
@@ -87,7 +97,9 @@ def write_report(
     for name, image in images.items():
         atomic.write(out / name, image)
 
-    blocks = [f"# {title}", "## Did it recover?", *_recovery(held_out), *before]
+    blocks = [f"# {title}", "## Did it recover?", *_recovery(held_out)]
+    scores, problems = _scores(paths, held_out)
+    blocks += [*scores, *before]
     blocks += ["## Which of my branches is hurting?", TRAINING, *_answers(signs)]
     blocks += [f"**Note.** `{name}`: {note}" for name, (_, note) in read.items() if note]
     if any(len(frame) >= SMOOTH_FROM for frame in runs.values()):
@@ -114,7 +126,7 @@ def write_report(
         lead = "" if len(runs) == 1 else f"{name}: "
         said += [f"{lead}{text}" for text in _verdicts(*held_out[name])]
         said.append(f"{lead}Training gaps: {found[0].text}".replace("**", "").replace("`", ""))
-    return said
+    return [*said, *problems]
 
 
 def _verdicts(found: Mapping[str, Sequence[Measured]], last_step: int | None) -> list[str]:
@@ -133,6 +145,25 @@ def _recovery(held_out: Mapping[str, HeldOut]) -> list[str]:
         if found:
             blocks.append(table(rows_of(verdicts_of(found, last_step))))
     return [*blocks, HELD_OUT] if any(found for found, _ in held_out.values()) else blocks
+
+
+def _scores(paths: Mapping[str, Path], held_out: Mapping[str, HeldOut]) -> tuple[list[str], list[str]]:
+    """The section of benchmarks, nothing where no run has any; and what is wrong with files that are not shown."""
+    evaluated, trained, problems = [], [], []
+    for name, path in paths.items():
+        lead = "" if len(paths) == 1 else f"`{name}`, "
+        for found in benchmarks_of(path.parent) if path.name == METRICS else ():
+            problems += [found.problem] if found.problem else []
+            evaluated += [f"{lead}`{found.path}`. {found.about}".rstrip(), table(found.rows)] if found.rows else []
+        try:
+            rows = tasks_of(path, held_out[name][1])
+        except ValueError as error:
+            problems.append(f"Scores of eval_tasks are not shown: {error}")
+            rows = []
+        trained += [f"{lead}`eval_tasks`, in training:", table(rows)] if rows else []
+    blocks = [*evaluated, *([BENCHMARKS] if evaluated else []), *trained, *([IN_TRAINING] if trained else [])]
+    blocks += [f"**Note.** {problem}" for problem in problems]
+    return (["## Benchmarks", *blocks] if blocks else []), [problem.replace("`", "") for problem in problems]
 
 
 def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
@@ -159,12 +190,6 @@ def _numbers(signs: Sequence[Sign]) -> list[str]:
     rows = [[f"**{sign.name}**", sign.state, sign.text, worth(sign.name)] for sign in settled]
     blocks = [table([["sign", "in this run", "numbers", "on small models"], *rows])] if rows else []
     return blocks + ([f"Not settled by this run: {'; '.join(others)}."] if others else [])
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A block of rows, of which the first is the head."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], f"| {' | '.join(['---'] * len(rows[0]))} |", *lines[1:]])
 
 
 def quote(text: str) -> str:

@@ -1,0 +1,177 @@
+"""Scores of tasks that a run's folder has: those of `camopd eval`, and those of `eval_tasks` from training.
+
+What the report and the model card show of them, as tables of text. Scores of `camopd eval` are percent, those of
+`eval_tasks` as the task's own metric has them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from .measured import lines_of
+from .output_dir import EVAL_TASKS, METRICS
+from .verdict import interval, short, t_quantile
+
+
+EVAL = "eval.json"  # of `camopd eval`
+EVAL_OUTPUT = "eval-output"  # its folder where none was named, in the one it was called in
+COLUMNS = {
+    "start": "before",
+    "general": "general teacher",
+    "result": "after",
+}  # of its models; others have their own name
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What one eval.json says of a run."""
+
+    path: Path
+    rows: tuple[list[str], ...] = ()  # a table, its head first
+    about: str = ""  # how many rows and tokens, in a sentence
+    problem: str = ""  # why there is no table
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table of Markdown; the first is the head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], f"| {' | '.join(['---'] * len(rows[0]))} |", *lines[1:]])
+
+
+# ---------------------------------------------------------------------------------------------------------- camopd eval
+
+
+def benchmarks_of(run: Path) -> list[Benchmarks]:
+    """Of each eval.json in a folder of a run's `output_dir`, and of that in `EVAL_OUTPUT` where its result is of the run.
+
+    One that cannot be read, or is older than the run's last step and so of an earlier model, has a `problem`.
+    """
+    paths = sorted(run.glob(f"*/{EVAL}"))
+    default = Path(EVAL_OUTPUT) / EVAL
+    if default.resolve() not in {path.resolve() for path in paths} and _is_of(run, default):
+        paths.append(default)
+    found = [_benchmarks(path, run / METRICS) for path in paths]
+    return [each for each in found if each.rows or each.problem]
+
+
+def _is_of(run: Path, path: Path) -> bool:
+    """Whether an eval.json has evaluated the model in a folder, or a checkpoint of it."""
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["about"]["models"]["result"]
+        return Path(where).expanduser().resolve().is_relative_to(run.resolve())
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _benchmarks(path: Path, metrics: Path) -> Benchmarks:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(_table_of(found["tasks"]))
+        about = _about(found.get("about", {}))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = (
+            f"`{path}` is not shown: it cannot be read as results of `camopd eval` ({type(error).__name__}: {error})."
+        )
+        return Benchmarks(path, problem=f"{why} Type that command again with the same --out.")
+    if rows and metrics.is_file() and path.stat().st_mtime < metrics.stat().st_mtime:
+        return Benchmarks(
+            path,
+            problem=f"`{path}` is not shown: it is older than the run's last step, and so of an earlier model. Run `camopd "
+            f"eval` again, with another --out; in a copy whose files have lost their times, `touch {path}`.",
+        )
+    return Benchmarks(path, rows, about)
+
+
+def _table_of(tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each task; none without tasks. Raises what a file of another form makes it raise."""
+    if not tasks:
+        return []
+    known = list(dict.fromkeys(name for task in tasks for name in task["models"]))
+    models = sorted(known, key=lambda name: [*COLUMNS, *known].index(name))
+    changed = any("change" in task for task in tasks)
+    head = ["task", *(f"{COLUMNS.get(name, name)} ± 95 %" for name in models), "items"]
+    rows = [[*head, *(("change (95 %)", "came back", "broke") if changed else ())]]
+    for task in tasks:
+        numbers = [task["models"].get(name) for name in models]
+        counts = sorted({int(each["items"]) for each in numbers if each})
+        row = [str(task["task"]), *map(_score, numbers), " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))]
+        rows.append([*row, *(_change(task.get("change")) if changed else ())])
+    return rows
+
+
+def _score(numbers: Mapping[str, Any] | None) -> str:
+    """Percent with half the 95 % interval, over items."""
+    if not numbers or numbers["mean"] is None:
+        return "-"
+    error, items = numbers["standard_error"], int(numbers["items"])
+    half = f" ± {100 * t_quantile(items - 1) * error:.1f}" if error is not None and items > 1 else ""
+    return f"{100 * numbers['mean']:.1f}{half}"
+
+
+def _change(change: Mapping[str, Any] | None) -> list[str]:
+    if change is None:
+        return ["-", "-", "-"]
+    ends = [change["low"], change["high"]]
+    between = "" if None in ends else f" ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})"
+    moved = [f"{len(change[name])} of {change['items']}" for name in ("came_back", "broke")]
+    return [f"{100 * change['value']:+.1f}{between}", *moved]
+
+
+def _about(about: Mapping[str, Any]) -> str:
+    limit, tokens = about.get("limit"), about.get("max_tokens")
+    said = [f"at most {limit} rows of each task"] if limit else []
+    said += [f"answers of at most {tokens} tokens"] if tokens else []
+    return f"Measured on {', with '.join(said)}." if limit else f"Measured with {said[0]}." if said else ""
+
+
+# ----------------------------------------------------------------------------------------------------------- eval_tasks
+
+
+def tasks_of(metrics: Path, last_step: int | None = None) -> list[list[str]]:
+    """First, best and last score of each of a run's `eval_tasks`, as a table; nothing where there are none.
+
+    `metrics` is the run's metrics.jsonl, or metrics-1.jsonl of an earlier run; of a file of another name nothing is known.
+    `last_step` is that of the model in hand, after which nothing counts. Raises `ValueError` for a broken line.
+    """
+    named = re.fullmatch(r"metrics((?:-\d+)?)\.jsonl", metrics.name)
+    if named is None:
+        return []
+    stem, dot, kind = EVAL_TASKS.rpartition(".")
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines_of(metrics.with_name(f"{stem}{named[1]}{dot}{kind}"), "task"):
+        if _is_evaluation(line) and (last_step is None or line["step"] <= last_step):
+            found.setdefault(line["task"], []).append(line)
+    rows = [["task", "rows", "first ± 95 %", "best", "last ± 95 %", "rows that broke"]] if found else []
+    return rows + [_task(name, lines) for name, lines in found.items()]
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether it has what live_tasks.py writes: one that was written by hand is passed over."""
+    scores = line.get("scores")
+    numbers = isinstance(scores, list) and bool(scores) and all(type(score) in (int, float) for score in scores)
+    return numbers and isinstance(line.get("task"), str) and type(line["step"]) is int
+
+
+def _task(name: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row of the table, of the evaluations that have asked the same rows as the last one."""
+    last = lines[-1]
+    same = [
+        line for line in lines if line.get("rows") == last.get("rows") and len(line["scores"]) == len(last["scores"])
+    ]
+    first, best = same[0], max(same, key=lambda line: fmean(line["scores"]))
+    broke = sum(a > b for a, b in zip(first["scores"], last["scores"], strict=True))
+    top = f"{short(fmean(best['scores']))} (step {best['step']}, of {len(same)})"
+    return [name, str(len(last["scores"])), _mean(first), top, _mean(last), str(broke)]
+
+
+def _mean(line: Mapping[str, Any]) -> str:
+    scores = line["scores"]
+    half = t_quantile(len(scores) - 1) * stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    return f"{interval(fmean(scores), half)} (step {line['step']})"
