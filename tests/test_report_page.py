@@ -54,6 +54,30 @@ def test_page_of_several_runs_has_a_line_for_each(tmp_path):
         assert f"### `{name}`" in end
 
 
+def test_page_of_several_runs_has_no_table_of_what_they_do_not_settle(tmp_path):
+    metrics = {"selection/{branch}/kept_fraction": 1.0, "grad_norm": 1.0}
+    paths = {
+        "long": make_run(tmp_path / "long", 60, **GAP, **metrics),
+        "short": make_run(tmp_path / "short", 7, **GAP),
+    }
+    write_report(paths, tmp_path / "out")
+    top = (tmp_path / "out" / "report.md").read_text().split("## The runs one by one")[0]
+    assert "| run | A gap that rises | Imbalance | Selection follows length | Selection follows outliers |\n" in top
+    assert "| `long` | not seen | not seen | not seen | not seen |" in top and "| `short` |" not in top
+    assert "| unclear |" not in top and "| not measured |" not in top
+    (line,) = [line for line in top.splitlines() if line.startswith("Not settled: ")]
+    assert line.startswith(
+        "Not settled: counteraction, weak samples, steps mostly momentum (`long`); a gap that rises, "
+    )
+    assert line.endswith(", steps mostly momentum (`short`).")
+    write_report({name: make_run(tmp_path / name, 7, **GAP) for name in ("one", "two")}, tmp_path / "out")
+    top = (tmp_path / "out" / "report.md").read_text().split("## The runs one by one")[0]
+    signs = top.split("## Which of my branches is hurting?")[1].split("## Gaps")[0]
+    assert (
+        "| " not in signs and signs.count("\nNot settled: ") == 1 and "(`one`" not in signs.split("Not settled: ")[1]
+    )
+
+
 def held_out(folder, *evaluations):
     """A held_out.jsonl with (step, branch, KL of each prompt)."""
     lines = [

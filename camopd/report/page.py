@@ -171,19 +171,41 @@ def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
     first, *more = signs.values()
     if not more:
         return [first[0].text, *_numbers(first), in_short(), CAUSES]
-    rows = [["run", *(sign.name for sign in first[1:-1])]]
-    rows += [[f"`{name}`", *(sign.state for sign in found[1:-1])] for name, found in signs.items()]
     return [
         "\n".join(f"- `{name}`: {found[0].text}" for name, found in signs.items()),
-        table(rows),
+        *_side_by_side({name: found[1:-1] for name, found in signs.items()}),
         f"The numbers behind the words are at the end of the page, run by run. {CAUSES}",
         in_short(),
     ]
 
 
+def _side_by_side(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
+    """A table of the runs and signs in which something is settled, and one line for what is not."""
+    settled = {name: {sign.name: sign.state for sign in found if _is_settled(sign)} for name, found in signs.items()}
+    columns = [
+        sign.name for sign in next(iter(signs.values())) if any(sign.name in found for found in settled.values())
+    ]
+    rows = [[f"`{name}`", *(found.get(sign, "") for sign in columns)] for name, found in settled.items() if found]
+    open_in: dict[str, list[str]] = {}  # signs -> runs
+    for name, found in signs.items():
+        left = ", ".join(sign.name.lower() for sign in found if not _is_settled(sign))
+        open_in.setdefault(left, []).append(f"`{name}`")
+    others = [
+        left if len(runs) == len(signs) else f"{left} ({', '.join(runs)})" for left, runs in open_in.items() if left
+    ]
+    return [
+        *([table([["run", *columns], *rows])] if rows else []),
+        *([f"Not settled: {'; '.join(others)}."] if others else []),
+    ]
+
+
+def _is_settled(sign: Sign) -> bool:
+    return sign.state not in ("unclear", "not measured")
+
+
 def _numbers(signs: Sequence[Sign]) -> list[str]:
     """A table of the signs that a run settles, and one line for the others."""
-    settled = [sign for sign in signs[1:] if sign.state not in ("unclear", "not measured")]
+    settled = [sign for sign in signs[1:] if _is_settled(sign)]
     unclear = [sign.name.lower() for sign in signs[1:] if sign.state == "unclear"]
     others = [f"{', '.join(unclear)} (too few measured steps, or neither one nor the other)"] if unclear else []
     others += [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign.state == "not measured"]
