@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, stdev
+from typing import Any
 
 from .words import counted
 
@@ -18,6 +19,12 @@ FEWEST = 8  # prompts, below which no verdict is given
 SAME = 0.01  # nats per token, below which a model is its teacher: what rounding of 16 bits alone makes
 HALF = 0.5  # share of the gap from which on a branch has recovered, and not in part
 KEPT = 0.1  # of the largest gap of the run before it: a branch whose gap was less is kept if it has moved less
+ALMOST_NONE = (
+    3.0  # tokens of an answer on average, below which a gap is one of almost no text; an end of sequence is one
+)
+SHORTER = (
+    0.25  # of the tokens before: a student whose answers have so few has changed what it says, not how near it is
+)
 POWER = 0.8  # with which the smallest change that can be shown is found
 NOT_MEASURED = (
     "whether the model recovered is not known: no held-out prompts were measured. Set eval_prompts (eval_dataset), "
@@ -37,6 +44,7 @@ class Measured:
     by_prompt: tuple[float | None, ...] = ()  # `None` for an empty completion; () where it was not kept
     of: str = ""  # which prompts
     gap_abs: float = math.nan  # mean |gap|
+    length: float = math.nan  # tokens of an answer on average, the empty ones included; NaN where it is not known
 
     @property
     def half(self) -> float:
@@ -83,6 +91,25 @@ class Verdict:
     def text(self) -> str:
         """All of it, as plain text."""
         return f"{self.words}. {self.limits}".strip()
+
+
+def with_lengths(
+    found: Mapping[str, Sequence[Measured]], history: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Measured]]:
+    """The evaluations with the lengths that a Trainer's log has of the same ones; held_out.jsonl has none."""
+    known = {
+        (name, entry.get("step"), entry[name]): entry.get(f"{name.removesuffix('_kl')}_completions/mean_length")
+        for entry in history
+        for name in entry
+        if name.startswith("eval_") and name.endswith("_kl")
+    }
+    lengths = {key: float(value) for key, value in known.items() if isinstance(value, int | float)}
+    return {
+        branch: [
+            replace(each, length=lengths.get((f"eval_{branch}_kl", each.step, each.kl), math.nan)) for each in measured
+        ]
+        for branch, measured in found.items()
+    }
 
 
 def t_quantile(freedom: int) -> float:
@@ -174,7 +201,23 @@ def _verdict(
     small = abs(before.kl) < allowed
     state, words = _judge(branch, before, after, change, largest, allowed if small else None)
     late = "" if last_step in (None, after.step) else f" (measured at step {after.step} of {last_step})"
-    return Verdict(branch, state, words + late, _limits(before, change, state, small), before, after, change, small)
+    words += late + _emptiness(before, after)
+    return Verdict(branch, state, words, _limits(before, change, state, small), before, after, change, small)
+
+
+def _emptiness(before: Measured, after: Measured) -> str:
+    """What is to be said of answers with hardly any tokens, whose gap says little of the model; else nothing."""
+    said = ""
+    for each, when in ((before, "before"), (after, "after")):
+        empty = sum(value is None for value in each.by_prompt)
+        if 2 * empty >= len(each.by_prompt) > 0:
+            said += f"; {empty} of {len(each.by_prompt)} answers {when} are EMPTY and have no gap"
+    known = f", {before.length:.1f} before" if math.isfinite(before.length) else ""
+    if after.length < ALMOST_NONE:
+        return f"{said}; its answers are almost EMPTY, {after.length:.1f} tokens on average{known}: a gap of almost no text"
+    if after.length < SHORTER * before.length:
+        return f"{said}; its answers have become SHORT, {after.length:.1f} tokens on average{known}"
+    return said
 
 
 def _judge(
@@ -184,6 +227,8 @@ def _judge(
     moves = f"{short(before.kl)} → {short(after.kl)}"
     if change.prompts < FEWEST or not math.isfinite(change.half):
         few = "is too few" if change.prompts == 1 else "are too few"
+        if not change.prompts:
+            return "not settled", f"{branch}: no held-out prompt has an answer before and after"
         return "not settled", f"{branch}: {counted(change.prompts, 'held-out prompt')} {few} to tell ({moves})"
     low, high = change.value - change.half, change.value + change.half
     moves += f", change {signed(change.value)} ({signed(low)} to {signed(high)})"
@@ -234,7 +279,9 @@ def _limits(before: Measured, change: Change, state: str, small: bool) -> str:
 
 
 def short(value: float) -> str:
-    """Nats per token: three decimals, and of smaller values the first digit."""
+    """Nats per token: three decimals, of smaller values the first digit, and - for none."""
+    if not math.isfinite(value):
+        return "-"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.0e}"
 
 

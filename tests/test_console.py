@@ -208,6 +208,22 @@ def test_verbose_brings_the_dictionaries_back(tmp_path, tokenizer, capsys):
     assert verdict[0].startswith("Did it recover?") and said[-len(verdict) :] == verdict
 
 
+def test_answers_of_almost_no_tokens_are_named_in_the_verdict_on_the_screen_and_in_the_card(
+    tmp_path, tokenizer, capsys
+):
+    trainer = make_run(tmp_path, tokenizer, max_completion_length=2)
+    capsys.readouterr()
+    trainer.train()
+    said = capsys.readouterr().out
+    trainer.create_model_card("named")
+    verdict = said.partition("Did it recover?")[2]
+    for text in (verdict, (tmp_path / "README.md").read_text()):
+        shown = re.findall(
+            r"answers are almost EMPTY, [12]\.\d tokens on average, [12]\.\d before", " ".join(text.split())
+        )
+        assert len(shown) == 2
+
+
 def test_console_stands_in_for_the_printers_of_transformers_alone(tmp_path, tokenizer):
     class Mine(ProgressCallback):
         pass

@@ -148,6 +148,23 @@ def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):
     )
 
 
+def test_page_names_answers_of_almost_no_tokens(tmp_path):
+    path = make_run(tmp_path / "run", 20, **ALWAYS)
+    held_out(tmp_path / "run", (0, "general", [0.5] * 9), (20, "general", [0.25] * 9))
+    log = [{"step": step, "eval_general_kl": kl, "eval_general_completions/mean_length": length}
+           for step, kl, length in ((0, 0.5, 30.0), (20, 0.25, 1.25))]  # fmt: skip
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"global_step": 20, "log_history": log}))
+    wanted = "its answers are almost EMPTY, 1.2 tokens on average, 30.0 before: a gap of almost no text"
+    assert wanted in write_report({"run": path}, tmp_path / "out")[0]
+    assert wanted in (tmp_path / "out" / "report.md").read_text()
+    for name in ("metrics.jsonl", "held_out.jsonl", "trainer_state.json"):  # of an earlier run
+        stem, dot, kind = name.partition(".")
+        (tmp_path / "run" / name).rename(tmp_path / "run" / f"{stem}-1{dot}{kind}")
+    assert wanted in write_report({"run": path.with_name("metrics-1.jsonl")}, tmp_path / "out")[0]
+    (tmp_path / "run" / "trainer_state-1.json").write_text("[1")
+    assert "EMPTY" not in write_report({"run": path.with_name("metrics-1.jsonl")}, tmp_path / "out")[0]
+
+
 def test_page_of_an_earlier_run_in_the_folder_has_its_own_verdict(tmp_path):
     path = make_run(tmp_path / "run", 20, **ALWAYS)
     held_out(tmp_path / "run", (0, "general", [0.5] * 9), (20, "general", [0.1] * 9))

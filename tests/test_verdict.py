@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camopd.verdict import FEWEST, Measured, change_of, rows_of, short, signed, t_quantile, verdicts_of
+from camopd.verdict import FEWEST, Measured, change_of, rows_of, short, signed, t_quantile, verdicts_of, with_lengths
 
 
 def measured(step, values, of="p"):
@@ -196,6 +196,50 @@ def test_verdict_says_what_was_not_measured():
     few = one(measured(0, [0.5] * 7), measured(9, [0.1] * 7))
     assert (few.state, few.words) == ("not settled", "general: 7 held-out prompts are too few to tell (0.500 → 0.100)")
     assert verdicts_of({}) == []
+
+
+def log(step, kl, length):
+    return {"step": step, "eval_general_kl": kl, "eval_general_completions/mean_length": length}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ((41.25, 1.0), "; its answers are almost EMPTY, 1.0 tokens on average, 41.2 before: a gap of almost no text"),
+        ((2.0, 2.0), "; its answers are almost EMPTY, 2.0 tokens on average, 2.0 before: a gap of almost no text"),
+        ((40.0, 9.5), "; its answers have become SHORT, 9.5 tokens on average, 40.0 before"),
+        ((None, 1.0), "; its answers are almost EMPTY, 1.0 tokens on average: a gap of almost no text"),
+        ((40.0, 10.0), ""),
+        ((1.0, 40.0), ""),
+        ((40.0, None), ""),
+    ],
+)
+def test_verdict_names_answers_with_almost_no_tokens(lengths, said):
+    found = {"general": [plain(0, 0.5, 0.01), plain(9, 0.1, 0.01)]}
+    history = [
+        {"loss": 1.0},
+        log(0, 0.5, lengths[0]),
+        log(9, 0.1, lengths[1]),
+        log(9, 0.3, 1.0),
+    ]  # the last: another run
+    (verdict,) = verdicts_of(with_lengths(found, history))
+    (without,) = verdicts_of(found)
+    assert verdict.words == without.words + said and verdict.state == "recovered"
+
+
+def test_verdict_names_empty_answers():
+    start = [0.5, 0.6] * 10
+    half = one(measured(0, start), measured(9, [0.1] * 10 + [None] * 10))
+    assert half.words.endswith("; 10 of 20 answers after are EMPTY and have no gap") and half.change.prompts == 10
+    assert "EMPTY" not in one(measured(0, start), measured(9, [0.1] * 11 + [None] * 9)).words
+    assert (
+        "; 10 of 20 answers before are EMPTY" in one(measured(0, [None] * 10 + start[:10]), measured(9, start)).words
+    )
+    none = one(measured(0, start), Measured(9, math.nan, math.nan, 0, (None,) * 20, "p"))
+    assert none.text == (
+        "general: no held-out prompt has an answer before and after; 20 of 20 answers after are EMPTY and have no gap."
+    )
+    assert none.state == "not settled" and rows_of([none])[1][2] == "-"
 
 
 def test_rows_have_the_numbers_of_each_branch():
