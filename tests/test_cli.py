@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -154,6 +155,39 @@ def test_mistake_is_said_with_value_reason_and_way_out(mistakes, name):
     assert said.startswith("camopd: ") and "Traceback" not in said
     assert re.search(wanted, said, re.DOTALL), said
     assert seconds < allowed
+
+
+BARE = 0.02  # CPU seconds of `python -c pass` on a usual machine
+
+
+def seconds_of(*words, cwd=None) -> tuple[float, str]:
+    """CPU seconds of a fresh Python with these words, the shorter of two: the first may have to compile its modules; and
+    what it says. What else the machine does is not in them, but for what it takes of the processor's caches."""
+    taken = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=cwd, timeout=300, check=False,
+                              env={**os.environ, "PYTHONPATH": str(Path(camopd.__file__).parents[1])})  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(taken), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "allowed"),
+    [
+        ("--help", "usage: camopd ", 0.3),
+        ("eval --help", "usage: camopd eval ", 1),  # of all --help these two take longest
+        ("serve --help", "usage: camopd serve ", 1),
+        ("train run.yaml --learning_rte 1", "Did you mean 'learning_rate'", 2),
+    ],
+)
+def test_fresh_process_answers_within_the_seconds_that_are_promised(words, said, allowed, tmp_path):
+    """On a slower machine, where Python alone takes longer than `BARE`, as many times more."""
+    (tmp_path / "run.yaml").write_text("model_name_or_path: a/b\nprompts: {general: a/b, domain: a/b}\n")
+    slower = max(1, seconds_of("-c", "pass")[0] / BARE)
+    seconds, found = seconds_of("-m", "camopd.cli", *words.split(), cwd=tmp_path)
+    assert said in found and seconds < allowed * slower
 
 
 @pytest.mark.slow
