@@ -92,8 +92,8 @@ def write_report(
     signs = {name: signs_of(frame) for name, frame in runs.items()}
     held_out: dict[str, HeldOut] = {}
     for name, path in paths.items():
-        found, last_step = of_metrics(path)
-        held_out[name] = (with_lengths(found, log_of(path)), last_step)
+        evaluations, last_step = of_metrics(path)
+        held_out[name] = (with_lengths(evaluations, log_of(path)), last_step)
     figures = draw_all(runs, {name: found for name, (found, _) in held_out.items()})
     out.mkdir(parents=True, exist_ok=True)
     images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}
