@@ -180,13 +180,15 @@ def test_page_of_an_earlier_run_in_the_folder_has_its_own_verdict(tmp_path):
 
 
 def test_page_has_one_line_for_what_a_run_does_not_settle(tmp_path):
-    write_report({"run": make_run(tmp_path / "run", 7, **ALWAYS)}, tmp_path / "out")
+    said = write_report({"run": make_run(tmp_path / "run", 7, **ALWAYS)}, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("Not settled by this run: ")]
     assert (
         "counteraction (`diagnostics_steps: 10` measures" in line and "a gap that rises, " in line and len(line) < 600
     )
     assert "| unclear |" not in text and "| not measured |" not in text
+    assert text.split("*On small models*")[0].count("ounteraction") == 1
+    assert " Not settled: a gap that rises, counteraction, " in said[1]
 
 
 def test_page_shows_the_texts_of_others_as_texts():

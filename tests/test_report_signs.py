@@ -75,7 +75,7 @@ def test_answer_says_when_no_branch_gets_worse(tmp_path):
     assert found["Answer"].text.startswith(
         "None that shows: over the last third of its steps, no branch has a training gap that rises (general, domain)."
     )
-    assert "Not measured: counteraction, imbalance, weak samples" in found["Answer"].text
+    assert "Not measured:" not in found["Answer"].text  # one line of the page says it
 
 
 def test_answer_says_when_a_branch_has_moved_away_and_stays_there(tmp_path):

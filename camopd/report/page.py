@@ -129,6 +129,8 @@ def write_report(
         lead = "" if len(runs) == 1 else f"{name}: "
         said += [f"{lead}{text}" for text in _verdicts(*held_out[name])]
         said.append(f"{lead}Training gaps: {found[0].text}".replace("**", "").replace("`", ""))
+        left = ", ".join(sign.name.lower() for sign in found if not sign.settled)
+        said[-1] += f" Not settled: {left}." if left else ""
     return [*said, *problems]
 
 
@@ -184,14 +186,14 @@ def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
 
 def _side_by_side(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
     """A table of the runs and signs in which something is settled, and one line for what is not."""
-    settled = {name: {sign.name: sign.state for sign in found if _is_settled(sign)} for name, found in signs.items()}
+    settled = {name: {sign.name: sign.state for sign in found if sign.settled} for name, found in signs.items()}
     columns = [
         sign.name for sign in next(iter(signs.values())) if any(sign.name in found for found in settled.values())
     ]
     rows = [[f"`{name}`", *(found.get(sign, "") for sign in columns)] for name, found in settled.items() if found]
     open_in: dict[str, list[str]] = {}  # signs -> runs
     for name, found in signs.items():
-        left = ", ".join(sign.name.lower() for sign in found if not _is_settled(sign))
+        left = ", ".join(sign.name.lower() for sign in found if not sign.settled)
         open_in.setdefault(left, []).append(f"`{name}`")
     others = [
         left if len(runs) == len(signs) else f"{left} ({', '.join(runs)})" for left, runs in open_in.items() if left
@@ -202,13 +204,9 @@ def _side_by_side(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
     ]
 
 
-def _is_settled(sign: Sign) -> bool:
-    return sign.state not in ("unclear", "not measured")
-
-
 def _numbers(signs: Sequence[Sign]) -> list[str]:
     """A table of the signs that a run settles, and one line for the others."""
-    settled = [sign for sign in signs[1:] if _is_settled(sign)]
+    settled = [sign for sign in signs[1:] if sign.settled]
     unclear = [sign.name.lower() for sign in signs[1:] if sign.state == "unclear"]
     others = [f"{', '.join(unclear)} (too few measured steps, or neither one nor the other)"] if unclear else []
     others += [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign.state == "not measured"]

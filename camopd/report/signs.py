@@ -32,6 +32,11 @@ class Sign:
     state: str  # "seen", "not seen", "unclear", "not measured"
     text: str
 
+    @property
+    def settled(self) -> bool:
+        """Whether the run says one or the other."""
+        return self.state not in ("unclear", "not measured")
+
 
 @dataclass(frozen=True)
 class Number:
@@ -191,10 +196,9 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
         none = f"None that shows: over the last third of its steps, no branch has a training gap that rises ({told})."
         parts = parts or [none]
         parts += [f"Too few steps of {branch} to tell ({trends[branch].steps})." for branch in short]
-    for which, words in (("seen", "Signs seen"), ("unclear", "Unclear"), ("not measured", "Not measured")):
-        names = [sign.name.lower() for sign in others if sign.state == which]
-        if names:
-            parts.append(f"{words}: {', '.join(names)}.")
+    names = [sign.name.lower() for sign in others if sign.state == "seen"]
+    if names:
+        parts.append(f"Signs seen: {', '.join(names)}.")
     return Sign("Answer", state, " ".join(parts))
 
 
