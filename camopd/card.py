@@ -24,7 +24,7 @@ from .output_dir import METRICS
 from .results import benchmarks_of, table, tasks_of
 from .schedule import Schedule
 from .teachers.address import OWN_TEACHERS
-from .verdict import NOT_MEASURED, verdicts_of, with_lengths
+from .verdict import NOT_MEASURED, verdicts_of
 from .version import __version__
 from .words import counted
 
@@ -223,7 +223,7 @@ def _recovery(facts: RunFacts, out: Path) -> list[str]:
         ValueError
     ):  # the card is written where nothing may fail any more, and the values of single prompts are extra
         lines = []
-    known = with_lengths(of_history(facts.history, lines), facts.history)
+    known = of_history(facts.history, lines)
     found = {branch: known[branch] for branch in facts.schedule.branches if branch in known}
     said = [f"- {verdict.text}" for verdict in verdicts_of(found, facts.step)] or [
         f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."

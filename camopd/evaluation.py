@@ -23,6 +23,7 @@ class HeldOutResults:
         self._found: dict[int, SampleSummary] = {}
         self._prompts: dict[int, int] = {}  # checksum of each prompt's token ids
         self._metrics: dict[str, float] = {}
+        self._length = math.nan  # mean, of the completions
 
     def __len__(self) -> int:
         """Prompts that are measured so far."""
@@ -57,6 +58,7 @@ class HeldOutResults:
             )
         rows = [self._found[position] for position in sorted(self._found)]
         of_completions = metrics.of_completions(rows)
+        self._length = of_completions["completions/mean_length"]
         for name in of_completions:
             logged.pop(name, None)
         found = self._metrics = metrics.of_evaluation(rows)
@@ -66,9 +68,10 @@ class HeldOutResults:
         return output
 
     def record(self) -> dict[str, Any]:
-        """The line of `held_out.jsonl`, after `fill`: the branch, its gaps, and the sampled reverse KL of each prompt in
-        nats per token, by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an
-        empty completion. Where prompts have categories, they are there, too."""
+        """The line of `held_out.jsonl`, after `fill`: the branch, its gaps, the mean `length` of the completions in tokens,
+        their ends included, and the sampled reverse KL of each prompt in nats per token, by which two evaluations of the
+        same prompts (`of`) can be compared pair by pair; `None` for an empty completion. Where prompts have categories,
+        they are there, too."""
         rows = [self._found[position] for position in sorted(self._found)]
         found: dict[str, Any] = {
             name: value if math.isfinite(value) else None for name, value in self._metrics.items()
@@ -78,6 +81,7 @@ class HeldOutResults:
         return {
             "branch": rows[0].branch if rows else "",
             **found,
+            "length": self._length,
             "kl_by_prompt": [0.0 - row.gap / row.num_tokens if row.num_tokens else None for row in rows],
             "of": f"{zlib.crc32(array('q', [self._prompts[row.position] for row in rows]).tobytes()):08x}",
         }

@@ -64,6 +64,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Measured]]:
             Measured(
                 int(line["step"]), _number(line.get("kl")), _number(line.get("kl_se")), int(line.get("prompts", 0)),
                 tuple(line.get("kl_by_prompt", ())), str(line.get("of", "")), _number(line.get("gap_abs")),
+                _number(line.get("length")),
             )
         )  # fmt: skip
     return found
@@ -88,7 +89,7 @@ def of_history(
             head, step = name.removesuffix("_kl"), int(entry.get("step", 0))
             plain = Measured(
                 step, _number(value), _number(entry.get(f"{head}_kl_se")), int(entry.get(f"{head}_prompts", 0)),
-                gap_abs=_number(entry.get(f"{head}_gap_abs")),
+                gap_abs=_number(entry.get(f"{head}_gap_abs")), length=_number(entry.get(f"{head}_completions/mean_length")),
             )  # fmt: skip
             branch = match[1]
             found.setdefault(branch, []).append(known.get((branch, step, plain.kl), plain))

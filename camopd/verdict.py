@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
-from typing import Any
 
 from .words import counted
 
@@ -91,25 +90,6 @@ class Verdict:
     def text(self) -> str:
         """All of it, as plain text."""
         return f"{self.words}. {self.limits}".strip()
-
-
-def with_lengths(
-    found: Mapping[str, Sequence[Measured]], history: Sequence[Mapping[str, Any]]
-) -> dict[str, list[Measured]]:
-    """The evaluations with the lengths that a Trainer's log has of the same ones; held_out.jsonl has none."""
-    known = {
-        (name, entry.get("step"), entry[name]): entry.get(f"{name.removesuffix('_kl')}_completions/mean_length")
-        for entry in history
-        for name in entry
-        if name.startswith("eval_") and name.endswith("_kl")
-    }
-    lengths = {key: float(value) for key, value in known.items() if isinstance(value, int | float)}
-    return {
-        branch: [
-            replace(each, length=lengths.get((f"eval_{branch}_kl", each.step, each.kl), math.nan)) for each in measured
-        ]
-        for branch, measured in found.items()
-    }
 
 
 def t_quantile(freedom: int) -> float:

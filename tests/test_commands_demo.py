@@ -60,7 +60,7 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
     for name in MODELS:
         for branch in BRANCHES:
             gap = result[name][f"gap_to_{branch}"]
-            assert set(gap) == {"mean", "standard_error", "prompts", "unit", "by_prompt", "of"}
+            assert set(gap) == {"mean", "standard_error", "prompts", "unit", "by_prompt", "of", "length"}
             assert gap["prompts"] == len(gap["by_prompt"]) == 3
             assert gap["mean"] == pytest.approx(sum(gap["by_prompt"]) / 3)
             assert gap["of"] == result["general"][f"gap_to_{branch}"]["of"]  # so they are compared prompt by prompt

@@ -11,11 +11,12 @@ from camopd.measured import HELD_OUT, STATE, lines_of, of_history, of_lines, of_
 
 def line(step, branch="general", kl=0.5, **more):
     return {"step": step, "branch": branch, "kl": kl, "kl_se": 0.1, "gap_abs": 0.7, "prompts": 2,
-            "kl_by_prompt": [0.4, kl], "of": "p", **more}  # fmt: skip
+            "kl_by_prompt": [0.4, kl], "of": "p", "length": 10.0 + step, **more}  # fmt: skip
 
 
 def entry(step, branch="general", kl=0.5):
     names = {"kl": kl, "kl_se": 0.1, "gap_abs": 0.7, "prompts": 2}
+    names["completions/mean_length"] = 10.0 + step
     return {"step": step, **{f"eval_{branch}_{name}": value for name, value in names.items()}}
 
 

@@ -1,5 +1,6 @@
 """What held-out gaps say, against numbers worked out by hand and properties of differences (camopd/verdict.py)."""
 
+import dataclasses
 import math
 from statistics import fmean, stdev
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camopd.verdict import FEWEST, Measured, change_of, rows_of, short, signed, t_quantile, verdicts_of, with_lengths
+from camopd.verdict import FEWEST, Measured, change_of, rows_of, short, signed, t_quantile, verdicts_of
 
 
 def measured(step, values, of="p"):
@@ -198,32 +199,23 @@ def test_verdict_says_what_was_not_measured():
     assert verdicts_of({}) == []
 
 
-def log(step, kl, length):
-    return {"step": step, "eval_general_kl": kl, "eval_general_completions/mean_length": length}
-
-
 @pytest.mark.parametrize(
     ("lengths", "said"),
     [
         ((41.25, 1.0), "; its answers are almost EMPTY, 1.0 tokens on average, 41.2 before: a gap of almost no text"),
         ((2.0, 2.0), "; its answers are almost EMPTY, 2.0 tokens on average, 2.0 before: a gap of almost no text"),
         ((40.0, 9.5), "; its answers have become SHORT, 9.5 tokens on average, 40.0 before"),
-        ((None, 1.0), "; its answers are almost EMPTY, 1.0 tokens on average: a gap of almost no text"),
+        ((math.nan, 1.0), "; its answers are almost EMPTY, 1.0 tokens on average: a gap of almost no text"),
         ((40.0, 10.0), ""),
         ((1.0, 40.0), ""),
-        ((40.0, None), ""),
+        ((40.0, math.nan), ""),
     ],
 )
 def test_verdict_names_answers_with_almost_no_tokens(lengths, said):
-    found = {"general": [plain(0, 0.5, 0.01), plain(9, 0.1, 0.01)]}
-    history = [
-        {"loss": 1.0},
-        log(0, 0.5, lengths[0]),
-        log(9, 0.1, lengths[1]),
-        log(9, 0.3, 1.0),
-    ]  # the last: another run
-    (verdict,) = verdicts_of(with_lengths(found, history))
-    (without,) = verdicts_of(found)
+    found = [plain(0, 0.5, 0.01), plain(9, 0.1, 0.01)]
+    with_lengths = [dataclasses.replace(each, length=length) for each, length in zip(found, lengths, strict=True)]
+    (verdict,) = verdicts_of({"general": with_lengths})
+    (without,) = verdicts_of({"general": found})
     assert verdict.words == without.words + said and verdict.state == "recovered"
 
 

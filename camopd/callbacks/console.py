@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from ..measured import HELD_OUT, lines_of, of_lines, of_run
 from ..step import Step, StepCallback
-from ..verdict import NOT_MEASURED, Measured, change_of, interval, short, signed, verdicts_of, with_lengths
+from ..verdict import NOT_MEASURED, Measured, change_of, interval, short, signed, verdicts_of
 from ..words import counted
 
 
@@ -145,9 +145,7 @@ class Console(PrinterCallback, StepCallback):
         self._bar.end()
         if state.is_world_process_zero:
             try:
-                found, last_step = of_run(Path(args.output_dir))
-                found = with_lengths(found, state.log_history)
-                lines = answer(found, last_step, self._branches, columns_of_terminal())
+                lines = answer(*of_run(Path(args.output_dir)), self._branches, columns_of_terminal())
             except (OSError, ValueError) as error:  # the model is trained, and has yet to be saved
                 lines = [f"Did it recover? Not known: {error}"]
             for line in lines:

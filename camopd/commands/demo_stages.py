@@ -182,6 +182,7 @@ def measure(models: dict[str, Path], run: Path, settings: DemoSettings) -> dict[
                 "unit": "nats per token",
                 "by_prompt": record["kl_by_prompt"],
                 "of": record["of"],
+                "length": record["length"],
             }
             for branch, record in held_out_records(trainer).items()
         }
@@ -196,7 +197,7 @@ def write_held_out(folder: Path, result: dict[str, Any]) -> None:
     found = [(step, branch, result[name][f"gap_to_{branch}"]) for name, step in steps.items() for branch in BRANCHES]
     lines = [
         {"step": step, "branch": branch, "kl": gap["mean"], "kl_se": gap["standard_error"], "prompts": gap["prompts"],
-         "kl_by_prompt": gap["by_prompt"], "of": gap["of"]}
+         "kl_by_prompt": gap["by_prompt"], "of": gap["of"], "length": gap.get("length")}
         for step, branch, gap in found
     ]  # fmt: skip
     atomic.write(folder / HELD_OUT, "".join(f"{json.dumps(line)}\n" for line in lines))

@@ -18,10 +18,10 @@ from ..errors import CaMOPDError
 from ..measured import of_metrics
 from ..output_dir import METRICS
 from ..results import benchmarks_of, table, tasks_of
-from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of, with_lengths
+from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of
 from .charts import SMOOTH_FROM, draw_all, png
 from .evidence import in_short, worth
-from .read import log_of, read_run
+from .read import read_run
 from .signs import Sign, signs_of
 
 
@@ -90,10 +90,7 @@ def write_report(
     read = {name: read_run(path) for name, path in paths.items()}
     runs = {name: frame for name, (frame, _) in read.items()}
     signs = {name: signs_of(frame) for name, frame in runs.items()}
-    held_out: dict[str, HeldOut] = {}
-    for name, path in paths.items():
-        evaluations, last_step = of_metrics(path)
-        held_out[name] = (with_lengths(evaluations, log_of(path)), last_step)
+    held_out: dict[str, HeldOut] = {name: of_metrics(path) for name, path in paths.items()}
     figures = draw_all(runs, {name: found for name, (found, _) in held_out.items()})
     out.mkdir(parents=True, exist_ok=True)
     images = {f"{chart.name}.png": png(figure) for chart, figure in figures if figure is not None}

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -92,15 +91,6 @@ def read_run(path: Path) -> tuple[pd.DataFrame, str]:
         values[f"selection/{branch}/jaccard_chance"] = (share / (2 - share)).where(overlap.notna())
     values.insert(0, "branch", frame["branch"])
     return values, note
-
-
-def log_of(path: Path) -> list[dict[str, Any]]:
-    """The Trainer's log of the run whose metrics.jsonl this is, or metrics-1.jsonl; nothing where it is not there yet."""
-    state = path.with_name(re.sub(r"^metrics(-\d+)?\.jsonl$", r"trainer_state\1.json", path.name))
-    try:
-        return list(json.loads(state.read_text(encoding="utf-8"))["log_history"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return []
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
