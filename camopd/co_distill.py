@@ -16,8 +16,9 @@ right rollout and without feedback is left out, because its self-teacher would s
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -89,19 +90,23 @@ class Tutoring:
 
 @dataclass(frozen=True)
 class Student:
-    """A model, the tokenizer it reads with, and a name for messages and folders."""
+    """A model, the tokenizer it reads with, and a name for messages and folders. The model is on its device."""
 
     name: str
     model: Any
     tokenizer: Any
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of the chat template, as `enable_thinking`
+    batch: int = 64  # texts that are written at once
 
     def sees(self, prompt: str) -> Any:
         """The prompt as a row of a dataset has it: messages for a chat model."""
         return [{"role": "user", "content": prompt}] if self.tokenizer.chat_template else prompt
 
     @torch.no_grad()
-    def write(self, prompts: Sequence[str], count: int, max_tokens: int, batch: int = 256) -> list[list[str]]:
+    def write(self, prompts: Sequence[str], count: int, max_tokens: int) -> list[list[str]]:
         """`count` completions of each prompt, drawn from the model's own distribution; they end where training's do."""
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # as the trainer does
         own = self.model.generation_config.eos_token_id
         ends = sorted({self.tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or ())})
         texts = [self._text(prompt) for prompt in prompts for _ in range(count)]
@@ -109,9 +114,9 @@ class Student:
         training = self.model.training
         self.model.eval()
         with neutral_generation(self.model):
-            for start in range(0, len(texts), batch):
+            for start in range(0, len(texts), self.batch):
                 inputs = self.tokenizer(
-                    texts[start : start + batch], return_tensors="pt", padding=True, padding_side="left",
+                    texts[start : start + self.batch], return_tensors="pt", padding=True, padding_side="left",
                     add_special_tokens=not self.tokenizer.chat_template, return_token_type_ids=False,
                 ).to(self.model.device)  # fmt: skip
                 ids = self.model.generate(
@@ -126,7 +131,9 @@ class Student:
     def _text(self, prompt: str) -> str:
         if not self.tokenizer.chat_template:
             return prompt
-        text: str = self.tokenizer.apply_chat_template(self.sees(prompt), tokenize=False, add_generation_prompt=True)
+        text: str = self.tokenizer.apply_chat_template(
+            self.sees(prompt), tokenize=False, add_generation_prompt=True, **self.template_kwargs
+        )
         return text
 
 
@@ -175,12 +182,12 @@ def anchor(feedback: str, problem: Problem) -> str | None:
 
 
 def _text_of(letter: str, prompt: str) -> str:
-    """What a prompt lists behind an option's letter, up to the end of the line or to the next letter in the same form."""
+    """What a prompt lists behind an option's letter, up to the end of the line or to the next letter in the same form: the
+    last that begins a line, or else the last."""
     following = chr(ord(letter) + 1)
-    found = re.search(
-        rf"(?m)(?:^|[\s;,])(\(?){letter}([).:])\s*(.+?)(?=[\s;,]+\1{re.escape(following)}\2|\s*$)", prompt
-    )
-    return found[3].rstrip(" .;,\r") if found else ""
+    item = rf"(\(?){letter}([).:])\s*(.+?)(?=[\s;,]+\1{re.escape(following)}\2|\s*$)"
+    found = [match for start in (r"^\s*", r"[\s;,]") for match in list(re.finditer(f"(?m){start}{item}", prompt))[-1:]]
+    return found[0][3].rstrip(" .;,\r") if found else ""
 
 
 def _without(answer: str, text: str) -> str:
@@ -193,7 +200,7 @@ def _without(answer: str, text: str) -> str:
         first = len(word) % 3 or 3
         groups = [word[:first], *(word[at : at + 3] for at in range(first, len(word), 3))]
         patterns.append(f"(?:{_THOUSANDS})?".join(groups) if word.isdecimal() else re.escape(word))
-    pattern = r"\s*".join(patterns)
+    pattern = r"\s*".join(patterns) + (r"(?:\.0+(?!\w))?" if words[-1].isdecimal() else "")
     return re.sub(rf"(?<!\w){pattern}(?!\w)", "", text, flags=re.IGNORECASE)
 
 
@@ -285,14 +292,23 @@ def co_distill(
 
     Raises `CaMOPDError` where the checker accepts no answer of either student in the first round, where a peer that is
     needed passes the gate for no problem at all in it, where a student has nothing to learn from, and where a signal has
-    stopped a training: both models are in memory alone. `ValueError` for a config with another schedule, and for two
-    students of one name. A gate that is closed in another round, or for just the problems in need, is warned of.
+    stopped a training: both models are in memory alone. `ValueError` for a config with another schedule or other
+    `chat_template_kwargs` than the student writes with, for two students of one name, and in one of several processes. A
+    gate that is closed in another round, or for just the problems in need, is warned of.
     """
     tutoring = tutoring or Tutoring()
     if students[0].name == students[1].name:
         raise ValueError(f"both students are named {students[0].name!r}, and would write into one folder. Rename one.")
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={processes}: each process would draw answers and train on lessons of its own. "
+            "Start one process, or write a loop of your own around `lessons_of` and `CaMOPDTrainer`."
+        )
     lines = []
     for number in range(rounds):
+        configs = [config(student.name, number) for student in students]
+        for student, args in zip(students, configs, strict=True):
+            _check_config(student, args)
         asked = problems(number)
         graded = [grade(student, asked, is_right, tutoring) for student in students]
         if number == 0:
@@ -312,17 +328,26 @@ def co_distill(
                 )
             made.append(rows)
             lines.append({"student": student.name, "round": number, **counts})
-        for student, rows in zip(students, made, strict=True):
-            _learn(student, rows, config(student.name, number))
+        for student, rows, args in zip(students, made, configs, strict=True):
+            _learn(student, rows, args)
     return lines
 
 
-def _learn(student: Student, rows: list[dict[str, Any]], args: CaMOPDConfig) -> None:
+def _check_config(student: Student, args: CaMOPDConfig) -> None:
     if args.schedule != BRANCH:
         raise ValueError(
             f"the config of {student.name!r} has schedule={args.schedule!r}, and lessons are one branch. Make it with "
             f"schedule={BRANCH!r}."
         )
+    if (args.chat_template_kwargs or {}) != student.template_kwargs:
+        raise ValueError(
+            f"the config of {student.name!r} has chat_template_kwargs={args.chat_template_kwargs}, and its answers are "
+            f"written with template_kwargs={dict(student.template_kwargs)}. Give both the same, or it learns on other "
+            "prompts than it is graded on."
+        )
+
+
+def _learn(student: Student, rows: list[dict[str, Any]], args: CaMOPDConfig) -> None:
     trainer = CaMOPDTrainer(
         model=student.model, teachers={BRANCH: "self"}, args=args, train_dataset={BRANCH: Dataset.from_list(rows)},
         processing_class=student.tokenizer,
@@ -336,6 +361,8 @@ def _learn(student: Student, rows: list[dict[str, Any]], args: CaMOPDConfig) -> 
             "from there, whatever that run has said: both students and their lessons were in memory. Start again with the "
             "first round, in another folder."
         ) from error
+    finally:  # or each round's forward lies around that of the one before, and answers are written in its precision
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _need_right(students: Sequence[Student], problems: Sequence[Problem], graded: Sequence[Sequence[Graded]]) -> None:

@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from camopd import CaMOPDConfig
 from camopd.co_distill import BRANCH, Problem, Student, Tutoring, co_distill
@@ -43,6 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--max-answer", type=int, default=1024, help="tokens of an answer")
     parser.add_argument("--learning-rate", type=float, default=2e-6)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("co-distilled"))
     options = parser.parse_args()
     with open(options.problems, encoding="utf-8") as file:
@@ -53,10 +54,12 @@ def main() -> None:
                 f"line {number} of {options.problems} has {sorted(row)}, and no {missing[0]!r}. Each line needs all three."
             )
     problems = [Problem(row["prompt"], row["answer"], tuple(row["concepts"])) for row in rows]
+    set_seed(options.seed)  # both answer before any training sets one
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     students = tuple(
         Student(
             name,
-            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device),
             AutoTokenizer.from_pretrained(model),
         )
         for name, model in zip("ab", options.models, strict=True)
@@ -67,11 +70,11 @@ def main() -> None:
             output_dir=str(options.output_dir / name / f"round-{number}"), max_steps=STEPS, prompts_per_step=PROMPTS,
             per_device_train_batch_size=1, max_completion_length=options.max_answer, max_prompt_length=4096,
             learning_rate=options.learning_rate, lr_scheduler_type="constant", save_strategy="no", report_to="none",
-            schedule=BRANCH, seed=number,
+            schedule=BRANCH, seed=options.seed + number,
         )  # fmt: skip
 
     def of_round(number: int) -> list[Problem]:
-        return random.Random(number).sample(problems, min(PROBLEMS, len(problems)))
+        return random.Random(f"{options.seed}-{number}").sample(problems, min(PROBLEMS, len(problems)))
 
     tutoring = Tutoring(threshold=options.threshold, max_answer=options.max_answer)
     for line in co_distill(students, of_round, is_right, config, options.rounds, tutoring):

@@ -38,7 +38,7 @@ class Scripted:
     """A student that says what it is told to: a text for all prompts, or one by prompt."""
 
     def __init__(self, name, said):
-        self.name, self.said, self.asked = name, said, []
+        self.name, self.said, self.asked, self.template_kwargs = name, said, [], {}
 
     def sees(self, prompt):
         return prompt
@@ -103,6 +103,7 @@ def test_anchor_by_hand(feedback, kept):
             "copy it to answer a question. The answer is a number",
             "copy it to answer a question. The answer is a number",
         ),
+        ("5", "copy 5.0, 5.00 and 5", "copy ,  and"),
         ("(A)", "copy A", "copy"),
         ("B", "copy b and B. The answer is b", "copy b and . The answer is"),
         ("I", "I think of a copy: I.", "I think of a copy: ."),
@@ -127,6 +128,7 @@ def test_anchor_takes_out_the_text_of_the_right_option(form):
     assert anchor(said, Problem(prompt, "B", ("density",))) == left + " is heavier"
     assert anchor(said, Problem(prompt, "B", ("dioxide",))) is None
     assert anchor(said, Problem("Which gas is it?", "B", ("dioxide",))) == said
+    assert anchor(said, Problem(f"Element B. Which gas is it?\n{prompt}", "B", ("density",))) == left + " is heavier"
 
 
 def test_grade_gives_back_every_answer():
@@ -163,6 +165,11 @@ def pair(first, second):
     return Scripted("a", first), Scripted("b", second)
 
 
+def lessons(*_, **changed):
+    """A config that lessons can be learned with, as far as it is looked at before."""
+    return SimpleNamespace(**{"schedule": BRANCH, "chat_template_kwargs": None, **changed})
+
+
 @pytest.mark.parametrize(
     ("students", "tutoring", "match"),
     [
@@ -176,7 +183,7 @@ def test_co_distill_says_what_keeps_students_from_learning(students, tutoring, m
         return text == problem.answer
 
     with pytest.raises(CaMOPDError, match=match):
-        co_distill(students, lambda number: PROBLEMS, is_right, None, 1, tutoring)
+        co_distill(students, lambda number: PROBLEMS, is_right, lessons, 1, tutoring)
 
 
 def test_gate_that_is_closed_where_it_is_needed_leaves_self_distillation(monkeypatch, caplog):
@@ -192,7 +199,7 @@ def test_gate_that_is_closed_where_it_is_needed_leaves_self_distillation(monkeyp
     def is_right(problem, text):
         return problem is not PROBLEMS[2] and (number_now[0] == 0 or text == "first")
 
-    lines = co_distill(pair("first", "second"), problems, is_right, lambda *_: None, 1, Tutoring())
+    lines = co_distill(pair("first", "second"), problems, is_right, lessons, 1, Tutoring())
     assert [(line["need"], line["open"], line["rows"]) for line in lines] == [(1, 0, 2), (1, 0, 2)]
     assert [name for name, _ in learned] == ["a", "b"]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
@@ -201,22 +208,48 @@ def test_gate_that_is_closed_where_it_is_needed_leaves_self_distillation(monkeyp
     with pytest.raises(
         CaMOPDError, match="'b' has nothing to learn from in round 1"
     ):  # the first is told of its peer before
-        co_distill(pair("first", "second"), problems, is_right, lambda *_: None, 2, Tutoring())
+        co_distill(pair("first", "second"), problems, is_right, lessons, 2, Tutoring())
     assert "'b' passes the gate for none of the 1 problems its peer needs feedback on in round 1" in caplog.text
 
 
-def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
-    """Whatever ends in an even letter counts as right: both have lessons, and both change."""
+def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch):
+    """Whatever ends in an even letter counts as right. Then each student, without the lessons, says with a probability
+    nearer to before what it said with them, and its forward is its own again, not one in the precision of training."""
     students = tuple(Student(name, make_model(seed), make_tokenizer()) for seed, name in enumerate("ab"))
-    before = [[weight.clone() for weight in student.model.parameters()] for student in students]
     torch.manual_seed(0)
+    taught = {}
+
+    def recorded(student, *args):
+        rows, counts = lessons_of(student, *args)
+        if student.name not in taught:
+            prompts, with_lessons = (
+                [student._text(row[name][0]["content"]) for row in rows] for name in ("prompt", "teacher_prompt")
+            )
+            taught[student.name] = prompts, first_token(student, with_lessons)
+            before[student.name] = divergence(student)
+        return rows, counts
+
+    def first_token(student, texts):
+        """Log-probs of the first token of an answer to each."""
+        with torch.no_grad():
+            rows = [student.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in texts]
+            return torch.cat([student.model(ids).logits[:, -1].log_softmax(-1) for ids in rows])
+
+    def divergence(student):
+        """Reverse KL to the self-teacher of before, nats."""
+        prompts, target = taught[student.name]
+        now = first_token(student, prompts)
+        return float((now.exp() * (now - target)).sum(-1).mean())
+
+    before = {}
+    monkeypatch.setattr("camopd.co_distill.lessons_of", recorded)
 
     def config(name, number):
         return CaMOPDConfig(
-            output_dir=str(tmp_path / f"{name}-{number}"), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-            save_strategy="no", gradient_checkpointing=False, max_steps=1, prompts_per_step=2, diagnostics_steps=0,
-            per_device_train_batch_size=2, max_completion_length=4, max_prompt_length=400, learning_rate=1e-2,
-            schedule=BRANCH,
+            output_dir=str(tmp_path / f"{name}-{number}"), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True,
+            save_strategy="no", gradient_checkpointing=False, max_steps=12, prompts_per_step=12, diagnostics_steps=0,
+            per_device_train_batch_size=12, max_completion_length=4, max_prompt_length=400, learning_rate=1e-3,
+            schedule=BRANCH, lr_scheduler_type="constant", selection=False,
         )  # fmt: skip
 
     lines = co_distill(
@@ -224,8 +257,10 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path):
         Tutoring(max_answer=4, max_feedback=4, threshold=0.0, anchored=False),
     )  # fmt: skip
     assert [(line["student"], line["round"]) for line in lines] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    for student, weights in zip(students, before, strict=True):
-        assert any(not torch.equal(one, two) for one, two in zip(weights, student.model.parameters(), strict=True))
+    for student in students:
+        print(before[student.name], divergence(student))
+        assert divergence(student) < before[student.name]
+        assert not hasattr(student.model.forward, "__wrapped__") and "_original_forward" not in vars(student.model)
 
 
 def test_co_distill_that_a_signal_stops_says_to_start_again(tmp_path, monkeypatch):
@@ -258,6 +293,47 @@ def test_tutoring_refuses_numbers_that_mean_nothing(settings):
 def test_two_students_of_one_name_are_refused():
     with pytest.raises(ValueError, match="both students are named 'a'"):
         co_distill((Scripted("a", ""), Scripted("a", "")), None, None, None, 1)
+
+
+def test_co_distill_in_one_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    students = pair("cba", "cba")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: .* Start one process, or write a loop of your own"):
+        co_distill(students, lambda number: PROBLEMS, lambda *_: True, lessons, 1)
+    assert students[0].asked == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"schedule": "general:3,domain:1"}, "'a' has schedule='general:3,domain:1'.*schedule='lessons'"),
+        ({"chat_template_kwargs": {"enable_thinking": False}},
+         "'a' has chat_template_kwargs={'enable_thinking': False}.*template_kwargs={}.*Give both the same"),
+    ],
+)  # fmt: skip
+def test_config_that_lessons_cannot_be_learned_with_is_refused_before_anything_is_written(changed, match):
+    students = pair("cba", "cba")
+    with pytest.raises(ValueError, match=match):
+        co_distill(students, lambda number: PROBLEMS, lambda *_: True, lambda *_: lessons(**changed), 1)
+    assert students[0].asked == []
+
+
+def test_write_fills_the_template_with_the_students_words_and_needs_no_pad_token():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if not enable_thinking|default(true) %}..{% endif %}"
+    tokenizer.pad_token = None
+    seen = []
+
+    class Model(type(make_model(0))):
+        def generate(self, input_ids, **kwargs):
+            seen.append((input_ids.shape, tokenizer.decode(input_ids[-1], skip_special_tokens=False)))
+            return super().generate(input_ids=input_ids, **kwargs)
+
+    model = make_model(0)
+    model.__class__ = Model
+    written = Student("a", model, tokenizer, {"enable_thinking": False}, batch=2).write(["abc?", "b?", "ab?"], 1, 2)
+    assert len(written) == 3 and [shape[0] for shape, _ in seen] == [2, 1]
+    assert all(text.replace(" ", "").endswith("?.a..") for _, text in seen)
 
 
 def test_write_draws_from_the_model_itself():

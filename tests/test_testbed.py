@@ -150,9 +150,10 @@ def test_tutors_report_pairs_every_outcome_by_seed(tmp_path):
         lost = {1: 1, 2: 3}.get(seed, 0) if arm == "no feedback" else 0
         before = dict.fromkeys((*tutors.CODES, "named"), "1" * 10)
         after = {**dict.fromkeys(tutors.CODES, "0" * lost + "1" * (10 - lost)), "named": "1" * 10}
+        other = {**after, **dict.fromkeys(tutors.CODES, "0" * 5 + "1" * 5)} if arm == "no gate" else after
         found = {
             "before": dict.fromkeys(tutors.SIDES, before),
-            "after": dict.fromkeys(tutors.SIDES, after),
+            "after": dict(zip(tutors.SIDES, (after, other), strict=True)),
             "lines": [],
         }
         path = tmp_path / "runs" / f"{arm.replace(' ', '_')}-{rate:g}-{seed}.json"
@@ -161,6 +162,7 @@ def test_tutors_report_pairs_every_outcome_by_seed(tmp_path):
     text = (tmp_path / "tutors.md").read_text(encoding="utf-8")
     assert "| no feedback | -0.200 ± 1.271 | -0.200 ± 1.271 | +0.200 ± 1.271 |" in text  # t of one degree: 12.71
     assert "| | own codes | peer's codes | broken |" in text
+    assert "| no gate | 1.000 ± 0.000 | 0.500 ± 0.000 |" in text  # each model apart
     with pytest.raises(SystemExit, match="is not there"):
         tutors.write(tmp_path, {}, 3)
 

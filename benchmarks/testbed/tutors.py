@@ -280,6 +280,13 @@ def table(out: Path, pairs: dict[str, Any], chosen: dict[str, float], seeds: int
         each = [outcomes(run, "after") for run in found]
         cells = [_with_interval([one[name] for one in each]) for name in names]
         lines.append(f"| {arm} | {chosen[arm]:g} | " + " | ".join(cells) + " |")
+    lines += ["", "Each model apart, all six codes, its own and the peer's, before and after:", ""]
+    lines += ["| | " + " | ".join(f"model {side}" for side in SIDES) + " |", "|---" * (len(SIDES) + 1) + "|"]
+    before = [f"{_share(runs['opcod'][0]['before'][side], tuple(CODES)):.3f}" for side in SIDES]
+    lines.append("| before | " + " | ".join(before) + " |")
+    for arm, found in runs.items():
+        cells = [_with_interval([_share(run["after"][side], tuple(CODES)) for run in found]) for side in SIDES]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", "Difference to `opcod`, paired by seed:", ""]
     compared = [name for name in names if name != "by name"]
     lines += ["| | " + " | ".join(compared) + " |", "|---" * (len(compared) + 1) + "|"]
