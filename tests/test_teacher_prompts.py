@@ -94,32 +94,38 @@ def check_steps(steps, tokenizer, teacher_of, template=HINT):
 # ----------------------------------------------------------------------------------------------------------- in a run
 
 
-@pytest.mark.parametrize("kind", ["model", "server", "streamed", "self", "adapter_off"])
+@pytest.mark.parametrize(
+    "kind", ["model", "server", "streamed", "self", "self, LoRA", "self, a step ahead", "adapter_off"]
+)
 def test_teacher_of_one_branch_sees_another_prompt(kind, tmp_path, tokenizer, start_server, lora_student):
     """A branch with and one without take turns."""
     teacher, settings = make_model(1), {"optim": "sgd", **TURNED}
-    spec = make_model(1) if kind == "model" else kind
+    spec = make_model(1) if kind == "model" else kind.partition(",")[0]
     if kind == "server":
         spec = start_server().url
     if kind == "streamed":
         spec, rollouts = Remote(make_model(1), "d", "cpu", 2), FakeRollouts(make_model(9), tokenizer)
         settings["rollout_servers"] = [rollouts.url]
-    student = lora_student if kind == "adapter_off" else make_model(1)
+    if kind == "self, a step ahead":
+        rollouts = FakeRollouts(make_model(9), tokenizer)
+        settings |= {"rollout_servers": [rollouts.url], "rollout_lag": 1}
+    student = lora_student if kind in ("adapter_off", "self, LoRA") else make_model(1)
     if kind == "adapter_off":
         teacher = copy.deepcopy(lora_student).unload().eval()
     trainer, steps = watched(
         tmp_path, tokenizer, model=student, teachers={"general": make_model(2), "domain": spec}, **settings
     )
-    if kind == "streamed":
+    if "rollout_servers" in settings:
         trainer.run.sampler.close()
         rollouts.close()
+    if kind == "streamed":
         assert spec.asked == [1] * 8  # each as it was written
     if kind == "server":
         trainer.teachers["domain"].close()
     general = make_model(2)
     gaps = check_steps(
         steps, tokenizer,
-        lambda branch, now: general if branch == "general" else now if kind == "self" else teacher,
+        lambda branch, now: general if branch == "general" else now if spec == "self" else teacher,
     )  # fmt: skip
     assert [branch for branch, _ in gaps] == ["general"] * 4 + ["domain"] * 4 + ["general"] * 4 + ["domain"] * 4
     assert min(gap for _, gap in gaps) > 0.01  # of equal weights, too
