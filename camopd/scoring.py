@@ -126,9 +126,6 @@ class Scorer:
         failures: list[CaMOPDError] = []
         pending = {branch: self._pending(group, rule) for branch, group in groups.items()
                    if isinstance(self.teachers[branch], RemoteTeacher)}  # fmt: skip
-        for branch, requests in pending.items():
-            for _, asked in requests:
-                clocks[branch].add(asked.work)
         with evaluating(self.student.model):
             for branch, group in groups.items():
                 missing = max(self._gather([len(group)])) - len(group)
@@ -146,6 +143,8 @@ class Scorer:
             clocks[branch].waited_for()
             with caught(failures, self.teachers[branch]), self._asking(branch):
                 answers[branch] = self._collect(branch, groups[branch], requests, rule)
+            for _, asked in requests:  # those that were asked again are among them now
+                clocks[branch].add(asked.work)
         with caught(failures):
             for branch, group in groups.items() if not failures else ():
                 for place, sample in enumerate(group):

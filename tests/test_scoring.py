@@ -4,6 +4,7 @@ import copy
 import math
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import LOGP, VOCAB, make_forward, make_model
 from steps import Case, FakeSampler, trainer_step
 from trainers import BrokenTeacher, lines, make_trainer
 
-from camopd.errors import CaMOPDError
+from camopd.errors import CaMOPDError, TeacherError
 from camopd.samples import Sample
 from camopd.scoring import Scorer
 from camopd.teachers.base import TokenScores
@@ -174,6 +175,31 @@ def test_teachers_of_a_mixed_step_are_both_asked_before_the_student_scores(tmp_p
     (line,) = lines(tmp_path)
     assert line["time/general/teacher_hidden"] > 0
     assert line["time/domain/teacher_hidden"] > 0
+
+
+def test_time_of_a_teacher_that_is_asked_again_is_in_its_clock():
+    class GoneAtFirst:
+        name, asked = "gone at first", 0
+
+        def score(self, token_ids, prompt_lens, top_k=0):
+            return self.submit(token_ids, prompt_lens, top_k).result()
+
+        def submit(self, token_ids, prompt_lens, top_k=0):
+            self.asked += 1
+            answers = Future()
+            if self.asked == 1:
+                answers.set_exception(TeacherError("no replica left"))
+            else:
+                scores = [TokenScores(-torch.ones(len(token_ids[0]) - prompt_lens[0]))]
+                threading.Timer(0.4, answers.set_result, [scores]).start()
+            return answers
+
+    teacher, sample = GoneAtFirst(), make_sample(0, [5, 6], [7, 8])
+    scorer = Scorer(make_forward(make_model(1)), {"general": teacher}, 2, list)
+    scorer.ask(sample, None)
+    clock = scorer.score([sample], ["general"])["general"]
+    assert teacher.asked == 2 and sample.teacher_logps.tolist() == [-1, -1]
+    assert clock.seconds >= 0.4 > 0.2 > clock.hidden_seconds
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
