@@ -218,6 +218,25 @@ def test_student_is_served_as_trls_client_wants_it(write, capsys, monkeypatch):
     assert "write over its weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, "bfloat16"),
+        ({"bf16": True, "dtype": "float32"}, "bfloat16"),  # autocast
+        ({"bf16": False}, "float32"),
+        ({"bf16": False, "dtype": "bfloat16"}, "bfloat16"),
+        ({"bf16": False, "model_init_kwargs": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"bf16": False, "model_init_kwargs": '{"torch_dtype": "float16"}'}, "float16"),
+    ],
+)
+def test_student_is_served_in_the_type_that_it_computes_in(write, capsys, settings, dtype):
+    urls = ["http://127.0.0.1:9000"]
+    config = write({"general": "org/one"}, rollout_servers=urls, model_name_or_path="org/student", **settings)
+    for asked, wanted in (([], dtype), (["--dtype", "float16"], "float16")):
+        (line,) = printed(capsys, config, "--student", *asked)
+        assert line[line.index("--dtype") + 1] == wanted
+
+
 def test_mistyped_setting_in_the_config_is_refused_before_anything_starts(write):
     config = write({"general": "org/general", "domain": "org/domain"})
     with open(config, "a") as file:

@@ -44,6 +44,7 @@ from ..teachers.vllm.plan import (
     plan_servers,
     plan_students,
     replicas_of,
+    student_dtype,
 )
 from . import processes
 from .ctrl_c import ends_at_once
@@ -102,7 +103,7 @@ def serve(argv: list[str]) -> None:
 
     vllm = None if options.print else _ready_vllm(servers, options)
     max_model_len = _max_model_len(options.config, settings)
-    dtype = options.dtype or (_student_dtype(settings) if options.student else None)
+    dtype = options.dtype or (student_dtype(settings) if options.student else None)
     flags = [
         flags_of(server, servers, vllm, max_model_len, dtype, options.tensor_parallel_size) + vllm_flags
         for server in servers
@@ -143,11 +144,6 @@ def _teachers_of(settings: dict, options: argparse.Namespace, notes: list[str]) 
         notes.append(f"warning: the schedule visits {sorted(missing)}, for which the config has no teacher.")
     host = options.host or "127.0.0.1"
     return plan_servers(models, replicas, host, FIRST_PORT if options.port is None else options.port)
-
-
-def _student_dtype(settings: dict) -> str:
-    """What the student computes in: rollouts are to round as the trainer does."""
-    return "bfloat16" if settings.get("bf16", True) else str(settings.get("dtype") or "float32")
 
 
 def _max_model_len(config: str, settings: dict) -> int:
@@ -411,7 +407,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
         help=f"first port; the others follow (default: {FIRST_PORT}; --student: as the config says)",
     )
     add("--student", action="store_true", help="the rollout servers of the student, in place of the teachers'")
-    add("--dtype", help="of the teachers (default: auto, or float32 on a CPU)")
+    add("--dtype", help="of the servers (default: auto, or float32 on a CPU; --student: as the student computes)")
     add("--vllm-python", help="python that has vLLM (default: CAMOPD_VLLM_PYTHON, or where it is found)")
     add("--print", action="store_true", help="show the command lines and start nothing")
     argv = config_first(argv)

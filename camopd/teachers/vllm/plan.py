@@ -201,6 +201,16 @@ def _student_of(settings: Mapping[str, Any]) -> str:
     return os.path.expanduser(model)
 
 
+def student_dtype(settings: Mapping[str, Any]) -> str:
+    """What the student computes in: rollouts are to round as the trainer does."""
+    if settings.get("bf16") is not False:  # which is the default
+        return "bfloat16"
+    kwargs = settings.get("model_init_kwargs") or {}
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    given = settings.get("dtype") or kwargs.get("dtype") or kwargs.get("torch_dtype") or "float32"
+    return str(given).removeprefix("torch.")
+
+
 def _base_and_rank(settings: Mapping[str, Any], model: str) -> tuple[str, int]:
     """What servers load, and the --max-lora-rank for the adapter that the trainer gives them; 0 for all weights."""
     rank = int(settings.get("lora_r") or 16) if settings.get("use_peft") is True else 0
