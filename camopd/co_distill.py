@@ -297,13 +297,7 @@ def co_distill(
     gate that is closed in another round, or for just the problems in need, is warned of.
     """
     tutoring = tutoring or Tutoring()
-    if students[0].name == students[1].name:
-        raise ValueError(f"both students are named {students[0].name!r}, and would write into one folder. Rename one.")
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(
-            f"WORLD_SIZE={processes}: each process would draw answers and train on lessons of its own. "
-            "Start one process, or write a loop of your own around `lessons_of` and `CaMOPDTrainer`."
-        )
+    _check_pair(students)
     lines = []
     for number in range(rounds):
         configs = [config(student.name, number) for student in students]
@@ -331,6 +325,16 @@ def co_distill(
         for student, rows, args in zip(students, made, configs, strict=True):
             _learn(student, rows, args)
     return lines
+
+
+def _check_pair(students: Sequence[Student]) -> None:
+    if students[0].name == students[1].name:
+        raise ValueError(f"both students are named {students[0].name!r}, and would write into one folder. Rename one.")
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={processes}: each process would draw answers and train on lessons of its own. "
+            "Start one process, or write a loop of your own around `lessons_of` and `CaMOPDTrainer`."
+        )
 
 
 def _check_config(student: Student, args: CaMOPDConfig) -> None:

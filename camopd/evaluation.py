@@ -40,10 +40,9 @@ class HeldOutResults:
         return torch.tensor([-summary.gap / max(1, summary.num_tokens) for summary in mine]).mean()
 
     @property
-    def log_ratio(self) -> float:
-        """Mean |student's log-prob - rollout engine's| of what is measured so far, nats per token; 0 without the latter."""
-        rows = self._found.values()
-        return sum(row.log_ratio for row in rows) / max(1, sum(row.num_ratios for row in rows))
+    def rows(self) -> list[SampleSummary]:
+        """What is measured so far, by position."""
+        return [self._found[position] for position in sorted(self._found)]
 
     def fill(self, output: Any, prefix: str, expected: int, logged: dict[str, list[float]]) -> Any:
         """The parent's `output` with the gaps of all prompts as `<prefix>_*`, and in place of what TRL has `logged` of the
@@ -56,7 +55,7 @@ class HeldOutResults:
                 f"{len(self._found)} of {expected} held-out prompts were measured. The data loader leaves the others out: "
                 "set dataloader_drop_last=False."
             )
-        rows = [self._found[position] for position in sorted(self._found)]
+        rows = self.rows
         of_completions = metrics.of_completions(rows)
         self._length = of_completions["completions/mean_length"]
         for name in of_completions:
@@ -72,7 +71,7 @@ class HeldOutResults:
         their ends included, and the sampled reverse KL of each prompt in nats per token, by which two evaluations of the
         same prompts (`of`) can be compared pair by pair; `None` for an empty completion. Where prompts have categories,
         they are there, too."""
-        rows = [self._found[position] for position in sorted(self._found)]
+        rows = self.rows
         found: dict[str, Any] = {
             name: value if math.isfinite(value) else None for name, value in self._metrics.items()
         }

@@ -50,6 +50,7 @@ def summary(
         repeats=_repeats(sample),
         log_ratio=ratios.abs().sum().item(),
         num_ratios=len(ratios),
+        server=sample.server,
     )
 
 

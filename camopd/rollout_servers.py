@@ -306,6 +306,7 @@ class ServerEngine:
                 truncated=completion.token_ids[-1] not in self._ends,
                 category=row.get("category"),
                 rollout_logps=torch.tensor(completion.logps),
+                server=completion.url,
                 teacher_prompt=for_teacher,
             )
 

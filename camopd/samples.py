@@ -25,6 +25,7 @@ class Sample:
                      prompt_len     4
                      mask           [True, True]              False on tokens that the student did not sample
                      rollout_logps  [-0.31, -0.02]            log mu, of the engine that drew them
+                     server         http://gpu7:8000          that has drawn them; "" by another engine, or unknown
         scoring      teacher_logps  [-0.11, -0.02]            log pi_T, of the teacher of its branch
                      student_logps  [-0.31, -0.02]            log pi_theta, of the weights that it was drawn with
                      gaps           [ 0.20,  0.00]            Eq. 1, nats; what selection and the loss read
@@ -40,6 +41,7 @@ class Sample:
     truncated: bool  # stopped at max_completion_length, without an end of sequence
     category: str | None = None  # of the prompt, for metrics
     rollout_logps: Tensor | None = None  # (T,) float32, NaN on tokens that the engine did not sample
+    server: str = ""  # URL of the rollout server that has drawn them; "" with another engine, or after resume
     teacher_logps: Tensor = field(default_factory=_not_yet)  # (T,) float32
     student_logps: Tensor = field(default_factory=_not_yet)  # (T,) float32
     entropy: Tensor = field(default_factory=_not_yet)  # (T,) nats, of the student; NaN where it was not computed
@@ -99,6 +101,7 @@ class SampleSummary:
     repeats: bool = False  # one token, and no other, up to the end of sequence
     log_ratio: float = 0.0  # sum of |student's log-prob at scoring - engine's|, over `num_ratios` of its tokens
     num_ratios: int = 0  # for which the engine gave one
+    server: str = ""  # as in `Sample`
     gap_largest: float = 0.0  # |gap| of a token
     logp_largest: float = 0.0  # magnitude of the teacher's log-prob of a token
 

@@ -302,9 +302,8 @@ class StepCallback(TrainerCallback):
     def on_evaluation_started(self, name: str, prompts: int) -> None:
         """Before the first of so many prompts is rolled out; `name` is that of their branch."""
 
-    def on_evaluation_scored(self, log_ratio: float) -> None:
-        """After each batch of an evaluation: how far the trainer's log-probs of all that is measured so far, on all ranks,
-        are from the rollout engine's, in nats per token."""
+    def on_evaluation_scored(self, rows: Sequence[SampleSummary]) -> None:
+        """After each batch of an evaluation: all that is measured so far, on all ranks."""
 
     def on_step_ready(self, step: Step) -> None:
         """Rolled out, scored and selected; before the first forward of the loss."""

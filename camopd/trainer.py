@@ -383,7 +383,7 @@ class CaMOPDTrainer(DistillationTrainer):
                 self.stops.check()
             self.scorer.score(samples, [samples[0].branch])  # an evaluation set is one branch
         loss = self.held_out_results.add(samples, self.args.process_index, gather_object)
-        self.notify("on_evaluation_scored", self.held_out_results.log_ratio)
+        self.notify("on_evaluation_scored", self.held_out_results.rows)
         return loss.to(self.args.device), None, None
 
     # ---------------------------------------------------------------------------------------- checkpoints and card

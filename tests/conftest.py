@@ -17,6 +17,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -32,6 +33,8 @@ from camopd.samples import SampleSummary
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, which the processes of tests would inherit
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # and a script's background has this one
     signal.signal(signal.SIGINT, signal.default_int_handler)
+hypothesis.settings.register_profile("camopd", deadline=None)  # a busy machine is no fault of what is tested
+hypothesis.settings.load_profile("camopd")
 pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that assert for many tests
 # accelerate reads the metadata of its optional packages several times in each forward, which takes longer than a tiny one.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)

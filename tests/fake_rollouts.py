@@ -23,6 +23,7 @@ class FakeRollouts(FakeVLLM):
         self.device = "cuda"
         self.adapters = {}  # name -> the model with it
         self.loads = []  # folders that weights were read from
+        self.writing = []  # a mark for each completion under way
         super().__init__(model, tokenizer, **more)
 
     @property
@@ -33,15 +34,13 @@ class FakeRollouts(FakeVLLM):
     def answer(self, path, body):
         if self.always is not None or path in ("/health", "/v1/models"):
             return super().answer(path, body)
-        path = path.partition("?")[0]
+        path, _, query = path.partition("?")
         if path == "/v1/completions":
-            self.before()
-            with suppress(IndexError):
-                answer = self.answers.popleft()
-                return answer if answer != "cut" else ("cut", self._write(body))
-            if body["model"] not in (self.name, *self.adapters):
-                return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
-            return 200, self._write(body)
+            self.writing.append(1)
+            try:
+                return self._complete(body)
+            finally:
+                self.writing.pop()
         if path.endswith("_lora_adapter") and self.lora:
             return self._adapter(path, body)
         if self.dev and path == "/server_info":
@@ -51,8 +50,17 @@ class FakeRollouts(FakeVLLM):
         if self.dev and path == "/collective_rpc":
             return self._reload(Path(body["kwargs"]["weights_path"]))
         if self.dev and path == "/reset_prefix_cache":
-            return 200, json.dumps({"success": True})
+            return 200, json.dumps({"success": not self.writing or "reset_running_requests=true" in query})
         return 404, json.dumps({"detail": "Not Found"})
+
+    def _complete(self, body):
+        self.before()
+        with suppress(IndexError):
+            answer = self.answers.popleft()
+            return answer if answer != "cut" else ("cut", self._write(body))
+        if body["model"] not in (self.name, *self.adapters):
+            return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
+        return 200, self._write(body)
 
     def _reload(self, folder):
         weights = {}

@@ -11,6 +11,7 @@ from steps import FakeSampler, check_evaluations, evaluations, use_sampler
 from trainers import lines, make_trainer
 from trl import LogCompletionsCallback
 
+from camopd.callbacks.guards import log_ratio_of
 from camopd.errors import CaMOPDError, GuardError
 
 
@@ -141,7 +142,7 @@ def test_evaluation_whose_completions_another_model_has_drawn_stops(tmp_path, to
             trainer.evaluate()
         trainer.args.guards["log_ratio"] = None
         trainer.evaluate()
-        assert trainer.held_out_results.log_ratio > 0.1  # as it was all along
+        assert log_ratio_of(trainer.held_out_results.rows)[0] > 0.1  # as it was all along
     finally:
         trainer.run.sampler.close()
         server.close()

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_forward, make_model, make_prompts, make_summary, make_tokenizer
+from fake_rollouts import FakeRollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from trainers import BrokenTeacher, lines, make_trainer
 from trl import TrlParser
 
 from camopd import CaMOPDConfig, TokenScores, scoring
-from camopd.callbacks.guards import Guards, says_nothing
+from camopd.callbacks.guards import LEAST, Guards, log_ratio_of, says_nothing
 from camopd.errors import CaMOPDError, GuardError
 from camopd.guards import GUARDS, log_ratio_bound, rounding_bound, settle
 from camopd.metrics import of_branch
@@ -360,6 +361,48 @@ def test_rollout_engine_that_is_another_model_stops_the_run_before_the_optimizer
     run("switched_off", -0.02, None)
     with pytest.raises(GuardError, match=wanted):
         run("without_weights", -0.02, importance_sampling_mode="none")
+
+
+rows_of_servers = st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(0, 9), st.integers(0, 2 * LEAST)))
+
+
+@given(rows_of_servers)
+def test_log_ratio_is_that_of_the_worst_server_or_of_all(rows):
+    found, server = log_ratio_of(make_summary(server=url, log_ratio=sum_, num_ratios=n) for url, sum_, n in rows)
+    of = {url: [(sum_, n) for each, sum_, n in rows if url in ("", each)] for url in ("", "a", "b")}
+    means = {url: sum(sum_ for sum_, _ in each) / max(1, sum(n for _, n in each)) for url, each in of.items()}
+    counted = {url for url in means if not url or sum(n for _, n in of[url]) >= LEAST}
+    assert found == pytest.approx(max(means[url] for url in counted)) == pytest.approx(means[server])
+    assert server in counted
+
+
+def test_rollout_server_with_other_weights_is_named_where_the_mean_over_all_hides_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("camopd.callbacks.guards.LEAST", 20)
+    servers = [FakeRollouts(make_model(9), tokenizer) for _ in range(2)]
+    servers[1]._reload = lambda folder: (200, json.dumps({"results": [None]}))
+
+    def run(folder, limit):
+        trainer = make_trainer(
+            tmp_path / folder, tokenizer, max_steps=1, prompts_per_step=24, guards={"log_ratio": limit},
+            rollout_servers=[server.url for server in servers],
+        )  # fmt: skip
+        try:
+            trainer.train()
+        finally:
+            trainer.run.sampler.close()
+        return trainer.step.summaries
+
+    try:
+        rows = run("off", None)
+        assert {row.server for row in rows} == {server.url for server in servers}
+        mean = sum(row.log_ratio for row in rows) / sum(row.num_ratios for row in rows)
+        worst, url = log_ratio_of(rows)
+        assert url == servers[1].url and worst > 1.2 * mean
+        with pytest.raises(GuardError, match=f"the rollout server at {re.escape(url)}, for the same tokens, are "):
+            run("bound", (mean + worst) / 2)
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_bound_of_the_log_ratio_follows_from_the_type():

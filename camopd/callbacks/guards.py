@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 8  # positions in a message
 UNSEEN = 5  # lagged steps in a row without a look at the servers' weights, before a warning
+LEAST = 256  # tokens of one rollout server, below which their mean is chance
 FEW = 8  # completions of a branch in a mixed step, below which all of them may be alike by chance
 
 
@@ -65,10 +66,10 @@ class Guards(StepCallback):
 
     # ------------------------------------------------------------------------------------------- what was rolled out
 
-    def on_evaluation_scored(self, log_ratio: float) -> None:
+    def on_evaluation_scored(self, rows: Sequence[SampleSummary]) -> None:
         """An evaluation of another model than the one in hand may decide which checkpoint is the best."""
         try:
-            self._look_at_sampler(log_ratio, lag=0)
+            self._look_at_sampler(*log_ratio_of(rows), lag=0)
         except GuardError as error:
             raise GuardError(f"evaluation: {error}") from None
 
@@ -78,8 +79,7 @@ class Guards(StepCallback):
         step.metrics["guard/skipped"] = 0.0
         self._rounding = all(self._is_rounding(step, branch) for branch in step.branches)
         step.metrics["guard/rounding"] = float(self._rounding)
-        tokens = sum(row.num_ratios for row in step.summaries)
-        self._look_at_sampler(sum(row.log_ratio for row in step.summaries) / max(1, tokens), step.lag)
+        self._look_at_sampler(*log_ratio_of(step.summaries), lag=step.lag)
         self._look_at_ahead(step)
         self._look_at_completions(step)
         for branch in step.branches:
@@ -90,7 +90,7 @@ class Guards(StepCallback):
     def _look_at_ahead(self, step: Step) -> None:
         if step.ahead_log_ratio is not None:
             self._unseen = 0
-            self._look_at_sampler(step.ahead_log_ratio, lag=0)
+            self._look_at_sampler(step.ahead_log_ratio, "", lag=0)
             return
         self._unseen += step.lag  # steps whose own log-probs tell nothing, since they are of the weights before
         if self._unseen == UNSEEN and self._limits["log_ratio"] is not None:
@@ -101,20 +101,20 @@ class Guards(StepCallback):
                 said(step), UNSEEN,
             )  # fmt: skip
 
-    def _look_at_sampler(self, log_ratio: float, lag: int) -> None:
-        """Stop where the tokens were not drawn from the student that is trained. With the trainer's log-probs scoring knows
-        it, with the engine's the loss's forwards."""
+    def _look_at_sampler(self, log_ratio: float, server: str, lag: int) -> None:
+        """Stop where the tokens were not drawn from the student that is trained, by one of the rollout `server`s or by all.
+        With the trainer's log-probs scoring knows it, with the engine's the loss's forwards."""
         given = self._limits["log_ratio"]
         # With an update between them, they are apart by more than rounding: then the user's threshold alone counts.
         limit = None if lag and not given else log_ratio_bound(given, self._dtype)
         if limit is not None and log_ratio > limit:
+            whose, dtype = f"server at {server}" if server else "engine", str(self._dtype).removeprefix("torch.")
             raise stop(
                 "log_ratio", limit,
-                f"the log-probs of the trainer and of the rollout engine, for the same tokens, are "
-                f"{log_ratio:.3g} nats per token apart, more than rounding to {str(self._dtype).removeprefix('torch.')} "
-                "makes. The completions are drawn from another model than the one that is trained. Look at the engine's "
-                "weights (the student of before, or without its LoRA adapter: were they synced?), its dtype and "
-                "quantization, and its version, in this order",
+                f"the log-probs of the trainer and of the rollout {whose}, for the same tokens, are {log_ratio:.3g} nats "
+                f"per token apart, more than rounding to {dtype} makes. The completions are drawn from another model than "
+                "the one that is trained. Look at the engine's weights (the student of before, or without its LoRA "
+                "adapter: were they synced?), its dtype and quantization, and its version, in this order",
             )  # fmt: skip
 
     def _look_at_completions(self, step: Step) -> None:
@@ -187,7 +187,7 @@ class Guards(StepCallback):
         if step is None:
             return
         with keeping(step, self._args):
-            self._look_at_sampler(step.log_ratio, step.lag)
+            self._look_at_sampler(step.log_ratio, "", lag=step.lag)
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
         if limit is None:
@@ -291,3 +291,17 @@ def _of_losses(found: list[tuple[list[int], float]]) -> str:
 def _of_norm(norm: float) -> str:
     # DeepSpeed's sign for a norm that it could not compute is -1 or inf.
     return "" if math.isfinite(norm) and norm >= 0 else f"the norm of the gradient is {norm}, and the loss is finite"
+
+
+def log_ratio_of(rows: Iterable[SampleSummary]) -> tuple[float, str]:
+    """How far the trainer's log-probs are from the rollout engine's, in nats per token: the mean over all rows, or where it
+    is larger that of one rollout server which has written `LEAST` tokens or more; and that server's URL, else ""."""
+    sums: dict[str, tuple[float, int]] = {}
+    for row in rows:
+        for server in {"", row.server}:
+            total, count = sums.get(server, (0.0, 0))
+            sums[server] = (total + row.log_ratio, count + row.num_ratios)
+    means = [
+        (total / max(1, count), server) for server, (total, count) in sums.items() if not server or count >= LEAST
+    ]
+    return max(means, default=(0.0, ""))

@@ -43,10 +43,11 @@ class Version(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What a server has drawn: token ids, and the log-prob of each (nats, NaN where it gave none)."""
+    """What a server has drawn: token ids, and the log-prob of each (nats, NaN where it gave none); and which server."""
 
     token_ids: list[int]
     logps: list[float]
+    url: str = ""
 
 
 class Sampling(NamedTuple):
@@ -204,8 +205,9 @@ class Sampler:
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(version.folder)}}
         await self._tell(url, "/collective_rpc", body, _WHOLE)
-        # Keys and values of prompts that the old weights have made.
-        found = await self._tell(url, "/reset_prefix_cache", {}, _WHOLE)
+        # Keys and values that the old weights have made. Another rank may have given it the same weights already, and have
+        # it write: while it does, vLLM resets nothing, unless it may compute the keys of what it writes again.
+        found = await self._tell(url, "/reset_prefix_cache?reset_running_requests=true", {}, _WHOLE)
         if not isinstance(found, dict) or found.get("success") is not True:
             raise Fault(f"{url} did not reset its prefix cache: {self._client.without_key(str(found))[:200]}")
         self._holders[url] = process
@@ -292,7 +294,7 @@ class Sampler:
             # The request may have reached another server than the one that had the weights when it was made.
             raise Fault(f"{replica.url} was started again while a completion was asked for", takes_out=False)
         try:
-            return read_completion(answer, name, prompt, sampling)
+            return read_completion(answer, name, prompt, sampling)._replace(url=replica.url)
         except ValueError as error:
             raise RolloutError(f"{ROLE.name} at {replica.url} {self._client.without_key(str(error)[:500])}") from None
 
