@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from camopd import TokenScores
 from camopd.errors import GuardError, RolloutError, TeacherError
 from camopd.rollout_servers import seed_of
 from camopd.signals import RunInterrupted
+from camopd.step import StepCallback
 
 
 END = 2
@@ -60,24 +62,24 @@ class Remote:
 
 @pytest.fixture
 def run(tokenizer, tmp_path):
-    """Make a trainer with a rollout server of its own, `trainer.server`."""
+    """Make a trainer with rollout servers of its own, `trainer.servers`, the first of which is `trainer.server`."""
     made = []
 
-    def run(folder="run", lag=0, **settings):
-        server = FakeRollouts(make_model(9), tokenizer)
+    def run(folder="run", lag=0, servers=1, **settings):
+        started = [FakeRollouts(make_model(9), tokenizer) for _ in range(servers)]
         trainer = make_trainer(
-            tmp_path / folder, tokenizer, rollout_servers=[server.url], rollout_lag=lag, optim="sgd", **{
-                "teachers": {"general": Remote("g", 2), "domain": Remote("d", 3)}, **settings,
-            },
+            tmp_path / folder, tokenizer, rollout_servers=[server.url for server in started], rollout_lag=lag, optim="sgd",
+            **{"teachers": {"general": Remote("g", 2), "domain": Remote("d", 3)}, **settings},
         )  # fmt: skip
-        trainer.server = server
+        trainer.servers, trainer.server = started, started[0]
         made.append(trainer)
         return trainer
 
     yield run
     for trainer in made:
         trainer.run.sampler.close()
-        trainer.server.close()
+        for server in trainer.servers:
+            server.close()
 
 
 def asked(trainer):
@@ -255,6 +257,36 @@ def test_server_that_is_gone_a_step_ahead_costs_no_step(run, tmp_path):
     second = run(**settings)
     second.train(resume_from_checkpoint="auto")
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_one_of_two_servers_that_dies_a_step_ahead_changes_no_sample(run, tmp_path, start_server):
+    def samples_of(killed):
+        replicas = [start_server() for _ in range(2)]
+        urls = [server.url for server in replicas]
+        trainer = run(killed, lag=1, servers=2, max_steps=3, teachers={"general": urls, "domain": urls})
+        seen, dead, turn = [], [], threading.Lock()
+
+        def die(server):
+            with turn:
+                if trainer.rollouts._ahead is not None and trainer.step.number == 1 and not dead:
+                    dead.append(server)
+                    server.close()
+
+        for server in {"rollouts": trainer.servers, "teacher": replicas, "none": ()}[killed]:
+            server.before = partial(die, server)
+
+        class Seen(StepCallback):
+            def on_step_ready(self, step):
+                seen.append([(sample.token_ids, sample.teacher_logps.tolist()) for sample in step.samples])
+
+        trainer.add_callback(Seen())
+        trainer.train()
+        assert len(dead) == (killed != "none")
+        return seen, [line["loss"] for line in lines(tmp_path / killed)]
+
+    calm = samples_of("none")
+    assert samples_of("rollouts") == calm and samples_of("teacher") == calm
+    assert [line["rollout/lag"] for line in lines(tmp_path / "teacher")] == [0, 1, 1]
 
 
 def test_evaluation_finds_the_step_ahead_written_and_leaves_it(run, tmp_path):
