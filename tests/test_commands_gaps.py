@@ -1,6 +1,8 @@
 """`camopd gaps`: a finished model against the teachers of a run (camopd/commands/gaps.py)."""
 
 import json
+import re
+import shlex
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from trainers import SETTINGS, refused, save_models
 from transformers import AutoModelForCausalLM
 
 from camopd import cli
+from camopd.folder_lock import LOCK_FILE, FolderLock
 from camopd.measured import lines_of
 
 
@@ -109,7 +112,35 @@ def test_gaps_by_rollout_servers_write_weights_where_the_servers_can_read_them(r
     assert all(
         folder.relative_to(tmp_path / "out").parts[0].startswith("_") for folder in server.loads
     )  # not for the Hub
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()  # as before
+
+
+def test_gaps_leave_the_rollout_servers_of_a_run_that_is_under_way_alone(
+    run, tmp_path, capsys, tokenizer, start_server
+):
+    servers = [FakeRollouts(make_model(9), tokenizer) for _ in range(2)]
+    settings = {**yaml.safe_load(run.read_text()), "rollout_servers": [servers[0].url], "rollout_lag": 1}
+    run.write_text(yaml.safe_dump(settings))
+    words = ["gaps", str(tmp_path / "student"), "--config", str(run)]
+    lock = FolderLock(tmp_path / "out")
+    lock.take()
+    try:
+        said = refused(capsys, *words)
+        assert re.search(
+            rf"'{tmp_path / 'out'}' is in use: a run trains in it, process \d+ on .*\. Its rollout_servers have", said
+        )
+        assert f"those of '{tmp_path / 'student'}' would take their place. Wait for its end" in said
+        assert "output_dir" not in said  # another one would not help
+        cli.main([*words, *shlex.split(said.partition("completions by ")[2].strip().removesuffix("."))])
+        cli.main([*words, "--rollout_servers", servers[1].url])
+        assert not servers[0].loads and servers[1].loads
+        lock.release()
+        cli.main(words)
+        assert servers[0].loads and [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
+    finally:
+        lock.release()
+        for server in servers:
+            server.close()
 
 
 @pytest.mark.parametrize(

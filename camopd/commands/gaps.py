@@ -8,12 +8,15 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from .. import atomic
 from ..early import check_early
+from ..errors import CaMOPDError
+from ..folder_lock import LOCK_FILE, FolderLock
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers
 from ..surroundings import check_machine
@@ -40,7 +43,7 @@ def gaps(argv: list[str]) -> None:
     _check(options.model, settings)
     overrides += _without_adapter(options.model, settings)
     run = Path(str(settings.get("output_dir") or "trainer_output"))
-    with tempfile.TemporaryDirectory(**_place(settings, run)) as folder:
+    with _place(settings, run, options.model, overrides) as folder:
         trainer = make_trainer(options.config, overrides, measure=options.model, folder=folder)
         if not trainer.args.process_index:
             parts = [f"{len(rows):,} of {branch}" for branch, rows in trainer.eval_dataset.items()]
@@ -78,12 +81,47 @@ def _check(model: str, settings: dict[str, Any]) -> None:
             )
 
 
-def _place(settings: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Where the weights for rollout servers are written: on the disk that they read those of the run from."""
+@contextmanager
+def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[str]) -> Iterator[str]:
+    """A folder for what the trainer writes, which is gone afterwards: with rollout servers on the disk that they read the
+    weights of the run from.
+
+    Raises `CaMOPDError` while the run is under way, unless `words` of the command line name other servers than its own.
+    """
     if not settings.get("rollout_servers"):
-        return {}
-    run.mkdir(parents=True, exist_ok=True)
-    return {"dir": run, "prefix": "_gaps-"}
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+        return
+    named = any(word.partition("=")[0] == "--rollout_servers" for word in words)
+    new = [path for path in (run, *run.parents) if not path.exists()]
+    with nullcontext() if named else _not_under_way(run, model):
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=run, prefix="_gaps-") as folder:
+                yield folder
+        finally:
+            for path in new:
+                with suppress(OSError):  # something else is there by now
+                    path.rmdir()
+
+
+@contextmanager
+def _not_under_way(run: Path, model: str) -> Iterator[None]:
+    """No run trains in its folder inside: its rollout servers have its weights, and would write by others unseen."""
+    lock = FolderLock(run)
+    try:
+        if (run / LOCK_FILE).exists() and os.environ.get("RANK", "0") == "0":  # every run has left one
+            lock.take()
+    except CaMOPDError as error:
+        raise CaMOPDError(
+            f"{str(error).partition('. Two runs')[0]}. Its rollout_servers have its weights, and those of {model!r} would "
+            "take their place. Wait for its end, name other servers by --rollout_servers, or have this process write the "
+            "completions by --rollout_servers '[]' --rollout_lag 0."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
