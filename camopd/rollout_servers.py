@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from .errors import RolloutError, on_all_ranks
 from .messages import read_row
+from .precision import compute_dtype
 from .prompts import named
 from .rollout_weights import WeightsFolder, check_adapter
 from .rollouts import TRLEngine
@@ -24,7 +25,7 @@ from .samples import Sample
 from .signals import StopRequests
 from .tokens import head_size
 from .vllm.sampler import Completion, Sampler, Sampling, Version
-from .vllm_rollouts import ends_of
+from .vllm_rollouts import ends_of, warn_of_type
 from .watchdog import ROLLOUT_SERVERS, current, phase
 
 
@@ -167,7 +168,10 @@ class ServerEngine:
     """
 
     def __init__(self, trainer: Any, sampler: Sampler):
-        """Called on all ranks. `sampler` is connected. Raises `ValueError` for an adapter that servers cannot apply."""
+        """Called on all ranks, with a `sampler` that is connected.
+
+        Raises `ValueError` for an adapter that servers cannot apply; warns of a server of another type than the student's.
+        """
         student = trainer.accelerator.unwrap_model(trainer.model)
         check_adapter(student)
         args = trainer.args
@@ -179,6 +183,10 @@ class ServerEngine:
         self._under_way: Callable[[], Any] = lambda: None
         self._flights: list[Flight] = []
         trainer.add_callback(_WeightsGo(self))
+        if args.process_index == 0:
+            dtype = compute_dtype(trainer.accelerator, student)
+            for url, theirs in sampler.types().items():
+                warn_of_type(url, theirs, dtype)
 
     def log_lengths(self, samples: Sequence[Sample]) -> None:
         """File the numbers of a rollout that TRL files as it generates, for the parent's log. Called on all ranks."""

@@ -291,11 +291,16 @@ def check_server(client: Any, longest: int, dtype: torch.dtype) -> None:
             f" + max_completion_length is {longest}: it would cut completions before max_completion_length. Start it with "
             f"--max-model-len {longest}, or lower max_completion_length."
         )
-    theirs, ours = str(model.get("dtype", "")).removeprefix("torch."), str(dtype).removeprefix("torch.")
+    warn_of_type(public_url(client.base_url), str(model.get("dtype", "")), dtype)
+
+
+def warn_of_type(url: str, theirs: str, dtype: torch.dtype) -> None:
+    """Warn of a rollout server that computes in another type than the student's `dtype`; "" where it is not known."""
+    theirs, ours = (str(each).removeprefix("torch.") for each in (theirs, dtype))
     if theirs and theirs != ours:
         logger.warning(
             "the rollout server at %s computes in %s, the student in %s: importance/log_ratio grows by the rounding. Start "
-            "it with --dtype %s.", public_url(client.base_url), theirs, ours, ours,
+            "it with --dtype %s.", url, theirs, ours, ours,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ class FakeRollouts(FakeVLLM):
     def __init__(self, model, tokenizer, dev=True, lora=True, **more):
         self.dev, self.lora = dev, lora  # whether it was started so that it takes weights, and adapters
         self.instance = f"{next(instances):05}"  # another one of the same port is another one
-        self.device = "cuda"
+        self.device, self.dtype = "cuda", "torch.float32"
         self.adapters = {}  # name -> the model with it
         self.loads = []  # folders that weights were read from
         self.writing = []  # a mark for each completion under way
@@ -44,9 +44,12 @@ class FakeRollouts(FakeVLLM):
         if path.endswith("_lora_adapter") and self.lora:
             return self._adapter(path, body)
         if self.dev and path == "/server_info":
-            return 200, json.dumps(
-                {"vllm_config": {"instance_id": self.instance, "device_config": {"device": self.device}}}
-            )
+            config = {
+                "instance_id": self.instance,
+                "device_config": {"device": self.device},
+                "model_config": {"dtype": self.dtype},
+            }
+            return 200, json.dumps({"vllm_config": config})
         if self.dev and path == "/collective_rpc":
             return self._reload(Path(body["kwargs"]["weights_path"]))
         if self.dev and path == "/reset_prefix_cache":

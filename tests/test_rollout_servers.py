@@ -388,6 +388,15 @@ def test_weights_that_the_server_cannot_read_are_told_at_once(start, make, monke
         trainer.train()
 
 
+def test_server_that_computes_in_another_type_than_the_student_is_warned_of(start, make, caplog):
+    same, other, silent = start(), start(), start(dev=False)
+    other.dtype = "torch.bfloat16"
+    make(same, other, silent)
+    (text,) = [record.getMessage() for record in caplog.records if "computes in" in record.getMessage()]
+    assert text.startswith(f"the rollout server at {other.url} computes in bfloat16, the student in float32: ")
+    assert text.endswith("Start it with --dtype float32.")
+
+
 def test_null_for_a_log_prob_is_no_weight_for_its_token(start, make):
     server = start()
 

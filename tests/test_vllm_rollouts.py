@@ -779,6 +779,7 @@ def test_plain_server_with_old_weights_stops_the_run(lora, plain, make):
 def test_plain_server_on_a_cpu_is_not_given_a_head_that_is_the_embeddings(plain, make, models):
     student = AutoModelForCausalLM.from_pretrained(models[0], tie_word_embeddings=True)
     trainer = make(use_vllm=False, rollout_servers=plain, model=student)
+    assert trainer.run.sampler.types() == dict.fromkeys(plain, "torch.float32")  # and so no warning
     with pytest.raises(RolloutError, match="tie_word_embeddings"):
         trainer.train()
     trainer.run.sampler.close()

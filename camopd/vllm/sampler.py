@@ -98,6 +98,10 @@ class Sampler:
                 f"with --max-model-len {max_tokens}, or lower max_completion_length."
             )
 
+    def types(self) -> dict[str, str]:
+        """What each server computes in, by its URL: "torch.bfloat16", or "" where it does not say."""
+        return self._loop.wait(self._types())
+
     def begin(self) -> Future[None]:
         """See that every server that is well still has the weights it was given. To be waited for before a batch."""
         return self._loop.submit(self._begin())
@@ -215,9 +219,7 @@ class Sampler:
     async def _process(self, url: str) -> str:
         """Tells a server from another one that was started in its place. Raises `RolloutError` for one that would take only
         some of the weights."""
-        found = await self._tell(url, "/server_info?config_format=json", None, _WHOLE, seconds=limits.STATE_SECONDS)
-        config = found.get("vllm_config") if isinstance(found, dict) else None
-        config = config if isinstance(config, dict) else {}
+        config = await self._config(url)
         name = config.get("instance_id")
         if not isinstance(name, str) or not name:
             raise RolloutError(f"{ROLE.name} at {url} does not say which instance it is. Is it vLLM 0.12 or newer?")
@@ -231,6 +233,22 @@ class Sampler:
                 "rollout_servers out, or have the server on a GPU."
             )
         return name
+
+    async def _config(self, url: str) -> dict[str, Any]:
+        """What a server was started with; empty where it does not say. Raises `RolloutError` without its developer mode."""
+        found = await self._tell(url, "/server_info?config_format=json", None, _WHOLE, seconds=limits.STATE_SECONDS)
+        config = found.get("vllm_config") if isinstance(found, dict) else None
+        return config if isinstance(config, dict) else {}
+
+    async def _types(self) -> dict[str, str]:
+        async def ask(url: str) -> str:
+            try:
+                model = (await self._config(url)).get("model_config")
+            except (Fault, RolloutError):  # what it is needed for says so
+                model = None
+            return str(model.get("dtype") or "") if isinstance(model, dict) else ""
+
+        return dict(zip(self.urls, await together(map(ask, self.urls)), strict=True))
 
     async def _load_adapter(self, url: str, version: Version) -> None:
         body = {"lora_name": version.name, "lora_path": str(version.folder)}
