@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import wait
 from contextlib import suppress
 from copy import deepcopy
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -39,6 +41,7 @@ from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import CaMOPDError, GuardError, RolloutError
 from camopd.evaluation import HeldOutResults
 from camopd.step import Step
+from camopd.vllm.sampler import Sampler, Sampling, Version
 from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, reach, settle, starting
 
 
@@ -783,6 +786,28 @@ def test_plain_server_on_a_cpu_is_not_given_a_head_that_is_the_embeddings(plain,
     with pytest.raises(RolloutError, match="tie_word_embeddings"):
         trainer.train()
     trainer.run.sampler.close()
+
+
+@real
+def test_plain_server_takes_the_weights_of_another_rank_while_it_writes_and_writes_the_same(plain, models):
+    version, sampling = (
+        Version("one", Path(models[0]), is_adapter=False),
+        Sampling(80, frozenset(), len(VOCAB)),
+    )
+    first, second = (Sampler(plain[:1]) for _ in range(2))
+    try:
+        first.hold()
+        first.adopt(version, first.give(version).result())
+        ask = lambda: [first.submit([1, 7, 8], seed, sampling) for seed in range(2)]  # noqa: E731
+        wait(calm := ask())
+        written = ask()
+        time.sleep(0.1)
+        second.hold()
+        second.give(version).result()  # while the first's are under way
+        assert [one.result().token_ids for one in written] == [one.result().token_ids for one in calm]
+    finally:
+        first.close()
+        second.close()
 
 
 @real
