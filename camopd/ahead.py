@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 
 from .errors import on_all_ranks
 from .forward import evaluating
-from .rollout_servers import Flight, ServerEngine
+from .rollout_servers import Flight
+from .rollouts import StreamingEngine
 from .samples import Sample
 from .scoring import CAMOPD
 from .step import Clock, Step, StepCallback, Work
@@ -48,7 +49,7 @@ class Rollouts:
     @property
     def streams(self) -> bool:
         """Whether the engine gives completions one by one, while it writes others."""
-        return isinstance(self._trainer.engine, ServerEngine)
+        return isinstance(self._trainer.engine, StreamingEngine)
 
     def take(self, rows: Sequence[dict[str, Any]], max_tokens: int, prefix: int | None) -> tuple[list[Sample], int]:
         """A completion of each row, in their order, and how many prompts were cut: those begun a step ago, or new ones.
@@ -59,7 +60,9 @@ class Rollouts:
         if self.streams:
             samples, prompts_cut = self._stream(rows, max_tokens, prefix)
         else:
-            samples, prompts_cut = list(engine.samples(rows, max_tokens)), engine.prompts_cut
+            places = {row.get("position", place): place for place, row in enumerate(rows)}
+            samples = sorted(engine.samples(rows, max_tokens), key=lambda sample: places[sample.position])
+            prompts_cut = engine.prompts_cut
         self._trainer.notify("on_rolled_out", samples)
         for sample in samples:
             sample.keep_prefix(prefix)

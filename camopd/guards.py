@@ -15,6 +15,7 @@ import torch
 
 from .errors import GuardError
 from .schedule import short
+from .token_rules import TOKEN_RULES
 
 
 class Guard(NamedTuple):
@@ -127,7 +128,7 @@ def without_effect(args: Any) -> list[tuple[str, Any, str]]:
     engine = args.student_logps != "trainer"
     band = args.importance_sampling_mode != "none" and args.divergence == "sampled"
     reasons = {}
-    if args.student_logps == "engine" and args.token_rule != "relaxed_opd":
+    if args.student_logps == "engine" and not TOKEN_RULES[args.token_rule].needs_entropy:
         reasons["entropy"] = "with student_logps='engine' no entropy is computed"
     if not (engine or vllm):
         reasons["log_ratio"] = "the rollout engine gives no log-probs"

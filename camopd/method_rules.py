@@ -18,7 +18,7 @@ from .schedule import Schedule, by_step, mapping_form, number_of, short
 from .settings import OLD_NAMES
 from .teacher_prompts import read_templates
 from .teachers.address import is_server, key_variables, public_url, refuse_secrets, urls_and_model, without_secrets
-from .token_rules import TOKEN_RULES
+from .token_rules import TOKEN_RULES, TokenRule
 from .vllm.limits import completion_seconds, most_tokens_in_flight, request_seconds
 
 
@@ -285,9 +285,15 @@ def _check_divergence(args: Any) -> None:
             f"baseline={args.baseline!r} takes noise out of the sampled gap, and divergence={args.divergence!r} does not "
             "sample it. Leave one of them out."
         )
-    rules = ("relaxed_opd", "teacher_free", *(("selectkd",) if args.divergence == "top_k" else ()))
+    rule = TOKEN_RULES[args.token_rule]
     asked = f"divergence={args.divergence!r}" if exact else f"baseline={args.baseline!r}"
-    if (exact or args.baseline != "none") and args.token_rule in rules:
+    if args.divergence == "top_k" and args.token_rule != "none":
+        raise ValueError(
+            f"token_rule={args.token_rule!r} would not be used: divergence='top_k' is a rule of its own, for what it reads "
+            "of the teacher. Leave one of them out."
+        )
+    of_gap = rule.of_sampled_gap or rule.advantages is not TokenRule.advantages
+    if (exact or args.baseline != "none") and of_gap:
         raise ValueError(
             f"token_rule={args.token_rule!r} is about the sampled gap, in whose place {asked} puts another number. Leave "
             "one of them out."

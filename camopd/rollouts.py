@@ -9,9 +9,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import gather_object
@@ -40,13 +40,44 @@ class Turn(NamedTuple):
 
 
 class RolloutEngine(Protocol):
-    """Prompts in, samples out, one by one as they finish."""
+    """Prompts in, samples out. What gives them while it writes others is a [`StreamingEngine`]."""
+
+    prompts_cut: int  # of the rows of the last `samples`, those whose prompts were longer than allowed
 
     def samples(self, rows: Sequence[dict[str, Any]], max_tokens: int) -> Iterator[Sample]:
         """A sample of each row, in any order, with a completion of at most `max_tokens`.
 
         Rows have `branch` and `prompt`, and where they have them `position` and `category`. Called on all ranks.
         """
+        ...
+
+
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """Prompts in, and each sample as it is finished, while others are written: teachers score it by then, and with
+    `rollout_lag` all are begun a step before. `rollout_servers.ServerEngine` is one."""
+
+    def sync(self, under_way: Any) -> None:
+        """Draw by the student's weights of now, for this step or evaluation. Called on all ranks, as the others are."""
+        ...
+
+    def start(
+        self,
+        rows: Sequence[dict[str, Any]],
+        max_tokens: int,
+        words: tuple[Any, ...],
+        finished: Callable[[Sample], None] | None = None,
+    ) -> Any:
+        """Begin, and return at once something that has the methods of `rollout_servers.Flight`. Rows are as in
+        `RolloutEngine.samples`; equal rows and `words` give equal completions; `finished` is called with each sample."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Inside, the watchdog says what is waited for."""
+        ...
+
+    def log_lengths(self, samples: Sequence[Sample]) -> None:
+        """File the numbers of a rollout that TRL files as it generates, for the parent's log."""
         ...
 
 

@@ -170,7 +170,10 @@ def test_exact_kl_of_a_server_is_refused(settings, tmp_path, tokenizer, start_se
         ({"divergence": "full", "baseline": "kl"}, "does not sample it"),
         ({"divergence": "full", "token_rule": "relaxed_opd"}, "is about the sampled gap"),
         ({"baseline": "kl", "token_rule": "teacher_free"}, "is about the sampled gap"),
-        ({"divergence": "top_k", "token_rule": "selectkd"}, "is about the sampled gap"),
+        (
+            {"divergence": "top_k", "token_rule": "selectkd"},
+            "would not be used: divergence='top_k' is a rule of its own",
+        ),
         ({"divergence": "half"}, "divergence must be one of"),
         ({"divergence": "top_k", "divergence_top_k": 0}, "divergence_top_k must be a whole number"),
     ],

@@ -151,6 +151,38 @@ def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer):
     assert losses[0] == losses[1] != 0
 
 
+def test_engine_may_give_its_samples_in_any_order(tmp_path, tokenizer):
+    """One that has what the protocol says and no more: step and evaluation are the same to the last bit."""
+
+    class Engine:
+        def __init__(self, turn):
+            self.turn = turn
+
+        def samples(self, rows, max_tokens):
+            self.prompts_cut = 1
+            found = []
+            for place, row in enumerate(rows):
+                prompt, position = tokenizer(row["prompt"])["input_ids"], row.get("position", place)
+                ids = [*prompt, *range(5, 7 + position % 3), 9 + position]
+                count = len(ids) - len(prompt)
+                mask = torch.ones(count, dtype=torch.bool)
+                found.append(Sample(row["branch"], position, ids, len(prompt), mask, count, False))
+            yield from found[:: self.turn]
+
+    def run(folder, engine):
+        trainer = make_trainer(
+            tmp_path / folder, tokenizer, max_steps=2, eval_dataset={"general": make_prompts("general", 5)}
+        )
+        trainer.engine = engine
+        trainer.train()
+        return lines(tmp_path / folder), trainer.evaluate()["eval_general_kl"]
+
+    (found, kl), (expected, other) = (run(str(turn), Engine(turn)) for turn in (1, -1))
+    assert kl == other
+    for line, known in zip(found, expected, strict=True):
+        assert line["loss"] == known["loss"] and line["rollout/prompts_cut"] == 1
+
+
 def test_engine_of_trl_takes_tokens_that_a_tool_wrote_out_of_the_mask(tmp_path, tokenizer, monkeypatch):
     """What TRL's loop over tool calls gives: 0 in its masks, which may be longer than the completion that it has cut."""
     trainer = make_trainer(tmp_path, tokenizer)

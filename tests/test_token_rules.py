@@ -27,6 +27,34 @@ def test_weights_that_do_not_fit_their_samples_are_refused(wrong):
         weigh(rule, samples, 0, list)
 
 
+class Advantage(TokenRule):
+    def advantages(self, gaps, mask):
+        return gaps + 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "match"),
+    [
+        (TokenRule, {"divergence": "top_k"}, "token_rule='mine' would not be used: divergence='top_k'"),
+        (Advantage, {"divergence": "full"}, "token_rule='mine' is about the sampled gap"),
+        (Advantage, {"baseline": "kl"}, "token_rule='mine' is about the sampled gap"),
+    ],
+)
+def test_own_rule_that_would_not_be_used_is_refused(rule, settings, match, monkeypatch, make_config):
+    monkeypatch.setitem(TOKEN_RULES, "mine", rule)
+    with pytest.raises(ValueError, match=match):
+        make_config(token_rule="mine", **settings)
+    monkeypatch.setitem(TOKEN_RULES, "mine", type("Weights", (TokenRule,), {}))
+    make_config(token_rule="mine", divergence="full")
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_own_rule_that_needs_the_entropy_gives_its_guard_an_effect(needs, monkeypatch, make_config, caplog):
+    monkeypatch.setitem(TOKEN_RULES, "mine", type("Mine", (TokenRule,), {"needs_entropy": needs}))
+    make_config(token_rule="mine", student_logps="engine", guards={"entropy": 0.01})
+    assert ("guards['entropy']" in caplog.text) != needs
+
+
 def test_own_rule_is_taken_by_its_name_in_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(TOKEN_RULES, "mine", TokenRule)
     assert CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, token_rule="mine").token_rule == "mine"
