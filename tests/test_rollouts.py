@@ -16,6 +16,7 @@ from camopd.forward import Forward
 from camopd.messages import tokenize
 from camopd.rollouts import Turn, load_rollouts, logps_of_turns, save_rollouts
 from camopd.samples import Sample
+from camopd.step import StepCallback
 
 
 def test_kept_rollouts_of_other_rows_or_a_broken_file_are_not_used(tmp_path):
@@ -152,7 +153,11 @@ def test_tool_results_are_context_and_nothing_else(tmp_path, tokenizer):
 
 
 def test_engine_may_give_its_samples_in_any_order(tmp_path, tokenizer):
-    """One that has what the protocol says and no more: step and evaluation are the same to the last bit."""
+    """One that has what the protocol says and no more: all that comes after has them in the order of the rows."""
+
+    class Watched(StepCallback):
+        def on_rolled_out(self, samples):
+            seen.append([sample.position for sample in samples])
 
     class Engine:
         def __init__(self, turn):
@@ -160,6 +165,7 @@ def test_engine_may_give_its_samples_in_any_order(tmp_path, tokenizer):
 
         def samples(self, rows, max_tokens):
             self.prompts_cut = 1
+            asked.append([row.get("position", place) for place, row in enumerate(rows)])
             found = []
             for place, row in enumerate(rows):
                 prompt, position = tokenizer(row["prompt"])["input_ids"], row.get("position", place)
@@ -171,14 +177,16 @@ def test_engine_may_give_its_samples_in_any_order(tmp_path, tokenizer):
 
     def run(folder, engine):
         trainer = make_trainer(
-            tmp_path / folder, tokenizer, max_steps=2, eval_dataset={"general": make_prompts("general", 5)}
-        )
+            tmp_path / folder, tokenizer, max_steps=2, eval_dataset={"general": make_prompts("general", 5)},
+            callbacks=[Watched()],
+        )  # fmt: skip
         trainer.engine = engine
         trainer.train()
         return lines(tmp_path / folder), trainer.evaluate()["eval_general_kl"]
 
+    asked, seen = [], []
     (found, kl), (expected, other) = (run(str(turn), Engine(turn)) for turn in (1, -1))
-    assert kl == other
+    assert kl == other and seen == asked
     for line, known in zip(found, expected, strict=True):
         assert line["loss"] == known["loss"] and line["rollout/prompts_cut"] == 1
 
