@@ -31,6 +31,9 @@ COUNTS = gold(["Boris", "12", "Mira", "7"], "json", ("bullets", "code block", "q
 TOTAL = gold(["19"], "words 3", ("small letters", "sure", "end mark"))
 CSV = gold(["Boris,12,Corwen", "Mira,7,Elswick"], "csv 2", ("html", "numbers", "thanks"))
 BULLETS = CSV | {"distractors": ["bullets", "quotation", "thanks"]}
+LINES = gold(["Boris", "Mira"], "lines 2", ("numbers", "bullets", "emoji"))
+SIGNS = gold(["Mira"], "words 1", ("bold", "code block", "emoji"), others=["Hugo"])
+COPIED = gold(["Boris brought 12 crates.", "Mira came on Friday, with 7."], "lines 2", ("html", "sure", "thanks"))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,8 @@ BULLETS = CSV | {"distractors": ["bullets", "quotation", "thanks"]}
         (DAYS, "Monday\nFriday", ["format"]),
         (DAYS, "The days are Monday, Friday", ["format"]),
         (DAYS, "Friday, Monday", ["task"]),
-        (PEOPLE, "", ["task", "format", "capitals"]),
+        (PEOPLE, "", ["task", "format"]),  # follows nothing
+        (TOTAL, "", ["task", "format"]),
         (COUNTS, '{"Boris": 12, "Mira": 7}', []),
         (COUNTS, '{"Boris": 12, "Mira": 8}', ["task"]),
         (COUNTS, '```json\n{"Boris": 12, "Mira": 7}\n```', ["format", "code block"]),
@@ -98,6 +102,44 @@ BULLETS = CSV | {"distractors": ["bullets", "quotation", "thanks"]}
         (CSV, "name,crates,place\nBoris,12,Corwen,Monday\nMira,7,Elswick", ["format"]),
         (CSV, "name,crates,place\nBoris,-12,Corwen\nMira,7,Elswick", ["task", "format"]),
         (CSV, "name,crates,place\nBoris,13,Corwen\nMira,7,Elswick", ["task"]),
+        # a distractor of letters that is followed in some words
+        (
+            CSV | {"distractors": ["capitals", "html", "sure"]},
+            "name,crates,place\nBORIS,12,CORWEN\nMIRA,7,ELSWICK",
+            ["capitals"],
+        ),
+        (TOTAL | {"distractors": ["capitals", "html", "sure"]}, "TOTAL: 19 crates", ["capitals"]),
+        (DAYS, "MONDAY, Friday", ["capitals"]),
+        (PEOPLE, "BORIS\nMira", ["capitals"]),
+        (PEOPLE | {"distractors": ["small letters", "html", "sure"]}, "Boris\nmira", ["small letters"]),
+        # signs of a distractor without a space
+        (LINES, "1.Boris\n2.Mira", ["format", "numbers"]),
+        (LINES, "Boris\n1)Mira", ["format", "numbers"]),
+        (LINES, "Boris\n-Mira", ["bullets"]),
+        (LINES, "•Boris\nMira", ["bullets"]),
+        (LINES, "Boris\nMira⭐", ["emoji"]),
+        (SIGNS, "Mira", []),
+        (SIGNS, "Mira.", []),
+        (SIGNS, "**Mira**", ["bold"]),
+        (SIGNS, "__Mira__", ["task", "bold"]),
+        (SIGNS, "<b>Mira</b>", ["format", "bold"]),
+        (SIGNS, "`Mira`", ["code block"]),
+        (SIGNS, "not-Mira", ["format"]),
+        (SIGNS, "Mira/Hugo", ["task", "format"]),
+        # two items in one place
+        (DAYS, "Monday/Friday, Tuesday", ["format"]),
+        (DAYS, "Monday, Friday, Tuesday", ["format"]),
+        (LINES, "Boris/Mira\nHugo", ["format"]),
+        # what a form leaves free
+        (PEOPLE, "Boris\n\nMira", []),
+        (COPIED, "Boris brought 12 crates.\n\nMira came on Friday, with 7.", []),
+        (COPIED, "Boris brought 12 crates. Mira came on Friday, with 7.", ["format"]),
+        (COPIED, "Boris brought 12 crates.\nMira came on Friday with 7.", ["task", "format"]),
+        (CSV, "name, crates, place\nBoris, 12, Corwen\n\nMira, 7, Elswick", []),
+        (CSV, '"name","crates","place"\n"Boris","12","Corwen"\n"Mira",7,"Elswick"', []),
+        (CSV, 'name,crates,place\n"Boris,12,Corwen"\n"Mira,7,Elswick"', ["format"]),  # one field a row
+        (TOTAL, "Total: **19** crates", []),
+        (TOTAL | {"distractors": ["bold", "html", "sure"]}, "Total: **19** crates", ["bold"]),
     ],
 )
 def test_rules_say_of_answers_written_by_hand_which_are_broken(of, answer, broken):
@@ -105,6 +147,24 @@ def test_rules_say_of_answers_written_by_hand_which_are_broken(of, answer, broke
     assert [name for name, holds in found.items() if not holds] == broken
     assert len(found) == 5
     assert distraction.score(of, answer) == (not broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("draft", "Draft\nMira"),
+        ("retry", "Ok\nMira\nDone"),
+        ("log level", "[info] Mira"),
+        ("ack", "Acknowledged.\nMira"),
+        ("word count", "Mira\nWords: 58"),
+        ("greeting", "Hey team\nMira"),
+        ("translation", "Mira\nLundi, elle apporta du sel."),
+        ("joke", "Mira\nWhy did the crate cross the road?"),
+        ("html", "<P>Mira</P>"),
+    ],
+)
+def test_distractor_shows_where_it_is_followed_in_other_words(name, answer):
+    assert DISTRACTORS[name].followed(answer) and not DISTRACTORS[name].followed("Mira")
 
 
 def test_parts_say_which_kind_of_rule_holds_and_are_means_over_items():
@@ -120,7 +180,9 @@ def test_parts_say_which_kind_of_rule_holds_and_are_means_over_items():
         for place, text in enumerate(["Boris\nMira", "<think>no</think>Boris", "<think>for ever"])
     ]
     found = numbers(task, items_of(task, answers))
-    assert found["parts"] == pytest.approx({"task": 100 / 3, "format": 100 / 3, "resisted": (100 + 100 + 200 / 3) / 3})
+    assert found["parts"] == pytest.approx(
+        {"task": 100 / 3, "format": 100 / 3, "resisted": 100}
+    )  # nothing follows nothing
     assert found["mean"] == pytest.approx(1 / 3)
 
 
