@@ -76,7 +76,14 @@ def test_imports_make_no_circle():
         ("config", "step|trainer|setup|scoring|selection|batching|checkpoints|callbacks.*"),
         ("scoring selection batching rollouts checkpoints", "trainer|setup|evaluation|callbacks.*"),
         ("callbacks", "trainer|setup"),
-        ("report data", "trainer|setup|step|forward|rollouts|scoring|selection|batching|config|logprobs"),
+        ("loss ahead evaluation record rollout_servers", "trainer|setup|run|callbacks.*|commands.*"),
+        ("teachers", "config|step|trainer|setup|scoring|selection|batching|rollouts|callbacks.*"),
+        (
+            "report data results verdict measured",
+            "trainer|setup|run|step|forward|rollouts|scoring|selection|batching|config|logprobs|loss|ahead|evaluation|metrics"
+            r"|checkpoints|token_rules.*|callbacks.*|commands.*|teachers\.(local|adapters|check|resolve|vllm).*",
+        ),
+        ("eval", "trainer|setup|step|rollouts|scoring|selection|batching|loss|ahead|callbacks.*|commands.*"),
         ("trainer", "commands.*|cli|run"),
         ("commands", "cli"),
     ],
@@ -88,6 +95,23 @@ def test_module_needs_nothing_that_stands_above_it(names, never):
         for name in found:
             others = {other for other in below(name) if not other.startswith(f"{wanted}.")}
             assert not [other for other in others if re.fullmatch(never, other)], name
+
+
+def test_picture_of_the_layers_has_every_module_and_arrows_that_go_down_only():
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table, _, behind = text.partition("| level | files |\n")[2].partition("\n\n")
+    levels = {}
+    for number, line in enumerate(table.splitlines()[1:]):
+        levels |= dict.fromkeys(re.findall(r"`([a-z_]+)/?`", line), number)
+    beside = set(re.findall(r"`([a-z_]+)/?`", behind.partition("\n\n")[0]))
+    assert len(levels) > 50 and not beside & levels.keys()
+    whole = {name.partition(".")[0] for name in GRAPH} - {"demo_data"}
+    assert whole <= levels.keys() | beside
+    for name, others in GRAPH.items():
+        mine = levels.get(name.partition(".")[0])
+        for other in others:
+            below = levels.get(other.partition(".")[0])
+            assert mine is None or below is None or mine <= below, f"{name} imports {other}, which stands above it"
 
 
 def test_measures_can_be_taken_out():
