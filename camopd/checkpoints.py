@@ -41,7 +41,7 @@ FAILURES = (OSError, SafetensorError, RuntimeError, CheckpointException)  # of w
 OF_TORCH_SAVE = ("inline_container", "iostream error", "PytorchStreamWriter")  # its RuntimeErrors of a full disk
 CARD = "README.md"
 HUB_CHECKPOINT = "last-checkpoint"  # transformers' name for it
-Kept = tuple[Sequence[Sample] | None, int] | None  # rollouts of a step, and how many of their prompts were cut
+Saved = tuple[Sequence[Sample] | None, int] | None  # rollouts of a step, and how many of their prompts were cut
 
 
 class RunCheckpoints:
@@ -56,7 +56,7 @@ class RunCheckpoints:
         self._machine = Machine()
         self.latest: Path | None = None
         self.staging: Path | None = None
-        self._under_way: Kept = None  # of a step that the next save is to keep
+        self._under_way: Saved = None  # of a step that the next save is to keep
         self._resumed_from: Path | None = None  # the one whose rollouts may be used
 
     # -------------------------------------------------------------------------------------------------------- finding
@@ -77,7 +77,7 @@ class RunCheckpoints:
         else:
             checkpoint = Path(str(given))
             if all(gather_object([is_hub_id(str(given))])):
-                need_checkpoint(str(given))  # what looks like a path is no model
+                need_checkpoint(str(given))  # what looks like a path is not a model
                 # Of all machines: where one has such a folder and another lacks it, the other would wait in the fetch.
                 checkpoint = Path(self._fetch(str(given), unpickles))
             self.need_whole(checkpoint, to_go_on=True)
@@ -193,12 +193,12 @@ class RunCheckpoints:
         final = self.folder(args.output_dir, state.global_step)
         check_finite(trainer.model, trainer.optimizer, f"after step {state.global_step}", self.latest)
         folder = final.parent / SAVING / final.name
-        kept = self._under_way  # or else what is begun of the next step
-        if (kept is None or kept[0] is None) and not args.save_only_model:
-            kept = trainer.rollouts.drain()
+        saved = self._under_way  # or else what is begun of the next step
+        if (saved is None or saved[0] is None) and not args.save_only_model:
+            saved = trainer.rollouts.drain()
         try:
             self._machine.prepare(folder)
-            self._write(trainer, folder, final, write, kept)
+            self._write(trainer, folder, final, write, saved)
             self._commit(trainer, folder, final)
         except FAILURES as error:
             raise self._failed(f"the checkpoint of step {state.global_step}", error, folder) from error
@@ -259,7 +259,7 @@ class RunCheckpoints:
             " Make room, and go on with resume_from_checkpoint='auto'."
         )
 
-    def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None], kept: Kept) -> None:
+    def _write(self, trainer: Any, folder: Path, final: Path, write: Callable[[], None], saved: Saved) -> None:
         """What goes into a checkpoint. What fails in `write` fails on one rank alone: transformers has collectives of its
         own in there, and the launcher ends the ranks that wait in them."""
         state = trainer.state
@@ -269,7 +269,7 @@ class RunCheckpoints:
         self.staging = folder.parent  # where `write` finds its `output_dir`
         write()
         self.staging = None
-        samples, prompts_cut = kept or (None, 0)
+        samples, prompts_cut = saved or (None, 0)
         if samples is not None:
             save_rollouts(samples, prompts_cut, self._rollouts_file(folder))
         if not self.args.save_only_model:

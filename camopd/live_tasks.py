@@ -59,7 +59,7 @@ def load(args: Any, held_out: Any) -> Loaded | None:
     for task in tasks:
         if task not in known and task == task_name(task):
             near = difflib.get_close_matches(task, known, 1)
-            what = "is a group of tasks" if task in manager.all_tasks else "is no task"
+            what = "is a group of tasks" if task in manager.all_tasks else "is not a task"
             raise ValueError(
                 f"eval_tasks: {task!r} {what} of lm-eval.{f' Did you mean {near[0]!r}?' if near else ''} They are "
                 "listed by `lm-eval ls tasks`; the path of a YAML file is a task of one's own."

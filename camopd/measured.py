@@ -39,7 +39,7 @@ def lines_of(path: Path, of: str = "branch") -> list[dict[str, Any]]:
             if number == texts[-1][0]:
                 break
         if not isinstance(line, dict) or "step" not in line or not line.keys() & {of, "loaded"}:
-            raise ValueError(f"line {number} of {str(path)!r} is no evaluation: {text[:60]!r}. Delete the line.")
+            raise ValueError(f"line {number} of {str(path)!r} is not an evaluation: {text[:60]!r}. Delete the line.")
         lines.append(line)
     return lines
 

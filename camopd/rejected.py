@@ -39,7 +39,7 @@ def keeping(step: Step | None, args: Any) -> Iterator[None]:
         raise
 
 
-def kept(method: Callable[..., Any]) -> Callable[..., Any]:
+def saving_rejected(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of the trainer with `keeping` around it."""
 
     @wraps(method)

@@ -261,7 +261,7 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
             branch = json.loads(file.metadata()["branch"])
             prompts_cut, lag = int(file.metadata()["prompts_cut"]), int(file.metadata().get("lag", 0))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        _check_kept(tensors, branch, prompts_cut)
+        _check_saved(tensors, branch, prompts_cut)
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, RuntimeError) as error:
         # Cut short on a full disk, or changed.
         logger.warning("%s cannot be used (%s): the step is rolled out again", path, str(error)[:200])
@@ -294,16 +294,16 @@ def load_rollouts(path: Path, rows: Sequence[dict[str, Any]]) -> tuple[list[Samp
 
 
 # Tensors of the file: their type, and whether they have a number for each sample or for each of its tokens.
-_KEPT = {
+_SAVED = {
     "lengths": (torch.int64, "sample"), "prompt_len": (torch.int64, "sample"), "position": (torch.int64, "sample"),
     "sampled": (torch.int64, "sample"), "truncated": (torch.bool, "sample"), "token_ids": (torch.int32, "token"),
     "mask": (torch.bool, "completion token"), "rollout_logps": (torch.float32, "completion token"),
 }  # fmt: skip
 _SCORED = ("teacher_logps", "student_logps", "gaps")  # which may be there, float32 like "rollout_logps"
-_KEPT |= dict.fromkeys(_SCORED, _KEPT["rollout_logps"])
+_SAVED |= dict.fromkeys(_SCORED, _SAVED["rollout_logps"])
 
 
-def _check_kept(tensors: dict[str, Tensor], branch: Any, prompts_cut: int) -> None:
+def _check_saved(tensors: dict[str, Tensor], branch: Any, prompts_cut: int) -> None:
     """Raise `ValueError`, or `KeyError` for a tensor that is not there, unless `save_rollouts` may have written it."""
     if not isinstance(branch, list) or not all(isinstance(name, str) for name in branch):
         raise ValueError("its branches are not a list of names")
@@ -314,10 +314,10 @@ def _check_kept(tensors: dict[str, Tensor], branch: Any, prompts_cut: int) -> No
             raise ValueError("a prompt is longer than its sequence, or empty")
         count["token"] = sum(lengths)
         count["completion token"] = count["token"] - sum(prompt_len)
-    if missing := set(_KEPT) - set(tensors) - {"rollout_logps", *_SCORED}:
+    if missing := set(_SAVED) - set(tensors) - {"rollout_logps", *_SCORED}:
         raise ValueError(f"{min(missing)} is missing")
     for name, tensor in tensors.items():
-        dtype, each = _KEPT.get(name, (None, "sample"))
+        dtype, each = _SAVED.get(name, (None, "sample"))
         if tensor.dtype != dtype or tensor.shape != (count[each],):
             raise ValueError(f"{name} has {tuple(tensor.shape)} numbers of type {tensor.dtype}")
     if not 0 <= prompts_cut <= len(branch) or (tensors["token_ids"] < 0).any() or (tensors["position"] < 0).any():

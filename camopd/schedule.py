@@ -172,7 +172,7 @@ def mapping_form(name: str, value: Any) -> str:
         if name == "teachers"
         else ("prompts", "general.jsonl", "domain.jsonl")
     )
-    # Whole, where it is no number: what hides passwords in it needs their ends.
+    # Whole, where it is not a number: what hides passwords in it needs their ends.
     got = short(value) if isinstance(value, int) else repr(value)
     return (
         f"{name} must map each branch to its {noun}, got {got}. In YAML:\n{name}:\n  general: {general}\n  domain: "

@@ -28,7 +28,7 @@ FORM = (
 
 
 def read_templates(given: Any, branches: Collection[str]) -> dict[str, Messages | str] | None:
-    """The config's `teacher_prompt` with messages in one form. Raises `ValueError` for what is no template by branch."""
+    """The config's `teacher_prompt` with messages in one form. Raises `ValueError` for what is not a template by branch."""
     if given is None:
         return None
     if not isinstance(given, dict):

@@ -41,7 +41,7 @@ from .optimizer import kind_and_settings
 from .output_dir import removed_on_error
 from .prompts import StepDataset, one_item_per_micro_step
 from .record import record_of
-from .rejected import kept
+from .rejected import saving_rejected
 from .rollout_servers import make_engine
 from .rollouts import rng_state
 from .run_folder import RunFolder
@@ -168,7 +168,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     # ------------------------------------------------------------------------------------------- one optimizer step
 
-    @kept
+    @saving_rejected
     def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> Tensor:
         """One micro-step. The first one of an optimizer step rolls out, scores and selects for all of them.
 

@@ -76,7 +76,7 @@ def test_what_is_missing_of_a_checkout_is_named(checkout, tmp_path):
     for line in ('{"uid": "u9"', '{"uid": "u9"}', '{"uid": "u9", "messages": []}', "[]"):
         answers.write_text(f"\n{line}\n", encoding="utf-8")
         with pytest.raises(
-            DataError, match=r"line 2 of '.*o3-mini-2025-01-31.jsonl' is no answer of a baseline: .*Error"
+            DataError, match=r"line 2 of '.*o3-mini-2025-01-31.jsonl' is not an answer of a baseline: .*Error"
         ):
             rows.read(HARD, checkout, None)
     answers.unlink()

@@ -60,7 +60,7 @@ def test_judgments_with_line_ends_of_unicode_are_as_many(checkout):
     assert items_of(checkout, "start") == before
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"score": 1}\n')
-    with pytest.raises(DataError, match=rf"line {len(lines) + 1} of .* is no judgment of LiveBench"):
+    with pytest.raises(DataError, match=rf"line {len(lines) + 1} of .* is not a judgment of LiveBench"):
         items_of(checkout, "start")
 
 
@@ -73,7 +73,7 @@ def test_missing_judgments_are_named_with_the_commands_that_make_them(checkout, 
         items_of(None, "result")
     path = next(checkout.rglob("ground_truth_judgment.jsonl"))
     path.write_text('{"score": 1}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"line 1 of .* is no judgment of LiveBench"):
+    with pytest.raises(DataError, match=r"line 1 of .* is not a judgment of LiveBench"):
         items_of(checkout, "start")
 
 

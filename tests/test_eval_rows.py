@@ -94,7 +94,7 @@ def test_rows_of_distraction_that_nothing_can_be_scored_by_are_refused_with_thei
     with pytest.raises(DataError, match=rf"^line 2 of '.*d\.jsonl', rows of the task distraction: .*{said}"):
         rows.read(DISTRACTION, path, 1)
     assert len(rows.read(DISTRACTION, save(path, [good, *distraction.rows(48)]), None)) == 49
-    with pytest.raises(DataError, match=r"line 1 of .*: has the gold 'Boris', which is no object as"):
+    with pytest.raises(DataError, match=r"line 1 of .*: has the gold 'Boris', which is not an object as"):
         rows.read(DISTRACTION, save(path, [{**good, "gold": "Boris"}]), None)
 
 

@@ -254,7 +254,7 @@ def test_best_model_is_that_with_the_greater_score_or_that_broke_less(tmp_path, 
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [
-        (["sum"], r"'sum' is no task of lm-eval\. Did you mean 'sums'\?"),
+        (["sum"], r"'sum' is not a task of lm-eval\. Did you mean 'sums'\?"),
         (["many"], "'many' is a group of tasks"),
         (["loss"], "'loss' has no metric of which a greater value is better"),
         (["code"], r"'code' runs code of the model here\. `camopd eval` runs it in a cage"),

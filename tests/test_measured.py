@@ -106,7 +106,7 @@ def test_metrics_of_an_earlier_run_go_with_its_evaluations(tmp_path):
 
 def test_line_without_a_branch_is_named(tmp_path):
     write(tmp_path, line(0), {"step": 3, "kl": 0.1})
-    with pytest.raises(ValueError, match=r"line 2 of .*held_out.jsonl' is no evaluation"):
+    with pytest.raises(ValueError, match=r"line 2 of .*held_out.jsonl' is not an evaluation"):
         of_run(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_lines_that_other_tools_have_written_are_as_many_and_have_their_numbers(
     assert [each["step"] for each in lines_of(tmp_path / HELD_OUT)] == [0, 1]
     with open(tmp_path / HELD_OUT, "a", encoding="utf-8") as file:
         file.write('{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 5 of .*held_out.jsonl' is no evaluation"):
+    with pytest.raises(ValueError, match=r"line 5 of .*held_out.jsonl' is not an evaluation"):
         lines_of(tmp_path / HELD_OUT)
 
 
@@ -128,5 +128,5 @@ def test_line_that_a_crash_has_cut_is_left_out_and_no_other(tmp_path):
     assert [each["step"] for each in lines_of(tmp_path / HELD_OUT)] == [0]
     with open(tmp_path / HELD_OUT, "a") as file:
         file.write(f"\n{json.dumps(line(2))}\n")
-    with pytest.raises(ValueError, match=r"line 2 of .*held_out.jsonl.* is no evaluation: '\{\"step\": 1, \"bra'"):
+    with pytest.raises(ValueError, match=r"line 2 of .*held_out.jsonl.* is not an evaluation: '\{\"step\": 1, \"bra'"):
         lines_of(tmp_path / HELD_OUT)

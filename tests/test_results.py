@@ -131,7 +131,7 @@ def test_tasks_in_training_are_compared_over_the_same_rows(tmp_path):
     (_, ifeval) = tasks_of(tmp_path / "metrics.jsonl")
     assert ifeval[:3] == ["ifeval", "3", "0.333 ± 1.434 (step 4)"] and ifeval[5] == "1"
     (tmp_path / "eval_tasks.jsonl").write_text("x\n{}\n")
-    with pytest.raises(ValueError, match=r"line 1 of .* is no evaluation: 'x'. Delete the line"):
+    with pytest.raises(ValueError, match=r"line 1 of .* is not an evaluation: 'x'. Delete the line"):
         tasks_of(tmp_path / "metrics.jsonl")
 
 

@@ -133,7 +133,9 @@ def readings(question: str) -> set[str]:
     >>> sorted(readings("Which?\\nA. one is wrong\\nB. two is\\nA. both\\nB. neither"))[:2]
     ['which?', 'which? a. one is wrong b. two is']
     """
-    ends = [begin.start() for begin in _OPTIONS_BEGIN.finditer(question)][:20]  # more is no question, but takes time
+    ends = [begin.start() for begin in _OPTIONS_BEGIN.finditer(question)][
+        :20
+    ]  # more is not a question, but takes time
     return {normalise(question[:end]) for end in (*ends, len(question))}
 
 

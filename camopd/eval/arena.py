@@ -62,7 +62,9 @@ def rows_of(category: str) -> Callable[[Path], Callable[[dict[str, Any]], dict[s
                     row = json.loads(line)
                     baseline[row["uid"]] = row["messages"][-1]["content"]["answer"]
             except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"line {number} of {str(answers)!r} is no answer of a baseline: {error!r}") from None
+                raise ValueError(
+                    f"line {number} of {str(answers)!r} is not an answer of a baseline: {error!r}"
+                ) from None
 
         def convert(row: dict[str, Any]) -> dict[str, Any] | None:
             missing = [name for name in ("uid", "category", "prompt") if name not in row]

@@ -307,7 +307,7 @@ def check(gold: Any) -> None:
     """Raise `ValueError`, with what is right, for a `gold` that `verdict` cannot score by."""
     if not isinstance(gold, Mapping):
         raise ValueError(
-            f"has the gold {str(gold)[:80]!r}, which is no object as camopd.eval.distraction.rows() writes it"
+            f"has the gold {str(gold)[:80]!r}, which is not an object as camopd.eval.distraction.rows() writes it"
         )
     for name, least in (("items", 1), ("others", 0)):
         texts = gold.get(name)
@@ -352,7 +352,7 @@ def _done(answer: str, gold: Mapping[str, Any]) -> bool:
 
 
 def _word(text: str) -> str:
-    """The pattern of a text that is no part of a word; a number is no part of another one, nor negated."""
+    """The pattern of a text that is not part of a word; a number is not part of another one, nor negated."""
     if text.isdecimal():
         return rf"(?i)(?<![\w\u2212-])(?<!\d[.,])(?<!\bnot ){text}(?!\w|[.,]\d)"
     return rf"(?i)(?<!\w){re.escape(text)}(?!\w)"
@@ -404,7 +404,7 @@ def margins(
     """The robustness margin of each row: how many times as perplexing the distracted answer is to a model as the right one.
 
     Nothing is generated. A ratio of perplexities per token, of two answers of different lengths, without their ends: it
-    can be compared between two models, but above 1 is no preference for the right answer.
+    can be compared between two models, but above 1 is not a preference for the right answer.
 
     Args:
         teacher: whose margin it is, a [`camopd.Teacher`].

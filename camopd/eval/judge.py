@@ -1,4 +1,4 @@
-"""A model that judges answers, behind any OpenAI-compatible URL; what it cannot say of an answer is no verdict.
+"""A model that judges answers, behind any OpenAI-compatible URL; what it cannot say of an answer is not a verdict.
 
 The verifier of GPQA-Diamond and HMMT is the paper's (Appendix B): it is shown prompt, response and known answer, and names
 the response's answer and a decision. Its words are ours, as the paper does not give them.
@@ -24,7 +24,7 @@ KEY = "CAMOPD_JUDGE_API_KEY"
 ATTEMPTS = 3  # per verdict
 GONE = 8  # verdicts in a row for which the server was not reached: it is gone
 LONGEST = 16000  # tokens of a reply, as Arena-Hard sets for GPT-4.1
-WORD = 6  # characters: a shorter key, as EMPTY, is no secret, and may be a word of a reply
+WORD = 6  # characters: a shorter key, as EMPTY, is not a secret, and may be a word of a reply
 VERIFIER_TEMPERATURE = 0.2  # the paper's
 VERIFY = """\
 Check whether a response comes to the known answer of its prompt. Find the final answer of the response and compare that \

@@ -37,7 +37,7 @@ def items_of(checkout: Path | None, model: str) -> list[Item]:
                     if score is not None or row["question_id"] not in found:  # the last one that is judged counts
                         found[row["question_id"]] = {**row, "score": score}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"line {number} of {str(path)!r} is no judgment of LiveBench: {error!r}.") from None
+                raise DataError(f"line {number} of {str(path)!r} is not a judgment of LiveBench: {error!r}.") from None
     if not found:
         options = f"--model-display-name {model} --livebench-release-option {RELEASE} --bench-name live_bench"
         what = "no checkout of LiveBench is named" if folder is None else f"{str(folder)!r} has no judgments"

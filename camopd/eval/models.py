@@ -102,8 +102,8 @@ def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
     own = str(found.get(GENERAL)).partition(":")[0]
     if own in OWN_TEACHERS and GENERAL in wanted:
         raise ValueError(
-            f"the general teacher of {run!r} is {found[GENERAL]!r}, {OWN_TEACHERS[own]}, which is no model of its own on "
-            f"disk. Name it with --models {GENERAL}=PATH_OR_URL."
+            f"the general teacher of {run!r} is {found[GENERAL]!r}, {OWN_TEACHERS[own]}, which is not a model of its own "
+            f"on disk. Name it with --models {GENERAL}=PATH_OR_URL."
         )
     found[RESULT] = result
     missing = [name for name in wanted if not isinstance(found.get(name), str) or not found[name]]

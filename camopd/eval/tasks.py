@@ -70,7 +70,7 @@ def multiple_choice(row: dict[str, Any]) -> dict[str, Any]:
     >>> multiple_choice({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
     {'question': '1 + 1?', 'A': '1', 'B': '2', 'answer': 'B'}
 
-    Raises `ValueError` for a missing column, options that are no list of texts, and an answer that is none of them.
+    Raises `ValueError` for a missing column, options that are not a list of texts, and an answer that is none of them.
     """
     options = need(row, "options", "choices")
     if isinstance(options, dict) and "text" in options and "label" in options:  # QASC

@@ -17,7 +17,7 @@ SEEDS = 3
 class Evidence:
     """Rank correlations of a number of a run with how it ended, over all runs, and what the number says something of."""
 
-    sign: str  # that the number belongs to; "" for one that is no sign
+    sign: str  # that the number belongs to; "" for one that is not a sign
     recovery: float | None  # of the covered skills, at the end; `None` where the number does not vary
     preservation: float | None  # of the domain's accuracy
     says: tuple[str, ...] = ()  # clear over all runs, and within a method as well

@@ -357,7 +357,7 @@ def _check_end(ids: Sequence[int], reason: str, sampling: Sampling) -> None:
         raise ValueError(f"wrote on after token {ids[early]}, which ends a completion. Is it a vLLM server?")
     if ids[-1] not in ends and (reason == "stop" or len(ids) < limit):
         raise ValueError(
-            f"ended a completion after {len(ids)} of {limit} tokens with token {ids[-1]}, which is no end (finish_reason "
-            f"{reason!r}). It has ends or a length of its own: start it with --generation-config vllm and a larger "
-            "--max-model-len, as `camopd serve --student` does."
+            f"ended a completion after {len(ids)} of {limit} tokens with token {ids[-1]}, which does not end one "
+            f"(finish_reason {reason!r}). It has ends or a length of its own: start it with --generation-config vllm and a "
+            "larger --max-model-len, as `camopd serve --student` does."
         )
