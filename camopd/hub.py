@@ -27,6 +27,14 @@ def is_hub_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None and not os.path.exists(name)
 
 
+def need_weights(model: str) -> None:
+    """Raise `OSError` for a folder in which no file is of weights; transformers does not name it until it loads them."""
+    if os.path.isdir(model) and not any(
+        file.suffix in (".safetensors", ".bin", ".gguf") for file in Path(model).rglob("*")
+    ):
+        raise OSError("its folder has no weights, no *.safetensors and no *.bin.")
+
+
 def public_name(name: str) -> str:
     """What others may see of a model's name: all of an id of the Hub, the last part of a path.
 

@@ -28,6 +28,7 @@ from .callbacks.teacher_watch import TeacherWatch
 from .callbacks.update import UpdateMeasures
 from .config import CaMOPDConfig
 from .forward import disable_functional_dropout
+from .hub import need_weights
 from .learning_rate import check_passed
 from .masters import check_masters, quantised_adapters, restore_adapters, round_by_step
 from .messages import BYTES_PER_TOKEN, MOST_BYTES
@@ -156,11 +157,12 @@ def _need_student(model: str, args: CaMOPDConfig) -> None:
     where = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code")
     init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     try:
+        need_weights(model)
         AutoConfig.from_pretrained(model, **{name: init_kwargs[name] for name in where if name in init_kwargs})
     except OSError as error:
         raise ValueError(
-            f"the student {model!r} cannot be loaded: {error}\nGive the folder of a model or its id on the Hub, and for a "
-            "private or gated one set HF_TOKEN or run `hf auth login`."
+            f"the student {model!r} cannot be loaded: {error}\nGive model_name_or_path the folder of a model or its id on "
+            "the Hub, and for a private or gated one set HF_TOKEN or run `hf auth login`."
         ) from error
 
 

@@ -84,12 +84,18 @@ def test_train_takes_overrides_of_the_file(run, tmp_path):
         (["--model_name_or_path", "nobody/nothing"], "the student 'nobody/nothing' cannot be loaded: "),
         (["--model_name_or_path", "./nowhere"], "the student './nowhere' cannot be loaded: "),
         (
+            ["--model_name_or_path", "no_weights"],
+            "the student 'no_weights' cannot be loaded: its folder has no weights",
+        ),
+        (
             ["--resume", "nowhere"],
             "resume_from_checkpoint='nowhere' is neither a folder here nor owner/name on the Hub.",
         ),
     ],
 )
-def test_train_names_what_is_not_there(words, said, run, capsys):
+def test_train_names_what_is_not_there(words, said, run, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(1).config.save_pretrained("no_weights")
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", run, *words])
     assert stopped.value.code == 2 and f"camopd: {said}" in capsys.readouterr().err

@@ -75,7 +75,10 @@ def parse(text: str, option: str = "--models") -> Model:
                 "be in files. Give its key in the environment (docs/evaluation.md)."
             )
     elif names_missing_folder(where):
-        raise ValueError(f"the model {name!r} is named as {where!r}, but there is no such path.")
+        raise ValueError(
+            f"the model {name!r} is named as {where!r}, but there is no such path. Give the folder of a model, its id on "
+            "the Hub, or a URL."
+        )
     return Model(name, where, served or None)
 
 
