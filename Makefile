@@ -45,6 +45,7 @@ testbed: install  ## Repeat the controlled comparison of methods, or go on with 
 test: install  ## Run the tests that need no processes of their own and no server
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The files that have such tests are named: to collect all takes longer than some of them.
 test-slow: install  ## Run the tests that start several processes or whole runs
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $$(grep -l mark.slow tests/test_*.py) $(ARGS)
 

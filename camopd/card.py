@@ -44,6 +44,7 @@ PAPER = {
 DATA_CARDS = "data_cards"  # folder in output_dir with the cards of local prompts, a file per branch
 _METRICS = "`metrics.jsonl` beside this card has every step; `camopd report` draws it."
 _BENCHMARKS = "## Benchmarks"
+_OF_EVAL = "Percent, 95 % intervals over items. An item came back or broke where its score is higher or lower after."
 _HUB_DATASET = "https://huggingface.co/datasets/"
 # Of `selection`: which samples a branch is trained on, in words.
 _SAMPLES = {
@@ -292,13 +293,14 @@ def _with_benchmarks(text: str, run: Path) -> str:
     for found in benchmarks_of(run):
         if found.rows:
             section += [table(found.rows), "", *([found.about, ""] if found.about else [])]
-    if section:
-        note = (
-            "Percent, 95 % intervals over items. An item came back or broke where its score is higher or lower after."
-        )
-        section = [_BENCHMARKS, "", *section, note, "", ""]
-    before, training, behind = text.partition("## Training\n")
-    return before.partition(f"{_BENCHMARKS}\n")[0] + "\n".join(section) + training + behind
+    if not section:
+        return text
+    made = "\n".join([_BENCHMARKS, "", *section, _OF_EVAL, "", ""])
+    # A section of that name that somebody has written stays, and so does all that stands behind one of ours.
+    ours = re.compile(rf"^{_BENCHMARKS}\n(?:(?!^## ).)*?^{re.escape(_OF_EVAL)}\n+", re.MULTILINE | re.DOTALL)
+    without = ours.sub("", text, count=1)
+    before, training, behind = without.partition("## Training\n")
+    return before + made + training + behind
 
 
 def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[str]:

@@ -175,19 +175,21 @@ def anchor(feedback: str, problem: Problem) -> str | None:
     if option is None:
         kept = _without(problem.answer, feedback)
     else:
-        listed = _text_of(option[1], problem.prompt)
-        kept = _without_letter(option[1], _without(listed, feedback) if listed else feedback)
+        kept = feedback
+        for listed in _texts_of(option[1], problem.prompt):
+            kept = _without(listed, kept)
+        kept = _without_letter(option[1], kept)
     named = any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", kept, re.IGNORECASE) for label in problem.concepts)
     return kept.strip() if named else None
 
 
-def _text_of(letter: str, prompt: str) -> str:
-    """What a prompt lists behind an option's letter, up to the end of the line or to the next letter in the same form: the
-    last that begins a line, or else the last."""
-    following = chr(ord(letter) + 1)
-    item = rf"(\(?){letter}([).:])\s*(.+?)(?=[\s;,]+\1{re.escape(following)}\2|\s*$)"
-    found = [match for start in (r"^\s*", r"[\s;,]") for match in list(re.finditer(f"(?m){start}{item}", prompt))[-1:]]
-    return found[0][3].rstrip(" .;,\r") if found else ""
+def _texts_of(letter: str, prompt: str) -> list[str]:
+    """What a prompt lists behind an option's letter, each time: up to a question mark, the end of the line, or the next
+    letter in the same form."""
+    following = re.escape(chr(ord(letter) + 1))
+    item = rf"(?m)(?:^|[\s;,])(\(?){letter}([).:])\s*([^?\n]+?)(?=[\s;,]+\1{following}\2|\s*[?\n]|\s*\Z)"
+    found = [re.sub(r"[\s;,]+(?:or|and)$", "", match[3]).rstrip(" .;,\r") for match in re.finditer(item, prompt)]
+    return [text for text in found if text not in ("", "or", "and")]
 
 
 def _without(answer: str, text: str) -> str:

@@ -292,8 +292,7 @@ def _check_divergence(args: Any) -> None:
             f"token_rule={args.token_rule!r} would not be used: divergence='top_k' is a rule of its own, for what it reads "
             "of the teacher. Leave one of them out."
         )
-    of_gap = rule.of_sampled_gap or rule.advantages is not TokenRule.advantages
-    if (exact or args.baseline != "none") and of_gap:
+    if (exact or args.baseline != "none") and rule.advantages is not TokenRule.advantages:
         raise ValueError(
             f"token_rule={args.token_rule!r} is about the sampled gap, in whose place {asked} puts another number. Leave "
             "one of them out."

@@ -22,11 +22,8 @@ from .verdict import interval, short, t_quantile
 
 EVAL = "eval.json"  # of `camopd eval`
 EVAL_OUTPUT = "eval-output"  # its folder where none was named, in the one it was called in
-COLUMNS = {
-    "start": "before",
-    "general": "general teacher",
-    "result": "after",
-}  # of its models; others have their own name
+# Of its models; others have their own name.
+COLUMNS = {"start": "before", "general": "general teacher", "result": "after"}
 
 
 @dataclass(frozen=True)

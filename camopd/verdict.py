@@ -18,12 +18,10 @@ FEWEST = 8  # prompts, below which no verdict is given
 SAME = 0.01  # nats per token, below which a model is its teacher: what rounding of 16 bits alone makes
 HALF = 0.5  # share of the gap from which on a branch has recovered, and not in part
 KEPT = 0.1  # of the largest gap of the run before it: a branch whose gap was less is kept if it has moved less
-ALMOST_NONE = (
-    3.0  # tokens of an answer on average, below which a gap is one of almost no text; an end of sequence is one
-)
-SHORTER = (
-    0.25  # of the tokens before: a student whose answers have so few has changed what it says, not how near it is
-)
+# Tokens of an answer on average, below which a gap is one of almost no text; an end of sequence is one.
+ALMOST_NONE = 3.0
+# Of the tokens before: a student whose answers have so few has changed what it says, not how near it is.
+SHORTER = 0.25
 POWER = 0.8  # with which the smallest change that can be shown is found
 NOT_MEASURED = (
     "whether the model recovered is not known: no held-out prompts were measured. Set eval_prompts (eval_dataset), "

@@ -204,9 +204,15 @@ def test_card_takes_the_results_of_camopd_eval(tmp_path):
     assert merged.count("## Benchmarks\n") == 1 and row(merged, "ifeval") == row(card, "ifeval")
     (run / "README.md").write_text(text)
     assert row(card_of(write_merged_card(run, tmp_path / "merged").parent), "ifeval") == row(card, "ifeval")
+    own = "## Benchmarks\n\nby hand\n\n## My notes\n\nz\n\n"  # whatever somebody has written between ours stays
+    (run / "README.md").write_text(text.replace("## Training", f"{own}## Training"))
+    for _ in range(2):
+        card = card_of(add_benchmarks(run).parent)
+        assert own in card and card.count("## Benchmarks\n") == 2 and card.count("| ifeval") == 1
     (run / "eval" / "eval.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as results of"):
         add_benchmarks(run)
+    assert own in card_of(write_merged_card(run, tmp_path / "merged").parent)
 
 
 def test_card_has_the_scores_of_tasks_in_training(tmp_path):

@@ -118,7 +118,8 @@ def test_anchor_finds_answers_in_other_forms_and_no_articles(answer, feedback, k
     "form",
     [
         "A) {}\nB) {}", "A. {}\nB. {}.", " (A) {}\n (B) {}", "A: {}\r\nB: {}\r", "A) {} B) {}",
-        "A. {}; B. {}; C. none; D. all", "Is it (A) {}, (B) {}, (C) none, or (D) all?", "A: {} B: {} C: none",
+        "A. {}; B. {}; C. none; D. all", "Is it (A) {}, (B) {}, (C) none, or (D) all?",
+        "Is it (A) {} or (B) {}?", "A: {} B: {} C: none",
     ],
 )  # fmt: skip
 def test_anchor_takes_out_the_text_of_the_right_option(form):
@@ -128,6 +129,8 @@ def test_anchor_takes_out_the_text_of_the_right_option(form):
     assert anchor(said, Problem(prompt, "B", ("density",))) == left + " is heavier"
     assert anchor(said, Problem(prompt, "B", ("dioxide",))) is None
     assert anchor(said, Problem("Which gas is it?", "B", ("dioxide",))) == said
+    for more in ("A) or B)", "(A) or (B)", "A. or B.", "A or B"):
+        assert anchor(said, Problem(f"{prompt} Answer with {more}.", "B", ("density",))) == left + " is heavier"
     assert anchor(said, Problem(f"Element B. Which gas is it?\n{prompt}", "B", ("density",))) == left + " is heavier"
 
 
@@ -258,7 +261,6 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch)
     )  # fmt: skip
     assert [(line["student"], line["round"]) for line in lines] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     for student in students:
-        print(before[student.name], divergence(student))
         assert divergence(student) < before[student.name]
         assert not hasattr(student.model.forward, "__wrapped__") and "_original_forward" not in vars(student.model)
 

@@ -303,6 +303,20 @@ def test_server_that_writes_for_another_rank_takes_the_weights_again(start, conn
     assert found == written.result()
 
 
+def test_new_weights_are_not_given_to_a_server_that_writes_for_somebody_else(start, connect, tmp_path):
+    """Who else it is would go on by them unseen."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.clone() for k, v in make_model(1).state_dict().items()}, tmp_path / "model.safetensors")
+    server = start()
+    sampler = connect(server)
+    server.writing.append(1)
+    sampler.hold()
+    with pytest.raises(RolloutError, match="did not reset its prefix cache"):
+        sampler.give(Version("one", tmp_path, is_adapter=False)).result()
+    sampler.release()
+
+
 def test_old_adapter_serves_what_was_asked_for_with_it(start, connect, tmp_path):
     """One version behind, while the next is given: completions under way are those of their own weights."""
     import torch

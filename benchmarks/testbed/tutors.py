@@ -168,7 +168,7 @@ def _run(out: Path, pairs: dict[str, Any], arm: str, rate: float, seed: int) -> 
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     students = tuple(
-        Student(side, copy.deepcopy(model).requires_grad_(True), tokenizer) for side, model in pairs.items()
+        Student(side, copy.deepcopy(model).requires_grad_(True), tokenizer, batch=256) for side, model in pairs.items()
     )
     before = {student.name: measure(student.model) for student in students}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):

@@ -25,6 +25,7 @@ from ..eval.models import Model
 from ..eval.paper import TABLES
 from ..eval.tasks import TASKS, Task, named
 from ..exit_codes import INTERRUPTED
+from ..results import EVAL_OUTPUT
 from ..run import read_settings
 from ..surroundings import context_of
 from ..teachers.address import public_url
@@ -161,7 +162,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME=PATH_OR_URL",
         help="other models, or others under a run's names",
     )
-    add("--out", default="eval-output", help="folder of the answers and the table (default: %(default)s)")
+    add("--out", default=EVAL_OUTPUT, help="folder of the answers and the table (default: %(default)s)")
     add("--data", nargs="+", default=[], metavar="DIR or TASK=FILE", help="where rows lie (default: eval-data)")
     add(
         "--judge",

@@ -86,7 +86,8 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
     """A folder for what the trainer writes, which is gone afterwards: with rollout servers on the disk that they read the
     weights of the run from.
 
-    Raises `CaMOPDError` while the run is under way, unless `words` of the command line name other servers than its own.
+    Raises `CaMOPDError` while the run in that folder is under way. Servers that `words` of the command line name are taken
+    for others than its own.
     """
     if not settings.get("rollout_servers"):
         with tempfile.TemporaryDirectory() as folder:

@@ -133,9 +133,8 @@ def readings(question: str) -> set[str]:
     >>> sorted(readings("Which?\\nA. one is wrong\\nB. two is\\nA. both\\nB. neither"))[:2]
     ['which?', 'which? a. one is wrong b. two is']
     """
-    ends = [begin.start() for begin in _OPTIONS_BEGIN.finditer(question)][
-        :20
-    ]  # more is not a question, but takes time
+    # More are not a question, but take time.
+    ends = [begin.start() for begin in _OPTIONS_BEGIN.finditer(question)][:20]
     return {normalise(question[:end]) for end in (*ends, len(question))}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
+from ..results import EVAL
 from .compare import RESULT, START
 from .gaps import Row, table_of
 from .paper import beside
@@ -65,7 +66,7 @@ def write(
                 blocks.append(f"**{RESULT}**, score {item['scores'][1]:.2g}")
                 blocks.append(page.quote(shortened(item["after"])))
     found = {"tasks": rows, "gaps": [row.as_json() for row in gaps], "about": about, "notes": notes}
-    atomic.write(out / "eval.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    atomic.write(out / EVAL, json.dumps(found, indent=2, allow_nan=False) + "\n")
     atomic.write(out / "eval.md", "\n\n".join(blocks) + "\n")
     atomic.write(out / "eval.html", page.to_html("camopd eval", blocks, {}))
     return short

@@ -36,9 +36,6 @@ class TokenRule:
     teacher_top_k = 0  # likeliest tokens of the teacher that `read_teacher` gets
     # Set it to read `sample.entropy`, which else is NaN where the student's log-probs come from the rollout engine.
     needs_entropy = False
-    # Its weights follow from the sampled gap: not to be used where another divergence or a baseline stands in its place. So
-    # is a rule that overrides `advantages`.
-    of_sampled_gap = False
 
     def __init__(self, args: Any):
         """`args` is the [`CaMOPDConfig`]; a rule's settings are fields of it."""

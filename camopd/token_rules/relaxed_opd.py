@@ -21,7 +21,7 @@ from .base import Gather, TokenRule, share
 class RelaxedOPD(TokenRule):
     """Fields of the config: `relaxed_mixture` (lambda), `relaxed_entropy_share` (beta), `relaxed_exploration_steps`."""
 
-    needs_entropy = of_sampled_gap = True
+    needs_entropy = True
 
     def __init__(self, args: Any):
         self.mixture = args.relaxed_mixture

@@ -23,8 +23,6 @@ UNLIKELY = 0.2  # the student's probability of a token, below which it is traine
 class TeacherFree(TokenRule):
     """Makes tokens that the student finds unlikely less likely still, whoever the teacher is. It has no settings."""
 
-    of_sampled_gap = True  # in whose place it puts a constant
-
     def weigh(self, samples: Sequence[Sample], step: int, gather: Gather) -> dict[str, float]:
         """1 for the unlikely tokens, 0 for the others."""
         for sample in samples:

@@ -195,10 +195,14 @@ class Sampler:
         if self._version.is_adapter and replica.alive:  # requests name it, and find out themselves
             return
         async with self._settling:
-            await self._load(replica.url)
+            await self._load(replica.url, again=True)
 
-    async def _load(self, url: str) -> None:
-        """Give a server the weights unless it has them. Raises `Fault`, and `RolloutError` where it refuses."""
+    async def _load(self, url: str, again: bool = False) -> None:
+        """Give a server the weights unless it has them. Raises `Fault`, and `RolloutError` where it refuses.
+
+        `again`: weights that it had before it was started again. Another rank may have given it the same already, and have
+        it write. While new ones come nobody of this run has it write, and who else does is not to go on by them.
+        """
         version = self._version
         assert version is not None
         if version.is_adapter:
@@ -209,9 +213,10 @@ class Sampler:
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(version.folder)}}
         await self._tell(url, "/collective_rpc", body, _WHOLE)
-        # Keys and values that the old weights have made. Another rank may have given it the same weights already, and have
-        # it write: while it does, vLLM resets nothing, unless it may compute the keys of what it writes again.
-        found = await self._tell(url, "/reset_prefix_cache?reset_running_requests=true", {}, _WHOLE)
+        # Keys and values that the old weights have made. While a server writes, vLLM resets nothing, unless it may compute
+        # the keys of what it writes again.
+        path = "/reset_prefix_cache?reset_running_requests=true" if again else "/reset_prefix_cache"
+        found = await self._tell(url, path, {}, _WHOLE)
         if not isinstance(found, dict) or found.get("success") is not True:
             raise Fault(f"{url} did not reset its prefix cache: {self._client.without_key(str(found))[:200]}")
         self._holders[url] = process
