@@ -66,6 +66,15 @@ def test_tables_have_a_row_per_task_and_a_column_per_model():
     assert medqa[5].startswith("kept 75 % [")
 
 
+def test_items_are_those_of_each_model_where_a_judge_had_no_verdict_for_some():
+    gpqa = TASKS["gpqa"]
+    found = {"start": {"gpqa": items([1, None, 0, None])}, "result": {"gpqa": items([1, 1, 0, None])}}
+    _, row = page.score_rows(compare([gpqa], found))
+    assert row[:4] == ["gpqa", "50.0 ± 50.0", "66.7 ± 33.3", "2 / 3 of 198"]
+    found["start"] = found["result"]
+    assert page.score_rows(compare([gpqa], found))[1][3] == "3 of 198"
+
+
 @pytest.mark.parametrize("models", [MODELS, {"one": MODELS["start"]}])
 def test_page_is_written_three_times_and_holds_every_item(tmp_path, models):
     rows = compare([IFEVAL, MEDQA], models)

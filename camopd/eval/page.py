@@ -132,18 +132,21 @@ def score_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     table = [["task", *models, "items", "cut off", "no answer", *(["no verdict"] if judged else [])]]
     for row in rows:
         found = row["models"]
-        first = next(iter(found.values()))
-        items = (
-            str(first["items"])
-            + (f" of {row['size']}" if row["size"] else "")
-            + (f" x {first['repeats']}" if first["repeats"] > 1 else "")
-        )
         table.append(
-            [row["task"], *(score(found[name]) for name in models), items]
+            [row["task"], *(score(found[name]) for name in models), items_of(row)]
             + [" / ".join(percent(found[name][share]) for name in models) for share in ("truncated", "unparsed")]
             + ([" / ".join(f"{found[name].get('unjudged', 0):.0%}" for name in models)] if judged else [])
         )
     return table
+
+
+def items_of(row: Mapping[str, Any]) -> str:
+    """`198 of 198 x 4`: the items that a task's scores are of, and the repeats of each; a number for each model where they
+    differ, as with a judge that had no verdict."""
+    counts = [str(found["items"]) for found in row["models"].values()]
+    repeats = max(found["repeats"] for found in row["models"].values())
+    shown = counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+    return shown + (f" of {row['size']}" if row["size"] else "") + (f" x {repeats}" if repeats > 1 else "")
 
 
 def change_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
