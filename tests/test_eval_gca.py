@@ -10,7 +10,7 @@ from camopd import cli
 from camopd.errors import CaMOPDError, DataError
 from camopd.eval import gca, rows
 from camopd.eval.compare import compare
-from camopd.eval.judge import ATTEMPTS, LONGEST, Judge, Unusable
+from camopd.eval.judge import ATTEMPTS, LONGEST, NEUTRAL, Judge, Unusable
 from camopd.eval.paper import beside
 from camopd.eval.scores import items_of
 from camopd.eval.tasks import TASKS
@@ -81,7 +81,7 @@ def judge_of(server, **options):
 
 def played(table, scene):
     with serving(table) as server:
-        return gca.play(judge_of(server, more=gca.SENT), judge_of(server), scene)
+        return gca.play(judge_of(server), judge_of(server), scene)
 
 
 def test_scenes_have_the_prompts_of_the_checkout_whatever_the_model_is_called(checkout):
@@ -121,9 +121,32 @@ def test_scene_goes_on_as_predicted_and_ends_from_the_sixth_message_on(checkout)
     assert heard == ["===Conversation Start===\n\nAnn: I say 1."]  # no thought of another, one message of a user
     _, own, _ = [call for call in table.asked if call[0] == "Ann"][1]
     assert own[1] == "[thinks] I say 1."  # its own as it was
-    assert body["temperature"] == 0 and gca.SENT.items() <= body.items()
+    assert body["temperature"] == 0 and NEUTRAL.items() <= body.items()
     (early,) = [played(Table(["<END CHAT>"] + ["Bo", "Ann"] * 20), scene)["messages"]]
     assert len(early) == gca.ROUNDS  # an end that comes too early is none, and twenty are all
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("[a] I go.\n\n[b] Now (runs).", "Ann: I go.\nNow (runs)."),
+        ("<role_thinking>\nWhy?\n\nSo.\n</role_thinking>I go <system thinking>x</system_think> on.", "Ann: I go  on."),
+        ("<think>x</think>< role_thinking >y</ role_thinking>I go.", "Ann: I go."),
+        ("<role_thinking>I go.", "Ann: <role_thinking>I go."),  # without an end, as in CoSER
+        ("Ann\uff1aI go.", "Ann\uff1aI go."),
+    ],
+)
+def test_others_and_the_judge_do_not_hear_what_a_character_thinks(line, shown, checkout):
+    (scene, _) = rows.read(GCA, checkout, None)
+    table = Table(["Bo", "Ann"] * 20, [flaws(name) for name in gca.DIMENSIONS], line=line)
+    found = played(table, scene)["messages"]
+    _, heard, _ = next(call for call in table.asked if call[0] == "Bo")
+    assert heard == [f"===Conversation Start===\n\n{shown}"]
+    _, heard, _ = next(call for call in table.asked if call[0] == "NEXT")
+    assert heard == [f"===Conversation Start===\n\n{shown}"]
+    with serving(table) as server:
+        gca.judge(judge_of(server), scene_of(checkout, found[:1]))
+    assert table.asked[-1][1] == [shown.removeprefix("Ann: ")]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from camopd.errors import CaMOPDError
 from camopd.eval import judge
 from camopd.eval.asking import MOST
 from camopd.eval.compare import compare
-from camopd.eval.judge import ATTEMPTS, GONE, Judge
+from camopd.eval.judge import ATTEMPTS, GONE, NEUTRAL, Judge
 from camopd.eval.scores import items_of
 from camopd.eval.tasks import TASKS
 from camopd.eval.verdicts import collect
@@ -52,6 +52,43 @@ def test_verifier_is_asked_as_in_the_paper_and_what_it_said_is_kept():
     for part in ("<prompt>\nQuestion 0?\n</prompt>", "<response>\nIt is C.\n</response>",
                  "<ground_truth_answer>\nC\n</ground_truth_answer>"):  # fmt: skip
         assert part in message["content"]
+
+
+def test_judge_leaves_no_sampling_to_the_file_of_its_model():
+    """Of Qwen2.5-14B-Instruct, the paper's verifier: top_p 0.8, top_k 20, repetition_penalty 1.05."""
+    _, server = verdict(lambda body: YES)
+    (body,) = server.requests
+    assert body["top_p"] == 1 and {"top_k": -1, "repetition_penalty": 1, "min_p": 0}.items() <= body.items()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, "Unrecognized request arguments supplied: min_p, repetition_penalty, top_k"),
+        (400, "Unknown parameter: 'top_k'."),
+        (422, '[{"type": "extra_forbidden", "loc": ["body", "min_p"], "msg": "Extra inputs are not permitted"}]'),
+    ],
+)
+def test_server_that_refuses_a_name_is_asked_without_from_then_on(status, words, tmp_path):
+    """As OpenAI's own API does."""
+
+    def answer(body):
+        return Raw(json.dumps({"error": {"message": words}}).encode(), status) if "top_k" in body else YES
+
+    with serving(answer) as server:
+        found = of_answers(judge_of(server), tmp_path, [row(item=item) for item in range(3)])
+    assert [one["passed"] for one in found] == [True] * 3
+    first, *others = server.requests
+    assert NEUTRAL.items() <= first.items() and len(others) == 3
+    assert all({"temperature", "top_p"} < set(body) and not set(NEUTRAL) & set(body) for body in others)
+
+
+def test_request_that_is_refused_for_another_reason_takes_no_sampling_away(tmp_path):
+    """Here the server repeats the prompt, which has a name in it."""
+    words = Raw(b'{"error": "not allowed: what is top_k?"}', 400)
+    with serving(lambda body: words if "Question 0?" in str(body) else YES) as server:
+        found = of_answers(judge_of(server), tmp_path, [row(item=item) for item in range(2)])
+    assert "HTTP 400" in found[0]["failed"] and found[1]["passed"] and "top_k" in server.requests[-1]
 
 
 @pytest.mark.parametrize(

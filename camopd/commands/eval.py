@@ -241,7 +241,7 @@ def _play(
     job = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
     url = job["url"].removesuffix("/v1")
     actor = Judge(url, job["model"], key_of(jobs.KEY), what="model that plays",
-                  more=gca.SENT | {"max_tokens": job["generation"]["max_tokens"]})  # fmt: skip
+                  more={"max_tokens": job["generation"]["max_tokens"]})  # fmt: skip
     with _ticking(f"{task.name}: scenes", len(scenes), signals) as tick:
         found = gca.play_all(actor, world, folder / "work", scenes, options.concurrency, tick)
     atomic.write(folder / jobs.ANSWERS, "".join(json.dumps(row) + "\n" for row in found))

@@ -5,6 +5,7 @@ it, and nothing else of it runs. Where this differs from its main.py on purpose:
 
 - a model's name changes nothing: CoSER leaves the example of an output away for actors called "coser";
 - a severity may be a text that is a number, which CoSER ignores; one that is none makes the reply unusable;
+- words on both sides of a thought in tags are not glued together;
 - who speaks next where the prediction is none of the speakers is drawn by scene, and not by all scenes before;
 - a server that does not answer is asked a few times, and not for ever.
 
@@ -36,12 +37,11 @@ WHAT = (
     "CoSER's scenes are read from a checkout of Neph0s/CoSER with its data: name its test set with --data "
     "gca=CHECKOUT/data/test/test_set.json"
 )
-# Of the actor's requests, beside the temperature, which is 0: nothing is left to the model's own file.
-SENT = {"top_k": -1, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "min_p": 0.0}
 MAX_TOKENS = 8196  # of a message, as in CoSER
 HEARD = 28 << 10  # tokens of a scene, as its actor hears it
 _FUNCTIONS = ("get_character_prompt", "get_environment_prompt", "get_nsp_prompt")
-_THOUGHT = re.compile(r"\[.*?\]")
+# The first is what its prompts ask for; models write the second, too, and its program strips both.
+_THOUGHT = re.compile(r"\[.*?\]|(?s:<\s*+(system|role)[_\s]++think(?:ing)?\s*+>.*?</\s*+\1[_\s]++think(?:ing)?\s*+>)")
 
 
 def opened(path: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -119,7 +119,11 @@ def _scene(row: Mapping[str, Any], take: Mapping[str, Any], critic: Mapping[str,
 
 
 def aloud(text: str) -> str:
-    """What others hear of a message: no thoughts, which are in brackets, and no empty lines."""
+    """What others hear of a message: no thoughts, which are in brackets or in tags, and no empty lines.
+
+    >>> aloud("[I must not.] Yes.\\n\\n<role_thinking>\\nWhy\\n</role_thinking> Go (opens the door).")
+    'Yes.\\nGo (opens the door).'
+    """
     lines = (line.strip() for line in _THOUGHT.sub("", text).split("\n"))
     return "\n".join(filter(None, lines))
 
@@ -163,7 +167,10 @@ def play(actor: Judge, world: Judge, row: Mapping[str, Any]) -> Verdict:
         text = str(after_thinking(found["said"])).strip()
         messages.append([speaker, text])
         shown = aloud(text)
-        named = shown if any(line.startswith(f"{speaker}:") for line in shown.split("\n")) else f"{speaker}: {shown}"
+        prefixed = any(
+            line.startswith((f"{speaker}:", f"{speaker}\uff1a")) for line in shown.split("\n")
+        )  # of Chinese
+        named = shown if prefixed else f"{speaker}: {shown}"
         for name, messages_of in [*heard.items(), ("", asked)]:
             own = name == speaker
             messages_of.append({"role": "assistant", "content": text} if own else {"role": "user", "content": named})

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import CaMOPDError
 from ..teachers.address import public_url
-from .asking import Line, Unanswered
+from .asking import Line, Reply, Unanswered
 from .verdicts import Verdict, after_thinking
 
 
@@ -24,6 +24,8 @@ KEY = "CAMOPD_JUDGE_API_KEY"
 ATTEMPTS = 3  # per verdict
 GONE = 8  # verdicts in a row for which the server was not reached: it is gone
 LONGEST = 16000  # tokens of a reply, as Arena-Hard sets for GPT-4.1
+# Of each request, beside temperature and top_p: what is not sent, a vLLM takes from the model's generation_config.json.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 WORD = 6  # characters: a shorter key, as EMPTY, is not a secret, and may be a word of a reply
 VERIFIER_TEMPERATURE = 0.2  # the paper's
 VERIFY = """\
@@ -47,6 +49,8 @@ Reply with these two lines and nothing else. Write `none` where the response has
 <extracted_answer>the final answer of the response</extracted_answer>
 <decision>yes or no</decision>"""
 _EXTRACTED = re.compile(r"<extracted_answer>(.*?)</extracted_answer>", re.DOTALL)
+_NAMED = re.compile("|".join(NEUTRAL))
+_REFUSED = (400, 422)  # the statuses of a request with something unknown in it
 _DECISION = re.compile(r"<decision>\s*(yes|no)\s*</decision>", re.IGNORECASE)
 
 
@@ -73,6 +77,7 @@ class Judge:
     timeout: float = 300.0  # of a request as a whole
     what: str = "judge"  # it is, in an error
     more: Mapping[str, Any] = field(default_factory=dict)  # of the body of a request
+    _plain: bool = field(default=False, init=False)  # the server refuses some of `NEUTRAL`
     _unreached: int = field(default=0, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -125,10 +130,13 @@ class Judge:
             "max_tokens": LONGEST,
             **self.more,
         }
-        try:
-            reply = self._line.send(f"{self.url}/v1/chat/completions", body)
-        except Unanswered as error:
-            raise Unreached(str(error)) from None
+        plain = self._plain
+        reply = self._send(body if plain else NEUTRAL | body)
+        if not plain and reply.status in _REFUSED and _NAMED.search(reply.text):
+            # OpenAI's own API refuses names that it does not know. It has no file of the model's to take them from, either.
+            reply = self._send(body)
+            if reply.status not in _REFUSED:  # else it is not about these names alone
+                self._plain = True
         shown = reply.unread or self._line.shown(reply.text)
         if reply.status == 429 or reply.status >= 500:
             raise Unreached(f"HTTP {reply.status}")
@@ -143,6 +151,12 @@ class Judge:
         if not isinstance(text, str):
             raise Unusable("a reply without text")
         return self._line.without_key(text) if len(self.key or "") >= WORD else text
+
+    def _send(self, body: Mapping[str, Any]) -> Reply:
+        try:
+            return self._line.send(f"{self.url}/v1/chat/completions", dict(body))
+        except Unanswered as error:
+            raise Unreached(str(error)) from None
 
 
 def verify(judge: Judge, row: Mapping[str, Any]) -> Verdict:
