@@ -1,18 +1,25 @@
-"""`eval_tasks`: tasks of lm-eval on the model in training (camopd/live_tasks.py); with `-m eval` the real lm-eval."""
+"""`eval_tasks`: tasks of lm-eval on the model in training (camopd/live_tasks.py); with `-m eval` the real lm-eval.
+
+As a script for two processes: tests/test_live_tasks.py FOLDER KIND
+"""
 
 import errno
 import json
 import os
 import random
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_prompts
+from conftest import make_model, make_prompts, make_tokenizer
+from train_tiny import fsdp_on_cpu
 from trainers import lines, make_args, make_trainer
 
+from camopd import CaMOPDTrainer
 from camopd.errors import CaMOPDError
 from camopd.live_tasks import LiveTasks, _scores, metric_of
 from camopd.signals import RunInterrupted
@@ -46,13 +53,11 @@ class Unsafe(Task):
     UNSAFE_CODE = True
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """lm-eval's modules in small. Yields what it was asked; `right` of it says which rows are right in each evaluation."""
+def lm_eval_in_small():
+    """lm-eval's modules by name, and what they were asked; `right` of it says which rows are right in each evaluation."""
     known = {"sums": Task(), "code": Unsafe(), "loss": Perplexity()}
-    found = types.SimpleNamespace(
-        calls=[], penalties=[], detector=types.SimpleNamespace(seed=None), right=[set(range(ROWS)), {0, 1, 2}, {2, 3}]
-    )
+    right = [set(range(ROWS)), {0, 1, 2}, {2, 3}, set()]
+    found = types.SimpleNamespace(calls=[], penalties=[], detector=types.SimpleNamespace(seed=None), right=right)
 
     class TaskManager:
         all_subtasks, all_tasks = list(known), [*known, "many"]
@@ -74,6 +79,7 @@ def asked(monkeypatch):
         ]
         return {"samples": {"sums": each}}
 
+    modules = {}
     for name, content in {
         "lm_eval": {}, "lm_eval.models": {}, "lm_eval.tasks": {"TaskManager": TaskManager},
         "langdetect": {"DetectorFactory": found.detector},
@@ -81,6 +87,14 @@ def asked(monkeypatch):
     }.items():  # fmt: skip
         module = types.ModuleType(name)
         module.__dict__.update(content)
+        modules[name] = module
+    return modules, found
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    modules, found = lm_eval_in_small()
+    for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     return found
 
@@ -281,6 +295,86 @@ def test_missing_lm_eval_is_named_with_the_line_that_installs_it(tmp_path, token
     make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT).evaluate()  # which needs none of it
 
 
+# --- two processes -----------------------------------------------------------------------------------------------------
+
+
+def main(folder: Path, kind: str) -> None:
+    """On each of two ranks, of which the second finds all rows wrong: what it logs of a run, and what it meets."""
+    rank, found = int(os.environ["RANK"]), {}
+    modules, asked = lm_eval_in_small()
+    sys.modules.update(modules)
+    if rank:
+        asked.right = [set()] * 4
+
+    def run(name, **extra):
+        args = make_args(folder / name, **EVALUATES, **extra)
+        if kind == "sharded":
+            fsdp_on_cpu()
+        trainer = CaMOPDTrainer(
+            model=make_model(1), teachers={"general": make_model(2), "domain": make_model(1)}, args=args,
+            train_dataset={branch: make_prompts(branch) for branch in ("general", "domain")}, eval_dataset=HELD_OUT,
+            processing_class=make_tokenizer(),
+        )  # fmt: skip
+        try:
+            trainer.train()
+        finally:
+            found[name] = [e for e in trainer.state.log_history if "eval_sums/score" in e]
+
+    try:
+        run("with", eval_tasks="sums")
+        run("without")
+        asked.calls.clear()
+        asked.right = [set(range(ROWS))] * (1 if rank else 4)  # the second rank fails in the second evaluation
+        run("failing", eval_tasks="sums")
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def on_two_processes(folder, kind, *launcher):
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    words = [*launcher, __file__, str(folder), kind]
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_go_by_what_the_first_has_measured(tmp_path, python):
+    """Each has the whole model and asks it all rows. What one meets ends all, and none waits for ever."""
+    launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    first, second = on_two_processes(tmp_path, "whole", *launcher)
+    assert [(e["step"], e["eval_sums/score"], e["eval_sums/broken"]) for e in first["with"]] == [
+        (0, 1, 0), (1, 3 / 9, 6 / 9), (2, 2 / 9, 7 / 9), (3, 0, 1),
+    ]  # fmt: skip
+    assert second["with"] == first["with"] and not first["without"]
+    assert [line["step"] for line in scores(tmp_path / "with")] == [0, 1, 2, 3]
+    assert [line["loss"] for line in lines(tmp_path / "with")] == [
+        line["loss"] for line in lines(tmp_path / "without")
+    ]
+    assert second["error"].startswith("IndexError: ") and first["error"].startswith("OtherRankError: list index")
+    assert len(first["failing"]) == len(second["failing"]) == 1
+
+
+@pytest.mark.slow
+def test_shards_of_a_model_are_refused_on_each_process_before_the_first_step(tmp_path, python):
+    config = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp2.yaml"
+    found = on_two_processes(
+        tmp_path, "sharded", python, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes",
+        "2", "--main_process_port", "0", "--mixed_precision", "no",
+    )  # fmt: skip
+    for each in found:
+        assert each["error"].startswith(
+            "ValueError: eval_tasks=['sums'] need the whole model on each process, and FSDP"
+        )
+        assert each["error"].endswith("Leave them out, and run `camopd eval` on checkpoints.")
+    assert not (tmp_path / "with" / "metrics.jsonl").exists()
+
+
 # --- with the real lm-eval ---------------------------------------------------------------------------------------------
 
 
@@ -315,3 +409,7 @@ def test_choices_are_those_that_the_model_finds_likelier(tmp_path, tokenizer):
             logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             sums.append(sum(logps[at - 1, ids[at]].item() for at in range(len(context), len(ids))))
         assert score == float(max(range(6), key=sums.__getitem__) == docs[row]["gold"])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
