@@ -28,8 +28,14 @@ def test_models_of_another_form_are_refused(text):
 
 
 def test_path_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"'start' is named as '\./nowhere', but there is no such path"):
+    said = r"'start' is named as '\./nowhere', but there is no such path\. Give the folder of a model, its id on the Hub, or a URL"
+    with pytest.raises(ValueError, match=said):
         parse("start=./nowhere")
+
+
+def test_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'m', '.*', is a folder without a config\.json.*--models m=PATH_OR_URL"):
+        need_whole([parse(f"m={tmp_path}")])
 
 
 def make_run(folder, general):

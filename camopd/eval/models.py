@@ -154,13 +154,20 @@ def _need_places(run: str, found: Mapping[str, str]) -> None:
 
 
 def need_whole(models: Iterable[Model]) -> None:
-    """Raise `ValueError` for a folder that has an adapter alone: what is served is a whole model."""
+    """Raise `ValueError` for a folder that has an adapter alone, or no model: what is served is a whole one."""
     for model in models:
-        if not model.is_url and has_adapter(model.where) and not (Path(model.where) / "config.json").is_file():
+        folder = Path(model.where).expanduser()
+        if model.is_url or not folder.is_dir() or (folder / "config.json").is_file():
+            continue
+        if has_adapter(model.where):
             raise ValueError(
                 f"the model {model.name!r}, {model.where!r}, is an adapter, and what is evaluated is a whole model. Merge "
                 f"it into its base (docs/guide.md, Merge the adapter), and name that: --models {model.name}=FOLDER."
             )
+        raise ValueError(
+            f"the model {model.name!r}, {model.where!r}, is a folder without a config.json, so there is no model in it. "
+            f"Name one that has it, as a checkpoint, an id of the Hub, or a URL: --models {model.name}=PATH_OR_URL."
+        )
 
 
 def _newest_in(folder: Path) -> Path | None:
