@@ -28,8 +28,8 @@ def test_models_of_another_form_are_refused(text):
 
 
 def test_path_that_is_not_there_is_refused():
-    said = r"'start' is named as '\./nowhere', but there is no such path\. Give the folder of a model, its id on the Hub, or a URL"
-    with pytest.raises(ValueError, match=said):
+    said = r"'start' is named as '\./nowhere', but there is no such path\."
+    with pytest.raises(ValueError, match=f"{said} Give the folder of a model, its id on the Hub, or a URL"):
         parse("start=./nowhere")
 
 
