@@ -800,10 +800,12 @@ def test_plain_server_takes_the_weights_of_another_rank_while_it_writes_and_writ
         first.adopt(version, first.give(version).result())
         ask = lambda: [first.submit([1, 7, 8], seed, sampling) for seed in range(2)]  # noqa: E731
         wait(calm := ask())
+        second.hold()
+        second.adopt(version, {})  # as where the server was started again since
         written = ask()
         time.sleep(0.1)
-        second.hold()
-        second.give(version).result()  # while the first's are under way
+        assert not any(one.done() for one in written)
+        second.begin().result()  # while the first's are under way
         assert [one.result().token_ids for one in written] == [one.result().token_ids for one in calm]
     finally:
         first.close()
