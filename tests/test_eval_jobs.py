@@ -123,6 +123,8 @@ def test_environment_of_a_job_holds_no_key_but_its_own(monkeypatch):
     found = jobs.environment()
     assert [name for name, value in found.items() if value == "secret"] == [jobs.KEY]
     assert "PATH" in found
+    kept = jobs.environment(*jobs.HUB_TOKENS)  # of a model that is loaded, which may be behind a gate
+    assert {name for name, value in kept.items() if value == "secret"} == {jobs.KEY, "HF_TOKEN"}
 
 
 def test_key_that_a_server_has_repeated_is_taken_out_of_what_a_job_has_said(tmp_path, monkeypatch):

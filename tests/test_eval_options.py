@@ -53,6 +53,8 @@ def test_option_that_says_two_things_of_one_is_refused(found, said):
         ("livebench", ["--limit", "1", "--max-tokens", "5"], "--limit, as livebench is read as it was run; --max-tokens"),
         ("livebench", ["--context", "9"], "--context, as no server is started here"),
         ("livebench", ["--data", "x", "livebench=y"], "--data x, as no rows are read from it"),
+        ("qasc_options", ["--max-tokens", "5"], "--max-tokens, as no model writes in qasc_options"),
+        ("qasc_options", ["--context", "9"], "--context, as no server is started here"),
         ("qasc", ["--judge", "http://h:1"], "--judge http://h:1, as none of qasc is judged by a model"),
         ("qasc", ["--judge", "qasc=http://h:1"], "--judge qasc=, as that task is not judged by a model"),
         ("qasc", ["--judge", "gpqa=http://h:1"], "--judge gpqa=, as that task is not asked for"),
@@ -77,6 +79,8 @@ def test_option_of_servers_here_is_refused_where_all_are_elsewhere(option):
 def test_option_without_effect_on_a_part_is_said():
     (line,) = checked("qasc,livebench,gaps", "--limit", "5")
     assert line == "--limit is without effect on livebench, which is read as it was run."
+    (line,) = checked("qasc,qasc_options", "--max-tokens", "5", "--context", "9")
+    assert line == "--max-tokens is without effect on qasc_options, where no model writes."
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,7 @@ def test_option_without_effect_on_a_part_is_said():
         ("qasc,gaps", ["--limit", "5", "--max-tokens", "5", "--paper", "medical", "--data", "x"]),
         ("qasc,gpqa,gca", ["--judge", "http://h:1", "gca=http://h:2", "--data", "x", "gca=y"]),
         ("livebench", ["--data", "livebench=x", "--paper", "medical"]),
+        ("qasc_options", ["--limit", "5", "--concurrency", "9"]),
     ],
 )  # fmt: skip
 def test_option_with_an_effect_is_silent(tasks, words):

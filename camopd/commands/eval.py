@@ -63,9 +63,13 @@ def eval(argv: list[str]) -> None:
     for name in wanted if read else ():
         found[name][read[0].name] = livebench.items_of(effects.files_of(options.data).get(read[0].name), name)
     asked = [task for task in tasks if task not in read]
-    if asked:
-        _need_context(wanted.values(), asked, options)
-    vllm = _vllm(options, wanted.values()) if asked else None
+    served = effects.served(asked)
+    if served:
+        _need_context(wanted.values(), served, options)
+    for task in asked:
+        if task.answer == "weighed":
+            models.need_folders(wanted.values(), task.name)
+    vllm = _vllm(options, wanted.values()) if served else None
     task_rows = _rows(asked, options)
     for model in wanted.values() if asked else ():  # what is refused is refused before anything is generated
         _prepare(model, asked, task_rows, judges, out, options)
@@ -73,16 +77,7 @@ def eval(argv: list[str]) -> None:
         for model in wanted.values():
             _introduce(model, asked, out)
             left = [task for task in asked if not (out / model.name / task.name / jobs.ANSWERS).is_file()]
-            if left:
-                with _served(model, asked, options, vllm, out / model.name, signals) as url:
-                    for task in left:
-                        if url is not None and not signals:
-                            folder = out / model.name / task.name
-                            jobs.set_url(folder, url)
-                            if task.answer == "played":
-                                _play(folder, task, task_rows[task.name], judges[task.name], options, signals)
-                            else:
-                                _run(python, folder, task, len(task_rows[task.name]) * task.repeats, signals)
+            _ask(model, left, task_rows, judges, options, (python, vllm), signals)
             for task in asked:
                 _stop(signals)
                 answers = _answers(
@@ -119,6 +114,37 @@ def _introduce(model: Model, tasks: Sequence[Task], out: Path) -> None:
             f"be seen; where it has others, give another --out or remove {out / model.name}.",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+
+
+def _ask(
+    model: Model,
+    left: Sequence[Task],
+    task_rows: dict[str, list[dict[str, Any]]],
+    judges: dict[str, Judge],
+    options: argparse.Namespace,
+    programs: tuple[str, VLLM | None],
+    signals: Sequence[int],
+) -> None:
+    """Do what is left to do with a model: first what needs the model itself, and then what a server of it answers."""
+    python, vllm = programs
+    folder = Path(options.out) / model.name
+    served = effects.served(left)
+    for task in left:
+        if task not in served and not signals:
+            _run(
+                jobs.words_of_options(folder / task.name), folder / task.name, task, len(task_rows[task.name]), signals
+            )
+    if not served:
+        return
+    with _served(model, served, options, vllm, folder, signals) as url:
+        for task in served:
+            if url is not None and not signals:
+                jobs.set_url(folder / task.name, url)
+                if task.answer == "played":
+                    _play(folder / task.name, task, task_rows[task.name], judges[task.name], options, signals)
+                else:
+                    total = len(task_rows[task.name]) * task.repeats
+                    _run(jobs.words(python, folder / task.name), folder / task.name, task, total, signals)
 
 
 def _stop(signals: Sequence[int]) -> None:
@@ -284,7 +310,8 @@ def _prepare(
     if model.is_url:
         name, context = models.look(model, model.where, jobs.KEY)
     else:
-        name, context = os.path.expanduser(model.where), _context(tasks, options)
+        served = effects.served(tasks)
+        name, context = os.path.expanduser(model.where), _context(served, options) if served else None
     weights = jobs.weights_of(Path(model.where).expanduser())
     for task in tasks:
         folder = out / model.name / task.name
@@ -349,11 +376,12 @@ def _served(
         yield url
 
 
-def _run(python: str, folder: Path, task: Task, total: int, signals: Sequence[int]) -> None:
+def _run(words: Sequence[str], folder: Path, task: Task, total: int, signals: Sequence[int]) -> None:
     """Run the job of a folder, with a bar. Raises `CaMOPDError` where it fails."""
     with _bar(task.name, total) as (progress, bar):
         with open(folder / jobs.LOG, "ab") as log:
-            child = processes.start(jobs.words(python, folder), stdout=log, env=jobs.environment())
+            environment = jobs.environment(*(() if task.benchmark else jobs.HUB_TOKENS))
+            child = processes.start(words, stdout=log, env=environment)
         try:
             while child.poll() is None and not signals:
                 time.sleep(0.2)
@@ -371,6 +399,10 @@ NOTES = {
         "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it "
         "as its final one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, "
         "and is counted as no answer."
+    ),
+    "mmlu_options qasc_options medqa_options": (
+        "mmlu_options, qasc_options and medqa_options: no examples, and no list of the options; the one that is likeliest "
+        "per character behind the question, as lm-eval's acc_norm. By acc, the likeliest as it is, in eval.json as `parts`."
     ),
     "humaneval": ("humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds."),
     "distraction": (

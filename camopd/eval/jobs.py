@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .verdicts import VERDICTS
 PYTHON = ".venv-eval/bin/python"
 ANSWERS = "answers.jsonl"
 KEY = "CAMOPD_EVAL_API_KEY"
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # for a model that is loaded by camopd itself
 JOB = "job.json"
 LOG = "log.txt"
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
@@ -115,9 +117,14 @@ def words(python: str, folder: Path) -> list[str]:
     return [python, str(Path(__file__).with_name("runner.py")), str(folder / JOB), str(folder / ANSWERS)]
 
 
-def environment() -> dict[str, str]:
-    """That of a job: this one, without any key but that of the models' servers."""
-    return {name: value for name, value in os.environ.items() if name == KEY or not _SECRET.search(name)}
+def words_of_options(folder: Path) -> list[str]:
+    """The same for a task whose options are weighed, by this Python."""
+    return [sys.executable, "-m", f"{__package__}.likelihood", str(folder / JOB), str(folder / ANSWERS)]
+
+
+def environment(*kept: str) -> dict[str, str]:
+    """That of a job: this one, without any key but that of the models' servers and those `kept`."""
+    return {name: value for name, value in os.environ.items() if name in (KEY, *kept) or not _SECRET.search(name)}
 
 
 def hide_key(folder: Path) -> None:

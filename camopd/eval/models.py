@@ -170,6 +170,17 @@ def need_whole(models: Iterable[Model]) -> None:
         )
 
 
+def need_folders(models: Iterable[Model], task: str) -> None:
+    """Raise `ValueError` for a URL where a task needs the model itself."""
+    for model in models:
+        if model.is_url:
+            raise ValueError(
+                f"the model {model.name!r} is at {public_url(model.where)}, and the task {task} needs the likelihood of "
+                f"each option, which a server of chats does not tell. Name its folder, --models {model.name}=PATH, or "
+                "leave the task out."
+            )
+
+
 def _newest_in(folder: Path) -> Path | None:
     """The checkpoint that was saved last, of those that say what run they are of; by its own words, which a copy keeps."""
     found = [

@@ -19,6 +19,11 @@ OF_SERVERS = ("context", "vllm_python")  # that are started here
 OF_MODELS = ("models", "paper", "judge", "data", *OF_ROWS, *OF_SERVERS)
 
 
+def served(tasks: Sequence[Task]) -> list[Task]:
+    """Those that ask a server of the model: not what another program has run, or where the model itself is needed."""
+    return [task for task in tasks if task.answer not in ("read", "weighed")]
+
+
 def models_of(texts: Sequence[str]) -> dict[str, Model]:
     """The models of `--models`, by name."""
     return _once("--models", ((model.name, model, model.where) for model in map(parse, texts)))
@@ -66,8 +71,12 @@ def check(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     if idle:
         raise ValueError(f"without effect: {'; '.join(idle)}. Leave {'it' if len(idle) == 1 else 'them'} out.")
     read = [task.name for task in tasks if task.answer == "read"]
-    return [f"{_flag(name)} is without effect on {', '.join(read)}, which is read as it was run."
-            for name in OF_ROWS if read and getattr(options, name) is not None]  # fmt: skip
+    lines = [f"{_flag(name)} is without effect on {', '.join(read)}, which is read as it was run."
+             for name in OF_ROWS if read and getattr(options, name) is not None]  # fmt: skip
+    weighed = [task.name for task in tasks if task.answer == "weighed"]
+    if weighed and options.max_tokens is not None:
+        lines.append(f"--max-tokens is without effect on {', '.join(weighed)}, where no model writes.")
+    return lines
 
 
 def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[str, Model]) -> Iterator[str]:
@@ -81,8 +90,10 @@ def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     for name in OF_ROWS if not asked else ():
         if getattr(options, name) is not None:
             yield f"{_flag(name)}, as {tasks[0].name} is read as it was run"
+    if asked and not served(tasks) and options.max_tokens is not None:
+        yield f"--max-tokens, as no model writes in {', '.join(asked)}"
     for name in OF_SERVERS:
-        if getattr(options, name) and (not asked or all(model.is_url for model in models.values())):
+        if getattr(options, name) and (not served(tasks) or all(model.is_url for model in models.values())):
             yield f"{_flag(name)}, as no server is started here"
     names = [task.name for task in tasks]
     files = files_of(options.data)

@@ -64,9 +64,10 @@ def write(task: Task, rows: list[dict[str, Any]], folder: Path) -> None:
 def find(task: Task, data: Path, given: dict[str, Path]) -> Path:
     """The file with a task's rows: the one given, or `<task>.jsonl` in the folder `data`, fetched from the Hub if need be.
 
+    A task that has the rows of another one has that one's file.
     Raises `DataError` where there is none and the Hub cannot be reached; it says which file to put where.
     """
-    path = given.get(task.name, data / f"{task.name}.jsonl")
+    path = given.get(task.name, data / f"{task.rows_of or task.name}.jsonl")
     if path.is_file():
         return path
     if task.hub is None:

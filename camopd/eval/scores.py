@@ -72,6 +72,8 @@ def score_of(task: Task, row: Mapping[str, Any]) -> tuple[float | None, bool]:
     """
     if task.answer == "played":
         return row["verdict"].get("score"), True
+    if task.answer == "weighed":
+        return row["scores"]["acc_norm"], True
     text = after_thinking(row["text"])
     if text is None or not text.strip():
         return 0.0, False
@@ -112,7 +114,7 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
             row = {**row, "text": f"<think>{row['text']}"}
         groups.setdefault(row["item"], []).append(row)
     seen: Counter[str] = Counter()
-    played = task.answer == "played"  # many messages, and no answer
+    untold = task.answer in ("played", "weighed")  # many messages and no answer, or nothing that was generated
     found = []
     for group in groups.values():
         scores = [score_of(task, row) for row in group]
@@ -127,8 +129,8 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
                 prompt=group[0]["prompt"],
                 score=sum(judged) / len(judged) if judged else None,
                 repeats=count,
-                truncated=None if played else sum(row["stop"] == CUT for row in group) / count,
-                unparsed=None if played else sum(not answered for _, answered in scores) / count,
+                truncated=None if untold else sum(row["stop"] == CUT for row in group) / count,
+                unparsed=None if untold else sum(not answered for _, answered in scores) / count,
                 text=group[0]["text"],
                 weight=float(group[0].get("verdict", {}).get("weight", 1)),
                 parts=_parts(task, group[0]),
@@ -139,6 +141,8 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
 
 
 def _parts(task: Task, row: Mapping[str, Any]) -> Mapping[str, float] | None:
+    if task.answer == "weighed":
+        return {name: 100 * value for name, value in row["scores"].items()}
     if task.answer != "rules":
         return row.get("verdict", {}).get("parts")  # type: ignore[no-any-return]
     return distraction.parts(json.loads(row["gold"]), after_thinking(row["text"]) or "")

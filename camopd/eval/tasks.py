@@ -36,7 +36,8 @@ class Task:
     size: int  # rows of the whole task
     convert: Callable[[dict[str, Any]], dict[str, Any] | None]  # into evalscope's form; `None` if not of the task
     # "letter", "number", "code" run in a cage, "rules", "verified" or "compared" by a model, "checked" by evalscope,
-    # "played" with a model, which judges, without evalscope, or "read" from where another program has put it
+    # "played" with a model, which judges, without evalscope, "weighed" by the likelihood of options, without it, too, or
+    # "read" from where another program has put it
     answer: str = "checked"
     metric: str = "accuracy"  # of evalscope, the score of an answer; "" where it is to score nothing
     split: str = "test"  # name of the file that evalscope reads
@@ -47,6 +48,7 @@ class Task:
     make: Callable[[], list[dict[str, Any]]] | None = None  # of rows that are not on the Hub
     judge: str | None = None  # the paper's, where a model judges
     source: str = ""  # where its files are from, if not from the Hub
+    rows_of: str = ""  # the task whose file of rows it has, if not its own
     # Where a row needs other files than its own: makes `convert`, of the path of the rows.
     opened: Callable[[Path], Callable[[dict[str, Any]], dict[str, Any] | None]] | None = None
 
@@ -89,6 +91,14 @@ def multiple_choice(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": question, **dict(zip(LETTERS, texts, strict=False)), "answer": gold}
 
 
+def weighable(row: dict[str, Any]) -> dict[str, Any]:
+    """The same, of a row whose options all have a likelihood. Raises `ValueError` for one that is nothing."""
+    found = multiple_choice(row)
+    if not all(found[letter].strip() for letter in LETTERS if letter in found):
+        raise ValueError("has an option without text, which has no likelihood")
+    return found
+
+
 def human_eval(row: dict[str, Any]) -> dict[str, Any]:
     """The prompt for a function, and what tests it. evalscope has a task of this name that runs the code where it is."""
     gold = {name: need(row, name) for name in ("prompt", "test", "entry_point")}
@@ -126,6 +136,10 @@ def _letters(name: str, side: str, hub: tuple[str, str | None, str], size: int, 
     )
 
 
+def _weighed(name: str, side: str, hub: tuple[str, str | None, str], size: int) -> Task:
+    return Task(f"{name}_options", side, "", hub, size, weighable, "weighed", "", rows_of=name)
+
+
 def _code(name: str, release: str, dates: tuple[str, str], size: int, paper: str) -> Task:
     hub = ("marianna13/livecodebench_code_generation_lite_parquet", release, "test")  # the official one is a script
     convert = live_code.between(*dates)
@@ -143,6 +157,9 @@ def _arena(name: str, category: str, size: int, paper: str) -> Task:
     )  # fmt: skip
 
 
+_MMLU = (("cais/mmlu", "all", "test"), 14042)
+_QASC = (("allenai/qasc", None, "validation"), 926)
+_MEDQA = (("GBaker/MedQA-USMLE-4-options", None, "test"), 1273)
 _VERIFIER = "Qwen2.5-14B-Instruct"
 _STRICT = "prompt_level_strict"
 TASKS = {
@@ -174,10 +191,13 @@ TASKS = {
         _code("lcb_v6", "v6", ("2023-01-01", "2100-01-01"), 175, "LCB v6"),
         _arena("arena_hard", "hard_prompt", 500, "Arena HP"),
         _arena("arena_creative", "creative_writing", 250, "Arena CW"),
-        _letters("mmlu", "general", ("cais/mmlu", "all", "test"), 14042),
-        _letters("qasc", "general", ("allenai/qasc", None, "validation"), 926),
-        _letters("medqa", "domain", ("GBaker/MedQA-USMLE-4-options", None, "test"), 1273, "MedQA USMLE"),
+        _letters("mmlu", "general", *_MMLU),
+        _letters("qasc", "general", *_QASC),
+        _letters("medqa", "domain", *_MEDQA, "MedQA USMLE"),
         _letters("medxpertqa", "domain", ("TsinghuaC3I/MedXpertQA", "Text", "test"), 2450, "MedXpertQA Text"),
+        _weighed("mmlu", "general", *_MMLU),
+        _weighed("qasc", "general", *_QASC),
+        _weighed("medqa", "domain", *_MEDQA),
     )
 }  # fmt: skip
 
