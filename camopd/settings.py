@@ -59,8 +59,10 @@ def declared() -> Iterator[tuple[str, str, str, str]]:
         yield group, name, *_default_and_help(node.value, constants)
 
 
-def _nodes() -> Iterator[tuple[str, str, ast.AnnAssign, dict[str, str]]]:
+@cache
+def _nodes() -> list[tuple[str, str, ast.AnnAssign, dict[str, str]]]:
     """Group, name and declaration of every setting, and the constants of the file it is in."""
+    nodes = []
     seen: set[str] = set()
     group = ""
     for title, package, file, cls in _DECLARED:
@@ -79,7 +81,8 @@ def _nodes() -> Iterator[tuple[str, str, ast.AnnAssign, dict[str, str]]]:
                 if "ClassVar" in ast.unparse(node.annotation):
                     continue
                 seen.add(node.target.id)
-                yield group, node.target.id, node, constants
+                nodes.append((group, node.target.id, node, constants))
+    return nodes
 
 
 def list_of_settings() -> str:

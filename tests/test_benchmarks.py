@@ -37,6 +37,7 @@ import real_weights  # noqa: E402
 import recorded_answers  # noqa: E402
 import scaling  # noqa: E402
 import scoring_batches  # noqa: E402
+import startup  # noqa: E402
 import step  # noqa: E402
 import step_model  # noqa: E402
 import teacher_scoring  # noqa: E402
@@ -313,6 +314,16 @@ def test_teacher_scoring_on_both_transports_and_in_replay(tiny, tmp_path, monkey
     sizes = ["--real-sequences", "3", "--real-tokens", "20", "60", "--sequences", "2", "--tokens", "64"]
     teacher_scoring.main(["--rounds", "1", *sizes, "--model", str(tiny), "--report", str(report)])
     assert report.read_text().count("| camopd compact |") == 3
+
+
+def test_startup_times_processes_that_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "LINES", ("--help",))
+    startup.main(["--rounds", "2", "--report", str(tmp_path / "report.md")])
+    for row in ("`python -c pass`", "`camopd --help`"):
+        cpu, clock = cells(tmp_path / "report.md", row)
+        assert 0 < cpu < 60 and 0 < clock < 60
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        startup.seconds(["-c", "1 / 0"], str(tmp_path))
 
 
 def test_gpu_adds_what_a_part_finds_as_it_comes_and_goes_on_after_failures(tmp_path, monkeypatch):

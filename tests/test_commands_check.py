@@ -6,7 +6,6 @@ The servers are those of fake_vllm.py.
 import json
 import math
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -528,11 +527,7 @@ def run(path):
 def test_command_says_that_nothing_listens(start_server, config):
     server = start_server()
     server.close()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = run(config(teachers={"general": server.url, "domain": "a"}))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # CPU seconds: what else the machine does must not fail a test
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
     assert re.search(rf"general +reachable +error +teacher 'general' at {server.url}", found.stdout)

@@ -97,9 +97,9 @@ def test_letter_of_a_word_is_none_in_any_dress(head, pairs, word):
     "text", ["answer" + " " * 10**5, "answer is " * 10**4, "(" * 10**5, "C" + ")" * 10**5 + "\nx"]
 )
 def test_letter_is_looked_for_in_time_that_grows_with_the_text(text):
-    started = time.monotonic()
+    started = time.process_time()
     assert letter_of(text, 4) is None
-    assert time.monotonic() - started < 5  # minutes, where each start of a run of signs is tried
+    assert time.process_time() - started < 5  # minutes, where each start of a run of signs is tried
 
 
 @given(st.text(), st.integers(2, 10))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -110,16 +109,13 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture
 def camopd_of(wheel, tmp_path):
-    """Run the wheel's `camopd` outside the clone, beside the libraries of this environment: what came out, CPU seconds."""
+    """Run the wheel's `camopd` outside the clone, beside the libraries of this environment."""
 
     def run(*words, code="from camopd.cli import main; main()"):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-c", code, *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(wheel)},
             capture_output=True, text=True, encoding="utf-8", check=False,
         )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     return run
 
@@ -127,27 +123,26 @@ def camopd_of(wheel, tmp_path):
 @pytest.mark.slow
 def test_wheel_has_all_that_the_command_names(camopd_of, wheel, tmp_path):
     packed = {path.relative_to(wheel / "camopd") for path in (wheel / "camopd").rglob("*") if path.is_file()}
-    where, _ = camopd_of(code="import camopd; print(camopd.__file__)")  # which leaves files beside the others
+    where = camopd_of(code="import camopd; print(camopd.__file__)")  # which leaves files beside the others
     assert Path(where.stdout.strip()).is_relative_to(wheel)
     here = {path.relative_to(ROOT / "camopd") for path in (ROOT / "camopd").rglob("*") if path.is_file()}
     assert packed == {path for path in here if "__pycache__" not in path.parts}
     assert not (wheel / "tests").exists() and not (wheel / "configs").exists()
-    said, seconds = camopd_of("--help")
-    assert said.returncode == 0 and seconds < 0.3
+    said = camopd_of("--help")
+    assert said.returncode == 0
     for command in COMMANDS:
         assert re.search(rf"^ +{command} ", said.stdout, re.MULTILINE), command
-        found, seconds = camopd_of(command, "--help")
+        found = camopd_of(command, "--help")
         assert found.returncode == 0 and f"camopd {command}" in found.stdout, found.stderr
-        assert seconds < 1, command
-    found, _ = camopd_of("train", "--method", "list")
+    found = camopd_of("train", "--method", "list")
     assert set(re.findall(r"^(\w+)  ", found.stdout, re.MULTILINE)) == {
         path.stem for path in (ROOT / "camopd" / "methods").glob("*.yaml")
     }
     (tmp_path / "run.yaml").write_text("model_name_or_path: a/b\nscale: 7\n")
-    found, _ = camopd_of("train", "run.yaml", "--method", "vanilla_mopd", "--nosuch", "1")
+    found = camopd_of("train", "run.yaml", "--method", "vanilla_mopd", "--nosuch", "1")
     assert found.returncode == 2 and found.stderr.startswith("camopd: 'nosuch' in 'run.yaml' or on the command line")
     read = "from camopd.demo_data import load_prompts; print(len(load_prompts('general', 'train')))"
-    assert int(camopd_of(code=read)[0].stdout) > 100
+    assert int(camopd_of(code=read).stdout) > 100
 
 
 def test_ci_runs_every_python_that_the_package_says_it_supports():

@@ -190,10 +190,10 @@ def test_rows_before_of_a_period_of_a_million_steps_are_found_quickly():
     """The first call counts a period once; the others, one in each step, take no longer than in a short one."""
     schedule = Schedule.parse("a:499999,b,a:499999,b")
     assert schedule.rows_before(10**6 + 600_000, 8) == {"a": 8 * (10**6 + 600_000 - 3), "b": 8 * 3}
-    start = time.perf_counter()
+    start = time.process_time()
     for step in range(1000):
         schedule.rows_before(step * 999, 8)
-    assert time.perf_counter() - start < 1  # one that counts a period takes seconds by itself
+    assert time.process_time() - start < 1  # one that counts a period takes seconds by itself
 
 
 # --- errors ---

@@ -180,9 +180,11 @@ def test_ends_are_those_of_servers_with_known_latencies(lag, streaming):
         Stages(0.40, 0.16, 0.08, 0.12), Stages(0.12, 0.08, 0.20, 0.32), Stages(0.32, 0.12, 0.04, 0.08),
         Stages(0.20, 0.24, 0.08, 0.20),
     ]  # fmt: skip
-    expected = ends(steps, 0.04, lag, streaming)
-    for _ in range(5):  # a sleep is never too short; on a busy machine it may be too long
-        found = run_with_sleeping_servers(steps, 0.04, lag, streaming)
+    # A sleep is never too short. On a busy machine it is too long, by what does not grow with it.
+    for slower in (1, 1, 2, 4, 8):
+        times = [Stages(*(slower * seconds for seconds in step)) for step in steps]
+        expected = ends(times, slower * 0.04, lag, streaming)
+        found = run_with_sleeping_servers(times, slower * 0.04, lag, streaming)
         assert all(one >= other - 1e-3 for one, other in zip(found, expected, strict=True))
         if all(one <= 1.1 * other for one, other in zip(found, expected, strict=True)):
             return
@@ -226,11 +228,19 @@ def step_with_sleeping_servers(prompts, completions, rates, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_stages_are_those_of_servers_with_known_latencies(streaming):
     """Two servers of two slots each, which never slow each other down; the teacher is behind when the last one comes."""
-    rates = Rates(servers=2, slots=2, single=25, server=50, teacher=62.5, student=math.inf, train=1)
     prompts, completions = [10] * 7, [5, 12, 9, 20, 7, 3, 11]
-    step = stages(prompts, completions, 1.0, rates, streaming)
-    expected = step.rollout, step.rollout + step.teacher
-    for _ in range(5):
+    for slower in (1, 1, 2, 4, 8):
+        rates = Rates(
+            servers=2,
+            slots=2,
+            single=25 / slower,
+            server=50 / slower,
+            teacher=62.5 / slower,
+            student=math.inf,
+            train=1,
+        )
+        step = stages(prompts, completions, 1.0, rates, streaming)
+        expected = step.rollout, step.rollout + step.teacher
         found = step_with_sleeping_servers(prompts, completions, rates, streaming)
         assert all(one >= other - 1e-3 for one, other in zip(found, expected, strict=True))
         if all(one <= 1.1 * other for one, other in zip(found, expected, strict=True)):
