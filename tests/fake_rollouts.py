@@ -51,7 +51,7 @@ class FakeRollouts(FakeVLLM):
             }
             return 200, json.dumps({"vllm_config": config})
         if self.dev and path == "/collective_rpc":
-            return self._reload(Path(body["kwargs"]["weights_path"]))
+            return self.reload(Path(body["kwargs"]["weights_path"]))
         if self.dev and path == "/reset_prefix_cache":
             return 200, json.dumps({"success": not self.writing or "reset_running_requests=true" in query})
         return 404, json.dumps({"detail": "Not Found"})
@@ -60,12 +60,12 @@ class FakeRollouts(FakeVLLM):
         self.before()
         with suppress(IndexError):
             answer = self.answers.popleft()
-            return answer if answer != "cut" else ("cut", self._write(body))
+            return answer if answer != "cut" else ("cut", self.write(body))
         if body["model"] not in (self.name, *self.adapters):
             return 404, json.dumps({"error": {"message": f"The model `{body['model']}` does not exist."}})
-        return 200, self._write(body)
+        return 200, self.write(body)
 
-    def _reload(self, folder):
+    def reload(self, folder):
         weights = {}
         for file in folder.glob("*.safetensors"):
             weights |= load_file(file)
@@ -90,7 +90,7 @@ class FakeRollouts(FakeVLLM):
         self.loads.append(Path(body["lora_path"]))
         return 200, f"Success: LoRA adapter '{name}' added."
 
-    def _write(self, body):
+    def write(self, body):
         assert body["temperature"] == body["top_p"] == body["repetition_penalty"] == 1.0 and body["ignore_eos"]
         model = self.adapters.get(body["model"], self.model).eval()
         generator = torch.Generator().manual_seed(body["seed"])

@@ -62,7 +62,10 @@ class Remote:
 
 @pytest.fixture
 def run(tokenizer, tmp_path):
-    """Make a trainer with rollout servers of its own, `trainer.servers`, the first of which is `trainer.server`."""
+    """Make a trainer with rollout servers of its own, `trainer.servers`, the first of which is `trainer.server`.
+
+    What its engine has begun is in `trainer.flights`, the newest last.
+    """
     made = []
 
     def run(folder="run", lag=0, servers=1, **settings):
@@ -71,7 +74,14 @@ def run(tokenizer, tmp_path):
             tmp_path / folder, tokenizer, rollout_servers=[server.url for server in started], rollout_lag=lag, optim="sgd",
             **{"teachers": {"general": Remote("g", 2), "domain": Remote("d", 3)}, **settings},
         )  # fmt: skip
-        trainer.servers, trainer.server = started, started[0]
+        trainer.servers, trainer.server, trainer.flights = started, started[0], []
+        start = trainer.engine.start
+
+        def start_and_note(*args):
+            trainer.flights.append(start(*args))
+            return trainer.flights[-1]
+
+        trainer.engine.start = start_and_note
         made.append(trainer)
         return trainer
 
@@ -97,8 +107,8 @@ def hold(trainer, number, event):
     """Hold back the completions of one step until the event."""
     seeds = {seed_of(trainer.args.seed, "step", number, row["branch"], row["position"])
              for row in trainer.train_dataset.rows_of(number)}  # fmt: skip
-    write = trainer.server._write
-    trainer.server._write = lambda body: (body["seed"] not in seeds or event.wait(60)) and write(body)
+    write = trainer.server.write
+    trainer.server.write = lambda body: (body["seed"] not in seeds or event.wait(60)) and write(body)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
@@ -192,7 +202,7 @@ def test_servers_that_did_not_get_the_weights_of_now_stop_the_run_before_the_upd
     score = trainer.scorer.score
 
     def wait_and_score(*args, **kwargs):  # until there is something to compare
-        trainer.engine._flights[-1].wait()
+        trainer.flights[-1].wait()
         return score(*args, **kwargs)
 
     trainer.scorer.score = wait_and_score
@@ -208,7 +218,7 @@ def test_student_with_a_device_of_its_own_scores_while_others_are_written(run, t
     read_student = trainer.scorer.read_student
 
     def look(samples, prefix):
-        done = trainer.engine._flights[-1].done()
+        done = trainer.flights[-1].done()
         read.append((len(samples), done))
         read_student(samples, prefix)
 
@@ -264,11 +274,13 @@ def test_one_of_two_servers_that_dies_a_step_ahead_changes_no_sample(run, tmp_pa
         replicas = [start_server() for _ in range(2)]
         urls = [server.url for server in replicas]
         trainer = run(killed, lag=1, servers=2, max_steps=3, teachers={"general": urls, "domain": urls})
-        seen, dead, turn = [], [], threading.Lock()
+        seen, dead, begun, turn = [], [], [], threading.Lock()
+        begin_next = trainer.rollouts.begin_next
+        trainer.rollouts.begin_next = lambda step: begun.append(step.number) or begin_next(step)
 
         def die(server):
             with turn:
-                if trainer.rollouts._ahead is not None and trainer.step.number == 1 and not dead:
+                if begun == [0, 1] and not dead:  # the third step is written
                     dead.append(server)
                     server.close()
 
@@ -302,7 +314,7 @@ def test_evaluation_finds_the_step_ahead_written_and_leaves_it(run, tmp_path):
 
         def look(rows, max_tokens, words, *more, start=start, trainer=trainer, done=done):
             if words == ("evaluation",) and trainer.state.global_step < trainer.args.max_steps:
-                done.append(all(flight.done() for flight in trainer.engine._flights))
+                done.append(all(flight.done() for flight in trainer.flights))
             return start(rows, max_tokens, words, *more)
 
         trainer.engine.start = look
@@ -424,8 +436,7 @@ def test_servers_whose_weights_are_never_seen_are_warned_of(run, tmp_path, caplo
     compare = trainer.rollouts.compare
 
     def when_one_is_finished(step):
-        while trainer.rollouts._ahead is not None and not trainer.rollouts._ahead.finished:
-            time.sleep(0.01)
+        next(trainer.flights[-1].samples())
         compare(step)
 
     monkeypatch.setattr(trainer.rollouts, "compare", when_one_is_finished)

@@ -11,7 +11,6 @@ from steps import FakeSampler, check_evaluations, evaluations, use_sampler
 from trainers import lines, make_trainer
 from trl import LogCompletionsCallback
 
-from camopd.callbacks.guards import log_ratio_of
 from camopd.errors import CaMOPDError, GuardError
 
 
@@ -133,7 +132,7 @@ def test_evaluation_measures_nothing_into_a_step(tmp_path, tokenizer):
 def test_evaluation_whose_completions_another_model_has_drawn_stops(tmp_path, tokenizer):
     """A server that takes the weights and does not load them would decide which checkpoint is the best."""
     server = FakeRollouts(make_model(9), tokenizer)
-    server._reload = lambda folder: (200, json.dumps({"results": [None]}))
+    server.reload = lambda folder: (200, json.dumps({"results": [None]}))
     trainer = make_trainer(
         tmp_path, tokenizer, rollout_servers=[server.url], eval_dataset={"general": make_prompts("general", 3)}
     )
@@ -142,7 +141,8 @@ def test_evaluation_whose_completions_another_model_has_drawn_stops(tmp_path, to
             trainer.evaluate()
         trainer.args.guards["log_ratio"] = None
         trainer.evaluate()
-        assert log_ratio_of(trainer.held_out_results.rows)[0] > 0.1  # as it was all along
+        rows = trainer.held_out_results.rows
+        assert sum(row.log_ratio for row in rows) > 0.1 * sum(row.num_ratios for row in rows)  # as it was all along
     finally:
         trainer.run.sampler.close()
         server.close()

@@ -123,8 +123,8 @@ def test_sampler_with_old_weights_is_seen(start, make, monkeypatch):
     """The proof that the numbers above can tell."""
     server = start()
     trainer = make(server)
-    made, reload = watched(trainer), server._reload
-    monkeypatch.setattr(server, "_reload", lambda folder: (200, "{}") if server.loads else reload(folder))
+    made, reload = watched(trainer), server.reload
+    monkeypatch.setattr(server, "reload", lambda folder: (200, "{}") if server.loads else reload(folder))
     with pytest.raises(Exception, match=r"step 2 .*the log-probs"):
         trainer.train()
     assert made[-1][0] > 0.01
@@ -235,7 +235,7 @@ def test_signal_ends_the_wait_and_the_run_is_saved(start, make):
 
 def test_signal_ends_the_wait_for_new_weights_and_the_run_is_saved(start, make):
     server = start()
-    trainer, load, waits = make(server), server._reload, []
+    trainer, load, waits = make(server), server.reload, []
 
     def slow(folder):
         if len(server.loads) == 2:
@@ -243,7 +243,7 @@ def test_signal_ends_the_wait_for_new_weights_and_the_run_is_saved(start, make):
             waits.append(server.released.wait(20))
         return load(folder)
 
-    server._reload = slow
+    server.reload = slow
     with pytest.raises(RunInterrupted, match=r"SIGTERM: stopped; the weights after step 2 are in .*checkpoint-2"):
         trainer.train()
     assert waits == []  # it still reads them
@@ -251,8 +251,8 @@ def test_signal_ends_the_wait_for_new_weights_and_the_run_is_saved(start, make):
 
 def test_servers_that_are_waited_for_are_in_the_phase_that_the_watchdog_tells(start, make):
     server = start()
-    trainer, load, seen = make(server, max_steps=1), server._reload, []
-    server._reload = lambda folder: seen.append(current().what) or load(folder)
+    trainer, load, seen = make(server, max_steps=1), server.reload, []
+    server.reload = lambda folder: seen.append(current().what) or load(folder)
 
     def before():  # which may be faster than the trainer
         end = time.monotonic() + 10
@@ -381,7 +381,7 @@ def test_server_that_takes_no_weights_is_told_with_its_flags(start, make, change
 def test_weights_that_the_server_cannot_read_are_told_at_once(start, make, monkeypatch):
     server = start()
     trainer = make(server)
-    monkeypatch.setattr(server, "_reload", lambda folder: (500, f"{folder} is not there"))
+    monkeypatch.setattr(server, "reload", lambda folder: (500, f"{folder} is not there"))
     with pytest.raises(
         RolloutError, match=r"cannot take the student's weights: .*500: .*is not there.*on a disk that all"
     ):

@@ -268,7 +268,7 @@ def test_prefix_cache_that_is_not_reset_keeps_the_server_out(start, connect, tmp
     server = start()
     sampler = connect(server)
     answer = server.answer
-    monkeypatch.setattr(server, "_reload", lambda folder: (200, "{}"))
+    monkeypatch.setattr(server, "reload", lambda folder: (200, "{}"))
     refused = (200, json.dumps({"success": False}))
     monkeypatch.setattr(
         server, "answer", lambda path, body: refused if path.startswith("/reset_prefix_cache") else answer(path, body)
