@@ -10,6 +10,7 @@ and is in the loss (Eq. 2 and 9).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,7 @@ class Rollouts:
         """`trainer` is asked at each call which step or evaluation is under way."""
         self._trainer = trainer
         self._ahead: Ahead | None = None
+        self._looked_at: Counter[str] = Counter()  # by server: how often `compare` took a completion of it
 
     @property
     def streams(self) -> bool:
@@ -94,19 +96,20 @@ class Rollouts:
 
     def compare(self, step: Step) -> None:
         """Hold a finished completion of the next step against the student, who still has the weights that write it; after
-        the update nothing would tell whether the servers have them. Called by all ranks, before the update."""
+        the update nothing would tell whether the servers have them. Of several servers each has its turn. Called by all
+        ranks, before the update."""
         ahead = self._ahead
         if ahead is None or not all(gather_object([bool(ahead.finished)])):  # none to compare yet
             return
         student = self._trainer.student
-        sample = min(list(ahead.finished), key=lambda sample: len(sample.token_ids))
+        sample = min(list(ahead.finished), key=lambda sample: (self._looked_at[sample.server], len(sample.token_ids)))
         assert sample.rollout_logps is not None
+        self._looked_at[sample.server] += 1
         with evaluating(student.model):
             ((logps, _),) = student.rows([sample.token_ids], [sample.prompt_len])
         apart = (logps.float() - sample.rollout_logps).abs()
         apart = apart[~apart.isnan()]
-        parts = gather_object([(float(apart.sum()), len(apart))])
-        step.ahead_log_ratio = sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
+        step.ahead_apart = gather_object([(sample.server, float(apart.sum()), len(apart))])
 
     def drain(self) -> tuple[list[Sample], int] | None:
         """The next step's rollouts where they are begun, as a checkpoint keeps them, and how many prompts were cut: the

@@ -42,8 +42,10 @@ class Step:
     loss: Tensor | float = 0.0  # this rank's sum over micro-batches
     losses: list[tuple[list[int], Tensor]] = field(default_factory=list)  # of each of these, with positions of samples
     broken_losses: list[tuple[list[int], float]] = field(default_factory=list)  # of all ranks, those not finite
-    log_ratio: float = 0.0  # of all ranks' losses, nats per token
-    ahead_log_ratio: float | None = None  # of completions of the next step, with the weights that write them; if any
+    # Position -> sum over tokens of |log-prob in the loss - engine's|, and how many tokens; of all ranks
+    apart: dict[int, tuple[float, int]] = field(default_factory=dict)
+    # Server, sum and count of the same, of completions of the next step with the weights that write them; of all ranks
+    ahead_apart: list[tuple[str, float, int]] = field(default_factory=list)
     clocks: dict[str, Clock] = field(default_factory=dict)  # of the teachers that have worked for this rank
 
     def __post_init__(self) -> None:
@@ -76,6 +78,11 @@ class Step:
         return max((sample.lag for sample in self.samples), default=0)
 
     @property
+    def log_ratio(self) -> float:
+        """How far the log-probs of all ranks' losses are from the engine's, in nats per token; 0 without the engine's."""
+        return sum(total for total, _ in self.apart.values()) / max(1, sum(count for _, count in self.apart.values()))
+
+    @property
     def has_rollout_logps(self) -> bool:
         """Whether its samples have the log-probs of the engine that drew them."""
         return any(sample.rollout_logps is not None for sample in self.samples)
@@ -92,7 +99,7 @@ class Step:
 
     def add_loss(self, batch: MicroBatch, loss: Tensor, logps: Tensor, importance: Tensor) -> None:
         """Take in a micro-batch that goes through the loss, with its log-probs and w_t, both (B, T)."""
-        self.importance.add(logps.detach(), batch.rollout_logps, importance, batch.mask)
+        self.importance.add(logps.detach(), batch.rollout_logps, importance, batch.mask, batch.positions)
         self.trained.add(batch.positions, batch.mask)
         self.losses.append((batch.positions, loss.detach()))
 
@@ -103,11 +110,12 @@ class Step:
     def check_trained(self, gather: Callable[[list[Any]], list[Any]]) -> None:
         """After the last micro-batch: `check_trained` of all ranks, which of their losses are not finite, and how far the
         loss's log-probs are from the engine's."""
-        parts = gather([(self.trained.rows, self.not_finite(), (self.importance.log_ratio, self.importance.count))])
+        parts = gather([(self.trained.rows, self.not_finite(), self.importance.apart)])
         check_trained(self.kept, [row for rows, _, _ in parts for row in rows])
         self.broken_losses = [place for _, found, _ in parts for place in found]
-        total, count = (sum(part[index] for _, _, part in parts) for index in range(2))
-        self.log_ratio = total / count if count else 0.0
+        for position, (total, count) in (found for _, _, apart in parts for found in apart.items()):
+            before = self.apart.get(position, (0.0, 0))
+            self.apart[position] = (before[0] + total, before[1] + count)
 
     def close(self, branches: Iterable[str], gather: Callable[[list[Any]], list[Any]]) -> None:
         """Put what all ranks have counted into the metrics; the loss is the mean over ranks, as the parent logs it.
@@ -202,11 +210,20 @@ class ImportanceStats:
     """Running statistics of pi_train / pi_rollout over the tokens of a step's micro-batches on this rank."""
 
     def __init__(self) -> None:
-        self.total = self.count = self.outside = self.log_ratio = 0.0
+        self.total = self.count = self.outside = 0.0
         self.largest = -math.inf
+        self.apart: dict[int, tuple[float, int]] = {}  # position -> sum of |log ratio|, in nats, and how many tokens
 
-    def add(self, train_logps: Tensor, rollout_logps: Tensor | None, weights: Tensor, mask: Tensor) -> None:
-        """Take in one micro-batch, all (B, T). Tokens without a rollout log-prob do not count."""
+    def add(
+        self,
+        train_logps: Tensor,
+        rollout_logps: Tensor | None,
+        weights: Tensor,
+        mask: Tensor,
+        positions: Sequence[int],
+    ) -> None:
+        """Take in one micro-batch, all (B, T), with the B samples' positions. Tokens without a rollout log-prob do not
+        count."""
         if rollout_logps is None:
             return
         mask, rollout_logps = mask.to(train_logps.device), rollout_logps.to(train_logps.device)
@@ -214,7 +231,10 @@ class ImportanceStats:
         ratio = torch.exp(train_logps - rollout_logps)[known].double()
         if len(ratio):
             self.total += ratio.sum().item()
-            self.log_ratio += ratio.log().abs().sum().item()
+            apart = torch.where(known, train_logps - rollout_logps, 0).abs().double().sum(dim=1)
+            for position, total, count in zip(positions, apart.tolist(), known.sum(dim=1).tolist(), strict=True):
+                before = self.apart.get(position, (0.0, 0))
+                self.apart[position] = (before[0] + total, before[1] + count)
             self.count += len(ratio)
             self.largest = max(self.largest, ratio.max().item())
             # Weights differ from the ratio exactly where it lies outside the band ("mask" and "truncate" alike).
@@ -223,7 +243,8 @@ class ImportanceStats:
     def summary(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
         """Mean, maximum and share outside the band over all ranks, and the mean of |log ratio|: how far trainer and engine
         are from each other, in nats per token. NaN where no token counts."""
-        parts = gather([(self.total, self.count, self.outside, self.largest, self.log_ratio)])
+        apart = sum(total for total, _ in self.apart.values())
+        parts = gather([(self.total, self.count, self.outside, self.largest, apart)])
         total, count, zeroed, _, log_ratio = (sum(part[index] for part in parts) for index in range(5))
         return {
             "importance/ratio_mean": total / count if count else math.nan,

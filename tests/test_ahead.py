@@ -3,6 +3,7 @@
 The servers are those of fake_rollouts.py, held back where a test says so.
 """
 
+import json
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -195,20 +196,39 @@ def test_prefix_alone_is_scored_of_a_completion_that_is_written_whole(run, tmp_p
     assert lines(tmp_path / "run")[0]["rollout/general/length"] > 2
 
 
-def test_servers_that_did_not_get_the_weights_of_now_stop_the_run_before_the_update(run, tmp_path):
-    trainer = run(lag=1, learning_rate=0.3)
-    sync = trainer.engine.sync
-    trainer.engine.sync = lambda under_way: trainer.state.global_step == 2 or sync(under_way)
+def wait_before_scoring(trainer):
+    """Until the next step's completions are there to be compared."""
     score = trainer.scorer.score
 
-    def wait_and_score(*args, **kwargs):  # until there is something to compare
+    def wait_and_score(*args, **kwargs):
         trainer.flights[-1].wait()
         return score(*args, **kwargs)
 
     trainer.scorer.score = wait_and_score
-    with pytest.raises(GuardError, match=r"step 3 .*: the log-probs of the trainer and of the rollout engine"):
+
+
+def test_servers_that_did_not_get_the_weights_of_now_stop_the_run_before_the_update(run, tmp_path):
+    trainer = run(lag=1, learning_rate=0.3)
+    sync = trainer.engine.sync
+    trainer.engine.sync = lambda under_way: trainer.state.global_step == 2 or sync(under_way)
+    wait_before_scoring(trainer)
+    with pytest.raises(GuardError, match=r"step 3 .*: the log-probs of the trainer and of the rollout server at"):
         trainer.train()
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("stale", [0, 1])
+def test_one_server_of_two_that_keeps_old_weights_has_its_turn_and_is_named(run, stale, tmp_path):
+    trainer = run(lag=1, learning_rate=0.3, servers=2, prompts_per_step=8, max_steps=8)
+    server, given = trainer.servers[stale], []
+    reload = server.reload
+    server.reload = lambda folder: (
+        given.append(folder) or (reload(folder) if len(given) < 3 else (200, json.dumps({"results": [None]})))
+    )
+    wait_before_scoring(trainer)
+    with pytest.raises(GuardError, match=rf"step [34] .* of the rollout server at {server.url}, for the same tokens"):
+        trainer.train()
+    assert len(given) >= 3
 
 
 def test_student_with_a_device_of_its_own_scores_while_others_are_written(run, tmp_path, monkeypatch):

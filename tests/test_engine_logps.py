@@ -37,7 +37,7 @@ def make_step(branch="b", gap=1.0, log_ratio=1e-6, tokens=8):
     step = Step(0, (branch,))
     of_tokens = {"num_tokens": tokens, "num_ratios": tokens, "gap_abs": gap * tokens, "log_ratio": log_ratio * tokens}
     step.summaries = [make_summary(branch=branch, **of_tokens)]
-    step.log_ratio = log_ratio  # of the loss's forward
+    step.apart = {0: (log_ratio * tokens, tokens)}  # of the loss's forward
     return step
 
 

@@ -368,7 +368,7 @@ rows_of_servers = st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(
 
 @given(rows_of_servers)
 def test_log_ratio_is_that_of_the_worst_server_or_of_all(rows):
-    found, server = log_ratio_of(make_summary(server=url, log_ratio=sum_, num_ratios=n) for url, sum_, n in rows)
+    found, server = log_ratio_of(rows)
     of = {url: [(sum_, n) for each, sum_, n in rows if url in ("", each)] for url in ("", "a", "b")}
     means = {url: sum(sum_ for sum_, _ in each) / max(1, sum(n for _, n in each)) for url, each in of.items()}
     counted = {url for url in means if not url or sum(n for _, n in of[url]) >= LEAST}
@@ -376,26 +376,33 @@ def test_log_ratio_is_that_of_the_worst_server_or_of_all(rows):
     assert server in counted
 
 
-def test_rollout_server_with_other_weights_is_named_where_the_mean_over_all_hides_it(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("student_logps", ["trainer", "engine"])
+def test_rollout_server_with_other_weights_is_named_where_the_mean_over_all_hides_it(
+    student_logps, tmp_path, tokenizer, monkeypatch
+):
     monkeypatch.setattr("camopd.callbacks.guards.LEAST", 20)
     servers = [FakeRollouts(make_model(9), tokenizer) for _ in range(2)]
-    servers[1]._reload = lambda folder: (200, json.dumps({"results": [None]}))
+    servers[1].reload = lambda folder: (200, json.dumps({"results": [None]}))
 
     def run(folder, limit):
         trainer = make_trainer(
             tmp_path / folder, tokenizer, max_steps=1, prompts_per_step=24, guards={"log_ratio": limit},
-            rollout_servers=[server.url for server in servers],
+            rollout_servers=[server.url for server in servers], student_logps=student_logps,
         )  # fmt: skip
         try:
             trainer.train()
         finally:
             trainer.run.sampler.close()
-        return trainer.step.summaries
+        step = trainer.step
+        if student_logps == "trainer":
+            return [(row.server, row.log_ratio, row.num_ratios) for row in step.summaries]
+        assert all(not row.log_ratio for row in step.summaries)  # the loss's forward alone knows it
+        return [(row.server, *step.apart[row.position]) for row in step.summaries if row.position in step.apart]
 
     try:
         rows = run("off", None)
-        assert {row.server for row in rows} == {server.url for server in servers}
-        mean = sum(row.log_ratio for row in rows) / sum(row.num_ratios for row in rows)
+        assert {server for server, _, _ in rows} == {server.url for server in servers}
+        mean = sum(apart for _, apart, _ in rows) / sum(tokens for _, _, tokens in rows)
         worst, url = log_ratio_of(rows)
         assert url == servers[1].url and worst > 1.2 * mean
         with pytest.raises(GuardError, match=f"the rollout server at {re.escape(url)}, for the same tokens, are "):

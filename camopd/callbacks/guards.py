@@ -69,7 +69,7 @@ class Guards(StepCallback):
     def on_evaluation_scored(self, rows: Sequence[SampleSummary]) -> None:
         """An evaluation of another model than the one in hand may decide which checkpoint is the best."""
         try:
-            self._look_at_sampler(*log_ratio_of(rows), lag=0)
+            self._look_at_sampler(*log_ratio_of((row.server, row.log_ratio, row.num_ratios) for row in rows), lag=0)
         except GuardError as error:
             raise GuardError(f"evaluation: {error}") from None
 
@@ -79,7 +79,8 @@ class Guards(StepCallback):
         step.metrics["guard/skipped"] = 0.0
         self._rounding = all(self._is_rounding(step, branch) for branch in step.branches)
         step.metrics["guard/rounding"] = float(self._rounding)
-        self._look_at_sampler(*log_ratio_of(step.summaries), lag=step.lag)
+        rows = step.summaries
+        self._look_at_sampler(*log_ratio_of((row.server, row.log_ratio, row.num_ratios) for row in rows), lag=step.lag)
         self._look_at_ahead(step)
         self._look_at_completions(step)
         for branch in step.branches:
@@ -88,9 +89,9 @@ class Guards(StepCallback):
             self._look_at_entropy(step, branch)
 
     def _look_at_ahead(self, step: Step) -> None:
-        if step.ahead_log_ratio is not None:
+        if step.ahead_apart:
             self._unseen = 0
-            self._look_at_sampler(step.ahead_log_ratio, "", lag=0)
+            self._look_at_sampler(*log_ratio_of(step.ahead_apart, least=1), lag=0)
             return
         self._unseen += step.lag  # steps whose own log-probs tell nothing, since they are of the weights before
         if self._unseen == UNSEEN and self._limits["log_ratio"] is not None:
@@ -187,7 +188,9 @@ class Guards(StepCallback):
         if step is None:
             return
         with keeping(step, self._args):
-            self._look_at_sampler(step.log_ratio, "", lag=step.lag)
+            servers = {row.position: row.server for row in step.summaries}
+            parts = ((servers[position], *apart) for position, apart in step.apart.items())
+            self._look_at_sampler(*log_ratio_of(parts), lag=step.lag)
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
         if limit is None:
@@ -293,15 +296,19 @@ def _of_norm(norm: float) -> str:
     return "" if math.isfinite(norm) and norm >= 0 else f"the norm of the gradient is {norm}, and the loss is finite"
 
 
-def log_ratio_of(rows: Iterable[SampleSummary]) -> tuple[float, str]:
-    """How far the trainer's log-probs are from the rollout engine's, in nats per token: the mean over all rows, or where it
-    is larger that of one rollout server which has written `LEAST` tokens or more; and that server's URL, else ""."""
+def log_ratio_of(parts: Iterable[tuple[str, float, int]], least: int | None = None) -> tuple[float, str]:
+    """How far the trainer's log-probs are from the rollout engine's, in nats per token: the mean over all parts, or where
+    it is larger that of one rollout server which has written `least` tokens (`LEAST`) or more; and its URL, else "".
+
+    A part is the server that wrote it, the sum over its tokens, and their number.
+    """
     sums: dict[str, tuple[float, int]] = {}
-    for row in rows:
-        for server in {"", row.server}:
+    for writer, apart, tokens in parts:
+        for server in {"", writer}:
             total, count = sums.get(server, (0.0, 0))
-            sums[server] = (total + row.log_ratio, count + row.num_ratios)
+            sums[server] = (total + apart, count + tokens)
+    least = LEAST if least is None else least
     means = [
-        (total / max(1, count), server) for server, (total, count) in sums.items() if not server or count >= LEAST
+        (total / max(1, count), server) for server, (total, count) in sums.items() if not server or count >= least
     ]
     return max(means, default=(0.0, ""))
