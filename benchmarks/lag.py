@@ -1,10 +1,12 @@
 """What `rollout_lag: 1` costs in quality: the demo's models, equal prompts, with and without it, several seeds.
 
-    python benchmarks/lag.py --rollout-server URL [--demo demo-output] [--seeds 3] [--steps 8]
+    python benchmarks/lag.py [--rollout-server URL] [--demo demo-output] [--seeds 3] [--steps 8]
 
-The server has the demo's specialised model, and takes adapters (`camopd serve --student`): a LoRA adapter is trained,
-since vLLM on a CPU cannot be given all weights of a model with tied embeddings. Both runs of a seed draw the same prompts
-and score with the same teachers, in the process; only the weights that completions are drawn with differ, by one update.
+A LoRA adapter is trained, since vLLM on a CPU cannot be given all weights of a model with tied embeddings; the server has
+the demo's specialised model, and takes adapters (`camopd serve --student`). Without a URL it is one in the same process,
+which answers as vLLM does and runs the model with transformers in float32: on a CPU vLLM's adapters give 0.1 tokens a
+second. Both runs of a seed draw the same prompts with the same seeds and score with the same teachers, in the process; only
+the weights that completions are drawn with differ, by one update.
 Held-out gaps are those of the same prompts before and after, so a difference between the two is paired by seed. Writes
 benchmarks/results/lag.md, anew after each seed.
 """
@@ -12,9 +14,12 @@ benchmarks/results/lag.md, anew after each seed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ BRANCHES = ("general", "domain")
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rollout-server", required=True)
+    parser.add_argument("--rollout-server", help="URL of a vLLM server")
     parser.add_argument("--demo", type=Path, default=Path("demo-output"), help="output folder of `camopd demo`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
@@ -54,11 +59,11 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
 
     demo = Path(job["demo"])
     models = {"general": str(demo / "general"), "domain": str(demo / "seed-0" / "specialised")}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, rollout_server(job["server"], models["domain"]) as server:
         trainer = demo_trainer(
             models["domain"], models, demo / "prompts", job["heldout"], output_dir=folder, seed=job["seed"],
             max_steps=job["steps"], prompts_per_step=job["prompts"], max_completion_length=job["tokens"],
-            learning_rate=job["rate"], model_init_kwargs={"dtype": "float32"}, bf16=False, rollout_servers=[job["server"]],
+            learning_rate=job["rate"], model_init_kwargs={"dtype": "float32"}, bf16=False, rollout_servers=[server],
             rollout_lag=job["lag"], diagnostics_steps=0, logging_steps=1,
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
         )  # fmt: skip
@@ -77,6 +82,25 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         "outside band": statistics.fmean(line["importance/outside_band"] for line in lines),
         "seconds": seconds,
     }
+
+
+@contextlib.contextmanager
+def rollout_server(url: str | None, model: str) -> Iterator[str]:
+    """The URL, or that of a server in this process that has the model of a folder and is gone at the end."""
+    if url is not None:
+        yield url
+        return
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from fake_rollouts import FakeRollouts
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = FakeRollouts(
+        AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        AutoTokenizer.from_pretrained(model),
+        max_model_len=512,
+    )
+    with contextlib.closing(made) as server:
+        yield server.url
 
 
 def table(found: dict[int, list[dict[str, float]]], options: argparse.Namespace) -> list[str]:
@@ -103,7 +127,8 @@ def table(found: dict[int, list[dict[str, float]]], options: argparse.Namespace)
         "",
         f"{options.steps} steps of {options.prompts} prompts, completions of at most {options.tokens} tokens, "
         f"{options.heldout} held-out prompts of each branch, LoRA of rank 32, learning rate {options.rate:g}, "
-        f"float32, CPU, {versions()}.",
+        f"float32, CPU, rollouts by {'a vLLM server' if options.rollout_server else 'transformers behind HTTP'}, "
+        f"{versions()}.",
     ]
     return lines
 

@@ -94,10 +94,11 @@ class FakeRollouts(FakeVLLM):
         assert body["temperature"] == body["top_p"] == body["repetition_penalty"] == 1.0 and body["ignore_eos"]
         model = self.adapters.get(body["model"], self.model).eval()
         generator = torch.Generator().manual_seed(body["seed"])
-        ids, logps = list(body["prompt"]), []
+        ids, logps, cache = list(body["prompt"]), [], None
         while len(logps) < body["max_tokens"] and not (logps and ids[-1] in body["stop_token_ids"]):
             with torch.no_grad():
-                row = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+                found = model(torch.tensor([ids[-1:] if cache else ids]), past_key_values=cache, use_cache=True)
+            row, cache = found.logits[0, -1].float().log_softmax(-1), found.past_key_values
             ids.append(int(torch.multinomial(row.exp(), 1, generator=generator)))
             logps.append(float(row[ids[-1]]))
         written = ids[len(body["prompt"]) :]

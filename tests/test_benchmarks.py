@@ -208,12 +208,14 @@ def test_step_ahead_is_timed_on_servers_that_are_named(demo_folder, capsys, monk
     assert all(float(row[1]) > 0 and float(row[4]) > 0 for row in rows[1:])
 
 
-def test_cost_of_a_lag_is_measured_over_seeds(demo_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [True, False])
+def test_cost_of_a_lag_is_measured_over_seeds(named, demo_folder, tmp_path, monkeypatch):
     run_here(monkeypatch, lag)
     report = tmp_path / "lag.md"
     few = ["--seeds", "2", "--steps", "3", "--prompts", "4", "--tokens", "4", "--heldout", "2", "--rate", "0.01"]
     with contextlib.closing(FakeRollouts(make_model(1), make_tokenizer(), max_model_len=512)) as server:
-        lag.main(["--rollout-server", server.url, "--demo", str(demo_folder), *few, "--report", str(report)])
+        few += ["--rollout-server", server.url] if named else []
+        lag.main(["--demo", str(demo_folder), *few, "--report", str(report)])
     rows = [line.strip("| ").split(" | ") for line in report.read_text().splitlines() if re.match(r"\| \d", line)]
     assert [row[:2] for row in rows] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
     for plain, behind in (rows[:2], rows[2:]):
