@@ -134,7 +134,7 @@ def price() -> list[str]:
     train = 8 * weights * tokens * kept * (1 + imbalance) / (flops * train_share) / gpus
     micro_batches = max(1, round(tokens * kept / gpus / 36864))
     gathers = 3 * 2 * weights * (31 / 32) * micro_batches / 50e9  # bytes over 400 Gbit/s a GPU
-    exchange = tokens * kept * 16 / gpus / 50e9
+    rebalance = tokens * kept * 16 / gpus / 50e9
     wire = prompts * completion * 73 / 1.25e9
     terms = [
         ("rollout, all GPUs, the longest completion aside", rollout),
@@ -143,7 +143,7 @@ def price() -> list[str]:
         ("teacher's answers as JSON over 10 Gbit/s; hidden, too", wire),
         ("forward and backward of the kept samples", train),
         (f"ZeRO-3's gathers, {micro_batches} micro-batches at 50 GB/s a GPU, if nothing hides them", gathers),
-        ("rebalance of the kept samples", exchange),
+        ("rebalance of the kept samples", rebalance),
     ]
     return [
         "## The paper's step, priced",
@@ -156,9 +156,9 @@ def price() -> list[str]:
         "|---|---|",
         *(f"| {name} | {seconds:.2f} |" for name, seconds in terms),
         "",
-        f"Together, without what is hidden: {rollout + score + train + gathers + exchange:.0f} s a step. The paper reports "
-        "about 7 hours for 120 steps on 32 H100, 210 s a step, without saying how long completions were: in this sum the",
-        "rollout waits for no straggler, and with a few completions at the cap it would take as long as those do (32,768 "
+        f"Together, without what is hidden: {rollout + score + train + gathers + rebalance:.0f} s a step. The paper "
+        "reports about 7 hours for 120 steps on 32 H100, 210 s a step, without saying how long completions were: in this sum "
+        "the rollout waits for no straggler, and with a few completions at the cap it would take as long as those do (32,768 "
         "tokens at 60 a second are 546 s).",
         "Of these terms only the shares of the peak have been seen on a GPU, one H200 with a model of 0.6 billion weights",
         "([gpu.md](gpu.md)): 0.29 to 0.36 of 989 TFLOP/s in training and 0.27 to 0.36 in scoring,",

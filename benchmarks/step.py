@@ -1,4 +1,4 @@
-"""One optimizer step, side by side: camopd with and without exchange and selection, and TRL's two distillation trainers.
+"""One optimizer step, side by side: camopd with and without rebalance and selection, and TRL's two distillation trainers.
 
     python benchmarks/step.py [--rounds 5] [--model FOLDER] [--server URL] [--only equal|lengths|generation]
 

@@ -63,7 +63,6 @@ class Scorer:
         """
         self.student, self.teachers, self.dummy, self._gather = student, teachers, dummy, gather
         self._highest, self._stops = (guards or {}).get("log_prob"), stops
-        self.engine_logps = False  # whether the next `score` takes those; set by callbacks/engine_logps.py
 
     def probe(self) -> None:
         """See once that the log-probs of the student and of teachers in the process are those of their own logits."""
@@ -119,7 +118,6 @@ class Scorer:
         when a teacher has failed.
         """
         self.probe()
-        engine = engine or self.engine_logps
         groups = {branch: [sample for sample in samples if sample.branch == branch] for branch in branches}
         clocks = {branch: Clock() for branch in branches}
         answers: dict[str, list[TokenScores]] = {}

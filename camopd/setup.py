@@ -278,7 +278,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
     exact = [name for name in here if name not in run.contexts]
     yield Guards(args, args.per_branch("score"), trainer.is_deepspeed_enabled, dtype, exact)
     if args.student_logps != "trainer":
-        yield EngineLogps(args, trainer.scorer, dtype, trainer.rule.needs_entropy)
+        yield EngineLogps(args, dtype, trainer.rule.needs_entropy)
     if args.diagnostics_steps:
 
         def loss_of(batch: MicroBatch) -> torch.Tensor:

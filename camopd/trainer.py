@@ -193,7 +193,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
     def begin_step(self, rows: list[dict[str, Any]]) -> Step:
         """Algorithm 1 up to the loss, for this rank's rows."""
-        args, engine = self.args, self.args.student_logps == "engine"
+        args = self.args
         # In place of the step before, whose samples are gone before the next are rolled out.
         step = self.step = Step.at(self.state.global_step, self.schedule, rows)
         step.rng_before = rng_state()
@@ -212,7 +212,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self.stop_if_asked(step)
         with step.timed("score"):
             with self.checkpoints.keeping(self, step):
-                step.clocks = self.scorer.score(step.samples, step.branches, self.rule, engine=engine)  # Eq. 1
+                step.clocks = self.scorer.score(step.samples, step.branches, self.rule, step.engine_logps)  # Eq. 1
             step.metrics.update(weigh(self.rule, step.samples, step.number, gather_object))  # CaMOPD: nothing
             select_samples(step, self.branches, self.rule, args, gather_object)  # Eq. 6-8, the same on every rank
             step.micro_batches = self.batcher.micro_batches(step)  # kept samples only, balanced over ranks

@@ -75,7 +75,7 @@ BASELINES = (
 )
 # What changes how a step is made and not what it is.
 VARIANTS = {
-    "exchange": {},
+    "rebalanced": {},
     "own": {
         "rebalance": False, "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False,
     },
@@ -83,7 +83,7 @@ VARIANTS = {
     "token_budget": {"padding_free": True, "max_tokens_per_micro_batch": 90, "per_device_train_batch_size": 1},
 }  # fmt: skip
 # On several processes.
-RUNS = [*itertools.product(VARIANTS, CASES), *itertools.product(("exchange",), BASELINES)]
+RUNS = [*itertools.product(VARIANTS, CASES), *itertools.product(("rebalanced",), BASELINES)]
 
 
 def use_sampler(trainer, sampler):

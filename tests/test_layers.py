@@ -97,7 +97,7 @@ def test_module_needs_nothing_that_stands_above_it(names, never):
             assert not [other for other in others if re.fullmatch(never, other)], name
 
 
-def test_picture_of_the_layers_has_every_module_and_arrows_that_go_down_only():
+def test_table_of_the_layers_has_every_module_and_arrows_that_go_down_only():
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     table, _, behind = text.partition("| level | files |\n")[2].partition("\n\n")
     levels = {}

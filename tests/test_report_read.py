@@ -1,5 +1,6 @@
 """What is read of a run (camopd/report/read.py)."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from runs import ALWAYS, GAP, MEASURED, make_run
 
 from camopd.report.page import write_report
-from camopd.report.read import branches_of, metrics_file, names_of, read_run
+from camopd.report.read import branches_of, metrics_file, names_of, new_name, read_run
 
 
 def test_read_run_is_by_step_with_nan_where_there_is_no_value(tmp_path):
@@ -118,3 +119,20 @@ def test_names_of_different_runs_are_different_and_parts_of_their_folders(folder
     assert len(set(names)) == len(names)
     for name, path in zip(names, paths, strict=True):
         assert f"/{name.split(' ')[0]}/" in str(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("time/teacher_general", "time/general/teacher"),
+        ("time/teacher_role_play_hidden", "time/role_play/teacher_hidden"),
+        ("time/teacher_general_idle", "time/general/teacher_idle"),
+        ("time/general/teacher_hidden", "time/general/teacher_hidden"),
+        ("gap/teacher_general/mean", "gap/teacher_general/mean"),
+    ],
+)
+def test_metric_of_an_older_run_is_read_by_its_name_of_now(old, new, tmp_path):
+    assert new_name(old) == new
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "branch": "general", old: 2.5}) + "\n")
+    frame, _ = read_run(tmp_path / "metrics.jsonl")
+    assert frame[new].tolist() == [2.5] and (old == new or old not in frame)

@@ -43,15 +43,15 @@ STEPS = [
     *itertools.product(
         CASES,
         [
-            ("exchange", 1),
-            ("exchange", 2),
-            ("exchange", 8),
+            ("rebalanced", 1),
+            ("rebalanced", 2),
+            ("rebalanced", 8),
             ("padding_free", 2),
             ("padding_free", 8),
             ("token_budget", 1),
         ],
     ),
-    *itertools.product(BASELINES, [("exchange", 2), ("padding_free", 8), ("token_budget", 1)]),
+    *itertools.product(BASELINES, [("rebalanced", 2), ("padding_free", 8), ("token_budget", 1)]),
 ]
 
 
@@ -89,7 +89,7 @@ def test_step_of_several_processes_is_the_step_by_hand(processes, tmp_path, pyth
         found = load_file(tmp_path / f"{variant}-{case.name}.safetensors")
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=LOSS)
         seen = {name: found.pop(name) for name in list(found) if name not in expected}
-        if variant == "exchange":
+        if variant == "rebalanced":
             _, metrics = trainer_step(case, str(tmp_path / f"alone-{case.name}"), batch_size=2)
             for name, value in measured(metrics).items():
                 torch.testing.assert_close(seen[name], value, atol=1e-3, rtol=1e-3, equal_nan=True, msg=name)

@@ -31,15 +31,14 @@ class EngineLogps(StepCallback):
     All ranks decide alike. What decides is in the trainer's state, and so in checkpoints.
     """
 
-    def __init__(self, args: Any, scorer: Any, dtype: torch.dtype, needs_entropy: bool):
+    def __init__(self, args: Any, dtype: torch.dtype, needs_entropy: bool):
         """
         Args:
             args: of the run.
-            scorer: whose `engine_logps` is set while a step is rolled out and scored.
             dtype: that the student computes in.
             needs_entropy: whether the token rule has the student's forward anyway.
         """
-        self._scorer, self._dtype = scorer, dtype
+        self._dtype = dtype
         self._always = args.student_logps == "engine"
         # With dropout, or an update between, the engine's log-probs are others than the loss's by more than rounding.
         self._never = needs_entropy or not args.disable_dropout or bool(args.rollout_lag)
@@ -53,15 +52,6 @@ class EngineLogps(StepCallback):
         """Decide."""
         known = all(self._as_good.get(branch, False) for branch in step.branches)
         step.engine_logps = self._always or (known and not self._never)
-        self._scorer.engine_logps = step.engine_logps
-
-    def on_step_ready(self, step: Step) -> None:
-        """What is scored after it, for diagnostics, has the trainer's."""
-        self._scorer.engine_logps = False
-
-    def on_evaluation_started(self, name: str, prompts: int) -> None:
-        """As an evaluation has, also one after a step that was broken off in the middle."""
-        self._scorer.engine_logps = False
 
     def on_step_closed(self, step: Step) -> None:
         """See how far apart trainer and engine were, over all ranks."""
