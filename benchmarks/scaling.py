@@ -157,9 +157,9 @@ def price() -> list[str]:
         *(f"| {name} | {seconds:.2f} |" for name, seconds in terms),
         "",
         f"Together, without what is hidden: {rollout + score + train + gathers + rebalance:.0f} s a step. The paper "
-        "reports about 7 hours for 120 steps on 32 H100, 210 s a step, without saying how long completions were: in this sum "
-        "the rollout waits for no straggler, and with a few completions at the cap it would take as long as those do (32,768 "
-        "tokens at 60 a second are 546 s).",
+        "reports about 7 hours for 120 steps on 32 H100, 210 s a step, without saying how long completions were: in this "
+        "sum the rollout waits for no straggler, and with a few completions at the cap it would take as long as those do "
+        "(32,768 tokens at 60 a second are 546 s).",
         "Of these terms only the shares of the peak have been seen on a GPU, one H200 with a model of 0.6 billion weights",
         "([gpu.md](gpu.md)): 0.29 to 0.36 of 989 TFLOP/s in training and 0.27 to 0.36 in scoring,",
         "**less than is assumed here**.",
