@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "run.yaml").write_text(
-            "model_name_or_path: a/b\nteachers: {general: a/b, domain: a/c}\nprompts: {general: a/b, domain: a/b}\n"
+            "model_name_or_path: a/b\nteachers: {general: a/b, domain: a/c}\nprompts: {general: a/b, domain: a/b}\n",
+            encoding="utf-8",
         )
         (Path(folder) / "empty").mkdir()
         for number in range(options.rounds + 1):

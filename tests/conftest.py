@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
@@ -17,6 +18,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+import accelerate
 import hypothesis
 import pytest
 import torch
@@ -38,6 +40,8 @@ hypothesis.settings.load_profile("camopd")
 pytest.register_assert_rewrite("steps", "fake_vllm", "plain_logits")  # that assert for many tests
 # accelerate reads the metadata of its optional packages several times in each forward, which takes longer than a tiny one.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+# As each `train` begins it also has Python look through all that was imported for garbage, of which there is little.
+accelerate.utils.memory.gc = SimpleNamespace(collect=lambda: None)
 collect_ignore = [
     "schema_of_vllm.py",
     "vllm_on_cpu.py",
@@ -59,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """accelerate collects garbage at the start of each `train`, half a second among all that has been imported."""
+    """What has been imported is no garbage, and need not be looked through."""
     gc.collect()
     gc.freeze()
 

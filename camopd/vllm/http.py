@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -64,6 +65,12 @@ class ServedModel(NamedTuple):
     max_model_len: int | None
 
 
+@cache
+def _tls() -> Any:
+    """Made once: each reads the certificates of all authorities, a tenth of a second."""
+    return httpx.create_ssl_context()
+
+
 class Client:
     """HTTP to servers that have one role, with their key, which no message shows."""
 
@@ -75,6 +82,7 @@ class Client:
             timeout=httpx.Timeout(None, connect=limits.CONNECT_SECONDS),  # `request` watches the whole of a request
             # Leases count the connections. vLLM drops idle ones after 5 seconds; before that, they are not used again.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
+            verify=_tls(),
         )
         self.close = self._http.aclose
 
