@@ -89,7 +89,7 @@ def eval(argv: list[str]) -> None:
              "judges": {name: f"{public_url(one.url)}#{one.model}" for name, one in judges.items()}}  # fmt: skip
     compared = compare.compare(tasks, found)
     names = {task.name for task in tasks}
-    notes = [text for of, text in NOTES.items() if names & set(of.split())]
+    notes = [text for of, text in NOTES.items() if names & set(of.split())] + compare.asked_otherwise(tasks, found)
     _say(page.write(compared, notes, about, out, options.paper, measured), out)
 
 
@@ -205,7 +205,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help=f"of a server that is started here (default: an answer and {ROOM} tokens of prompt)",
     )
     add("--paper", choices=tuple(TABLES), help="put the numbers beside those of the paper's Table 2 or 1")
-    add("--concurrency", type=int, default=16, help="requests at a time (default: %(default)s)")
+    add(
+        "--concurrency",
+        type=int,
+        default=16,
+        help="requests at a time, or options in a forward (default: %(default)s)",
+    )
     add("--vllm-python", help="python that has vLLM (default: CAMOPD_VLLM_PYTHON, or where it is found)")
     options = parser.parse_args(argv)
     for name in ("limit", "max_tokens", "context", "concurrency"):

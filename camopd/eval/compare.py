@@ -68,6 +68,19 @@ def check_same_items(task: Task, of_task: Mapping[str, Sequence[Item]]) -> None:
             )
 
 
+def asked_otherwise(tasks: Sequence[Task], found: Found) -> list[str]:
+    """A line for each task that was not asked of all models in the same way."""
+    lines = []
+    for task in tasks:
+        hows = {model: items[task.name][0].how for model, items in found.items()}
+        if len(set(hows.values())) > 1:
+            of_each = "; ".join(f"{model} {how}" for model, how in hows.items())
+            lines.append(
+                f"{task.name} was asked of {of_each}. Scores differ by that, too, and not by the models alone."
+            )
+    return lines
+
+
 def numbers(task: Task, items: Sequence[Item]) -> dict[str, Any]:
     """The numbers of a model on a task; shares are over items."""
     having = [score for score in scores(items) if score is not None]

@@ -47,7 +47,8 @@ def job_of(
     task: Task, folder: Path, served: str, context: int | None, max_tokens: int | None, concurrency: int
 ) -> dict[str, Any]:
     """The job of one model and one task, as runner.py reads it."""
-    generation = task.generation | ({} if max_tokens is None else {"max_tokens": max_tokens})
+    written = {} if max_tokens is None or task.answer == "weighed" else {"max_tokens": max_tokens}
+    generation = task.generation | written
     args = {
         "local_path": str(folder / "rows"),
         "subset_list": ["default"],  # another needs a README.md that names its files
@@ -118,8 +119,12 @@ def words(python: str, folder: Path) -> list[str]:
 
 
 def words_of_options(folder: Path) -> list[str]:
-    """The same for a task whose options are weighed, by this Python."""
-    return [sys.executable, "-m", f"{__package__}.likelihood", str(folder / JOB), str(folder / ANSWERS)]
+    """The same for a task whose options are weighed, by this Python, which imports nothing from the folder it is in."""
+    code = (
+        f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
+        f"from {__package__}.likelihood import main; main(*sys.argv[1:])"
+    )
+    return [sys.executable, "-P", "-c", code, str(folder / JOB), str(folder / ANSWERS)]
 
 
 def environment(*kept: str) -> dict[str, str]:

@@ -98,9 +98,10 @@ def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     names = [task.name for task in tasks]
     files = files_of(options.data)
     for name in files:
-        if name not in names:
+        if name not in {*names, *(task.rows_of for task in tasks)}:
             yield f"--data {name}=, as that task is not asked for"
-    if any("=" not in text for text in options.data) and all(name in files for name in asked):
+    own = [task for task in tasks if task.answer != "read" and not files.keys() & {task.name, task.rows_of}]
+    if any("=" not in text for text in options.data) and not own:
         yield f"--data {folder_of(options.data)}, as no rows are read from it"
     judged = [task.name for task in tasks if task.judged]
     judges = judges_of(options.judge)

@@ -67,14 +67,15 @@ def find(task: Task, data: Path, given: dict[str, Path]) -> Path:
     A task that has the rows of another one has that one's file.
     Raises `DataError` where there is none and the Hub cannot be reached; it says which file to put where.
     """
-    path = given.get(task.name, data / f"{task.rows_of or task.name}.jsonl")
+    names = [name for name in (task.name, task.rows_of) if name]
+    path = next((given[name] for name in names if name in given), data / f"{names[-1]}.jsonl")
     if path.is_file():
         return path
     if task.hub is None:
         raise DataError(f"there is no file {str(path)!r}. {task.source.format(task.name)}.")
     dataset, config, split = task.hub
     name = f"{dataset}{f' ({config})' if config else ''}, split {split}"
-    if task.name in given:
+    if given.keys() & {*names}:
         raise DataError(f"there is no file {str(path)!r} for the task {task.name}. Its rows are those of {name}.")
     try:
         if task.make is not None:

@@ -49,6 +49,7 @@ class Item:
     weight: float = 1.0  # in the pooled mean of a benchmark that has one
     parts: Mapping[str, float] | None = None  # of the score, in percent, where a benchmark has several
     unjudged: float = 0.0  # share of the repeats for which the judge gave no verdict, which count as nothing
+    how: str = ""  # it was asked, where that may differ between models
 
 
 def letter_of(text: str, options: int) -> str | None:
@@ -135,6 +136,7 @@ def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
                 weight=float(group[0].get("verdict", {}).get("weight", 1)),
                 parts=_parts(task, group[0]),
                 unjudged=1 - len(judged) / count,
+                how=group[0].get("how", ""),
             )
         )
     return found
