@@ -13,7 +13,7 @@ from fake_openai import serving
 from trainers import refused
 
 from camopd import cli
-from camopd.commands.eval import _context, _need_context
+from camopd.commands.eval import need_context, server_context
 from camopd.eval.models import Model
 from camopd.eval.tasks import named
 
@@ -158,9 +158,9 @@ def test_model_that_a_run_does_not_have_is_named_beside_it(data, capsys, tmp_pat
 )
 def test_context_of_a_server_here_has_room_for_the_longest_task(tasks, max_tokens, context):
     options = SimpleNamespace(context=None, max_tokens=max_tokens)
-    assert _context(named(tasks.split(",")), options) == context
+    assert server_context(named(tasks.split(",")), options) == context
     options.context = 5
-    assert _context(named(tasks.split(",")), options) == 5
+    assert server_context(named(tasks.split(",")), options) == 5
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_context_of_a_models_positions_is_taken_and_that_of_a_server_is_its_own(
     model.mkdir()
     (model / "config.json").write_text('{"max_position_embeddings": 4100}', encoding="utf-8")
     tasks, local = named(["qasc"]), [Model("m", str(model))]
-    _need_context(local, tasks, SimpleNamespace(context=None, max_tokens=4))
-    _need_context([Model("m", "http://h:1")], tasks, SimpleNamespace(context=None, max_tokens=None))
+    need_context(local, tasks, SimpleNamespace(context=None, max_tokens=4))
+    need_context([Model("m", "http://h:1")], tasks, SimpleNamespace(context=None, max_tokens=None))
     wrong = SimpleNamespace(context=None, max_tokens=5)
     with pytest.raises(ValueError, match="has 4100 positions"):
-        _need_context(local, tasks, wrong)
+        need_context(local, tasks, wrong)
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    _need_context(local, tasks, wrong)
+    need_context(local, tasks, wrong)
 
 
 def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from camopd.commands.eval import _parse
+from camopd.commands.eval import parse
 from camopd.eval.models import Model
 from camopd.eval.options import check, files_of, folder_of, judges_of, models_of
 from camopd.eval.tasks import named
@@ -14,7 +14,7 @@ HERE, THERE = {"m": Model("m", "org/model")}, {"m": Model("m", "http://h:1")}
 
 
 def checked(tasks, *words, models=HERE):
-    options = _parse(["--tasks", tasks, *words])
+    options = parse(["--tasks", tasks, *words])
     return check(options, named([name for name in tasks.split(",") if name != "gaps"]), models)
 
 

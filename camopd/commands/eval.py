@@ -40,7 +40,7 @@ console = Console(highlight=False)
 
 def eval(argv: list[str]) -> None:
     """The command line. Raises `ValueError` and `CaMOPDError`, where possible before anything is generated."""
-    options = _parse(argv)
+    options = parse(argv)
     names = options.tasks.split(",")
     measured = gaps.of_run(_folder(options.run)) if gaps.NAME in names else []
     tasks = named([name for name in names if name != gaps.NAME])
@@ -65,7 +65,7 @@ def eval(argv: list[str]) -> None:
     asked = [task for task in tasks if task not in read]
     served = effects.served(asked)
     if served:
-        _need_context(wanted.values(), served, options)
+        need_context(wanted.values(), served, options)
     for task in asked:
         if task.answer == "weighed":
             models.need_folders(wanted.values(), task.name)
@@ -167,7 +167,7 @@ def _folder(run: str | None) -> Path:
     return Path(run) if Path(run).is_dir() else Path(str(read_settings(run, []).get("output_dir") or "trainer_output"))
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="camopd eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Tasks: {', '.join(TASKS)}, and of a run gaps, which needs no labels. Models named start, general and "
@@ -316,7 +316,7 @@ def _prepare(
         name, context = models.look(model, model.where, jobs.KEY)
     else:
         served = effects.served(tasks)
-        name, context = os.path.expanduser(model.where), _context(served, options) if served else None
+        name, context = os.path.expanduser(model.where), server_context(served, options) if served else None
     weights = jobs.weights_of(Path(model.where).expanduser())
     for task in tasks:
         folder = out / model.name / task.name
@@ -326,7 +326,7 @@ def _prepare(
         jobs.prepare(task, job, weights, task_rows[task.name], folder)
 
 
-def _context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
+def server_context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
     """Of a server that is started here, tokens."""
     longest = (_heard(task) + (options.max_tokens or task.generation["max_tokens"]) for task in tasks)
     return int(options.context or max(longest))
@@ -337,11 +337,11 @@ def _heard(task: Task) -> int:
     return gca.HEARD if task.answer == "played" else ROOM
 
 
-def _need_context(wanted: Iterable[Model], tasks: Sequence[Task], options: argparse.Namespace) -> None:
+def need_context(wanted: Iterable[Model], tasks: Sequence[Task], options: argparse.Namespace) -> None:
     """Raise `ValueError` for a model to serve here whose positions are fewer than the context: vLLM would refuse it."""
     if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true"):
         return
-    context = _context(tasks, options)
+    context = server_context(tasks, options)
     for model in wanted:
         limit = math.inf if model.is_url else context_of(model.where)
         if context > limit:
@@ -377,7 +377,7 @@ def _served(
     from .eval_server import served
 
     assert vllm is not None
-    with served(model, _context(tasks, options), vllm, folder / "server.txt", signals) as url:
+    with served(model, server_context(tasks, options), vllm, folder / "server.txt", signals) as url:
         yield url
 
 
