@@ -68,7 +68,7 @@ def general(tmp_path):
 def test_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monkeypatch, capfd, stop_at):
     monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
     general("whole")
-    convert, calls = nemotron._convert, []
+    convert, calls = nemotron.convert_row, []
 
     def count(*arguments):
         calls.append(arguments)
@@ -76,14 +76,14 @@ def test_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monkeyp
             raise KeyboardInterrupt
         return convert(*arguments)
 
-    monkeypatch.setattr(nemotron, "_convert", count)
+    monkeypatch.setattr(nemotron, "convert_row", count)
     with pytest.raises(KeyboardInterrupt):
         general("out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists() == (stop_at > 20)
     assert ("the same command goes on from there" in capfd.readouterr().err) == (stop_at > 20)
     assert not (tmp_path / "out.partial" / "data").exists()
-    monkeypatch.setattr(nemotron, "_convert", convert)
+    monkeypatch.setattr(nemotron, "convert_row", convert)
     general("out")
     for name in ("prompts.jsonl", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -92,7 +92,7 @@ def test_interrupted_build_goes_on_and_gives_the_same(general, tmp_path, monkeyp
 
 def test_build_that_goes_on_does_not_read_again_what_was_read(general, monkeypatch):
     monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
-    convert, calls = nemotron._convert, []
+    convert, calls = nemotron.convert_row, []
 
     def count(*arguments):
         calls.append(arguments)
@@ -100,7 +100,7 @@ def test_build_that_goes_on_does_not_read_again_what_was_read(general, monkeypat
             raise KeyboardInterrupt
         return convert(*arguments)
 
-    monkeypatch.setattr(nemotron, "_convert", count)
+    monkeypatch.setattr(nemotron, "convert_row", count)
     with pytest.raises(KeyboardInterrupt):
         general("out")
     general("out")
@@ -110,7 +110,7 @@ def test_build_that_goes_on_does_not_read_again_what_was_read(general, monkeypat
 def test_build_does_not_use_what_was_kept_for_other_settings(general, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "SAVE_EVERY", 20)
     general("whole", seed=1)
-    monkeypatch.setattr(nemotron, "_look_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(nemotron, "look_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         general("out", seed=0)
     monkeypatch.undo()
@@ -122,8 +122,8 @@ SLOW = """
 import sys, time
 from camopd import cli
 from camopd.data import nemotron, sampling
-sampling.SAVE_EVERY, convert = 20, nemotron._convert
-nemotron._convert = lambda *arguments: (time.sleep(0.01), convert(*arguments))[1]
+sampling.SAVE_EVERY, convert = 20, nemotron.convert_row
+nemotron.convert_row = lambda *arguments: (time.sleep(0.01), convert(*arguments))[1]
 cli.main(["data", *sys.argv[1:]])
 """
 

@@ -32,7 +32,7 @@ def test_shorten_takes_the_longest_run_of_last_turns_that_begins_with_the_user()
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 8), st.sets(st.integers(0, 30), max_size=5))
 def test_smallest_numbers_are_kept_whatever_their_order(numbers, size, taken):
     """Against sorting what is not taken, each number once; a number that is there or taken is told."""
-    rows = sampling._Smallest(size, taken)
+    rows = sampling.Smallest(size, taken)
     for place, number in enumerate(numbers):
         assert rows.add(number, {"place": place}) or number in taken or number in numbers[:place]
     assert sorted(rows.kept) == sorted(set(numbers) - taken)[:size]

@@ -75,7 +75,7 @@ def build_medical(
         for name, share in shares.items():
 
             def convert(raw: dict[str, Any], index: int, name: str = name) -> tuple[str, Any] | str:
-                return _convert(raw, index, name, benchmark)
+                return convert_row(raw, index, name, benchmark)
 
             part, drawn = sample(build, opened[name], name, share, seed, convert, rows)
             enough(part, share, len(drawn))
@@ -234,7 +234,7 @@ _PROMPTS: dict[str, Callable[[dict[str, Any]], Messages | str]] = {
 }  # fmt: skip
 
 
-def _convert(raw: dict[str, Any], index: int, name: str, benchmark: dict[str, str]) -> tuple[str, Any] | str:
+def convert_row(raw: dict[str, Any], index: int, name: str, benchmark: dict[str, str]) -> tuple[str, Any] | str:
     """Text and prompt row of a raw row, or why it is dropped."""
     question = raw["prompt" if name == "m23k" else "question"]
     if not isinstance(question, str) or not question.strip():

@@ -103,19 +103,19 @@ def _draw(
     split = opened.source.split
 
     def convert(raw: dict[str, Any], _: int) -> tuple[str, Any] | str:
-        return _convert(raw, split, questions)
+        return convert_row(raw, split, questions)
 
     size = share * CANDIDATES if split == "code" else share
     part, drawn = sample(build, opened, split, size, seed, convert, taken, sorted(questions))
     if split == "code":
-        drawn = _look_up(drawn, share, seed, questions, sources, part, taken)
+        drawn = look_up(drawn, share, seed, questions, sources, part, taken)
     enough(part, share, len(drawn))
     part.changed["oldest turns left out, for length"] = sum(row.pop("shortened", False) for _, row in drawn)
     part.kept = len(drawn)
     return part, drawn
 
 
-def _convert(raw: dict[str, Any], split: str, questions: dict[str, Opened]) -> tuple[str, Any] | str:
+def convert_row(raw: dict[str, Any], split: str, questions: dict[str, Opened]) -> tuple[str, Any] | str:
     """Text and prompt row of a raw row, or why it is dropped."""
     turns = raw["messages"] or []
     last = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
@@ -175,7 +175,7 @@ def _reference(metadata: Any) -> tuple[str, str, int] | None:
         return None
 
 
-def _look_up(
+def look_up(
     drawn: list[tuple[int, dict[str, Any]]], share: int, seed: int, questions: dict[str, Opened],
     sources: dict[str, str], part: Part, taken: set[int],
 ) -> list[tuple[int, dict[str, Any]]]:  # fmt: skip

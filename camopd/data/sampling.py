@@ -110,7 +110,7 @@ def sample(
         taken: Priorities of texts that other parts have.
         settings: What else the result hangs on. An interrupted build goes on from what it kept if all this is the same.
     """
-    part, rows = Part(name), _Smallest(size, set(taken))
+    part, rows = Part(name), Smallest(size, set(taken))
     digest = hashlib.sha256(repr(sorted(rows.taken)).encode()).hexdigest()
     key = [__version__, opened.source.dataset, opened.path, opened.state, size, seed, digest, settings]
     saved = build.load(name)
@@ -146,7 +146,7 @@ def sample(
     return part, sorted(rows.kept.items(), key=lambda item: item[0])
 
 
-class _Smallest:
+class Smallest:
     """The rows with the `size` smallest numbers of all that were added, but for those with a number in `taken`."""
 
     def __init__(self, size: int, taken: set[int]):
