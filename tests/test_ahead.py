@@ -337,7 +337,7 @@ def test_evaluation_finds_the_step_ahead_written_and_leaves_it(run, tmp_path):
                 done.append(all(flight.done() for flight in trainer.flights))
             return start(rows, max_tokens, words, *more)
 
-        trainer.engine.start = look
+        trainer.engine.start, trainer.server.before = look, lambda: time.sleep(0.2)  # longer than the rest of a step
         trainer.train()
         assert all(done) and bool(done) == (name == "with")
         trainers.append(trainer)

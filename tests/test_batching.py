@@ -41,22 +41,26 @@ def test_rebalance_hands_every_sample_over_whole(world, columns, data):
     ]  # fmt: skip
     meeting, posted, here = threading.Barrier(world), {}, threading.local()
 
-    def all_to_all(outgoing, sizes, dtype, device):  # between threads
-        posted[here.rank] = outgoing
+    def all_to_all_single(received, sent, output_split_sizes, input_split_sizes):  # between threads
+        posted[here.rank] = sent.split(input_split_sizes)
         meeting.wait()
-        parts = [torch.cat([torch.zeros(0, dtype=dtype), *posted[source][here.rank]]) for source in range(world)]
+        parts = [posted[source][here.rank] for source in range(world)]
         meeting.wait()
-        assert [len(part) for part in parts] == sizes
-        return parts
+        assert [len(part) for part in parts] == output_split_sizes
+        received.copy_(torch.cat(parts))
 
     def on_rank(rank):
         here.rank = rank
         mine = {s.position: s for s, each in zip(reversed(samples), reversed(kept), strict=True) if each.owner == rank}
-        return rebalance(mine, kept, targets, rank, columns, torch.device("cpu"))
+        try:
+            return rebalance(mine, kept, targets, rank, columns, torch.device("cpu"))
+        except BaseException:
+            meeting.abort()  # the others would wait for this one
+            raise
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world) as pool:
         patch.setattr("camopd.batching.dist.get_world_size", lambda: world)
-        patch.setattr("camopd.batching._all_to_all", all_to_all)
+        patch.setattr("camopd.batching.dist.all_to_all_single", all_to_all_single)
         received = list(pool.map(on_rank, range(world)))
     for rank, found in enumerate(received):
         expected = [sample for sample, target in zip(samples, targets, strict=True) if target == rank]

@@ -39,6 +39,7 @@ class Scripted:
 
     def __init__(self, name, said):
         self.name, self.said, self.asked, self.template_kwargs = name, said, [], {}
+        self.model, self.tokenizer = self, None
 
     def sees(self, prompt):
         return prompt
@@ -193,7 +194,20 @@ def test_gate_that_is_closed_where_it_is_needed_leaves_self_distillation(monkeyp
     """In the first round both know two problems of three. Later the second one knows none: of that the first is warned, and
     it is the second that stops the run."""
     learned, number_now = [], [0]
-    monkeypatch.setattr("camopd.co_distill._learn", lambda student, rows, config: learned.append((student.name, rows)))
+
+    class Trainer:
+        """Notes who learns from what."""
+
+        accelerator = SimpleNamespace(unwrap_model=lambda model, **_: model)
+
+        def __init__(self, model, teachers, train_dataset, **_):
+            assert teachers == {BRANCH: "self"}
+            self.model, self.rows = model, train_dataset[BRANCH].to_list()
+
+        def train(self):
+            learned.append((self.model.name, self.rows))
+
+    monkeypatch.setattr("camopd.co_distill.CaMOPDTrainer", Trainer)
 
     def problems(number):
         number_now[0] = number
@@ -204,7 +218,9 @@ def test_gate_that_is_closed_where_it_is_needed_leaves_self_distillation(monkeyp
 
     lines = co_distill(pair("first", "second"), problems, is_right, lessons, 1, Tutoring())
     assert [(line["need"], line["open"], line["rows"]) for line in lines] == [(1, 0, 2), (1, 0, 2)]
-    assert [name for name, _ in learned] == ["a", "b"]
+    assert [(name, [row["prompt"] for row in rows]) for name, rows in learned] == [
+        ("a", ["abc?", "bca?"]), ("b", ["abc?", "bca?"]),
+    ]  # fmt: skip
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "'b' passes the gate for none of the 1 problems its peer needs feedback on in round 0" in caplog.text
     caplog.clear()
@@ -226,7 +242,11 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch)
         rows, counts = lessons_of(student, *args)
         if student.name not in taught:
             prompts, with_lessons = (
-                [student._text(row[name][0]["content"]) for row in rows] for name in ("prompt", "teacher_prompt")
+                [
+                    student.tokenizer.apply_chat_template(row[name], tokenize=False, add_generation_prompt=True)
+                    for row in rows
+                ]
+                for name in ("prompt", "teacher_prompt")
             )
             taught[student.name] = prompts, first_token(student, with_lessons)
             before[student.name] = divergence(student)
@@ -352,13 +372,16 @@ def test_write_ends_at_the_end_of_the_tokenizer_too():
     """As training does: generation_config.json may name the end of a document alone, and the tokenizer that of a turn."""
     model, tokenizer = make_model(0), make_tokenizer()
     model.generation_config.eos_token_id = 9
-    ends, written, generate = {9, tokenizer.eos_token_id}, [], model.generate
-    model.generate = lambda **inputs: written.append(generate(**inputs)) or written[-1]
+    ends, rows, generate = {9, tokenizer.eos_token_id}, [], model.generate
+
+    def look(input_ids, **more):
+        written = generate(input_ids=input_ids, **more)
+        rows.extend(written[:, input_ids.shape[1] :].tolist())
+        return written
+
+    model.generate = look
     torch.manual_seed(0)
-    student = Student("a", model, tokenizer)
-    student.write(["abc?"], 64, 24)
-    start = len(tokenizer(student._text("abc?"), add_special_tokens=False)["input_ids"])
-    rows = [row[start:] for row in written[0].tolist()]
+    Student("a", model, tokenizer).write(["abc?"], 64, 24)
     cut = [next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
     assert {rows[place][end] for place, end in enumerate(cut) if end < 23} == ends  # both, before the limit
     assert all(token == tokenizer.pad_token_id for row, end in zip(rows, cut, strict=True) for token in row[end + 1 :])
