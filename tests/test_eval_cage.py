@@ -97,7 +97,8 @@ def test_memory_is_that_of_a_process_and_all_below_it():
 )  # fmt: skip
 def test_program_does_no_harm_and_nothing_of_it_is_left(program, passed, how):
     before = set(os.listdir("/tmp"))
-    assert cage.run(program, cage.find(), seconds=3) == (passed, how)
+    seconds = 60 if how == "out of memory" else 3  # on a busy machine to fill it takes longer
+    assert cage.run(program, cage.find(), seconds=seconds) == (passed, how)
     deadline = time.monotonic() + 5
     while left_behind() and time.monotonic() < deadline:  # the kernel clears a cage away
         time.sleep(0.05)
