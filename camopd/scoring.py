@@ -234,13 +234,13 @@ class Scorer:
         """Gaps of samples whose log-probs are there."""
         for sample in samples:
             teacher = f"teacher {sample.branch!r} ({self._where(sample.branch)})"
-            _check_logps(sample, sample.teacher_logps, teacher, self._highest)
+            check_scored(sample, sample.teacher_logps, teacher, self._highest)
             if sample.rollout_logps is not None and self._highest is not None:
                 _check_highest(sample, sample.rollout_logps, "the rollout engine", self._highest)
         if engine:
             _take_engine_logps(samples)
         for sample in samples:
-            _check_logps(sample, sample.student_logps, "student", self._highest)
+            check_scored(sample, sample.student_logps, "student", self._highest)
             sample.gaps = token_gaps(sample.teacher_logps, sample.student_logps, sample.mask)
         _check_not_uniform(samples, self.teachers)
 
@@ -304,7 +304,9 @@ def _check_highest(sample: Sample, logps: Tensor, name: str, limit: float) -> No
         )  # fmt: skip
 
 
-def _check_logps(sample: Sample, logps: Tensor, name: str, limit: float | None) -> None:
+def check_scored(sample: Sample, logps: Tensor, name: str, limit: float | None) -> None:
+    """Raise `CaMOPDError` where a model's log-probs are not one finite number for each completion token of a sample, or
+    `GuardError` where one is more than `limit` nats above 0."""
     mask = sample.mask
     if len(logps) != len(mask):
         raise CaMOPDError(

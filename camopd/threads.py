@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 
-_THREADS = Path("/proc/self/task")  # Linux; elsewhere there is nothing to look at
+THREADS = Path("/proc/self/task")  # Linux; elsewhere there is nothing to look at
 _OF_TORCH = "pt_"  # how torch names its threads: pt_gloo_runloop, pt_nccl_watchdg
 _PAUSE = 0.01  # seconds; longer than the 5 ms after which a thread that waits for the GIL wakes to ask again
 _PATIENCE = 10.0  # seconds, for a thread that never rests
@@ -37,7 +37,7 @@ def let_threads_rest() -> None:
 def _threads_of_torch() -> dict[str, tuple[str, str]]:
     """State and number of voluntary context switches of each thread of torch, as Linux has them."""
     found = {}
-    for folder in _THREADS.glob("*") if _THREADS.is_dir() else ():
+    for folder in THREADS.glob("*") if THREADS.is_dir() else ():
         try:
             lines = (folder / "status").read_text(encoding="utf-8").splitlines()
         except OSError:  # it has just ended

@@ -47,14 +47,14 @@ def test_wait_lasts_until_no_thread_of_torch_runs_or_has_woken(monkeypatch, tmp_
         (tmp_path / "2" / "status").write_text(text, encoding="utf-8")
 
     look()
-    monkeypatch.setattr(threads, "_THREADS", tmp_path)
+    monkeypatch.setattr(threads, "THREADS", tmp_path)
     monkeypatch.setattr(threads.time, "sleep", look)
     threads.let_threads_rest()
     assert len(pauses) == 4 and next(states, None) is None
 
 
 def test_wait_is_none_where_threads_cannot_be_looked_at(monkeypatch, tmp_path):
-    monkeypatch.setattr(threads, "_THREADS", tmp_path / "none")
+    monkeypatch.setattr(threads, "THREADS", tmp_path / "none")
     monkeypatch.setattr(threads.time, "sleep", lambda _: pytest.fail("waits"))
     threads.let_threads_rest()
 

@@ -309,7 +309,7 @@ def test_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
     def kill_while_it_scores(*args):
         future = submit(*args)
         while started and not killed and not future.done():
-            if teacher._replicas.all[1].requests_in_flight:
+            if teacher.replicas.all[1].requests_in_flight:
                 replicas[1].kill()
                 killed.append(not future.done())
             time.sleep(0.001)
@@ -331,7 +331,7 @@ def test_replica_killed_in_the_middle_of_a_step_loses_nothing_and_comes_back(
         time.sleep(0.2)
     expected = teacher.score(*conversations)
     asked = teacher.submit(*conversations)
-    while not teacher._replicas.all[0].requests_in_flight:
+    while not teacher.replicas.all[0].requests_in_flight:
         time.sleep(0.001)
     replicas[0].kill()
     assert not asked.done()

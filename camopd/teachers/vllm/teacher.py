@@ -54,17 +54,17 @@ class ServerTeacher:
         self.urls = [base_url(url, role) for url in urls]
         self.transports = dict.fromkeys(self.urls, "JSON")  # of each URL, or "compact" once it is known to speak it
         self._client = Client(role)
-        self._replicas = Replicas(
+        self.replicas = Replicas(
             self.urls, self._client, patience, limits.REQUESTS_PER_REPLICA, self._choose_transport
         )
         self._loop = LoopThread(f"teacher-{branch}")
         try:
-            self._loop.wait(self._replicas.connect(model))
+            self._loop.wait(self.replicas.connect(model))
         except BaseException:
             self.close()
             raise
-        self.name, self.model_path, _ = self._replicas.model
-        self.max_model_len = self._replicas.max_model_len
+        self.name, self.model_path, _ = self.replicas.model
+        self.max_model_len = self.replicas.max_model_len
 
     def close(self) -> None:
         """Drop all connections and end the thread. What is still being scored fails."""
@@ -85,7 +85,7 @@ class ServerTeacher:
         """Raise `TeacherError` unless a sequence of `max_tokens` tokens, plus the one vLLM generates, fits."""
         if self.max_model_len < max_tokens + 1:
             raise TeacherError(
-                f"teacher {self.branch!r} at {self._replicas.where} takes sequences of {self.max_model_len} tokens, but "
+                f"teacher {self.branch!r} at {self.replicas.where} takes sequences of {self.max_model_len} tokens, but "
                 f"max_prompt_length + max_completion_length + 1 is {max_tokens + 1}. Start it with --max-model-len "
                 f"{max_tokens + 1} (`camopd serve` with the lengths of the run), or lower max_completion_length."
             )
@@ -99,7 +99,7 @@ class ServerTeacher:
         return self._loop.submit(self._score(token_ids, prompt_lens, top_k))
 
     async def _score(self, token_ids: list[list[int]], prompt_lens: list[int], top_k: int) -> list[TokenScores]:
-        self._replicas.wait_anew()
+        self.replicas.wait_anew()
         rows = [Row(index, *sequence) for index, sequence in enumerate(zip(token_ids, prompt_lens, strict=True))]
         scores = [no_scores(top_k)] * len(rows)  # of an empty completion: nothing to ask
         compact = not top_k and "compact" in self.transports.values()
@@ -126,18 +126,18 @@ class ServerTeacher:
         """The scores of a request's rows and the URL they are from; on another replica after each fault."""
         tokens = sum(len(row.token_ids) for row in rows)
         work = f"score {len(rows)} sequences of {tokens} tokens"
-        return await self._replicas.ask(tokens, lambda replica: self._ask_replica(replica, rows, top_k), work)
+        return await self.replicas.ask(tokens, lambda replica: self._ask_replica(replica, rows, top_k), work)
 
     async def _choose_transport(self, replica: Replica) -> None:
         """Score one token the compact way; whoever cannot do that gets JSON. It may be started again with other flags."""
-        probe = compact_request(self._replicas.model.name, Row(0, [0, 1], 1))
+        probe = compact_request(self.replicas.model.name, Row(0, [0, 1], 1))
         try:
             probe.read(await self._client.request(replica.url, probe.path, probe.body, 30.0))
             transport = "compact"
         except (Fault, TeacherError, UnusableAnswer, AttributeError):
             transport = "JSON"  # 403 without the flag, 404 in old versions, 400 on runner V1
         self.transports[replica.url] = transport
-        served = self._replicas.model.name
+        served = self.replicas.model.name
         logger.info("teacher %r: %s serves %r, transport %s", self.branch, replica.url, served, transport)
 
     async def _ask_replica(self, replica: Replica, rows: list[Row], top_k: int) -> list[TokenScores]:
