@@ -36,7 +36,6 @@ from camopd.errors import CaMOPDError, GuardError
 from camopd.guards import GUARDS, log_ratio_bound, rounding_bound, settle
 from camopd.metrics import of_branch
 from camopd.optimizer import local
-from camopd.rollouts import load_rollouts
 from camopd.samples import Sample
 from camopd.scoring import Scorer
 from camopd.step import Step, StepCallback
@@ -665,11 +664,15 @@ def test_rounded_logits_of_one_model_are_rounding_and_a_gap_beyond_that_is_not(d
     assert (rounded - exact).abs().max() <= noise <= rounding_bound(2, dtype, largest)
     limit = rounding_bound(GUARDS["rounding"].default, dtype, max(exact.abs().max(), rounded_other.abs().max()).item())
     row = {"num_tokens": tokens, "logp_largest": max(rounded.abs().max(), rounded_other.abs().max()).item()}
-    guards = Guards(SimpleNamespace(guards=settle(None), learning_rate=1.0), {}, False, dtype)
+    guards = Guards(
+        SimpleNamespace(guards=settle({"degenerate": None}), learning_rate=1.0), {"b": "absolute"}, False, dtype
+    )
     step = Step(0, ("b",))
+    step.metrics["rollout/b/entropy"] = NAN
     step.summaries = [make_summary(gap_largest=(rounded_other - rounded).abs().max().item(), **row)]
+    guards.on_step_ready(step)
     if (exact_other - exact).abs().max() > limit + 2 * noise:
-        assert not guards._is_rounding(step, "b")
+        assert step.metrics["guard/rounding"] == 0
 
 
 def test_gaps_of_exactly_0_before_the_first_update_of_a_warm_up_are_not_warned_of(tmp_path, tokenizer, warnings):
@@ -747,7 +750,7 @@ def test_guards_are_silent_on_a_healthy_run_and_cost_less_than_a_hundredth_of_it
 
     parts = [(Guards, name) for name in ("on_step_ready", "on_pre_optimizer_step", "on_step_closed")]
     if engine != "sampler":  # which writes no completions: its step is none to measure what is done per sample by
-        parts += [(scoring, "_check_logps"), (Step, "check_trained")]
+        parts += [(scoring, "check_scored"), (Step, "check_trained")]
     for owner, name in parts:
         monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     settings = {"max_steps": 8, "prompts_per_step": 8, "max_completion_length": 48, "learning_rate": 1e-4}
@@ -764,44 +767,6 @@ def test_guards_are_silent_on_a_healthy_run_and_cost_less_than_a_hundredth_of_it
     assert warnings() == []
     assert not (tmp_path / "rejected").exists()
     assert {line["guard/skipped"] for line in lines(tmp_path)} == {0}
-
-
-# ----------------------------------------------------------------------------------------------- what is kept of it
-
-
-def test_rejected_batch_can_be_read_and_only_the_latest_are_kept(tmp_path, tokenizer):
-    folder = tmp_path / "rejected"
-    folder.mkdir()
-    for step in range(101, 125):
-        for suffix in ("safetensors", "json"):
-            path = folder / f"step-{step}-rank-0.{suffix}"
-            path.write_bytes(b"")
-            os.utime(path, (step, step))
-    (folder / "step-1-rank-1.safetensors").write_bytes(b"")  # of another rank
-    teachers = {"general": BrokenTeacher(NAN), "domain": make_model(1)}
-    trainer = make_trainer(tmp_path, tokenizer, teachers=teachers)
-    with pytest.raises(
-        CaMOPDError, match=r"step 1 \(general\): teacher 'general' .*non-finite[^\n]*\nThe batch is in"
-    ) as caught:
-        trainer.train()
-    assert not isinstance(caught.value, GuardError)
-    mine = sorted(path.name for path in folder.glob("*-rank-0.safetensors"))
-    assert len(mine) == 20 and "step-1-rank-0.safetensors" in mine and "step-106-rank-0.safetensors" in mine
-    assert {path.stem for path in folder.glob("*-rank-0.json")} == {Path(name).stem for name in mine}
-    assert (folder / "step-1-rank-1.safetensors").exists()
-    path = folder / "step-1-rank-0.safetensors"
-    rows = [{"branch": sample.branch, "position": sample.position} for sample in trainer.step.samples]
-    samples, _ = load_rollouts(path, rows)
-    assert [sample.token_ids for sample in samples] == [sample.token_ids for sample in trainer.step.samples]
-    assert load_file(path)["teacher_logps"].isnan().all()
-    assert "gaps" not in load_file(path)  # not there yet
-
-
-def test_rejected_batch_that_cannot_be_kept_hides_no_error(tmp_path, tokenizer):
-    (tmp_path / "rejected").write_text("a file")
-    teachers = {"general": BrokenTeacher(0.5), "domain": make_model(1)}
-    with pytest.raises(GuardError, match=r"log-prob above 0[\s\S]*could not be kept"):
-        make_trainer(tmp_path, tokenizer, teachers=teachers).train()
 
 
 # ---------------------------------------------------------------------------------------------------------- settings

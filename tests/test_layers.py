@@ -30,7 +30,6 @@ UNTESTED = {
     "commands.demo_stages": "the stages of `camopd demo`: test_commands_demo.py",
     "exit_codes": "constants",
     "precision": "shows only under the launchers: test_distributed.py",
-    "rejected": "what guards keep of a step: test_guards.py",
     "token_rules.base": "what every rule must give, with the table of them: test_token_rules.py",
     "version": "one text",
 }
