@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -677,7 +678,12 @@ def test_memory_and_disk_are_compared_with_what_is_there(check, student, monkeyp
         "2 checkpoints of "
     )
     assert check("--save_strategy", "no", teachers=same)[1]["run", "disk"][1].startswith("0 checkpoints of ")
-    monkeypatch.setattr("camopd.commands.check_run._free_memory", lambda: 1000)
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text",
+        lambda path, *args, **more: "MemTotal: 9 kB\nMemAvailable: 1 kB\n" if str(path) == "/proc/meminfo"
+        else read_text(path, *args, **more),
+    )  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     code, table = check(teachers=same, **every)
     assert code == 2

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
@@ -18,13 +17,13 @@ import pytest
 import yaml
 
 from camopd.commands import serve as command
-from camopd.commands.serve import Running, check_ports, find_vllm, gpus_of_machine
+from camopd.commands.serve import check_ports, find_vllm, gpus_of_machine
 from camopd.errors import CaMOPDError
 from camopd.teachers.vllm.plan import VLLM, Server, environment_of, plan_student
 
 
 # Plays `python -m vllm.entrypoints.openai.api_server`: notes how it was started, has an engine in a process of its own
-# that ignores SIGTERM, answers /health, and dies or hangs where the name of its model says so.
+# that ignores SIGTERM, answers /health, and dies, hangs or takes its time where the name of its model says so.
 DUMMY = """
 import json, os, signal, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,9 +44,10 @@ if model == "org/broken":
     sys.exit(7)
 if model == "org/stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+busy = [503] * {"org/slow": 2, "org/never": 10_000}.get(model, 0)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
+        self.send_response(404 if self.path != "/health" else busy.pop() if busy else 200)
         self.end_headers()
     def log_message(self, *args):
         pass
@@ -469,29 +469,36 @@ def test_open_address_without_a_key_gets_a_warning(write, capsys, monkeypatch):
 # --- What runs
 
 
-def test_server_is_up_when_it_answers_200(monkeypatch, capsys):
-    answers = [503, 503, 200]
+def served_until(file, config, port):
+    """Serve in this process until a file is there, and then send it SIGTERM."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(answers.pop(0))
-            self.end_headers()
+    def stop():
+        wait_for(file.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        def log_message(self, *arguments):
-            pass
+    thread = Thread(target=stop)
+    thread.start()
+    command.serve([config, "--port", str(port)])
+    thread.join()
 
+
+def test_server_is_up_when_it_answers_200(write, dummy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "REMINDER_SECONDS", 0.0)
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        Thread(target=http.serve_forever, daemon=True).start()
-        server = Server(["general"], 0, "m", "127.0.0.1", http.server_port)
-        running = Running(server, [], VLLM("python", "0.32.0", cpu=True))
-        assert not command._wait_until_up([running], [signal.SIGTERM])
-        assert command._wait_until_up([running], [])
-        http.shutdown()
-    assert answers == []
+    port, served = free_port(), tmp_path / "out" / "_teachers.json"
+    served_until(served, write({"general": "org/slow"}), port)
     out = capsys.readouterr().out
-    assert "waiting for general/0 (answers 503)" in out
-    assert re.search(rf"general/0 is up after \d+ s: {server.url}", out)
+    waits, up = out.index("waiting for general/0 (answers 503)"), out.index("general/0 is up after")
+    assert waits < up < out.index("all teachers are up") < out.index("stopped.")
+    assert re.search(rf"general/0 is up after \d+ s: http://127.0.0.1:{port}\n", out)
+
+
+def test_wait_for_a_server_is_ended_by_a_signal(write, dummy, tmp_path, capsys):
+    port = free_port()
+    served_until(dummy / str(port), write({"general": "org/never"}), port)
+    out = capsys.readouterr().out
+    assert "is up" not in out and "are up" not in out and out.endswith("stopped.\n")
+    assert not (tmp_path / "out" / "_teachers.json").exists()
+    assert_nothing_stays(read_notes(dummy))
 
 
 @pytest.mark.slow
@@ -618,10 +625,13 @@ def test_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path):
     assert served.read_text() == '{"general": ["http://elsewhere:1"]}'
 
 
-def test_config_may_be_named_with_config():
-    for words in (["run.yaml", "--seed", "3", "--port", "1"], ["--port", "1", "--config", "run.yaml", "--seed", "3"]):
-        options, overrides, flags = command._parse([*words, "--", "--config", "x"])
-        assert (options.config, options.port, overrides, flags) == ("run.yaml", 1, ["--seed", "3"], ["--config", "x"])
+def test_config_may_be_named_with_config(write, capsys):
+    config = write({"general": "org/general"})
+    longer = ["--max_prompt_length", "200"]
+    for words in ([config, *longer, "--port", "1"], ["--port", "1", "--config", config, *longer]):
+        (line,) = printed(capsys, *words, "--", "--config", "x")
+        assert line[line.index("--port") + 1] == "1" and line[line.index("--max-model-len") + 1] == "584"
+        assert line[-2:] == ["--config", "x"]
 
 
 def test_rollout_servers_of_this_machine_are_started_and_all_are_printed(write, capsys):

@@ -53,9 +53,11 @@ def test_table_that_cannot_be_written_is_an_error_on_all_ranks_and_leaves_the_on
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    said = [] if is_first else [(CaMOPDError, "completions_00001.parquet' cannot be written: No space left on device")]
+    said = []  # by the other rank
     table = CompletionsTable(SimpleNamespace(prompts_per_step=4), tokenizer, lambda mine: [*said, *mine], lambda: True)
-    table._new = True
+    table.on_rolled_out([])
+    if not is_first:
+        said = [(CaMOPDError, "completions_00001.parquet' cannot be written: No space left on device")]
     folder = tmp_path / "completions"
     folder.mkdir()
     (folder / "completions_00001.parquet").write_text("whole")

@@ -21,7 +21,7 @@ from trainers import lines, make_args, make_trainer
 
 from camopd import CaMOPDTrainer
 from camopd.errors import CaMOPDError
-from camopd.live_tasks import LiveTasks, _scores, metric_of
+from camopd.live_tasks import LiveTasks, metric_of
 from camopd.signals import RunInterrupted
 from camopd.watchdog import current
 
@@ -57,7 +57,9 @@ def lm_eval_in_small():
     """lm-eval's modules by name, and what they were asked; `right` of it says which rows are right in each evaluation."""
     known = {"sums": Task(), "code": Unsafe(), "loss": Perplexity()}
     right = [set(range(ROWS)), {0, 1, 2}, {2, 3}, set()]
-    found = types.SimpleNamespace(calls=[], penalties=[], detector=types.SimpleNamespace(seed=None), right=right)
+    found = types.SimpleNamespace(
+        calls=[], penalties=[], detector=types.SimpleNamespace(seed=None), right=right, score=float
+    )  # fmt: skip
 
     class TaskManager:
         all_subtasks, all_tasks = list(known), [*known, "many"]
@@ -75,8 +77,9 @@ def lm_eval_in_small():
         found.calls.append((samples, options))
         rows = [(name, row) for name, rows in samples.items() for row in rows]
         each = [
-            {"doc_id": row, "filter": f, "acc": float(row in right), "acc_norm": 9} for f in "ab" for _, row in rows
-        ]
+            {"doc_id": row, "filter": f, "acc": found.score(row in right), "acc_norm": 9}
+            for f in "ab" for _, row in rows
+        ]  # fmt: skip
         return {"samples": {"sums": each}}
 
     modules = {}
@@ -152,11 +155,12 @@ def test_answers_are_drawn_plainly_and_languages_are_told_by_a_seed(tmp_path, to
     assert trainer.model.generation_config.repetition_penalty == 1.3
 
 
-def test_metric_of_all_rows_together_is_none_of_each(tmp_path):
-    sample = {"doc_id": 0, "filter": "a", "acc": (1, 0)}
-    with pytest.raises(CaMOPDError, match=r"eval_tasks: 'cola' has no score of each row.*'acc'.*Leave it out"):
-        _scores("cola", Task(), [sample], [0])
-    assert _scores("sums", Task(), [{**sample, "acc": 1.0}], [0]) == [1.0]
+def test_metric_of_all_rows_together_is_none_of_each(tmp_path, tokenizer, asked):
+    """As lm-eval's cola has pairs, from which it makes one number in the end."""
+    asked.score = lambda right: (1, int(right))
+    trainer = make_trainer(tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["sums"], max_steps=1)
+    with pytest.raises(CaMOPDError, match=r"eval_tasks: 'sums' has no score of each row.*'acc'.*Leave it out"):
+        trainer.tasks.measure(0)
 
 
 def test_rows_are_drawn_once_and_for_all(tmp_path, tokenizer, asked):

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from camopd import logprobs
-from camopd.logprobs import SampledLogps, _head_input, check_logps, completion_logps, completion_top_k, logps_tolerance
+from camopd.logprobs import SampledLogps, check_logps, completion_logps, completion_top_k, logps_tolerance
 
 
 @pytest.mark.parametrize("vocab_chunk", [7, 40, 32768])
@@ -391,11 +391,12 @@ def test_lora_on_the_head_and_prompt_tuning_are_refused():
 
 
 def test_forward_ends_where_the_head_begins():
-    model = make_model(0)
+    model, (ids, start) = make_model(0), (ROWS[0], STARTS[0])
+    logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
     model.lm_head.forward = None  # would be called
-    ids = torch.tensor([ROWS[0]])
-    found = _head_input(model, input_ids=ids, attention_mask=torch.ones_like(ids))
-    torch.testing.assert_close(found, model.model(ids).last_hidden_state)
+    found, _ = completion_logps(model, [ids], [start], 0)
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=LOGP)
     assert not model.lm_head._forward_pre_hooks
 
 

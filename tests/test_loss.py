@@ -1,10 +1,13 @@
 """What stands in place of the sampled gap in Eq. 9: each by hand, and against each other on average over the samples."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from conftest import VOCAB, make_forward, make_model, make_prompts, rounding
+from conftest import VOCAB, make_model, make_prompts, rounding
 from trainers import lines, make_args, make_trainer
 
+from camopd.forward import Forward
 from camopd.loss import Loss
 from camopd.samples import LossTerms, MicroBatch, Sample
 from camopd.teachers.local import LocalTeacher
@@ -19,10 +22,11 @@ GRADIENT = rounding(10)
 def make_loss(tmp_path, student, **settings):
     args = make_args(tmp_path, **settings)
     teachers = {branch: LocalTeacher(make_model(seed), branch, "cpu", 4) for branch, seed in SEEDS.items()}
-    forward = make_forward(student)
-    forward._in_wrapper = lambda function, *inputs, model=None: function(
-        student, *inputs
-    )  # the trainer's takes a model
+
+    def run(function, *inputs, model=None):  # as the trainer's, which takes a model in its wrapper
+        return function(student, *inputs)
+
+    forward = Forward(student, run, student, nullcontext, 2, 0, None, "the model")
     return Loss(args, forward, teachers, rule_of(args))
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -339,8 +340,9 @@ def test_all_servers_gone_saves_a_checkpoint_and_says_so(start, make):
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_server_that_cannot_be_used_is_refused_before_a_model_is_loaded(start, make, monkeypatch):
-    monkeypatch.setattr("camopd.setup._need_student", lambda *_: pytest.fail("loaded"))
+def test_server_that_cannot_be_used_is_refused_before_a_model_is_loaded(start, make, tmp_path):
+    """Of the student, who is not there, nothing is said."""
+    make = partial(make, model=str(tmp_path / "none"))
     server = start(max_model_len=69)
     with pytest.raises(
         RolloutError, match=rf"at {server.url} takes sequences of 69 tokens, .* is 70: .*--max-model-len 70"

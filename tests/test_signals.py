@@ -106,7 +106,7 @@ def strike(place, trainer, step):
             "rollout": (trainer.engine, "samples"),  # the generation under way ends, and its rollouts are not used
             "score": (trainer.scorer, "score"),
             "loss": (trainer, "compute_loss"),
-            "save": (trainer.checkpoints, "_commit"),
+            "save": (trainer, "save_model"),
         }[place])  # fmt: skip
 
 

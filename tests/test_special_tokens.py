@@ -10,7 +10,7 @@ from conftest import make_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, pre_tokenizers
 from trainers import make_trainer
 from transformers import AutoTokenizer
 
@@ -166,12 +166,13 @@ def test_stream_with_special_tokens_is_warned_of_once_for_each_branch(tokenizer,
     assert len(caplog.records) == 2 and "yourself" not in caplog.records[1].getMessage()
 
 
-def test_tokenizer_that_does_not_cut_at_special_tokens_is_refused(tokenizer, monkeypatch):
-    class Prefixed(SpecialTokens):
-        def _join(self, parts):
-            return [1, *super()._join(parts)]
-
-    monkeypatch.setattr("camopd.prompts.SpecialTokens", Prefixed)
+def test_tokenizer_that_does_not_cut_at_special_tokens_is_refused():
+    """One that marks the beginning of a text, and of no piece behind a special token."""
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first", split=False), backend.pre_tokenizer]
+    )
     with pytest.raises(ValueError, match="does not take what stands between special tokens by itself"):
         ids(tokenizer, user("a</s>"))
 

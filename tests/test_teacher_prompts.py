@@ -429,15 +429,16 @@ def test_rows_of_fewer_characters_and_more_tokens_are_refused_beforehand(place):
     rows = [
         {"prompt": "a", "teacher_prompt": text, "row": f"row {at}"} for at, text in enumerate(["a" * 40, "b" * 30])
     ]
-    reader, prompts = readers({"b": None}, limit=44, tokenizer=byte_tokenizer())
+    _, prompts = readers({"b": None}, limit=44, tokenizer=byte_tokenizer())
     prompts.check({"b": rows})
     rows.insert(place, {"prompt": "a", "teacher_prompt": "\u3042" * 15, "row": "the row"})
     with pytest.raises(ValueError, match=r"^the teacher_prompt of the row has 45 tokens, and max_prompt_length is 44"):
         prompts.check({"b": rows})
+    readers({"b": None}, limit=45, tokenizer=byte_tokenizer())[1].check({"b": rows})
+    # Which no row could exceed: the largest alone is encoded, to compare the ends.
+    reader, prompts = readers({"b": None}, limit=100, tokenizer=byte_tokenizer())
     encoded, ids = [], reader.ids
     reader.ids = lambda rows: encoded.extend(row["prompt"] for row in rows) or ids(rows)
-    readers({"b": None}, limit=45, tokenizer=byte_tokenizer())[1].check({"b": rows})
-    prompts._limit = 100  # which no row could exceed: the largest alone is encoded, to compare the ends
     prompts.check({"b": rows})
     assert encoded == ["a", "\u3042" * 15]
 

@@ -4,6 +4,7 @@ A teacher that is another model, or becomes one as the student trains, would be 
 """
 
 import dataclasses
+import types
 import typing
 from contextlib import nullcontext
 
@@ -20,7 +21,6 @@ from trl.trainer.utils import use_adapter
 
 from camopd.forward import Forward, in_length_sorted_batches
 from camopd.logprobs import completion_logps
-from camopd.teachers import adapters
 from camopd.teachers.adapters import AdapterTeacher, check_adapters, keep_start_adapter, trained_base_weights
 from camopd.teachers.local import LocalTeacher
 
@@ -74,12 +74,13 @@ def train(student, steps: int = 3) -> None:
         optimizer.step()
 
 
+LORA_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 ALLOWED_LORA = {
     "exclude_modules": [lora(target_modules="all-linear", exclude_modules=["v_proj"])],
     "lora_dropout": [lora(lora_dropout=0.3)],
     "use_rslora": [lora(use_rslora=True)],
     "modules_to_save": [lora(modules_to_save=[name]) for name in ("embed_tokens", "norm", "lm_head")],
-    "init_lora_weights": [lora(init_lora_weights=init) for init in adapters._LORA_INITS],
+    "init_lora_weights": [lora(init_lora_weights=init) for init in LORA_INITS],
     "layers_to_transform": [lora(layers_to_transform=[1], layers_pattern="layers")],
     "rank_pattern": [lora(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2})],
     "trainable_token_indices": [lora(trainable_token_indices=ids) for ids in ([5, 6], {"lm_head": [5, 6, 7]})],
@@ -101,6 +102,14 @@ TYPE_SETTINGS = {
 NOT_INSTALLED = {"ADAMSS"}  # needs scikit-learn
 
 
+# Those that act outside the backbone, need more than token ids, or could not be tried.
+REFUSED_TYPES = {
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "POLY", "XLORA", "TRAINABLE_TOKENS", "LILY", "SHADOW", "ADAMSS",
+}  # fmt: skip
+TYPES = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - REFUSED_TYPES
+
+
 def of_type(name: str):
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)](**{"target_modules": TARGETS, **TYPE_SETTINGS.get(name, {})})
 
@@ -108,7 +117,7 @@ def of_type(name: str):
 ALLOWED = [
     (f"{name}-{place}", config) for name, configs in ALLOWED_LORA.items() for place, config in enumerate(configs)
 ]
-ALLOWED += [(name, of_type(name)) for name in sorted(adapters._TYPES - {"LORA"})]
+ALLOWED += [(name, of_type(name)) for name in sorted(TYPES - {"LORA"})]
 
 
 # A tied head can only matter to what adapts embeddings or head, which of these LoRA alone does.
@@ -186,22 +195,27 @@ def test_settings_that_are_refused_make_indeed_another_model(config):
         assert (logps(student) - specialised).abs().max() > 0.1
 
 
+def is_refused(config) -> bool:
+    try:
+        check_adapters("student", config, ["adapter_off"])
+    except ValueError:
+        return True
+    return False
+
+
 def test_settings_and_types_of_this_peft_are_all_known():
     """A new version of PEFT may bring settings that change the base: look at them, here and in adapters.py."""
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
     refused = set(REFUSED_LORA) - {"init_lora_weights", "bias"}  # of which some values are allowed
-    assert adapters._LORA_SETTINGS | refused == fields
-    assert not adapters._LORA_SETTINGS & refused
-    assert set(ALLOWED_LORA) <= adapters._LORA_SETTINGS
+    for name in {field.name for field in dataclasses.fields(LoraConfig)} - {"init_lora_weights", "bias", "peft_type"}:
+        config = lora()
+        setattr(config, name, object())  # another value than its default
+        assert is_refused(config) is (name in refused), name
     inits = typing.get_type_hints(LoraConfig)["init_lora_weights"]
     names = {name for option in typing.get_args(inits) for name in typing.get_args(option)}
-    assert names <= {*adapters._LORA_INITS, *REFUSED_LORA["init_lora_weights"], "pissa_niter_[number of iters]"}
-    # Those that act outside the backbone, need more than token ids, or could not be tried.
-    others = {
-        "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
-        "POLY", "XLORA", "TRAINABLE_TOKENS", "LILY", "SHADOW", "ADAMSS",
-    }  # fmt: skip
-    assert adapters._TYPES | others == {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert names <= {*LORA_INITS, *REFUSED_LORA["init_lora_weights"], "pissa_niter_[number of iters]"}
+    for kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        config = LoraConfig() if kind == PeftType.LORA else types.SimpleNamespace(peft_type=kind)
+        assert is_refused(config) is (kind.value in REFUSED_TYPES), kind
 
 
 def test_type_of_adapter_that_is_not_known_is_refused():

@@ -6,6 +6,8 @@ The servers are those of fake_vllm.py.
 import copy
 import json
 import math
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +23,6 @@ from camopd.teachers.check import (
     PROBE_TEXTS,
     Finding,
     Probe,
-    _check_end,
-    _sends_key_in_the_open,
     check_scores,
     check_server,
     initial_kl,
@@ -83,7 +83,11 @@ def test_reachable_names_the_model_and_the_transport_of_every_url(start_server, 
     ],
 )
 def test_key_is_in_the_open_over_http_to_another_machine(url, is_open):
-    assert _sends_key_in_the_open(url) is is_open
+    teacher = SimpleNamespace(
+        name="t", urls=[url], has_key=True, transports={url: "json"}, max_model_len=9, check_context=lambda tokens: None
+    )  # fmt: skip
+    found = [finding.subject for finding in islice(check_server("general", teacher, None, 8), 2)]
+    assert found == ["reachable", "key" if is_open else "context"]
 
 
 def test_key_that_travels_in_the_open_is_a_warning_with_the_urls(server, connect, tokenizer, monkeypatch):
@@ -373,8 +377,11 @@ def test_teacher_that_does_not_end_its_answers_is_a_warning(start_server, connec
 def test_answers_need_to_end_in_half_of_the_cases(tokenizer, ended, level):
     ends, goes_on = torch.tensor([[7, 8], [9, 2]]), torch.tensor([[7, 2], [9, 8]])  # only the last position counts
     tops = [TokenScores(torch.zeros(2), ends if row < ended else goes_on, torch.zeros(2, 2)) for row in range(4)]
-    found = _check_end("general", tokenizer, [2], tops)
-    assert found.level == level
+    probe = SimpleNamespace(token_ids=[[4, 5, 6]] * 4, prompt_lens=[1] * 4, ends=[2])
+    teacher = SimpleNamespace(name="t", score=lambda token_ids, prompt_lens, top_k=0: tops)
+    student = [torch.zeros(2)] * 4
+    (*_, found) = check_scores("general", teacher, tokenizer, len(VOCAB), probe, student, False, likeliest=True)
+    assert (found.subject, found.level) == ("end of sequence", level)
     assert f"after {ended} of 4" in found.text
 
 

@@ -72,8 +72,9 @@ def test_local_teacher_comes_back_to_the_memory_that_it_had(full, teacher_model,
             raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(teacher_model, "to", move)
-    with pytest.raises(torch.OutOfMemoryError if full else ZeroDivisionError), teacher._on_device():
-        raise ZeroDivisionError
+    monkeypatch.setattr(teacher.forward, "probe", lambda: 1 / 0)
+    with pytest.raises(torch.OutOfMemoryError if full else ZeroDivisionError):
+        teacher.score(TOKEN_IDS, PROMPT_LENS)
     assert seen == {"meta"}
     for name, value in teacher_model.state_dict().items():
         assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])

@@ -116,8 +116,9 @@ def test_rank_that_falls_silent_after_the_first_report_is_told_of_at_once_and_on
 
 def test_rank_that_has_left_is_an_alarm_and_silences_no_other(clock):
     store = Store()
-    dogs = [Watchdog(rank, Board(store, rank, 3)) for rank in range(3)]
-    dogs[0]._board.put(watchdog.Phase(watchdog.ENDED, clock.now))
+    boards = [Board(store, rank, 3) for rank in range(3)]
+    dogs = [Watchdog(rank, board) for rank, board in enumerate(boards)]
+    boards[0].put(watchdog.Phase(watchdog.ENDED, clock.now))
 
     def found(what):
         with phase(what):
