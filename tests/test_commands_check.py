@@ -681,7 +681,7 @@ def test_memory_and_disk_are_compared_with_what_is_there(check, student, monkeyp
     read_text = Path.read_text
     monkeypatch.setattr(
         Path, "read_text",
-        lambda path, *args, **more: "MemTotal: 9 kB\nMemAvailable: 1 kB\n" if str(path) == "/proc/meminfo"
+        lambda path, *args, **more: "MemTotal: 9999999999 kB\nMemAvailable: 1 kB\n" if str(path) == "/proc/meminfo"
         else read_text(path, *args, **more),
     )  # fmt: skip
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -44,7 +44,7 @@ if model == "org/broken":
     sys.exit(7)
 if model == "org/stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-busy = [503] * {"org/slow": 2, "org/never": 10_000}.get(model, 0)
+busy = [503] * {"org/slow": 2, "org/late": 40}.get(model, 0)
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(404 if self.path != "/health" else busy.pop() if busy else 200)
@@ -494,7 +494,7 @@ def test_server_is_up_when_it_answers_200(write, dummy, tmp_path, monkeypatch, c
 
 def test_wait_for_a_server_is_ended_by_a_signal(write, dummy, tmp_path, capsys):
     port = free_port()
-    served_until(dummy / str(port), write({"general": "org/never"}), port)
+    served_until(dummy / str(port), write({"general": "org/late"}), port)
     out = capsys.readouterr().out
     assert "is up" not in out and "are up" not in out and out.endswith("stopped.\n")
     assert not (tmp_path / "out" / "_teachers.json").exists()
@@ -628,7 +628,7 @@ def test_teachers_file_of_another_is_left_alone(write, dummy, serve, tmp_path):
 def test_config_may_be_named_with_config(write, capsys):
     config = write({"general": "org/general"})
     longer = ["--max_prompt_length", "200"]
-    for words in ([config, *longer, "--port", "1"], ["--port", "1", "--config", config, *longer]):
+    for words in ([config, *longer, "--port", "1"], ["--port", "1", *longer, "--config", config]):
         (line,) = printed(capsys, *words, "--", "--config", "x")
         assert line[line.index("--port") + 1] == "1" and line[line.index("--max-model-len") + 1] == "584"
         assert line[-2:] == ["--config", "x"]

@@ -1,9 +1,11 @@
 """What the package uses of other libraries beyond their public interface: named in the tables here, and there as they say.
 
-The tables are compared with the code in both directions: a new use is found, and wants a line.
+The tables are compared with the code in both directions: a new use is found, and wants a line. And tests use nothing of the
+package beyond its own public interface.
 """
 
 import ast
+import contextlib
 import inspect
 import sys
 import textwrap
@@ -292,3 +294,80 @@ def test_other_library_has_the_attribute(name):
 def test_transformers_gives_the_loader_s_items_to_the_micro_steps_as_they_come():
     """`get_batch_samples` takes one item per micro-step; `one_item_per_micro_step` makes them so."""
     assert str(signature(DistillationTrainer.get_batch_samples)) == "(self, epoch_iterator, num_batches, device)"
+
+
+# ------------------------------------------------------------------------------------------- what tests use of the package
+
+TESTS = Path(__file__).parent
+# "<file>: <name>" of a private of the package that a test may touch, and why there is no other way.
+TOUCHED: dict[str, str] = {}
+NOT_OURS = {*EXPECTED, *ELSEWHERE, *NAMEDTUPLE}  # whose names the package has only from others
+
+
+def touched_in(code: str) -> list[tuple[int, str]]:
+    """Line and name of each private of the package that a file of tests reads, replaces or overrides; also in the code that
+    it has as a text, for another process. What a class of the tests sets on itself is its own."""
+    tree, found = ast.parse(code), []
+    ours = {name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and from_us(node)
+            for name in (alias.asname or alias.name for alias in node.names)}  # fmt: skip
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and from_us(node):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ClassDef) and any(
+            ast.unparse(base).partition(".")[0] in ours for base in node.bases
+        ):
+            names = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+        elif isinstance(node, ast.Call | ast.Tuple):  # "name" beside what has it, or "dotted.name"
+            parts = node.args if isinstance(node, ast.Call) else node.elts
+            texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            beside = len(texts) < len(parts)
+            names = [word for text in texts if beside or "." in text for word in text.replace(":", ".").split(".")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "import" in node.value:
+            with contextlib.suppress(SyntaxError):
+                found += [(node.lineno, name) for _, name in touched_in(textwrap.dedent(node.value))]
+        found += [(node.lineno, name) for name in names if is_private(name) and name in OF_PACKAGE - NOT_OURS]
+    return found
+
+
+def from_us(node: ast.ImportFrom) -> bool:
+    return (node.module or "").partition(".")[0] == "camopd"
+
+
+def test_tests_touch_no_private_of_the_package():
+    """Behaviour is reached by what is public: an argument, a fake server, the name of a library in a module. Where another
+    file needs a name, it is public."""
+    found = [(path, line, name) for path in sorted({*TESTS.rglob("*.py")} - {Path(__file__)})
+             for line, name in touched_in(path.read_text(encoding="utf-8"))]  # fmt: skip
+    new = [
+        f"{path.relative_to(TESTS)}:{line}: {name}"
+        for path, line, name in found
+        if f"{path.name}: {name}" not in TOUCHED
+    ]
+    assert not new, "\n".join(new)
+    assert TOUCHED.keys() == {f"{path.name}: {name}" for path, _, name in found} and len(TOUCHED) <= 5
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("watchdog._beat_often", ["_beat_often"]),
+        ("super()._beat_often()", ["_beat_often"]),
+        ("self._beat_often()", []),
+        ("from camopd.watchdog import Board, _now", ["_now"]),
+        ("from other import _now", []),
+        ("from camopd import watchdog as w\nclass Dog(w.Watchdog):\n    def _beat_often(self): pass", ["_beat_often"]),
+        ("class Dog:\n    def _beat_often(self): pass", []),
+        ("patch.setattr(dog, '_beat_often', None)", ["_beat_often"]),
+        ("patch.setattr('camopd.watchdog.Watchdog._beat_often', None)", ["_beat_often"]),
+        ("before(*{'place': (dog, '_beat_often')}['place'])", ["_beat_often"]),
+        ("('_beat_often', '_now')", []),
+        ("name.endswith('_now')", []),
+        ("script = 'from camopd.watchdog import _now'", ["_now"]),
+        ("trainer._save_checkpoint", []),  # of transformers
+    ],
+)
+def test_private_that_a_test_touches_is_found(code, names):
+    assert [name for _, name in touched_in(code)] == names
