@@ -103,9 +103,9 @@ def known(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]
     from trainers import make_trainer
 
     class Rollouts(FakeRollouts):
-        def _write(self, body: dict[str, Any]) -> Any:
+        def write(self, body: dict[str, Any]) -> Any:
             started = time.perf_counter()
-            answer = super()._write(body)
+            answer = super().write(body)
             written = len(_tokens_of(answer))
             time.sleep(max(0.0, WRITE * written - (time.perf_counter() - started)))
             return answer
