@@ -17,7 +17,7 @@ from typing import Any
 
 from .measured import lines_of
 from .output_dir import EVAL_TASKS, METRICS
-from .verdict import interval, short, t_quantile
+from .verdict import interval, short, t_quantile, unseen
 
 
 EVAL = "eval.json"  # of `camopd eval`
@@ -104,10 +104,13 @@ def _table_of(tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _score(numbers: Mapping[str, Any] | None) -> str:
-    """Percent with half the 95 % interval, over items."""
+    """Percent with half the 95 % interval, over items; where all are wrong, or all right, with its other end."""
     if not numbers or numbers["mean"] is None:
         return "-"
     error, items = numbers["standard_error"], int(numbers["items"])
+    if error == 0 and numbers["mean"] in (0, 1):
+        end = 100 * unseen(items)
+        return f"100.0 (from {100 - end:.1f})" if numbers["mean"] else f"0.0 (to {end:.1f})"
     half = f" ± {100 * t_quantile(items - 1) * error:.1f}" if error is not None and items > 1 else ""
     return f"{100 * numbers['mean']:.1f}{half}"
 

@@ -110,6 +110,15 @@ def t_quantile(freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
+def unseen(items: int) -> float:
+    """The largest share, at 95 %, of what none of so many items shows (Clopper and Pearson, 1934).
+
+    >>> round(unseen(10), 3), round(unseen(96), 3)
+    (0.308, 0.038)
+    """
+    return float(1 - 0.025 ** (1 / items))
+
+
 def change_of(before: Measured, after: Measured) -> Change:
     """What has changed between two evaluations.
 

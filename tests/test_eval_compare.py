@@ -22,6 +22,16 @@ def found(**models):
 START, GENERAL, RESULT = [0, 0, 0, 1] * 20, [1, 1, 1, 0] * 20, [1, 1, 0, 0] * 20
 
 
+@pytest.mark.parametrize(("count", "end"), [(1, 0.975), (10, 0.3084971), (96, 0.0376961)])
+def test_items_of_which_none_has_changed_bound_the_change(count, end):
+    """scipy.stats.binomtest(0, count).proportion_ci(method="exact").high, scipy 1.17.1."""
+    scores = [1, 0, 0, 0, 0, 0, 0, 0, 0, 0] * 10
+    (row,) = compare([IFEVAL], found(start=scores[:count], result=scores[:count]))
+    change = row["change"]
+    assert (change["value"], change["p"], change["came_back"], change["broke"]) == (0, 1, [], [])
+    assert change["high"] == -change["low"] == pytest.approx(end, abs=1e-6)
+
+
 def test_changes_are_listed_item_by_item():
     (row,) = compare([IFEVAL], found(start=START, general=GENERAL, result=RESULT))
     change = row["change"]

@@ -102,7 +102,7 @@ def test_page_has_benchmarks_where_there_are_some(tmp_path):
     section = section.partition("\n## ")[0]
     assert "## Did it recover?" in top and "## Which of my branches" not in top
     assert f"`{path.parent / 'eval' / 'eval.json'}`. Measured on at most 3 rows of each task." in section
-    assert "| ifeval | 33.3 ± 143.4 | 100.0 ± 0.0 | 33.3 ± 143.4 | 3 | +0.0 (" in section
+    assert "| ifeval | 33.3 ± 143.4 | 100.0 (from 29.2) | 33.3 ± 143.4 | 3 | +0.0 (" in section
     assert "| 1 of 3 | 1 of 3 |" in section and "| qasc | 2 | 0.750 ± " in section
     assert "<td>ifeval</td>" in page and len(said) == 2
     write_report({"one": path, "two": make_run(tmp_path / "two", 20, **GAP)}, tmp_path / "out")

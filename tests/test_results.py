@@ -41,7 +41,8 @@ def test_benchmarks_of_a_run_have_scores_before_and_after_and_what_came_back_and
     # 20 of 80: standard error sqrt(0.25 * 0.75 / 79) = 0.0487, times t of 79 degrees of freedom, 1.990
     assert ifeval[:5] == ["ifeval", "25.0 ± 9.7", "75.0 ± 9.7", "50.0 ± 11.2", "80"]
     assert ifeval[5].startswith("+25.0 (+") and ifeval[6:] == ["40 of 80", "20 of 80"]
-    assert medqa[1:3] == ["100.0 ± 0.0", "0.0"]  # of one item there is no interval
+    # All of 40 right: 0.025 ** (1/40) = 0.912. Of one item no interval is given.
+    assert medqa[1:3] == ["100.0 (from 91.2)", "0.0"]
     assert medqa[4] == "1 to 40" and medqa[6:] == ["0 of 40", "10 of 40"]
 
 

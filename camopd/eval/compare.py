@@ -8,6 +8,7 @@ from operator import mul
 from typing import Any
 
 from ..errors import CaMOPDError
+from ..verdict import unseen
 from .scores import Item
 from .stats import Interval, difference, exact_mcnemar, mean_and_error, share
 from .tasks import Task
@@ -119,7 +120,9 @@ def share_of(shares: Sequence[float | None]) -> float | None:
 def change(before: Sequence[Item], after: Sequence[Item]) -> dict[str, Any]:
     """Mean change with its paired interval, the items that changed, and for scores of 0 and 1 the exact test."""
     old, new = scores(before), scores(after)
-    found: dict[str, Any] = {"items": len(old), **as_json(difference(old, new))}
+    # Resamples of items of which none has changed show no change either.
+    interval = difference(old, new) if old != new else Interval(0.0, -unseen(len(old)), unseen(len(old)))
+    found: dict[str, Any] = {"items": len(old), **as_json(interval)}
     pairs = list(zip(before, after, strict=True))
     found["came_back"] = [brief(*pair) for pair, a, b in zip(pairs, old, new, strict=True) if b > a]
     found["broke"] = [brief(*pair) for pair, a, b in zip(pairs, old, new, strict=True) if b < a]
