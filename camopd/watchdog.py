@@ -37,7 +37,19 @@ class Phase(NamedTuple):
     """What the main thread does, and since when (`time.monotonic`)."""
 
     what: str
-    since: float
+    since: float  # where it had parts, since the last of them ended
+    before: float = 0.0  # seconds that it had lasted until then
+
+    @property
+    def lasts(self) -> float:
+        """Seconds since it began, its parts included."""
+        return self.before + time.monotonic() - self.since
+
+    @property
+    def said(self) -> str:
+        """What is done, and for how long."""
+        part = f", {time.monotonic() - self.since:.0f} s since its last part ended" if self.before else ""
+        return f"{self.what}, for {self.lasts:.0f} s so far{part}"
 
 
 _now = Phase("start", time.monotonic())  # one for a process, as the main thread is
@@ -50,14 +62,17 @@ def current() -> Phase:
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Note what is done inside, and afterwards that what was done before goes on."""
+    """Note what is done inside, and afterwards that what was done before goes on.
+
+    A part of that, whose name begins with the other's and a colon, counts as time of both.
+    """
     global _now
-    before = _now.what
+    outer = _now
     _now = Phase(what, time.monotonic())
     try:
         yield
     finally:
-        _now = Phase(before, time.monotonic())
+        _now = Phase(outer.what, time.monotonic(), outer.lasts if what.startswith(f"{outer.what}:") else 0.0)
 
 
 class Beat(NamedTuple):
@@ -89,7 +104,7 @@ class Board:
         """A sign of life of this rank."""
         self._count += 1
         who = f"rank {self._rank} ({socket.gethostname()}, pid {os.getpid()})"
-        beat = (who, now.what, time.monotonic() - now.since, time.time(), self._count)
+        beat = (who, now.what, now.lasts, time.time(), self._count)
         self._store.set(self._keys[self._rank], json.dumps(beat))
 
     def read(self, before: dict[int, Beat]) -> dict[int, Beat]:
@@ -170,15 +185,14 @@ class Watchdog:
         and once when that begins."""
         now = current()
         told, alarmed = self._told[1:] if self._told[0] == now else (0, False)
-        lasts = time.monotonic() - now.since
-        due = lasts >= report_at(told)
+        due = time.monotonic() - now.since >= report_at(told)
         if not due and (alarmed or not told):
             return "", False
         self._told = (now, told + due, alarmed)
         unanswered = 0.0 if self._board is None else time.monotonic() - self._answered
         if unanswered > SILENCE:  # then nothing is known of the others
             text = (
-                f"{now.what}, for {lasts:.0f} s so far. The store of the process group has not answered for "
+                f"{now.said}. The store of the process group has not answered for "
                 f"{unanswered:.0f} s: the process that has it, rank 0 or the launcher, is stopped or gone"
             )
             self._told = (now, told + due, True)
@@ -194,7 +208,7 @@ class Watchdog:
         if not alarm and (not due or (not told and writes)):
             return "", False
         self._told = (now, told + due, alarmed or alarm)
-        lines = [f"{now.what}, for {lasts:.0f} s so far", *self._of_others(now, others, silent)]
+        lines = [now.said, *self._of_others(now, others, silent)]
         return ". ".join(lines), alarm
 
     def _of_others(self, now: Phase, others: dict[int, Beat], silent: Sequence[int]) -> list[str]:

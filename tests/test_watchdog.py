@@ -66,11 +66,42 @@ def test_phase_is_what_is_done_now_and_ends_with_its_block(clock):
     with phase("outer"):
         clock.now += 5
         with contextlib.suppress(ValueError), phase("inner"):
-            assert current() == ("inner", clock.now)
+            assert current()[:2] == ("inner", clock.now)
             clock.now += 5
             raise ValueError
-        assert current() == ("outer", clock.now)
+        assert current()[:2] == ("outer", clock.now)
     assert current().what == before
+
+
+def test_phase_with_parts_is_told_from_its_own_beginning(clock):
+    """An evaluation asks a teacher after each batch."""
+    store = Store()
+    dogs = [Watchdog(rank, Board(store, rank, 2)) for rank in range(2)]
+    with phase("training"):
+        clock.now += 500  # of another phase
+        with phase("evaluation"):
+            for _ in range(2):
+                clock.now += 50
+                with phase("evaluation: teacher 'general'"):
+                    clock.now += 5
+            assert dogs[0].report() == ("", False)
+            for _ in range(7):
+                clock.now += 10
+                dogs[1].beat()
+            with phase("evaluation: teacher 'domain'"):
+                clock.now += 61
+                dogs[0].beat()
+                text = dogs[0].report()[0]
+                assert text.startswith("evaluation: teacher 'domain', for 61 s so far. rank 1 (")
+                assert text.endswith("is in evaluation, for 180 s")
+            clock.now += 61
+            dogs[1].beat()
+            dogs[0].beat()
+            assert dogs[0].report()[0] == "evaluation, for 302 s so far, 61 s since its last part ended"
+        clock.now += 61
+        dogs[1].beat()
+        dogs[0].beat()
+        assert dogs[0].report()[0] == "training, for 61 s so far"
 
 
 @pytest.mark.parametrize("seconds_per_look", [1, 7])
