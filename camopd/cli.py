@@ -96,9 +96,11 @@ def _run(command: str, argv: list[str]) -> None:
 
         arguments = config_and_overrides(f"camopd {command}", argv)  # before torch: --help is quick, and so are errors
         settings = early.check_early(*arguments, training=command == "train")
+        served = {**settings, "teachers": teachers_of(settings)}
         if command == "train":
-            surroundings.check_folder({**settings, "teachers": teachers_of(settings)})
+            surroundings.check_folder(served)
         surroundings.check_machine(settings)
+        surroundings.check_hub(served)
         if command == "train":
             surroundings.check_push(settings)
     if command == "demo":  # read when the libraries are imported: the demo fetches nothing and reports to nobody

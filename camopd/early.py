@@ -14,7 +14,7 @@ from .ranges import check_written
 from .run import check_names, named_teachers, read_settings
 from .schedule import Schedule, mapping_form
 from .settings import default_of, keys_of, types, values_of
-from .teachers.address import names_missing_folder, without_secrets
+from .teachers.address import base_of, did_you_mean, has_adapter, names_missing_model, without_secrets
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")  # of TRL's ModelConfig
@@ -42,11 +42,8 @@ def check_early(config: str, overrides: list[str], training: bool = False) -> di
     model = settings.get("model_name_or_path")
     if not model:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
-    if isinstance(model, str) and names_missing_folder(model):
-        raise ValueError(
-            f"the student {model!r} cannot be loaded: model_name_or_path names no path on this machine. Fix the path, or "
-            "give a model id of the Hub, owner/name without ./ or ~ before it."
-        )
+    if isinstance(model, str):
+        _need_model(model)
     schedule = _schedule(settings)
     if training or "teachers" in settings:
         teachers = named_teachers(settings)
@@ -62,6 +59,24 @@ def check_early(config: str, overrides: list[str], training: bool = False) -> di
             if name == "prompts" or branch in (given or {}):
                 raise ValueError(text)
     return settings
+
+
+def _need_model(student: str) -> None:
+    """Raise `ValueError` where the student, or the model under its adapter, is named by a path that leads nowhere."""
+    if names_missing_model(student):
+        raise ValueError(
+            f"the student {student!r} cannot be loaded: model_name_or_path names no path on this machine."
+            f"{did_you_mean(student)} Fix the path, or give a model id of the Hub, owner/name without ./ or ~ before it."
+        )
+    if not has_adapter(student):
+        return
+    base = base_of(student)
+    if names_missing_model(base):
+        raise ValueError(
+            f"the student {student!r} is an adapter for {base!r}, and there is no such path on this machine."
+            f"{did_you_mean(base)} Correct base_model_name_or_path in its adapter_config.json, or start from the folder in "
+            "which it was trained."
+        )
 
 
 def _check_values(settings: dict[str, Any]) -> None:

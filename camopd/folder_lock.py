@@ -87,7 +87,7 @@ class FolderLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise self._in_use(_read(descriptor)) from None
+            raise _in_use(self._folder, _read(descriptor)) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
@@ -99,7 +99,7 @@ class FolderLock:
         holder = _read(descriptor)
         if holder:
             if self._is_there(holder, descriptor, has_flock):
-                raise self._in_use(holder)
+                raise _in_use(self._folder, holder)
             logger.warning("%s: the run of %s is gone, and its lock is taken over", self._folder, _who(holder))
         mine = {
             "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -136,11 +136,31 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 os.utime(descriptor)
 
-    def _in_use(self, holder: dict[str, Any]) -> CaMOPDError:
-        return CaMOPDError(
-            f"{str(self._folder)!r} is in use: a run trains in it, {_who(holder)}. Two runs in one folder would overwrite "
-            "each other's checkpoints. Stop that one, wait for it, or give this one another output_dir."
-        )
+
+def need_free(folder: Path) -> None:
+    """Raise `CaMOPDError` where the kernel says that a run trains in a folder.
+
+    Nothing is left there, and nobody is waited for: of a file system without locks `FolderLock.take` finds out more.
+    """
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:  # no run has been here
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look do not see each other
+    except (BlockingIOError, PermissionError):
+        raise _in_use(folder, _read(descriptor)) from None
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(folder: Path, holder: dict[str, Any]) -> CaMOPDError:
+    return CaMOPDError(
+        f"{str(folder)!r} is in use: a run trains in it, {_who(holder)}. Two runs in one folder would overwrite "
+        "each other's checkpoints. Stop that one, wait for it, or give this one another output_dir."
+    )
 
 
 def _read(descriptor: int) -> dict[str, Any]:

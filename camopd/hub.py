@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import ResumeError
 from .manifest import CHECKPOINT
+from .teachers.address import names_missing_model
 from .watchdog import PUSH, phase
 
 
@@ -28,7 +29,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def need_weights(model: str) -> None:
-    """Raise `OSError` for a folder in which no file is of weights; transformers does not name it until it loads them."""
+    """Raise `OSError` for a path that leads nowhere, for which the Hub need not be asked, and for a folder without weights,
+    which transformers does not name until it loads it."""
+    if names_missing_model(model):
+        raise OSError("there is no such path on this machine.")
     if os.path.isdir(model) and not any(
         file.suffix in (".safetensors", ".bin", ".gguf") for file in Path(model).rglob("*")
     ):

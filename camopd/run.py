@@ -21,7 +21,14 @@ import yaml
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
 from .settings import OLD_NAMES, declared, list_of_settings
-from .teachers.address import OWN_TEACHERS, is_server, names_missing_folder, refuse_secrets, without_secrets
+from .teachers.address import (
+    OWN_TEACHERS,
+    did_you_mean,
+    is_server,
+    names_missing_model,
+    refuse_secrets,
+    without_secrets,
+)
 
 
 if TYPE_CHECKING:
@@ -355,10 +362,11 @@ def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
             )
         if isinstance(teacher, str) and not is_server(teacher):
             refuse_secrets(branch, teacher)
-        if isinstance(teacher, str) and names_missing_folder(teacher):
+        if isinstance(teacher, str) and teacher not in OWN_TEACHERS and names_missing_model(teacher):
             raise ValueError(
-                f"the teacher of branch {branch!r} is named as {teacher!r}, but there is no such path on this machine. "
-                "Fix the path, or give a model id of the Hub, owner/name without ./ or ~ before it."
+                f"the teacher of branch {branch!r} is named as {teacher!r}, but there is no such path on this machine."
+                f"{did_you_mean(teacher)} Fix the path, or give a model id of the Hub, owner/name without ./ or ~ before "
+                "it."
             )
     return teachers
 

@@ -42,7 +42,7 @@ from .step import StepEnd, label
 from .surroundings import need_context
 from .teacher_prompts import TeacherPrompts, contexts_of
 from .teachers.adapters import OWN, check_adapters, keep_start_adapter, load_adapter_student
-from .teachers.address import OWN_TEACHERS, has_adapter, without_secrets
+from .teachers.address import OWN_TEACHERS, did_you_mean, has_adapter, without_secrets
 from .teachers.base import Teacher
 from .teachers.local import LocalTeacher, context_length, shares_weights
 from .teachers.resolve import resolve_teachers
@@ -161,8 +161,8 @@ def _need_student(model: str, args: CaMOPDConfig) -> None:
         AutoConfig.from_pretrained(model, **{name: init_kwargs[name] for name in where if name in init_kwargs})
     except OSError as error:
         raise ValueError(
-            f"the student {model!r} cannot be loaded: {error}\nGive model_name_or_path the folder of a model or its id on "
-            "the Hub, and for a private or gated one set HF_TOKEN or run `hf auth login`."
+            f"the student {model!r} cannot be loaded: {error}{did_you_mean(model)}\nGive model_name_or_path the folder of "
+            "a model or its id on the Hub, and for a private or gated one set HF_TOKEN or run `hf auth login`."
         ) from error
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from .files import COMPRESSED, file_type, no_column, specification
+from .folder_lock import need_free
 from .output_dir import need_same_run_as, need_unused
 from .schedule import by_step
 from .settings import default_of
-from .teachers.address import is_server
+from .teachers.address import OWN_TEACHERS, base_of, did_you_mean, in_cache, is_server
 
 
 READ = 10 * 2**20  # characters of a JSONL file, from which `datasets` takes the columns of all of it
@@ -26,11 +27,13 @@ DEVICES = ("nvidia[0-9]*", "kfd", "dxg", "accel*", "davinci[0-9]*", "dri/renderD
 
 
 def check_folder(settings: Mapping[str, Any]) -> None:
-    """Raise `CaMOPDError` where the output_dir, or the checkpoint to go on from, is not one that this run can have.
+    """Raise `CaMOPDError` where a run trains in the output_dir, or this run can have neither that nor its checkpoint.
 
     The teachers in `settings` are those of [`camopd.run.teachers_of`]: of one that is served, the name is not known yet.
     """
     output_dir, given = folder_of(settings), settings.get("resume_from_checkpoint")
+    if os.environ.get("RANK", "0") == "0":  # the one that takes the lock
+        need_free(Path(output_dir))
     if given in (None, False, "false"):
         need_unused(Path(output_dir), settings.get("overwrite_output_dir") is True)
         return
@@ -122,10 +125,8 @@ def _config_of(model: str, revision: Any) -> dict[str, Any]:
             return _config_of(str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]), None)
         path: Any = folder / "config.json"
         if model and not path.is_file() and not folder.exists():
-            from huggingface_hub import try_to_load_from_cache
-
-            path = try_to_load_from_cache(model, "config.json", revision=revision)
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, (str, Path)) else {}
+            path = in_cache(model, revision)
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError, LookupError, RecursionError):  # of which transformers says more
         return {}
     return found if isinstance(found, dict) else {}
@@ -192,6 +193,36 @@ def _check_vllm(settings: Mapping[str, Any]) -> None:
 def _is_cpu_build() -> bool:
     names = set(metadata.packages_distributions().get("vllm", ()))
     return any("cpu" in f"{name} {metadata.version(name)}" for name in names)
+
+
+def check_hub(settings: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a model has to come from the Hub, which cannot be reached: its client tries for minutes.
+
+    The teachers in `settings` are those of [`camopd.run.teachers_of`].
+    """
+    import httpx
+    from huggingface_hub import constants
+
+    student = str(settings.get("model_name_or_path") or "")
+    teachers = {f"the teacher of branch {branch!r}": name for branch, name in (settings.get("teachers") or {}).items()}
+    kwargs = [settings.get(name) or {} for name in ("model_init_kwargs", "teacher_model_init_kwargs")]
+    if constants.HF_HUB_OFFLINE or any("cache_dir" in each for each in kwargs) or os.environ.get("RANK", "0") != "0":
+        return
+    revision = settings.get("model_revision")
+    for whose, name in {"the student": base_of(student), **teachers}.items():
+        if not isinstance(name, str) or name in OWN_TEACHERS or is_server(name) or Path(name).expanduser().exists():
+            continue
+        if in_cache(name, revision if whose == "the student" else None):
+            continue
+        try:
+            httpx.head(constants.ENDPOINT, timeout=5.0)
+            return
+        except httpx.TransportError as error:
+            raise ValueError(
+                f"{whose}, {name!r}, is no path on this machine, and {constants.ENDPOINT}, from where it would be fetched, "
+                f"cannot be reached ({type(error).__name__}).{did_you_mean(name)} Fix the path, or check network, proxy "
+                f"and HF_ENDPOINT; or fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and name its folder."
+            ) from None
 
 
 def check_push(settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import camopd
 from camopd import cli
 from camopd.commands.ctrl_c import STOPPED
+from camopd.folder_lock import FolderLock
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -77,6 +78,11 @@ MISTAKES = {
     "a key misspelt": ("--learning_rte 1", "'learning_rte' .* Did you mean 'learning_rate'"),
     "a branch misspelt": ("--prompts {generl:p.jsonl,domain:p.jsonl}", "'general', but .*'generl'.* Add prompts.g"),
     "a teacher's path": ("--teachers {general:./gone,domain:a/b}", "'general' .* './gone'.* without ./"),
+    "a teacher misspelt": ("--teachers {general:studnt,domain:a/b}", "'general' .* 'studnt'.* Did you mean 'student'"),
+    "the student misspelt": ("--model_name_or_path studnt", "'studnt' cannot be loaded: .* Did you mean 'student'"),
+    "the student misspelt, checked": ("check run.yaml --model_name_or_path ./studnt", "Did you mean 'student'"),
+    "the adapter's model": ("--model_name_or_path adapter", "an adapter for 'studnt', .* Did you mean 'student'"),
+    "a model measured": ("gaps studnt --config run.yaml", "'studnt' cannot be measured: .* Did you mean 'student'"),
     "the student's path": ("--model_name_or_path ./gone", "model_name_or_path names no path"),
     "no column": ("--prompts {general:q.jsonl,domain:p.jsonl}", "columns .'question'.*path: q.jsonl, column"),
     "no column, checked": ("check run.yaml --prompts {general:q.jsonl,domain:p.jsonl}", "columns .'question'"),
@@ -94,6 +100,7 @@ MISTAKES = {
     "report of nothing": ("report empty", "no metrics.jsonl, which training writes"),
     "report of what is above": ("report .", "Below it there are runs: used"),
     "a used folder": ("--output_dir used", "--resume auto.*another output_dir.*overwrite.*'org/start', 4 steps"),
+    "a folder in use": ("--output_dir busy", "'busy' is in use: a run trains in it, process .* another output_dir"),
     "a tab": ("train tab.yaml", "tab.yaml\", line 2, column 1.*Indent with spaces"),
     "a push without a token": ("--push_to_hub true", "push_to_hub=True, and HF_HUB_OFFLINE is set"),
 }  # fmt: skip
@@ -117,7 +124,7 @@ print(json.dumps([found, list(sys.modules)]))
 def mistakes(tmp_path_factory):
     """Each mistake's exit code and what was said, all of one process; and the modules it has in the end."""
     folder = tmp_path_factory.mktemp("mistakes")
-    for name in ("student", "empty", "used/checkpoint-4"):
+    for name in ("student", "adapter", "empty", "used/checkpoint-4"):
         (folder / name).mkdir(parents=True)
     for name, text in {
         "run.yaml": "model_name_or_path: student\nprompts: {general: p.jsonl, domain: p.jsonl}\nteachers: {general: a/b, "
@@ -125,6 +132,7 @@ def mistakes(tmp_path_factory):
         "p.jsonl": '{"prompt": "x"}\n',
         "q.jsonl": '{"question": "x"}\n',
         "tab.yaml": "prompts:\n\tgeneral: x\n",
+        "adapter/adapter_config.json": '{"base_model_name_or_path": "studnt"}',
         "student/config.json": '{"max_position_embeddings": 64}',
         "used/metrics.jsonl": '{"step": 4}\n',
         "used/checkpoint-4/camopd.json": '{"schedule": "a", "student": {"name": "org/start"}}',
@@ -136,10 +144,13 @@ def mistakes(tmp_path_factory):
     for name, (line, _) in MISTAKES.items():
         line = f"train run.yaml {line}" if line.startswith("--") else line
         words[name] = [re.sub(r"(?<=[{,:])([\w./]+)", r'"\1"', word) for word in line.split()]
+    busy = FolderLock(folder / "busy")
+    busy.take()
     done = subprocess.run(
         [sys.executable, "-c", TRY], input=json.dumps(words), capture_output=True, text=True, check=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(camopd.__file__).parents[1])},
     )  # fmt: skip
+    busy.release()
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -17,7 +17,7 @@ import pytest
 import camopd
 from camopd import folder_lock
 from camopd.errors import CaMOPDError
-from camopd.folder_lock import LOCK_FILE, FolderLock
+from camopd.folder_lock import LOCK_FILE, FolderLock, need_free
 
 
 HOLDER = """
@@ -110,6 +110,22 @@ def test_lock_that_is_held_in_the_same_process_is_refused(tmp_path):
     first.release()
     second.take()
     second.release()
+
+
+def test_look_at_a_lock_refuses_one_that_is_held_and_leaves_nothing(tmp_path):
+    need_free(tmp_path / "new")
+    need_free(tmp_path)
+    assert not any(tmp_path.iterdir())
+    lock = FolderLock(tmp_path)
+    lock.take()
+    with pytest.raises(CaMOPDError, match=rf"is in use: a run trains in it, process {os.getpid()} on .* since 20"):
+        need_free(tmp_path)
+    lock.release()
+    need_free(tmp_path)
+    (tmp_path / LOCK_FILE).write_text('{"pid": 1, "host": "another"}')  # a run that was killed; `take` looks longer
+    need_free(tmp_path)
+    lock.take()
+    lock.release()
 
 
 @pytest.mark.parametrize("worker", [False, True])

@@ -17,7 +17,7 @@ from transformers.utils import PushInProgress
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import ResumeError, TeacherError
-from camopd.hub import check_trusted, public_name
+from camopd.hub import check_trusted, need_weights, public_name
 from camopd.output_dir import EVAL_TASKS
 from camopd.teachers.local import LocalTeacher
 
@@ -259,3 +259,15 @@ def test_checkpoint_of_another_folder_is_not_unpickled_unless_it_is_trusted(tmp_
             ResumeError, match=r"is not in this run's output_dir .*run any code.*set trust_checkpoint=True"
         ):
             check_trusted(foreign, out, unpickles=True, trusted=False)
+
+
+def test_path_that_leads_nowhere_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    for name in ("studnt", "./gone"):
+        with pytest.raises(OSError, match="there is no such path on this machine"):
+            need_weights(name)
+    need_weights("org/model")
+    with pytest.raises(OSError, match="its folder has no weights"):
+        need_weights("student")

@@ -13,7 +13,15 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig
 from transformers.models.gemma3 import Gemma3Config
 
 from camopd import surroundings
-from camopd.surroundings import check_folder, check_machine, check_push, columns_of, need_column, need_context
+from camopd.surroundings import (
+    check_folder,
+    check_hub,
+    check_machine,
+    check_push,
+    columns_of,
+    need_column,
+    need_context,
+)
 from camopd.teachers.local import context_length
 
 
@@ -207,3 +215,26 @@ def test_push_without_a_hub_or_a_token_is_refused_before_training(answer, monkey
     check_push({})
     monkeypatch.setenv("RANK", "1")
     check_push(push)  # said once
+
+
+def test_model_that_no_hub_can_send_is_refused_within_seconds(answer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "student").mkdir(parents=True)
+    (tmp_path / "models" / "student" / "config.json").write_text("{}")
+    here, away = "models/student", "modles/student"
+    teachers = {"general": "http://localhost:1", "domain": "adapter_off"}
+    check_hub({"model_name_or_path": away, "teachers": teachers})  # the Hub answers, and says later what it has not
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    check_hub({"model_name_or_path": here, "teachers": teachers})
+    with pytest.raises(ValueError, match=r"the student, 'modles/student', is no path on this machine, and http://127.0.0.1:9"
+                       r", .* cannot be reached \(ConnectError\)\. Did you mean 'models/student'\?"):  # fmt: skip
+        check_hub({"model_name_or_path": away, "teachers": teachers})
+    with pytest.raises(ValueError, match=r"the teacher of branch 'domain', 'org/x', .*hf download org/x --local-dir"):
+        check_hub({"model_name_or_path": here, "teachers": {**teachers, "domain": "org/x"}})
+    for more in ({"model_init_kwargs": {"cache_dir": "c"}}, {"teachers": None, "model_name_or_path": here}):
+        check_hub({"model_name_or_path": away, "teachers": teachers, **more})
+    monkeypatch.setattr(surroundings, "in_cache", lambda *_: "config.json")
+    check_hub({"model_name_or_path": away, "teachers": teachers})
+    monkeypatch.setattr(surroundings, "in_cache", lambda *_: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # its client says so at once
+    check_hub({"model_name_or_path": away, "teachers": teachers})

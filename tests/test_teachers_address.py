@@ -11,12 +11,16 @@ from trainers import make_trainer
 from camopd.method_rules import check_values
 from camopd.run import PromptArguments, named_teachers, read_settings
 from camopd.teachers.address import (
+    base_of,
+    did_you_mean,
     has_adapter,
     is_loopback,
     is_server,
     key_variables,
     name_to_show,
     names_missing_folder,
+    names_missing_model,
+    near_model,
     public_url,
     refuse_secrets,
     same_model,
@@ -74,6 +78,51 @@ def test_folder_that_is_missing_is_told_from_a_model_of_the_hub(tmp_path, monkey
         assert names_missing_folder(name), name
     for name in ("runs/model", "./runs/model", str(tmp_path), "org/model", "gpt2"):
         assert not names_missing_folder(name), name
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A working directory with models, and with folders that have none."""
+    for name in ("specialised", "models/general", "gpt2-mine", "Qwen-local/Qwen3-0.6B"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "~/specialised"}')
+    (tmp_path / "prompts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("specialized", "specialised"), ("./specialized", "specialised"), ("adaptr", "adapter"), ("specialised", None),
+        ("models/genral", "models/general"), ("modles/general", "models/general"), ("modls/genral", "models/general"),
+        ("prompt", None), ("promtps/x", None), ("gpt2", None), ("Qwen/Qwen3-0.6B", None), ("adapter_off", None),
+        ("", None), ("/no/such/folder", None), ("..", None), ("../specialized", None), ("models", None),
+    ],
+)  # fmt: skip
+def test_near_model_is_a_folder_with_a_model_beside_the_name(folders, name, near):
+    assert near_model(name) == near
+    assert did_you_mean(name) == (f" Did you mean {near!r}?" if near else "")
+
+
+def test_near_model_is_found_by_an_absolute_path(folders):
+    assert near_model(str(folders / "specialized")) == str(folders / "specialised")
+
+
+def test_single_word_with_a_like_beside_it_is_a_path_and_a_model_of_the_hub_is_not(folders, monkeypatch, tmp_path):
+    assert names_missing_model("specialized") and names_missing_model("./x") and names_missing_model("models/x")
+    for name in ("specialised", "gpt2", "Qwen/Qwen3-0.6B", "modles/general", "something"):
+        assert not names_missing_model(name), name
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    assert not names_missing_model("specialized")  # a model of that name has been fetched before
+
+
+def test_base_of_an_adapter_is_the_model_under_it(folders, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert base_of("adapter") == "/home/me/specialised"
+    assert base_of("specialised") == "specialised" and base_of("org/model") == "org/model"
 
 
 def test_adapter_is_known_by_its_config(tmp_path):

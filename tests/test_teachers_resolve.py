@@ -172,6 +172,15 @@ def test_teacher_with_a_smaller_vocabulary_is_refused(resolve, model_factory, to
             resolve({"domain": spec})
 
 
+def test_misspelt_folder_of_a_teacher_is_named_and_not_asked_of_the_hub(resolve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "general").mkdir()
+    (tmp_path / "general" / "config.json").write_text("{}")
+    said = r"'genral', cannot be loaded \(did you mean 'general'\?\): there is no such path on this machine"
+    with pytest.raises(ValueError, match=said):
+        resolve({"domain": "genral"})
+
+
 def test_student_with_a_padded_vocabulary_needs_a_teacher_that_knows_it(resolve, model_factory, teacher_model):
     """It can draw the rows that no tokenizer uses, and a teacher without them would end in an IndexError."""
     padded = model_factory(0, vocab_size=64)

@@ -14,7 +14,7 @@ from ..prompts import PromptReader, rows_to_check
 from ..run import need_prompts, parse, read_settings, teachers_of, where_from
 from ..schedule import Schedule
 from ..teacher_prompts import TeacherPrompts
-from ..teachers.address import OWN_TEACHERS, has_adapter
+from ..teachers.address import OWN_TEACHERS, did_you_mean, has_adapter
 from ..teachers.check import (
     PROBE_CONVERSATIONS,
     Finding,
@@ -142,7 +142,7 @@ def _tokenizer_of(student: str, source: dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(student, **source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the student {student!r} cannot be loaded: {error}") from error
+        raise ValueError(f"the student {student!r} cannot be loaded: {error}{did_you_mean(student)}") from error
     need_end(tokenizer)
     return tokenizer
 

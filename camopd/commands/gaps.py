@@ -18,9 +18,17 @@ from ..early import check_early
 from ..errors import CaMOPDError
 from ..folder_lock import LOCK_FILE, FolderLock
 from ..measured import HELD_OUT, lines_of, of_lines
-from ..run import named_teachers
-from ..surroundings import check_machine
-from ..teachers.address import OWN_TEACHERS, has_adapter, names_missing_folder, same_model, without_secrets
+from ..run import named_teachers, teachers_of
+from ..surroundings import check_hub, check_machine
+from ..teachers.address import (
+    OWN_TEACHERS,
+    base_of,
+    did_you_mean,
+    has_adapter,
+    names_missing_model,
+    same_model,
+    without_secrets,
+)
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
 from .train import make_trainer
 
@@ -41,6 +49,7 @@ def gaps(argv: list[str]) -> None:
     settings = check_early(options.config, overrides)
     check_machine(settings)
     _check(options.model, settings)
+    check_hub({**settings, "model_name_or_path": options.model, "teachers": teachers_of(settings)})
     overrides += _without_adapter(options.model, settings)
     run = Path(str(settings.get("output_dir") or "trainer_output"))
     with _place(settings, run, options.model, overrides) as folder:
@@ -68,10 +77,10 @@ def gaps(argv: list[str]) -> None:
 
 
 def _check(model: str, settings: dict[str, Any]) -> None:
-    if names_missing_folder(model):
+    if names_missing_model(model):
         raise ValueError(
-            f"the model {model!r} cannot be measured: there is no such path on this machine. Fix the path, or give a "
-            "model id of the Hub."
+            f"the model {model!r} cannot be measured: there is no such path on this machine.{did_you_mean(model)} Fix the "
+            "path, or give a model id of the Hub, owner/name."
         )
     for branch, teacher in named_teachers(settings).items():
         if teacher in ("adapter_start", "self"):
@@ -130,25 +139,17 @@ def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
 
     Raises `ValueError` for an adapter on another model than that teacher.
     """
-    teachers, base = named_teachers(dict(settings)), _base_of(str(settings.get("model_name_or_path")))
-    if "adapter_off" not in teachers.values() or (has_adapter(model) and same_model(_base_of(model), base)):
+    teachers, base = named_teachers(dict(settings)), base_of(str(settings.get("model_name_or_path")))
+    if "adapter_off" not in teachers.values() or (has_adapter(model) and same_model(base_of(model), base)):
         return []
     named = {branch: base if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
     words = ["--teachers", json.dumps(named)]
     if has_adapter(model):
         raise ValueError(
-            f"the adapter {model!r} is on {_base_of(model)!r}, and the run's teacher 'adapter_off' is {base!r}: without "
+            f"the adapter {model!r} is on {base_of(model)!r}, and the run's teacher 'adapter_off' is {base!r}: without "
             f"its adapter the model is another teacher than that. Name the run's: {without_secrets(shlex.join(words))}"
         )
     return words
-
-
-def _base_of(model: str) -> str:
-    """The model under a saved adapter, or the model itself. A path as it is on this machine."""
-    if has_adapter(model):
-        config = json.loads((Path(model).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
-        model = str(config.get("base_model_name_or_path"))
-    return os.path.expanduser(model)
 
 
 def measure(trainer: Any) -> dict[str, dict[str, Any]]:

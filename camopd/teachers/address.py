@@ -1,9 +1,15 @@
-"""URLs and keys of teachers on servers. Imports nothing heavy: `camopd serve` needs no torch."""
+"""What the name of a model or teacher stands for: URLs and keys of servers, folders, models of the Hub.
+
+Imports nothing heavy: `camopd serve` needs no torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import ipaddress
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,7 @@ OWN_TEACHERS = {
     "adapter_start": "the student with its adapter as it was before training",
     "self": "the student itself, after its teacher_prompt",
 }
+NEAR = 0.8  # similarity, of 1, from which a name is taken for a misspelt one
 
 
 def is_server(spec: Any) -> bool:
@@ -77,9 +84,73 @@ def names_missing_folder(name: str) -> bool:
     return is_path and not path.exists()
 
 
+def names_missing_model(name: str) -> bool:
+    """Whether a model's name is a path that leads nowhere, or a single word beside whose like there is a model's folder.
+
+    A single word can be a model of the Hub, too, but there every one has an owner before its name.
+    """
+    path = Path(name).expanduser()
+    misspelt = len(path.parts) == 1 and not path.exists() and near_model(name) is not None and not in_cache(name)
+    return misspelt or names_missing_folder(name)
+
+
+def near_model(name: str) -> str | None:
+    """The folder of a model or an adapter whose path is near to a name that leads nowhere, or `None`."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return None
+    found = Path()
+    for place, part in enumerate(path.parts):
+        last = place == len(path.parts) - 1
+        if not last and (found / part).is_dir():
+            found /= part
+            continue
+        try:
+            names = [each.name for each in found.iterdir()]
+        except OSError:
+            return None
+        near = difflib.get_close_matches(part, names, cutoff=NEAR)
+        fits = [found / each for each in near if (_is_model(found / each) if last else (found / each).is_dir())]
+        if not fits:
+            return None
+        found = fits[0]
+    return str(found)
+
+
+def did_you_mean(name: str) -> str:
+    """A sentence that names the folder that a name which leads nowhere may have been meant to be, or nothing."""
+    near = near_model(name)
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def in_cache(model: str, revision: str | None = None) -> str | None:
+    """The config.json of a model of the Hub that has been fetched before, or `None`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # of a name that no model can have
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+        return found if isinstance(found, str) else None
+    return None
+
+
 def has_adapter(model: str) -> bool:
     """Whether a path is that of a saved PEFT adapter, which names its base model itself."""
     return (Path(model).expanduser() / "adapter_config.json").is_file()
+
+
+def base_of(model: str) -> str:
+    """The model under a saved adapter, or the model itself. A path as it is on this machine.
+
+    Raises `ValueError` for an adapter_config.json that is not JSON.
+    """
+    if has_adapter(model):
+        config = json.loads((Path(model).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        model = str(config.get("base_model_name_or_path"))
+    return os.path.expanduser(model)
 
 
 def is_loopback(host: str) -> bool:

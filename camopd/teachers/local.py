@@ -15,7 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..divergence import Outputs
 from ..forward import Forward
-from .address import refuse_secrets
+from .address import names_missing_model, near_model, refuse_secrets
 from .base import TokenScores
 
 
@@ -112,6 +112,8 @@ def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) 
     # Under FSDP it would load weights on the first rank alone, for FSDP to hand them on, which shards no teacher.
     efficient = os.environ.pop(_FSDP_LOADS_ONCE, None)
     try:
+        if names_missing_model(model_id):  # before the Hub is asked for it
+            raise OSError("there is no such path on this machine.")
         return create_model_from_path(model_id, **{"device_map": None, **init_kwargs})
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -140,6 +142,9 @@ def guess_meaning(model_id: str) -> str:
         return " (did you mean 'adapter_off'?)"
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", model_id):
         return f" (did you mean 'http://{model_id}'?)"
+    near = near_model(model_id)
+    if near:
+        return f" (did you mean {near!r}?)"
     if model_id.startswith((".", "/", "~")):
         return " (there is no such folder with a model)"
     return ""
