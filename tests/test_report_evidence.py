@@ -41,7 +41,10 @@ def test_evidence_in_words(monkeypatch):
     })  # fmt: skip
     assert evidence.worth("Counteraction") == "one: -0.50 with recovery"
     assert evidence.worth("Imbalance") == "nothing" and evidence.worth("Time and padding") == "not tried"
-    text = evidence.in_short()
+    text = evidence.in_short({"Counteraction", "Imbalance", "Time and padding"})
     assert "There the numbers of counteraction said something of it." in text
     assert "Imbalance said nothing that stands out" in text
     assert "four (+0.75 with what was kept of the domain)" in text
+    text = evidence.in_short({"Imbalance"})
+    assert "Imbalance said nothing that stands out" in text and "ounteraction" not in text and "So did" not in text
+    assert evidence.in_short({"Time and padding"}) == evidence.in_short(()) == ""

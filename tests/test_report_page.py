@@ -138,7 +138,10 @@ def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):
     said = write_report({"run": path}, tmp_path / "out")
     assert said[0].startswith("general has NOT recovered, it has moved further away: 0.500 → 0.600, change +0.100")
     assert said[1].startswith("domain is kept, a change of +0.3% of the largest gap before: 0.000 → 0.002")
-    assert said[2].startswith("Training gaps: ")
+    assert said[2].startswith(
+        "Which branch hurts: general: on held-out prompts it has moved away from its teacher, by 0.100"
+    )
+    assert said[3].startswith("Training gaps: ")
     text = (tmp_path / "out" / "report.md").read_text()
     top = text.split("## Which of my branches is hurting?")[0]
     assert (
@@ -146,6 +149,40 @@ def test_page_begins_with_the_verdict_on_held_out_prompts(tmp_path):
         and "| general | 0.500 ± 0.220 | 0.600 ± 0.220 |" in top
         and "From the training gaps" in text
     )
+
+
+def test_page_says_which_branch_hurts_by_held_out_prompts_before_its_training_gaps(tmp_path):
+    paths = {name: make_run(tmp_path / name, 8, **ALWAYS) for name in ("one", "two")}
+    held_out(tmp_path / "one", (0, "domain", [0.0] * 12), (8, "domain", [0.2, 0.3] * 6))
+    said = write_report({"one": paths["one"]}, tmp_path / "out")
+    section = (
+        (tmp_path / "out" / "report.md").read_text().split("## Which of my branches is hurting?")[1].split("##")[0]
+    )
+    moved = "on held-out prompts it has moved away from its teacher, by 0.250 nats per token (+0.217 to +0.283)."
+    answer = f"**domain**: {moved}"
+    assert section.strip().startswith(answer) and section.index("moved away") < section.index("From the training gaps")
+    assert "This run is too short to tell a trend" in section
+    assert said[1] == f"Which branch hurts: domain: {moved}"
+    write_report(paths, tmp_path / "out")
+    section = (
+        (tmp_path / "out" / "report.md").read_text().split("## Which of my branches is hurting?")[1].split("##")[0]
+    )
+    assert (
+        section.strip().startswith(f"- `one`: {answer}\n\nFrom the training gaps") and "- `two`: This run" in section
+    )
+
+
+def test_page_speaks_of_signs_only_where_a_run_has_some(tmp_path):
+    path = make_run(tmp_path / "short", 7, **ALWAYS)
+    write_report({"run": path}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "mall models" not in text and "candidate for its cause" not in text
+    assert "| **Time and padding** |  | a step takes 10 s" in text and "not tried" not in text
+    write_report({"run": make_run(tmp_path / "none", 40, **GAP, grad_norm=1.0)}, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "*On small models*" in text and "candidate for its cause" not in text and "Counteraction" not in text
+    write_report({"run": make_run(tmp_path / "seen", 40, **GAP, **{"conflict/cosine": -0.1})}, tmp_path / "out")
+    assert "candidate for its cause" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_page_names_answers_of_almost_no_tokens(tmp_path):

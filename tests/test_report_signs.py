@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from runs import ALWAYS, GAP, MEASURED, by_branch, make_run
 
 from camopd.report.read import read_run
-from camopd.report.signs import DIAGNOSTICS, signs_of, trend_of
+from camopd.report.signs import DIAGNOSTICS, hurting, signs_of, trend_of
+from camopd.verdict import Measured, verdicts_of
 
 
 def signs(path):
@@ -73,7 +74,7 @@ def test_answer_names_the_branch_that_gets_worse(tmp_path):
 def test_answer_says_when_no_branch_gets_worse(tmp_path):
     found = signs(make_run(tmp_path, 60, **GAP))
     assert found["Answer"].text.startswith(
-        "None that shows: over the last third of its steps, no branch has a training gap that rises (general, domain)."
+        "No branch has a training gap that rises over the last third of its steps (general, domain)."
     )
     assert "Not measured:" not in found["Answer"].text  # one line of the page says it
 
@@ -89,7 +90,7 @@ def test_answer_says_when_a_branch_has_moved_away_and_stays_there(tmp_path):
 def test_answer_of_a_short_run_shows_its_numbers_and_tells_no_trend(tmp_path):
     found = signs(make_run(tmp_path, 8, **{"gap/{branch}/abs_mean": lambda step, _: 1 / step}))
     # general steps 1, 2, 3, 5, 6, 7: (1 + 1/2) / 2 and (1/6 + 1/7) / 2; domain steps 4 and 8
-    assert "This run is too short to tell: a trend takes 13 steps of a branch." in found["Answer"].text
+    assert "This run is too short to tell a trend, which takes 13 steps of a branch." in found["Answer"].text
     assert "**general** 0.75 → 0.155 (6 steps), **domain** 0.25 → 0.125 (2 steps)" in found["Answer"].text
     assert found["A gap that rises"].state == "unclear"
 
@@ -97,6 +98,38 @@ def test_answer_of_a_short_run_shows_its_numbers_and_tells_no_trend(tmp_path):
 def test_answer_names_a_branch_with_too_few_steps(tmp_path):
     found = signs(make_run(tmp_path, 20, **GAP))  # 15 and 5
     assert "(general). Too few steps of domain to tell (5)." in found["Answer"].text
+
+
+MOVED = "on held-out prompts it has moved away from its teacher, by"
+
+
+def held_out(**branches):
+    """Verdicts of branches with a KL of each of twelve prompts before and after."""
+    return verdicts_of({
+        branch: [Measured(step, sum(values) / len(values), 0.1, len(values), tuple(values))
+                 for step, values in zip((0, 8), ends, strict=True)]
+        for branch, ends in branches.items()
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("branches", "said"),
+    [
+        # The domain began as its own teacher: differences 0.2 and 0.3, mean 0.25, sd 0.0522, t of 11 2.201: half 0.033.
+        ({"general": ([1.0] * 12, [0.2, 0.3] * 6), "domain": ([0.0] * 12, [0.2, 0.3] * 6)},
+         f"**domain**: {MOVED} 0.250 nats per token (+0.217 to +0.283)."),
+        ({"general": ([0.9, 1.1] * 6, [1.0, 1.3] * 6)},
+         f"**general**: {MOVED} 0.150 nats per token (+0.117 to +0.183)."),
+        ({"general": ([0.9, 1.1] * 6, [0.2, 0.3] * 6), "domain": ([0.0] * 12, [0.01, 0.02] * 6)},
+         "None that held-out prompts show: general has recovered, domain is kept."),
+        ({"general": ([0.9, 1.1] * 6, [1.1, 0.9] * 6), "domain": ([0.0] * 12, [0.0, 0.3] * 6)},
+         "None that held-out prompts show: general has not recovered. Not settled by held-out prompts: domain."),
+        ({"general": ([1.0], [2.0])}, "Not settled by held-out prompts: general."),
+        ({}, ""),
+    ],
+)  # fmt: skip
+def test_branch_that_hurts_is_the_one_that_has_moved_away_on_held_out_prompts(branches, said):
+    assert hurting(held_out(**branches)) == said
 
 
 @pytest.mark.parametrize(

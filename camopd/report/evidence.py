@@ -6,9 +6,11 @@ benchmarks/results/testbed/exploratory/signs.json; a test holds this file to tha
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
+NOT_TRIED = "not tried"  # of a sign that no run was asked for
 RUNS = 66
 SEEDS = 3
 
@@ -50,7 +52,7 @@ def worth(sign: str) -> str:
     """What a sign said of how runs ended, as a cell of a table."""
     found = {number: each for number, each in EVIDENCE.items() if each.sign == sign}
     if not found:
-        return "not tried"
+        return NOT_TRIED
     said = [
         f"{number}: {getattr(each, outcome):+.2f} with {WORDS[outcome]}"
         for number, each in found.items()
@@ -59,9 +61,11 @@ def worth(sign: str) -> str:
     return "; ".join(said) or "nothing"
 
 
-def in_short() -> str:
-    """Which signs said something of how runs ended, which did not, and where that was tried."""
-    signs = list(dict.fromkeys(each.sign for each in EVIDENCE.values() if each.sign))
+def in_short(settled: Collection[str]) -> str:
+    """Which of these signs said something of how runs ended, which did not, and where that was tried; "" where none was."""
+    signs = list(dict.fromkeys(each.sign for each in EVIDENCE.values() if each.sign in settled))
+    if not signs:
+        return ""
     useful = [sign.lower() for sign in signs if worth(sign) != "nothing"]
     others = [sign.lower() for sign in signs if worth(sign) == "nothing"]
     beside = [f"{number} ({', '.join(f'{getattr(each, of):+.2f} with {WORDS[of]}' for of in each.says)})"
@@ -72,12 +76,11 @@ def in_short() -> str:
     ]
     if useful:
         parts.append(f"There the numbers of {', '.join(useful)} said something of it.")
-    if beside:
-        parts.append(f"So did metrics that belong to no sign: {'; '.join(beside)}.")
+        parts += [f"So did metrics that belong to no sign: {'; '.join(beside)}."] if beside else []
+        parts.append(
+            "A number that goes with recovery need not be its cause: as a gap falls, few tokens come to carry it."
+        )
     if others:
         parts.append(f"{', '.join(others).capitalize()} said nothing that stands out from chance.")
-    parts.append(
-        "A number that goes with recovery need not be its cause: as a gap falls, few tokens come to carry it. Of larger "
-        "models nothing is known."
-    )
+    parts.append("Of larger models nothing is known.")
     return " ".join(parts)

@@ -20,9 +20,9 @@ from ..output_dir import METRICS
 from ..results import benchmarks_of, table, tasks_of
 from ..verdict import NOT_MEASURED, Measured, rows_of, verdicts_of
 from .charts import SMOOTH_FROM, draw_all, png
-from .evidence import in_short, worth
+from .evidence import NOT_TRIED, in_short, worth
 from .read import read_run
-from .signs import Sign, signs_of
+from .signs import Sign, hurting, signs_of
 
 
 HELD_OUT = (
@@ -100,7 +100,9 @@ def write_report(
     blocks = [f"# {title}", "## Did it recover?", *_recovery(held_out)]
     scores, problems = _scores(paths, held_out)
     blocks += [*scores, *before]
-    blocks += ["## Which of my branches is hurting?", TRAINING, *_answers(signs)]
+    verdicts = {name: verdicts_of(*each) for name, each in held_out.items()}
+    hurts = {name: hurting(found) for name, found in verdicts.items()}
+    blocks += ["## Which of my branches is hurting?", *_answers(signs, hurts)]
     blocks += [f"**Note.** `{name}`: {note}" for name, (_, note) in read.items() if note]
     if any(len(frame) >= SMOOTH_FROM for frame in runs.values()):
         blocks.append(f"Lines of {SMOOTH_FROM} steps or more are drawn thin, and their running mean over them.")
@@ -125,7 +127,8 @@ def write_report(
     for name, found in signs.items():
         lead = "" if len(runs) == 1 else f"{name}: "
         said += [f"{lead}{text}" for text in _verdicts(*held_out[name])]
-        said.append(f"{lead}Training gaps: {found[0].text}".replace("**", "").replace("`", ""))
+        said += [_plain(f"{lead}Which branch hurts: {hurts[name]}")] if hurts[name] else []
+        said.append(_plain(f"{lead}Training gaps: {found[0].text}"))
         left = ", ".join(sign.name.lower() for sign in found if not sign.settled)
         said[-1] += f" Not settled: {left}." if left else ""
     return [*said, *problems]
@@ -136,6 +139,10 @@ def _verdicts(found: Mapping[str, Sequence[Measured]], last_step: int | None) ->
     return [verdict.text for verdict in verdicts_of(found, last_step)] or [
         f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
     ]
+
+
+def _plain(text: str) -> str:
+    return text.replace("**", "").replace("`", "")
 
 
 def _recovery(held_out: Mapping[str, HeldOut]) -> list[str]:
@@ -168,17 +175,21 @@ def _scores(paths: Mapping[str, Path], held_out: Mapping[str, HeldOut]) -> tuple
     return (["## Benchmarks", *blocks] if blocks else []), [problem.replace("`", "") for problem in problems]
 
 
-def _answers(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
-    """The section at the top: the answer and its numbers, or with several runs a line for each."""
-    first, *more = signs.values()
-    if not more:
-        return [first[0].text, *_numbers(first), in_short(), CAUSES]
-    return [
-        "\n".join(f"- `{name}`: {found[0].text}" for name, found in signs.items()),
-        *_side_by_side({name: found[1:-1] for name, found in signs.items()}),
-        f"The numbers behind the words are at the end of the page, run by run. {CAUSES}",
-        in_short(),
-    ]
+def _answers(signs: Mapping[str, Sequence[Sign]], hurts: Mapping[str, str]) -> list[str]:
+    """The section of the branches: what held-out prompts say of them, then the training gaps and the signs in them."""
+    several = len(signs) > 1
+    held_out = [f"- `{name}`: {text}" if several else text for name, text in hurts.items() if text]
+    trained = [f"- `{name}`: {found[0].text}" if several else found[0].text for name, found in signs.items()]
+    blocks = ["\n".join(held_out)] if held_out else []
+    blocks += [TRAINING, "\n".join(trained)]
+    blocks += (
+        _side_by_side({name: found[1:-1] for name, found in signs.items()}) if several else _numbers(*signs.values())
+    )
+    if several:
+        blocks.append("The numbers behind the words are at the end of the page, run by run.")
+    tried = [sign for found in signs.values() for sign in found if sign.settled and worth(sign.name) != NOT_TRIED]
+    blocks += [in_short({sign.name for sign in tried})] if tried else []
+    return blocks + ([CAUSES] if any(sign.state == "seen" for sign in tried) else [])
 
 
 def _side_by_side(signs: Mapping[str, Sequence[Sign]]) -> list[str]:
@@ -207,8 +218,11 @@ def _numbers(signs: Sequence[Sign]) -> list[str]:
     unclear = [sign.name.lower() for sign in signs[1:] if sign.state == "unclear"]
     others = [f"{', '.join(unclear)} (too few measured steps, or neither one nor the other)"] if unclear else []
     others += [f"{sign.name.lower()} ({sign.text.rstrip('.')})" for sign in signs[1:] if sign.state == "not measured"]
-    rows = [[f"**{sign.name}**", sign.state, sign.text, worth(sign.name)] for sign in settled]
-    blocks = [table([["sign", "in this run", "numbers", "on small models"], *rows])] if rows else []
+    rows = [["sign", "in this run", "numbers", "on small models"]]
+    rows += [[f"**{sign.name}**", sign.state, sign.text, worth(sign.name)] for sign in settled]
+    if all(row[-1] == NOT_TRIED for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
+    blocks = [table(rows)] if settled else []
     return blocks + ([f"Not settled by this run: {'; '.join(others)}."] if others else [])
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..verdict import Verdict, short, signed
 from ..words import counted
 from .read import branches_of, lines_of, step_kinds, teacher_seconds
 
@@ -111,8 +112,45 @@ DETECTORS = (
 )  # fmt: skip
 
 
+# Verdicts that settle whether a branch has moved away, in a list of branches.
+SETTLED = {
+    "recovered": "has recovered",
+    "in part": "has recovered in part",
+    "not recovered": "has not recovered",
+    "not shown": "is not shown to have recovered",
+    "kept": "is kept",
+}
+
+
+def hurting(verdicts: Sequence[Verdict]) -> str:
+    """Which branch hurts by the held-out prompts; "" where none of them was measured before and after.
+
+    One hurts that has certainly moved away from its teacher, and by more than a branch may that is kept.
+    """
+    away, settled, left = [], [], []
+    for verdict in verdicts:
+        change = verdict.change
+        if change is None:
+            continue
+        low, high = change.value - change.half, change.value + change.half
+        if verdict.state == "moved" or (verdict.state == "not recovered" and low > 0):
+            away.append(
+                f"**{verdict.branch}**: on held-out prompts it has moved away from its teacher, by {short(change.value)} "
+                f"nats per token ({signed(low)} to {signed(high)})."
+            )
+        elif verdict.state in SETTLED:
+            settled.append(f"{verdict.branch} {SETTLED[verdict.state]}")
+        else:
+            left.append(verdict.branch)
+    if not away and settled:
+        away = [f"None that held-out prompts show: {', '.join(settled)}."]
+    if left:
+        away.append(f"Not settled by held-out prompts: {', '.join(left)}.")
+    return " ".join(away)
+
+
 def signs_of(frame: pd.DataFrame) -> list[Sign]:
-    """What a run says about its branches, the answer in short first. `frame` is what `read_run` returns."""
+    """What a run's training says about its branches, the answer in short first. `frame` is what `read_run` returns."""
     trends = {branch: trend_of(values) for branch, values in lines_of(frame, "gap/{branch}/abs_mean").items()}
     others = [_counteraction(frame), _imbalance(frame), *(_detect(detector, frame) for detector in DETECTORS)]
     return [_answer(trends, others), _gaps(trends), *others, _cost(frame)]
@@ -188,12 +226,12 @@ def _answer(trends: Mapping[str, Trend], others: Sequence[Sign]) -> Sign:
             f"{_move(branch, trend)} ({counted(trend.steps, 'step')})" for branch, trend in trends.items()
         )
         parts = [
-            f"This run is too short to tell: a trend takes {FEWEST_FOR_TREND} steps of a branch. Its gaps, first to last "
+            f"This run is too short to tell a trend, which takes {FEWEST_FOR_TREND} steps of a branch. First to last "
             f"third, in nats per token: {moves}."
         ]
     else:
         told = ", ".join(branch for branch in trends if branch not in short)
-        none = f"None that shows: over the last third of its steps, no branch has a training gap that rises ({told})."
+        none = f"No branch has a training gap that rises over the last third of its steps ({told})."
         parts = parts or [none]
         parts += [f"Too few steps of {branch} to tell ({trends[branch].steps})." for branch in short]
     names = [sign.name.lower() for sign in others if sign.state == "seen"]
