@@ -16,6 +16,7 @@ from typing import Any
 from .commands.ctrl_c import STOPPED, ends_at_once
 from .exit_codes import INTERRUPTED
 from .version import __version__
+from .words import in_lines
 
 
 COMMANDS = {  # each a function of its name in a module of its name
@@ -60,6 +61,8 @@ def _main(argv: list[str] | None) -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_says_something)
+    if logging.lastResort is not None:  # for warnings before a run has a log of its own
+        in_lines(logging.lastResort)
     # After the command it means the same; with a value it is transformers' setting.
     for place, word in enumerate(rest):
         if word == "--debug" and (place + 1 == len(rest) or rest[place + 1].startswith("--")):

@@ -49,6 +49,7 @@ from .teachers.resolve import resolve_teachers
 from .teachers.vllm.teacher import ServerTeacher, connect_servers
 from .tokens import embedding_size, head_size, need_end, unended_turn
 from .vllm.sampler import Sampler
+from .words import in_lines
 
 
 logger = logging.getLogger(__name__)
@@ -333,7 +334,7 @@ def show_log(args: CaMOPDConfig) -> None:
         return
     level = get_log_levels_dict().get(args.log_level if args.should_log else args.log_level_replica)
     if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
+        log.addHandler(in_lines(logging.StreamHandler()))
         level = logging.INFO if level is None else level
     if level is not None:  # "passive" leaves it to the program
         log.setLevel(level)

@@ -1,12 +1,17 @@
-"""Numbers and commands in what is printed."""
+"""What is printed: numbers, commands, and lines that fit the terminal."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
+
+
+WIDTH = 80  # columns where there is no terminal
 
 
 def counted(number: int, noun: str) -> str:
@@ -22,3 +27,31 @@ def command() -> str:
         return "camopd"
     near = own.is_relative_to(Path.cwd())
     return shlex.quote(os.path.relpath(own) if near else str(own))
+
+
+def columns_of_terminal() -> int:
+    """Its columns, or `WIDTH` where there is none; at least 40, so that there is room for a word."""
+    return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
+
+
+class LogLines(logging.Formatter):
+    """A message of a log as the other lines of a run: wrapped, and a warning or an error with that word before it.
+
+    A traceback behind it stays as it is.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message of a record, in lines."""
+        word = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return "\n".join(
+            textwrap.fill(
+                line, columns_of_terminal() - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+            for line in f"{word}{record.message}".splitlines()
+        )
+
+
+def in_lines(handler: logging.Handler) -> logging.Handler:
+    """The handler, whose messages are `LogLines` from now on."""
+    handler.setFormatter(LogLines())
+    return handler

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import os
 import re
 import signal
@@ -200,6 +201,14 @@ def test_fresh_process_answers_without_a_heavy_library(words, said, tmp_path):
     modules = ast.literal_eval(done.stdout.splitlines()[-1])
     assert said in done.stdout + done.stderr
     assert "camopd.cli" in modules and not HEAVY & set(modules)
+
+
+def test_warning_without_a_log_is_a_line_like_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler())
+    with pytest.raises(SystemExit):
+        cli.main(["report", "no-such-folder"])
+    record = logging.LogRecord("camopd.run", logging.WARNING, "run.py", 1, "lora_r: no effect", None, None)
+    assert logging.lastResort.format(record) == "warning: lora_r: no effect"
 
 
 @pytest.mark.slow

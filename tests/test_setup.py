@@ -1,6 +1,7 @@
 """What a trainer is given: read and refused, before anything expensive where that can be."""
 
 import copy
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from trainers import TEMPLATE, make_args, make_trainer
 
 from camopd import CaMOPDTrainer
-from camopd.setup import check_gathered_weights
+from camopd.setup import check_gathered_weights, show_log
 
 
 def test_messages_that_the_template_refuses_are_an_error_with_the_row_before_training(tmp_path):
@@ -205,3 +206,16 @@ def test_prompt_with_an_image_is_refused(tmp_path, tokenizer):
     prompts = make_prompts("general").add_column("image", [None] * 11)
     with pytest.raises(ValueError, match=r"column 'image': images are not supported"):
         make_trainer(tmp_path, tokenizer, train_dataset={"general": prompts, "domain": make_prompts("domain")})
+
+
+def test_warnings_of_a_run_are_lines_like_its_others(tmp_path, monkeypatch, capsys):
+    log = logging.getLogger("camopd")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", False)
+    level = log.level
+    show_log(make_args(tmp_path))
+    logging.getLogger("camopd.callbacks.guards").warning("step 1: %s", "completions are cut " * 6)
+    log.setLevel(level)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: step 1: completions") and others
+    assert all(len(line) < 80 and line.startswith("  ") for line in others) and len(first) < 80

@@ -22,11 +22,10 @@ from transformers import PrinterCallback, ProgressCallback
 from ..measured import HELD_OUT, lines_of, of_lines, of_run
 from ..step import Step, StepCallback
 from ..verdict import NOT_MEASURED, Measured, change_of, interval, short, signed, verdicts_of
-from ..words import counted
+from ..words import WIDTH, columns_of_terminal, counted
 
 
 HEAD_EVERY = 20  # lines
-WIDTH = 80  # columns where there is no terminal
 NUMBERS = 66  # columns of a row of an evaluation, without the branch: room for the change, which the first one has not
 LOGGERS = ("", "camopd", "transformers")  # that may write to it
 
@@ -216,11 +215,6 @@ def bar(done: int, total: int, doing: str, columns: int) -> str:
     room = max(0, min(40, columns - 3 - len(tail)))
     full = round(room * done / total) if total else 0
     return f"[{'#' * full}{'.' * (room - full)}]{tail}"[: max(0, columns - 1)]
-
-
-def columns_of_terminal() -> int:
-    """Its columns, or `WIDTH` where there is none; at least 40, so that there is room for a word."""
-    return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def layout(labels: Sequence[str], columns: int) -> tuple[int, int]:
