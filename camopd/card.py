@@ -293,6 +293,7 @@ def _with_benchmarks(text: str, run: Path) -> str:
     for found in benchmarks_of(run):
         if found.rows:
             section += [table(found.rows), "", *([found.about, ""] if found.about else [])]
+            section += [*(f"- {task}: {text}." for task, text in found.lost.items()), ""] if found.lost else []
     if not section:
         return text
     made = "\n".join([_BENCHMARKS, "", *section, _OF_EVAL, "", ""])

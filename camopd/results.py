@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,6 +24,8 @@ EVAL = "eval.json"  # of `camopd eval`
 EVAL_OUTPUT = "eval-output"  # its folder where none was named, in the one it was called in
 # Of its models; others have their own name.
 COLUMNS = {"start": "before", "general": "general teacher", "result": "after"}
+OFTEN = 0.1  # share of a model's answers from which on it is said that they were cut off, or held none
+_WITH_ERROR = " ± 95 %"  # in the head of a column
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,23 @@ class Benchmarks:
     path: Path
     rows: tuple[list[str], ...] = ()  # a table, its head first
     about: str = ""  # how many rows and tokens, in a sentence
+    lost: Mapping[str, str] = field(default_factory=dict)  # by task, where many answers were cut off or held none
     problem: str = ""  # why there is no table
+
+    @property
+    def lines(self) -> list[str]:
+        """The table as a line of text for each task."""
+        found = []
+        for row in self.rows[1:]:
+            cells = dict(zip(self.rows[0], row, strict=True))
+            scores = [
+                f"{name.removesuffix(_WITH_ERROR)} {cell}" for name, cell in cells.items() if _WITH_ERROR in name
+            ]
+            text = f"{row[0]}, percent{_WITH_ERROR}: {', '.join(scores)}"
+            if cells.get("broke", "-") != "-":
+                text += f"; change {cells['change (95 %)']}, {cells['came back']} came back, {cells['broke']} broke"
+            found.append(f"{text}; {self.lost[row[0]]}." if row[0] in self.lost else f"{text}.")
+        return found
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -72,6 +90,7 @@ def _benchmarks(path: Path, metrics: Path) -> Benchmarks:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(_table_of(found["tasks"]))
         about = _about(found.get("about", {}))
+        lost = {str(task["task"]): text for task in found["tasks"] if (text := _lost(task["models"]))}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = (
             f"`{path}` is not shown: it cannot be read as results of `camopd eval` ({type(error).__name__}: {error})."
@@ -83,28 +102,46 @@ def _benchmarks(path: Path, metrics: Path) -> Benchmarks:
             problem=f"`{path}` is not shown: it is older than the run's last step, and so of an earlier model. Run `camopd "
             f"eval` again, with another --out; in a copy whose files have lost their times, `touch {path}`.",
         )
-    return Benchmarks(path, rows, about)
+    return Benchmarks(path, rows, about, lost)
 
 
 def _table_of(tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row for each task; none without tasks. Raises what a file of another form makes it raise."""
     if not tasks:
         return []
-    known = list(dict.fromkeys(name for task in tasks for name in task["models"]))
-    models = sorted(known, key=lambda name: [*COLUMNS, *known].index(name))
+    models = _in_order(name for task in tasks for name in task["models"])
     changed = any("change" in task for task in tasks)
-    head = ["task", *(f"{COLUMNS.get(name, name)} ± 95 %" for name in models), "items"]
+    head = ["task", *(f"{COLUMNS.get(name, name)}{_WITH_ERROR}" for name in models), "items"]
     rows = [[*head, *(("change (95 %)", "came back", "broke") if changed else ())]]
     for task in tasks:
         numbers = [task["models"].get(name) for name in models]
         counts = sorted({int(each["items"]) for each in numbers if each})
-        row = [str(task["task"]), *map(_score, numbers), " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))]
+        row = [str(task["task"]), *map(score, numbers), " to ".join(map(str, (counts[0], counts[-1])[: len(counts)]))]
         rows.append([*row, *(_change(task.get("change")) if changed else ())])
     return rows
 
 
-def _score(numbers: Mapping[str, Any] | None) -> str:
-    """Percent with half the 95 % interval, over items; where all are wrong, or all right, with its other end."""
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Models in the order of `COLUMNS`, others behind."""
+    known = list(dict.fromkeys(names))
+    return sorted(known, key=lambda name: [*COLUMNS, *known].index(name))
+
+
+def _lost(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which shares of the models' answers to a task were cut off, and held none, where one is above `OFTEN`."""
+    said = []
+    for kind, words in (("truncated", "were cut off at the token limit"), ("unparsed", "hold none that could be read")):
+        shares = {name: models[name].get(kind) for name in _in_order(models)}
+        if any(share is not None and share > OFTEN for share in shares.values()):
+            each = [f"{share:.0%} ({COLUMNS.get(name, name)})" for name, share in shares.items() if share is not None]
+            said.append(f"{', '.join(each)} of the answers {words}")
+    return "; ".join(said)
+
+
+def score(numbers: Mapping[str, Any] | None) -> str:
+    """`41.2 ± 4.1` of the numbers that eval.json has of a model on a task: percent and half the 95 % interval over items
+    (Student's t). Where all are wrong, or all right, `0.0 (to 30.8)`, with the interval's exact other end.
+    """
     if not numbers or numbers["mean"] is None:
         return "-"
     error, items = numbers["standard_error"], int(numbers["items"])

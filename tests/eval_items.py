@@ -3,9 +3,9 @@
 from camopd.eval.scores import Item
 
 
-def items(scores, prefix="k", truncated=0.0, text="text {}"):
+def items(scores, prefix="k", truncated=0.0, text="text {}", unparsed=0.0):
     """One `Item` per score."""
     return [
-        Item(f"{prefix}{n}", f"prompt {n}", score, 1, truncated, 0.0, text.format(score))
+        Item(f"{prefix}{n}", f"prompt {n}", score, 1, truncated, unparsed, text.format(score))
         for n, score in enumerate(scores)
     ]

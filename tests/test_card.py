@@ -180,7 +180,7 @@ def merged_card_is_of_a_whole_model(run: Path, folder: Path) -> None:
 
 
 def evaluate(run: Path) -> None:
-    found = {name: {"ifeval": items(scores)} for name, scores in (
+    found = {name: {"ifeval": items(scores, truncated=0.5)} for name, scores in (
         ("start", [0, 0]), ("general", [1, 1]), ("result", [1, 0])
     )}  # fmt: skip
     page.write(compare([TASKS["ifeval"]], found), [], {"models": {"result": "/home/me/run"}}, run / "eval")
@@ -199,6 +199,7 @@ def test_card_takes_the_results_of_camopd_eval(tmp_path):
         card = card_of(add_benchmarks(run).parent)
         assert "/home" not in card and card.count("## Benchmarks\n") == 1
         assert row(card, "ifeval")[3:] == ["2", "+50.0 (+0.0 to +100.0)", "1 of 2", "0 of 2"]
+        assert "\n\n- ifeval: 50% (before), 50% (general teacher), 50% (after) of the answers were cut off at" in card
         assert "x\n\n## Benchmarks\n\n| task | before" in card and "after.\n\n## Training\n\ny" in card
     merged = card_of(write_merged_card(run, tmp_path / "merged").parent)
     assert merged.count("## Benchmarks\n") == 1 and row(merged, "ifeval") == row(card, "ifeval")

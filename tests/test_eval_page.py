@@ -8,6 +8,7 @@ from eval_items import items
 from camopd.eval import page
 from camopd.eval.compare import compare
 from camopd.eval.tasks import TASKS
+from camopd.results import benchmarks_of
 
 
 IFEVAL, MEDQA = TASKS["ifeval"], TASKS["medqa"]
@@ -59,18 +60,31 @@ def test_few_items_that_all_change_one_way_are_not_called_more_than_chance(resul
 def test_tables_have_a_row_per_task_and_a_column_per_model():
     head, ifeval, medqa = page.score_rows(ROWS)
     assert head == ["task", "start", "general", "result", "items", "cut off", "no answer"]
-    assert ifeval[:5] == ["ifeval", "25.0 ± 4.9", "75.0 ± 4.9", "50.0 ± 5.6", "80 of 541"]
+    assert ifeval[:5] == ["ifeval", "25.0 ± 9.7", "75.0 ± 9.7", "50.0 ± 11.2", "80 of 541"]
+    # All of 40 wrong: 1 - 0.025 ** (1/40) = 0.088.
+    assert medqa[1:3] == ["100.0 (from 91.2)", "0.0 (to 8.8)"]
     assert medqa[4:6] == ["40 of 1273", "50% / 0% / 0%"]
     _, ifeval, medqa = page.change_rows(ROWS)
     assert ifeval[2:5] == ["40", "20", "0.013"] and ifeval[5].startswith("back 50 % [")
     assert medqa[5].startswith("kept 75 % [")
 
 
+def test_interval_of_a_score_is_that_of_the_report_and_the_card(tmp_path):
+    text = "\n".join(page.write(ROWS, [], {}, tmp_path / "eval"))
+    kept = json.loads((tmp_path / "eval" / "eval.json").read_text(encoding="utf-8"))
+    # 20 of 80: sqrt(0.25 * 0.75 / 79), which eval.json keeps; the page has 1.990 of it, t of 79 degrees of freedom
+    assert kept["tasks"][0]["models"]["start"]["standard_error"] == pytest.approx(0.0487, abs=5e-5)
+    assert "percent ± 95 % interval over items" in text and "standard error" not in text
+    (found,) = benchmarks_of(tmp_path)
+    for shown, own in zip(found.rows[1:], page.score_rows(ROWS)[1:], strict=True):
+        assert shown[1:4] == own[1:4]
+
+
 def test_items_are_those_of_each_model_where_a_judge_had_no_verdict_for_some():
     gpqa = TASKS["gpqa"]
     found = {"start": {"gpqa": items([1, None, 0, None])}, "result": {"gpqa": items([1, 1, 0, None])}}
     _, row = page.score_rows(compare([gpqa], found))
-    assert row[:4] == ["gpqa", "50.0 ± 50.0", "66.7 ± 33.3", "2 / 3 of 198"]
+    assert row[:4] == ["gpqa", "50.0 ± 635.3", "66.7 ± 143.4", "2 / 3 of 198"]
     found["start"] = found["result"]
     assert page.score_rows(compare([gpqa], found))[1][3] == "3 of 198"
 

@@ -90,7 +90,7 @@ def held_out(folder, *evaluations, lengths=()):
 
 def test_page_has_benchmarks_where_there_are_some(tmp_path):
     path = make_run(tmp_path / "run", 20, **ALWAYS)
-    found = {name: {"ifeval": items(scores)} for name, scores in (
+    found = {name: {"ifeval": items(scores, truncated=0.625)} for name, scores in (
         ("start", [0, 1, 0]), ("general", [1, 1, 1]), ("result", [1, 0, 0])
     )}  # fmt: skip
     write_evaluation(compare([TASKS["ifeval"]], found), [], {"limit": 3}, path.parent / "eval")
@@ -104,8 +104,14 @@ def test_page_has_benchmarks_where_there_are_some(tmp_path):
     assert f"`{path.parent / 'eval' / 'eval.json'}`. Measured on at most 3 rows of each task." in section
     assert "| ifeval | 33.3 ± 143.4 | 100.0 (from 29.2) | 33.3 ± 143.4 | 3 | +0.0 (" in section
     assert "| 1 of 3 | 1 of 3 |" in section and "| qasc | 2 | 0.750 ± " in section
-    assert "<td>ifeval</td>" in page and len(said) == 2
-    write_report({"one": path, "two": make_run(tmp_path / "two", 20, **GAP)}, tmp_path / "out")
+    cut = "62% (before), 62% (general teacher), 62% (after) of the answers were cut off at the token limit."
+    assert f"- ifeval: {cut}\n" in section and f"<li>ifeval: {cut}</li>" in page
+    assert "<td>ifeval</td>" in page and len(said) == 3
+    scores = "before 33.3 ± 143.4, general teacher 100.0 (from 29.2), after 33.3 ± 143.4; change +0.0 ("
+    assert said[1].startswith(f"ifeval, percent ± 95 %: {scores}")
+    assert said[1].endswith(f"1 of 3 came back, 1 of 3 broke; {cut}")
+    said = write_report({"one": path, "two": make_run(tmp_path / "two", 20, **GAP)}, tmp_path / "out")
+    assert [line for line in said if "ifeval" in line] == [said[1]] and said[1].startswith("one: ifeval, percent")
     assert f"`one`, `{path.parent / 'eval' / 'eval.json'}`. " in (tmp_path / "out" / "report.md").read_text()
 
 

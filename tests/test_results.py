@@ -46,6 +46,31 @@ def test_benchmarks_of_a_run_have_scores_before_and_after_and_what_came_back_and
     assert medqa[4] == "1 to 40" and medqa[6:] == ["0 of 40", "10 of 40"]
 
 
+def test_benchmarks_say_which_answers_were_cut_off_and_which_held_none(tmp_path):
+    found = {
+        "other": {"ifeval": items([1] * 20), "medqa": items([1] * 40)},
+        "result": {"ifeval": items([1] * 19 + [0]), "medqa": items([0] * 40, unparsed=0.11)},
+        "start": {"ifeval": items([1, 0] * 10, truncated=0.62), "medqa": items([1, 0] * 20, truncated=0.09)},
+    }
+    evaluated(tmp_path / "eval", found)
+    (shown,) = benchmarks_of(tmp_path)
+    assert shown.lost == {  # below a tenth is not told
+        "ifeval": "62% (before), 0% (after), 0% (other) of the answers were cut off at the token limit",
+        "medqa": "0% (before), 11% (after), 0% (other) of the answers hold none that could be read",
+    }
+    ifeval, medqa = shown.lines
+    assert ifeval.startswith(
+        "ifeval, percent ± 95 %: before 50.0 ± 24.0, after 95.0 ± 10.5, other 100.0 (from 83.2); change +45.0 (+"
+    )
+    assert ifeval.endswith(f"), 9 of 20 came back, 0 of 20 broke; {shown.lost['ifeval']}.")
+    assert medqa.endswith(f"broke; {shown.lost['medqa']}.")
+    # What nobody has counted is not told, as of a file from before it was written.
+    evaluated(tmp_path / "eval", {"one": {task: items([1, 0], truncated=None) for task in ("ifeval", "medqa")}})
+    (shown,) = benchmarks_of(tmp_path)
+    assert shown.lost == {}
+    assert shown.lines[0] == "ifeval, percent ± 95 %: one 50.0 ± 635.3."
+
+
 def test_benchmarks_of_other_models_have_their_names_and_no_change(tmp_path):
     run = tmp_path / "run"
     evaluated(run / "eval", {"one": MODELS["start"], "result": MODELS["result"]}, {})

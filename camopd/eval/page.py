@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..results import EVAL
+from ..results import EVAL, score
 from .compare import RESULT, START
 from .gaps import Row, table_of
 from .paper import beside
@@ -80,10 +80,11 @@ def settings_of(about: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-SCORES = "**Scores**, percent ± the standard error over items"
+SCORES = "**Scores**, percent ± 95 % interval over items"
 CHANGES = f"**From {START} to {RESULT}**, points and shares [95 % interval]"
 READING = (
-    "Scores are percent, ± the standard error over items. A change has its paired 95 % interval over the same items; p is "
+    "Scores are percent ± 95 % interval over items (Student's t); where all are wrong, or all right, its exact other end "
+    "stands in brackets. A change has its paired 95 % interval over the same items; p is "
     "the exact McNemar test: how often as uneven a split of the items that changed comes by chance. A task is called "
     "better or worse where 0 is outside the interval and p below 0.05. *Back* is the share of the way from the start to "
     "the general teacher that the result has gone, *kept* the share of the start's lead over the general teacher that the "
@@ -160,14 +161,6 @@ def change_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         counts = [str(len(change[name])) for name in ("came_back", "broke")]
         table.append([row["task"], signed(change), *counts, p, of_share(row)])
     return table
-
-
-def score(numbers: Mapping[str, Any]) -> str:
-    """`41.2 ± 2.1`, percent."""
-    error = numbers["standard_error"]
-    if numbers["mean"] is None:
-        return "-"
-    return f"{100 * numbers['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def percent(share: float | None) -> str:

@@ -98,7 +98,7 @@ def write_report(
         atomic.write(out / name, image)
 
     blocks = [f"# {title}", "## Did it recover?", *_recovery(held_out)]
-    scores, problems = _scores(paths, held_out)
+    scores, lines, problems = _scores(paths, held_out)
     blocks += [*scores, *before]
     verdicts = {name: verdicts_of(*each) for name, each in held_out.items()}
     hurts = {name: hurting(found) for name, found in verdicts.items()}
@@ -127,6 +127,7 @@ def write_report(
     for name, found in signs.items():
         lead = "" if len(runs) == 1 else f"{name}: "
         said += [f"{lead}{text}" for text in _verdicts(*held_out[name])]
+        said += [f"{lead}{line}" for line in lines[name]]
         said += [_plain(f"{lead}Which branch hurts: {hurts[name]}")] if hurts[name] else []
         said.append(_plain(f"{lead}Training gaps: {found[0].text}"))
         left = ", ".join(sign.name.lower() for sign in found if not sign.settled)
@@ -156,14 +157,20 @@ def _recovery(held_out: Mapping[str, HeldOut]) -> list[str]:
     return [*blocks, HELD_OUT] if any(found for found, _ in held_out.values()) else blocks
 
 
-def _scores(paths: Mapping[str, Path], held_out: Mapping[str, HeldOut]) -> tuple[list[str], list[str]]:
-    """The section of benchmarks, nothing where no run has any; and what is wrong with files that are not shown."""
+def _scores(
+    paths: Mapping[str, Path], held_out: Mapping[str, HeldOut]
+) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """The section of benchmarks, nothing where no run has any; of each run what `camopd eval` has found, in lines; and what
+    is wrong with files that are not shown."""
     evaluated, trained, problems = [], [], []
+    lines: dict[str, list[str]] = {name: [] for name in paths}
     for name, path in paths.items():
         lead = "" if len(paths) == 1 else f"`{name}`, "
         for found in benchmarks_of(path.parent) if path.name == METRICS else ():
             problems += [found.problem] if found.problem else []
             evaluated += [f"{lead}`{found.path}`. {found.about}".rstrip(), table(found.rows)] if found.rows else []
+            evaluated += ["\n".join(f"- {task}: {text}." for task, text in found.lost.items())] if found.lost else []
+            lines[name] += found.lines
         try:
             rows = tasks_of(path, held_out[name][1])
         except ValueError as error:
@@ -172,7 +179,7 @@ def _scores(paths: Mapping[str, Path], held_out: Mapping[str, HeldOut]) -> tuple
         trained += [f"{lead}`eval_tasks`, in training:", table(rows)] if rows else []
     blocks = [*evaluated, *([BENCHMARKS] if evaluated else []), *trained, *([IN_TRAINING] if trained else [])]
     blocks += [f"**Note.** {problem}" for problem in problems]
-    return (["## Benchmarks", *blocks] if blocks else []), [problem.replace("`", "") for problem in problems]
+    return (["## Benchmarks", *blocks] if blocks else []), lines, [_plain(problem) for problem in problems]
 
 
 def _answers(signs: Mapping[str, Sequence[Sign]], hurts: Mapping[str, str]) -> list[str]:
