@@ -34,6 +34,12 @@ def columns_of_terminal() -> int:
     return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
+def wrapped(line: str) -> list[str]:
+    """A line in lines that the terminal has room for, of which names and paths stay in one piece."""
+    width = columns_of_terminal() - 1
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 class LogLines(logging.Formatter):
     """A message of a log as the other lines of a run: wrapped, and a warning or an error with that word before it.
 
@@ -43,12 +49,7 @@ class LogLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The message of a record, in lines."""
         word = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return "\n".join(
-            textwrap.fill(
-                line, columns_of_terminal() - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-            )
-            for line in f"{word}{record.message}".splitlines()
-        )
+        return "\n".join(part for line in f"{word}{record.message}".splitlines() for part in wrapped(line) or [""])
 
 
 def in_lines(handler: logging.Handler) -> logging.Handler:

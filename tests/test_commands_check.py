@@ -25,7 +25,7 @@ from camopd import CaMOPDConfig, cli
 from camopd.commands.check import check_adapter, check_unloaded
 from camopd.commands.check_run import check_room
 from camopd.run import SERVED_TEACHERS
-from camopd.teachers.check import Finding, Probe
+from camopd.teachers.check import PROBE_CONVERSATIONS, Finding, Probe
 
 
 @pytest.fixture(scope="module")
@@ -666,6 +666,23 @@ def test_teachers_in_the_process_are_asked(check, student, tmp_path):
     assert table["domain", "initial KL"][1].startswith("0.000 nats per token over ")
     assert table["general", "initial KL"][0] == "warning"
     assert ("general", "self-gap") not in table
+
+
+def test_what_takes_a_while_is_said_before_it_and_beside_the_table(
+    config, student, capsys, monkeypatch, start_domain, tmp_path
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    other = tmp_path / "other"
+    make_model(1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    cli.main(["check", config(teachers={"general": str(other), "domain": start_domain().url})])
+    out, err = capsys.readouterr()
+    pace = "" if torch.cuda.is_available() else ": a minute or more on a CPU"
+    assert [line for line in err.splitlines() if line.endswith(" ...")] == [
+        f"loading the student, {student}, which writes {len(PROBE_CONVERSATIONS)} short answers{pace} ...",
+        f"loading teacher 'general', {other}, which is asked about them{pace} ...",
+    ]  # a server is asked in a moment
+    assert out.startswith("branch") and "loading" not in out
 
 
 def test_memory_and_disk_are_compared_with_what_is_there(check, student, monkeypatch):

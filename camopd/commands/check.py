@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import islice
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..teachers.check import (
 )
 from ..teachers.vllm.teacher import ServerTeacher, connect_servers
 from ..tokens import head_size, need_end, unended_turn
+from ..words import wrapped
 from .train import quiet
 
 
@@ -220,6 +222,7 @@ def _check_with_student(
     asked = {branch: teacher for branch, teacher in teachers.items() if teacher not in tuple(OWN_TEACHERS)}
     if not asked:
         return []
+    _say(f"loading the student, {student}, which writes {len(PROBE_CONVERSATIONS)} short answers")
     model = _load(student, source)
     pad = int(tokenizer.eos_token_id)
 
@@ -251,6 +254,8 @@ def _check_with_student(
     itself = []
     for branch, spec in asked.items():
         try:
+            if not isinstance(spec, ServerTeacher):
+                _say(f"loading teacher {branch!r}, {spec}, which is asked about them")
             teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
             itself += [branch] if is_student_start(teacher, student) else []
             findings += _ask(branch, teacher, tokenizer, vocab_size, texts, branch in itself)
@@ -260,6 +265,12 @@ def _check_with_student(
             text = "it does not fit onto the GPU beside the student. Serve it (camopd serve), or free the GPU"
             findings.append(Finding(branch, "in the process", "error", text))
     return [*findings, nothing_to_learn(itself)] if len(itself) == len(teachers) else findings
+
+
+def _say(what: str) -> None:
+    """A line before what takes a while, beside the table, which comes at the end and is all that goes to stdout."""
+    pace = "" if torch.cuda.is_available() else ": a minute or more on a CPU"
+    print("\n".join(wrapped(f"{what}{pace} ...")), file=sys.stderr, flush=True)
 
 
 def _ask(branch: str, teacher: Any, tokenizer: Any, vocab_size: int, texts: Any, same: bool) -> list[Finding]:
