@@ -94,6 +94,15 @@ def named(line):
     return not line.get_label().startswith("_")
 
 
+@pytest.mark.parametrize(("steps", "marked"), [(4, True), (12, True), (160, False)])
+def test_draw_marks_a_control_that_is_measured_a_few_times_or_once(tmp_path, steps, marked):
+    chart = next(chart for chart in CHARTS if chart.name == "coherence")
+    (axes,) = draw(chart, {"run": read_run(make_run(tmp_path, steps, **GAP, **MEASURED))[0]}).axes
+    (control,) = [line for line in axes.lines if line.get_linestyle() == ":" and line.get_color() == "#D55E00"]
+    assert list(control.get_ydata()) == [15.0] * (steps // 4)  # of the domain; GCG is 20
+    assert (control.get_marker() == "s", control.get_markerfacecolor()) == (marked, "white")
+
+
 def test_draw_gives_stale_cosines_a_line_of_their_own(tmp_path):
     metrics = {**MEASURED, "conflict/stale": by_branch(1.0, 0.0)}
     chart = next(chart for chart in CHARTS if chart.name == "conflict")

@@ -112,9 +112,10 @@ CHARTS = (
     Chart(
         "coherence", "Gradient coherence gain (the paper's Figure 3, upper row)",
         "GCG: how much more the gradients of the kept samples agree than those of all samples. Smaller sets agree more by "
-        "chance alone: dotted is a random set of the same size, and only what lies above it is the selection's doing.",
+        "chance alone: dotted and hollow is a random set of the same size, and only what lies above it is the selection's "
+        "doing.",
         (
-            Quantity("coherence/{branch}/gcg", "GCG (dotted: random control)", "%", reference=0,
+            Quantity("coherence/{branch}/gcg", "GCG (dotted, hollow: random control)", "%", reference=0,
                      beside="coherence/{branch}/gcg_control"),
         ),
         f"{DIAGNOSTICS}: 10",
@@ -143,13 +144,14 @@ CHARTS = (
         "Whether selection follows length. metrics.jsonl holds means of steps, not single samples, so this is not the "
         "cloud of samples but what each step says about it: the rank correlation of score and completion length, the mean "
         "length of kept samples over that of dropped ones, and the overlap with a selection of as many samples by length "
-        "(Jaccard index; dotted is what chance gives).",
+        "(Jaccard index; dotted and hollow is what chance gives).",
         (
             Quantity("score/{branch}/length_spearman", "rank correlation of score and length", "Spearman's rho",
                      reference=0),
             Quantity("selection/{branch}/length_ratio", "length of kept / of dropped samples", "ratio", reference=1),
             Quantity("rollout/{branch}/length", "completion length", "tokens", from_zero=True),
-            Quantity("selection/{branch}/jaccard_length", "overlap with selecting by length (dotted: chance)", "Jaccard",
+            Quantity("selection/{branch}/jaccard_length", "overlap with selecting by length (dotted, hollow: chance)",
+                     "Jaccard",
                      from_zero=True, beside="selection/{branch}/jaccard_chance"),
         ),
     ),
@@ -157,7 +159,8 @@ CHARTS = (
         "score", "What else the score follows",
         "Whether a few samples or tokens carry the score, and whether it is high where the teacher itself is lost.",
         (
-            Quantity("score/{branch}/p90", "score, 90th percentile (dotted: median)", "nats per token", from_zero=True,
+            Quantity("score/{branch}/p90", "score, 90th percentile (dotted, hollow: median)", "nats per token",
+                     from_zero=True,
                      beside="score/{branch}/p50"),
             Quantity("selection/{branch}/score_perplexity_spearman", "rank correlation of score and teacher perplexity",
                      "Spearman's rho", reference=0),
@@ -225,8 +228,7 @@ def draw(chart: Chart, runs: Mapping[str, pd.DataFrame], held_out: Points | None
                 _plot(axes, values * quantity.factor, look, label, STYLES[place % 4] if overlay else STYLES[look % 2])
                 beside = quantity.beside.format(branch=line)
                 if beside in runs[run]:
-                    dotted = _smooth(runs[run][beside].dropna() * quantity.factor)
-                    axes.plot(dotted, color=COLOURS[look % 7], linestyle=":", linewidth=1.4)
+                    _plot_beside(axes, runs[run][beside].dropna() * quantity.factor, look)
                 if quantity.held_out:
                     _points(axes, (held_out or {}).get(run, {}).get(line, ()), quantity.held_out, look)
         title = f"{wanted}: {quantity.title}" if wanted else quantity.title
@@ -350,6 +352,13 @@ def _plot(axes: Axes, values: pd.Series, look: int, label: str, style: str) -> N
         more = {"markersize": 5, "linewidth": 1.8, "markevery": every}
     axes.plot(_smooth(values), color=COLOURS[look % 7], marker=MARKERS[look % 7], linestyle=style, label=label,
               clip_on=False, **more)  # fmt: skip
+
+
+def _plot_beside(axes: Axes, values: pd.Series, look: int) -> None:
+    """Dotted, with hollow markers where there are few points: of a single one there is no line."""
+    marker = MARKERS[look % 7] if len(values) < SMOOTH_FROM else ""
+    axes.plot(_smooth(values), color=COLOURS[look % 7], marker=marker, markerfacecolor="white", markersize=4.5,
+              linestyle=":", linewidth=1.4, clip_on=False)  # fmt: skip
 
 
 def _points(axes: Axes, measured: Sequence[Measured], name: str, look: int) -> None:
