@@ -46,6 +46,7 @@ _METRICS = "`metrics.jsonl` beside this card has every step; `camopd report` dra
 _BENCHMARKS = "## Benchmarks"
 _OF_EVAL = "Percent, 95 % intervals over items. An item came back or broke where its score is higher or lower after."
 _HUB_DATASET = "https://huggingface.co/datasets/"
+_LICENCE = re.compile(r"[a-z0-9.+-]+")  # as the Hub names them; it refuses a card with another
 # Of `selection`: which samples a branch is trained on, in words.
 _SAMPLES = {
     True: "the samples with the largest teacher-student gaps",
@@ -113,9 +114,9 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
     data = ModelCardData(
         library_name="peft" if facts.is_peft else "transformers",
         model_name=model_name,
-        base_model=facts.base if is_hub_id(facts.base) else None,
         datasets=sorted(datasets) or None,
         tags=sorted({"generated_from_trainer", *tags}),
+        **_origin(facts),
     )
     body = [
         f"# {model_name}",
@@ -123,7 +124,7 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
         f"The specialised model {_model(facts.student)}, trained {_method(facts)}",
         "",
         *_recovery(facts, out),
-        *_gaps(facts.history, facts.schedule.branches),
+        *_training_gaps(facts.history, facts.schedule.branches),
         *_tasks(out),
         *_training(facts, sources),
         *_use(facts.hub_model_id or model_name, facts.is_peft),
@@ -178,6 +179,25 @@ def add_benchmarks(run: str | Path) -> Path:
     return path
 
 
+def _origin(facts: RunFacts) -> dict[str, Any]:
+    """Licence and base model for the metadata: of a student in a folder what the README there says, or that of its base."""
+    from huggingface_hub import metadata_load
+
+    found: dict[str, Any] = {"base_model": facts.base} if is_hub_id(facts.base) else {}
+    for name in filter(None, (facts.student, facts.base)):
+        try:
+            said = metadata_load(Path(name) / "README.md") or {}
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):  # a model needs no such file
+            continue
+        bases, licence = said.get("base_model"), said.get("license")
+        bases = [base for base in (bases if isinstance(bases, list) else [bases]) if is_hub_id(str(base))]
+        if bases:  # and no path, which says nothing to others
+            found.setdefault("base_model", bases[0] if len(bases) == 1 else bases)
+        if "license" not in found and _LICENCE.fullmatch(str(licence)):
+            found |= {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------- sections
 
 
@@ -225,7 +245,7 @@ def _recovery(facts: RunFacts, out: Path) -> list[str]:
     ):  # the card is written where nothing may fail any more, and the values of single prompts are extra
         lines = []
     known = of_history(facts.history, lines)
-    found = {branch: known[branch] for branch in facts.schedule.branches if branch in known}
+    found = {branch: known.get(branch, []) for branch in facts.schedule.branches} if known else {}
     said = [f"- {verdict.text}" for verdict in verdicts_of(found, facts.step)] or [
         f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
     ]
@@ -235,37 +255,15 @@ def _recovery(facts: RunFacts, out: Path) -> list[str]:
     return ["## Did it recover?", "", *said, *note, ""]
 
 
-def _gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]:
-    """Before and after: on held-out prompts where the run has any, else on those of the steps themselves."""
-    held_out = {
-        branch: [entry for entry in history if entry.get(f"eval_{branch}_kl") is not None] for branch in branches
-    }
-    lines = ["## Gaps before and after", ""]
-    if any(held_out.values()):
-        lines += [
-            "Sampled reverse KL to the teacher of the branch on held-out prompts, nats per token; SE is the standard error "
-            "over prompts.",
-            "",
-            "| branch | before ± SE | after ± SE | prompts |",
-            "|---|---|---|---|",
-        ]
-        for branch, entries in held_out.items():
-            if not entries:
-                lines.append(f"| {branch} | not measured | not measured | |")
-                continue
-            first, last = (
-                f"{entry[f'eval_{branch}_kl']:.3f} ± {entry.get(f'eval_{branch}_kl_se', float('nan')):.3f} (step "
-                f"{entry['step']})"
-                for entry in (entries[0], entries[-1])
-            )
-            last = last if len(entries) > 1 else "not measured yet"
-            lines.append(f"| {branch} | {first} | {last} | {entries[-1][f'eval_{branch}_prompts']:.0f} |")
-        if any(entries and entries[0]["step"] > 0 for entries in held_out.values()):
-            lines += ["", "The run did not measure before its first step; `eval_on_start: true` does."]
-        return [*lines, ""]
-    lines += [
-        "Training gaps: mean of student's minus teacher's log-prob over the tokens of a training step, in nats; no "
-        "held-out prompts (`eval_prompts`) were measured, so the two steps have different ones.",
+def _training_gaps(history: list[dict[str, Any]], branches: tuple[str, ...]) -> list[str]:
+    """Of the first and the last step, where no held-out prompts say more."""
+    if any(entry.get(f"eval_{branch}_kl") is not None for entry in history for branch in branches):
+        return []
+    lines = [
+        "## Training gaps",
+        "",
+        "Mean of student's minus teacher's log-prob over the tokens of a training step, in nats; no held-out prompts "
+        "(`eval_prompts`) were measured, so the two steps have different ones.",
         "",
         "| branch | first step | last step |",
         "|---|---|---|",

@@ -78,13 +78,11 @@ def test_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, 
     history = json.loads((tmp_path / "tiny" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     before, after = [entry for entry in history if "eval_general_kl" in entry]
     assert (before["step"], after["step"]) == (0, 4)
-    cells = [
-        f"{entry['eval_general_kl']:.3f} ± {entry['eval_general_kl_se']:.3f} (step {entry['step']})"
-        for entry in (before, after)
-    ]
-    assert row(card, "general") == [*cells, "3"]
-    assert "| branch | before ± SE | after ± SE | prompts |" in card
-    assert "| domain | not measured | not measured | |" in card
+    moves = f"{before['eval_general_kl']:.3f} → {after['eval_general_kl']:.3f}"
+    answer = card.split("## Did it recover?")[1].split("\n## ")[0]
+    assert f"- general: 3 held-out prompts are too few to tell ({moves})." in answer
+    assert "- domain: not measured on held-out prompts." in answer
+    assert card.count(moves) == 1 and "± SE" not in card and "gaps\n" not in card.lower()  # no second table of them
     assert "| general | 0.8 | absolute | 2.0 | on | 11 prompts of prompts.jsonl |" in card
     assert "| domain | 0.8 | positive | 0.5 | on | [11 prompts of prompts.jsonl](data_cards/domain.md) |" in card
     assert (tmp_path / "tiny" / "data_cards" / "domain.md").read_text() == DATA_CARD
@@ -95,7 +93,31 @@ def test_card_has_what_was_trained_from_what_and_the_gaps_before_and_after(run, 
     data = ModelCard(card).data
     assert {"camopd", "trl", "on-policy-distillation"} <= set(data.tags)
     assert data.library_name == "transformers"
-    assert data.base_model is None  # a local path is none
+    assert (data.base_model, data.license) == (None, None)  # a local path is none
+
+
+@pytest.mark.parametrize(
+    ("readme", "base", "licence"),
+    [
+        ("---\nlicense: apache-2.0\nbase_model: my-org/general\n---\n# Mine\n", "my-org/general", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: llama3.2\nbase_model: [my-org/a, my-org/b]\n---\n", ["my-org/a", "my-org/b"],
+         "other"),
+        # A path says nothing to others, and the Hub refuses a card with a licence that it does not know by such a name.
+        ("---\nlicense: Apache 2.0\nbase_model: /home/me/general\n---\n", None, None),
+        ("---\nlicense: [\n---\n", None, None),
+        ("---\n- camopd\n---\n", None, None),
+    ],
+)  # fmt: skip
+def test_card_has_licence_and_base_model_that_the_students_own_readme_names(tmp_path, readme, base, licence):
+    save_models(tmp_path, student=1)
+    (tmp_path / "student" / "README.md").write_text(readme)
+    trainer = make_trainer(tmp_path / "out", make_tokenizer(), model=str(tmp_path / "student"))
+    trainer.create_model_card("named")
+    data = ModelCard(card_of(tmp_path / "out")).data
+    assert (data.base_model, data.license, data.to_dict().get("license_name")) == (
+        base, licence, "llama3.2" if licence == "other" else None,
+    )  # fmt: skip
+    assert "/home/me" not in card_of(tmp_path / "out")
 
 
 def test_readme_that_is_no_card_is_left_alone(run, tmp_path):
@@ -113,7 +135,7 @@ def test_card_has_the_gaps_of_the_steps_without_held_out_prompts(run, tmp_path):
     card = card_of(tmp_path / "tiny")
     assert f"| general | {first:.3f} (step 1) | {last:.3f} (step 3) |" in card
     assert f"| domain | {-steps[3]['gap/domain/mean']:.3f} (step 4) |" in card
-    assert "no held-out prompts (`eval_prompts`)" in card.replace("\n", " ")
+    assert "## Training gaps" in card and "no held-out prompts (`eval_prompts`)" in card.replace("\n", " ")
 
 
 def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
@@ -153,7 +175,9 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
         {"eval_general_kl": 1.0, "eval_general_kl_se": 0.1, "eval_general_prompts": 3, "step": 0}
     ]
     trainer.create_model_card("named")  # of a run under way
-    assert row(card_of(tmp_path / "out"), "general") == ["1.000 ± 0.100 (step 0)", "not measured yet", "3"]
+    assert "- general: not known yet, its gap before the run is 1.000 ± 0.430 (95 %, 3 prompts), and" in card_of(
+        tmp_path / "out"
+    )
 
 
 def merged_card_is_of_a_whole_model(run: Path, folder: Path) -> None:
