@@ -102,6 +102,9 @@ def test_page_is_written_three_times_and_holds_every_item(tmp_path, models):
     if len(models) > 1:
         assert "## medqa: what broke, 5 of 10" in text and "(410 characters)" in text
         assert "<b>0" not in html and "&lt;b&gt;0" in html
+    # The text of a model is shown as it is, which the page says before the first.
+    assert html.count("as they were written, with any Markdown in them") == (len(models) > 1)
+    assert text.partition("as they were written")[0].count("\n> ") == 0
 
 
 def test_page_names_models_judges_and_what_was_cut_short(tmp_path):

@@ -16,6 +16,8 @@ from .paper import beside
 
 SHOWN = 5  # items of a list; eval.json has all
 LENGTH = 300  # characters of a text on the page
+LISTS = {"broke": "broke", "came back": "came_back"}  # of items that changed: what the page calls them, and eval.json
+ITEMS = f"Prompts and answers are shown as they were written, with any Markdown in them, up to {LENGTH} characters of each."
 
 
 def write(
@@ -54,8 +56,9 @@ def write(
         *(f"- {note}" for note in notes),
         settings_of(about),
     ]
+    blocks += [ITEMS] if any(row["change"][name] for row in rows if "change" in row for name in LISTS.values()) else []
     for row in rows:
-        for title, name in (("broke", "broke"), ("came back", "came_back")):
+        for title, name in LISTS.items():
             listed = row.get("change", {}).get(name, [])
             if listed:
                 blocks.append(f"## {row['task']}: what {title}, {min(SHOWN, len(listed))} of {len(listed)}")
