@@ -130,7 +130,7 @@ def test_code_that_extends_runs_and_does_what_the_page_says(tmp_path, monkeypatc
 SMALL = {
     "--max_steps 16 --per_device_train_batch_size 8": "--max_steps 2 --per_device_train_batch_size 2",
     "max_steps: 8": "max_steps: 2",
-    "eval_steps: 8": "eval_steps: 2",
+    "eval_steps: 4": "eval_steps: 2",
     "prompts_per_step: 12": "prompts_per_step: 4",
     "schedule: general:3,domain:1": "schedule: general:1,domain:1",
     "max_completion_length: 40": "max_completion_length: 8",
