@@ -52,6 +52,13 @@ def test_cage_has_no_network_no_keys_and_never_root(root, monkeypatch):
     assert not [word for word in words if word.startswith("--bind")]
 
 
+def test_room_shows_what_it_names_and_nothing_of_it_to_write():
+    room = cage.Room(processes=7, addresses=9, shown={"/inside": "/outside"}, files={"/tmp/a": b"x"}, semaphores=True)
+    words = " ".join(cage.words("bwrap", "python3", room, {"/tmp/a": 5}))
+    assert "--ro-bind /outside /inside --ro-bind-data 5 /tmp/a " in words and "--nproc=7 --as=9 " in words
+    assert "--tmpfs /dev/shm" in words and "--tmpfs /dev/shm" not in " ".join(cage.words("bwrap", "python3"))
+
+
 def test_memory_is_that_of_a_process_and_all_below_it():
     assert cage.memory_of(os.getpid()) > 10 << 20
     child = subprocess.Popen(["sh", "-c", "sleep 30 & sleep 30"])
@@ -112,6 +119,24 @@ def test_program_sees_no_answer_of_another_task(tmp_path):
     secret.write_text("secret", encoding="utf-8")
     passed, how = cage.run(f"open({str(secret)!r})", cage.find())
     assert not passed and how.startswith("FileNotFoundError")
+
+
+@real
+def test_what_a_program_prints_is_apart_from_its_errors_and_looked_at_while_it_runs(tmp_path):
+    files = {"/tmp/deep/er/a": b"given"}
+    program = (
+        "import sys\nprint(open('/tmp/deep/er/a').read())\nprint('error', file=sys.stderr)\nopen('/tmp/deep/b', 'w')"
+    )
+    with open(tmp_path / "said", "w+b") as said, open(tmp_path / "errors", "w+b") as errors:
+        assert cage.into(said, program, cage.find(), cage.Room(files=files), errors) == (True, "passed")
+    assert [path.read_bytes() for path in (tmp_path / "said", tmp_path / "errors")] == [b"given\n", b"error\n"]
+
+    def look():
+        raise KeyboardInterrupt
+
+    with open(tmp_path / "said", "w+b") as said, pytest.raises(KeyboardInterrupt):
+        cage.into(said, "import time; time.sleep(60)", cage.find(), cage.Room(), look=look)
+    assert not left_behind()
 
 
 @real

@@ -15,8 +15,10 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from ..errors import CaMOPDError
 
@@ -27,9 +29,23 @@ ADDRESSES = 1 << 30  # bytes, of each of its processes
 DISK = 64 << 20  # bytes of its /tmp
 PROCESSES = 32
 NOBODY = 65534
+_SAID = 2000  # bytes of what a program has printed last
 _PAUSE = 0.02  # seconds between two looks
 # The token says that the program has come to its end: one that leaves early with exit code 0 has not.
 _END = "\nimport os as _os, sys as _sys\n_sys.stdout.flush()\n_os.write(1, {token!r})\n"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a program in a cage has: its limits, and what it sees beside /usr, all of it read-only."""
+
+    seconds: float = SECONDS
+    memory: int = MEMORY
+    addresses: int = ADDRESSES
+    processes: int = PROCESSES
+    shown: Mapping[str, str] = field(default_factory=dict)  # paths of the machine, by those in the cage
+    files: Mapping[str, bytes] = field(default_factory=dict)  # contents, by paths in the cage
+    semaphores: bool = False  # whether its processes may share some, in a /dev/shm of its own
 
 
 def find() -> tuple[str, str]:
@@ -59,8 +75,12 @@ def find() -> tuple[str, str]:
     return cage
 
 
-def words(bwrap: str, python: str) -> list[str]:
-    """The command line of a cage, with a Python in it that reads its program from /program."""
+def words(bwrap: str, python: str, room: Room | None = None, given: Mapping[str, int] | None = None) -> list[str]:
+    """The command line of a cage, with a Python in it that reads its program from /program.
+
+    `given` has the open files whose contents are those of the room's `files`.
+    """
+    room = room or Room()
     as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
     return [
         *(as_nobody if os.geteuid() == 0 else ()),
@@ -68,50 +88,77 @@ def words(bwrap: str, python: str) -> list[str]:
         "--ro-bind", "/usr", "/usr",
         *(word for name in ("lib", "lib64", "bin") for word in ("--symlink", f"usr/{name}", f"/{name}")),
         "--proc", "/proc", "--dev", "/dev", "--size", str(DISK), "--tmpfs", "/tmp",
+        *(("--size", str(DISK), "--tmpfs", "/dev/shm") if room.semaphores else ()),
+        *(word for inside, path in room.shown.items() for word in ("--ro-bind", path, inside)),
+        *(word for inside, file in (given or {}).items() for word in ("--ro-bind-data", str(file), inside)),
         "--ro-bind-data", "0", "/program", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
         # Inside: a user's other processes do not count.
-        "prlimit", f"--nproc={PROCESSES}", f"--as={ADDRESSES}", f"--fsize={DISK}", "--core=0", "--nofile=256", "--",
-        python, "-I", "/program",
+        "prlimit", f"--nproc={room.processes}", f"--as={room.addresses}", f"--fsize={DISK}", "--core=0",
+        "--nofile=256", "--", python, "-I", "/program",
     ]  # fmt: skip
 
 
 def run(program: str, cage: tuple[str, str], seconds: float = SECONDS) -> tuple[bool, str]:
     """Whether a program comes to its end in a cage, and how it ended. Nothing of it is left after."""
+    with tempfile.TemporaryFile() as said:
+        passed, how = into(said, program, cage, Room(seconds))
+    return passed, how
+
+
+def into(
+    said: IO[bytes],
+    program: str,
+    cage: tuple[str, str],
+    room: Room,
+    errors: IO[bytes] | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> tuple[bool, str]:
+    """As `run`, with another room; what the program prints is in the file `said`, before the token at its end.
+
+    Its errors are there as well, or in a file of their own. `look` is called while it runs, and may raise to end it.
+    """
     token = secrets.token_hex(16).encode()
     source = (program + _END.format(token=token)).encode(errors="replace")
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
-        given.write(source)
-        given.seek(0)
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(tempfile.TemporaryFile()) for _ in (program, *room.files)]
+        for file, content in zip(files, (source, *room.files.values()), strict=True):
+            file.write(content)
+            file.seek(0)
+        given = dict(zip(room.files, (file.fileno() for file in files[1:]), strict=True))
         child = subprocess.Popen(
-            words(*cage),
-            stdin=given,
+            words(*cage, room, given),
+            stdin=files[0],
             stdout=said,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT if errors is None else errors,
             start_new_session=True,
             env={"PATH": os.environ["PATH"]},
+            pass_fds=list(given.values()),
         )
         try:
-            how = _wait(child, time.monotonic() + seconds, said)
+            how = _wait(child, room, said, look)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with bubblewrap goes all that is in its cage
             child.wait()
-        said.seek(max(0, said.seek(0, os.SEEK_END) - 2000))
-        text = said.read()
+    said.seek(max(0, said.seek(0, os.SEEK_END) - _SAID))
+    text = said.read()
     if how is not None:
         return False, how
     if child.returncode == 0 and text.endswith(token):
+        said.truncate(said.tell() - len(token))
         return True, "passed"
     last = text.decode(errors="replace").strip().splitlines()
     return False, last[-1][:300] if last and child.returncode else "left before its end"
 
 
-def _wait(child: subprocess.Popen[bytes], deadline: float, said: Any) -> str | None:
+def _wait(child: subprocess.Popen[bytes], room: Room, said: IO[bytes], look: Callable[[], None]) -> str | None:
     """Wait for the end of a cage; what it has too much of, or `None`."""
+    deadline = time.monotonic() + room.seconds
     while child.poll() is None:
+        look()
         if time.monotonic() > deadline:
             return "out of time"
-        if memory_of(child.pid) > MEMORY:
+        if memory_of(child.pid) > room.memory:
             return "out of memory"
         if os.fstat(said.fileno()).st_size > DISK:
             return "printed too much"
