@@ -145,3 +145,12 @@ def test_missing_environment_is_named_with_the_way_to_make_it(monkeypatch):
         CaMOPDError, match=r"no /nowhere/python, the environment that has evalscope\. `make \.venv-eval/installed`"
     ):
         jobs.python_of_evalscope()
+
+
+def test_job_is_finished_by_all_of_its_answers_none_of_them_a_servers_failure(tmp_path):
+    assert not jobs.finished(tmp_path)
+    path = tmp_path / jobs.ANSWERS
+    path.write_text(json.dumps({"text": 'says "text": null'}) + "\n", encoding="utf-8")
+    assert jobs.finished(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + json.dumps({"text": None}) + "\n", encoding="utf-8")
+    assert not jobs.finished(tmp_path)

@@ -6,7 +6,8 @@ import pytest
 
 from camopd import cli
 from camopd.errors import DataError
-from camopd.eval.livebench import items_of
+from camopd.eval.livebench import BY_OTHERS, items, judged, notes, settle
+from camopd.eval.tasks import named
 
 
 # Two categories; the first has two tasks, of two questions and of one.
@@ -16,6 +17,10 @@ SCORES = {
     ("math", "amps", "c"): 1,
     ("language", "typos", "d"): 0.25,
 }
+
+
+def items_of(checkout, model):
+    return items(judged(checkout, model))
 
 
 @pytest.fixture
@@ -64,17 +69,31 @@ def test_judgments_with_line_ends_of_unicode_are_as_many(checkout):
         items_of(checkout, "start")
 
 
-def test_missing_judgments_are_named_with_the_commands_that_make_them(checkout, tmp_path):
-    with pytest.raises(
-        DataError, match=r"has no judgments for the model 'result'\. .*gen_api_answer\.py .*2024-11-25"
-    ):
-        items_of(checkout, "result")
-    with pytest.raises(DataError, match="no checkout of LiveBench is named"):
-        items_of(None, "result")
+def test_line_that_is_no_judgment_is_refused_and_so_is_a_score_that_is_none(checkout):
     path = next(checkout.rglob("ground_truth_judgment.jsonl"))
+    whole = path.read_text(encoding="utf-8")
     path.write_text('{"score": 1}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"line 1 of .* is not a judgment of LiveBench"):
-        items_of(checkout, "start")
+        judged(checkout, "start")
+    for score in ("NaN", "2", "-0.5", '"a"', "null"):
+        path.write_text(whole.replace('"score": 0.5', f'"score": {score}'), encoding="utf-8")
+        with pytest.raises(DataError, match=r"line 1 of .* is not a judgment of LiveBench"):
+            judged(checkout, "start")
+
+
+def test_scripts_are_run_unless_the_checkout_has_judgments_of_all_models(checkout):
+    tasks = named(["qasc", "livebench"])
+    answers = lambda *words: [task.answer for task in settle(tasks, *words)]  # noqa: E731
+    assert answers(checkout, ["start", "X"]) == ["letter", "read"]
+    assert answers(checkout, ["start", "result"]) == answers(None, ["start"]) == ["letter", "scripted"]
+    assert settle(tasks[:1], None, ["start"]) == tasks[:1]
+
+
+def test_notes_say_by_whom_it_was_judged_and_what_has_no_score(checkout):
+    rows = judged(checkout, "start")
+    assert notes({"start": items(rows)}) == [f"livebench: {BY_OTHERS}."]
+    (line,) = notes({"start": items(rows), "result": items([{**row, "score": None, "how": "x"} for row in rows])})
+    assert line.startswith("livebench: 4 of 4 questions have no score of result, ")
 
 
 def test_command_reads_them_beside_the_paper(checkout, tmp_path, monkeypatch, capsys):
@@ -93,6 +112,6 @@ def test_command_reads_them_beside_the_paper(checkout, tmp_path, monkeypatch, ca
         ]
     )
     said = capsys.readouterr().out
-    assert "| livebench | 56.2 ± 25.8 | 4 | - | - |" in said  # what was cut off is not known
+    assert "| livebench | 56.2 ± 82.0 | 4 | - | - |" in said  # what was cut off is not known
     assert "| LiveBench 1125 | 52.10 | 34.40 | 42.80 | 49.00 | - | 50.00 | - |" in said
     assert "2024-11-25 or that of 2025-11-25" in said

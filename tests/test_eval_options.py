@@ -1,5 +1,6 @@
 """What the options of `camopd eval` say of its tasks, and those without effect (camopd/eval/options.py)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,21 @@ def test_option_that_says_two_things_of_one_is_refused(found, said):
 def test_option_without_effect_is_refused(tasks, words, said):
     with pytest.raises(ValueError, match=f"without effect: .*{said}"):
         checked(tasks, *words)
+
+
+def test_limit_is_without_effect_on_what_scripts_ask_as_a_whole():
+    def of(tasks, *words):
+        found = [
+            replace(task, answer="scripted") if task.name == "livebench" else task for task in named(tasks.split(","))
+        ]
+        return check(parse(["--tasks", tasks, *words]), found, HERE)
+
+    with pytest.raises(ValueError, match="without effect: --limit, as livebench is asked as a whole"):
+        of("livebench", "--limit", "5")
+    assert of("livebench,qasc", "--limit", "5") == [
+        "--limit is without effect on livebench, which is asked as a whole."
+    ]
+    assert of("livebench", "--max-tokens", "5", "--context", "9", "--data", "livebench=x") == []
 
 
 @pytest.mark.parametrize("option", ["context", "vllm-python"])

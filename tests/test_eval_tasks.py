@@ -2,8 +2,7 @@
 
 import pytest
 
-from camopd.commands.eval import NOTES
-from camopd.eval.tasks import GREEDY, LETTERS, TASKS, multiple_choice, named, zebra
+from camopd.eval.tasks import GREEDY, LETTERS, NOTES, TASKS, multiple_choice, named, zebra
 
 
 ROW = {"question": "1 + 1?", "options": {"A": "1", "B": "2", "C": "3"}, "answer": "B"}

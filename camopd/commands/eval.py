@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .. import atomic
 from ..eval import arena, cage, code, compare, gaps, gca, jobs, judge, livebench, models, rows, scores, verdicts
+from ..eval import livebench_scripts as scripts
 from ..eval import options as effects
 from ..eval.asking import key_of
 from ..eval.judge import Judge
+from ..eval.livebench_scripts import Checkout
 from ..eval.models import Model
 from ..eval.paper import TABLES
-from ..eval.tasks import TASKS, Task, named
+from ..eval.tasks import NOTES, TASKS, Task, named
 from ..exit_codes import INTERRUPTED
 from ..results import EVAL_OUTPUT
 from ..run import read_settings
@@ -45,6 +48,8 @@ def eval(argv: list[str]) -> None:
     measured = gaps.of_run(_folder(options.run)) if gaps.NAME in names else []
     tasks = named([name for name in names if name != gaps.NAME])
     wanted = _wanted(options) if tasks else {}
+    judged = effects.files_of(options.data).get(livebench.NAME)
+    tasks = livebench.settle(tasks, judged, wanted)
     for line in effects.check(options, tasks, wanted):
         console.print(line, markup=False)
     if not tasks:
@@ -54,15 +59,18 @@ def eval(argv: list[str]) -> None:
     python = jobs.python_of_evalscope() if any(task.benchmark for task in tasks) else ""
     if any(task.answer == "code" for task in tasks):
         cage.find()
+    checkout = scripts.opened(judged) if any(task.answer == "scripted" for task in tasks) else None
+    for line in scripts.warnings(checkout):
+        console.print(line, markup=False)
     judges = _judges(tasks, options)
     from ..eval import page  # with what draws it
 
     out = Path(options.out)
     found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
-    read = [task for task in tasks if task.answer == "read"]
-    for name in wanted if read else ():
-        found[name][read[0].name] = livebench.items_of(effects.files_of(options.data).get(read[0].name), name)
-    asked = [task for task in tasks if task not in read]
+    for name in wanted if judged else ():
+        if before := livebench.judged(judged, name):
+            found[name][livebench.NAME] = livebench.items(before)
+    asked = [task for task in tasks if task.answer != "read"]
     served = effects.served(asked)
     if served:
         need_context(wanted.values(), served, options)
@@ -70,26 +78,27 @@ def eval(argv: list[str]) -> None:
         if task.answer == "weighed":
             models.need_folders(wanted.values(), task.name)
     vllm = _vllm(options, wanted.values()) if served else None
-    task_rows = _rows(asked, options)
-    for model in wanted.values() if asked else ():  # what is refused is refused before anything is generated
-        _prepare(model, asked, task_rows, judges, out, options)
+    task_rows = _rows(asked, options, checkout)
+    asked_of = {name: [task for task in asked if task.name not in found[name]] for name in wanted}
+    for name, model in wanted.items():  # what is refused is refused before anything is generated
+        _prepare(model, asked_of[name], task_rows, judges, out, options, checkout)
     with processes.noted_signals() as signals:
-        for model in wanted.values():
-            _introduce(model, asked, out)
-            left = [task for task in asked if not (out / model.name / task.name / jobs.ANSWERS).is_file()]
+        for name, model in wanted.items():
+            _introduce(model, asked_of[name], out)
+            left = [task for task in asked_of[name] if not jobs.finished(out / name / task.name)]
             _ask(model, left, task_rows, judges, options, (python, vllm), signals)
-            for task in asked:
+            for task in asked_of[name]:
                 _stop(signals)
-                answers = _answers(
-                    task, out / model.name / task.name, judges.get(task.name), options.concurrency, signals
+                found[name][task.name] = _items(
+                    task, out / name / task.name, judges.get(task.name), options.concurrency, signals
                 )
-                found[model.name][task.name] = scores.items_of(task, answers)
     about = {"models": {name: model.where for name, model in wanted.items()}, "limit": options.limit,
              "max_tokens": options.max_tokens,
              "judges": {name: f"{public_url(one.url)}#{one.model}" for name, one in judges.items()}}  # fmt: skip
     compared = compare.compare(tasks, found)
     names = {task.name for task in tasks}
     notes = [text for of, text in NOTES.items() if names & set(of.split())] + compare.asked_otherwise(tasks, found)
+    notes += livebench.notes({name: items[livebench.NAME] for name, items in found.items() if livebench.NAME in items})
     _say(page.write(compared, notes, about, out, options.paper, measured), out)
 
 
@@ -142,6 +151,8 @@ def _ask(
                 jobs.set_url(folder / task.name, url)
                 if task.answer == "played":
                     _play(folder / task.name, task, task_rows[task.name], judges[task.name], options, signals)
+                elif task.answer == "scripted":
+                    _have_asked(folder / task.name, task, task_rows[task.name], signals)
                 else:
                     total = len(task_rows[task.name]) * task.repeats
                     _run(jobs.words(python, folder / task.name), folder / task.name, task, total, signals)
@@ -220,10 +231,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _rows(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def _rows(
+    tasks: Sequence[Task], options: argparse.Namespace, checkout: Checkout | None
+) -> dict[str, list[dict[str, Any]]]:
     """The rows of each task. All are read before any model is asked."""
     folder, given = effects.folder_of(options.data), effects.files_of(options.data)
-    return {task.name: rows.read(task, rows.find(task, folder, given), options.limit) for task in tasks}
+    return {
+        task.name: scripts.questions(checkout)
+        if task.answer == "scripted" and checkout
+        else rows.read(task, rows.find(task, folder, given), options.limit)
+        for task in tasks
+    }
 
 
 def _judges(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Judge]:
@@ -244,20 +262,24 @@ def _judges(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Jud
     return found
 
 
-def _answers(
+def _items(
     task: Task, folder: Path, asked: Judge | None, concurrency: int, signals: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The answers of a finished job, with the verdict of a cage on those that are code, or of a judge."""
+) -> list[scores.Item]:
+    """The items of a finished job, with the verdict of a cage on answers that are code, or of a judge."""
     found = scores.read_answers(folder / jobs.ANSWERS)
-    if task.answer != "code" and asked is None:
-        return found
-    with _ticking(f"{task.name}: {'judging' if asked else 'running the code'}", len(found), signals) as tick:
+    if task.answer not in ("code", "scripted") and asked is None:
+        return scores.items_of(task, found)
+    with _ticking(
+        f"{task.name}: {'running the code' if task.answer == 'code' else 'judging'}", len(found), signals
+    ) as tick:
+        if task.answer == "scripted":
+            return livebench.items(scripts.judge(scripts.checkout_of(folder), folder, found, tick))
         if asked is None:
             given = code.judge(folder, found, tick)
         else:
             ask = {"verified": judge.verify, "compared": arena.compare, "played": gca.judge}[task.answer]
             given = verdicts.collect(folder, found, asked.model, partial(ask, asked), concurrency, tick)
-    return [row | {"verdict": verdict} for row, verdict in zip(found, given, strict=True)]
+    return scores.items_of(task, [row | {"verdict": verdict} for row, verdict in zip(found, given, strict=True)])
 
 
 def _play(
@@ -278,15 +300,26 @@ def _play(
     atomic.write(folder / jobs.ANSWERS, "".join(json.dumps(row) + "\n" for row in found))
 
 
+def _have_asked(folder: Path, task: Task, asked: Sequence[dict[str, Any]], signals: Sequence[int]) -> None:
+    """Have LiveBench's script ask the model of a folder's job what is not answered yet."""
+    checkout = scripts.checkout_of(folder)
+    job = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
+    scripts.lay_out(checkout, folder, asked)
+    words, environment = scripts.words_to_ask(checkout, job, asked), scripts.environment(checkout)
+    _run(words, folder, task, len(asked), signals, env=environment, cwd=folder / "work")
+    if not signals:
+        scripts.gather(folder, asked)
+
+
 @contextlib.contextmanager
-def _ticking(name: str, total: int, signals: Sequence[int]) -> Iterator[Callable[[], None]]:
+def _ticking(name: str, total: int, signals: Sequence[int]) -> Iterator[Callable[..., None]]:
     """A bar that goes on with each call of what is yielded; there a signal ends the command, with what is done kept."""
     with _bar(name, total) as (progress, bar):
 
-        def tick() -> None:
+        def tick(steps: int = 1) -> None:
             if signals:
                 raise KeyboardInterrupt
-            progress.advance(bar)
+            progress.advance(bar, steps)
 
         try:
             yield tick
@@ -310,8 +343,11 @@ def _prepare(
     judges: dict[str, Judge],
     out: Path,
     options: argparse.Namespace,
+    checkout: Checkout | None,
 ) -> None:
     """Write the folders of a model, one per task."""
+    if not tasks:
+        return
     if model.is_url:
         name, context = models.look(model, model.where, jobs.KEY)
     else:
@@ -323,6 +359,9 @@ def _prepare(
         job = jobs.job_of(task, folder, name, context, options.max_tokens, options.concurrency)
         if task.answer == "played":  # the other half of what was played
             job["world"] = judges[task.name].model
+        if task.answer == "scripted" and checkout:
+            scripts.need_unknown(checkout, name)
+            job["checkout"] = asdict(checkout)
         jobs.prepare(task, job, weights, task_rows[task.name], folder)
 
 
@@ -334,7 +373,7 @@ def server_context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
 
 def _heard(task: Task) -> int:
     """Tokens that a server started here has for a prompt of a task."""
-    return gca.HEARD if task.answer == "played" else ROOM
+    return {"played": gca.HEARD, "scripted": scripts.HEARD}.get(task.answer, ROOM)
 
 
 def need_context(wanted: Iterable[Model], tasks: Sequence[Task], options: argparse.Namespace) -> None:
@@ -381,12 +420,12 @@ def _served(
         yield url
 
 
-def _run(words: Sequence[str], folder: Path, task: Task, total: int, signals: Sequence[int]) -> None:
-    """Run the job of a folder, with a bar. Raises `CaMOPDError` where it fails."""
+def _run(words: Sequence[str], folder: Path, task: Task, total: int, signals: Sequence[int], **process: Any) -> None:
+    """Run the job of a folder, with a bar; `process` is how, where not as all. Raises `CaMOPDError` where it fails."""
     with _bar(task.name, total) as (progress, bar):
         with open(folder / jobs.LOG, "ab") as log:
             environment = jobs.environment(*(() if task.benchmark else jobs.HUB_TOKENS))
-            child = processes.start(words, stdout=log, env=environment)
+            child = processes.start(words, stdout=log, **{"env": environment, **process})
         try:
             while child.poll() is None and not signals:
                 time.sleep(0.2)
@@ -396,36 +435,3 @@ def _run(words: Sequence[str], folder: Path, task: Task, total: int, signals: Se
             jobs.hide_key(folder)
     if not signals and child.returncode:
         raise jobs.failed(folder, total)
-
-
-# What a reader must know of how tasks are run, by their names.
-NOTES = {
-    "mmlu qasc medqa medxpertqa": (
-        "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it "
-        "as its final one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, "
-        "and is counted as no answer."
-    ),
-    "mmlu_options qasc_options medqa_options": (
-        "mmlu_options, qasc_options and medqa_options: no examples, and no list of the options; the one that is likeliest "
-        "per character behind the question, as lm-eval's acc_norm. By acc, the likeliest as it is, in eval.json as `parts`."
-    ),
-    "humaneval": ("humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds."),
-    "distraction": (
-        "distraction: in the manner of DistractionIF, on rows made here; its numbers are not those of that paper's "
-        "data. How often each kind of rule holds is in eval.json as `parts`."
-    ),
-    "lcb_v5 lcb_v6": ("lcb_v5 and lcb_v6: one answer, run in a cage, 6 seconds a test."),
-    "gpqa hmmt25": (
-        "gpqa and hmmt25: four and sixteen sampled answers a question; a judge says whether each comes to the "
-        "known answer. One for which it has no verdict counts as nothing, and a question without any is left out."
-    ),
-    "zebralogic": ("zebralogic: the whole grid is right."),
-    "arena_hard arena_creative": (
-        "arena_hard and arena_creative: mean over prompts of the score against the baseline's answer in both "
-        "orders; the official score is a mean over verdicts, in eval.json as `pooled`."
-    ),
-    "livebench": ("livebench: mean over questions; the official mean over categories is in eval.json as `pooled`."),
-    "gca": ("gca: mean over scenes of four dimensions, in eval.json as `parts`."),
-    "ifeval ifbench": ("ifeval and ifbench: strict, all instructions of a prompt."),
-    "gsm8k": ("gsm8k: no examples, the number in the box or at the end."),
-}

@@ -27,7 +27,7 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # for a model that is loade
 JOB = "job.json"
 LOG = "log.txt"
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
-_PLACES = ("url", "context", "work", "concurrency")  # of a job: where and how fast, not what
+_PLACES = ("url", "context", "work", "concurrency", "checkout")  # of a job: where and how fast, not what
 _UNPARSED = ("zebralogicbench",)  # of evalscope: its checker raises at an answer in another form, which is a wrong one
 
 
@@ -135,7 +135,8 @@ def environment(*kept: str) -> dict[str, str]:
 def hide_key(folder: Path) -> None:
     """Take the key of the models' servers out of what a job has said: a server that refuses it may have repeated it."""
     key = (key_of(KEY) or "").encode()
-    for path in [folder / LOG, *(folder / "work" / "logs").rglob("*.log")] if key else []:
+    logs = [folder / LOG, *(folder / "work" / "logs").rglob("*.log"), *files_of_answers(folder)]
+    for path in logs if key else []:
         said = path.read_bytes() if path.is_file() else b""
         if key in said:
             path.write_bytes(said.replace(key, b"***"))
@@ -151,8 +152,19 @@ def failed(folder: Path, total: int) -> CaMOPDError:
 
 def answered(folder: Path) -> int:
     """Answers that the engine has written so far."""
-    files = (folder / "work" / "predictions").rglob("*.jsonl")
-    return sum(path.read_bytes().count(b"\n") for path in files)
+    return sum(path.read_bytes().count(b"\n") for path in files_of_answers(folder))
+
+
+def files_of_answers(folder: Path) -> list[Path]:
+    """Files in which evalscope has its answers, or LiveBench."""
+    work = folder / "work"
+    return [*(work / "predictions").rglob("*.jsonl"), *sorted(work.glob("data/**/model_answer/*.jsonl"))]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a job has all of its answers, and none of them is a server's failure, which has no text."""
+    path = folder / ANSWERS
+    return path.is_file() and b'"text": null' not in path.read_bytes()
 
 
 def has_answers(folder: Path) -> bool:

@@ -15,6 +15,7 @@ from .tasks import TASKS, Task, named
 
 T = TypeVar("T")
 OF_ROWS = ("limit", "max_tokens")  # and of answers: nothing is drawn or asked of what another program has run
+BY_SCRIPTS = ("read", "scripted")  # kinds of tasks whose rows are another program's
 OF_SERVERS = ("context", "vllm_python")  # that are started here
 OF_MODELS = ("models", "paper", "judge", "data", *OF_ROWS, *OF_SERVERS)
 
@@ -73,6 +74,9 @@ def check(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     read = [task.name for task in tasks if task.answer == "read"]
     lines = [f"{_flag(name)} is without effect on {', '.join(read)}, which is read as it was run."
              for name in OF_ROWS if read and getattr(options, name) is not None]  # fmt: skip
+    scripted = [task.name for task in tasks if task.answer == "scripted"]
+    if scripted and options.limit is not None:
+        lines.append(f"--limit is without effect on {', '.join(scripted)}, which is asked as a whole.")
     weighed = [task.name for task in tasks if task.answer == "weighed"]
     if weighed and options.max_tokens is not None:
         lines.append(f"--max-tokens is without effect on {', '.join(weighed)}, where no model writes.")
@@ -90,6 +94,8 @@ def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     for name in OF_ROWS if not asked else ():
         if getattr(options, name) is not None:
             yield f"{_flag(name)}, as {tasks[0].name} is read as it was run"
+    if options.limit is not None and all(task.answer == "scripted" for task in tasks):
+        yield f"--limit, as {tasks[0].name} is asked as a whole"
     if asked and not served(tasks) and options.max_tokens is not None:
         yield f"--max-tokens, as no model writes in {', '.join(asked)}"
     for name in OF_SERVERS:
@@ -100,7 +106,7 @@ def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     for name in files:
         if name not in {*names, *(task.rows_of for task in tasks)}:
             yield f"--data {name}=, as that task is not asked for"
-    own = [task for task in tasks if task.answer != "read" and not files.keys() & {task.name, task.rows_of}]
+    own = [task for task in tasks if task.answer not in BY_SCRIPTS and not files.keys() & {task.name, task.rows_of}]
     if any("=" not in text for text in options.data) and not own:
         yield f"--data {folder_of(options.data)}, as no rows are read from it"
     judged = [task.name for task in tasks if task.judged]

@@ -36,8 +36,8 @@ class Task:
     size: int  # rows of the whole task
     convert: Callable[[dict[str, Any]], dict[str, Any] | None]  # into evalscope's form; `None` if not of the task
     # "letter", "number", "code" run in a cage, "rules", "verified" or "compared" by a model, "checked" by evalscope,
-    # "played" with a model, which judges, without evalscope, "weighed" by the likelihood of options, without it, too, or
-    # "read" from where another program has put it
+    # "played" with a model, which judges, without evalscope, "weighed" by the likelihood of options, without it, too,
+    # "scripted" by another program, which asks and judges, or "read" from where it has put what it was run for before
     answer: str = "checked"
     metric: str = "accuracy"  # of evalscope, the score of an answer; "" where it is to score nothing
     split: str = "test"  # name of the file that evalscope reads
@@ -200,6 +200,39 @@ TASKS = {
         _weighed("medqa", "domain", *_MEDQA),
     )
 }  # fmt: skip
+
+
+# What a reader must know of how tasks are run, by their names.
+NOTES = {
+    "mmlu qasc medqa medxpertqa": (
+        "Tasks of letters (mmlu, qasc, medqa, medxpertqa): no examples; a letter counts where the answer names it "
+        "as its final one, or is nothing else. An answer without one, or whose reasoning never ends, is wrong, "
+        "and is counted as no answer."
+    ),
+    "mmlu_options qasc_options medqa_options": (
+        "mmlu_options, qasc_options and medqa_options: no examples, and no list of the options; the one that is likeliest "
+        "per character behind the question, as lm-eval's acc_norm. By acc, the likeliest as it is, in eval.json as `parts`."
+    ),
+    "humaneval": ("humaneval: one answer, run in a cage; passed is coming to the end of its tests within 10 seconds."),
+    "distraction": (
+        "distraction: in the manner of DistractionIF, on rows made here; its numbers are not those of that paper's "
+        "data. How often each kind of rule holds is in eval.json as `parts`."
+    ),
+    "lcb_v5 lcb_v6": ("lcb_v5 and lcb_v6: one answer, run in a cage, 6 seconds a test."),
+    "gpqa hmmt25": (
+        "gpqa and hmmt25: four and sixteen sampled answers a question; a judge says whether each comes to the "
+        "known answer. One for which it has no verdict counts as nothing, and a question without any is left out."
+    ),
+    "zebralogic": ("zebralogic: the whole grid is right."),
+    "arena_hard arena_creative": (
+        "arena_hard and arena_creative: mean over prompts of the score against the baseline's answer in both "
+        "orders; the official score is a mean over verdicts, in eval.json as `pooled`."
+    ),
+    "livebench": ("livebench: mean over questions; the official mean over categories is in eval.json as `pooled`."),
+    "gca": ("gca: mean over scenes of four dimensions, in eval.json as `parts`."),
+    "ifeval ifbench": ("ifeval and ifbench: strict, all instructions of a prompt."),
+    "gsm8k": ("gsm8k: no examples, the number in the box or at the end."),
+}
 
 
 def named(names: Sequence[str]) -> list[Task]:
