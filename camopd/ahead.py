@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 
 from .errors import on_all_ranks
 from .forward import evaluating
+from .guards import LEAST
 from .rollout_servers import Flight
 from .rollouts import StreamingEngine
 from .samples import Sample
@@ -96,13 +97,13 @@ class Rollouts:
 
     def compare(self, step: Step) -> None:
         """Hold a finished completion of the next step against the student, who still has the weights that write it; after
-        the update nothing would tell whether the servers have them. Of several servers each has its turn. Called by all
-        ranks, before the update."""
+        the update nothing would tell whether the servers have them. Of several servers that have finished one each has its
+        turn. Called by all ranks, before the update."""
         ahead = self._ahead
         if ahead is None or not all(gather_object([bool(ahead.finished)])):  # none to compare yet
             return
         student = self._trainer.student
-        sample = min(list(ahead.finished), key=lambda sample: (self._looked_at[sample.server], len(sample.token_ids)))
+        sample = min(list(ahead.finished), key=self._telling)
         assert sample.rollout_logps is not None
         self._looked_at[sample.server] += 1
         with evaluating(student.model):
@@ -110,6 +111,11 @@ class Rollouts:
         apart = (logps.float() - sample.rollout_logps).abs()
         apart = apart[~apart.isnan()]
         step.ahead_apart = gather_object([(sample.server, float(apart.sum()), len(apart))])
+
+    def _telling(self, sample: Sample) -> tuple[int, int, int]:
+        """The order in which to compare: servers in turn, of each as many tokens as tell something, and few more."""
+        tokens = len(sample.mask)
+        return self._looked_at[sample.server], -min(tokens, LEAST), tokens
 
     def drain(self) -> tuple[list[Sample], int] | None:
         """The next step's rollouts where they are begun, as a checkpoint keeps them, and how many prompts were cut: the

@@ -66,6 +66,10 @@ GUARDS = {
 # float32 it is the inner sums that round, of 2**13 terms each: sqrt(128 * 2**13) * 2**-24 * 8 = 0.0005; 0.01 is twenty
 # times that, and a quarter of what a float32 model drawn from in bfloat16 shows.
 LOG_RATIO = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.25}
+# Tokens that a mean over few is taken to be short of, and that are alike to the bit. One token may be off by many times the
+# bound without a fault (another expert of a mixture, a logit of 200 in bfloat16), but not by 16 times.
+SPARE = 16
+LEAST = 256  # tokens of one rollout server, over which comparisons of a completion each are added up
 
 
 def log_ratio_bound(limit: float | None, dtype: torch.dtype) -> float | None:

@@ -31,9 +31,9 @@ from trainers import BrokenTeacher, lines, make_trainer
 from trl import TrlParser
 
 from camopd import CaMOPDConfig, TokenScores, scoring
-from camopd.callbacks.guards import LEAST, Guards, log_ratio_of, says_nothing
+from camopd.callbacks.guards import UNSEEN, Guards, log_ratio_of, says_nothing
 from camopd.errors import CaMOPDError, GuardError
-from camopd.guards import GUARDS, log_ratio_bound, rounding_bound, settle
+from camopd.guards import GUARDS, SPARE, log_ratio_bound, rounding_bound, settle
 from camopd.metrics import of_branch
 from camopd.optimizer import local
 from camopd.samples import Sample
@@ -362,24 +362,78 @@ def test_rollout_engine_that_is_another_model_stops_the_run_before_the_optimizer
         run("without_weights", -0.02, importance_sampling_mode="none")
 
 
-rows_of_servers = st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(0, 9), st.integers(0, 2 * LEAST)))
+rows_of_servers = st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.floats(0, 90), st.integers(1, 8 * SPARE)))
 
 
-@given(rows_of_servers)
-def test_log_ratio_is_that_of_the_worst_server_or_of_all(rows):
-    found, server = log_ratio_of(rows)
-    of = {url: [(sum_, n) for each, sum_, n in rows if url in ("", each)] for url in ("", "a", "b")}
-    means = {url: sum(sum_ for sum_, _ in each) / max(1, sum(n for _, n in each)) for url, each in of.items()}
-    counted = {url for url in means if not url or sum(n for _, n in of[url]) >= LEAST}
-    assert found == pytest.approx(max(means[url] for url in counted)) == pytest.approx(means[server])
-    assert server in counted
+@given(rows_of_servers, st.floats(0.01, 2), st.sampled_from([0, SPARE]))
+def test_log_ratio_is_that_of_all_or_of_a_server_that_is_surely_above_the_limit(rows, limit, spare):
+    found, server = log_ratio_of(rows, limit, spare)
+    sums = {url: (sum(apart for each, apart, _ in rows if url in ("", each)),
+                  sum(tokens for each, _, tokens in rows if url in ("", each))) for url in ("", "a", "b")}  # fmt: skip
+    means = {url: apart / max(1, tokens) for url, (apart, tokens) in sums.items()}
+    assert found == pytest.approx(means[server]) or (found, server) == (0, "")
+    surely = {url for url, (apart, tokens) in sums.items() if apart > limit * (tokens + (SPARE if url else spare))}
+    assert (found > limit) == bool(surely if spare else surely | {url for url in [""] if means[url] > limit})
+    assert all(found >= means[url] for url in surely)
+
+
+def guards_of(limit, dtype=torch.float32):
+    args = SimpleNamespace(guards=settle({"degenerate": None, "log_ratio": limit}), learning_rate=1.0)
+    return Guards(args, {"b": "absolute"}, False, dtype)
+
+
+def lagged(number, ahead, writers=("http://a", "http://b")):
+    """A step whose samples were written a step before, and what was compared of the next one's."""
+    step = Step(number, ("b",), samples=[SimpleNamespace(lag=1)], ahead_apart=ahead)
+    step.metrics["rollout/b/entropy"] = NAN
+    step.summaries = [make_summary(position=place, server=url) for place, url in enumerate(writers)]
+    return step
+
+
+def test_token_or_two_of_a_step_ahead_stop_no_run_and_those_of_many_steps_do():
+    guards = guards_of(0, torch.bfloat16)  # the bound is 0.25 nats per token
+    for number in range(20):
+        odd = number in (0, 1)  # a token each
+        guards.on_step_ready(lagged(number, [("http://a", 1.0, 100), ("http://b", *((2.0, 1) if odd else (0.2, 10)))]))
+    guards = guards_of(0, torch.bfloat16)
+    enough = int(
+        0.25 * SPARE / (5.0 - 0.25 * 10)
+    )  # comparisons of 10 tokens with 5 nats: the bound, and what is spare
+    for number in range(enough):
+        guards.on_step_ready(lagged(number, [("http://a", 1.0, 100), ("http://b", 5.0, 10)]))
+    with pytest.raises(GuardError, match=r"the rollout server at http://b, for the same tokens, are 0\.5 nats"):
+        guards.on_step_ready(lagged(enough, [("http://a", 1.0, 100), ("http://b", 5.0, 10)]))
+
+
+def test_server_that_turns_stale_after_many_good_steps_is_found():
+    guards = guards_of(0)
+    for number in range(100):
+        guards.on_step_ready(lagged(number, [("http://a", 0.0, 100)]))
+    with pytest.raises(GuardError, match="http://a"):
+        guards.on_step_ready(lagged(100, [("http://a", 0.03 * 100, 100)]))
+        guards.on_step_ready(lagged(101, [("http://a", 0.03 * 100, 100)]))
+
+
+def test_server_that_is_never_looked_at_beside_others_is_named(caplog):
+    guards = guards_of(0)
+    for number in range(2 * UNSEEN - 1):
+        guards.on_step_ready(lagged(number, [("http://a", 0.0, 9)]))
+    assert "was not seen" not in caplog.text
+    for number in range(2 * UNSEEN - 1, 6 * UNSEEN):
+        guards.on_step_ready(lagged(number, [("http://a", 0.0, 9)]))
+    assert caplog.text.count("was not seen") == 1 and "whether http://b has the student's weights" in caplog.text
+    guards.on_step_ready(lagged(99, [("http://b", 0.0, 9)]))
+    for number in range(100, 100 + 2 * UNSEEN):
+        guards.on_step_ready(lagged(number, []))
+    # One was last seen a step before the other, and each is named once.
+    assert caplog.text.count("was not seen") == 3 and caplog.text.count("whether http://a has") == 1
 
 
 @pytest.mark.parametrize("student_logps", ["trainer", "engine"])
 def test_rollout_server_with_other_weights_is_named_where_the_mean_over_all_hides_it(
     student_logps, tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("camopd.callbacks.guards.LEAST", 20)
+    monkeypatch.setattr("camopd.callbacks.guards.SPARE", 2)
     servers = [FakeRollouts(make_model(9), tokenizer) for _ in range(2)]
     servers[1].reload = lambda folder: (200, json.dumps({"results": [None]}))
 
@@ -402,7 +456,7 @@ def test_rollout_server_with_other_weights_is_named_where_the_mean_over_all_hide
         rows = run("off", None)
         assert {server for server, _, _ in rows} == {server.url for server in servers}
         mean = sum(apart for _, apart, _ in rows) / sum(tokens for _, _, tokens in rows)
-        worst, url = log_ratio_of(rows)
+        worst, url = log_ratio_of(rows, mean)
         assert url == servers[1].url and worst > 1.2 * mean
         with pytest.raises(GuardError, match=f"the rollout server at {re.escape(url)}, for the same tokens, are "):
             run("bound", (mean + worst) / 2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import GuardError
-from ..guards import log_ratio_bound, rounding_bound, stop
+from ..guards import LEAST, SPARE, log_ratio_bound, rounding_bound, stop
 from ..rejected import keep, keeping, said
 from ..samples import SampleSummary
 from ..step import Step, StepCallback
@@ -23,8 +23,7 @@ from ..step import Step, StepCallback
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # positions in a message
-UNSEEN = 5  # lagged steps in a row without a look at the servers' weights, before a warning
-LEAST = 256  # tokens of one rollout server, below which their mean is chance
+UNSEEN = 5  # lagged steps for each server in use without a look at the weights of one, before a warning
 FEW = 8  # completions of a branch in a mixed step, below which all of them may be alike by chance
 
 
@@ -60,7 +59,11 @@ class Guards(StepCallback):
         self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
         self._steps: Counter[str] = Counter()  # of each branch, since the start or resume
-        self._unseen = 0  # lagged steps since the servers' weights were last compared
+        self._unseen: Counter[str] = Counter()  # by server: lagged steps since its weights were last compared
+        self._late: set[str] = set()  # those that were warned of
+        self._ahead: dict[
+            str, tuple[float, int]
+        ] = {}  # by server: what was compared, while it is less than LEAST tokens
         self._entropy: dict[str, float] = {}  # of each branch's first one
         self._warned: set[str] = set()
 
@@ -69,7 +72,7 @@ class Guards(StepCallback):
     def on_evaluation_scored(self, rows: Sequence[SampleSummary]) -> None:
         """An evaluation of another model than the one in hand may decide which checkpoint is the best."""
         try:
-            self._look_at_sampler(*log_ratio_of((row.server, row.log_ratio, row.num_ratios) for row in rows), lag=0)
+            self._look_at_sampler([(row.server, row.log_ratio, row.num_ratios) for row in rows], lag=0)
         except GuardError as error:
             raise GuardError(f"evaluation: {error}") from None
 
@@ -80,7 +83,7 @@ class Guards(StepCallback):
         self._rounding = all(self._is_rounding(step, branch) for branch in step.branches)
         step.metrics["guard/rounding"] = float(self._rounding)
         rows = step.summaries
-        self._look_at_sampler(*log_ratio_of((row.server, row.log_ratio, row.num_ratios) for row in rows), lag=step.lag)
+        self._look_at_sampler([(row.server, row.log_ratio, row.num_ratios) for row in rows], lag=step.lag)
         self._look_at_ahead(step)
         self._look_at_completions(step)
         for branch in step.branches:
@@ -89,26 +92,42 @@ class Guards(StepCallback):
             self._look_at_entropy(step, branch)
 
     def _look_at_ahead(self, step: Step) -> None:
-        if step.ahead_apart:
-            self._unseen = 0
-            self._look_at_sampler(*log_ratio_of(step.ahead_apart, least=1), lag=0)
+        """Each comparison is of a completion or two, each with the weights of its own step: they are added up."""
+        for server, apart, tokens in step.ahead_apart:
+            before = self._ahead.pop(server, (0.0, 0))
+            self._ahead[server] = (before[0] + apart, before[1] + tokens)
+        self._look_at_sampler([(server, *of) for server, of in self._ahead.items()], lag=0, spare=SPARE)
+        self._ahead = {server: of for server, of in self._ahead.items() if of[1] < LEAST}
+        if not step.lag or self._limits["log_ratio"] is None:
             return
-        self._unseen += step.lag  # steps whose own log-probs tell nothing, since they are of the weights before
-        if self._unseen == UNSEEN and self._limits["log_ratio"] is not None:
+        # The log-probs of the step itself tell nothing of its servers, since they are of the weights before.
+        writers = {row.server for row in step.summaries}
+        self._unseen.update(writers)
+        for server, *_ in step.ahead_apart:
+            del self._unseen[server]
+            self._late.discard(server)
+        # With more servers than ranks not all can be looked at in a step.
+        late = {server for server in writers if self._unseen[server] >= UNSEEN * len(writers)} - self._late
+        self._late |= late
+        if late:
             logger.warning(
-                "%s: whether the rollout servers have the student's weights was not seen in %d steps: no completion of the "
-                "next step was finished when a step was scored. Look at importance/log_ratio, or bound it (guards: "
-                "log_ratio).",
-                said(step), UNSEEN,
+                "%s: whether %s has the student's weights was not seen in %d steps: no completion of the next step was "
+                "finished there when a step was scored, or others had their turn. Look at importance/log_ratio, or bound "
+                "it (guards: log_ratio).",
+                said(step), " and ".join(sorted(late)), UNSEEN * len(writers),
             )  # fmt: skip
 
-    def _look_at_sampler(self, log_ratio: float, server: str, lag: int) -> None:
-        """Stop where the tokens were not drawn from the student that is trained, by one of the rollout `server`s or by all.
-        With the trainer's log-probs scoring knows it, with the engine's the loss's forwards."""
+    def _look_at_sampler(self, parts: Sequence[tuple[str, float, int]], lag: int, spare: int = 0) -> None:
+        """Stop where the tokens were not drawn from the student that is trained, by one of the rollout servers or by all.
+        With the trainer's log-probs scoring knows it, with the engine's the loss's forwards. For the arguments see
+        `log_ratio_of`."""
         given = self._limits["log_ratio"]
         # With an update between them, they are apart by more than rounding: then the user's threshold alone counts.
         limit = None if lag and not given else log_ratio_bound(given, self._dtype)
-        if limit is not None and log_ratio > limit:
+        if limit is None:
+            return
+        log_ratio, server = log_ratio_of(parts, limit, spare)
+        if log_ratio > limit:
             whose, dtype = f"server at {server}" if server else "engine", str(self._dtype).removeprefix("torch.")
             raise stop(
                 "log_ratio", limit,
@@ -189,8 +208,7 @@ class Guards(StepCallback):
             return
         with keeping(step, self._args):
             servers = {row.position: row.server for row in step.summaries}
-            parts = ((servers[position], *apart) for position, apart in step.apart.items())
-            self._look_at_sampler(*log_ratio_of(parts), lag=step.lag)
+            self._look_at_sampler([(servers[place], *apart) for place, apart in step.apart.items()], lag=step.lag)
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
         if limit is None:
@@ -296,9 +314,12 @@ def _of_norm(norm: float) -> str:
     return "" if math.isfinite(norm) and norm >= 0 else f"the norm of the gradient is {norm}, and the loss is finite"
 
 
-def log_ratio_of(parts: Iterable[tuple[str, float, int]], least: int | None = None) -> tuple[float, str]:
-    """How far the trainer's log-probs are from the rollout engine's, in nats per token: the mean over all parts, or where
-    it is larger that of one rollout server which has written `least` tokens (`LEAST`) or more; and its URL, else "".
+def log_ratio_of(parts: Iterable[tuple[str, float, int]], limit: float, spare: int = 0) -> tuple[float, str]:
+    """How far the trainer's log-probs are from the rollout engine's, in nats per token: the mean over all parts, or the
+    largest of those of single rollout servers that are surely above `limit`; and that server's URL, else "".
+
+    Surely: with `SPARE` tokens more that are alike to the bit. So a server with few tokens stops a run for a distance that
+    no chance makes, and not for a token or two. The mean over all has to be above with `spare` more.
 
     A part is the server that wrote it, the sum over its tokens, and their number.
     """
@@ -307,8 +328,9 @@ def log_ratio_of(parts: Iterable[tuple[str, float, int]], least: int | None = No
         for server in {"", writer}:
             total, count = sums.get(server, (0.0, 0))
             sums[server] = (total + apart, count + tokens)
-    least = LEAST if least is None else least
-    means = [
-        (total / max(1, count), server) for server, (total, count) in sums.items() if not server or count >= least
-    ]
-    return max(means, default=(0.0, ""))
+    means = [(0.0, "")]
+    for server, (total, count) in sums.items():
+        more = SPARE if server else spare
+        if not more or total > limit * (count + more):
+            means.append((total / max(1, count), server))
+    return max(means)
