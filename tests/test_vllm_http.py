@@ -8,11 +8,15 @@ import threading
 import time
 import tracemalloc
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import certifi
+import httpx
 import pytest
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores
 
 from camopd.errors import TeacherError
+from camopd.vllm.http import Client, teacher_role
 
 
 both_transports = pytest.mark.parametrize("compact", [True, False], ids=["compact", "JSON"])
@@ -281,3 +285,23 @@ def test_url_with_more_than_host_and_path_is_refused_and_its_secret_not_shown(co
         connect(url)
     assert "sk-secret" not in str(raised.value) + caplog.text
     assert raised.value.__cause__ is None
+
+
+def test_certificates_are_read_once_and_anew_where_the_environment_names_others(tmp_path, monkeypatch):
+    given, make = [], httpx.AsyncClient
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **settings: given.append(settings["verify"]) or make(**settings))
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def trusted():
+        Client(teacher_role("general"))
+        return given[-1]
+
+    assert trusted() is trusted() and len(given[0].get_ca_certs()) > 1
+    end = "-----END CERTIFICATE-----\n"
+    first, _, _ = Path(certifi.where()).read_text(encoding="utf-8").partition(end)
+    (tmp_path / "own.pem").write_text(first + end, encoding="utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
+    assert len(trusted().get_ca_certs()) == 1
+    monkeypatch.delenv("SSL_CERT_FILE")
+    assert trusted() is given[0]

@@ -66,8 +66,8 @@ class ServedModel(NamedTuple):
 
 
 @cache
-def _tls() -> Any:
-    """Made once: each reads the certificates of all authorities, a tenth of a second."""
+def _tls(_file: str | None, _folder: str | None) -> Any:
+    """Made once for what the environment names: each reads the certificates of all authorities, a tenth of a second."""
     return httpx.create_ssl_context()
 
 
@@ -82,7 +82,7 @@ class Client:
             timeout=httpx.Timeout(None, connect=limits.CONNECT_SECONDS),  # `request` watches the whole of a request
             # Leases count the connections. vLLM drops idle ones after 5 seconds; before that, they are not used again.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0),
-            verify=_tls(),
+            verify=_tls(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")),
         )
         self.close = self._http.aclose
 
