@@ -143,7 +143,7 @@ def test_killed_build_leaves_no_output_and_goes_on(general, tmp_path, sign):
     words += ["--source", "code_contests=none", "--source", "codeforces=none"]
     build = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "out.partial" / "kept" / "code.json").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "out.partial" / "saved" / "code.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     build.send_signal(sign)
     _, said = build.communicate(timeout=30)

@@ -35,5 +35,5 @@ def test_smallest_numbers_are_kept_whatever_their_order(numbers, size, taken):
     rows = sampling.Smallest(size, taken)
     for place, number in enumerate(numbers):
         assert rows.add(number, {"place": place}) or number in taken or number in numbers[:place]
-    assert sorted(rows.kept) == sorted(set(numbers) - taken)[:size]
-    assert all(row["place"] == numbers.index(number) for number, row in rows.kept.items())
+    assert sorted(rows.found) == sorted(set(numbers) - taken)[:size]
+    assert all(row["place"] == numbers.index(number) for number, row in rows.found.items())

@@ -24,19 +24,19 @@ from .sources import Opened
 
 @dataclass
 class Build:
-    """A build under way: `data` becomes the output folder, `kept` holds what an interrupted build can go on from."""
+    """A build under way: `data` becomes the output folder, `saved` holds what an interrupted build can go on from."""
 
     data: Path
-    kept: Path
+    saved: Path
 
     def load(self, part: str) -> dict[str, Any] | None:
         """What was saved of a part, or None."""
-        path = self.kept / f"{part}.json"
+        path = self.saved / f"{part}.json"
         return orjson.loads(path.read_bytes()) if path.is_file() else None
 
     def save(self, part: str, state: dict[str, Any]) -> None:
         """Save the state of a part in place of the one before, in one step."""
-        atomic.write(self.kept / f"{part}.json", orjson.dumps(state))
+        atomic.write(self.saved / f"{part}.json", orjson.dumps(state))
 
 
 @contextmanager
@@ -52,17 +52,17 @@ def building(out: str | Path) -> Iterator[Build]:
             f"{str(out)!r} is there already, and no build overwrites it. Remove it, or give another --out."
         )
     partial = out.with_name(f"{out.name}.partial")
-    build = Build(partial / "data", partial / "kept")
+    build = Build(partial / "data", partial / "saved")
     try:
         shutil.rmtree(build.data, ignore_errors=True)  # of a build that was killed
         build.data.mkdir(parents=True)
-        build.kept.mkdir(exist_ok=True)
+        build.saved.mkdir(exist_ok=True)
         yield build
         os.replace(build.data, out)  # an empty folder gives way
-        shutil.rmtree(build.kept)
+        shutil.rmtree(build.saved)
     finally:
         shutil.rmtree(build.data, ignore_errors=True)
-        if build.kept.is_dir() and any(build.kept.iterdir()):
+        if build.saved.is_dir() and any(build.saved.iterdir()):
             print(f"What was read is kept in {str(partial)!r}: the same command goes on from there.", file=sys.stderr)
         else:
             shutil.rmtree(partial, ignore_errors=True)

@@ -125,7 +125,7 @@ def sample(
     def save(done: bool) -> None:
         build.save(name, {
             "done": done, "key": key, "read": part.read, "dropped": part.dropped,
-            "rows": [[f"{number:x}", row] for number, row in rows.kept.items()], "stream": opened.stream.state_dict(),
+            "rows": [[f"{number:x}", row] for number, row in rows.found.items()], "stream": opened.stream.state_dict(),
         })  # fmt: skip
 
     if saved is None or not saved["done"]:
@@ -143,7 +143,7 @@ def sample(
                     save(False)
         if part.read >= SAVE_EVERY:
             save(True)
-    return part, sorted(rows.kept.items(), key=lambda item: item[0])
+    return part, sorted(rows.found.items(), key=lambda item: item[0])
 
 
 class Smallest:
@@ -151,18 +151,18 @@ class Smallest:
 
     def __init__(self, size: int, taken: set[int]):
         self.size, self.taken = size, taken
-        self.kept: dict[int, dict[str, Any]] = {}
+        self.found: dict[int, dict[str, Any]] = {}
         self._largest: list[int] = []  # a heap of the negative numbers
 
     def add(self, number: int, row: dict[str, Any]) -> bool:
         """Take a row in if its number is small enough. False for a number that is there or taken."""
-        if number in self.kept or number in self.taken:
+        if number in self.found or number in self.taken:
             return False
-        if len(self.kept) < self.size or number < -self._largest[0]:
+        if len(self.found) < self.size or number < -self._largest[0]:
             heapq.heappush(self._largest, -number)
-            self.kept[number] = row
-            if len(self.kept) > self.size:
-                del self.kept[-heapq.heappop(self._largest)]
+            self.found[number] = row
+            if len(self.found) > self.size:
+                del self.found[-heapq.heappop(self._largest)]
         return True
 
 
