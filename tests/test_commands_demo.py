@@ -78,8 +78,9 @@ def test_demo_writes_what_other_tools_read(first, again, tmp_path):
     assert "Which of my branches is hurting?" in report
     for branch in BRANCHES:
         gap = result["specialised"][f"gap_to_{branch}"]
-        assert f"on {branch} prompts ± SE |" in report
-        assert f"| {gap['mean']:.3f} ± {gap['standard_error']:.3f} |" in report
+        assert f"on {branch} prompts ± 95 % |" in report
+        # Student's t of two degrees of freedom
+        assert f"| {gap['mean']:.3f} ± {4.303 * gap['standard_error']:.3f} |" in report
     (checked,) = result["checked"]
     assert {model: numbers["items"] for model, numbers in checked["models"].items()} == dict.fromkeys(
         ("start", "general", "result"), demo_stages.CHECKED

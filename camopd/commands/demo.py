@@ -27,6 +27,7 @@ from ..errors import CaMOPDError
 from ..eval import page as eval_page
 from ..output_dir import METRICS
 from ..report import page
+from ..verdict import Measured, interval
 from ..words import command
 from . import demo_stages as stages
 from .demo_stages import MODELS, DemoSettings, console
@@ -135,10 +136,11 @@ def _stage(folder: Path, name: str, run: Callable[[], Any], made: Path | None = 
 
 
 def _gap_rows(result: dict[str, Any]) -> list[list[str]]:
-    rows = [["model", *(f"to the {branch} teacher, on {branch} prompts ± SE" for branch in BRANCHES)]]
+    rows = [["model", *(f"to the {branch} teacher, on {branch} prompts ± 95 %" for branch in BRANCHES)]]
     for name in MODELS:
         gaps = [result[name][f"gap_to_{branch}"] for branch in BRANCHES]
-        rows.append([name, *(f"{gap['mean']:.3f} ± {gap['standard_error']:.3f}" for gap in gaps)])
+        measured = [Measured(0, gap["mean"], gap["standard_error"], gap["prompts"]) for gap in gaps]
+        rows.append([name, *(interval(each.kl, each.half) for each in measured)])
     return rows
 
 
@@ -159,9 +161,7 @@ def _summary(result: dict[str, Any]) -> str:
 def _print_result(results: list[dict[str, Any]]) -> None:
     result = results[0]
     console.print()
-    console.print(
-        _as_table("Held-out sampled gaps, nats per token; SE: standard error over prompts", _gap_rows(result))
-    )
+    console.print(_as_table("Held-out sampled gaps, nats per token, ± 95 % interval over prompts", _gap_rows(result)))
     for line in eval_page.summary(result["checked"]):
         console.print(line, markup=False)
     for answer in result["answers"]:
@@ -190,11 +190,11 @@ def _blocks(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     result = results[0]
     before = [
         _summary(result),
-        "Held-out sampled gaps in nats per token, ± the standard error over prompts, SE. A gap is the sampled reverse "
+        "Held-out sampled gaps in nats per token, ± 95 % interval over prompts. A gap is the sampled reverse "
         "KL: how much likelier a model finds its own answers than the teacher does.",
         page.table(_gap_rows(result)),
         f"{stages.CHECKED} short instructions that an answer keeps or does not, as `camopd eval` compares models: start is "
-        "the specialised model, result the recovered one; scores are percent ± SE.",
+        "the specialised model, result the recovered one; scores are percent ± 95 %.",
         *eval_page.summary(result["checked"]),
         page.table(eval_page.score_rows(result["checked"])),
         page.table(eval_page.change_rows(result["checked"])),
