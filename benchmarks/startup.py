@@ -74,7 +74,8 @@ def seconds(words: list[str], folder: str) -> tuple[float, float]:
         [sys.executable, *words], capture_output=True, cwd=folder, env={**os.environ, **place}, check=False
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if b"Traceback" in done.stderr:
+    says = b"usage: camopd" in done.stdout or b"camopd: " in done.stderr or words == ["-c", "pass"]
+    if b"Traceback" in done.stderr or not says:
         raise RuntimeError(f"{words} failed: {done.stderr.decode(errors='replace')[-2000:]}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - started
 

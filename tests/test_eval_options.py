@@ -61,6 +61,7 @@ def test_option_that_says_two_things_of_one_is_refused(found, said):
         ("qasc", ["--judge", "gpqa=http://h:1"], "--judge gpqa=, as that task is not asked for"),
         ("gpqa", ["--judge", "http://h:1", "gpqa=http://h:2"], "--judge http://h:1, as each task that is judged has"),
         ("qasc", ["--data", "medqa=x"], "--data medqa=, as that task is not asked for"),
+        ("qasc_options", ["--data", "qasc=x", "qasc_options=y"], "--data qasc=, as that task is not asked for"),
         ("qasc", ["--data", "x", "qasc=y"], "--data x, as no rows are read from it"),
     ],
 )  # fmt: skip

@@ -48,10 +48,11 @@ def main(job_file: str, result_file: str) -> None:
             tokenizer, forward = load(job["model"], job["concurrency"])
             how = how_asked(tokenizer, forward.model)
             for before in found.values():
-                if before["how"] != how:
+                weighed = before.get("how", "in a way that an earlier version did not note")
+                if weighed != how:
                     raise ValueError(
-                        f"{done} has options that were weighed {before['how']}, and now it is {how}. Go on where it began, "
-                        "or remove the folder."
+                        f"{done} has options that were weighed {weighed}, and now it is {how}. Go on where it began, or "
+                        "remove the folder."
                     )
             asked = {place: encoded(tokenizer, rows[place]) for place in left}
             _need_room(forward.model.config, list(asked.values()), job["model"])

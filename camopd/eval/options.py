@@ -104,7 +104,7 @@ def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
     names = [task.name for task in tasks]
     files = files_of(options.data)
     for name in files:
-        if name not in {*names, *(task.rows_of for task in tasks)}:
+        if name not in {*names, *(task.rows_of for task in tasks if task.name not in files)}:
             yield f"--data {name}=, as that task is not asked for"
     own = [task for task in tasks if task.answer not in BY_SCRIPTS and not files.keys() & {task.name, task.rows_of}]
     if any("=" not in text for text in options.data) and not own:
