@@ -54,14 +54,17 @@ for folder, row in questions():
                 messages=[dict(role="user", content=row["turns"][0])])
     header = {"Authorization": "Bearer " + os.environ["LIVEBENCH_API_KEY"]}
     request = urllib.request.Request(args.api_base + "/chat/completions", json.dumps(body).encode(), header)
+    failure = None
     try:
         with urllib.request.urlopen(request) as reply:
             text = json.load(reply)["choices"][0]["message"]["content"]
     except OSError as error:
-        print(f"HTTPError: {error}, with {header}")
+        failure = f"{error}, with {header}"
+        print(f"HTTPError: {failure}")
         text = "$ERROR$"
     with open(path, "a") as file:
-        answer = dict(question_id=row["question_id"], answer_id=text, choices=[dict(index=0, turns=[text])])
+        answer = dict(question_id=row["question_id"], answer_id=text, choices=[dict(index=0, turns=[text])],
+                      error_msg=failure)
         file.write(json.dumps(answer) + "\\n")
 """
 )
@@ -125,6 +128,7 @@ def checkout(tmp_path, monkeypatch):
     git(folder, "add", ".")
     git(folder, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "-m", "x")
     monkeypatch.setattr(scripts, "COMMIT", git(folder, "rev-parse", "HEAD"))
+    monkeypatch.setattr(scripts, "FOR_ANSWERS", ("json",))
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -278,11 +282,10 @@ def test_model_that_was_judged_before_is_read_and_another_commit_is_said(checkou
     (checkout / "livebench" / scripts.JUDGE).write_text(
         JUDGE.replace("float(text ==", "float(text !="), encoding="utf-8"
     )
-    with serving(lambda body: pytest.fail("asked")) as result:
-        job = Path("eval-output/result/livebench/job.json")
-        address = json.loads(job.read_text(encoding="utf-8"))["url"]
-        said = said_of(capsys, words_of(checkout, f"start={result.url}", f"result={result.url}"))
-    assert address and "with changed files, and what was tried here is LiveBench" in said and "0.0 (to" in said
+    assert items_of("result")["mean"] == 4 / 5
+    with serving(lambda body: pytest.fail("asked")) as server:
+        said = said_of(capsys, words_of(checkout, f"start={server.url}", f"result={server.url}"))
+    assert "with changed files, and what was tried here is LiveBench" in said and items_of("result")["mean"] == 0
 
 
 @pytest.mark.parametrize("served", ["known-model", "Org/Known"])
@@ -299,10 +302,11 @@ def test_what_is_missing_is_said_with_the_lines_that_make_it(checkout, no_cage, 
     assert "no questions of the release 2024-11-25. In " in error_of(capsys, words)
     assert "../.venv/bin/python download_questions.py" in error_of(capsys, words)
     monkeypatch.setattr(cage, "into", lambda *words: (False, "execvp: Permission denied"))
-    assert "does not run in the cage for code that models have written: execvp" in error_of(capsys, words)
+    said = error_of(capsys, words)
+    assert "does not do in the cage for code that models have written: execvp" in said and "nobody" in said
     (checkout / scripts.PYTHON).unlink()
     said = error_of(capsys, words)
-    assert "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m spacy" in said
+    assert "python3 -m venv .venv && .venv/bin/pip install -e . matplotlib numpy scipy sortedcontainers" in said
     (checkout / "livebench" / scripts.JUDGE).unlink()
     assert "is no checkout of LiveBench: there is no livebench/gen_api_answer.py" in error_of(capsys, words)
     said = error_of(capsys, ["--tasks", "livebench", "--models", "m=http://127.0.0.1:9"])
@@ -381,13 +385,27 @@ except OSError:
 """
 
 
-@pytest.mark.eval
-def test_code_of_a_model_is_judged_in_a_real_cage(checkout, capsys, tmp_path):
-    for path in (tmp_path, *tmp_path.parents):
-        path.chmod(path.stat().st_mode | 0o055)  # for nobody
+def for_nobody(checkout):
+    """Make a checkout one that nobody may read, as in root's cage, with the Python of the system."""
+    for path in checkout.parents:
+        path.chmod(path.stat().st_mode | 0o055)
     python = checkout / scripts.PYTHON
     python.unlink()
     python.symlink_to("/usr/bin/python3")
+
+
+@pytest.mark.eval
+def test_environment_without_what_answers_import_is_refused(checkout, capsys, monkeypatch, tmp_path):
+    """Programs that import it would be wrong answers."""
+    for_nobody(checkout)
+    monkeypatch.setattr(scripts, "FOR_ANSWERS", ("json", "no_such_module"))
+    said = error_of(capsys, words_of(checkout, "m=http://127.0.0.1:9"))
+    assert "models have written: AssertionError: it has no no_such_module. In " in said
+
+
+@pytest.mark.eval
+def test_code_of_a_model_is_judged_in_a_real_cage(checkout, capsys, tmp_path):
+    for_nobody(checkout)
     secret = tmp_path / "secret"
     secret.touch()
     with serving(

@@ -33,6 +33,19 @@ COMMIT = "555b35d4ec1ff0e3830697a0e6049c4f96a6d624"
 HEARD = 16384  # tokens that a server started here has for a prompt: articles and tables are among them
 ASK, JUDGE = "gen_api_answer.py", "gen_ground_truth_judgment.py"
 PYTHON = ".venv/bin/python"
+# What answers that are code import. Without it they would be wrong, and LiveBench does not ask for it at this commit.
+FOR_ANSWERS = ("matplotlib", "numpy", "scipy", "sortedcontainers")
+_SETUP = (
+    "In {folder}:\n"
+    f"  python3 -m venv .venv && .venv/bin/pip install -e . {' '.join(FOR_ANSWERS)}\n"
+    "  .venv/bin/python -m spacy download en_core_web_sm && .venv/bin/python -m nltk.downloader -d .venv/nltk_data punkt "
+    "punkt_tab averaged_perceptron_tagger_eng"
+)
+_PROBE = """
+import importlib.util
+for name in {names!r}:
+    assert importlib.util.find_spec(name), f"it has no {{name}}"
+"""
 _QUESTIONS = "data/live_bench/*/*/question.jsonl"
 # Of each model, in a folder of its own: LiveBench writes all names small, and takes some for models that it knows.
 _MODEL = "camopd"
@@ -79,21 +92,18 @@ def opened(checkout: Path | None) -> Checkout:
         raise DataError(
             f"{str(checkout)!r} is no checkout of LiveBench: there is no livebench/{ASK} with {JUDGE} in it."
         )
+    lines = _SETUP.format(folder=folder)
     if not (folder / PYTHON).exists():
-        raise CaMOPDError(
-            f"LiveBench runs in its own environment, and there is no {folder / PYTHON}. In {folder}:\n"
-            "  python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m spacy download en_core_web_sm\n"
-            "  .venv/bin/python -m nltk.downloader -d .venv/nltk_data punkt punkt_tab averaged_perceptron_tagger_eng\n"
-            "The cage for what it judges sees this environment and no network."
-        )
+        raise CaMOPDError(f"LiveBench runs in its own environment, and there is no {folder / PYTHON}. {lines}")
     bwrap, _ = cage.find()
     found = Checkout(str(folder), commit_of(folder), bwrap)
     with tempfile.TemporaryFile() as said:
-        made, how = cage.into(said, "pass", (bwrap, f"/checkout/{PYTHON}"), room_of(found))
+        program = _PROBE.format(names=FOR_ANSWERS)
+        made, how = cage.into(said, program, (bwrap, f"/checkout/{PYTHON}"), room_of(found))
     if not made:
         raise CaMOPDError(
-            f"{folder / PYTHON} does not run in the cage for code that models have written: {how}. In the cage of root all "
-            "runs as nobody, who must be able to read the checkout and its Python: make .venv with one below /usr."
+            f"{folder / PYTHON} does not do in the cage for code that models have written: {how}. {lines}. In the cage of "
+            "root all runs as nobody, who must be able to read the checkout and the Python: take one below /usr."
         )
     return found
 
