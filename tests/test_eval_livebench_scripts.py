@@ -353,7 +353,9 @@ def test_what_comes_out_of_the_cage_is_looked_at(checkout, no_cage, monkeypatch,
 
 def test_judge_sees_neither_the_checkouts_data_nor_its_env_file(checkout, no_cage):
     (checkout / "livebench" / ".env").write_text("OPENAI_API_KEY=x", encoding="utf-8")
-    shown = scripts.room_of(scripts.opened(checkout)).shown
+    room = scripts.room_of(scripts.opened(checkout), answers=10)
+    shown = room.shown
+    assert room.seconds - scripts.room_of(scripts.opened(checkout)).seconds == 600  # a minute for each answer
     assert not {"/checkout/livebench/data", "/checkout/livebench/.env", "/checkout/livebench"} & set(shown)
     assert f"/checkout/livebench/{scripts.JUDGE}" in shown
 

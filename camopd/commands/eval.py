@@ -61,7 +61,7 @@ def eval(argv: list[str]) -> None:
         cage.find()
     checkout = scripts.opened(judged) if any(task.answer == "scripted" for task in tasks) else None
     for line in scripts.warnings(checkout):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     judges = _judges(tasks, options)
     from ..eval import page  # with what draws it
 
