@@ -100,6 +100,7 @@ def folders(tmp_path, monkeypatch):
         ("models/genral", "models/general"), ("modles/general", "models/general"), ("modls/genral", "models/general"),
         ("prompt", None), ("promtps/x", None), ("gpt2", None), ("Qwen/Qwen3-0.6B", None), ("adapter_off", None),
         ("", None), ("/no/such/folder", None), ("..", None), ("../specialized", None), ("models", None),
+        ("x" * 300, None), ("x" * 300 + "/y", None), ("specialised\0", "specialised"),
     ],
 )  # fmt: skip
 def test_near_model_is_a_folder_with_a_model_beside_the_name(folders, name, near):

@@ -90,19 +90,19 @@ def names_missing_model(name: str) -> bool:
     A single word can be a model of the Hub, too, but there every one has an owner before its name.
     """
     path = Path(name).expanduser()
-    misspelt = len(path.parts) == 1 and not path.exists() and near_model(name) is not None and not in_cache(name)
+    misspelt = len(path.parts) == 1 and near_model(name) is not None and not in_cache(name)
     return misspelt or names_missing_folder(name)
 
 
 def near_model(name: str) -> str | None:
     """The folder of a model or an adapter whose path is near to a name that leads nowhere, or `None`."""
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # no error where the name is longer than one can be
         return None
     found = Path()
     for place, part in enumerate(path.parts):
         last = place == len(path.parts) - 1
-        if not last and (found / part).is_dir():
+        if not last and os.path.isdir(found / part):
             found /= part
             continue
         try:
