@@ -130,7 +130,10 @@ def _in_order(names: Iterable[str]) -> list[str]:
 def _lost(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Which shares of the models' answers to a task were cut off, and held none, where one is above `OFTEN`."""
     said = []
-    for kind, words in (("truncated", "were cut off at the token limit"), ("unparsed", "hold none that could be read")):
+    for kind, words in (
+        ("truncated", "were cut off at the token limit"),
+        ("unparsed", "hold none that could be read"),
+    ):
         shares = {name: models[name].get(kind) for name in _in_order(models)}
         if any(share is not None and share > OFTEN for share in shares.values()):
             each = [f"{share:.0%} ({COLUMNS.get(name, name)})" for name, share in shares.items() if share is not None]
@@ -209,6 +212,11 @@ def _task(name: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _mean(line: Mapping[str, Any]) -> str:
-    scores = line["scores"]
-    half = t_quantile(len(scores) - 1) * stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
-    return f"{interval(fmean(scores), half)} (step {line['step']})"
+    scores, step = line["scores"], f"(step {line['step']})"
+    mean, count = fmean(scores), len(scores)
+    spread = stdev(scores) if count > 1 else math.nan
+    if spread == 0 and mean in (0, 1):
+        end = unseen(count)
+        return f"1.000 (from {1 - end:.3f}) {step}" if mean else f"0.000 (to {end:.3f}) {step}"
+    half = t_quantile(count - 1) * spread / math.sqrt(count) if count > 1 else math.nan
+    return f"{interval(mean, half)} {step}"

@@ -144,7 +144,8 @@ def test_tasks_in_training_have_their_first_best_and_last_score(tmp_path):
     # 2 of 4: standard error sqrt(1 / 3 / 4) = 0.2887, times t of 3 degrees of freedom, 3.182
     assert ifeval == ["ifeval", "4", "0.500 ± 0.919 (step 0)", "0.750 (step 4, of 3)", "0.500 ± 0.919 (step 8)", "1"]
     assert qasc == ["qasc", "1", "0.500 (step 0)", "0.500 (step 0, of 2)", "0.250 (step 8)", "1"]
-    assert tasks_of(tmp_path / "metrics.jsonl")[1][4].endswith("(step 12)")
+    # All of 4: the exact end, 1 - 0.025^(1/4) = 0.602
+    assert tasks_of(tmp_path / "metrics.jsonl")[1][4] == "1.000 (from 0.398) (step 12)"
     (tmp_path / "eval_tasks.jsonl").rename(tmp_path / "eval_tasks-1.jsonl")
     assert len(tasks_of(tmp_path / "metrics-1.jsonl")) == 3
     assert tasks_of(tmp_path / "metrics.jsonl") == tasks_of(tmp_path / "other.jsonl") == []
