@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from trainers import refused
 
 from camopd import cli
 from camopd.commands.eval import need_context, server_context
+from camopd.eval import jobs
 from camopd.eval.models import Model
 from camopd.eval.tasks import named
 
@@ -223,6 +225,33 @@ def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tm
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
 
 
+def test_second_command_on_a_folder_is_refused_before_it_changes_anything(data, tmp_path, capsys):
+    go_on = threading.Event()
+
+    def wait(body):
+        go_on.wait(60)
+        return "A"
+
+    with serving(wait) as server:
+        words = ["eval", "--tasks", "qasc", "--models", f"m={server.url}"]
+        child = subprocess.Popen([sys.executable, "-m", "camopd.cli", *words], stdout=subprocess.DEVNULL)
+        while not server.requests:
+            time.sleep(0.05)
+            assert child.poll() is None
+        job, lock = (Path("eval-output/m/qasc") / name for name in (jobs.JOB, jobs.LOCK))
+        before = job.read_bytes()
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--limit", "1"])
+        said = capsys.readouterr().err
+        assert (
+            f"process {lock.read_text()} is at work in 'eval-output/m/qasc'" in said
+            and int(lock.read_text()) != child.pid
+        )
+        assert job.read_bytes() == before
+        go_on.set()
+        assert child.wait(60) == 0
+
+
 def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
     def slowly(body):
         time.sleep(0.1)
@@ -251,6 +280,7 @@ def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
         (["--tasks", "medqa"], "there is no model to evaluate"),
         (["--tasks", "medqa", "--models", "m=http://127.0.0.1:9"], "'m' has the address http://127.0.0.1:9"),
         (["--tasks", "medqa", "--models", "m=./nowhere"], "there is no such path"),
+        (["--tasks", "medqa", "--models", "m=recoverd"], "no such path. Did you mean 'recovered'?"),
         (["--tasks", "medqa", "--models", "m=x", "--data", "a", "b"], "--data takes one folder, got a, b"),
         (["--tasks", "medqa", "--models", "m=x", "--data", "medqs=a"], "no task 'medqs'"),
         (
@@ -279,6 +309,8 @@ def test_ctrl_c_keeps_finished_answers_and_is_exit_130(data, tmp_path):
     ],
 )
 def test_mistakes_are_named_before_anything_is_asked(data, words, said, capsys, monkeypatch):
+    Path("recovered").mkdir()
+    Path("recovered/config.json").write_text("{}")
     monkeypatch.setenv("CAMOPD_VLLM_PYTHON", sys.executable)
     monkeypatch.setattr("camopd.commands.serve.find_vllm", lambda asked: None)
     assert said in error_of(capsys, *words)

@@ -1,6 +1,11 @@
 """Folders of jobs: what continues, and what is refused (camopd/eval/jobs.py)."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -154,3 +159,29 @@ def test_job_is_finished_by_all_of_its_answers_none_of_them_a_servers_failure(tm
     assert jobs.finished(tmp_path)
     path.write_text(path.read_text(encoding="utf-8") + json.dumps({"text": None}) + "\n", encoding="utf-8")
     assert not jobs.finished(tmp_path)
+
+
+def test_job_whose_process_outlives_its_command_cannot_be_begun_again(tmp_path):
+    """The command holds the lock and its process inherits it; SIGKILL ends the first and not the second."""
+    code = (
+        "import os, subprocess, sys, time; from pathlib import Path; from camopd.eval import jobs\n"
+        "with jobs.alone(Path(sys.argv[1])) as lock:\n"
+        "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock], start_new_session=True)\n"
+        "    jobs.note(lock, child.pid); print(child.pid, flush=True); time.sleep(60)"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    worker = int(command.stdout.readline())
+    command.kill()
+    command.wait()
+    said = rf"process {worker} is at work in '{tmp_path}': .* \(`kill {worker}`\)"
+    with pytest.raises(CaMOPDError, match=said), jobs.alone(tmp_path):
+        pass
+    os.kill(worker, signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with jobs.alone(tmp_path):
+                break
+        except CaMOPDError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

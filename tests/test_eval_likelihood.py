@@ -1,6 +1,5 @@
 """Options by their likelihood (camopd/eval/likelihood.py): by hand on a tiny model, and with `-m eval` beside lm-eval."""
 
-import fcntl
 import json
 import math
 import shutil
@@ -118,18 +117,6 @@ def test_items_that_a_killed_job_has_done_twice_or_out_of_order_count_once(job, 
     (tmp_path / jobs.ANSWERS).unlink()
     done.write_text("".join([lines[4], lines[1], lines[4], *lines[1:3]]), encoding="utf-8")  # five lines, three items
     assert [each["item"] for each in job()] == [each["item"] for each in whole] == list(range(len(ROWS)))
-
-
-def test_second_process_on_a_job_is_refused(job, tmp_path):
-    job()
-    (tmp_path / jobs.ANSWERS).unlink()
-    with open(tmp_path / "work" / "predictions" / "options.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(
-            ValueError, match=r"another process does this job .*options\.lock.* Wait for its end, or end it"
-        ):
-            job()
-    assert len(job()) == len(ROWS)
 
 
 def test_options_weighed_in_another_way_are_not_gone_on_with(job, tmp_path):

@@ -196,3 +196,12 @@ def test_rollout_server_gets_its_own_key_and_no_teachers():
     assert found["VLLM_SERVER_DEV_MODE"] == "1" and not {name for name in found if name.startswith("CAMOPD")}
     teacher = Server(["general"], 0, "x", "localhost", 9)
     assert "own" not in environment_of(teacher, VLLM("python", "0.32", cpu=False), keys).values()
+
+
+@pytest.mark.parametrize("given", [{}, {"rollout_servers": ["http://h:8000"]}])
+def test_misspelt_student_is_named_with_its_like(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recovered").mkdir()
+    (tmp_path / "recovered" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"names 'recoverd', .* no such path\. Did you mean 'recovered'\?"):
+        plan_students({"model_name_or_path": "recoverd", "vllm_mode": "server", "use_vllm": True, **given}, None, 8000)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -80,13 +80,16 @@ def eval(argv: list[str]) -> None:
     vllm = _vllm(options, wanted.values()) if served else None
     task_rows = _rows(asked, options, checkout)
     asked_of = {name: [task for task in asked if task.name not in found[name]] for name in wanted}
-    for name, model in wanted.items():  # what is refused is refused before anything is generated
-        _prepare(model, asked_of[name], task_rows, judges, out, options, checkout)
-    with processes.noted_signals() as signals:
+    with contextlib.ExitStack() as held:
+        folders = [out / name / task.name for name in wanted for task in asked_of[name]]
+        locks = {folder: held.enter_context(jobs.alone(folder)) for folder in folders if not jobs.finished(folder)}
+        for name, model in wanted.items():  # what is refused is refused before anything is generated
+            _prepare(model, asked_of[name], task_rows, judges, out, options, checkout)
+        signals = held.enter_context(processes.noted_signals())
         for name, model in wanted.items():
             _introduce(model, asked_of[name], out)
-            left = [task for task in asked_of[name] if not jobs.finished(out / name / task.name)]
-            _ask(model, left, task_rows, judges, options, (python, vllm), signals)
+            left = [task for task in asked_of[name] if out / name / task.name in locks]
+            _ask(model, left, task_rows, judges, options, (python, vllm), locks, signals)
             for task in asked_of[name]:
                 _stop(signals)
                 found[name][task.name] = _items(
@@ -132,6 +135,7 @@ def _ask(
     judges: dict[str, Judge],
     options: argparse.Namespace,
     programs: tuple[str, VLLM | None],
+    locks: Mapping[Path, int],
     signals: Sequence[int],
 ) -> None:
     """Do what is left to do with a model: first what needs the model itself, and then what a server of it answers."""
@@ -140,9 +144,8 @@ def _ask(
     served = effects.served(left)
     for task in left:
         if task not in served and not signals:
-            _run(
-                jobs.words_of_options(folder / task.name), folder / task.name, task, len(task_rows[task.name]), signals
-            )
+            words, of_job = jobs.words_of_options(folder / task.name), folder / task.name
+            _run(words, of_job, task, len(task_rows[task.name]), locks[of_job], signals)
     if not served:
         return
     with _served(model, served, options, vllm, folder, signals) as url:
@@ -152,10 +155,11 @@ def _ask(
                 if task.answer == "played":
                     _play(folder / task.name, task, task_rows[task.name], judges[task.name], options, signals)
                 elif task.answer == "scripted":
-                    _have_asked(folder / task.name, task, task_rows[task.name], signals)
+                    _have_asked(folder / task.name, task, task_rows[task.name], locks[folder / task.name], signals)
                 else:
                     total = len(task_rows[task.name]) * task.repeats
-                    _run(jobs.words(python, folder / task.name), folder / task.name, task, total, signals)
+                    words, of_job = jobs.words(python, folder / task.name), folder / task.name
+                    _run(words, of_job, task, total, locks[of_job], signals)
 
 
 def _stop(signals: Sequence[int]) -> None:
@@ -300,13 +304,13 @@ def _play(
     atomic.write(folder / jobs.ANSWERS, "".join(json.dumps(row) + "\n" for row in found))
 
 
-def _have_asked(folder: Path, task: Task, asked: Sequence[dict[str, Any]], signals: Sequence[int]) -> None:
+def _have_asked(folder: Path, task: Task, asked: Sequence[dict[str, Any]], lock: int, signals: Sequence[int]) -> None:
     """Have LiveBench's script ask the model of a folder's job what is not answered yet."""
     checkout = scripts.checkout_of(folder)
     job = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
     scripts.lay_out(checkout, folder, asked)
     words, environment = scripts.words_to_ask(checkout, job, asked), scripts.environment(checkout)
-    _run(words, folder, task, len(asked), signals, env=environment, cwd=folder / "work")
+    _run(words, folder, task, len(asked), lock, signals, env=environment, cwd=folder / "work")
     if not signals:
         scripts.gather(folder, asked)
 
@@ -420,18 +424,23 @@ def _served(
         yield url
 
 
-def _run(words: Sequence[str], folder: Path, task: Task, total: int, signals: Sequence[int], **process: Any) -> None:
-    """Run the job of a folder, with a bar; `process` is how, where not as all. Raises `CaMOPDError` where it fails."""
+def _run(
+    words: Sequence[str], folder: Path, task: Task, total: int, lock: int, signals: Sequence[int], **process: Any
+) -> None:
+    """Run the job of a folder, whose `lock` it inherits, with a bar; `process` is how, where not as all. Raises
+    `CaMOPDError` where it fails."""
     with _bar(task.name, total) as (progress, bar):
         with open(folder / jobs.LOG, "ab") as log:
             environment = jobs.environment(*(() if task.benchmark else jobs.HUB_TOKENS))
-            child = processes.start(words, stdout=log, **{"env": environment, **process})
+            child = processes.start(words, stdout=log, pass_fds=[lock], **{"env": environment, **process})
+            jobs.note(lock, child.pid)
         try:
             while child.poll() is None and not signals:
                 time.sleep(0.2)
                 progress.update(bar, completed=jobs.answered(folder))
         finally:
             processes.end([child], signals, grace=10)
+            jobs.note(lock, os.getpid())
             jobs.hide_key(folder)
     if not signals and child.returncode:
         raise jobs.failed(folder, total)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ KEY = "CAMOPD_EVAL_API_KEY"
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # for a model that is loaded by camopd itself
 JOB = "job.json"
 LOG = "log.txt"
+LOCK = "lock"
 _SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
 _PLACES = ("url", "context", "work", "concurrency", "checkout")  # of a job: where and how fast, not what
 _UNPARSED = ("zebralogicbench",)  # of evalscope: its checker raises at an answer in another form, which is a wrong one
@@ -73,6 +76,38 @@ def weights_of(path: Path) -> str | None:
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """Hold the folder of a job; gives a descriptor that its process is to inherit, and that `note` takes.
+
+    The lock is the kernel's and ends with the last process that has the descriptor: a job's own lives on where its command
+    was killed, and would write beside another's. Raises `CaMOPDError` while there is one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process = os.pread(descriptor, 20, 0).decode(errors="replace")
+            raise CaMOPDError(
+                f"process {process} is at work in {str(folder)!r}: another command, or what one that was killed has left "
+                f"running. Wait for its end, end it (`kill {process}`), or give another --out."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        note(descriptor, os.getpid())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def note(descriptor: int, process: int) -> None:
+    """Say which process works in a job's folder."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(process).encode(), 0)
 
 
 def prepare(

@@ -8,11 +8,10 @@ the question alone, as in lm-eval's ARC, and its log-likelihood is lm-eval's: `a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,55 +30,38 @@ def main(job_file: str, result_file: str) -> None:
     """Do the job; a killed one goes on where it stopped.
 
     Raises `ValueError` for a row that the model has no room for, a likelihood that is not finite, a chat template that
-    opens reasoning, answers of another device or type, and where another process does this very job.
+    opens reasoning, and answers of another device or type.
     """
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     (rows_file,) = Path(job["dataset_args"]["local_path"]).glob("*.jsonl")
     rows = [json.loads(line) for line in json_lines(rows_file.read_text(encoding="utf-8"))]
     done = Path(job["work"]) / "predictions" / DONE
     done.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(done.with_suffix(".lock")):
-        done.touch()
-        cut_torn_line(done)
-        lines = json_lines(done.read_text(encoding="utf-8"))
-        found = {each["item"]: each for each in map(json.loads, lines)}
-        left = [place for place in range(len(rows)) if place not in found]
-        if left:
-            tokenizer, forward = load(job["model"], job["concurrency"])
-            how = how_asked(tokenizer, forward.model)
-            for before in found.values():
-                weighed = before.get("how", "in a way that an earlier version did not note")
-                if weighed != how:
-                    raise ValueError(
-                        f"{done} has options that were weighed {weighed}, and now it is {how}. Go on where it began, or "
-                        "remove the folder."
-                    )
-            asked = {place: encoded(tokenizer, rows[place]) for place in left}
-            _need_room(forward.model.config, list(asked.values()), job["model"])
-            for start in range(0, len(left), KEPT):
-                places = left[start : start + KEPT]
-                sums = likelihoods(forward, [pair for place in places for pair in asked[place]])
-                new = [answer(place, rows[place], [sums.pop(0) for _ in asked[place]], how) for place in places]
-                with open(done, "a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(each, allow_nan=False) + "\n" for each in new))
-                found |= {each["item"]: each for each in new}
-        atomic.write(Path(result_file), "".join(json.dumps(found[place]) + "\n" for place in range(len(rows))))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process writes: that of a command which was killed lives on."""
-    with open(path, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process does this job ({path}), maybe of a command that was killed. Wait for its end, or end it: "
-                "`pkill -f camopd.eval.likelihood`."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+    done.touch()
+    cut_torn_line(done)
+    lines = json_lines(done.read_text(encoding="utf-8"))
+    found = {each["item"]: each for each in map(json.loads, lines)}
+    left = [place for place in range(len(rows)) if place not in found]
+    if left:
+        tokenizer, forward = load(job["model"], job["concurrency"])
+        how = how_asked(tokenizer, forward.model)
+        for before in found.values():
+            weighed = before.get("how", "in a way that an earlier version did not note")
+            if weighed != how:
+                raise ValueError(
+                    f"{done} has options that were weighed {weighed}, and now it is {how}. Go on where it began, or "
+                    "remove the folder."
+                )
+        asked = {place: encoded(tokenizer, rows[place]) for place in left}
+        _need_room(forward.model.config, list(asked.values()), job["model"])
+        for start in range(0, len(left), KEPT):
+            places = left[start : start + KEPT]
+            sums = likelihoods(forward, [pair for place in places for pair in asked[place]])
+            new = [answer(place, rows[place], [sums.pop(0) for _ in asked[place]], how) for place in places]
+            with open(done, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(each, allow_nan=False) + "\n" for each in new))
+            found |= {each["item"]: each for each in new}
+    atomic.write(Path(result_file), "".join(json.dumps(found[place]) + "\n" for place in range(len(rows))))
 
 
 def load(name: str, batch_size: int) -> tuple[Any, Any]:

@@ -16,9 +16,10 @@ from ..manifest import CHECKPOINT, MANIFEST, saved_at, step_of
 from ..run import read_settings
 from ..teachers.address import (
     OWN_TEACHERS,
+    did_you_mean,
     has_adapter,
     is_server,
-    names_missing_folder,
+    names_missing_model,
     public_url,
     same_model,
     without_secrets,
@@ -74,10 +75,10 @@ def parse(text: str, option: str = "--models") -> Model:
                 f"the model {name!r} is at {public_url(where)}, and its URL has a user, a password or a query, which would "
                 "be in files. Give its key in the environment (docs/evaluation.md)."
             )
-    elif names_missing_folder(where):
+    elif names_missing_model(where):
         raise ValueError(
-            f"the model {name!r} is named as {where!r}, but there is no such path. Give the folder of a model, its id on "
-            "the Hub, or a URL."
+            f"the model {name!r} is named as {where!r}, but there is no such path.{did_you_mean(where)} Give the folder of "
+            "a model, its id on the Hub, or a URL."
         )
     return Model(name, where, served or None)
 

@@ -17,9 +17,11 @@ from urllib.parse import urlsplit
 
 from ..address import (
     OWN_TEACHERS,
+    did_you_mean,
     has_adapter,
     is_server,
     key_variables,
+    names_missing_model,
     public_url,
     urls_and_model,
     without_secrets,
@@ -197,6 +199,11 @@ def _student_of(settings: Mapping[str, Any]) -> str:
     if not isinstance(model, str) or not model:
         raise ValueError(
             "--student starts the rollout server of `model_name_or_path`, which the config does not have."
+        )
+    if names_missing_model(model):
+        raise ValueError(
+            f"model_name_or_path names {model!r}, but there is no such path.{did_you_mean(model)} Give the folder of a "
+            "model, or its id on the Hub."
         )
     return os.path.expanduser(model)
 
