@@ -350,11 +350,12 @@ def test_text_files_are_all_opened_as_utf_8():
 CUT = {
     "commands/check_run.py _free_memory": "/proc/meminfo",
     "commands/sweep.py _do": "the end of a log, shown",
-    "eval/cage.py run": "what a program has said last, shown",
+    "eval/cage.py into": "what a program has said last, shown",
     "eval/jobs.py last_error": "a log, of which one line is shown",
     "report/page.py quote": "an answer that is shown: a page must not take any of it for its own line",
     "report/page.py to_html": "what `quote` gave",
     "threads.py _threads_of_torch": "/proc/self/task/*/status",
+    "words.py formatMessage": "a line of the log, shown",
 }
 
 

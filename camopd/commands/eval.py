@@ -98,11 +98,15 @@ def eval(argv: list[str]) -> None:
     about = {"models": {name: model.where for name, model in wanted.items()}, "limit": options.limit,
              "max_tokens": options.max_tokens,
              "judges": {name: f"{public_url(one.url)}#{one.model}" for name, one in judges.items()}}  # fmt: skip
-    compared = compare.compare(tasks, found)
+    _say(page.write(compare.compare(tasks, found), _notes(tasks, found), about, out, options.paper, measured), out)
+
+
+def _notes(tasks: Sequence[Task], found: dict[str, dict[str, Any]]) -> list[str]:
+    """What is to be known of the scores."""
     names = {task.name for task in tasks}
-    notes = [text for of, text in NOTES.items() if names & set(of.split())] + compare.asked_otherwise(tasks, found)
-    notes += livebench.notes({name: items[livebench.NAME] for name, items in found.items() if livebench.NAME in items})
-    _say(page.write(compared, notes, about, out, options.paper, measured), out)
+    own = {name: items[livebench.NAME] for name, items in found.items() if livebench.NAME in items}
+    of_tasks = [text for of, text in NOTES.items() if names & set(of.split())]
+    return of_tasks + compare.asked_otherwise(tasks, found) + livebench.notes(own)
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Model]:

@@ -113,7 +113,9 @@ def commit_of(folder: Path) -> str:
     git = ["git", "-c", "safe.directory=*", "--git-dir", str(folder / ".git"), "--work-tree", str(folder)]
     try:
         head, changes = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+            subprocess.run(
+                [*git, *words], capture_output=True, encoding="utf-8", check=True, timeout=60
+            ).stdout.strip()
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):
