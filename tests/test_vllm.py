@@ -157,10 +157,10 @@ def general(servers):
 
 @pytest.fixture(scope="module")
 def conversations(base_model):
-    """Token ids and prompt lengths of 24 real conversations of different lengths, one with an empty answer."""
+    """Token ids and prompt lengths of 15 real conversations of different lengths, one with an empty answer."""
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     token_ids, prompt_lens = [], []
-    for row in load_prompts("domain", "finetune")[:24]:
+    for row in load_prompts("domain", "finetune")[:15]:
         messages = [{"role": "user", "content": row["prompt"]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         answer = tokenizer(row["answer"] + "<|im_end|>")["input_ids"]
@@ -175,7 +175,7 @@ def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_mod
     expected = local.score(*conversations, top_k=5)
     teacher = ServerTeacher([general], "general")
     found = teacher.score(*conversations, top_k=5)
-    assert len(found) == len(expected) == 24
+    assert len(found) == len(expected) == 15
     assert len(found[3].logps) == 0
     worst = max((f.logps - e.logps).abs().max().item() for f, e in zip(found, expected, strict=True) if len(f.logps))
     tokens = sum(len(f.logps) for f in found)
@@ -184,7 +184,8 @@ def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_mod
     assert worst < 1e-3
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f.top_logps, e.top_logps, atol=1e-3, rtol=0)
-    for f, e in zip(teacher.score(*conversations), found, strict=True):  # without the top k
+    some = [part[:5] for part in conversations]
+    for f, e in zip(teacher.score(*some), found[:5], strict=True):  # without the top k
         torch.testing.assert_close(f.logps, e.logps, atol=1e-3, rtol=0)
 
 
