@@ -24,7 +24,7 @@ LOCK_FILE = "_lock"  # what begins with _ is never sent to the Hub
 TOUCH_SECONDS = 60.0  # so often its holder shows that it is there
 STALE_SECONDS = 300.0  # after which a holder on another machine that has not done so is taken to be gone
 _PAUSE = 1.0
-_NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _held: set[int] = set()  # descriptors of this process
 
 
@@ -89,7 +89,7 @@ class FolderLock:
         except (BlockingIOError, PermissionError):
             raise _in_use(self._folder, _read(descriptor)) from None
         except OSError as error:
-            if error.errno not in _NO_FLOCK:
+            if error.errno not in NO_FLOCK:
                 raise
             has_flock = False
             logger.warning(

@@ -7,17 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from fake_openai import serving
 from trainers import refused
 
 from camopd import cli
-from camopd.commands.eval import need_context, server_context
 from camopd.eval import jobs
-from camopd.eval.models import Model
-from camopd.eval.tasks import named
 
 
 # Asks the server of its job for each row, as the runner does, and fails as `fail` in the environment says.
@@ -155,17 +151,6 @@ def test_model_that_a_run_does_not_have_is_named_beside_it(data, capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("tasks", "max_tokens", "context"),
-    [("qasc", None, 32768 + 4096), ("ifeval,gca", None, 8196 + 28672), ("qasc,gca", 100, 28772), ("qasc", 100, 4196)],
-)
-def test_context_of_a_server_here_has_room_for_the_longest_task(tasks, max_tokens, context):
-    options = SimpleNamespace(context=None, max_tokens=max_tokens)
-    assert server_context(named(tasks.split(",")), options) == context
-    options.context = 5
-    assert server_context(named(tasks.split(",")), options) == 5
-
-
-@pytest.mark.parametrize(
     ("words", "needs"),
     [
         ([], "36864 tokens, 32768 of an answer and 4096 of prompt"),
@@ -181,20 +166,6 @@ def test_context_beyond_a_models_positions_is_refused_before_anything_starts(dat
     assert f"the model 'small', ./m, needs a context of {needs}, and the model has 8192 positions" in said
     assert "here --max-tokens 4096 --context 8192 is the longest that fits" in said
     assert not Path("eval-output").exists()
-
-
-def test_context_of_a_models_positions_is_taken_and_that_of_a_server_is_its_own(data, monkeypatch):
-    model = data.parent / "m"
-    model.mkdir()
-    (model / "config.json").write_text('{"max_position_embeddings": 4100}', encoding="utf-8")
-    tasks, local = named(["qasc"]), [Model("m", str(model))]
-    need_context(local, tasks, SimpleNamespace(context=None, max_tokens=4))
-    need_context([Model("m", "http://h:1")], tasks, SimpleNamespace(context=None, max_tokens=None))
-    wrong = SimpleNamespace(context=None, max_tokens=5)
-    with pytest.raises(ValueError, match="has 4100 positions"):
-        need_context(local, tasks, wrong)
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    need_context(local, tasks, wrong)
 
 
 def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):
@@ -325,3 +296,14 @@ def test_help_imports_nothing_heavy():
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--concurrency" in said and said.splitlines()[-1] == "[]"
+
+
+def test_answers_are_judged_by_one_command_at_a_time(data, tmp_path, capsys, monkeypatch):
+    rows = json.dumps({"problem": "hmmt 1", "answer": "1"}) + "\n"
+    (data / "hmmt25.jsonl").write_text(rows, encoding="utf-8")
+    monkeypatch.setattr("camopd.commands.eval.jobs.finished", lambda folder: True)
+    with serving(lambda body: "1") as model, serving(lambda body: "x", model="judge") as judging:
+        words = ["--tasks", "hmmt25", "--models", f"m={model.url}", "--judge", judging.url]
+        with jobs.alone(Path("eval-output/m/hmmt25")):
+            assert "is at work in 'eval-output/m/hmmt25'" in error_of(capsys, *words)
+    assert not judging.requests

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from camopd.errors import CaMOPDError
-from camopd.eval.compare import compare
+from camopd.eval.compare import compare, share_of_way
 from camopd.eval.tasks import TASKS
 
 
@@ -86,3 +86,11 @@ def test_models_that_were_asked_other_items_are_not_compared():
 def test_other_models_are_shown_and_not_compared():
     (row,) = compare([IFEVAL], found(one=[0, 1], two=[1, 1]))
     assert set(row["models"]) == {"one", "two"} and "change" not in row
+
+
+def test_share_of_a_result_that_is_the_start_or_the_teacher_on_every_item_has_no_interval():
+    zero, one = [0.0] * 6 + [1.0] * 4, [1.0] * 10
+    for found, value in ((zero, 0), (one, 1)):
+        assert share_of_way(zero, one, found) == {"value": value, "low": None, "high": None, "alike": True}
+    moved = share_of_way(zero, one, [1.0, *zero[1:9], 0.0])  # one came back and one broke
+    assert moved["value"] == 0 and moved["low"] < 0 < moved["high"] and "alike" not in moved

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,7 +174,7 @@ def test_job_whose_process_outlives_its_command_cannot_be_begun_again(tmp_path):
     worker = int(command.stdout.readline())
     command.kill()
     command.wait()
-    said = rf"process {worker} is at work in '{tmp_path}': .* \(`kill {worker}`\)"
+    said = rf"process {worker} on {socket.gethostname()} is at work in '{tmp_path}': .* \(`kill {worker}`\)"
     with pytest.raises(CaMOPDError, match=said), jobs.alone(tmp_path):
         pass
     os.kill(worker, signal.SIGTERM)

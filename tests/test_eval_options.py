@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from camopd.commands.eval import parse
 from camopd.eval.models import Model
-from camopd.eval.options import check, files_of, folder_of, judges_of, models_of
+from camopd.eval.options import check, files_of, folder_of, judges_of, models_of, need_context, server_context
 from camopd.eval.tasks import named
 
 
@@ -112,3 +113,28 @@ def test_option_without_effect_on_a_part_is_said():
 )  # fmt: skip
 def test_option_with_an_effect_is_silent(tasks, words):
     assert checked(tasks, *words) == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "max_tokens", "context"),
+    [("qasc", None, 32768 + 4096), ("ifeval,gca", None, 8196 + 28672), ("qasc,gca", 100, 28772), ("qasc", 100, 4196)],
+)
+def test_context_of_a_server_here_has_room_for_the_longest_task(tasks, max_tokens, context):
+    options = SimpleNamespace(context=None, max_tokens=max_tokens)
+    assert server_context(named(tasks.split(",")), options) == context
+    options.context = 5
+    assert server_context(named(tasks.split(",")), options) == 5
+
+
+def test_context_of_a_models_positions_is_taken_and_that_of_a_server_is_its_own(tmp_path, monkeypatch):
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_text('{"max_position_embeddings": 4100}', encoding="utf-8")
+    tasks, local = named(["qasc"]), [Model("m", str(model))]
+    need_context(local, tasks, SimpleNamespace(context=None, max_tokens=4))
+    need_context([Model("m", "http://h:1")], tasks, SimpleNamespace(context=None, max_tokens=None))
+    wrong = SimpleNamespace(context=None, max_tokens=5)
+    with pytest.raises(ValueError, match="has 4100 positions"):
+        need_context(local, tasks, wrong)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    need_context(local, tasks, wrong)

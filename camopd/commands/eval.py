@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..eval import livebench_scripts as scripts
 from ..eval import options as effects
 from ..eval.asking import key_of
 from ..eval.judge import Judge
+from ..eval.livebench_judge import judge as judge_livebench
 from ..eval.livebench_scripts import Checkout
 from ..eval.models import Model
 from ..eval.paper import TABLES
@@ -30,13 +30,10 @@ from ..eval.tasks import NOTES, TASKS, Task, named
 from ..exit_codes import INTERRUPTED
 from ..results import EVAL_OUTPUT
 from ..run import read_settings
-from ..surroundings import context_of
 from ..teachers.address import public_url
 from ..teachers.vllm.plan import VLLM
 from . import processes
 
-
-ROOM = 4096  # tokens of a prompt, in the context of a server that is started here
 
 console = Console(highlight=False)
 
@@ -68,12 +65,12 @@ def eval(argv: list[str]) -> None:
     out = Path(options.out)
     found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     for name in wanted if judged else ():
-        if before := livebench.judged(judged, name):
+        if before := scripts.judged_before(judged, name, checkout):
             found[name][livebench.NAME] = livebench.items(before)
     asked = [task for task in tasks if task.answer != "read"]
     served = effects.served(asked)
     if served:
-        need_context(wanted.values(), served, options)
+        effects.need_context(wanted.values(), served, options)
     for task in asked:
         if task.answer == "weighed":
             models.need_folders(wanted.values(), task.name)
@@ -81,14 +78,13 @@ def eval(argv: list[str]) -> None:
     task_rows = _rows(asked, options, checkout)
     asked_of = {name: [task for task in asked if task.name not in found[name]] for name in wanted}
     with contextlib.ExitStack() as held:
-        folders = [out / name / task.name for name in wanted for task in asked_of[name]]
-        locks = {folder: held.enter_context(jobs.alone(folder)) for folder in folders if not jobs.finished(folder)}
+        locks: dict[Path, int] = {}
         for name, model in wanted.items():  # what is refused is refused before anything is generated
-            _prepare(model, asked_of[name], task_rows, judges, out, options, checkout)
+            locks |= _prepare(model, asked_of[name], task_rows, judges, out, options, checkout, held)
         signals = held.enter_context(processes.noted_signals())
         for name, model in wanted.items():
             _introduce(model, asked_of[name], out)
-            left = [task for task in asked_of[name] if out / name / task.name in locks]
+            left = [task for task in asked_of[name] if not jobs.finished(out / name / task.name)]
             _ask(model, left, task_rows, judges, options, (python, vllm), locks, signals)
             for task in asked_of[name]:
                 _stop(signals)
@@ -221,7 +217,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add(
         "--context",
         type=int,
-        help=f"of a server that is started here (default: an answer and {ROOM} tokens of prompt)",
+        help=f"of a server that is started here (default: an answer and {effects.ROOM} tokens of prompt)",
     )
     add("--paper", choices=tuple(TABLES), help="put the numbers beside those of the paper's Table 2 or 1")
     add(
@@ -281,7 +277,7 @@ def _items(
         f"{task.name}: {'running the code' if task.answer == 'code' else 'judging'}", len(found), signals
     ) as tick:
         if task.answer == "scripted":
-            return livebench.items(scripts.judge(scripts.checkout_of(folder), folder, found, tick))
+            return livebench.items(judge_livebench(scripts.checkout_of(folder), folder, found, tick))
         if asked is None:
             given = code.judge(folder, found, tick)
         else:
@@ -352,15 +348,18 @@ def _prepare(
     out: Path,
     options: argparse.Namespace,
     checkout: Checkout | None,
-) -> None:
-    """Write the folders of a model, one per task."""
+    held: contextlib.ExitStack,
+) -> dict[Path, int]:
+    """Write the folders of a model, one per task. Gives the locks of those where there is something to do, which `held`
+    holds."""
+    locks: dict[Path, int] = {}
     if not tasks:
-        return
+        return locks
     if model.is_url:
         name, context = models.look(model, model.where, jobs.KEY)
     else:
         served = effects.served(tasks)
-        name, context = os.path.expanduser(model.where), server_context(served, options) if served else None
+        name, context = os.path.expanduser(model.where), effects.server_context(served, options) if served else None
     weights = jobs.weights_of(Path(model.where).expanduser())
     for task in tasks:
         folder = out / model.name / task.name
@@ -370,36 +369,10 @@ def _prepare(
         if task.answer == "scripted" and checkout:
             scripts.need_unknown(checkout, name)
             job["checkout"] = asdict(checkout)
+        if not jobs.finished(folder) or task.judged or task.answer in ("code", "scripted"):
+            locks[folder] = held.enter_context(jobs.alone(folder))
         jobs.prepare(task, job, weights, task_rows[task.name], folder)
-
-
-def server_context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
-    """Of a server that is started here, tokens."""
-    longest = (_heard(task) + (options.max_tokens or task.generation["max_tokens"]) for task in tasks)
-    return int(options.context or max(longest))
-
-
-def _heard(task: Task) -> int:
-    """Tokens that a server started here has for a prompt of a task."""
-    return {"played": gca.HEARD, "scripted": scripts.HEARD}.get(task.answer, ROOM)
-
-
-def need_context(wanted: Iterable[Model], tasks: Sequence[Task], options: argparse.Namespace) -> None:
-    """Raise `ValueError` for a model to serve here whose positions are fewer than the context: vLLM would refuse it."""
-    if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true"):
-        return
-    context = server_context(tasks, options)
-    for model in wanted:
-        limit = math.inf if model.is_url else context_of(model.where)
-        if context > limit:
-            heard = max(map(_heard, tasks))
-            how = "as --context says" if options.context else f"{context - heard} of an answer and {heard} of prompt"
-            tokens = int(limit - heard if limit > heard else limit // 2)
-            raise ValueError(
-                f"a server of the model {model.name!r}, {model.where}, needs a context of {context} tokens, {how}, and the "
-                f"model has {limit:.0f} positions (config.json). Shorten answers with --max-tokens, or prompt and answer "
-                f"with --context; here --max-tokens {tokens} --context {limit:.0f} is the longest that fits."
-            )
+    return locks
 
 
 def _vllm(options: argparse.Namespace, wanted: Any) -> VLLM | None:
@@ -424,7 +397,7 @@ def _served(
     from .eval_server import served
 
     assert vllm is not None
-    with served(model, server_context(tasks, options), vllm, folder / "server.txt", signals) as url:
+    with served(model, effects.server_context(tasks, options), vllm, folder / "server.txt", signals) as url:
         yield url
 
 

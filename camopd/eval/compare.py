@@ -37,9 +37,16 @@ def compare(tasks: Sequence[Task], found: Found) -> list[dict[str, Any]]:
             row["change"] = change(*pairs)
             first, last = (START, GENERAL) if task.side == "general" else (GENERAL, START)
             if three := scored(of_task, first, last, RESULT):
-                row["share"] = as_json(share(*map(scores, three)))
+                row["share"] = share_of_way(*map(scores, three))
         rows.append(row)
     return rows
+
+
+def share_of_way(zero: list[float], one: list[float], found: list[float]) -> dict[str, Any]:
+    """`stats.share`, without an interval where `found` is `zero` or `one` on every item (`alike`): that no item shows a
+    difference does not show that there is none."""
+    result = as_json(share(zero, one, found))
+    return result | {"low": None, "high": None, "alike": True} if found in (zero, one) else result
 
 
 def scored(of_task: Mapping[str, Sequence[Item]], *names: str) -> list[list[Item]]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 from .. import atomic
 from ..errors import CaMOPDError
+from ..folder_lock import NO_FLOCK
 from . import rows
 from .asking import key_of
 from .tasks import Task
@@ -90,14 +92,15 @@ def alone(folder: Path) -> Iterator[int]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            process = os.pread(descriptor, 20, 0).decode(errors="replace")
+        except (BlockingIOError, PermissionError):
+            process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").partition(" ")
             raise CaMOPDError(
-                f"process {process} is at work in {str(folder)!r}: another command, or what one that was killed has left "
-                f"running. Wait for its end, end it (`kill {process}`), or give another --out."
+                f"process {process} on {host} is at work in {str(folder)!r}: another command, or what one that was killed "
+                f"has left running. Wait for its end, end it there (`kill {process}`), or give another --out."
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
         note(descriptor, os.getpid())
         yield descriptor
     finally:
@@ -105,9 +108,9 @@ def alone(folder: Path) -> Iterator[int]:
 
 
 def note(descriptor: int, process: int) -> None:
-    """Say which process works in a job's folder."""
+    """Say which process, on this machine, works in a job's folder."""
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(process).encode(), 0)
+    os.pwrite(descriptor, f"{process} {socket.gethostname()}".encode(), 0)
 
 
 def prepare(

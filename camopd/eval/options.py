@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ..surroundings import context_of
 from ..teachers.address import without_secrets
-from . import gaps
+from . import gaps, gca
+from . import livebench_scripts as scripts
 from .models import Model, parse
 from .tasks import TASKS, Task, named
 
 
 T = TypeVar("T")
+ROOM = 4096  # tokens of a prompt, in the context of a server that is started here
 OF_ROWS = ("limit", "max_tokens")  # and of answers: nothing is drawn or asked of what another program has run
 BY_SCRIPTS = ("read", "scripted")  # kinds of tasks whose rows are another program's
 OF_SERVERS = ("context", "vllm_python")  # that are started here
@@ -121,3 +126,32 @@ def _idle(options: argparse.Namespace, tasks: Sequence[Task], models: Mapping[st
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def server_context(tasks: Sequence[Task], options: argparse.Namespace) -> int:
+    """Of a server that is started here, tokens."""
+    longest = (_heard(task) + (options.max_tokens or task.generation["max_tokens"]) for task in tasks)
+    return int(options.context or max(longest))
+
+
+def _heard(task: Task) -> int:
+    """Tokens that a server started here has for a prompt of a task."""
+    return {"played": gca.HEARD, "scripted": scripts.HEARD}.get(task.answer, ROOM)
+
+
+def need_context(wanted: Iterable[Model], tasks: Sequence[Task], options: argparse.Namespace) -> None:
+    """Raise `ValueError` for a model to serve here whose positions are fewer than the context: vLLM would refuse it."""
+    if os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true"):
+        return
+    context = server_context(tasks, options)
+    for model in wanted:
+        limit = math.inf if model.is_url else context_of(model.where)
+        if context > limit:
+            heard = max(map(_heard, tasks))
+            how = "as --context says" if options.context else f"{context - heard} of an answer and {heard} of prompt"
+            tokens = int(limit - heard if limit > heard else limit // 2)
+            raise ValueError(
+                f"a server of the model {model.name!r}, {model.where}, needs a context of {context} tokens, {how}, and the "
+                f"model has {limit:.0f} positions (config.json). Shorten answers with --max-tokens, or prompt and answer "
+                f"with --context; here --max-tokens {tokens} --context {limit:.0f} is the longest that fits."
+            )

@@ -182,11 +182,10 @@ def of_share(row: Mapping[str, Any]) -> str:
         return "-"
     found = row["share"]
     word = "back" if row["side"] == "general" else "kept"
+    if found.get("alike") and found["value"] is not None:
+        return f"{word} {100 * found['value']:.0f} %, as no item differs"
     if found["low"] is None:
-        alike = found["value"] in (0, 1)
-        return (
-            f"{word} {100 * found['value']:.0f} %, as no item differs" if alike else "start and teacher not told apart"
-        )
+        return "start and teacher not told apart"
     return "{} {:.0f} % [{:.0f}, {:.0f}]".format(word, *(100 * found[name] for name in ("value", "low", "high")))
 
 

@@ -70,15 +70,13 @@ def share(zero: Sequence[float], one: Sequence[float], found: Sequence[float]) -
     Recovery is `share(start, teacher, result)`, the domain kept is `share(teacher, start, result)`.
 
     A resample in which `zero` and `one` change places has no share. Where more than a fortieth of them do, the ends of the
-    interval are infinite: the items cannot tell the two apart, and no share of nothing can be given. So they are where
-    `found` is one of the two on every item: that no item shows a difference does not show that there is none.
+    interval are infinite: the items cannot tell the two apart, and no share of nothing can be given.
     """
     means = resampled_means(zero, one, found)
     span = float(np.mean(one) - np.mean(zero))
     value = float(np.mean(found) - np.mean(zero)) / span if span else math.nan
     spans = means[:, 1] - means[:, 0]
-    alike = any(np.array_equal(found, end) for end in (zero, one))
-    if not span or alike or (spans * span <= 0).mean() > (1 - LEVEL) / 2:
+    if not span or (spans * span <= 0).mean() > (1 - LEVEL) / 2:
         return Interval(value, -math.inf, math.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = (means[:, 2] - means[:, 0]) / spans
