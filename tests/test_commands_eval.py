@@ -214,10 +214,8 @@ def test_second_command_on_a_folder_is_refused_before_it_changes_anything(data, 
         with pytest.raises(SystemExit):
             cli.main([*words, "--limit", "1"])
         said = capsys.readouterr().err
-        assert (
-            f"process {lock.read_text()} is at work in 'eval-output/m/qasc'" in said
-            and int(lock.read_text()) != child.pid
-        )
+        worker, host = lock.read_text().split()
+        assert f"process {worker} on {host} is at work in 'eval-output/m/qasc'" in said and int(worker) != child.pid
         assert job.read_bytes() == before
         go_on.set()
         assert child.wait(60) == 0
