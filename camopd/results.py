@@ -24,7 +24,7 @@ EVAL = "eval.json"  # of `camopd eval`
 EVAL_OUTPUT = "eval-output"  # its folder where none was named, in the one it was called in
 # Of its models; others have their own name.
 COLUMNS = {"start": "before", "general": "general teacher", "result": "after"}
-OFTEN = 0.1  # share of a model's answers from which on it is said that they were cut off, or held none
+OFTEN = 0.1  # share of a model's answers above which it is said that they were cut off, or held none
 _WITH_ERROR = " ± 95 %"  # in the head of a column
 
 
