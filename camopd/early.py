@@ -6,6 +6,7 @@ All of it is refused later, too; here it is said within two seconds.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -32,13 +33,16 @@ _FEW = 12  # names that an error lists where one of them is near
 
 
 def check_early(config: str, overrides: list[str], training: bool = False) -> dict[str, Any]:
-    """The settings of a run as they are written.
+    """The settings of a run as they are written. Their `env` is in the environment of this process from now on.
 
     Raises `ValueError` for unknown names, values that no run can have, models that are not there, and prompts, and when
     `training` also teachers, of other branches than those of the schedule.
     """
     settings = read_settings(config, overrides)
     check_names(config, settings)
+    env = settings.get("env")
+    if isinstance(env, dict):  # before a model is looked for: the Hub's client reads its variables once, at its import
+        os.environ.update({str(name): str(value) for name, value in env.items()})
     model = settings.get("model_name_or_path")
     if not model:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")

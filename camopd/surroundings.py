@@ -1,5 +1,5 @@
 """What a run will meet on this machine, looked at before torch is imported: its prompts, the student's context, vLLM, the
-Hub. All of it is refused later, too; here within five seconds."""
+Hub. All of it is refused later, too; here within ten seconds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ from typing import Any
 
 from .files import COMPRESSED, file_type, no_column, specification
 from .folder_lock import need_free
+from .hub import hub_errors
 from .output_dir import need_same_run_as, need_unused
 from .schedule import by_step
 from .settings import default_of
-from .teachers.address import OWN_TEACHERS, base_of, did_you_mean, in_cache, is_server
+from .teachers.address import (
+    OWN_TEACHERS,
+    PATIENCE,
+    base_of,
+    did_you_mean,
+    in_cache,
+    is_here,
+    is_server,
+    no_connection,
+    was_fetched,
+)
 
 
 READ = 10 * 2**20  # characters of a JSONL file, from which `datasets` takes the columns of all of it
@@ -118,7 +129,7 @@ def _check_context(settings: Mapping[str, Any]) -> None:
 
 def _config_of(model: str, revision: Any) -> dict[str, Any]:
     """The config.json of a model in a folder or in the cache of the Hub; of an adapter, that of its base."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     adapter = folder / "adapter_config.json"
     try:
         if adapter.is_file():
@@ -196,11 +207,12 @@ def _is_cpu_build() -> bool:
 
 
 def check_hub(settings: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where a model has to come from the Hub, which cannot be reached: its client tries for minutes.
+    """Raise `ValueError` where a model has to come from the Hub, to which no connection can be made: its client tries for
+    minutes.
 
-    The teachers in `settings` are those of [`camopd.run.teachers_of`].
+    The teachers in `settings` are those of [`camopd.run.teachers_of`]. Their `env` is that of this process, as
+    [`camopd.early.check_early`] leaves it.
     """
-    import httpx
     from huggingface_hub import constants
 
     student = str(settings.get("model_name_or_path") or "")
@@ -208,21 +220,33 @@ def check_hub(settings: Mapping[str, Any]) -> None:
     kwargs = [settings.get(name) or {} for name in ("model_init_kwargs", "teacher_model_init_kwargs")]
     if constants.HF_HUB_OFFLINE or any("cache_dir" in each for each in kwargs) or os.environ.get("RANK", "0") != "0":
         return
-    revision = settings.get("model_revision")
     for whose, name in {"the student": base_of(student), **teachers}.items():
-        if not isinstance(name, str) or name in OWN_TEACHERS or is_server(name) or Path(name).expanduser().exists():
+        if not isinstance(name, str) or name in OWN_TEACHERS or is_server(name) or is_here(name) or was_fetched(name):
             continue
-        if in_cache(name, revision if whose == "the student" else None):
-            continue
-        try:
-            httpx.head(constants.ENDPOINT, timeout=5.0)
+        error = _no_way_to_hub()
+        if error is None:
             return
-        except httpx.TransportError as error:
-            raise ValueError(
-                f"{whose}, {name!r}, is no path on this machine, and {constants.ENDPOINT}, from where it would be fetched, "
-                f"cannot be reached ({type(error).__name__}).{did_you_mean(name)} Fix the path, or check network, proxy "
-                f"and HF_ENDPOINT; or fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and name its folder."
-            ) from None
+        raise ValueError(
+            f"{whose}, {name!r}, is no path on this machine, and {constants.ENDPOINT}, from where it would be fetched, "
+            f"cannot be reached ({type(error).__name__}).{did_you_mean(name)} Fix the path, or check network, proxy "
+            f"and HF_ENDPOINT; or fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and name its folder."
+        )
+
+
+def _no_way_to_hub() -> Exception | None:
+    """Why no connection to the Hub can be made, in two tries, or `None`. A slow or a wrong answer is one, too."""
+    from huggingface_hub import constants, get_session
+
+    reason = None
+    for _ in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=PATIENCE, follow_redirects=False)
+            return None
+        except hub_errors() as error:
+            if not no_connection(error):
+                return None
+            reason = error
+    return reason
 
 
 def check_push(settings: Mapping[str, Any]) -> None:
@@ -233,7 +257,7 @@ def check_push(settings: Mapping[str, Any]) -> None:
     from huggingface_hub import constants, get_token
 
     later = "Or leave push_to_hub out, and send the model afterwards: hf upload OWNER/NAME " + folder_of(settings)
-    token, reason = (settings.get("env") or {}).get("HF_TOKEN") or get_token(), ""
+    token, reason = get_token(), ""
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set; unset it where there is a network"
     elif token is None:

@@ -2,11 +2,16 @@
 
 import http.server
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
+import yaml
 from datasets import Dataset
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, GPT2Config, LlamaConfig
@@ -173,6 +178,9 @@ def answer(monkeypatch):
     keys, status = [], [200]
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
         def do_GET(self):
             keys.append(self.headers["authorization"])
             self.send_response(status[0])
@@ -217,24 +225,103 @@ def test_push_without_a_hub_or_a_token_is_refused_before_training(answer, monkey
     check_push(push)  # said once
 
 
-def test_model_that_no_hub_can_send_is_refused_within_seconds(answer, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """A folder with `models/student`, a Hub that cannot be reached, and an empty cache, whose path it gives."""
     (tmp_path / "models" / "student").mkdir(parents=True)
     (tmp_path / "models" / "student" / "config.json").write_text("{}")
-    here, away = "models/student", "modles/student"
-    teachers = {"general": "http://localhost:1", "domain": "adapter_off"}
-    check_hub({"model_name_or_path": away, "teachers": teachers})  # the Hub answers, and says later what it has not
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    check_hub({"model_name_or_path": here, "teachers": teachers})
+    return tmp_path / "hub"
+
+
+HERE, AWAY = "models/student", "modles/student"
+TEACHERS = {"general": "http://localhost:1", "domain": "adapter_off"}
+
+
+def test_model_that_no_hub_can_send_is_refused_within_seconds(models, monkeypatch):
+    check_hub({"model_name_or_path": HERE, "teachers": TEACHERS})
     with pytest.raises(ValueError, match=r"the student, 'modles/student', is no path on this machine, and http://127.0.0.1:9"
                        r", .* cannot be reached \(ConnectError\)\. Did you mean 'models/student'\?"):  # fmt: skip
-        check_hub({"model_name_or_path": away, "teachers": teachers})
+        check_hub({"model_name_or_path": AWAY, "teachers": TEACHERS})
     with pytest.raises(ValueError, match=r"the teacher of branch 'domain', 'org/x', .*hf download org/x --local-dir"):
-        check_hub({"model_name_or_path": here, "teachers": {**teachers, "domain": "org/x"}})
-    for more in ({"model_init_kwargs": {"cache_dir": "c"}}, {"teachers": None, "model_name_or_path": here}):
-        check_hub({"model_name_or_path": away, "teachers": teachers, **more})
-    monkeypatch.setattr(surroundings, "in_cache", lambda *_: "config.json")
-    check_hub({"model_name_or_path": away, "teachers": teachers})
-    monkeypatch.setattr(surroundings, "in_cache", lambda *_: None)
+        check_hub({"model_name_or_path": HERE, "teachers": {**TEACHERS, "domain": "org/x"}})
+    for more in ({"model_init_kwargs": {"cache_dir": "c"}}, {"teachers": None, "model_name_or_path": HERE}):
+        check_hub({"model_name_or_path": AWAY, "teachers": TEACHERS, **more})
+    with pytest.raises(ValueError, match="cannot be reached"):
+        check_hub({"model_name_or_path": "x" * 300})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # its client says so at once
-    check_hub({"model_name_or_path": away, "teachers": teachers})
+    check_hub({"model_name_or_path": AWAY, "teachers": TEACHERS})
+
+
+@pytest.mark.parametrize(
+    ("file", "ref"), [("config.json", "main"), ("config.json", "v1"), ("adapter_config.json", "main")]
+)
+def test_model_that_was_fetched_before_needs_no_hub(models, file, ref):
+    cached = {"model_name_or_path": AWAY, "teachers": {**TEACHERS, "domain": "org/x"}}
+    revision = {} if ref == "main" else {"revision": ref}
+    cached |= {"model_init_kwargs": revision, "teacher_model_init_kwargs": revision}
+    for name, missing in ((AWAY, "the student"), ("org/x", "the teacher of branch 'domain'")):
+        with pytest.raises(ValueError, match=missing):
+            check_hub(cached)
+        folder = models / f"models--{name.replace('/', '--')}"
+        for path, text in ((folder / "refs" / ref, "a1b2"), (folder / "snapshots" / "a1b2" / file, "{}")):
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+    check_hub(cached)
+
+
+def test_hub_that_answers_late_or_wrongly_is_left_to_its_client(models, answer, monkeypatch):
+    _, status = answer
+    away = {"model_name_or_path": AWAY}
+    check_hub(away)  # the Hub answers, and says later what it has not
+    status[0] = 503
+    check_hub(away)
+    monkeypatch.setattr(surroundings, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and never answers
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        check_hub(away)
+
+
+def test_hub_that_can_be_reached_at_the_second_try_is_reached(models, answer, monkeypatch):
+    """A client whose first connection fails, as while a network comes up."""
+    session, tries = get_session(), []
+
+    class Client:
+        def head(self, url, **more):
+            tries.append(url)
+            return session.head("http://127.0.0.1:9" if len(tries) == 1 else url, **more)
+
+    monkeypatch.setattr("huggingface_hub.get_session", Client)
+    check_hub({"model_name_or_path": AWAY})
+    assert tries == [constants.ENDPOINT] * 2
+
+
+@pytest.mark.parametrize("command", ["check", "gaps"])
+def test_hub_is_looked_for_as_env_of_the_run_says(tmp_path, answer, command):
+    """Of a fresh process: the Hub's client reads HF_ENDPOINT once."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    run = {"model_name_or_path": "org/a", "teachers": {"general": "org/b", "domain": "org/b"},
+           "prompts": {"general": "p.jsonl", "domain": "p.jsonl"}, "output_dir": "out"}  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+
+    def said(env):
+        (tmp_path / "run.yaml").write_text(
+            yaml.safe_dump({**run, "env": {"HF_HOME": "home", "HF_HUB_OFFLINE": 0, **env}})
+        )
+        words = ["org/a", "--config", "run.yaml"] if command == "gaps" else ["run.yaml"]
+        code = (
+            "import sys; from camopd import surroundings\n"
+            "look = surroundings.check_hub\n"
+            "surroundings.check_hub = lambda settings: sys.exit(look(settings) or 'reached')\n"
+            f"from camopd.cli import main; main([{command!r}, *sys.argv[1:]])"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True,
+                              text=True)  # fmt: skip
+        return done.stderr
+
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert "and http://127.0.0.1:9, from where it would be fetched, cannot be reached" in said(nowhere)
+    assert said({**nowhere, "http_proxy": constants.ENDPOINT}) == "reached\n"

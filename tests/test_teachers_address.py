@@ -2,8 +2,10 @@
 
 import json
 import re
+import socket
 
 import pytest
+from fake_hub import FakeHub
 from hypothesis import given
 from hypothesis import strategies as st
 from trainers import make_trainer
@@ -25,6 +27,7 @@ from camopd.teachers.address import (
     refuse_secrets,
     same_model,
     urls_and_model,
+    was_fetched,
     without_secrets,
 )
 from camopd.teachers.local import load_teacher_model
@@ -80,6 +83,18 @@ def test_folder_that_is_missing_is_told_from_a_model_of_the_hub(tmp_path, monkey
         assert not names_missing_folder(name), name
 
 
+def test_name_that_no_path_can_have_is_none(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("./" + "x" * 300, "runs/" + "x" * 300, "~nobody-of-that-name/x"):
+        assert names_missing_folder(name) and names_missing_model(name), name
+        assert base_of(name) == name and not has_adapter(name) and not same_model(name, "runs")
+        with pytest.raises(ValueError, match="with a '\\?', '#' or '@'"):
+            refuse_secrets("general", name + "?key=secret")
+    for name in ("x" * 300, "x" * 300 + "/y", "x\0"):
+        assert not names_missing_model(name), name
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """A working directory with models, and with folders that have none."""
@@ -112,12 +127,69 @@ def test_near_model_is_found_by_an_absolute_path(folders):
     assert near_model(str(folders / "specialized")) == str(folders / "specialised")
 
 
-def test_single_word_with_a_like_beside_it_is_a_path_and_a_model_of_the_hub_is_not(folders, monkeypatch, tmp_path):
+def test_single_word_with_a_like_beside_it_is_a_path_and_a_model_of_the_hub_is_not(folders):
     assert names_missing_model("specialized") and names_missing_model("./x") and names_missing_model("models/x")
     for name in ("specialised", "gpt2", "Qwen/Qwen3-0.6B", "modles/general", "something"):
         assert not names_missing_model(name), name
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
-    assert not names_missing_model("specialized")  # a model of that name has been fetched before
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("gpt2-medium", "gpt2-medium-sft"), ("distilgpt2", "distilgpt2-ft"), ("gpt2-medium-v2", "gpt2-medium")],
+)
+def test_folder_that_is_named_after_a_model_is_no_sign_of_a_misspelt_name(tmp_path, monkeypatch, name, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert near_model(name) == folder and not names_missing_model(name)
+    assert names_missing_model(f"./{name}")
+
+
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_model_of_any_revision_in_the_cache_is_there(folders, monkeypatch, tmp_path, file):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub [1]"))
+    assert names_missing_model("specialized") and not was_fetched("specialized")
+    for name in ("specialized", "org/x"):
+        snapshot = tmp_path / "hub [1]" / f"models--{name.replace('/', '--')}" / "snapshots" / "a1b2"
+        snapshot.mkdir(parents=True)
+        assert not was_fetched(name)  # a folder without files
+        (snapshot / file).write_text("{}")
+        assert was_fetched(name)
+    assert not names_missing_model("specialized")
+    assert not was_fetched("x") and not was_fetched("*/*") and not was_fetched("x" * 300) and not was_fetched("x\0")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub with the model `specialized`, which a test may keep from answering."""
+    served = FakeHub({})
+    served.models["specialized"] = {"config.json": b"{}"}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield served
+    served.close()
+
+
+def test_near_name_is_used_where_the_hub_knows_it(folders, hub, monkeypatch):
+    assert not names_missing_model("specialized")
+    assert hub.requests == ["GET /api/models/specialized"]
+    assert names_missing_model("specialsed")  # 404
+    assert not names_missing_model("something") and len(hub.requests) == 2  # nothing near
+    for status, missing in ((401, True), (403, False), (429, False), (500, False)):
+        hub.refuse["specialized"] = (status, "")
+        assert names_missing_model("specialized") is missing, status
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = len(hub.requests)
+    assert names_missing_model("specialized") and len(hub.requests) == asked
+
+
+def test_near_name_is_refused_without_a_hub_and_not_for_a_slow_one(folders, hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert names_missing_model("specialized")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and never answers
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("camopd.teachers.address.PATIENCE", 0.2)
+        assert not names_missing_model("specialized")
 
 
 def test_base_of_an_adapter_is_the_model_under_it(folders, monkeypatch):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import glob
 import ipaddress
 import json
 import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 
 # Teachers that the student is itself.
@@ -22,6 +24,7 @@ OWN_TEACHERS = {
     "self": "the student itself, after its teacher_prompt",
 }
 NEAR = 0.8  # similarity, of 1, from which a name is taken for a misspelt one
+PATIENCE = 5.0  # seconds for the Hub to answer a question before the imports
 
 
 def is_server(spec: Any) -> bool:
@@ -51,7 +54,7 @@ def name_to_show(name: str) -> str:
 
 def refuse_secrets(branch: str, name: str) -> None:
     """Raise `ValueError` for the name of a teacher that may hold a password or key, before a library shows it."""
-    if name_to_show(name) != name and not Path(name).expanduser().exists():
+    if name_to_show(name) != name and not is_here(name):
         raise ValueError(
             f"the teacher of branch {branch!r} is {name_to_show(name)!r} with a '?', '#' or '@', which neither the id of a "
             f"model nor the URL of a server may have. A server is written http://host:port, and its key is set in "
@@ -73,31 +76,67 @@ def urls_and_model(spec: Any) -> tuple[list[str], str | None]:
 def same_model(one: str, other: str) -> bool:
     """Whether two names are those of one model: the same id, or paths to the same folder."""
     return one == other or (
-        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+        os.path.exists(one) and os.path.exists(other) and os.path.realpath(one) == os.path.realpath(other)
     )
+
+
+def is_here(name: str) -> bool:
+    """Whether a name is that of a path on this machine."""
+    return os.path.exists(os.path.expanduser(name))  # `Path` raises where a name is too long or its ~user is nobody
 
 
 def names_missing_folder(name: str) -> bool:
     """Whether a name is a path, by its form or because it begins with a folder that is there, and leads nowhere."""
-    path = Path(name).expanduser()
-    is_path = name.startswith(("/", "./", "../", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
-    return is_path and not path.exists()
+    parts = Path(name).parts
+    is_path = name.startswith(("/", "./", "../", "~")) or (len(parts) > 1 and os.path.isdir(parts[0]))
+    return is_path and not is_here(name)
 
 
 def names_missing_model(name: str) -> bool:
-    """Whether a model's name is a path that leads nowhere, or a single word beside whose like there is a model's folder.
+    """Whether a model's name is a path that leads nowhere, or a single word that is surely a misspelt folder.
 
-    A single word can be a model of the Hub, too, but there every one has an owner before its name.
+    A single word may be a model of the Hub (`gpt2`). It is misspelt where a model's folder has a name like it, this machine
+    has fetched no such model before, and the Hub does not know it or cannot be asked (one request, of `PATIENCE`). A folder
+    that is longer or shorter by an ending is no sign: `gpt2-sft` is how one names a model that was made of `gpt2`.
     """
-    path = Path(name).expanduser()
-    misspelt = len(path.parts) == 1 and near_model(name) is not None and not in_cache(name)
-    return misspelt or names_missing_folder(name)
+    if names_missing_folder(name):
+        return True
+    near = near_model(name) if len(Path(name).parts) == 1 else None
+    if near is None:
+        return False
+    word, folder = Path(name).name, Path(near).name
+    by_an_ending = folder.startswith(word) or word.startswith(folder)
+    return not by_an_ending and not was_fetched(name) and not _may_be_on_hub(name)
+
+
+def _may_be_on_hub(word: str) -> bool:
+    """Whether the Hub knows a model, or has been reached and does not say."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import build_hf_headers
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    url = f"{constants.ENDPOINT}/api/models/{quote(word, safe='')}"
+    try:
+        status = get_session().get(url, headers=build_hf_headers(), timeout=PATIENCE).status_code
+    except (HTTPError, OSError) as error:
+        return not no_connection(error)
+    return status not in (401, 404)  # 401: what the Hub says to one without a token of a model that it does not have
+
+
+def no_connection(error: BaseException) -> bool:
+    """Whether an error of the Hub's client says that no connection can be made: a wrong host, or no network.
+
+    By its name: the client has httpx or httpx2, by version.
+    """
+    return type(error).__name__ in ("ConnectError", "ConnectTimeout")
 
 
 def near_model(name: str) -> str | None:
     """The folder of a model or an adapter whose path is near to a name that leads nowhere, or `None`."""
-    path = Path(name).expanduser()
-    if os.path.exists(path):  # no error where the name is longer than one can be
+    path = Path(os.path.expanduser(name))
+    if not path.parts or is_here(name):
         return None
     found = Path()
     for place, part in enumerate(path.parts):
@@ -127,6 +166,16 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
+def was_fetched(model: str) -> bool:
+    """Whether the cache of the Hub has files of a model, of any revision; of an adapter, too, which has no config.json."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"
+    with contextlib.suppress(ValueError):  # of a name that no path can have
+        return bool(glob.glob(f"{glob.escape(str(folder))}/*/*"))
+    return False
+
+
 def in_cache(model: str, revision: str | None = None) -> str | None:
     """The config.json of a model of the Hub that has been fetched before, or `None`."""
     from huggingface_hub import try_to_load_from_cache
@@ -139,7 +188,7 @@ def in_cache(model: str, revision: str | None = None) -> str | None:
 
 def has_adapter(model: str) -> bool:
     """Whether a path is that of a saved PEFT adapter, which names its base model itself."""
-    return (Path(model).expanduser() / "adapter_config.json").is_file()
+    return os.path.isfile(os.path.join(os.path.expanduser(model), "adapter_config.json"))
 
 
 def base_of(model: str) -> str:
@@ -148,7 +197,7 @@ def base_of(model: str) -> str:
     Raises `ValueError` for an adapter_config.json that is not JSON.
     """
     if has_adapter(model):
-        config = json.loads((Path(model).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(Path(os.path.expanduser(model), "adapter_config.json").read_text(encoding="utf-8"))
         model = str(config.get("base_model_name_or_path"))
     return os.path.expanduser(model)
 
