@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,10 +55,102 @@ def test_cage_has_no_network_no_keys_and_never_root(root, monkeypatch):
 
 
 def test_room_shows_what_it_names_and_nothing_of_it_to_write():
-    room = cage.Room(processes=7, addresses=9, shown={"/inside": "/outside"}, files={"/tmp/a": b"x"}, semaphores=True)
+    room = cage.Room(
+        processes=7,
+        addresses=9,
+        shown={"/inside": "/outside"},
+        links={"/a": "b"},
+        files={"/tmp/a": b"x"},
+        semaphores=True,
+    )
     words = " ".join(cage.words("bwrap", "python3", room, {"/tmp/a": 5}))
-    assert "--ro-bind /outside /inside --ro-bind-data 5 /tmp/a " in words and "--nproc=7 --as=9 " in words
+    assert (
+        "--ro-bind /outside /inside --symlink b /a --ro-bind-data 5 /tmp/a " in words and "--nproc=7 --as=9 " in words
+    )
     assert "--tmpfs /dev/shm" in words and "--tmpfs /dev/shm" not in " ".join(cage.words("bwrap", "python3"))
+
+
+def environment_of(tmp_path, python, home):
+    """A virtual environment as `python -m venv` makes it."""
+    folder = tmp_path / "environment"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python3").symlink_to(python)
+    (folder / "bin" / "python").symlink_to("python3")
+    (folder / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n", encoding="utf-8")
+    return folder
+
+
+def home_of(tmp_path, place, base):
+    """A home folder with a link to a Python, and a secret beside it."""
+    link = tmp_path / "home" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(base)
+    for name in (".ssh", ".local/share"):
+        (tmp_path / "home" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / name / "secret").touch()
+    return link
+
+
+@pytest.mark.parametrize("place", ["bin/python3", ".local/bin/python3.11"])
+def test_python_that_is_linked_into_a_home_folder_shows_nothing_of_it(tmp_path, place):
+    base = Path(sys.base_prefix)
+    link = home_of(tmp_path, place, base / "bin" / "python3")
+    shown, links = cage.of_python(environment_of(tmp_path, link, link.parent), [tmp_path / "home"])
+    assert links[str(link)] == str(base / "bin" / "python3")
+    real = str((base / "bin" / "python3").resolve())
+    assert set(shown) <= {real, str(base.resolve() / "lib"), str(base.resolve() / "lib64")}
+
+
+@pytest.mark.skipif(not Path("/usr/bin/python3").exists() or not Path("/bin").is_symlink(), reason="no /bin/python3")
+def test_python_of_bin_is_that_of_usr(tmp_path):
+    assert cage.of_python(environment_of(tmp_path, "/bin/python3", "/bin"), [tmp_path]) == ({}, {})
+
+
+def says(tmp_path, *lines):
+    """An environment whose Python says that it is of these paths."""
+    folder = environment_of(tmp_path, "nothing", "/nowhere")
+    (folder / "bin" / "python3").unlink()
+    (folder / "bin" / "python3").write_text("#!/bin/sh\n" + "".join(f"echo \"'{line}'\"\n" for line in lines))
+    (folder / "bin" / "python3").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["/", "{}", "{}/home", "{}/LiveBench"])
+def test_python_whose_files_lie_among_others_is_refused(tmp_path, prefix):
+    private = [tmp_path / "LiveBench", tmp_path / "home"]
+    with pytest.raises(CaMOPDError, match=r"has its files in .* is in that folder, too: .* that of /usr/bin/python3"):
+        cage.of_python(says(tmp_path, prefix.format(tmp_path), "/usr/bin/python3"), private)
+
+
+def test_python_that_is_installed_in_a_home_folder_shows_its_library_alone(tmp_path):
+    (tmp_path / ".local" / "lib").mkdir(parents=True)
+    python = f"{tmp_path}/.local/bin/python3.12"
+    shown, links = cage.of_python(says(tmp_path, f"{tmp_path}/.local", python), [tmp_path])
+    assert shown == {path: path for path in (python, f"{tmp_path}/.local/lib")} and links == {}
+
+
+def test_python_that_does_not_start_is_an_error(tmp_path):
+    with pytest.raises(CaMOPDError, match=r"bin/python does not start: .*No such file"):
+        cage.of_python(environment_of(tmp_path, "nothing", "/nowhere"), [])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CaMOPDError, match=r"does not start"):
+        cage.of_python(says(tmp_path / "other"), [])
+
+
+@real
+@pytest.mark.parametrize("place", ["bin/python3", ".local/bin/python3.11", "/bin/python3"])
+def test_environment_of_such_a_python_works_in_the_cage(tmp_path, place):
+    link = home_of(tmp_path, place, "/usr/bin/python3") if not place.startswith("/") else Path(place)
+    environment = environment_of(tmp_path, link, link.parent)
+    for path in (environment, *environment.parents):
+        path.chmod(path.stat().st_mode | 0o055)  # for nobody
+    shown, links = cage.of_python(environment, [tmp_path / "home"])
+    secret = str(tmp_path / "home" / ".ssh")
+    program = f"import os, sys; assert sys.prefix == '/environment' and not os.path.exists({secret!r})"
+    room = cage.Room(shown={"/environment": str(environment), **shown}, links=links)
+    with open(tmp_path / "said", "w+b") as said:
+        made = cage.into(said, program, (cage.find()[0], "/environment/bin/python"), room)
+    assert made == (True, "passed")
 
 
 def test_memory_is_that_of_a_process_and_all_below_it():
@@ -130,6 +224,10 @@ def test_what_a_program_prints_is_apart_from_its_errors_and_looked_at_while_it_r
     with open(tmp_path / "said", "w+b") as said, open(tmp_path / "errors", "w+b") as errors:
         assert cage.into(said, program, cage.find(), cage.Room(files=files), errors) == (True, "passed")
     assert [path.read_bytes() for path in (tmp_path / "said", tmp_path / "errors")] == [b"given\n", b"error\n"]
+
+    program = "import os\nwhile True: os.write(2, bytes(1 << 20))"
+    with open(tmp_path / "said", "w+b") as said, open(tmp_path / "errors", "w+b") as errors:
+        assert cage.into(said, program, cage.find(), cage.Room(), errors) == (False, "printed too much")
 
     def look():
         raise KeyboardInterrupt

@@ -1,195 +1,37 @@
 """LiveBench's scripts, run (camopd/eval/livebench_scripts.py): small ones in their place, with their flags and files."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from fake_openai import serving
-from trainers import refused
+from small_livebench import (
+    JUDGE,
+    echo,
+    error_of,
+    for_nobody,
+    items_of,
+    notes,
+    replace_cage,
+    said_of,
+    small_checkout,
+    words_of,
+)
 
-from camopd import cli
-from camopd.errors import CaMOPDError, DataError
+from camopd.errors import DataError
 from camopd.eval import cage, jobs
 from camopd.eval import livebench_scripts as scripts
 
 
-FLAGS = """
-import argparse, glob, json, os, sys
-parser = argparse.ArgumentParser()
-for name in ("question-source", "livebench-release-option", "model", "model-display-name", "api-base", "parallel",
-             "max-tokens", "force-temperature"):
-    parser.add_argument("--" + name)
-parser.add_argument("--bench-name", nargs="+")
-parser.add_argument("--resume", action="store_true")
-parser.add_argument("--retry-failures", action="store_true")
-args = parser.parse_args()
-assert args.question_source == "jsonl" and args.livebench_release_option == "2024-11-25"
-def lines(path):
-    return [json.loads(line) for line in open(path)] if os.path.exists(path) else []
-def questions():
-    for bench in args.bench_name:
-        for path in sorted(glob.glob("data/" + bench + "/**/question.jsonl", recursive=True)):
-            for row in lines(path):
-                if row["livebench_release_date"] <= "2024-11-25" < (row["livebench_removal_date"] or "9"):
-                    yield os.path.dirname(path), row
-"""
-# As the real one: an answer is a line, and of a server that fails the line is $ERROR$, which --retry-failures asks again.
-ASK = (
-    FLAGS
-    + """
-import urllib.request
-import livebench
-assert "KEY" not in " ".join(sys.argv) and args.resume and args.retry_failures and args.force_temperature == "0"
-for folder, row in questions():
-    path = folder + "/model_answer/" + args.model_display_name + ".jsonl"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    done = {line["question_id"]: line["choices"][0]["turns"][0] for line in lines(path)}
-    if done.get(row["question_id"], "$ERROR$") != "$ERROR$":
-        continue
-    body = dict(model=args.model, temperature=0.0, max_tokens=int(args.max_tokens),
-                messages=[dict(role="user", content=row["turns"][0])])
-    header = {"Authorization": "Bearer " + os.environ["LIVEBENCH_API_KEY"]}
-    request = urllib.request.Request(args.api_base + "/chat/completions", json.dumps(body).encode(), header)
-    failure = None
-    try:
-        with urllib.request.urlopen(request) as reply:
-            text = json.load(reply)["choices"][0]["message"]["content"]
-    except OSError as error:
-        failure = f"{error}, with {header}"
-        print(f"HTTPError: {failure}")
-        text = "$ERROR$"
-    with open(path, "a") as file:
-        answer = dict(question_id=row["question_id"], answer_id=text, choices=[dict(index=0, turns=[text])],
-                      error_msg=failure)
-        file.write(json.dumps(answer) + "\\n")
-"""
-)
-# Of the category coding it runs the answer; elsewhere the answer is right or not.
-JUDGE = (
-    FLAGS
-    + """
-import livebench
-if os.path.exists("/checkout/livebench/broken") or os.environ.get("BROKEN"):
-    raise KeyError("a question")
-for folder, row in questions():
-    answers = {line["question_id"]: line for line in lines(folder + "/model_answer/" + args.model_display_name + ".jsonl")}
-    text = answers[row["question_id"]]["choices"][0]["turns"][-1]
-    if "coding" in folder:
-        space = {}
-        try:
-            exec(text, space)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    score = space.get("score", 0) if "coding" in folder else float(text == row["ground_truth"])
-    os.makedirs(folder + "/model_judgment", exist_ok=True)
-    category, task = folder.split("/")[-2:]
-    with open(folder + "/model_judgment/ground_truth_judgment.jsonl", "a") as file:
-        judgment = dict(question_id=row["question_id"], model=args.model_display_name, score=score, category=category)
-        file.write(json.dumps({**judgment, "task": task}) + "\\n")
-"""
-)
-
-
-def question(folder, category, task, name, truth, released="2024-06-24", removed=""):
-    path = folder / "livebench" / "data" / "live_bench" / category / task / "question.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    row = {"question_id": name, "turns": [f"ask {name}"], "ground_truth": truth, "livebench_release_date": released}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({**row, "livebench_removal_date": removed}) + "\n")
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A small LiveBench with five questions of the release, one that came later and one that was gone before."""
-    folder = tmp_path / "LiveBench"
-    (folder / "livebench" / "model" / "model_configs").mkdir(parents=True)
-    for name, text in (("__init__.py", ""), (scripts.ASK, ASK), (scripts.JUDGE, JUDGE)):
-        (folder / "livebench" / name).write_text(text, encoding="utf-8")
-    (folder / "livebench" / "model" / "model_configs" / "x.yml").write_text(
-        "display_name: known-model\naliases:\n  - org/known\n", encoding="utf-8"
-    )
-    python = folder / scripts.PYTHON
-    python.parent.mkdir(parents=True)
-    python.symlink_to(sys.executable)
-    question(folder, "math", "aime", "a", "ask a")
-    question(folder, "math", "aime", "b", "ask b")
-    question(folder, "math", "amps", "c", "ask c")
-    question(folder, "language", "typos", "d", "ask d")
-    question(folder, "coding", "LCB_generation", "e", "")
-    question(folder, "math", "aime", "later", "ask later", released="2025-04-25")
-    question(folder, "agentic_coding", "python", "docker", "", released="2025-05-30")
-    question(folder, "language", "typos", "gone", "ask gone", removed="2024-11-25")
-    git(folder, "init", "-q")
-    (folder / ".gitignore").write_text(".venv\ndata\n", encoding="utf-8")
-    git(folder, "add", ".")
-    git(folder, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "-m", "x")
-    monkeypatch.setattr(scripts, "COMMIT", git(folder, "rev-parse", "HEAD"))
-    monkeypatch.setattr(scripts, "FOR_ANSWERS", ("json",))
-    monkeypatch.chdir(tmp_path)
-    return folder
-
-
-def git(folder, *words):
-    return subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return small_checkout(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def no_cage(monkeypatch, tmp_path):
-    """In place of the cage a process that sees the same files, elsewhere; it is what `-m eval` has a real one for."""
-
-    def into(said, program, cage_, room, errors=None, look=lambda: None):
-        look()
-        root = tmp_path / f"cage-{len(list(tmp_path.glob('cage-*')))}"
-        (root / "tmp").mkdir(parents=True)
-        for inside, path in room.shown.items():
-            if inside.startswith("/checkout/"):
-                (root / inside[1:]).parent.mkdir(parents=True, exist_ok=True)
-                (root / inside[1:]).symlink_to(path)
-        for inside, content in room.files.items():
-            (root / inside[1:]).parent.mkdir(parents=True, exist_ok=True)
-            (root / inside[1:]).write_bytes(content)
-        for inside in ("/tmp/work", "/checkout"):
-            program = program.replace(inside, f"{root}{inside}")
-        done = subprocess.run(
-            [sys.executable, "-c", program], stdout=said, stderr=errors or said, check=False, stdin=subprocess.DEVNULL
-        )
-        return done.returncode == 0, "passed" if done.returncode == 0 else "left before its end"
-
-    monkeypatch.setattr(cage, "find", lambda: ("bwrap", "/usr/bin/python3"))
-    monkeypatch.setattr(cage, "into", into)
-
-
-def echo(body):
-    return body["messages"][0]["content"]
-
-
-def words_of(checkout, *models, **more):
-    options = [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", value)]
-    return ["--tasks", "livebench", "--data", f"livebench={checkout}", "--models", *models, *options]
-
-
-def said_of(capsys, words):
-    cli.main(["eval", *words])
-    return capsys.readouterr().out
-
-
-def error_of(capsys, words):
-    return " ".join(refused(capsys, "eval", *words).split())
-
-
-def notes():
-    return " ".join(json.loads(Path("eval-output/eval.json").read_text(encoding="utf-8"))["notes"])
-
-
-def items_of(name="m"):
-    kept = json.loads(Path("eval-output/eval.json").read_text(encoding="utf-8"))
-    return kept["tasks"][0]["models"][name]
+def no_cage(tmp_path, monkeypatch):
+    replace_cage(monkeypatch, tmp_path)
 
 
 def test_scripts_ask_and_judge_and_make_the_table(checkout, no_cage, capsys, monkeypatch):
@@ -212,23 +54,6 @@ def test_scripts_ask_and_judge_and_make_the_table(checkout, no_cage, capsys, mon
     assert before == sorted(path for path in checkout.rglob("*") if "__pycache__" not in str(path))
 
 
-def test_evaluation_that_ended_between_answers_and_judgments_goes_on(checkout, no_cage, capsys):
-    broken = checkout / "livebench" / "broken"
-    with serving(echo) as server:
-        words = words_of(checkout, f"m={server.url}")
-        own = (checkout / "livebench" / scripts.JUDGE).read_text(encoding="utf-8")
-        (checkout / "livebench" / scripts.JUDGE).write_text(
-            own.replace('"/checkout/livebench/broken"', repr(str(broken))), encoding="utf-8"
-        )
-        broken.touch()
-        said = error_of(capsys, words)
-        assert "has judged 0 of 1 answers of the category coding: KeyError: 'a question'" in said
-        assert "Answers and other judgments are kept" in said and len(server.requests) == 5
-        broken.unlink()
-        said_of(capsys, words)
-        assert len(server.requests) == 5 and items_of()["items"] == 5
-
-
 def test_answers_that_a_kill_has_torn_are_asked_again_and_no_others(checkout, no_cage, capsys):
     with serving(echo) as server:
         words = words_of(checkout, f"m={server.url}")
@@ -248,10 +73,55 @@ def test_failure_of_the_server_is_an_item_without_a_score_and_asked_again(checko
         said_of(capsys, words)
         assert "livebench: 1 of 5 questions have no score of m, " in notes() and items_of()["items"] == 4
         assert items_of()["mean"] == 3 / 4  # e is wrong, a is nothing
+        assert [echo(body) for body in server.requests[5:]] == ["ask a"]  # once more
         down.clear()
         said_of(capsys, words)
         assert "no score" not in notes() and items_of()["mean"] == 4 / 5
-        assert [echo(body) for body in server.requests[5:]] == ["ask a"]
+        assert [echo(body) for body in server.requests[6:]] == ["ask a"]
+
+
+def test_answer_without_a_word_is_wrong_and_not_a_failure(checkout, no_cage, capsys):
+    """LiveBench writes both down as the same, and would ask for it in every call."""
+    with serving(lambda body: "" if echo(body) == "ask a" else echo(body)) as server:
+        words = words_of(checkout, f"m={server.url}", max_tokens="77")
+        said_of(capsys, words)
+        assert "no score" not in notes() and (items_of()["items"], items_of()["mean"]) == (5, 3 / 5)
+        asked = [body for body in server.requests if echo(body) == "ask a"]
+        assert len(asked) == 2 and asked[0] == asked[1]
+        said_of(capsys, words)
+        assert len(server.requests) == 6
+
+
+def test_answer_that_comes_when_it_is_asked_once_more_is_taken(checkout, no_cage, capsys, monkeypatch):
+    monkeypatch.setenv("CAMOPD_EVAL_API_KEY", "a-secret")
+    with serving(lambda body: 500 if len(server.requests) == 1 else f"{echo(body)}") as server:
+        said_of(capsys, words_of(checkout, f"m={server.url}"))
+        assert set(server.keys) == {"Bearer a-secret"} and len(server.requests) == 6
+    assert "no score" not in notes() and items_of()["items"] == 5
+
+
+def test_prompt_that_is_too_long_is_an_error_that_says_so(checkout, no_cage, capsys):
+    short = ["ask a"]
+    with serving(lambda body: 400 if echo(body) in short else echo(body)) as server:
+        words = words_of(checkout, f"m={server.url}", max_tokens="77")
+        said = error_of(capsys, words)
+        assert (
+            "refuses the question a of LiveBench as too long: " in said
+            and "This model's maximum context length" in said
+        )
+        assert "may have 77 tokens beside the prompt" in said and "(--context, or --max-model-len of a server" in said
+        short.clear()
+        said_of(capsys, words)
+        assert [echo(body) for body in server.requests[6:]] == ["ask a"] and items_of()["mean"] == 4 / 5
+
+
+@pytest.mark.parametrize("reply", [b"[]", b'{"choices": []}', b'{"choices": [{"message": null}]}', b"\xff", b"[" * 10**5,
+                                   b'{"choices": [{"message": {"content": [1]}}], "usage": 3}'])  # fmt: skip
+def test_reply_that_is_none_is_a_failure(checkout, no_cage, capsys, reply):
+    replies = [500, reply]
+    with serving(lambda body: replies.pop(0) if echo(body) == "ask a" else echo(body)) as server:
+        said_of(capsys, words_of(checkout, f"m={server.url}"))
+    assert "livebench: 1 of 5 questions have no score of m, " in notes()
 
 
 def test_server_that_fails_at_all_is_an_error_with_its_words_and_not_its_key(checkout, no_cage, capsys, monkeypatch):
@@ -266,12 +136,7 @@ def test_server_that_fails_at_all_is_an_error_with_its_words_and_not_its_key(che
 def test_model_that_was_judged_before_is_read_and_another_commit_is_said(checkout, no_cage, capsys):
     rows = [("a", "math", "aime"), ("b", "math", "aime"), ("c", "math", "amps"), ("d", "language", "typos"),
             ("e", "coding", "LCB_generation")]  # fmt: skip
-    for name, category, task in rows:
-        path = checkout / "livebench" / "data" / "live_bench" / category / task / "model_judgment"
-        path.mkdir(exist_ok=True)
-        judgment = {"question_id": name, "model": "start", "score": 0, "category": category, "task": task}
-        with open(path / "ground_truth_judgment.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(judgment) + "\n")
+    have_judged(checkout, "start", *rows)
     with serving(lambda body: pytest.fail("asked")) as start, serving(echo) as result:
         said = said_of(capsys, words_of(checkout, f"start={start.url}", f"result={result.url}"))
     assert "+80.0 [" in said
@@ -285,7 +150,49 @@ def test_model_that_was_judged_before_is_read_and_another_commit_is_said(checkou
     assert items_of("result")["mean"] == 4 / 5
     with serving(lambda body: pytest.fail("asked")) as server:
         said = said_of(capsys, words_of(checkout, f"start={server.url}", f"result={server.url}"))
-    assert "with changed files, and what was tried here is LiveBench" in said and items_of("result")["mean"] == 0
+    assert re.search(r"with changed files, sha256 [0-9a-f]{12}, and what was tried here is LiveBench", said)
+    assert items_of("result")["mean"] == 0
+    (checkout / "livebench" / scripts.JUDGE).write_text(
+        JUDGE.replace("float(text ==", "1 or (text =="), encoding="utf-8"
+    )
+    with serving(lambda body: pytest.fail("asked")) as server:
+        said_of(capsys, words_of(checkout, f"start={server.url}", f"result={server.url}"))
+    assert items_of("result")["mean"] == 4 / 5  # a second change is seen, too
+
+
+def have_judged(checkout, model, *rows):
+    for name, category, task in rows:
+        path = checkout / "livebench" / "data" / "live_bench" / category / task / "model_judgment"
+        path.mkdir(exist_ok=True, parents=True)
+        judgment = {"question_id": name, "model": model, "score": 0, "category": category, "task": task}
+        with open(path / "ground_truth_judgment.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(judgment) + "\n")
+
+
+def test_judgments_of_other_questions_than_are_asked_are_refused_before_any_is(checkout, no_cage, capsys):
+    have_judged(checkout, "start", ("a", "math", "aime"), ("c", "math", "amps"), ("new", "math", "amps"))
+    with serving(echo) as server:
+        said = error_of(capsys, words_of(checkout, f"start={server.url}", f"result={server.url}"))
+        assert not server.requests
+    assert "judgments of start for 2 of the 5 questions of the release 2024-11-25 and of 1 others" in said
+    assert "Judge it there for the whole release, or give it another name in --models" in said
+
+
+def test_judgments_of_a_part_are_said_where_nothing_is_asked(checkout, no_cage, capsys):
+    have_judged(checkout, "m", ("a", "math", "aime"), ("c", "math", "amps"))
+    said_of(capsys, words_of(checkout, "m=org/x"))
+    assert "at a commit that is not known, for 2 of the 5 questions of the release 2024-11-25." in notes()
+    for path in checkout.rglob("question.jsonl"):
+        path.unlink()
+    said_of(capsys, words_of(checkout, "m=org/x"))
+    assert "a commit that is not known, and of how many questions is not known, as none are there." in notes()
+
+
+def test_environment_that_would_read_keys_of_a_file_is_refused(checkout, no_cage, capsys, tmp_path):
+    """An old python-dotenv does not know the variable that switches it off."""
+    (tmp_path / "dotenv.py").write_text("def load_dotenv(stream):\n    import os\n    os.environ['READ'] = '1'\n")
+    said = error_of(capsys, words_of(checkout, "m=http://127.0.0.1:9"))
+    assert "AssertionError: its python-dotenv is older than 1.1.1, and would send keys of a .env: update it" in said
 
 
 @pytest.mark.parametrize("served", ["known-model", "Org/Known"])
@@ -303,7 +210,7 @@ def test_what_is_missing_is_said_with_the_lines_that_make_it(checkout, no_cage, 
     assert "../.venv/bin/python download_questions.py" in error_of(capsys, words)
     monkeypatch.setattr(cage, "into", lambda *words: (False, "execvp: Permission denied"))
     said = error_of(capsys, words)
-    assert "does not do in the cage for code that models have written: execvp" in said and "nobody" in said
+    assert "cannot be used in the cage for code that models have written: execvp" in said and "nobody" in said
     (checkout / scripts.PYTHON).unlink()
     said = error_of(capsys, words)
     assert "python3 -m venv .venv && .venv/bin/pip install -e . matplotlib numpy scipy sortedcontainers" in said
@@ -323,9 +230,18 @@ def test_without_bubblewrap_nothing_is_asked(checkout, capsys, monkeypatch):
 def test_commit_of_a_checkout_is_read_and_its_changes_seen(checkout, tmp_path):
     assert scripts.commit_of(checkout) == f"LiveBench {scripts.COMMIT[:12]}"
     (checkout / "livebench" / "__init__.py").write_text("1", encoding="utf-8")
-    assert scripts.commit_of(checkout) == f"LiveBench {scripts.COMMIT[:12]} with changed files"
-    (checkout / "inside").mkdir()
-    assert scripts.commit_of(checkout / "inside") == "LiveBench of an unknown commit"  # not that of what it lies in
+    changed = scripts.commit_of(checkout)
+    assert re.fullmatch(rf"LiveBench {scripts.COMMIT[:12]} with changed files, sha256 [0-9a-f]{{12}}", changed)
+    (checkout / "livebench" / "__init__.py").write_text("2", encoding="utf-8")
+    assert scripts.commit_of(checkout) != changed
+    inside = checkout / "inside"
+    (inside / "livebench" / "data").mkdir(parents=True)
+    unknown = scripts.commit_of(inside)
+    assert unknown.startswith("LiveBench of an unknown commit, its files sha256 ")  # not that of what it lies in
+    (inside / "livebench" / "data" / "x").touch()
+    assert scripts.commit_of(inside) == unknown
+    (inside / "livebench" / "x").touch()
+    assert scripts.commit_of(inside) != unknown
 
 
 def test_question_that_is_none_is_named(checkout, no_cage):
@@ -333,22 +249,6 @@ def test_question_that_is_none_is_named(checkout, no_cage):
     path.write_text(path.read_text(encoding="utf-8") + '{"question_id": 1}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"line 4 of '.*aime/question.jsonl' is not a question of LiveBench"):
         scripts.questions(scripts.opened(checkout))
-
-
-@pytest.mark.parametrize(
-    ("printed", "said"),
-    [("", "has judged 0 of 2"), ('{"question_id": "a", "score": 1}', "has judged 1 of 2"),
-     ('{"question_id": "a", "score": NaN}', "has judged 0 of 2 .* is not a judgment"), ("[" * 10**5, "is not a judgment"),
-     ("[1]", "is not a judgment"), ("x" * 10**6, "'x{100}' is not a judgment")],
-)  # fmt: skip
-def test_what_comes_out_of_the_cage_is_looked_at(checkout, no_cage, monkeypatch, tmp_path, printed, said):
-    """A program in it may have written it."""
-    found = scripts.opened(checkout)
-    rows = [{**row, "answer_id": "x", "text": "y"} for row in scripts.questions(found) if row["task"] == "aime"]
-    monkeypatch.setattr(cage, "into", lambda file, *rest: (file.write(printed.encode()) >= 0, "passed"))
-    (tmp_path / jobs.LOG).touch()
-    with pytest.raises(CaMOPDError, match=said):
-        scripts.in_cage(found, tmp_path, "math", rows, lambda: None)
 
 
 def test_judge_sees_neither_the_checkouts_data_nor_its_env_file(checkout, no_cage):
@@ -360,42 +260,6 @@ def test_judge_sees_neither_the_checkouts_data_nor_its_env_file(checkout, no_cag
     assert f"/checkout/livebench/{scripts.JUDGE}" in shown
 
 
-def test_python_outside_of_usr_is_shown_with_what_it_is_made_of(checkout, no_cage):
-    (checkout / ".venv" / "pyvenv.cfg").write_text("home = /opt/python/3.12/bin\nversion = 3.12\n", encoding="utf-8")
-    shown = scripts.room_of(scripts.opened(checkout)).shown
-    assert shown["/opt/python/3.12"] == "/opt/python/3.12"
-    (checkout / ".venv" / "pyvenv.cfg").write_text("home = /usr/bin\n", encoding="utf-8")
-    assert "/usr" not in scripts.room_of(scripts.opened(checkout)).shown
-
-
-PROGRAM = """
-import multiprocessing, os, socket, sys
-sys.stdin.read()
-multiprocessing.Queue()
-assert os.getuid() != 0 and not os.path.exists({secret!r}), "sees the machine"
-assert sorted(os.listdir("/tmp/work/data/live_bench")) == ["coding"], "sees other categories"
-for path in ("/checkout/livebench/x", "/checkout/x", "/usr/x"):
-    try:
-        open(path, "w")
-    except OSError:
-        continue
-    raise ValueError("wrote " + path)
-try:
-    socket.create_connection(("127.0.0.1", {port}), 1)
-except OSError:
-    score = 1
-"""
-
-
-def for_nobody(checkout):
-    """Make a checkout one that nobody may read, as in root's cage, with the Python of the system."""
-    for path in checkout.parents:
-        path.chmod(path.stat().st_mode | 0o055)
-    python = checkout / scripts.PYTHON
-    python.unlink()
-    python.symlink_to("/usr/bin/python3")
-
-
 @pytest.mark.eval
 def test_environment_without_what_answers_import_is_refused(checkout, capsys, monkeypatch, tmp_path):
     """Programs that import it would be wrong answers."""
@@ -403,19 +267,3 @@ def test_environment_without_what_answers_import_is_refused(checkout, capsys, mo
     monkeypatch.setattr(scripts, "FOR_ANSWERS", ("json", "no_such_module"))
     said = error_of(capsys, words_of(checkout, "m=http://127.0.0.1:9"))
     assert "models have written: AssertionError: it has no no_such_module. In " in said
-
-
-@pytest.mark.eval
-def test_code_of_a_model_is_judged_in_a_real_cage(checkout, capsys, tmp_path):
-    for_nobody(checkout)
-    secret = tmp_path / "secret"
-    secret.touch()
-    with serving(
-        lambda body: (
-            PROGRAM.format(secret=str(secret), port=server.server_port) if echo(body) == "ask e" else echo(body)
-        )
-    ) as server:
-        said_of(capsys, words_of(checkout, f"m={server.url}"))
-    log = Path("eval-output/m/livebench/log.txt").read_text(encoding="utf-8")
-    assert items_of()["mean"] == 1, log
-    assert not [path for path in os.listdir("/tmp") if path == "work"]

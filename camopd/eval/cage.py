@@ -7,6 +7,7 @@ because limits on the number of processes do not hold root.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import secrets
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -31,6 +32,8 @@ PROCESSES = 32
 NOBODY = 65534
 _SAID = 2000  # bytes of what a program has printed last
 _PAUSE = 0.02  # seconds between two looks
+_HAS = ("/usr", "/bin", "/lib", "/lib64")  # of the machine, in each cage
+_OF_PYTHON = "import os, sys; print(*map(ascii, (sys.base_prefix, os.path.realpath(sys.executable))), sep='\\n')"
 # The token says that the program has come to its end: one that leaves early with exit code 0 has not.
 _END = "\nimport os as _os, sys as _sys\n_sys.stdout.flush()\n_os.write(1, {token!r})\n"
 
@@ -44,6 +47,7 @@ class Room:
     addresses: int = ADDRESSES
     processes: int = PROCESSES
     shown: Mapping[str, str] = field(default_factory=dict)  # paths of the machine, by those in the cage
+    links: Mapping[str, str] = field(default_factory=dict)  # where symbolic links point to, by their paths in the cage
     files: Mapping[str, bytes] = field(default_factory=dict)  # contents, by paths in the cage
     semaphores: bool = False  # whether its processes may share some, in a /dev/shm of its own
 
@@ -90,6 +94,7 @@ def words(bwrap: str, python: str, room: Room | None = None, given: Mapping[str,
         "--proc", "/proc", "--dev", "/dev", "--size", str(DISK), "--tmpfs", "/tmp",
         *(("--size", str(DISK), "--tmpfs", "/dev/shm") if room.semaphores else ()),
         *(word for inside, path in room.shown.items() for word in ("--ro-bind", path, inside)),
+        *(word for inside, target in room.links.items() for word in ("--symlink", target, inside)),
         *(word for inside, file in (given or {}).items() for word in ("--ro-bind-data", str(file), inside)),
         "--ro-bind-data", "0", "/program", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
         # Inside: a user's other processes do not count.
@@ -115,7 +120,8 @@ def into(
 ) -> tuple[bool, str]:
     """As `run`, with another room; what the program prints is in the file `said`, before the token at its end.
 
-    Its errors are there as well, or in a file of their own. `look` is called while it runs, and may raise to end it.
+    Its errors are there as well, or in a file of their own. Both files are to be temporary ones, as the program can read
+    and change them. `look` is called while it runs, and may raise to end it.
     """
     token = secrets.token_hex(16).encode()
     source = (program + _END.format(token=token)).encode(errors="replace")
@@ -135,7 +141,7 @@ def into(
             pass_fds=list(given.values()),
         )
         try:
-            how = _wait(child, room, said, look)
+            how = _wait(child, room, (said,) if errors is None else (said, errors), look)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # with bubblewrap goes all that is in its cage
@@ -151,19 +157,74 @@ def into(
     return False, last[-1][:300] if last and child.returncode else "left before its end"
 
 
-def _wait(child: subprocess.Popen[bytes], room: Room, said: IO[bytes], look: Callable[[], None]) -> str | None:
+def _wait(
+    child: subprocess.Popen[bytes], room: Room, written: Sequence[IO[bytes]], look: Callable[[], None]
+) -> str | None:
     """Wait for the end of a cage; what it has too much of, or `None`."""
     deadline = time.monotonic() + room.seconds
+
+    def full() -> bool:  # at its limit: it may have ended because it could write no more
+        return any(os.fstat(file.fileno()).st_size >= DISK for file in written)
+
     while child.poll() is None:
         look()
         if time.monotonic() > deadline:
             return "out of time"
         if memory_of(child.pid) > room.memory:
             return "out of memory"
-        if os.fstat(said.fileno()).st_size > DISK:
-            return "printed too much"
+        if full():
+            break
         time.sleep(_PAUSE)
-    return None
+    return "printed too much" if full() else None
+
+
+def of_python(environment: Path, private: Sequence[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """What `Room.shown` and `Room.links` need for the Python of a virtual environment, beside the environment itself.
+
+    The Python is asked, as what `pyvenv.cfg` names may be a link in any folder. Raises `CaMOPDError` where it does not
+    start, and where its own files lie in a folder that holds one of the `private` ones.
+    """
+    environment = environment.resolve()
+    python = environment / "bin" / "python"
+    try:
+        asked = [str(python), "-I", "-S", "-c", _OF_PYTHON]  # -S: without its packages, some of which run code
+        answer = subprocess.run(asked, capture_output=True, encoding="utf-8", check=True, timeout=60).stdout
+        prefix, program = map(ast.literal_eval, answer.splitlines())
+    except (OSError, subprocess.SubprocessError, ValueError, SyntaxError) as error:
+        said = (getattr(error, "stderr", None) or "").strip().splitlines()
+        raise CaMOPDError(f"{python} does not start: {said[-1] if said else error}.") from None
+    base, had = Path(prefix).resolve(), (*_HAS, str(environment))
+    shown = {} if _within(program, had) else {program: program}
+    if not _within(str(base), had):
+        held = [path for path in private if path.resolve().is_relative_to(base)]
+        if held:
+            raise CaMOPDError(
+                f"the Python of {environment} has its files in {base}, and {held[0]} is in that folder, too: code that "
+                "models have written would see more than the Python. Make the environment anew with another one: that of "
+                "/usr/bin/python3, or one that uv, pyenv or conda has put into a folder of its own."
+            )
+        shown |= {str(path): str(path) for path in (base / "lib", base / "lib64") if path.is_dir()}
+    links = [*_links(str(python)), *_links(prefix)]
+    return shown, {place: target for place, target in links if not _within(place, (*had, *shown))}
+
+
+def _within(path: str, folders: Sequence[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def _links(path: str) -> Iterator[tuple[str, str]]:
+    """The symbolic links on the way to a file that is there: where each really is, and what is written in it."""
+    at, left = Path("/"), [*reversed(Path(path).parts)]
+    while left:
+        part = left.pop()
+        if part == "..":
+            at = at.parent
+        elif (at / part).is_symlink():
+            target = os.readlink(at / part)
+            yield str(at / part), target
+            left += reversed(Path(target).parts)
+        else:
+            at = at / part  # of "/" it is that
 
 
 def memory_of(root: int) -> int:

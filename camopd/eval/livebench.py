@@ -28,7 +28,7 @@ def judged(checkout: Path | None, model: str) -> list[dict[str, Any]]:
 
     Raises `DataError` for a line that is not a judgment.
     """
-    folder = checkout / NAME if checkout is not None and (checkout / NAME).is_dir() else checkout
+    folder = data_of(checkout) if checkout is not None else None
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(JUDGMENTS)) if folder is not None else ():
         for number, line in enumerate(json_lines(path.read_text(encoding="utf-8")), start=1):
@@ -41,6 +41,11 @@ def judged(checkout: Path | None, model: str) -> list[dict[str, Any]]:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"line {number} of {str(path)!r} is not a judgment of LiveBench: {error!r}.") from None
     return list(found.values())
+
+
+def data_of(checkout: Path) -> Path:
+    """The folder of a checkout that has its data; a folder with the data in it may be named as the checkout."""
+    return checkout / NAME if (checkout / NAME).is_dir() else checkout
 
 
 def score_of(row: Mapping[str, Any]) -> float | None:
@@ -70,7 +75,8 @@ def items(rows: Iterable[Mapping[str, Any]]) -> list[Item]:
         weight = 1 / shares if row["score"] is not None else 0.0
         name = str(row["question_id"])
         prompt = f"{row['category']}, {row['task']}: {name}"
-        made.append(Item(name, prompt, row["score"], 1, None, None, row.get("text") or "", weight, how=row["how"]))
+        text, harm = row.get("text") or "", row.get("harm", "")
+        made.append(Item(name, prompt, row["score"], 1, None, None, text, weight, how=row["how"], harm=harm))
     return made
 
 
@@ -81,7 +87,7 @@ def settle(tasks: Sequence[Task], checkout: Path | None, models: Iterable[str]) 
 
 
 def notes(found: Mapping[str, Sequence[Item]]) -> list[str]:
-    """What is to be said of the items of each model: by which commit, and how many have no score."""
+    """What is to be said of the items of each model: by which commit, what has no score, and which answers did harm."""
     hows = {items[0].how for items in found.values()}
     lines = [f"livebench: {hows.pop()}."] if len(hows) == 1 else []
     for model, of_model in found.items():
@@ -91,4 +97,10 @@ def notes(found: Mapping[str, Sequence[Item]]) -> list[str]:
                 f"livebench: {missing} of {len(of_model)} questions have no score of {model}, as its server failed or they "
                 "were not judged. They count as nothing, and the same command asks failures again."
             )
+        lines += [
+            f"livebench: the answer of {model} to {item.key} has ended the judging of its category, and counts as wrong: "
+            f"{item.harm}"
+            for item in of_model
+            if item.harm
+        ]
     return lines

@@ -1,19 +1,18 @@
-"""The scripts of a LiveBench checkout, run: they ask a model, and judge its answers, in an environment of their own.
+"""A LiveBench checkout, looked at, and its script that asks a model, run in an environment of its own.
 
-To judge is to run code that a model has written, so that is done in the cage, one category at a time. What comes out of it
-is read as JSON lines, and nothing more. All that is written lies in the folder of the job: the checkout stays as it is.
+What the script writes lies in the folder of the job: the checkout stays as it is. livebench_judge.py judges the answers.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 from .. import atomic
 from ..errors import CaMOPDError, DataError
 from ..files import json_lines
-from . import cage, jobs, verdicts
-from .asking import key_of
-from .livebench import JUDGMENTS, NAME, score_of
+from . import cage, jobs
+from .asking import Line, Unanswered, key_of
+from .livebench import NAME, data_of, judged
 from .runner import cut_torn_line
 
 
@@ -42,28 +41,26 @@ _SETUP = (
     "punkt_tab averaged_perceptron_tagger_eng"
 )
 _PROBE = """
-import importlib.util
+import importlib.util, io, os
 for name in {names!r}:
     assert importlib.util.find_spec(name), f"it has no {{name}}"
+if importlib.util.find_spec("dotenv"):
+    import dotenv
+    os.environ["PYTHON_DOTENV_DISABLED"] = "1"
+    dotenv.load_dotenv(stream=io.StringIO("READ=1"))
+    assert "READ" not in os.environ, "its python-dotenv is older than 1.1.1, and would send keys of a .env: update it"
 """
 _QUESTIONS = "data/live_bench/*/*/question.jsonl"
+_HIDDEN = ("data", ".env")  # of the folder with the program
 # Of each model, in a folder of its own: LiveBench writes all names small, and takes some for models that it knows.
-_MODEL = "camopd"
-_ERROR = "$ERROR$"  # the answer that LiveBench writes down where a server gave none
+MODEL = "camopd"
+_ERROR = "$ERROR$"  # the answer that LiveBench writes down where a server gave none, or one without a word
+_SECONDS = 2400.0  # for an answer, as LiveBench has
+_REFUSED = (400, 413, 422)
+_TOO_LONG = re.compile(r"(?i)context (length|size|window)|maximum model length|max_model_len")
 _KEY = "LIVEBENCH_API_KEY"
 _ROOM = cage.Room(memory=8 << 30, addresses=4 << 30, processes=128, semaphores=True)
 _START, _EACH = 300.0, 60.0  # seconds to judge a category, and for each answer: code that never ends has 6 a test
-_IN_CAGE = """
-import glob, os, subprocess, sys
-os.chdir("/tmp/work")
-# A program without standard input, as this one, has no sys.stdin, which tests of code are fed through.
-done = subprocess.run({words!r}, stdin=subprocess.DEVNULL, stdout=2, env={environment!r})
-if done.returncode:
-    sys.exit(done.returncode)
-for path in sorted(glob.glob({judgments!r}, recursive=True)):
-    with open(path) as file:
-        sys.stdout.write(file.read() + "\\n")
-"""
 
 
 @dataclass(frozen=True)
@@ -102,14 +99,23 @@ def opened(checkout: Path | None) -> Checkout:
         made, how = cage.into(said, program, (bwrap, f"/checkout/{PYTHON}"), room_of(found))
     if not made:
         raise CaMOPDError(
-            f"{folder / PYTHON} does not do in the cage for code that models have written: {how}. {lines}. In the cage of "
-            "root all runs as nobody, who must be able to read the checkout and the Python: take one below /usr."
+            f"{folder / PYTHON} cannot be used in the cage for code that models have written: {how}. {lines}. A cage that "
+            "root makes runs as nobody, who must be able to read the checkout and the Python: take one below /usr."
         )
     return found
 
 
+def room_of(checkout: Checkout, files: Mapping[str, bytes] | None = None, answers: int = 0) -> cage.Room:
+    """What the judge has in the cage: the program and its Python, and neither the checkout's data nor its .env."""
+    package = [path for path in (checkout.folder / NAME).iterdir() if path.name not in _HIDDEN]
+    shown = {f"/checkout/{NAME}/{path.name}": str(path) for path in package}
+    shown["/checkout/.venv"] = str(checkout.folder / ".venv")
+    python, links = cage.of_python(checkout.folder / ".venv", (checkout.folder, Path.home()))
+    return replace(_ROOM, seconds=_START + _EACH * answers, shown=shown | python, links=links, files=files or {})
+
+
 def commit_of(folder: Path) -> str:
-    """Which LiveBench a checkout is, in words."""
+    """Which LiveBench a checkout is, in words that are others after any change of its program."""
     git = ["git", "-c", "safe.directory=*", "--git-dir", str(folder / ".git"), "--work-tree", str(folder)]
     try:
         head, changes = (
@@ -119,8 +125,17 @@ def commit_of(folder: Path) -> str:
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):
-        return "LiveBench of an unknown commit"
-    return f"LiveBench {head[:12]}{' with changed files' if changes else ''}"
+        return f"LiveBench of an unknown commit, its files {_digest(folder)}"
+    return f"LiveBench {head[:12]}{f' with changed files, {_digest(folder)}' if changes else ''}"
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted((folder / NAME).rglob("*")):
+        inside = path.relative_to(folder / NAME)
+        if inside.parts[0] not in _HIDDEN and "__pycache__" not in inside.parts and path.is_file():
+            digest.update(f"{inside}\0{path.stat().st_size}\0".encode(errors="surrogateescape") + path.read_bytes())
+    return f"sha256 {digest.hexdigest()[:12]}"
 
 
 def warnings(checkout: Checkout | None) -> list[str]:
@@ -141,8 +156,42 @@ def checkout_of(folder: Path) -> Checkout:
 
 def questions(checkout: Checkout) -> list[dict[str, Any]]:
     """The questions of the release, without their texts. Raises `DataError` where there are none."""
+    found = _questions(checkout.folder / NAME)
+    if not found:
+        raise DataError(
+            f"{str(checkout.folder)!r} has no questions of the release {RELEASE}. In {checkout.folder / NAME}: "
+            f"`../{PYTHON} download_questions.py`. It brings them into data/live_bench/CATEGORY/TASK/question.jsonl."
+        )
+    return found
+
+
+def judged_before(folder: Path | None, model: str, asked: Checkout | None) -> list[dict[str, Any]]:
+    """The judgments that a checkout has of a model, as `livebench.judged`; `how` says where they are not of all questions.
+
+    `asked` is the checkout from which other models are asked. Raises `DataError` where these would be other questions.
+    """
+    found = judged(folder, model) if folder is not None else []
+    if folder is None or not found:
+        return []
+    wanted = {row["question_id"] for row in _questions(data_of(folder))}
+    having = {str(row["question_id"]) for row in found}
+    if wanted == having:
+        return found
+    counts = f"{len(wanted & having)} of the {len(wanted)} questions of the release {RELEASE}"
+    counts += f" and of {len(having - wanted)} others" if having - wanted else ""
+    if asked is not None:
+        raise DataError(
+            f"{str(folder)!r} has judgments of {model} for {counts}, and other models would be asked all {len(wanted)}: "
+            "different questions are not compared. Judge it there for the whole release, or give it another name in "
+            "--models, by which the checkout has no judgments: it is asked as well then."
+        )
+    known = f"for {counts}" if wanted else "and of how many questions is not known, as none are there"
+    return [{**row, "how": f"{row['how']}, {known}"} for row in found]
+
+
+def _questions(folder: Path) -> list[dict[str, Any]]:
     found = []
-    for path in sorted((checkout.folder / NAME).glob(_QUESTIONS)):
+    for path in sorted(folder.glob(_QUESTIONS)):
         for number, line in enumerate(json_lines(path.read_text(encoding="utf-8")), start=1):
             try:
                 row = json.loads(line)
@@ -154,11 +203,6 @@ def questions(checkout: Checkout) -> list[dict[str, Any]]:
                     })  # fmt: skip
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"line {number} of {str(path)!r} is not a question of LiveBench: {error!r}.") from None
-    if not found:
-        raise DataError(
-            f"{str(checkout.folder)!r} has no questions of the release {RELEASE}. In {checkout.folder / NAME}: "
-            f"`../{PYTHON} download_questions.py`. It brings them into data/live_bench/CATEGORY/TASK/question.jsonl."
-        )
     return found
 
 
@@ -194,16 +238,17 @@ def words_to_ask(checkout: Checkout, job: Mapping[str, Any], rows: Sequence[Mapp
 
     Agentic coding needs docker, and is of later releases: only the categories of the rows are named.
     """
-    which = _which(sorted({row["category"] for row in rows}))
+    benchmarks = which(sorted({row["category"] for row in rows}))
     return [
-        str(checkout.folder / PYTHON), str(checkout.folder / NAME / ASK), *which, "--model", job["model"],
-        "--model-display-name", _MODEL, "--api-base", job["url"], "--force-temperature", "0",
+        str(checkout.folder / PYTHON), str(checkout.folder / NAME / ASK), *benchmarks, "--model", job["model"],
+        "--model-display-name", MODEL, "--api-base", job["url"], "--force-temperature", "0",
         "--max-tokens", str(job["generation"]["max_tokens"]), "--parallel", str(job["concurrency"]),
         "--resume", "--retry-failures",
     ]  # fmt: skip
 
 
-def _which(categories: Sequence[str]) -> list[str]:
+def which(categories: Sequence[str]) -> list[str]:
+    """The words that tell both scripts which questions they are for."""
     names = [f"live_bench/{category}" for category in categories]
     return ["--bench-name", *names, "--question-source", "jsonl", "--livebench-release-option", RELEASE]
 
@@ -218,19 +263,14 @@ def environment(checkout: Checkout) -> dict[str, str]:
 def gather(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Put the answers that the script has written together, in the order of the questions; a failure is one without a text.
 
-    Raises `CaMOPDError` where one is missing, and where all are failures.
+    Failures are asked once more first: LiveBench takes an answer without a word for one. Raises `CaMOPDError` where an
+    answer is missing, where the server refuses prompts as too long, and where all are failures.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in jobs.files_of_answers(folder):
-        for line in json_lines(path.read_text(encoding="utf-8")):
-            answer = json.loads(line)
-            turns = answer["choices"][0]["turns"]
-            failed = turns == _ERROR or _ERROR in turns
-            found[str(answer["question_id"])] = {
-                "answer_id": answer.get("answer_id"), "text": None if failed else turns[-1],
-            }  # fmt: skip
+    found = answers_of(folder)
     if any(row["question_id"] not in found for row in rows):
         raise jobs.failed(folder, len(rows))
+    ask_once_more(folder, [row for row in rows if found[row["question_id"]]["text"] is None])
+    found = answers_of(folder)
     if all(found[row["question_id"]]["text"] is None for row in rows):
         raise CaMOPDError(
             f"{folder}: the server has answered none of {len(rows)} questions: {jobs.last_error(folder / jobs.LOG)}\nThe "
@@ -242,103 +282,78 @@ def gather(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     atomic.write(folder / jobs.ANSWERS, "".join(lines))
 
 
-def judge(
-    checkout: Checkout,
-    folder: Path,
-    rows: Sequence[Mapping[str, Any]],
-    tick: Callable[..., None] = lambda steps=1: None,
-) -> list[dict[str, Any]]:
-    """The answers of a finished job with their scores, from an earlier call or by judging their category in the cage.
-
-    A failure of the server has no score. Raises `CaMOPDError` where LiveBench's script fails, or leaves an answer out.
-    """
-    answered = [row for row in rows if row["text"] is not None]
-
-    @functools.cache
-    def of(category: str) -> dict[str, verdicts.Verdict]:
-        of_category = [row for row in answered if row["category"] == category]
-        return in_cage(checkout, folder, category, of_category, lambda: tick(0))
-
-    given = verdicts.collect(
-        folder / "work", answered, checkout.commit, lambda row: of(row["category"])[row["question_id"]], 1, tick
-    )
-    scores = {row["question_id"]: verdict["score"] for row, verdict in zip(answered, given, strict=True)}
-    return [
-        {**row, "score": scores.get(row["question_id"]), "how": f"with {checkout.commit}, release {RELEASE}"}
-        for row in rows
-    ]
-
-
-def room_of(checkout: Checkout, files: Mapping[str, bytes] | None = None, answers: int = 0) -> cage.Room:
-    """What the judge has in the cage: the program and its Python, and neither the checkout's data nor its .env."""
-    hidden = ("data", ".env")
-    package = [path for path in (checkout.folder / NAME).iterdir() if path.name not in hidden]
-    shown = {f"/checkout/{NAME}/{path.name}": str(path) for path in package}
-    shown["/checkout/.venv"] = str(checkout.folder / ".venv")
-    config = checkout.folder / ".venv" / "pyvenv.cfg"
-    home = re.search(r"(?m)^home\s*=\s*(.+?)\s*$", config.read_text(encoding="utf-8") if config.is_file() else "")
-    base = os.path.dirname(home.group(1)) if home else "/usr"
-    if not Path(base).is_relative_to("/usr"):
-        shown[base] = base
-    return replace(_ROOM, seconds=_START + _EACH * answers, shown=shown, files=files or {})
-
-
-def in_cage(
-    checkout: Checkout, folder: Path, category: str, rows: Sequence[Mapping[str, Any]], look: Callable[[], None]
-) -> dict[str, verdicts.Verdict]:
-    """Judge the answers of one category; their scores by question.
-
-    What the answers' code does can reach the judgments of its own category, and nothing else.
-    """
-    words = [f"/checkout/{PYTHON}", f"/checkout/{NAME}/{JUDGE}", *_which([category])]
-    words += ["--model", _MODEL, "--model-display-name", _MODEL, "--parallel", "1"]
-    inside = {
-        "PATH": "/usr/bin", "HOME": "/tmp", "PYTHONPATH": "/checkout", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),  # threads are processes
-    }  # fmt: skip
-    program = _IN_CAGE.format(words=words, environment=inside, judgments=JUDGMENTS)
-    room = room_of(checkout, _files(checkout, category, rows), len(rows))
-    with tempfile.TemporaryFile() as said, open(folder / jobs.LOG, "ab") as log:
-        ended, how = cage.into(said, program, (checkout.bwrap, f"/checkout/{PYTHON}"), room, log, look)
-        said.seek(0)
-        lines = said.read().decode(errors="replace").split("\n") if ended else []
-    found: dict[str, verdicts.Verdict] = {}
-    wanted = {row["question_id"] for row in rows}
-    for line in filter(str.strip, lines):
-        try:
-            judgment = json.loads(line)
-            found[str(judgment["question_id"])] = {"score": score_of(judgment)}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            how = f"{line[:100]!r} is not a judgment ({error!r})"
-            break
-    if not ended or not wanted <= found.keys():
-        said_last = jobs.last_error(folder / jobs.LOG) if how in ("passed", "left before its end") else how
-        raise CaMOPDError(
-            f"LiveBench's script has judged {len(wanted & found.keys())} of {len(wanted)} answers of the category "
-            f"{category}: {said_last}\nAll that it said is in {folder / jobs.LOG}. Answers and other judgments are kept."
-        )
+def answers_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The last answer that is written to each question; `text` is `None` for a failure."""
+    found = {}
+    for path in jobs.files_of_answers(folder):
+        for line in json_lines(path.read_text(encoding="utf-8")):
+            answer = json.loads(line)
+            turns = answer["choices"][0]["turns"]
+            failed = turns == _ERROR or _ERROR in turns
+            found[str(answer["question_id"])] = {
+                "answer_id": answer.get("answer_id"), "text": None if failed else turns[-1],
+                "tokens": answer.get("total_output_tokens"),
+            }  # fmt: skip
     return found
 
 
-def _files(checkout: Checkout, category: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Questions and answers of a category as the judge reads them, by their paths in the cage; no others are there."""
-    found: dict[str, bytes] = {}
-    for task in sorted({row["task"] for row in rows}):
-        of_task = {row["question_id"]: row for row in rows if row["task"] == task}
-        place = f"data/live_bench/{category}/{task}"
-        source = checkout.folder / NAME / place
-        text = (source / "question.jsonl").read_text(encoding="utf-8")
-        asked = [line for line in json_lines(text) if str(json.loads(line)["question_id"]) in of_task]
-        answers = [
-            json.dumps({
-                "question_id": json.loads(line)["question_id"], "answer_id": row["answer_id"], "model_id": _MODEL,
-                "choices": [{"index": 0, "turns": [row["text"]]}],
-            })
-            for line in asked
-            for row in [of_task[str(json.loads(line)["question_id"])]]
-        ]  # fmt: skip
-        found[f"/tmp/work/{place}/question.jsonl"] = "".join(f"{line}\n" for line in asked).encode()
-        found[f"/tmp/work/{place}/model_answer/{_MODEL}.jsonl"] = "".join(f"{line}\n" for line in answers).encode()
-        for path in sorted(source.glob("test_cases_*.jsonl")):
-            found[f"/tmp/work/{place}/{path.name}"] = path.read_bytes()
-    return found
+def ask_once_more(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Ask questions as LiveBench asks them, and write what is answered behind its own answers: also that it is nothing.
+
+    Raises `CaMOPDError` where the server refuses a prompt as too long.
+    """
+    if not rows:
+        return
+    job = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))
+    line, lock = Line(key_of(jobs.KEY), _SECONDS), threading.Lock()
+    places = {row["question_id"]: folder / "work/data/live_bench" / row["category"] / row["task"] for row in rows}
+    asked: dict[str, dict[str, Any]] = {}
+    for place in set(places.values()):
+        lines = json_lines((place / "question.jsonl").read_text(encoding="utf-8"))
+        asked |= {str(question["question_id"]): question for question in map(json.loads, lines)}
+
+    def ask(name: str) -> None:
+        question, turns, tokens = asked[name], [], 0
+        messages = [{"role": "system", "content": question["system_prompt"]}] if "system_prompt" in question else []
+        for turn in question["turns"]:
+            messages.append({"role": "user", "content": turn})
+            text, count = _reply(line, job, messages, name)
+            if text is None:
+                return
+            turns.append(text)
+            tokens += count
+            if not text:
+                break
+            messages.append({"role": "assistant", "content": text})
+        answer = {"question_id": question["question_id"], "answer_id": f"{MODEL}-{name}", "model_id": MODEL,
+                  "choices": [{"index": 0, "turns": turns}], "total_output_tokens": tokens}  # fmt: skip
+        with lock, open(places[name] / "model_answer" / f"{MODEL}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(answer) + "\n")
+
+    try:
+        with ThreadPoolExecutor(job["concurrency"]) as pool:
+            list(pool.map(ask, places))
+    finally:
+        jobs.hide_key(folder)
+
+
+def _reply(line: Line, job: Mapping[str, Any], messages: Sequence[Any], name: str) -> tuple[str | None, int]:
+    """A model's message, "" where it is empty or all of it is a thought, and its tokens; `None` for a failure."""
+    most = job["generation"]["max_tokens"]
+    limit = "max_completion_tokens" if "gpt" in job["model"] else "max_tokens"  # LiveBench's rule
+    body = {"model": job["model"], "messages": messages, "temperature": 0.0, limit: most}
+    try:
+        reply = line.send(f"{job['url']}/chat/completions", body)
+        if reply.status in _REFUSED and _TOO_LONG.search(reply.text):
+            raise CaMOPDError(
+                f"the server refuses the question {name} of LiveBench as too long: {line.shown(reply.text)}\nAn answer may "
+                f"have {most} tokens beside the prompt. Give the model a longer context (--context, or --max-model-len of "
+                "a server of your own): the same command then asks what is missing. Another --max-tokens is another "
+                "evaluation, with another --out."
+            )
+        found = json.loads(reply.text) if reply.status == 200 and not reply.unread else {}
+        text = found["choices"][0]["message"].get("content") or ""
+        tokens = (found.get("usage") or {}).get("completion_tokens")
+    except (Unanswered, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None, 0
+    return (text if isinstance(text, str) else None), (tokens if isinstance(tokens, int) else 0)

@@ -50,6 +50,7 @@ class Item:
     parts: Mapping[str, float] | None = None  # of the score, in percent, where a benchmark has several
     unjudged: float = 0.0  # share of the repeats for which the judge gave no verdict, which count as nothing
     how: str = ""  # it was asked, where that may differ between models
+    harm: str = ""  # that the answer has done to its judge, and for which it counts as wrong
 
 
 def letter_of(text: str, options: int) -> str | None:
