@@ -6,13 +6,12 @@ All of it is refused later, too; here it is said within two seconds.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Collection
 from typing import Any
 
 from .errors import CaMOPDError
 from .ranges import check_written
-from .run import check_names, named_teachers, read_settings
+from .run import check_names, named_teachers, read_settings, set_env
 from .schedule import Schedule, mapping_form
 from .settings import default_of, keys_of, types, values_of
 from .teachers.address import base_of, did_you_mean, has_adapter, names_missing_model, without_secrets
@@ -40,9 +39,7 @@ def check_early(config: str, overrides: list[str], training: bool = False) -> di
     """
     settings = read_settings(config, overrides)
     check_names(config, settings)
-    env = settings.get("env")
-    if isinstance(env, dict):  # before a model is looked for: the Hub's client reads its variables once, at its import
-        os.environ.update({str(name): str(value) for name, value in env.items()})
+    set_env(settings)
     model = settings.get("model_name_or_path")
     if not model:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")

@@ -260,9 +260,9 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     check_names(config, given)
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
-    for name, value in _environment(defaults.pop("env", None)).items():
-        os.environ[name] = value
-    defaults.pop("config", None)
+    set_env(defaults)
+    for name in ("env", "config"):
+        defaults.pop(name, None)
     try:
         parser.set_defaults_with_config(**defaults)
         prompts, model, args = parser.parse_args_into_dataclasses(args=overrides)
@@ -283,10 +283,15 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     return prompts, model, args
 
 
-def _environment(env: Any) -> dict[str, str]:
+def set_env(settings: Mapping[str, Any]) -> None:
+    """Put the `env` of a run's settings into the environment of this process. Raises `ValueError` for one that is none.
+
+    Before a model is looked for: the Hub's client reads its variables once, at its import.
+    """
+    env = settings.get("env")
     if env is not None and not isinstance(env, dict):
         raise ValueError(f"env must map environment variables to their values, got {env!r}.")
-    return {str(name): str(value) for name, value in (env or {}).items()}
+    os.environ.update({str(name): str(value) for name, value in (env or {}).items()})
 
 
 def settle_model(model: ModelConfig, init_kwargs: Mapping[str, Any] | None, given: Collection[str]) -> dict[str, Any]:

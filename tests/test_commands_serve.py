@@ -250,6 +250,14 @@ def test_branch_of_the_schedule_without_a_teacher_is_warned_of(write, capsys):
     assert "warning: the schedule visits ['domain'], for which the config has no teacher." in capsys.readouterr().err
 
 
+def test_env_of_the_config_is_set_for_the_servers_and_named_beside_printed_lines(write, capsys, monkeypatch):
+    monkeypatch.setenv("SOME_VARIABLE", "before")
+    command.serve([write({"general": "org/general"}, env={"SOME_VARIABLE": "secret"}), "--print"])
+    said = capsys.readouterr()
+    assert os.environ["SOME_VARIABLE"] == "secret"
+    assert "is not in the lines: set SOME_VARIABLE where they run" in said.err and "secret" not in said.out + said.err
+
+
 def test_print_passes_options_overrides_and_vllm_flags_on(write, capsys):
     config = write({"general": "org/a model"}, max_completion_length=5)
     (line,) = printed(

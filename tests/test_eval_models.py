@@ -63,6 +63,14 @@ def test_config_of_a_run_brings_its_three_models(tmp_path, general, wanted):
     assert result == Model("result", str(tmp_path / "out"))
 
 
+def test_env_of_a_runs_config_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_VARIABLE", "before")
+    path = make_run(tmp_path, "org/general")
+    path.write_text(path.read_text(encoding="utf-8") + "env: {SOME_VARIABLE: 7}\n", encoding="utf-8")
+    of_run(str(path))
+    assert os.environ["SOME_VARIABLE"] == "7"
+
+
 def test_run_without_a_result_is_refused(tmp_path):
     path = make_run(tmp_path, "org/general")
     (tmp_path / "out" / "config.json").unlink()

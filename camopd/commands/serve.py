@@ -27,7 +27,7 @@ import httpx
 
 from .. import atomic
 from ..errors import CaMOPDError, TeacherError
-from ..run import SERVED_TEACHERS, check_names, config_first, longest_sequence, named_teachers, read_settings
+from ..run import SERVED_TEACHERS, check_names, config_first, longest_sequence, named_teachers, read_settings, set_env
 from ..schedule import Schedule
 from ..settings import list_of_settings
 from ..teachers.address import is_loopback
@@ -78,6 +78,7 @@ def serve(argv: list[str]) -> None:
     """
     options, overrides, vllm_flags = _parse(argv)
     settings = read_settings(options.config, overrides)
+    set_env(settings)
     notes: list[str] = []
     servers = _students_of(settings, options) if options.student else _teachers_of(settings, options, notes)
     if options.gpus is not None:
@@ -98,6 +99,8 @@ def serve(argv: list[str]) -> None:
         )
     if options.print and len(without_key) < len(servers):
         notes.append("the key is not in the lines: set VLLM_API_KEY to it where they run.")
+    if options.print and settings.get("env"):
+        notes.append(f"env of {options.config} is not in the lines: set {', '.join(settings['env'])} where they run.")
     for note in notes:
         print(note, file=sys.stderr if options.print else sys.stdout, flush=True)  # stdout is for the lines alone
 

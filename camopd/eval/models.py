@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CaMOPDError
 from ..hub import is_hub_id
 from ..manifest import CHECKPOINT, MANIFEST, saved_at, step_of
-from ..run import read_settings
+from ..run import read_settings, set_env
 from ..teachers.address import (
     OWN_TEACHERS,
     did_you_mean,
@@ -94,6 +94,7 @@ def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
         folder, found = path, _recorded(path, wanted)
     else:
         settings = read_settings(run, [])
+        set_env(settings)
         folder = Path(str(settings.get("output_dir") or "trainer_output"))
         teachers = settings.get("teachers")
         general = teachers.get("general") if isinstance(teachers, dict) else None
