@@ -215,6 +215,12 @@ def has_answers(folder: Path) -> bool:
 
 def last_error(log: Path) -> str:
     """The last line of a log that names an exception, or its last line."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (named or lines or ["it said nothing"])[-1][:600]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return last_exception(text) or (lines or ["it said nothing"])[-1][:600]
+
+
+def last_exception(text: str) -> str | None:
+    """The last line that names an exception."""
+    named = [line for line in text.split("\n") if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return named[-1][:600] if named else None

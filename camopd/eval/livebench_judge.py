@@ -104,7 +104,7 @@ def without_harm(
             in_cage(checkout, folder, category, [{**rows[0], "text": "no answer"}], look)
         except CaMOPDError:
             raise error from None
-        return {rows[0]["question_id"]: {"score": 0.0, "harm": str(error).partition("\n")[0]}}
+        return {rows[0]["question_id"]: {"score": 0.0, "harm": str(error).partition("\n")[0].partition(": ")[2]}}
 
 
 def in_cage(
@@ -118,7 +118,7 @@ def in_cage(
     words = [f"/checkout/{PYTHON}", f"/checkout/{NAME}/{JUDGE}", *which([category])]
     words += ["--model", MODEL, "--model-display-name", MODEL, "--parallel", "1"]
     inside = {
-        "PATH": "/usr/bin", "HOME": "/tmp", "PYTHONPATH": "/checkout", "LITELLM_LOCALMODEL_COST_MAP": "True",
+        "PATH": "/usr/bin", "HOME": "/tmp", "PYTHONPATH": "/checkout", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),  # threads are processes
     }  # fmt: skip
     program = _IN_CAGE.format(words=words, environment=inside, judgments=JUDGMENTS)
@@ -142,10 +142,11 @@ def in_cage(
             how = f"{line[:100]!r} is not a judgment ({error!r})"
             break
     if not ended or not wanted <= found.keys():
-        said_last = jobs.last_error(folder / jobs.LOG) if how in ("passed", "left before its end") else how
+        if how in ("passed", "left before its end"):
+            how = jobs.last_exception(last.decode(errors="replace")) or "it ended without their judgments"
         raise CaMOPDError(
             f"LiveBench's script has judged {len(wanted & found.keys())} of {len(wanted)} answers of the category "
-            f"{category}: {said_last}\nAll that it said is in {folder / jobs.LOG}. Answers and other judgments are kept."
+            f"{category}: {how}\nAll that it said is in {folder / jobs.LOG}. Answers and other judgments are kept."
         )
     return found
 
