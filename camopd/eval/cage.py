@@ -189,10 +189,10 @@ def of_python(environment: Path, private: Sequence[Path]) -> tuple[dict[str, str
     try:
         asked = [str(python), "-I", "-S", "-c", _OF_PYTHON]  # -S: without its packages, some of which run code
         answer = subprocess.run(asked, capture_output=True, encoding="utf-8", check=True, timeout=60).stdout
-        prefix, program = map(ast.literal_eval, answer.splitlines())
+        prefix, program = map(ast.literal_eval, answer.strip().split("\n"))
     except (OSError, subprocess.SubprocessError, ValueError, SyntaxError) as error:
-        said = (getattr(error, "stderr", None) or "").strip().splitlines()
-        raise CaMOPDError(f"{python} does not start: {said[-1] if said else error}.") from None
+        said = (getattr(error, "stderr", None) or str(error)).strip().split("\n")
+        raise CaMOPDError(f"{python} does not start: {said[-1]}.") from None
     base, had = Path(prefix).resolve(), (*_HAS, str(environment))
     shown = {} if _within(program, had) else {program: program}
     if not _within(str(base), had):
