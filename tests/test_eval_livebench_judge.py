@@ -57,6 +57,7 @@ def test_evaluation_that_ended_between_answers_and_judgments_goes_on(checkout, n
     [("", "has judged 0 of 2"), ('{"question_id": "a", "score": 1}', "has judged 1 of 2"),
      ('{"question_id": "a", "score": NaN}', "has judged 0 of 2 .* is not a judgment"), ("[" * 10**5, "is not a judgment"),
      ("[1]", "is not a judgment"), ("x" * 10**6, "'x{100}' is not a judgment")],
+    ids=["nothing", "one", "NaN", "deep", "a list", "long"],  # which processes of a test have in their environment
 )  # fmt: skip
 def test_what_comes_out_of_the_cage_is_looked_at(checkout, no_cage, monkeypatch, tmp_path, printed, said):
     """A program in it may have written it."""
