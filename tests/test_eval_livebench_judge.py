@@ -120,7 +120,10 @@ def test_answer_that_ends_the_judging_is_wrong_and_the_others_are_judged(checkou
         said_of(capsys, words)
     assert len(list(tmp_path.glob("cage-*"))) == cages + 1  # a look at the environment, and nothing is judged again
     assert {item.key: item.score for item in scored(checkout)} == dict.fromkeys("abcdh", 0) | dict.fromkeys("efgi", 1)
-    assert "livebench: the answer of m to h has ended the judging of its category, and counts as wrong: it ended" in notes()
+    assert (
+        "livebench: the answer of m to h has ended the judging of its category, and counts as wrong: it ended"
+        in notes()
+    )
     assert notes().count("has ended the judging") == 1
 
 
