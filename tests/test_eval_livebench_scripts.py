@@ -1,7 +1,9 @@
 """LiveBench's scripts, run (camopd/eval/livebench_scripts.py): small ones in their place, with their flags and files."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from small_livebench import (
     words_of,
 )
 
+from camopd import cli
 from camopd.errors import DataError
 from camopd.eval import cage, jobs
 from camopd.eval import livebench_scripts as scripts
@@ -98,6 +101,19 @@ def test_answer_that_comes_when_it_is_asked_once_more_is_taken(checkout, no_cage
         said_of(capsys, words_of(checkout, f"m={server.url}"))
         assert set(server.keys) == {"Bearer a-secret"} and len(server.requests) == 6
     assert "no score" not in notes() and items_of()["items"] == 5
+
+
+def test_signal_ends_the_asking_of_failures(checkout, no_cage, capsys):
+    def fail(body):
+        if len(server.requests) == 6:  # of LiveBench's script are five; an answer once more is under way
+            os.kill(os.getpid(), signal.SIGINT)
+        return 500
+
+    with serving(fail) as server:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["eval", *words_of(checkout, f"m={server.url}"), "--concurrency", "1"])
+        assert stopped.value.code == 130 and len(server.requests) == 6
+    assert "Stopped. Finished answers are kept" in capsys.readouterr().out
 
 
 def test_prompt_that_is_too_long_is_an_error_that_says_so(checkout, no_cage, capsys):

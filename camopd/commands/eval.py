@@ -312,7 +312,7 @@ def _have_asked(folder: Path, task: Task, asked: Sequence[dict[str, Any]], lock:
     words, environment = scripts.words_to_ask(checkout, job, asked), scripts.environment(checkout)
     _run(words, folder, task, len(asked), lock, signals, env=environment, cwd=folder / "work")
     if not signals:
-        scripts.gather(folder, asked)
+        scripts.gather(folder, asked, lambda: _stop(signals))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,16 +260,17 @@ def environment(checkout: Checkout) -> dict[str, str]:
     }  # fmt: skip
 
 
-def gather(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def gather(folder: Path, rows: Sequence[Mapping[str, Any]], look: Callable[[], None] = lambda: None) -> None:
     """Put the answers that the script has written together, in the order of the questions; a failure is one without a text.
 
-    Failures are asked once more first: LiveBench takes an answer without a word for one. Raises `CaMOPDError` where an
-    answer is missing, where the server refuses prompts as too long, and where all are failures.
+    Failures are asked once more first: LiveBench takes an answer without a word for one. `look` is called before each, and
+    what it raises ends the call. Raises `CaMOPDError` where an answer is missing, where the server refuses prompts as too
+    long, and where all are failures.
     """
     found = answers_of(folder)
     if any(row["question_id"] not in found for row in rows):
         raise jobs.failed(folder, len(rows))
-    ask_once_more(folder, [row for row in rows if found[row["question_id"]]["text"] is None])
+    ask_once_more(folder, [row for row in rows if found[row["question_id"]]["text"] is None], look)
     found = answers_of(folder)
     if all(found[row["question_id"]]["text"] is None for row in rows):
         raise CaMOPDError(
@@ -297,7 +298,7 @@ def answers_of(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def ask_once_more(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def ask_once_more(folder: Path, rows: Sequence[Mapping[str, Any]], look: Callable[[], None]) -> None:
     """Ask questions as LiveBench asks them, and write what is answered behind its own answers: also that it is nothing.
 
     Raises `CaMOPDError` where the server refuses a prompt as too long.
@@ -316,6 +317,7 @@ def ask_once_more(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         question, turns, tokens = asked[name], [], 0
         messages = [{"role": "system", "content": question["system_prompt"]}] if "system_prompt" in question else []
         for turn in question["turns"]:
+            look()
             messages.append({"role": "user", "content": turn})
             text, count = _reply(line, job, messages, name)
             if text is None:
