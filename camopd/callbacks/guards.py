@@ -283,7 +283,11 @@ class Guards(StepCallback):
         if name not in self._warned:
             self._warned.add(name)
             logger.warning(
-                "%s: %s. Said once; guards[%r]=%s, null is never.", said(step), text, name, self._limits[name]
+                "%s: %s. Said once. The threshold is guards[%r]=%s; null switches this off.",
+                said(step),
+                text,
+                name,
+                self._limits[name],
             )
 
 
