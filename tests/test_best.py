@@ -136,8 +136,8 @@ def test_best_checkpoint_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer,
     written = lines_of(tmp_path / "held_out.jsonl")
     assert [line["step"] for line in written] == [1, 2, 3, 4, 2] and written[-1] == {"step": 2, "loaded": True}
     trainer.create_model_card()
-    row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| general |"))
-    assert "1.490" in row and "(step 2)" in row and "1.7" not in row
+    said = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("- general:"))
+    assert "its gap at step 2 is 1.490 " in said and "1.7" not in said
 
 
 def test_history_of_a_model_that_was_loaded_again():
