@@ -276,6 +276,14 @@ def test_judge_sees_neither_the_checkouts_data_nor_its_env_file(checkout, no_cag
     assert f"/checkout/livebench/{scripts.JUDGE}" in shown
 
 
+def test_user_without_a_home_is_no_obstacle(checkout, no_cage, monkeypatch):
+    """A number that no passwd file knows, as many containers run by."""
+    shown = scripts.room_of(scripts.opened(checkout)).shown
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    assert scripts.room_of(scripts.opened(checkout)).shown == shown
+
+
 @pytest.mark.eval
 def test_environment_without_what_answers_import_is_refused(checkout, capsys, monkeypatch, tmp_path):
     """Programs that import it would be wrong answers."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -110,7 +111,9 @@ def room_of(checkout: Checkout, files: Mapping[str, bytes] | None = None, answer
     package = [path for path in (checkout.folder / NAME).iterdir() if path.name not in _HIDDEN]
     shown = {f"/checkout/{NAME}/{path.name}": str(path) for path in package}
     shown["/checkout/.venv"] = str(checkout.folder / ".venv")
-    python, links = cage.of_python(checkout.folder / ".venv", (checkout.folder, Path.home()))
+    home = os.path.expanduser("~")  # which it stays for a user without one: Path.home() raises
+    private = (checkout.folder, *(() if home == "~" else (Path(home),)))
+    python, links = cage.of_python(checkout.folder / ".venv", private)
     return replace(_ROOM, seconds=_START + _EACH * answers, shown=shown | python, links=links, files=files or {})
 
 
