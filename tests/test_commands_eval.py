@@ -1,6 +1,7 @@
 """`camopd eval` (camopd/commands/eval.py), with a script in evalscope's place; test_eval_runner.py has the real one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,6 +149,21 @@ def test_model_that_a_run_does_not_have_is_named_beside_it(data, capsys, tmp_pat
         assert "Name it with --models result=" in error_of(capsys, *words)
         cli.main(["eval", *words, f"result={server.url}"])
     assert "| task | start | general | result |" in capsys.readouterr().out
+
+
+def test_env_of_a_run_is_set_before_any_model_is_looked_for(data, capsys, tmp_path, monkeypatch):
+    """The Hub's client, which is asked whether it has a model, reads HF_ENDPOINT and HF_HUB_OFFLINE at its import."""
+    monkeypatch.setenv("SOME_VARIABLE", "before")
+    found = []
+
+    def missing(name):
+        found.append((name, os.environ["SOME_VARIABLE"]))
+        return True
+
+    monkeypatch.setattr("camopd.eval.models.names_missing_model", missing)
+    (tmp_path / "run.yaml").write_text("env: {SOME_VARIABLE: of the run}\n", encoding="utf-8")
+    assert "there is no such path" in error_of(capsys, "run.yaml", "--tasks", "qasc", "--models", "m=word")
+    assert found == [("word", "of the run")]
 
 
 @pytest.mark.parametrize(

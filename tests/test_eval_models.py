@@ -10,7 +10,7 @@ import yaml
 from fake_openai import Raw, serving
 
 from camopd.errors import CaMOPDError
-from camopd.eval.models import Model, look, need_whole, of_run, parse
+from camopd.eval.models import Model, look, need_whole, of_run, parse, prepare_environment
 
 
 def test_models_are_named_paths_or_urls(tmp_path):
@@ -67,8 +67,9 @@ def test_env_of_a_runs_config_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_VARIABLE", "before")
     path = make_run(tmp_path, "org/general")
     path.write_text(path.read_text(encoding="utf-8") + "env: {SOME_VARIABLE: 7}\n", encoding="utf-8")
-    of_run(str(path))
+    prepare_environment(str(path))
     assert os.environ["SOME_VARIABLE"] == "7"
+    prepare_environment(str(tmp_path / "out"))  # a folder has none
 
 
 def test_run_without_a_result_is_refused(tmp_path):

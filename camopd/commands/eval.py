@@ -107,6 +107,8 @@ def _notes(tasks: Sequence[Task], found: dict[str, dict[str, Any]]) -> list[str]
 
 def _wanted(options: argparse.Namespace) -> dict[str, Model]:
     """The models, by name: those of the run, and those that are named beside it or in their place."""
+    if options.run:
+        models.prepare_environment(options.run)
     given = effects.models_of(options.models)
     of_run = models.of_run(options.run, given) if options.run else []
     wanted = {model.name: model for model in of_run} | given

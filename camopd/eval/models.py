@@ -83,6 +83,12 @@ def parse(text: str, option: str = "--models") -> Model:
     return Model(name, where, served or None)
 
 
+def prepare_environment(run: str) -> None:
+    """Put the `env` of a run's config into this process. Before any model is looked for: the Hub's client reads it once."""
+    if not Path(run).is_dir():
+        set_env(read_settings(run, []))
+
+
 def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
     """The start, the general teacher and the result of a run, from its config (a YAML file) or its output_dir.
 
@@ -94,7 +100,6 @@ def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
         folder, found = path, _recorded(path, wanted)
     else:
         settings = read_settings(run, [])
-        set_env(settings)
         folder = Path(str(settings.get("output_dir") or "trainer_output"))
         teachers = settings.get("teachers")
         general = teachers.get("general") if isinstance(teachers, dict) else None
