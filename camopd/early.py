@@ -39,7 +39,7 @@ def check_early(config: str, overrides: list[str], training: bool = False) -> di
     """
     settings = read_settings(config, overrides)
     check_names(config, settings)
-    set_env(settings)
+    set_env(settings, devices=True)
     model = settings.get("model_name_or_path")
     if not model:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # In output_dir: where `camopd serve` says which URLs it has started. transformers sends nothing to the Hub that begins so.
 SERVED_TEACHERS = "_teachers.json"
+# Variables that say on which devices a process computes: of NVIDIA, AMD, Ascend, TPU and Neuron; and of Intel, AMD's OpenCL
+DEVICES = re.compile(r"\w+_VISIBLE_\w+|ZE_AFFINITY_MASK|GPU_DEVICE_ORDINAL")
 
 
 @dataclass
@@ -189,7 +191,7 @@ def method_file(given: str) -> str:
     known = methods()
     if given in known:
         return known[given]
-    if Path(given).is_file() or Path(given).suffix or len(Path(given).parts) > 1:
+    if os.path.isfile(given) or Path(given).suffix or len(Path(given).parts) > 1:
         return given
     close = difflib.get_close_matches(given, known, n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
@@ -255,12 +257,12 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     overrides = [re.sub(r"^--no[_-]exchange$", "--no_rebalance", word) for word in overrides]
     file = _read(config)
     given = _over(file, _read_words(overrides))
-    overrides = _words_of(overrides, given)
+    overrides = _words_of(overrides, given.keys() - {"env"})
     defaults = {name: value for name, value in file.items() if name in given}
     check_names(config, given)
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
-    set_env(defaults)
+    set_env(given, devices=True)
     for name in ("env", "config"):
         defaults.pop(name, None)
     try:
@@ -283,15 +285,19 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     return prompts, model, args
 
 
-def set_env(settings: Mapping[str, Any]) -> None:
-    """Put the `env` of a run's settings into the environment of this process. Raises `ValueError` for one that is none.
+def set_env(settings: Mapping[str, Any], devices: bool = False) -> dict[str, str]:
+    """Put the `env` of a run's settings into the environment of this process, and return it. Without `devices`, for a
+    process that computes beside the trainer, those are left out that say on which devices it does.
 
-    Before a model is looked for: the Hub's client reads its variables once, at its import.
+    Raises `ValueError` for an `env` that is none. Before a model is looked for: the Hub's client reads its variables once,
+    at its import.
     """
-    env = settings.get("env")
-    if env is not None and not isinstance(env, dict):
-        raise ValueError(f"env must map environment variables to their values, got {env!r}.")
-    os.environ.update({str(name): str(value) for name, value in (env or {}).items()})
+    env = settings.get("env") or {}
+    if not isinstance(env, dict):  # its values may be keys
+        raise ValueError(f"env must map environment variables to their values, got a {type(env).__name__}.")
+    taken = {str(name): str(value) for name, value in env.items() if devices or not DEVICES.fullmatch(str(name))}
+    os.environ.update(taken)
+    return taken
 
 
 def settle_model(model: ModelConfig, init_kwargs: Mapping[str, Any] | None, given: Collection[str]) -> dict[str, Any]:
@@ -344,7 +350,7 @@ def settle_model(model: ModelConfig, init_kwargs: Mapping[str, Any] | None, give
 def served_teachers(output_dir: str) -> dict[str, list[str]]:
     """URLs of the teachers that `camopd serve` has started for this `output_dir`; empty if it runs none."""
     path = Path(output_dir) / SERVED_TEACHERS
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises in a folder of others
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -390,11 +396,7 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_names(config: str, settings: dict[str, Any]) -> None:
     """Raise `ValueError` for a setting that no run has, with the one that may have been meant."""
-    known = {
-        "env",
-        "config",
-        *(name for _, name, _, _ in declared()),
-    }  # from their sources: importing them takes seconds
+    known = {"env", "config", *(name for _, name, _, _ in declared())}  # from sources: importing them takes seconds
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -441,6 +443,6 @@ def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     ):
         return ""
     path = Path(str(settings.get("output_dir") or "trainer_output")) / SERVED_TEACHERS
-    if not path.is_file():
+    if not os.path.isfile(path):
         return ""
     return f" The URL is from {str(path)!r}, which `camopd serve` has written; start it again, or delete the file."

@@ -258,6 +258,13 @@ def test_env_of_the_config_is_set_for_the_servers_and_named_beside_printed_lines
     assert "is not in the lines: set SOME_VARIABLE where they run" in said.err and "secret" not in said.out + said.err
 
 
+def test_servers_are_not_put_on_the_gpus_that_env_gives_the_trainer(write, capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    command.serve([write({"general": "org/general"}, env={"CUDA_VISIBLE_DEVICES": "0,1"}), "--print"])
+    assert gpus_of_machine(VLLM("python", "0.32.0", cpu=False)) == ["2", "3"]
+    assert "CUDA_VISIBLE_DEVICES" not in capsys.readouterr().err
+
+
 def test_print_passes_options_overrides_and_vllm_flags_on(write, capsys):
     config = write({"general": "org/a model"}, max_completion_length=5)
     (line,) = printed(

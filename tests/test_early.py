@@ -1,6 +1,7 @@
 """Mistakes in a run's settings that are said without torch (camopd/early.py)."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -78,6 +79,14 @@ def test_early_check_lets_settings_of_a_run_pass(write):
     )
     check_early(write(bf16="Yes", tf32="0", seed="08", num_train_epochs="-1", optim="adamw_torch", output_dir="x"), [])
     check_early(write(eval_strategy=False, save_strategy="best", weight_decay="1e-3", max_completion_length="2"), [])
+
+
+def test_env_of_a_run_that_computes_as_the_trainer_has_its_devices(write, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    check_early(write(env={"CUDA_VISIBLE_DEVICES": "0,1"}), [])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    check_early(write(), ["--env", "{CUDA_VISIBLE_DEVICES: 3}"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.mark.parametrize(("change", "says"), WRONG)

@@ -22,6 +22,7 @@ from camopd.run import (
     config_first,
     parse,
     read_settings,
+    set_env,
     teachers_of,
     written,
 )
@@ -544,8 +545,31 @@ def test_env_of_the_file_is_set(write, settings, text, monkeypatch):
     monkeypatch.setenv("SOME_VARIABLE", "before")
     parse(write({**settings, **yaml.safe_load(text), "env": {"SOME_VARIABLE": 7}}), [])
     assert os.environ["SOME_VARIABLE"] == "7"
-    with pytest.raises(ValueError, match=r"env must map environment variables .*got \['x'\]"):
-        parse(write({**settings, "env": ["x"]}), [])
+    with pytest.raises(
+        ValueError, match=r"env must map environment variables to their values, got a list\."
+    ) as refused:
+        parse(write({**settings, "env": ["HF_TOKEN=hf_secret"]}), [])
+    assert "secret" not in str(refused.value)
+
+
+def test_env_of_the_command_line_is_taken_in_place_of_the_files(write, settings, monkeypatch):
+    for name in ("SOME_VARIABLE", "ANOTHER"):
+        monkeypatch.setenv(name, "before")
+    config = write({**settings, "env": {"SOME_VARIABLE": "file"}})
+    _, _, args = parse(config, ["--env", '{"ANOTHER": "words"}', "--max_steps", "3"])
+    assert (os.environ["SOME_VARIABLE"], os.environ["ANOTHER"], args.max_steps) == ("before", "words", 3)
+
+
+def test_devices_in_env_are_those_of_the_process_that_trains(write, settings, monkeypatch):
+    names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
+             "ASCEND_RT_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "CPU_VISIBLE_MEMORY_NODES")  # fmt: skip
+    env = dict.fromkeys((*names, "CUDA_DEVICE_ORDER"), "0,1")
+    for name in env:
+        monkeypatch.setenv(name, "shell")
+    assert set_env({"env": env}) == {"CUDA_DEVICE_ORDER": "0,1"}
+    assert [os.environ[name] for name in names] == ["shell"] * len(names)
+    parse(write({**settings, "env": env}), [])
+    assert [os.environ[name] for name in env] == ["0,1"] * len(env)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def serve(argv: list[str]) -> None:
     """
     options, overrides, vllm_flags = _parse(argv)
     settings = read_settings(options.config, overrides)
-    set_env(settings)
+    env = set_env(settings)
     notes: list[str] = []
     servers = _students_of(settings, options) if options.student else _teachers_of(settings, options, notes)
     if options.gpus is not None:
@@ -99,8 +99,8 @@ def serve(argv: list[str]) -> None:
         )
     if options.print and len(without_key) < len(servers):
         notes.append("the key is not in the lines: set VLLM_API_KEY to it where they run.")
-    if options.print and settings.get("env"):
-        notes.append(f"env of {options.config} is not in the lines: set {', '.join(settings['env'])} where they run.")
+    if options.print and env:
+        notes.append(f"env of {options.config} is not in the lines: set {', '.join(env)} where they run.")
     for note in notes:
         print(note, file=sys.stderr if options.print else sys.stdout, flush=True)  # stdout is for the lines alone
 
@@ -401,7 +401,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     add("--tensor-parallel-size", type=int, default=1, help="GPUs of a process (default: 1)")
     add(
         "--gpus",
-        help="GPUs to use, as in 0,1,2,3; a GPU named twice is shared (default: CUDA_VISIBLE_DEVICES, or all)",
+        help="GPUs to use, as in 0,1,2,3; a GPU named twice is shared (default: CUDA_VISIBLE_DEVICES of the shell, not of "
+        "env of the config, which is the trainer's, or all)",
     )
     add("--host", help="address to listen on; 0.0.0.0 is all (default: 127.0.0.1, or that of rollout_servers)")
     add(
