@@ -191,7 +191,7 @@ def method_file(given: str) -> str:
     known = methods()
     if given in known:
         return known[given]
-    if os.path.isfile(given) or Path(given).suffix or len(Path(given).parts) > 1:
+    if Path(given).is_file() or Path(given).suffix or len(Path(given).parts) > 1:
         return given
     close = difflib.get_close_matches(given, known, n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
@@ -350,7 +350,7 @@ def settle_model(model: ModelConfig, init_kwargs: Mapping[str, Any] | None, give
 def served_teachers(output_dir: str) -> dict[str, list[str]]:
     """URLs of the teachers that `camopd serve` has started for this `output_dir`; empty if it runs none."""
     path = Path(output_dir) / SERVED_TEACHERS
-    if not os.path.isfile(path):  # `Path.is_file` raises in a folder of others
+    if not path.is_file():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -443,6 +443,6 @@ def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
     ):
         return ""
     path = Path(str(settings.get("output_dir") or "trainer_output")) / SERVED_TEACHERS
-    if not os.path.isfile(path):
+    if not path.is_file():
         return ""
     return f" The URL is from {str(path)!r}, which `camopd serve` has written; start it again, or delete the file."

@@ -1,6 +1,7 @@
 """URLs, folders and keys of teachers: which is which."""
 
 import json
+import os
 import re
 import socket
 
@@ -121,6 +122,25 @@ def folders(tmp_path, monkeypatch):
 def test_near_model_is_a_folder_with_a_model_beside_the_name(folders, name, near):
     assert near_model(name) == near
     assert did_you_mean(name) == (f" Did you mean {near!r}?" if near else "")
+
+
+def test_near_folder_that_only_others_may_read_is_no_model(folders):
+    for name in ("specialised", "models"):
+        (folders / name).chmod(0)
+    is_root = os.geteuid() == 0  # who may read all
+    if is_root:
+        folders.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        for name in ("specialized", "models/genral", "modls/general"):
+            assert near_model(name) is None and did_you_mean(name) == "" and not names_missing_model("specialized"), (
+                name
+            )
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for name in ("specialised", "models"):
+            (folders / name).chmod(0o755)
 
 
 def test_near_model_is_found_by_an_absolute_path(folders):

@@ -149,7 +149,7 @@ def near_model(name: str) -> str | None:
         except OSError:
             return None
         near = difflib.get_close_matches(part, names, cutoff=NEAR)
-        fits = [found / each for each in near if (_is_model(found / each) if last else (found / each).is_dir())]
+        fits = [found / each for each in near if (_is_model(found / each) if last else os.path.isdir(found / each))]
         if not fits:
             return None
         found = fits[0]
@@ -163,7 +163,8 @@ def did_you_mean(name: str) -> str:
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    # `Path.is_file` raises in a folder that only others may read.
+    return any(os.path.isfile(folder / name) for name in ("config.json", "adapter_config.json"))
 
 
 def was_fetched(model: str) -> bool:
