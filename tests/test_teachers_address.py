@@ -125,21 +125,23 @@ def test_near_model_is_a_folder_with_a_model_beside_the_name(folders, name, near
 
 
 def test_near_folder_that_only_others_may_read_is_no_model(folders):
-    for name in ("specialised", "models"):
-        (folders / name).chmod(0)
+    (folders / "listed" / "general").mkdir(parents=True)
+    modes = {"specialised": 0, "models": 0, "listed": 0o744}
+    for name, mode in modes.items():
+        (folders / name).chmod(mode)
     is_root = os.geteuid() == 0  # who may read all
     if is_root:
         folders.chmod(0o755)
         os.seteuid(65534)
     try:
-        for name in ("specialized", "models/genral", "modls/general"):
+        for name in ("specialized", "models/genral", "modls/general", "listed/genral/model"):
             assert near_model(name) is None and did_you_mean(name) == "" and not names_missing_model("specialized"), (
                 name
             )
     finally:
         if is_root:
             os.seteuid(0)
-        for name in ("specialised", "models"):
+        for name in modes:
             (folders / name).chmod(0o755)
 
 
