@@ -93,7 +93,19 @@ def test_notes_say_by_whom_it_was_judged_and_what_has_no_score(checkout):
     rows = judged(checkout, "start")
     assert notes({"start": items(rows)}) == [f"livebench: {BY_OTHERS}."]
     (line,) = notes({"start": items(rows), "result": items([{**row, "score": None, "how": "x"} for row in rows])})
-    assert line.startswith("livebench: 4 of 4 questions have no score of result, ")
+    assert line.startswith("livebench: 4 of 4 questions have no score of result, as its server failed. ")
+
+
+def test_note_on_what_the_checkout_has_not_judged_promises_nothing(checkout):
+    path = sorted(checkout.rglob("ground_truth_judgment.jsonl"))[0]
+    line = json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "question_id": "z", "score": -1}) + "\n")
+    _, note = notes({"start": items_of(checkout, "start")})
+    assert note == (
+        "livebench: 1 of 5 questions have no score of start, as LiveBench has not judged them (-1). They count as nothing, "
+        "and are not judged again."
+    )
 
 
 def test_command_reads_them_beside_the_paper(checkout, tmp_path, monkeypatch, capsys):

@@ -127,6 +127,23 @@ def test_answer_that_ends_the_judging_is_wrong_and_the_others_are_judged(checkou
     assert notes().count("has ended the judging") == 1
 
 
+def test_answer_that_livebench_has_not_judged_is_told_from_a_failure_and_stays_so(checkout, no_cage, capsys, tmp_path):
+    said = {"ask a": 500, "ask e": "score = -1"}
+    with serving(lambda body: said.get(echo(body), echo(body))) as server:
+        words = words_of(checkout, f"m={server.url}")
+        said_of(capsys, words)
+        assert (
+            "1 of 5 questions have no score of m, as its server failed. They count as nothing, and the same" in notes()
+        )
+        assert "1 of 5 questions have no score of m, as LiveBench has not judged them (-1). They count as " in notes()
+        cages = len(list(tmp_path.glob("cage-*")))
+        del said["ask a"]
+        said_of(capsys, words)
+    assert "server failed" not in notes() and "as LiveBench has not judged them (-1)" in notes()
+    coding = list(tmp_path.glob("cage-*/tmp/work/data/live_bench/coding"))
+    assert len(coding) == 1 and len(list(tmp_path.glob("cage-*"))) > cages
+
+
 def test_log_is_neither_read_nor_changed_by_what_is_judged(checkout, no_cage, tmp_path):
     """Whatever is the third descriptor of a process, it can open by its name in /proc."""
     program = (

@@ -91,12 +91,17 @@ def notes(found: Mapping[str, Sequence[Item]]) -> list[str]:
     hows = {items[0].how for items in found.values()}
     lines = [f"livebench: {hows.pop()}."] if len(hows) == 1 else []
     for model, of_model in found.items():
-        missing = sum(item.score is None for item in of_model)
-        if missing:
-            lines.append(
-                f"livebench: {missing} of {len(of_model)} questions have no score of {model}, as its server failed or they "
-                "were not judged. They count as nothing, and the same command asks failures again."
-            )
+        missing = [item for item in of_model if item.score is None]
+        failed = sum(not item.text and not item.how.startswith(BY_OTHERS) for item in missing)
+        for count, why in (
+            (failed, "its server failed. They count as nothing, and the same command asks them again."),
+            (
+                len(missing) - failed,
+                "LiveBench has not judged them (-1). They count as nothing, and are not judged again.",
+            ),
+        ):
+            if count:
+                lines.append(f"livebench: {count} of {len(of_model)} questions have no score of {model}, as {why}")
         lines += [
             f"livebench: the answer of {model} to {item.key} has ended the judging of its category, and counts as wrong: "
             f"{item.harm}"
