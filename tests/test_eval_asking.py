@@ -66,6 +66,13 @@ def test_key_is_cut_out_before_a_text_is_cut_short():
     assert Line("a-secret", 1).shown("x" * 195 + "a-secret") == "x" * 195 + "***"
 
 
+@pytest.mark.parametrize(
+    ("key", "shown"), [("secret", "***: HTTP 500"), ("500", "500: HTTP 500"), (None, "None: HTTP 500")]
+)
+def test_key_of_a_few_characters_is_a_word_and_no_secret(key, shown):
+    assert Line(key, 1).shown(f"{key}: HTTP 500") == shown
+
+
 def test_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch):
     monkeypatch.setenv("KEY", "a-secret\n")
     assert key_of("KEY") == "a-secret"

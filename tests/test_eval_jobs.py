@@ -145,6 +145,57 @@ def test_key_that_a_server_has_repeated_is_taken_out_of_what_a_job_has_said(tmp_
     jobs.hide_key(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "name", ["work/predictions/model/x_default.jsonl", "work/data/live_bench/c/t/model_answer/m.jsonl"]
+)
+def test_key_is_taken_out_of_the_errors_of_answers_and_of_nothing_that_a_model_has_written(
+    tmp_path, monkeypatch, name
+):
+    key = 'turns"\\'  # a word of a file of answers, with characters that JSON writes in another way
+    monkeypatch.setenv(jobs.KEY, key)
+    told = {"error_msg": f"401: {key}", "api": {"Error": [{"headers": {"Authorization": f"Bearer {key}"}}, 401]}}
+    answers = [
+        {"turns": [f"my error: {key}"], "error": None},
+        {"turns": ["$ERROR$"], "index": 1, "of": key, **told},
+        {"turns": [f"\u2028 {key} error"], "tokens": 0.1},
+    ]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    kept = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    path.write_text(kept + json.dumps(answers[1])[:-9], encoding="utf-8")  # and one that a kill has torn
+    jobs.hide_key(tmp_path)
+    lines = path.read_bytes().split(b"\n")
+    hidden = {"error_msg": "401: ***", "api": {"Error": [{"headers": {"Authorization": "Bearer ***"}}, 401]}}
+    assert json.loads(lines[1]) == answers[1] | hidden
+    assert [lines[0], *lines[2:]] == [line for n, line in enumerate(kept.encode().split(b"\n")) if n != 1]
+    jobs.hide_key(tmp_path)
+    assert path.read_bytes().split(b"\n") == lines
+
+
+@pytest.mark.parametrize("key", ["0", "EMPTY"])
+def test_key_that_is_too_short_to_be_a_secret_changes_no_log_and_no_answer(tmp_path, monkeypatch, key):
+    monkeypatch.setenv(jobs.KEY, key)
+    answer(tmp_path)
+    for path in (tmp_path / "log.txt", tmp_path / "work/predictions/model/general_mcq_default.jsonl"):
+        path.write_text(json.dumps({"error": f"HTTP 500 after 10 seconds, {key}"}) + "\n", encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    jobs.hide_key(tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_disk_that_is_full_while_the_key_is_hidden_leaves_the_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv(jobs.KEY, "a-secret")
+    answer(tmp_path)
+    path = tmp_path / "work/predictions/model/general_mcq_default.jsonl"
+    path.write_text(json.dumps({"error": "a-secret", "turns": ["x"]}) + "\n", encoding="utf-8")
+    before = path.read_bytes()
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            jobs.hide_key(tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_missing_environment_is_named_with_the_way_to_make_it(monkeypatch):
     monkeypatch.setenv("CAMOPD_EVAL_PYTHON", "/nowhere/python")
     with pytest.raises(

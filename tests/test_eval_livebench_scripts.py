@@ -149,6 +149,16 @@ def test_server_that_fails_at_all_is_an_error_with_its_words_and_not_its_key(che
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
 
 
+@pytest.mark.parametrize("key", ["ask", "choices", "question_id"])
+def test_key_that_is_a_word_of_an_answer_or_of_its_file_changes_no_score(checkout, no_cage, capsys, monkeypatch, key):
+    monkeypatch.setenv("CAMOPD_EVAL_API_KEY", key)
+    with serving(lambda body: f"{echo(body)} {key}" if echo(body) == "ask b" else echo(body)) as server:
+        said_of(capsys, words_of(checkout, f"m={server.url}"))
+    assert (items_of()["items"], items_of()["mean"]) == (5, 3 / 5)  # b and e are wrong
+    kept = Path("eval-output/m/livebench/answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(json.loads(line)["text"] for line in kept) == ["ask a", f"ask b {key}", "ask c", "ask d", "ask e"]
+
+
 def test_model_that_was_judged_before_is_read_and_another_commit_is_said(checkout, no_cage, capsys):
     rows = [("a", "math", "aime"), ("b", "math", "aime"), ("c", "math", "amps"), ("d", "language", "typos"),
             ("e", "coding", "LCB_generation")]  # fmt: skip

@@ -15,6 +15,7 @@ from ..teachers.address import without_secrets
 
 MOST = 8 << 20  # bytes of a reply: 16,000 tokens, and all that a model has thought before them
 SHOWN = 200  # characters of a server's words in an error
+WORD = 6  # characters: a shorter key, as EMPTY or 0, is not a secret, and may be a word of any text
 
 
 class Unanswered(Exception):
@@ -38,7 +39,7 @@ class Line:
 
     def without_key(self, text: str) -> str:
         """A text of a server, or about one, that may be kept."""
-        return text.replace(self.key, "***") if self.key else text
+        return without_key(text, self.key)
 
     def shown(self, text: str) -> str:
         """The beginning of such a text, for an error. The key goes first: half of it is not found."""
@@ -81,6 +82,11 @@ class Line:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unanswered(f"{type(error).__name__}: {self.shown(str(error))}") from None
         return Reply(status, content.decode(errors="replace"))
+
+
+def without_key(text: str, key: str | None) -> str:
+    """A text without the key of its server, if that is long enough to be a secret."""
+    return text.replace(key, "***") if key and len(key) >= WORD else text
 
 
 def key_of(variable: str) -> str | None:

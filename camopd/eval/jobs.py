@@ -10,8 +10,9 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from .. import atomic
 from ..errors import CaMOPDError
 from ..folder_lock import NO_FLOCK
 from . import rows
-from .asking import key_of
+from .asking import key_of, without_key
+from .runner import cut_torn_line
 from .tasks import Task
 from .verdicts import VERDICTS
 
@@ -171,13 +173,41 @@ def environment(*kept: str) -> dict[str, str]:
 
 
 def hide_key(folder: Path) -> None:
-    """Take the key of the models' servers out of what a job has said: a server that refuses it may have repeated it."""
-    key = (key_of(KEY) or "").encode()
-    logs = [folder / LOG, *(folder / "work" / "logs").rglob("*.log"), *files_of_answers(folder)]
-    for path in logs if key else []:
-        said = path.read_bytes() if path.is_file() else b""
-        if key in said:
-            path.write_bytes(said.replace(key, b"***"))
+    """Take the key of the models' servers out of what a job has said: a server that refuses it may have repeated it.
+
+    That is its logs, and in its answers what is told of an error. The model's own words are what is judged, and stay.
+    """
+    hide = partial(without_key, key=key_of(KEY))
+    for path in (folder / LOG, *(folder / "work" / "logs").rglob("*.log")):
+        if path.is_file():
+            _change(path, hide)
+    for path in files_of_answers(folder):
+        cut_torn_line(path)  # which a kill leaves, and which is no JSON
+        _change(path, lambda text: "\n".join(_without_key(line, hide) for line in text.split("\n")))
+
+
+def _change(path: Path, how: Callable[[str], str]) -> None:
+    text = path.read_bytes().decode(errors="surrogateescape")
+    changed = how(text)
+    if changed != text:
+        atomic.write(path, changed.encode(errors="surrogateescape"))
+
+
+def _without_key(line: str, hide: Callable[[str], str]) -> str:
+    """An answer as it is kept, without the key in any of its fields whose name has `error` in it, or below."""
+
+    def shown(value: Any, of_error: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {name: shown(each, of_error or "error" in name.lower()) for name, each in value.items()}
+        if isinstance(value, list):
+            return [shown(each, of_error) for each in value]
+        return hide(value) if of_error and isinstance(value, str) else value
+
+    try:
+        answer = json.loads(line) if "error" in line.lower() else None
+    except ValueError:  # what cannot be read is said where it is
+        return line
+    return line if shown(answer) == answer else json.dumps(shown(answer))
 
 
 def failed(folder: Path, total: int) -> CaMOPDError:

@@ -26,7 +26,6 @@ GONE = 8  # verdicts in a row for which the server was not reached: it is gone
 LONGEST = 16000  # tokens of a reply, as Arena-Hard sets for GPT-4.1
 # Of each request, beside temperature and top_p: what is not sent, a vLLM takes from the model's generation_config.json.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
-WORD = 6  # characters: a shorter key, as EMPTY, is not a secret, and may be a word of a reply
 VERIFIER_TEMPERATURE = 0.2  # the paper's
 VERIFY = """\
 Check whether a response comes to the known answer of its prompt. Find the final answer of the response and compare that \
@@ -150,7 +149,7 @@ class Judge:
             raise Unusable(f"not a chat completion: {shown!r}") from None
         if not isinstance(text, str):
             raise Unusable("a reply without text")
-        return self._line.without_key(text) if len(self.key or "") >= WORD else text
+        return self._line.without_key(text)
 
     def _send(self, body: Mapping[str, Any]) -> Reply:
         try:
