@@ -1,5 +1,6 @@
 """`camopd eval` (camopd/commands/eval.py), with a script in evalscope's place; test_eval_runner.py has the real one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from trainers import refused
 
 from camopd import cli
 from camopd.eval import jobs
+from camopd.teachers.vllm.plan import VLLM
 
 
 # Asks the server of its job for each row, as the runner does, and fails as `fail` in the environment says.
@@ -182,6 +184,33 @@ def test_context_beyond_a_models_positions_is_refused_before_anything_starts(dat
     assert f"the model 'small', ./m, needs a context of {needs}, and the model has 8192 positions" in said
     assert "here --max-tokens 4096 --context 8192 is the longest that fits" in said
     assert not Path("eval-output").exists()
+
+
+def test_model_whose_answers_are_all_there_needs_no_server(data, capsys, monkeypatch):
+    (data.parent / "m").mkdir()
+    (data.parent / "m" / "config.json").write_text('{"max_position_embeddings": 4096}', encoding="utf-8")
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    contexts = []
+    with serving(lambda body: "A") as server:
+
+        @contextlib.contextmanager
+        def served(model, context, *others):
+            contexts.append(context)
+            yield server.url.removesuffix("/v1")
+
+        monkeypatch.setattr("camopd.commands.serve.find_vllm", lambda asked: VLLM("python", "0", cpu=True))
+        monkeypatch.setattr("camopd.commands.eval_server.served", served)
+        words = ["--models", "m=./m", "--limit", "5", "--context", "8192"]
+        cli.main(["eval", "--tasks", "qasc", *words])
+        cli.main(["eval", "--tasks", "qasc,medqa", *words])
+        assert contexts == [8192, 8192] and len(server.requests) == 10
+        monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+        monkeypatch.setattr("camopd.commands.serve.find_vllm", lambda asked: pytest.fail("vLLM is looked for"))
+        cli.main(["eval", "--tasks", "qasc,medqa", *words])  # the same command, its --context included
+        assert "needs a context of 8192" in error_of(
+            capsys, "--tasks", "qasc,mmlu", "--data", "mmlu=eval-data/qasc.jsonl", *words
+        )
+    assert len(contexts) == 2
 
 
 def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tmp_path, capsys, monkeypatch):

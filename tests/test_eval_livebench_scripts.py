@@ -186,6 +186,19 @@ def test_model_that_was_judged_before_is_read_and_another_commit_is_said(checkou
     assert items_of("result")["mean"] == 4 / 5  # a second change is seen, too
 
 
+def test_model_that_was_judged_before_needs_no_server(checkout, no_cage, capsys, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text('{"max_position_embeddings": 2048}', encoding="utf-8")
+    monkeypatch.setattr("camopd.commands.serve.find_vllm", lambda asked: pytest.fail("vLLM is looked for"))
+    have_judged(checkout, "start", ("a", "math", "aime"), ("b", "math", "aime"), ("c", "math", "amps"),
+                ("d", "language", "typos"), ("e", "coding", "LCB_generation"))  # fmt: skip
+    with serving(echo) as server:
+        words = words_of(checkout, "start=./small", f"result={server.url}")
+        said = error_of(capsys, [*words, "--context", "4096", "--vllm-python", "x"])
+        assert "--context, as no server is started here; --vllm-python, as no server is started here. Leave" in said
+        assert "+80.0 [" in said_of(capsys, words)
+
+
 def have_judged(checkout, model, *rows):
     for name, category, task in rows:
         path = checkout / "livebench" / "data" / "live_bench" / category / task / "model_judgment"

@@ -47,7 +47,12 @@ def eval(argv: list[str]) -> None:
     wanted = _wanted(options) if tasks else {}
     judged = effects.files_of(options.data).get(livebench.NAME)
     tasks = livebench.settle(tasks, judged, wanted)
-    for line in effects.check(options, tasks, wanted):
+    found = _read(tasks, judged, wanted)
+    asked = [task for task in tasks if task.answer != "read"]
+    asked_of = {name: [task for task in asked if task.name not in found[name]] for name in wanted}
+    for line in effects.check(
+        options, tasks, {name: wanted[name] for name in wanted if effects.served(asked_of[name])}
+    ):
         console.print(line, markup=False)
     if not tasks:
         from ..eval import page
@@ -63,20 +68,11 @@ def eval(argv: list[str]) -> None:
     from ..eval import page  # with what draws it
 
     out = Path(options.out)
-    found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
-    for name in wanted if judged else ():
-        if before := scripts.judged_before(judged, name, checkout):
-            found[name][livebench.NAME] = livebench.items(before)
-    asked = [task for task in tasks if task.answer != "read"]
-    served = effects.served(asked)
-    if served:
-        effects.need_context(wanted.values(), served, options)
     for task in asked:
         if task.answer == "weighed":
             models.need_folders(wanted.values(), task.name)
-    vllm = _vllm(options, wanted.values()) if served else None
+    vllm = _vllm(options, [(model, asked_of[name]) for name, model in wanted.items()])
     task_rows = _rows(asked, options, checkout)
-    asked_of = {name: [task for task in asked if task.name not in found[name]] for name in wanted}
     with contextlib.ExitStack() as held:
         locks: dict[Path, int] = {}
         for name, model in wanted.items():  # what is refused is refused before anything is generated
@@ -84,8 +80,7 @@ def eval(argv: list[str]) -> None:
         signals = held.enter_context(processes.noted_signals())
         for name, model in wanted.items():
             _introduce(model, asked_of[name], out)
-            left = [task for task in asked_of[name] if not jobs.finished(out / name / task.name)]
-            _ask(model, left, task_rows, judges, options, (python, vllm), locks, signals)
+            _ask(model, asked_of[name], task_rows, judges, options, (python, vllm), locks, signals)
             for task in asked_of[name]:
                 _stop(signals)
                 found[name][task.name] = _items(
@@ -95,6 +90,16 @@ def eval(argv: list[str]) -> None:
              "max_tokens": options.max_tokens,
              "judges": {name: f"{public_url(one.url)}#{one.model}" for name, one in judges.items()}}  # fmt: skip
     _say(page.write(compare.compare(tasks, found), _notes(tasks, found), about, out, options.paper, measured), out)
+
+
+def _read(tasks: Sequence[Task], judged: Path | None, wanted: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
+    """The items, by model and task, of what was asked and judged before by others: of LiveBench, in its checkout."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    for task in tasks:
+        for name in wanted if task.name == livebench.NAME else ():
+            if before := scripts.judged_before(judged, name, others=task.answer != "read"):
+                found[name][task.name] = livebench.items(before)
+    return found
 
 
 def _notes(tasks: Sequence[Task], found: dict[str, dict[str, Any]]) -> list[str]:
@@ -132,7 +137,7 @@ def _introduce(model: Model, tasks: Sequence[Task], out: Path) -> None:
 
 def _ask(
     model: Model,
-    left: Sequence[Task],
+    tasks: Sequence[Task],
     task_rows: dict[str, list[dict[str, Any]]],
     judges: dict[str, Judge],
     options: argparse.Namespace,
@@ -143,6 +148,7 @@ def _ask(
     """Do what is left to do with a model: first what needs the model itself, and then what a server of it answers."""
     python, vllm = programs
     folder = Path(options.out) / model.name
+    left = [task for task in tasks if not jobs.finished(folder / task.name)]
     served = effects.served(left)
     for task in left:
         if task not in served and not signals:
@@ -150,7 +156,7 @@ def _ask(
             _run(words, of_job, task, len(task_rows[task.name]), locks[of_job], signals)
     if not served:
         return
-    with _served(model, served, options, vllm, folder, signals) as url:
+    with _served(model, effects.served(tasks), options, vllm, folder, signals) as url:
         for task in served:
             if url is not None and not signals:
                 jobs.set_url(folder / task.name, url)
@@ -377,10 +383,19 @@ def _prepare(
     return locks
 
 
-def _vllm(options: argparse.Namespace, wanted: Any) -> VLLM | None:
+def _vllm(options: argparse.Namespace, asked: Sequence[tuple[Model, Sequence[Task]]]) -> VLLM | None:
+    """What serves the models that are no URLs and have answers left to give. Raises `ValueError` where one is too short."""
     from .serve import find_vllm
 
-    return find_vllm(options.vllm_python) if any(not model.is_url for model in wanted) else None
+    here = [(model, effects.served(tasks)) for model, tasks in asked if not model.is_url]
+    left = [
+        (model, served)
+        for model, served in here
+        if not all(jobs.finished(Path(options.out) / model.name / task.name) for task in served)
+    ]
+    for model, served in left:
+        effects.need_context([model], served, options)
+    return find_vllm(options.vllm_python) if left else None
 
 
 @contextlib.contextmanager

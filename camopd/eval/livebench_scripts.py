@@ -168,10 +168,10 @@ def questions(checkout: Checkout) -> list[dict[str, Any]]:
     return found
 
 
-def judged_before(folder: Path | None, model: str, asked: Checkout | None) -> list[dict[str, Any]]:
+def judged_before(folder: Path | None, model: str, others: bool) -> list[dict[str, Any]]:
     """The judgments that a checkout has of a model, as `livebench.judged`; `how` says where they are not of all questions.
 
-    `asked` is the checkout from which other models are asked. Raises `DataError` where these would be other questions.
+    `others` says that other models are asked. Raises `DataError` where these would be other questions.
     """
     found = judged(folder, model) if folder is not None else []
     if folder is None or not found:
@@ -182,7 +182,7 @@ def judged_before(folder: Path | None, model: str, asked: Checkout | None) -> li
         return found
     counts = f"{len(wanted & having)} of the {len(wanted)} questions of the release {RELEASE}"
     counts += f" and of {len(having - wanted)} others" if having - wanted else ""
-    if asked is not None:
+    if others:
         raise DataError(
             f"{str(folder)!r} has judgments of {model} for {counts}, and other models would be asked all {len(wanted)}: "
             "different questions are not compared. Judge it there for the whole release, or give it another name in "
