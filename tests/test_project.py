@@ -153,6 +153,14 @@ def test_ci_runs_every_python_that_the_package_says_it_supports():
     assert not SpecifierSet(PROJECT["requires-python"]).contains(f"3.{int(said[0].partition('.')[2]) - 1}")
 
 
+def test_make_lets_python_keep_what_it_compiles():
+    """Where it may not, each of a thousand processes compiles torch, transformers and trl anew."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "--file", str(ROOT / "Makefile"), "--eval", "probe: ; @env", "probe"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "MALLOC_MMAP_MAX_=0" in found and not any(line.startswith("PYTHONDONTWRITEBYTECODE") for line in found)
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflow_calls_targets_of_the_makefile(path):
     workflow = yaml.safe_load(read(path))
