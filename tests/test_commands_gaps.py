@@ -143,6 +143,29 @@ def test_gaps_leave_the_rollout_servers_of_a_run_that_is_under_way_alone(
             server.close()
 
 
+def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_path, capsys, monkeypatch):
+    """TRL's server: whoever rolls out sends it the weights first."""
+    (tmp_path / "site" / "vllm").mkdir(parents=True)
+    (tmp_path / "site" / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")  # it is looked for before anything is asked
+    settings = yaml.safe_load(run.read_text())
+    run.write_text(yaml.safe_dump({**settings, "use_vllm": True, "vllm_mode": "server"}))
+    words = ["gaps", str(tmp_path / "student"), "--config", str(run)]
+    lock = FolderLock(tmp_path / "out")
+    lock.take()
+    try:
+        said = refused(capsys, *words)
+        assert re.search(
+            rf"'{tmp_path / 'out'}' is in use: a run trains in it, process \d+ on .*\. Its vLLM server has", said
+        )
+        assert f"those of '{tmp_path / 'student'}' would take their place. Wait for its end" in said
+        assert "is in use" not in refused(capsys, *words, "--vllm_server_base_url", "http://127.0.0.1:9")
+        cli.main([*words, *said.partition("completions by ")[2].strip().removesuffix(".").split()])
+        assert "±" in capsys.readouterr().out
+    finally:
+        lock.release()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -19,6 +19,7 @@ from ..errors import CaMOPDError
 from ..folder_lock import LOCK_FILE, FolderLock
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers, teachers_of
+from ..settings import default_of
 from ..surroundings import check_hub, check_machine
 from ..teachers.address import (
     OWN_TEACHERS,
@@ -31,6 +32,14 @@ from ..teachers.address import (
 )
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
 from .train import make_trainer
+
+
+# The first words of what names servers that get the student's weights: what they have, and the ways round them.
+_SERVERS = {
+    "rollout_servers": ("rollout_servers have", "other servers by --rollout_servers",
+                        "--rollout_servers '[]' --rollout_lag 0"),
+    "vllm_server": ("vLLM server has", "another one by --vllm_server_base_url", "--use_vllm false"),
+}  # fmt: skip
 
 
 def gaps(argv: list[str]) -> None:
@@ -95,16 +104,19 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
     """A folder for what the trainer writes, which is gone afterwards: with rollout servers on the disk that they read the
     weights of the run from.
 
-    Raises `CaMOPDError` while the run in that folder is under way. Servers that `words` of the command line name are taken
-    for others than its own.
+    Raises `CaMOPDError` while the run in that folder is under way and has servers with its weights, those of TRL's
+    `vllm_mode: server` included. Servers that `words` of the command line name are taken for others than its own.
     """
-    if not settings.get("rollout_servers"):
-        with tempfile.TemporaryDirectory() as folder:
+    of_trl = settings.get("use_vllm") and settings.get("vllm_mode", default_of("vllm_mode")) == "server"
+    own = "rollout_servers" if settings.get("rollout_servers") else "vllm_server" if of_trl else ""
+    named = any(word.startswith(f"--{own}") for word in words)  # also --vllm_server_base_url, _host, _port
+    alone = nullcontext() if not own or named else _not_under_way(run, model, own)
+    if own != "rollout_servers":
+        with alone, tempfile.TemporaryDirectory() as folder:
             yield folder
         return
-    named = any(word.partition("=")[0] == "--rollout_servers" for word in words)
     new = [path for path in (run, *run.parents) if not path.exists()]
-    with nullcontext() if named else _not_under_way(run, model):
+    with alone:
         run.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=run, prefix="_gaps-") as folder:
@@ -116,17 +128,17 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
 
 
 @contextmanager
-def _not_under_way(run: Path, model: str) -> Iterator[None]:
-    """No run trains in its folder inside: its rollout servers have its weights, and would write by others unseen."""
+def _not_under_way(run: Path, model: str, servers: str) -> Iterator[None]:
+    """No run trains in its folder inside: its servers have its weights, and would write by others unseen."""
     lock = FolderLock(run)
     try:
         if (run / LOCK_FILE).exists() and os.environ.get("RANK", "0") == "0":  # every run has left one
             lock.take()
     except CaMOPDError as error:
+        have, others, without = _SERVERS[servers]
         raise CaMOPDError(
-            f"{str(error).partition('. Two runs')[0]}. Its rollout_servers have its weights, and those of {model!r} would "
-            "take their place. Wait for its end, name other servers by --rollout_servers, or have this process write the "
-            "completions by --rollout_servers '[]' --rollout_lag 0."
+            f"{str(error).partition('. Two runs')[0]}. Its {have} its weights, and those of {model!r} would take their "
+            f"place. Wait for its end, name {others}, or have this process write the completions by {without}."
         ) from None
     try:
         yield
