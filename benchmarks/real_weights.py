@@ -45,9 +45,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1, 2)
 ON_CPU: dict[str, Any] = {
     "specialise": {"max_steps": 40, "max_length": 256},
-    "held_out": 32,  # prompts of each branch
+    "held_out": 24,  # prompts of each branch
     "run": {
-        "max_steps": 8, "prompts_per_step": 16, "learning_rate": 4e-5, "max_prompt_length": 256,
+        "max_steps": 8, "prompts_per_step": 8, "learning_rate": 4e-5, "max_prompt_length": 256,
         "max_completion_length": 32, "eval_steps": 8, "save_steps": 4,
     },
     "evaluated": ("--limit", "64", "--max-tokens", "128", "--context", "2048"),
