@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ResumeError
 from .manifest import CHECKPOINT
-from .teachers.address import names_missing_model
+from .teachers.address import names_missing_model, without_secrets
 from .watchdog import PUSH, phase
 
 
@@ -88,8 +88,23 @@ def explain_hub_error(error: BaseException, repo: str, kind: str = "dataset") ->
     if statuses:
         return f"the Hub answers with status {statuses[0]}; try again later"
     if unreachable or among(*hub_errors()[1:]):  # without a status: no answer
-        return "the Hub cannot be reached; check network, proxy and HF_ENDPOINT"
+        return f"the Hub cannot be reached; {way_to_hub(*chain)}"
     return f"{type(error).__name__}: {without_tokens(error)}"
+
+
+def way_to_hub(*errors: BaseException) -> str:
+    """What to change where these errors say that the Hub cannot be reached."""
+    if any("CERTIFICATE" in str(error) for error in errors):
+        return "set SSL_CERT_FILE to a PEM file of the authorities to trust, a proxy's own one among them"
+    return "check network, proxy and HF_ENDPOINT (also HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE)"
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind of an error without a connection, and what it says. Prints no token and no password."""
+    name = type(error).__name__
+    if not isinstance(error, (*hub_errors(), ImportError)):  # of a URL, and parts of a password may be in it
+        return name
+    return f"{name}: {without_secrets(without_tokens(error))}"
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .files import COMPRESSED, file_type, no_column, specification
 from .folder_lock import need_free
-from .hub import hub_errors
+from .hub import hub_errors, reason_of, way_to_hub
 from .output_dir import need_same_run_as, need_unused
 from .schedule import by_step
 from .settings import default_of
@@ -24,10 +24,13 @@ from .teachers.address import (
     PATIENCE,
     base_of,
     did_you_mean,
+    has_adapter,
+    hub_constants,
     in_cache,
     is_here,
     is_server,
     no_connection,
+    public_url,
     was_fetched,
 )
 
@@ -213,23 +216,23 @@ def check_hub(settings: Mapping[str, Any]) -> None:
     The teachers in `settings` are those of [`camopd.run.teachers_of`]. Their `env` is that of this process, as
     [`camopd.early.check_early`] leaves it.
     """
-    from huggingface_hub import constants
-
+    constants = hub_constants()
     student = str(settings.get("model_name_or_path") or "")
     teachers = {f"the teacher of branch {branch!r}": name for branch, name in (settings.get("teachers") or {}).items()}
     kwargs = [settings.get(name) or {} for name in ("model_init_kwargs", "teacher_model_init_kwargs")]
     if constants.HF_HUB_OFFLINE or any("cache_dir" in each for each in kwargs) or os.environ.get("RANK", "0") != "0":
         return
-    for whose, name in {"the student": base_of(student), **teachers}.items():
+    own = f"the base_model_name_or_path of the adapter {student!r}" if has_adapter(student) else "the student"
+    for whose, name in {own: base_of(student), **teachers}.items():
         if not isinstance(name, str) or name in OWN_TEACHERS or is_server(name) or is_here(name) or was_fetched(name):
             continue
         error = _no_way_to_hub()
         if error is None:
             return
         raise ValueError(
-            f"{whose}, {name!r}, is no path on this machine, and {constants.ENDPOINT}, from where it would be fetched, "
-            f"cannot be reached ({type(error).__name__}).{did_you_mean(name)} Fix the path, or check network, proxy "
-            f"and HF_ENDPOINT; or fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and name its folder."
+            f"{whose}, {name!r}, is no path on this machine, and {public_url(constants.ENDPOINT)}, from where it would be "
+            f"fetched, cannot be reached ({reason_of(error)}).{did_you_mean(name)} Fix the path, or {way_to_hub(error)}; "
+            f"or fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and name its folder."
         )
 
 
@@ -242,8 +245,9 @@ def _no_way_to_hub() -> Exception | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=PATIENCE, follow_redirects=False)
             return None
-        except hub_errors() as error:
-            if not no_connection(error):
+        except Exception as error:
+            # All but what the HTTP library has of a connection is of a proxy, a certificate or a URL that it cannot use.
+            if isinstance(error, hub_errors()[1:]) and not no_connection(error):
                 return None
             reason = error
     return reason
@@ -270,7 +274,8 @@ def check_push(settings: Mapping[str, Any]) -> None:
             )  # fmt: skip
             if answer.status_code in (401, 403):
                 reason = f"the Hub refuses the token of this machine (status {answer.status_code}); set HF_TOKEN"
-        except httpx.HTTPError as error:
-            reason = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); check network and proxy"
+        except Exception as error:  # also of a proxy that it cannot use
+            where = public_url(constants.ENDPOINT)
+            reason = f"{where} cannot be reached ({reason_of(error)}); {way_to_hub(error)}"
     if reason:
         raise ValueError(f"push_to_hub=True, and {reason}. {later}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import transformers.trainer
 from conftest import make_model, make_prompts, make_tokenizer
@@ -17,7 +18,7 @@ from transformers.utils import PushInProgress
 
 from camopd import CaMOPDConfig, CaMOPDTrainer
 from camopd.errors import ResumeError, TeacherError
-from camopd.hub import check_trusted, need_weights, public_name
+from camopd.hub import check_trusted, explain_hub_error, need_weights, public_name
 from camopd.output_dir import EVAL_TASKS
 from camopd.teachers.local import LocalTeacher
 
@@ -271,3 +272,11 @@ def test_path_that_leads_nowhere_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     need_weights("org/model")
     with pytest.raises(OSError, match="its folder has no weights"):
         need_weights("student")
+
+
+def test_certificate_that_is_not_trusted_is_not_a_missing_network():
+    error = RuntimeError("the dataset could not be loaded")
+    error.__cause__ = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    assert explain_hub_error(error, "org/data").startswith(
+        "the Hub cannot be reached; set SSL_CERT_FILE to a PEM file"
+    )

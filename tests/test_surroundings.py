@@ -3,11 +3,14 @@
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
+import httpx
 import pytest
 import yaml
 from datasets import Dataset
@@ -210,7 +213,9 @@ def test_push_without_a_hub_or_a_token_is_refused_before_training(answer, monkey
     ):
         check_push(push)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"http://127.0.0.1:9 cannot be reached \(ConnectError\)") as refused:
+    with pytest.raises(
+        ValueError, match=r"http://127.0.0.1:9 cannot be reached \(ConnectError: .*refused\)"
+    ) as refused:
         check_push(push)
     assert "hf_secret" not in str(refused.value)
     monkeypatch.delenv("HF_TOKEN")
@@ -244,7 +249,7 @@ TEACHERS = {"general": "http://localhost:1", "domain": "adapter_off"}
 def test_model_that_no_hub_can_send_is_refused_within_seconds(models, monkeypatch):
     check_hub({"model_name_or_path": HERE, "teachers": TEACHERS})
     with pytest.raises(ValueError, match=r"the student, 'modles/student', is no path on this machine, and http://127.0.0.1:9"
-                       r", .* cannot be reached \(ConnectError\)\. Did you mean 'models/student'\?"):  # fmt: skip
+                       r", .* cannot be reached \(ConnectError: .*\)\. Did you mean 'models/student'\?"):  # fmt: skip
         check_hub({"model_name_or_path": AWAY, "teachers": TEACHERS})
     with pytest.raises(ValueError, match=r"the teacher of branch 'domain', 'org/x', .*hf download org/x --local-dir"):
         check_hub({"model_name_or_path": HERE, "teachers": {**TEACHERS, "domain": "org/x"}})
@@ -297,6 +302,69 @@ def test_hub_that_can_be_reached_at_the_second_try_is_reached(models, answer, mo
     monkeypatch.setattr("huggingface_hub.get_session", Client)
     check_hub({"model_name_or_path": AWAY})
     assert tries == [constants.ENDPOINT] * 2
+
+
+CERTIFICATE = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate (_ssl.c:1006)"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            httpx.ConnectError(CERTIFICATE),
+            r"\(ConnectError: \[SSL: CERTIFICATE_VERIFY_FAILED\] .*\).* set SSL_CERT_FILE to a",
+        ),
+        (httpx.ConnectError("no way to http://user:secret@proxy:1"), r"\(ConnectError: no way to http://proxy:1\)"),
+        (httpx.InvalidURL("Invalid port: 'secret'"), r"\(InvalidURL\).* HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and"),
+        (FileNotFoundError(2, "No such file"), r"\(FileNotFoundError: .* and SSL_CERT_FILE\)"),
+    ],
+)
+def test_way_to_the_hub_that_is_barred_is_said_with_the_way_out(models, monkeypatch, error, says):
+    def refuse(*_, **more):
+        raise error
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://user:secret@hub")
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(head=refuse))
+    monkeypatch.setattr("httpx.get", refuse)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    for ask in (
+        lambda: check_hub({"model_name_or_path": AWAY}),
+        lambda: check_push({"push_to_hub": True, "output_dir": "out"}),
+    ):
+        with pytest.raises(ValueError, match=rf"https://hub\b.* cannot be reached {says}") as refused:
+            ask()
+        assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("HF_ENDPOINT", "http://user:secret@[bad", r"HF_ENDPOINT='http://\[bad' is no address of a Hub.* or unset it"),
+        ("HF_ENDPOINT", "http://user:secret/x@hub", r"HF_ENDPOINT='http://\.\.\.' is no address"),
+        ("HTTPS_PROXY", "nonsense://user:secret@proxy", r"cannot be reached \(ValueError\).* HTTPS_PROXY"),
+    ],
+)
+def test_address_that_the_hubs_client_cannot_use_is_named_by_its_variable(tmp_path, variable, value, says):
+    """Of a fresh process: its import reads HF_ENDPOINT. With files that are all here no address matters."""
+    environment = {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://hub", variable: value}
+    code = (
+        "from camopd.surroundings import check_hub\n"
+        "try: check_hub({'model_name_or_path': 'org/x'})\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert re.search(says, done.stdout) and "secret" not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_base_of_the_students_adapter_is_named_as_such(models, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(
+        ValueError,
+        match=r"^the base_model_name_or_path of the adapter 'tuned', 'org/base', is no path on this machine, and ",
+    ):
+        check_hub({"model_name_or_path": "tuned"})
 
 
 @pytest.mark.parametrize("command", ["check", "gaps"])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+from types import SimpleNamespace
 
 import pytest
 from fake_hub import FakeHub
@@ -13,6 +14,7 @@ from trainers import make_trainer
 
 from camopd.method_rules import check_values
 from camopd.run import PromptArguments, named_teachers, read_settings
+from camopd.surroundings import check_hub
 from camopd.teachers.address import (
     base_of,
     did_you_mean,
@@ -214,10 +216,39 @@ def test_near_name_is_refused_without_a_hub_and_not_for_a_slow_one(folders, hub,
         assert not names_missing_model("specialized")
 
 
+def test_near_name_is_left_to_a_client_that_can_ask_nobody(folders, hub, monkeypatch):
+    """It names its proxy when it has to; that it cannot be asked is no sign of a misspelt name."""
+
+    def refuse(*_, **more):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed")
+
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(get=refuse))
+    assert not names_missing_model("specialized")
+
+
 def test_base_of_an_adapter_is_the_model_under_it(folders, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert base_of("adapter") == "/home/me/specialised"
     assert base_of("specialised") == "specialised" and base_of("org/model") == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"base_model_name_or_path": "a\nb"}', r"Invalid control character .* save the adapter again"),
+        (b"", "Expecting value"), (b"\xff", "'utf-8' codec"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", r"a pointer of git-lfs.*`git lfs pull`"),
+        (b"[]", "what model the adapter is for: its base_model_name_or_path is None"),
+        (b"{}", r"is None\. Write there the folder or the id of that model"),
+        (b'{"base_model_name_or_path": ""}', "is ''"), (b'{"base_model_name_or_path": ["x"]}', r"is \['x'\]"),
+    ],
+)  # fmt: skip
+def test_adapter_whose_config_names_no_model_is_an_error_that_names_the_file(folders, monkeypatch, content, says):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    (folders / "adapter" / "adapter_config.json").write_bytes(content)
+    for ask in (base_of, lambda model: check_hub({"model_name_or_path": model})):
+        with pytest.raises(ValueError, match=f"^'adapter/adapter_config.json' (cannot|does) .*{says}"):
+            ask("adapter")
 
 
 def test_adapter_is_known_by_its_config(tmp_path):

@@ -111,18 +111,34 @@ def names_missing_model(name: str) -> bool:
 
 def _may_be_on_hub(word: str) -> bool:
     """Whether the Hub knows a model, or has been reached and does not say."""
-    from huggingface_hub import constants, get_session
+    constants = hub_constants()
+    if constants.HF_HUB_OFFLINE:
+        return False
+    from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import build_hf_headers
 
-    if constants.HF_HUB_OFFLINE:
-        return False
     url = f"{constants.ENDPOINT}/api/models/{quote(word, safe='')}"
     try:
         status = get_session().get(url, headers=build_hf_headers(), timeout=PATIENCE).status_code
     except (HTTPError, OSError) as error:
         return not no_connection(error)
+    except Exception:  # of a proxy that the client cannot use; it says more when it has to
+        return True
     return status not in (401, 404)  # 401: what the Hub says to one without a token of a model that it does not have
+
+
+def hub_constants() -> Any:
+    """The settings of the Hub's client. Raises `ValueError` for an HF_ENDPOINT that it cannot be imported with."""
+    try:
+        from huggingface_hub import constants, get_session  # noqa: F401
+    except ValueError:
+        shown = name_to_show(public_url(os.environ.get("HF_ENDPOINT", "")))
+        raise ValueError(
+            f"HF_ENDPOINT={shown!r} is no address of a Hub, which has the form https://host or https://host:port. Correct "
+            "it, or unset it for that of Hugging Face."
+        ) from None
+    return constants
 
 
 def no_connection(error: BaseException) -> bool:
@@ -169,9 +185,7 @@ def _is_model(folder: Path) -> bool:
 
 def was_fetched(model: str) -> bool:
     """Whether the cache of the Hub has files of a model, of any revision; of an adapter, too, which has no config.json."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"
+    folder = Path(hub_constants().HF_HUB_CACHE) / f"models--{model.replace('/', '--')}" / "snapshots"
     with contextlib.suppress(ValueError):  # of a name that no path can have
         return bool(glob.glob(f"{glob.escape(str(folder))}/*/*"))
     return False
@@ -195,12 +209,27 @@ def has_adapter(model: str) -> bool:
 def base_of(model: str) -> str:
     """The model under a saved adapter, or the model itself. A path as it is on this machine.
 
-    Raises `ValueError` for an adapter_config.json that is not JSON.
+    Raises `ValueError` for an adapter_config.json that cannot be read, or names no model.
     """
-    if has_adapter(model):
-        config = json.loads(Path(os.path.expanduser(model), "adapter_config.json").read_text(encoding="utf-8"))
-        model = str(config.get("base_model_name_or_path"))
-    return os.path.expanduser(model)
+    if not has_adapter(model):
+        return os.path.expanduser(model)
+    file = os.path.join(os.path.expanduser(model), "adapter_config.json")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError(
+                "it is a pointer of git-lfs, in place of the file that `git lfs pull` in its folder fetches"
+            )
+        config = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file!r} cannot be read: {error}. Fetch or save the adapter again.") from None
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base or not isinstance(base, str):
+        raise ValueError(
+            f"{file!r} does not say what model the adapter is for: its base_model_name_or_path is {base!r}. Write there "
+            "the folder or the id of that model."
+        )
+    return os.path.expanduser(base)
 
 
 def is_loopback(host: str) -> bool:
