@@ -950,3 +950,23 @@ def _on_two_processes(folder: Path, config: str) -> None:
 
 if __name__ == "__main__":
     _on_two_processes(Path(sys.argv[1]), sys.argv[2])
+
+
+@pytest.mark.parametrize("limit", [0.3, None])
+def test_servers_that_are_not_seen_are_not_warned_of_where_a_bound_is_set_or_none_is_wanted(caplog, limit):
+    guards = guards_of(limit)
+    for number in range(6 * UNSEEN):
+        guards.on_step_ready(lagged(number, []))
+    assert "was not seen" not in caplog.text
+
+
+def test_bound_that_is_set_finds_a_stale_server_in_the_lagged_step_itself():
+    step = lagged(3, [])
+    step.summaries = [
+        make_summary(position=place, server=f"http://{name}", num_ratios=50, log_ratio=50 * apart)
+        for place, (name, apart) in enumerate([("a", 0.1), ("b", 0.9)])
+    ]
+    guards_of(0).on_step_ready(step)  # with an update between them, rounding bounds nothing
+    guards_of(1.0).on_step_ready(step)
+    with pytest.raises(GuardError, match=r"the rollout server at http://b, for the same tokens, are 0\.9 nats"):
+        guards_of(0.3).on_step_ready(step)

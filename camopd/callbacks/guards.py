@@ -98,9 +98,9 @@ class Guards(StepCallback):
             self._ahead[server] = (before[0] + apart, before[1] + tokens)
         self._look_at_sampler([(server, *of) for server, of in self._ahead.items()], lag=0, spare=SPARE)
         self._ahead = {server: of for server, of in self._ahead.items() if of[1] < LEAST}
-        if not step.lag or self._limits["log_ratio"] is None:
+        if not step.lag or self._limits["log_ratio"] != 0:  # a bound that was set holds for a lagged step, too
             return
-        # The log-probs of the step itself tell nothing of its servers, since they are of the weights before.
+        # Without one the log-probs of the step itself tell nothing of its servers, since they are of the weights before.
         writers = {row.server for row in step.summaries}
         self._unseen.update(writers)
         for server, *_ in step.ahead_apart:
