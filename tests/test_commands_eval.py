@@ -241,6 +241,32 @@ def test_judged_task_asks_its_own_judge_and_shows_what_it_could_not_say(data, tm
         assert path.is_dir() or b"secret" not in path.read_bytes(), path
 
 
+def test_ctrl_c_ends_judging_at_once_and_is_said_once(data, tmp_path, capsys):
+    engine = tmp_path / "python"
+    engine.write_text(engine.read_text(encoding="utf-8").replace("default_val", "train").replace('"question"', '"problem"'),
+                      encoding="utf-8")  # fmt: skip
+    rows = "".join(json.dumps({"problem": f"hmmt {n}", "answer": str(n)}) + "\n" for n in range(9))
+    (data / "hmmt25.jsonl").write_text(rows, encoding="utf-8")
+    go_on = threading.Event()
+
+    def judge(body):
+        if len(judging.requests) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(judging.requests) > 1:
+            go_on.wait(30)
+        return "<extracted_answer>1</extracted_answer><decision>yes</decision>"
+
+    with serving(lambda body: "so it is") as model, serving(judge, model="judge") as judging:
+        words = ["--tasks", "hmmt25", "--models", f"m={model.url}", "--judge", judging.url, "--concurrency", "3"]
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["eval", *words])
+        assert stopped.value.code == 130 and len(judging.requests) == 4 and time.monotonic() - started < 25
+        go_on.set()
+    assert capsys.readouterr().out.count("Stopped.") == 1
+    assert Path("eval-output/m/hmmt25/verdicts.jsonl").read_text(encoding="utf-8").count("\n") == 1  # that is finished
+
+
 def test_second_command_on_a_folder_is_refused_before_it_changes_anything(data, tmp_path, capsys):
     go_on = threading.Event()
 

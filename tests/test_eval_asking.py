@@ -1,12 +1,13 @@
 """Requests to servers of an evaluation (camopd/eval/asking.py)."""
 
 import gzip
+import threading
 import time
 
 import pytest
 from fake_openai import Raw, serving
 
-from camopd.eval.asking import Line, Unanswered, key_of
+from camopd.eval.asking import Ended, Line, Unanswered, key_of
 
 
 def sent(reply, key="a-secret", seconds=30.0, most=1000):
@@ -37,6 +38,33 @@ def test_line_has_one_deadline_for_a_reply_that_comes_byte_by_byte():
     with pytest.raises(Unanswered, match="no answer in 0 seconds"):
         sent(Raw(b"x" * 1000, pause=0.05), seconds=0.4)
     assert time.monotonic() - started < 20  # 50 by the server's pace
+
+
+@pytest.mark.parametrize("reply", [Raw(b"x" * 1000, pause=0.05), None])
+def test_line_that_is_ended_waits_for_nothing_and_sends_nothing_more(reply):
+    go_on = threading.Event()
+    with serving(lambda body: reply or go_on.wait(60) or "late") as server:
+        line, found = Line(None, 60), []
+
+        def send():
+            with pytest.raises(Ended) as raised:
+                line.send(f"{server.url}/chat/completions", {"model": "tiny"})
+            found.append(raised)
+
+        threads = [threading.Thread(target=send) for _ in range(3)]
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        while len(server.requests) < 3:
+            time.sleep(0.01)
+        line.end()
+        for thread in threads:
+            thread.join(60)
+        send()
+        with pytest.raises(Ended):
+            line.wait(60)
+        go_on.set()
+    assert len(found) == 4 and len(server.requests) == 3 and time.monotonic() - started < 30
 
 
 def test_line_says_what_stood_in_the_way():

@@ -1,6 +1,7 @@
 """Answers that are code (camopd/eval/code.py)."""
 
 import json
+import time
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_program_is_head_answer_and_tests():
 def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
     asked = []
 
-    def run(program, found, seconds):
+    def run(program, found, seconds, look):
         assert seconds == cage.SECONDS
         asked.append(program)
         return "a + b" in program, "passed"
@@ -61,13 +62,37 @@ def test_verdicts_are_kept_and_make_the_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(cage, "find", lambda: ("bwrap", "python3"))
     monkeypatch.setattr(cage, "run", run)
     ticks = []
-    verdicts = code.judge(tmp_path, rows(), lambda: ticks.append(1))
-    assert [verdict["passed"] for verdict in verdicts] == list(ANSWERS.values()) and len(ticks) == len(ANSWERS)
+    verdicts = code.judge(tmp_path, rows(), lambda steps=1: ticks.append(steps))
+    assert [verdict["passed"] for verdict in verdicts] == list(ANSWERS.values()) and sum(ticks) == len(ANSWERS)
     assert code.judge(tmp_path, rows()) == verdicts and len(asked) == 5
     scored = [one | {"verdict": verdict} for one, verdict in zip(rows(), verdicts, strict=True)]
     found = items_of(TASKS["humaneval"], scored)
     assert [item.score for item in found] == list(map(float, ANSWERS.values()))
     assert [item.unparsed for item in found] == [0, 0, 0, 0, 0, 1, 1]
+
+
+def test_signal_ends_a_program_that_runs(tmp_path, monkeypatch):
+    """Tests of LiveCodeBench may take minutes."""
+    begun = []
+
+    def run(program, found, seconds, look=lambda: None):
+        begun.append(program)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            look()
+            time.sleep(0.01)
+        return True, "passed"
+
+    def tick(steps=1):
+        if begun:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cage, "find", lambda: ("bwrap", "python3"))
+    monkeypatch.setattr(cage, "run", run)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        code.judge(tmp_path, rows(), tick)
+    assert time.monotonic() - started < 15 and not (tmp_path / "verdicts.jsonl").exists()
 
 
 @pytest.mark.eval

@@ -1,6 +1,8 @@
 """CoSER's given-circumstance acting (camopd/eval/gca.py): the loop and the score by hand, against a local server."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -223,13 +225,38 @@ def test_scene_that_a_server_refuses_is_an_error_and_the_others_are_kept(checkou
     with serving(lambda body: 400 if refusing[0] and "A walk." in str(body) else table(body)) as server:
         one = judge_of(server)
         with pytest.raises(CaMOPDError, match=r"1 of 2 scenes could not be played, the first as HTTP 400.*kept"):
-            gca.play_all(one, one, tmp_path / "kept", scenes, 1, lambda: None)
+            gca.play_all(one, one, tmp_path / "kept", scenes, 1, lambda steps=1: None)
         asked, refusing[0] = len(table.asked), False
-        found = gca.play_all(one, one, tmp_path / "kept", scenes, 1, lambda: None)
+        found = gca.play_all(one, one, tmp_path / "kept", scenes, 1, lambda steps=1: None)
     assert len(found) == 2 and all(call[0] != "NEXT" or "A walk." in str(call[2]) for call in table.asked[asked:])
     with pytest.raises(CaMOPDError, match="ConnectError"):
         gone = Judge("http://127.0.0.1:9", "m", pause=0)
-        gca.play_all(gone, gone, tmp_path / "gone", scenes, 1, lambda: None)
+        gca.play_all(gone, gone, tmp_path / "gone", scenes, 1, lambda steps=1: None)
+
+
+@pytest.mark.parametrize("slow", ["actor", "world"])
+def test_signal_ends_a_scene_whoever_is_waited_for(checkout, tmp_path, slow):
+    go_on, begun = threading.Event(), []
+
+    def wait(body):
+        begun.append(body)
+        go_on.wait(30)
+        return "late"
+
+    def tick(steps=1):
+        if begun:
+            raise KeyboardInterrupt
+
+    table = Table(["Bo", "Ann"] * 99)
+    with serving(table) as quick, serving(wait) as other:
+        quick, other = judge_of(quick), judge_of(other)
+        actor, world = (other, quick) if slow == "actor" else (quick, other)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            gca.play_all(actor, world, tmp_path, rows.read(GCA, checkout, None), 2, tick)
+        assert time.monotonic() - started < 25
+        go_on.set()
+    assert not (tmp_path / "verdicts.jsonl").exists()
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,33 @@ def test_signal_ends_the_asking_of_failures(checkout, no_cage, capsys):
             cli.main(["eval", *words_of(checkout, f"m={server.url}"), "--concurrency", "1"])
         assert stopped.value.code == 130 and len(server.requests) == 6
     assert "Stopped. Finished answers are kept" in capsys.readouterr().out
+
+
+def test_signal_ends_many_at_a_time_at_once_and_is_said_once(checkout, no_cage, capsys):
+    """A request may take forty minutes."""
+    go_on, once_more = threading.Event(), []
+
+    def fail(body):
+        if len(server.requests) > 5:  # those are of LiveBench's script
+            once_more.append(body)
+            if len(once_more) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            if len(once_more) > 1:
+                go_on.wait(30)
+                return "late"
+            return "in time"
+        return 500
+
+    with serving(fail) as server:
+        started = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["eval", *words_of(checkout, f"m={server.url}"), "--concurrency", "2"])
+        seconds = time.monotonic() - started
+        go_on.set()
+    assert stopped.value.code == 130 and len(once_more) == 3 and seconds < 25
+    assert capsys.readouterr().out.count("Stopped.") == 1
+    folder = Path("eval-output/m/livebench")
+    assert [answer["text"] for answer in scripts.answers_of(folder).values() if answer["text"]] == ["in time"]
 
 
 def test_prompt_that_is_too_long_is_an_error_that_says_so(checkout, no_cage, capsys):

@@ -290,7 +290,7 @@ def _items(
             given = code.judge(folder, found, tick)
         else:
             ask = {"verified": judge.verify, "compared": arena.compare, "played": gca.judge}[task.answer]
-            given = verdicts.collect(folder, found, asked.model, partial(ask, asked), concurrency, tick)
+            given = verdicts.collect(folder, found, asked.model, partial(ask, asked), concurrency, tick, asked.end)
     return scores.items_of(task, [row | {"verdict": verdict} for row, verdict in zip(found, given, strict=True)])
 
 
@@ -320,24 +320,35 @@ def _have_asked(folder: Path, task: Task, asked: Sequence[dict[str, Any]], lock:
     words, environment = scripts.words_to_ask(checkout, job, asked), scripts.environment(checkout)
     _run(words, folder, task, len(asked), lock, signals, env=environment, cwd=folder / "work")
     if not signals:
-        scripts.gather(folder, asked, lambda: _stop(signals))
+        with _stopping(signals) as look:
+            scripts.gather(folder, asked, look)
 
 
 @contextlib.contextmanager
 def _ticking(name: str, total: int, signals: Sequence[int]) -> Iterator[Callable[..., None]]:
     """A bar that goes on with each call of what is yielded; there a signal ends the command, with what is done kept."""
-    with _bar(name, total) as (progress, bar):
+    with _bar(name, total) as (progress, bar), _stopping(signals) as look:
 
         def tick(steps: int = 1) -> None:
-            if signals:
-                raise KeyboardInterrupt
+            look()
             progress.advance(bar, steps)
 
-        try:
-            yield tick
-        except KeyboardInterrupt:
-            _stop(signals)
-            raise
+        yield tick
+
+
+@contextlib.contextmanager
+def _stopping(signals: Sequence[int]) -> Iterator[Callable[[], None]]:
+    """What is yielded raises, in any thread, when a signal has come; in this one that ends the command."""
+
+    def look() -> None:
+        if signals:
+            raise KeyboardInterrupt
+
+    try:
+        yield look
+    except KeyboardInterrupt:
+        _stop(signals)
+        raise
 
 
 @contextlib.contextmanager
@@ -387,14 +398,12 @@ def _vllm(options: argparse.Namespace, asked: Sequence[tuple[Model, Sequence[Tas
     """What serves the models that are no URLs and have answers left to give. Raises `ValueError` where one is too short."""
     from .serve import find_vllm
 
-    here = [(model, effects.served(tasks)) for model, tasks in asked if not model.is_url]
-    left = [
-        (model, served)
-        for model, served in here
-        if not all(jobs.finished(Path(options.out) / model.name / task.name) for task in served)
-    ]
-    for model, served in left:
-        effects.need_context([model], served, options)
+    left = False
+    for model, tasks in asked:
+        served = effects.served(tasks)
+        if not model.is_url and not all(jobs.finished(Path(options.out, model.name, task.name)) for task in served):
+            effects.need_context([model], served, options)
+            left = True
     return find_vllm(options.vllm_python) if left else None
 
 

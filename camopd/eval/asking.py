@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,6 +23,10 @@ class Unanswered(Exception):
     """The server was not there, broke off, or took too long. The text is for the user."""
 
 
+class Ended(Exception):
+    """The line was ended, by `Line.end`."""
+
+
 class Reply(NamedTuple):
     """What came back. `unread` says why there is no text."""
 
@@ -36,6 +41,20 @@ class Line:
     def __init__(self, key: str | None, seconds: float, most: int = MOST):
         """`seconds` is for the whole of a request, and `most` the bytes of a reply."""
         self.key, self.seconds, self.most = key, seconds, most
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    def end(self) -> None:
+        """End what is sent or waited for, in whatever thread: it raises `Ended`, and so does all that follows."""
+        self._ended.set()
+        with self._lock:
+            for task in self._under_way:
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def wait(self, seconds: float) -> None:
+        """Before another attempt. Raises `Ended`."""
+        if self._ended.wait(seconds):
+            raise Ended
 
     def without_key(self, text: str) -> str:
         """A text of a server, or about one, that may be kept."""
@@ -46,8 +65,11 @@ class Line:
         return without_secrets(self.without_key(text))[:SHOWN]
 
     def send(self, url: str, body: dict[str, Any] | None = None) -> Reply:
-        """GET, or POST where there is a body. Raises `Unanswered`."""
-        return asyncio.run(self._send(url, body))  # in any thread; a time limit of httpx is for each read alone
+        """GET, or POST where there is a body. Raises `Unanswered`, and `Ended`."""
+        try:
+            return asyncio.run(self._noted(url, body))  # in any thread; a time limit of httpx is for each read alone
+        except asyncio.CancelledError:
+            raise Ended from None
 
     def get(self, url: str) -> Any:
         """The JSON of an answer. Raises `Unanswered` with what came in its place."""
@@ -58,6 +80,19 @@ class Line:
             return json.loads(reply.text)
         except (ValueError, RecursionError):
             raise Unanswered(f"not JSON: {self.shown(reply.text)!r}") from None
+
+    async def _noted(self, url: str, body: dict[str, Any] | None) -> Reply:
+        task = asyncio.current_task()
+        assert task is not None
+        with self._lock:
+            if self._ended.is_set():
+                raise Ended
+            self._under_way.add(task)
+        try:
+            return await self._send(url, body)
+        finally:  # before its loop is closed, which `end` is not to call
+            with self._lock:
+                self._under_way.discard(task)
 
     async def _send(self, url: str, body: dict[str, Any] | None) -> Reply:
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}

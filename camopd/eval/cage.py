@@ -103,10 +103,12 @@ def words(bwrap: str, python: str, room: Room | None = None, given: Mapping[str,
     ]  # fmt: skip
 
 
-def run(program: str, cage: tuple[str, str], seconds: float = SECONDS) -> tuple[bool, str]:
-    """Whether a program comes to its end in a cage, and how it ended. Nothing of it is left after."""
+def run(
+    program: str, cage: tuple[str, str], seconds: float = SECONDS, look: Callable[[], None] = lambda: None
+) -> tuple[bool, str]:
+    """Whether a program comes to its end in a cage, and how it ended. Nothing of it is left after. `look`: see `into`."""
     with tempfile.TemporaryFile() as said:
-        passed, how = into(said, program, cage, Room(seconds))
+        passed, how = into(said, program, cage, Room(seconds), look=look)
     return passed, how
 
 

@@ -34,7 +34,7 @@ def program_of(row: Mapping[str, Any]) -> str | None:
 
 
 def judge(
-    folder: Path, rows: Sequence[Mapping[str, Any]], tick: Callable[[], None] = lambda: None
+    folder: Path, rows: Sequence[Mapping[str, Any]], tick: Callable[..., None] = lambda steps=1: None
 ) -> list[verdicts.Verdict]:
     """For each answer whether it `passed` and `how` it ended, from an earlier call or by running it; kept in `folder`.
 
@@ -48,7 +48,7 @@ def judge(
             return {"passed": False, "how": "no code"}
         gold = json.loads(row["gold"])
         seconds = live_code.seconds_of(gold) if "evaluation_sample" in gold else cage.SECONDS
-        passed, how = cage.run(program, found, seconds)
+        passed, how = cage.run(program, found, seconds, lambda: tick(0))
         return {"passed": passed, "how": how}
 
     return verdicts.collect(folder, rows, "cage", ask, max(1, (os.cpu_count() or 1) // 2), tick)

@@ -129,7 +129,12 @@ def aloud(text: str) -> str:
 
 
 def play_all(
-    actor: Judge, world: Judge, folder: Path, rows: Sequence[Mapping[str, Any]], workers: int, tick: Callable[[], None]
+    actor: Judge,
+    world: Judge,
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    workers: int,
+    tick: Callable[..., None],
 ) -> list[dict[str, Any]]:
     """The scenes as answers, in order; each is kept in `folder` when it is played.
 
@@ -137,7 +142,14 @@ def play_all(
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked = [{**row, "text": ""} for row in rows]
-    played = collect(folder, asked, f"{actor.model} with {world.model}", partial(play, actor, world), workers, tick)
+
+    def end() -> None:
+        actor.end()
+        world.end()
+
+    played = collect(
+        folder, asked, f"{actor.model} with {world.model}", partial(play, actor, world), workers, tick, end
+    )
     failed = [scene["failed"] for scene in played if "failed" in scene]
     if failed:
         raise CaMOPDError(

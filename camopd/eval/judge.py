@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +81,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         self._line = Line(self.key, self.timeout)
+        self.end = self._line.end
 
     def ask(
         self, messages: Sequence[Mapping[str, str]], temperature: float, read: Callable[[str], Verdict],
@@ -90,13 +90,13 @@ class Judge:
         """What `read` makes of the reply's text, with the text as `said`; {"failed": why} after `ATTEMPTS`.
 
         `again` is the temperature of the later attempts. `read` raises `Unusable` for a reply without a verdict. Raises
-        `CaMOPDError` where the server is gone.
+        `CaMOPDError` where the server is gone, and `Ended` after `end`.
         """
         said: str | None = None
         why = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
+                self._line.wait(self.pause * 2 ** (attempt - 1))
             try:
                 said = self._reply(messages, temperature if again is None or not attempt else again)
                 return {**read(said), "said": said}

@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from . import cage, jobs
 from .asking import Line, Unanswered, key_of
 from .livebench import NAME, data_of, judged
 from .runner import cut_torn_line
+from .together import together
 
 
 RELEASE = "2024-11-25"
@@ -266,9 +266,9 @@ def environment(checkout: Checkout) -> dict[str, str]:
 def gather(folder: Path, rows: Sequence[Mapping[str, Any]], look: Callable[[], None] = lambda: None) -> None:
     """Put the answers that the script has written together, in the order of the questions; a failure is one without a text.
 
-    Failures are asked once more first: LiveBench takes an answer without a word for one. `look` is called before each, and
-    what it raises ends the call. Raises `CaMOPDError` where an answer is missing, where the server refuses prompts as too
-    long, and where all are failures.
+    Failures are asked once more first: LiveBench takes an answer without a word for one. `look` is called meanwhile, in any
+    thread, and what it raises ends the call at once. Raises `CaMOPDError` where an answer is missing, where the server
+    refuses prompts as too long, and where all are failures.
     """
     found = answers_of(folder)
     if any(row["question_id"] not in found for row in rows):
@@ -320,7 +320,6 @@ def ask_once_more(folder: Path, rows: Sequence[Mapping[str, Any]], look: Callabl
         question, turns, tokens = asked[name], [], 0
         messages = [{"role": "system", "content": question["system_prompt"]}] if "system_prompt" in question else []
         for turn in question["turns"]:
-            look()
             messages.append({"role": "user", "content": turn})
             text, count = _reply(line, job, messages, name)
             if text is None:
@@ -336,8 +335,7 @@ def ask_once_more(folder: Path, rows: Sequence[Mapping[str, Any]], look: Callabl
             file.write(json.dumps(answer) + "\n")
 
     try:
-        with ThreadPoolExecutor(job["concurrency"]) as pool:
-            list(pool.map(ask, places))
+        together(ask, places, job["concurrency"], look, line.end)
     finally:
         jobs.hide_key(folder)
 

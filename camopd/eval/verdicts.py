@@ -6,12 +6,12 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ..files import json_lines
 from .runner import cut_torn_line
+from .together import together
 
 
 VERDICTS = "verdicts.jsonl"
@@ -35,12 +35,13 @@ def collect(
     by: str,
     ask: Callable[[Mapping[str, Any]], Verdict],
     workers: int,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[..., None] = lambda steps=1: None,
+    end: Callable[[], None] = lambda: None,
 ) -> list[Verdict]:
     """A verdict for each answer, in order: the one that `folder` has of the same answer by the same judge, or a new one.
 
-    A verdict with the key `failed` is none: it is kept, and asked for again by the next call. `tick` is called after each;
-    what it or `ask` raises ends the call, and finished verdicts are kept.
+    A verdict with the key `failed` is none: it is kept, and asked for again by the next call. `tick` is called after each,
+    and with 0 in between; what it or `ask` raises ends the call, and finished verdicts are kept. `end`: see `together`.
     """
     path = folder / VERDICTS
     kept: dict[str, Verdict] = {}
@@ -61,5 +62,4 @@ def collect(
         tick()
         return found
 
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, rows))
+    return together(one, rows, workers, lambda: tick(0), end)
