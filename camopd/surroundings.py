@@ -222,9 +222,12 @@ def check_hub(settings: Mapping[str, Any]) -> None:
     kwargs = [settings.get(name) or {} for name in ("model_init_kwargs", "teacher_model_init_kwargs")]
     if constants.HF_HUB_OFFLINE or any("cache_dir" in each for each in kwargs) or os.environ.get("RANK", "0") != "0":
         return
-    own = f"the base_model_name_or_path of the adapter {student!r}" if has_adapter(student) else "the student"
-    for whose, name in {own: base_of(student), **teachers}.items():
-        if not isinstance(name, str) or name in OWN_TEACHERS or is_server(name) or is_here(name) or was_fetched(name):
+    for whose, name in {"the student": student, **teachers}.items():
+        if not isinstance(name, str) or name in OWN_TEACHERS or is_server(name):
+            continue
+        if has_adapter(name):
+            whose, name = f"the base_model_name_or_path of the adapter {name!r}", base_of(name)
+        if is_here(name) or was_fetched(name):
             continue
         error = _no_way_to_hub()
         if error is None:

@@ -357,14 +357,17 @@ def test_address_that_the_hubs_client_cannot_use_is_named_by_its_variable(tmp_pa
     assert re.search(says, done.stdout) and "secret" not in done.stdout + done.stderr, done.stdout + done.stderr
 
 
-def test_base_of_the_students_adapter_is_named_as_such(models, tmp_path):
+@pytest.mark.parametrize("of_teacher", [False, True])
+def test_base_of_an_adapter_is_named_as_such(models, tmp_path, of_teacher):
     (tmp_path / "tuned").mkdir()
+    (tmp_path / "here").mkdir()
     (tmp_path / "tuned" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(
         ValueError,
         match=r"^the base_model_name_or_path of the adapter 'tuned', 'org/base', is no path on this machine, and ",
     ):
-        check_hub({"model_name_or_path": "tuned"})
+        check_hub({"model_name_or_path": "./here", "teachers": {"general": "tuned"}} if of_teacher
+                  else {"model_name_or_path": "tuned"})  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["check", "gaps"])
