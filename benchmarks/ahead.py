@@ -5,7 +5,9 @@
 
 The first form needs no vLLM: a server in this process writes with a tiny model, a token every 40 ms, all completions of a
 step side by side; the teacher takes 2 ms a token; an update takes `--train` seconds more than it does. What a step
-takes is known then. The second form trains the model with real servers (`camopd serve --student`, and a teacher's).
+takes is known then. The second form trains the model with real servers (`camopd serve --student`, and a teacher's): all
+its weights, which go through files in a temporary folder (TMPDIR), or an adapter where its output head is its embeddings,
+since vLLM on a CPU cannot be given those.
 
 Three settings in turn, in each round: the teacher asked when all completions are there, streaming, and a step ahead. Prints
 a table, and with the first form writes benchmarks/results/ahead.md.
@@ -134,6 +136,7 @@ def real(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]:
     """A trainer of the given model, with the given servers."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import AutoConfig
 
     from camopd import CaMOPDConfig, CaMOPDTrainer
 
@@ -142,6 +145,7 @@ def real(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]:
         {"prompt": [{"role": "user", "content": f"Write {words} about {topic}."}]}
         for topic in topics for words in ("one sentence", "a short poem", "two facts", "a story", "three questions")
     ])  # fmt: skip
+    tied = AutoConfig.from_pretrained(options.model).tie_word_embeddings
     trainer = CaMOPDTrainer(
         model=options.model, teachers={"general": options.teacher_server}, train_dataset={"general": prompts},
         args=CaMOPDConfig(
@@ -151,7 +155,7 @@ def real(options: argparse.Namespace, folder: str, lag: int) -> tuple[Any, Any]:
             per_device_train_batch_size=4, max_prompt_length=64, max_completion_length=options.tokens, learning_rate=1e-6,
             rollout_servers=[options.rollout_server], rollout_lag=lag, diagnostics_steps=0,
         ),
-        peft_config=LoraConfig(r=32, target_modules="all-linear"),  # vLLM on a CPU cannot be given weights with a tied head
+        peft_config=LoraConfig(r=32, target_modules="all-linear") if tied else None,
     )  # fmt: skip
     return trainer, lambda: None
 
