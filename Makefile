@@ -75,7 +75,7 @@ test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers o
 	@touch $@
 
 test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
-	$(VLLM_BIN)/python -m pytest -m vllm -n 2 --dist loadfile $$(grep -l mark.vllm tests/test_*.py) $(ARGS)
+	$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py) $(ARGS)
 	@echo "==> What depends on transformers, whose version is an older one there, as vLLM needs"
 	$(VLLM_BIN)/python -m pytest -n 2 tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
 

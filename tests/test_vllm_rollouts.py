@@ -913,7 +913,7 @@ from test_vllm_rollouts import watch
 
 if __name__ == "__main__":
     held_out = {"general": make_prompts("general", 8)}
-    trainer = make(*sys.argv[1:], vllm_tensor_parallel_size=2, prompts_per_step=8, max_completion_length=24,
+    trainer = make(*sys.argv[1:], vllm_tensor_parallel_size=2, prompts_per_step=8, max_completion_length=12,
                    eval_dataset=held_out, ddp_timeout=7200)
     made = watch(trainer)
     trainer.train()
