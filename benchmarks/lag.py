@@ -7,14 +7,15 @@ the demo's specialised model, and takes adapters (`camopd serve --student`). Wit
 which answers as vLLM does and runs the model with transformers in float32: on a CPU vLLM's adapters give 0.1 tokens a
 second. Both runs of a seed draw the same prompts with the same seeds and score with the same teachers, in the process; only
 the weights that completions are drawn with differ, by one update.
-Held-out gaps are those of the same prompts before and after, so a difference between the two is paired by seed. Writes
-benchmarks/results/lag.md, anew after each seed.
+Held-out gaps are those of the same prompts before and after, so a difference between the two is paired by seed. A run is
+one file in build/lag, and is not run again; writes benchmarks/results/lag.md, anew after each seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import RESULTS, demo_trainer, in_fresh_process, metrics_of, run, versions, write_report
+
+from camopd import atomic
 
 
 BRANCHES = ("general", "domain")
@@ -40,6 +43,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--heldout", type=int, default=40, help="held-out prompts of each branch")
     parser.add_argument("--rate", type=float, default=4e-4, help="learning rate, of LoRA")
     parser.add_argument("--report", type=Path, default=RESULTS / "lag.md")
+    parser.add_argument("--runs", type=Path, default=Path("build") / "lag", help="folder of what each run has found")
     options = parser.parse_args(argv)
     found: dict[int, list[dict[str, float]]] = {0: [], 1: []}
     for seed in range(options.seeds):
@@ -48,9 +52,22 @@ def main(argv: list[str]) -> None:
                 **{name: getattr(options, name) for name in ("steps", "prompts", "tokens", "heldout", "rate")},
                 "server": options.rollout_server, "demo": str(options.demo), "seed": seed, "lag": lag,
             }  # fmt: skip
-            found[lag].append(in_fresh_process(__file__, job))
+            found[lag].append(done_before(options.runs / f"{seed}-lag_{lag}.json", job))
             print(f"seed {seed}, lag {lag}:", found[lag][-1], flush=True)
         write_report(table(found, options), options.report)
+
+
+def done_before(file: Path, job: dict[str, Any]) -> dict[str, float]:
+    """What the run of that file has found, which is run where it is not there or was another one."""
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["job"] == job:
+            found: dict[str, float] = kept["found"]
+            return found
+    found = in_fresh_process(__file__, job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(file, json.dumps({"job": job, "found": found}) + "\n")
+    return found
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
