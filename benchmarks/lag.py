@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import RESULTS, demo_trainer, in_fresh_process, metrics_of, run, versions, write_report
+from testbed.signs import t_interval
+from testbed.tables import said
 
 from camopd import atomic
 
@@ -138,8 +140,10 @@ def table(found: dict[int, list[dict[str, float]]], options: argparse.Namespace)
     for branch in BRANCHES:
         name = f"{branch} after"
         pairs = [ahead[name] - plain[name] for plain, ahead in zip(found[0], found[1], strict=True)]
-        spread = f" ± {statistics.stdev(pairs):.4f} (standard deviation over seeds)" if len(pairs) > 1 else ""
-        lines += ["", f"{name}, lag 1 minus lag 0: {statistics.fmean(pairs):+.4f}{spread}"]
+        lines += [
+            "",
+            f"{name}, lag 1 minus lag 0, 95 % interval of Student's t over seeds: {said(t_interval(pairs), '+')}",
+        ]
     lines += [
         "",
         f"{options.steps} steps of {options.prompts} prompts, completions of at most {options.tokens} tokens, "

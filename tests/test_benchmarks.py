@@ -213,6 +213,7 @@ def test_cost_of_a_lag_is_measured_over_seeds(named, demo_folder, tmp_path, monk
     run_here(monkeypatch, lag)
     report = tmp_path / "lag.md"
     few = ["--seeds", "2", "--steps", "3", "--prompts", "4", "--tokens", "4", "--heldout", "2", "--rate", "0.01"]
+    few += ["--runs", str(tmp_path / "runs")]
     with contextlib.closing(FakeRollouts(make_model(1), make_tokenizer(), max_model_len=512)) as server:
         few += ["--rollout-server", server.url] if named else []
         lag.main(["--demo", str(demo_folder), *few, "--report", str(report)])
@@ -221,6 +222,13 @@ def test_cost_of_a_lag_is_measured_over_seeds(named, demo_folder, tmp_path, monk
     for plain, behind in (rows[:2], rows[2:]):
         assert plain[2:4] == behind[2:4] and plain[4:6] != behind[4:6]  # before, and after
     assert rows[0][4:6] != rows[2][4:6]
+    done, before = [], report.read_text()
+    names = next(line for line in before.splitlines() if line.startswith("| seed")).strip("| ").split(" | ")[2:]
+    monkeypatch.setattr(lag, "in_fresh_process", lambda file, job: done.append(job) or dict.fromkeys(names, 9.0))
+    lag.main(["--demo", str(demo_folder), *few, "--report", str(report)])
+    assert not done and report.read_text() == before
+    lag.main(["--demo", str(demo_folder), *few, "--rate", "0.02", "--report", str(report)])  # other runs than those
+    assert len(done) == 4 and "9.0000" in report.read_text()
 
 
 def test_prompts_of_real_weights_are_apart_and_all_there(tmp_path, monkeypatch):
