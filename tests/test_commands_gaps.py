@@ -159,7 +159,10 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
             rf"'{tmp_path / 'out'}' is in use: a run trains in it, process \d+ on .*\. Its vLLM server has", said
         )
         assert f"those of '{tmp_path / 'student'}' would take their place. Wait for its end" in said
-        assert "is in use" not in refused(capsys, *words, "--vllm_server_base_url", "http://127.0.0.1:9")
+        for other in (["--vllm_server_timeout", "9"], ["--rollout_lag", "0"]):  # the server is the same
+            assert "Its vLLM server has" in refused(capsys, *words, *other)
+        for name in ("--vllm_server_base_url", "--vllm-server-base-url"):
+            assert "is in use" not in refused(capsys, *words, name, "http://127.0.0.1:9")
         cli.main([*words, *said.partition("completions by ")[2].strip().removesuffix(".").split()])
         assert "±" in capsys.readouterr().out
     finally:

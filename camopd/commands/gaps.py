@@ -109,7 +109,10 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
     """
     of_trl = settings.get("use_vllm") and settings.get("vllm_mode", default_of("vllm_mode")) == "server"
     own = "rollout_servers" if settings.get("rollout_servers") else "vllm_server" if of_trl else ""
-    named = any(word.startswith(f"--{own}") for word in words)  # also --vllm_server_base_url, _host, _port
+    ways = {own} if own == "rollout_servers" else {"vllm_server_base_url"}
+    if not settings.get("vllm_server_base_url"):  # beside which TRL ignores them
+        ways |= {"vllm_server_host", "vllm_server_port"}
+    named = any(word[2:].partition("=")[0].replace("-", "_") in ways for word in words if word.startswith("--"))
     alone = nullcontext() if not own or named else _not_under_way(run, model, own)
     if own != "rollout_servers":
         with alone, tempfile.TemporaryDirectory() as folder:
