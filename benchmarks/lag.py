@@ -140,10 +140,8 @@ def table(found: dict[int, list[dict[str, float]]], options: argparse.Namespace)
     for branch in BRANCHES:
         name = f"{branch} after"
         pairs = [ahead[name] - plain[name] for plain, ahead in zip(found[0], found[1], strict=True)]
-        lines += [
-            "",
-            f"{name}, lag 1 minus lag 0, 95 % interval of Student's t over seeds: {said(t_interval(pairs), '+')}",
-        ]
+        over_seeds = said(t_interval(pairs), "+") if len(pairs) > 1 else f"{pairs[0]:+.4f}, one seed"
+        lines += ["", f"{name}, lag 1 minus lag 0, 95 % interval of Student's t over seeds: {over_seeds}"]
     lines += [
         "",
         f"{options.steps} steps of {options.prompts} prompts, completions of at most {options.tokens} tokens, "

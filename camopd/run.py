@@ -292,7 +292,8 @@ def set_env(settings: Mapping[str, Any], devices: bool = False) -> dict[str, str
     Raises `ValueError` for an `env` that is none. Before a model is looked for: the Hub's client reads its variables once,
     at its import.
     """
-    env = settings.get("env") or {}
+    env = settings.get("env")
+    env = {} if env is None else env
     if not isinstance(env, dict):  # its values may be keys
         raise ValueError(f"env must map environment variables to their values, got a {type(env).__name__}.")
     taken = {str(name): str(value) for name, value in env.items() if devices or not DEVICES.fullmatch(str(name))}
