@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # In output_dir: where `camopd serve` says which URLs it has started. transformers sends nothing to the Hub that begins so.
 SERVED_TEACHERS = "_teachers.json"
 # Variables that say on which devices a process computes: of NVIDIA, AMD, Ascend, TPU and Neuron; and of Intel, AMD's OpenCL
-DEVICES = re.compile(r"\w+_VISIBLE_\w+|ZE_AFFINITY_MASK|GPU_DEVICE_ORDINAL")
+DEVICES = re.compile(r"\w+_VISIBLE_\w+|ZE_AFFINITY_MASK|ONEAPI_DEVICE_SELECTOR|GPU_DEVICE_ORDINAL")
 
 
 @dataclass

@@ -115,6 +115,15 @@ def test_gaps_by_rollout_servers_write_weights_where_the_servers_can_read_them(r
     assert not (tmp_path / "out").exists()  # as before
 
 
+def refused_under_way(capsys, tmp_path, words, servers):
+    said = refused(capsys, *words)
+    assert re.search(
+        rf"'{tmp_path / 'out'}' is in use: a run trains in it, process \d+ on .*\. Its {servers} its weights", said
+    )
+    assert f"those of '{tmp_path / 'student'}' would take their place. Wait for its end" in said
+    return said
+
+
 def test_gaps_leave_the_rollout_servers_of_a_run_that_is_under_way_alone(
     run, tmp_path, capsys, tokenizer, start_server
 ):
@@ -125,11 +134,7 @@ def test_gaps_leave_the_rollout_servers_of_a_run_that_is_under_way_alone(
     lock = FolderLock(tmp_path / "out")
     lock.take()
     try:
-        said = refused(capsys, *words)
-        assert re.search(
-            rf"'{tmp_path / 'out'}' is in use: a run trains in it, process \d+ on .*\. Its rollout_servers have", said
-        )
-        assert f"those of '{tmp_path / 'student'}' would take their place. Wait for its end" in said
+        said = refused_under_way(capsys, tmp_path, words, "rollout_servers have")
         assert "output_dir" not in said  # another one would not help
         cli.main([*words, *shlex.split(said.partition("completions by ")[2].strip().removesuffix("."))])
         cli.main([*words, "--rollout_servers", servers[1].url])
@@ -154,11 +159,7 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
     lock = FolderLock(tmp_path / "out")
     lock.take()
     try:
-        said = refused(capsys, *words)
-        assert re.search(
-            rf"'{tmp_path / 'out'}' is in use: a run trains in it, process \d+ on .*\. Its vLLM server has", said
-        )
-        assert f"those of '{tmp_path / 'student'}' would take their place. Wait for its end" in said
+        said = refused_under_way(capsys, tmp_path, words, "vLLM server has")
         for other in (["--vllm_server_timeout", "9"], ["--rollout_lag", "0"]):  # the server is the same
             assert "Its vLLM server has" in refused(capsys, *words, *other)
         for name in ("--vllm_server_base_url", "--vllm-server-base-url"):

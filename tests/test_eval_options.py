@@ -22,6 +22,9 @@ def checked(tasks, *words, models=HERE):
 
 def test_options_are_told_apart_by_task():
     assert files_of(["folder", "medqa=a=b"]) == {"medqa": Path("a=b")}
+    assert files_of(["livebench=~/checkout"]) == {
+        "livebench": Path.home() / "checkout"
+    }  # not all shells do it after a "="
     assert folder_of(["medqa=a"]) == Path("eval-data") and folder_of(["x", "medqa=a"]) == Path("x")
     assert judges_of(["http://h:1/?a=b", "gpqa=http://h:2#m"]) == {"": "http://h:1/?a=b", "gpqa": "http://h:2#m"}
     assert list(models_of(["a=org/x", "b=org/x"])) == ["a", "b"]

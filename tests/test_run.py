@@ -552,6 +552,12 @@ def test_env_of_the_file_is_set(write, settings, text, monkeypatch):
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("env", [[], "", 0, False], ids=repr)
+def test_env_that_is_no_mapping_is_refused_empty_or_not(env):
+    with pytest.raises(ValueError, match=f"got a {type(env).__name__}"):
+        set_env({"env": env})
+
+
 def test_env_of_the_command_line_is_taken_in_place_of_the_files(write, settings, monkeypatch):
     for name in ("SOME_VARIABLE", "ANOTHER"):
         monkeypatch.setenv(name, "before")
@@ -562,7 +568,8 @@ def test_env_of_the_command_line_is_taken_in_place_of_the_files(write, settings,
 
 def test_devices_in_env_are_those_of_the_process_that_trains(write, settings, monkeypatch):
     names = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
-             "ASCEND_RT_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS", "CPU_VISIBLE_MEMORY_NODES")  # fmt: skip
+             "ONEAPI_DEVICE_SELECTOR", "ASCEND_RT_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS",
+             "CPU_VISIBLE_MEMORY_NODES")  # fmt: skip
     env = dict.fromkeys((*names, "CUDA_DEVICE_ORDER"), "0,1")
     for name in env:
         monkeypatch.setenv(name, "shell")

@@ -1,6 +1,7 @@
 """Which vLLM servers a run needs, with which ports, GPUs and flags (camopd/teachers/vllm/plan.py)."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -176,6 +177,15 @@ def test_rollout_server_of_a_lora_student_takes_adapters_of_its_rank(tmp_path, r
     settings = {"model_name_or_path": str(tmp_path), "rollout_servers": "http://localhost:9000"}
     (server,) = plan_students(settings, None, None)
     assert (server.model, server.lora_rank) == ("org/base", most)
+
+
+@pytest.mark.parametrize(
+    "text", ["version https://git-lfs.github.com/spec/v1\n", "{}", '{"base_model_name_or_path": null}']
+)
+def test_rollout_server_of_an_adapter_whose_config_is_broken_is_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path / "adapter_config.json")))):
+        plan_students({"model_name_or_path": str(tmp_path), "rollout_servers": "http://localhost:9000"}, None, None)
 
 
 def test_rollout_servers_that_cannot_be_are_refused():

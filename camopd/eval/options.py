@@ -38,7 +38,7 @@ def models_of(texts: Sequence[str]) -> dict[str, Model]:
 def files_of(data: Sequence[str]) -> dict[str, Path]:
     """The files of `--data TASK=FILE`, by task."""
     pairs = [text.partition("=")[::2] for text in data if "=" in text]
-    found = _once("--data", ((name, Path(path), path) for name, path in pairs))
+    found = _once("--data", ((name, Path(path).expanduser(), path) for name, path in pairs))
     named(list(found))
     return found
 

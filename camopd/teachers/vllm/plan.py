@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from ..address import (
     OWN_TEACHERS,
+    base_of,
     did_you_mean,
     has_adapter,
     is_server,
@@ -222,9 +223,10 @@ def _base_and_rank(settings: Mapping[str, Any], model: str) -> tuple[str, int]:
     """What servers load, and the --max-lora-rank for the adapter that the trainer gives them; 0 for all weights."""
     rank = int(settings.get("lora_r") or 16) if settings.get("use_peft") is True else 0
     if has_adapter(model):
+        base = base_of(model)  # which says what is wrong with the file
         config = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = max(rank, int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values()))
-        model = os.path.expanduser(config["base_model_name_or_path"])
+        rank = max(rank, int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values()))
+        model = base
     if rank > LORA_RANKS[-1]:
         raise ValueError(
             f"a LoRA rank of {rank} is more than vLLM takes, {LORA_RANKS[-1]}. Lower it, or use use_vllm."
