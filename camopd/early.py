@@ -27,7 +27,8 @@ ENUMERATIONS = {
     "hub_strategy": ("trainer_utils.py", "HubStrategy"),
     "optim": ("training_args.py", "OptimizerNames"),
 }
-BOOLS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # as transformers' parser reads them
+TRUE = ("yes", "true", "t", "y", "1")  # as transformers' parser reads them
+BOOLS = (*TRUE, "no", "false", "f", "n", "0")
 _FEW = 12  # names that an error lists where one of them is near
 
 

@@ -29,6 +29,7 @@ from .teachers.address import (
     in_cache,
     is_here,
     is_server,
+    names_missing_model,
     no_connection,
     public_url,
     was_fetched,
@@ -227,6 +228,11 @@ def check_hub(settings: Mapping[str, Any]) -> None:
             continue
         if has_adapter(name):
             whose, name = f"the base_model_name_or_path of the adapter {name!r}", base_of(name)
+            if names_missing_model(name):
+                raise ValueError(
+                    f"{whose} is {name!r}, and there is no such path on this machine.{did_you_mean(name)} Correct it in "
+                    "its adapter_config.json, or start from the folder in which it was trained."
+                )
         if is_here(name) or was_fetched(name):
             continue
         error = _no_way_to_hub()
@@ -250,7 +256,8 @@ def _no_way_to_hub() -> Exception | None:
             return None
         except Exception as error:
             # All but what the HTTP library has of a connection is of a proxy, a certificate or a URL that it cannot use.
-            if isinstance(error, hub_errors()[1:]) and not no_connection(error):
+            unusable = no_connection(error) or type(error).__name__ == "ProxyError"  # a proxy that refuses
+            if isinstance(error, hub_errors()[1:]) and not unusable:
                 return None
             reason = error
     return reason
@@ -260,8 +267,9 @@ def check_push(settings: Mapping[str, Any]) -> None:
     """Raise `ValueError` where `push_to_hub` is set, and the Hub cannot be reached or refuses the token. On one process."""
     if settings.get("push_to_hub") is not True or os.environ.get("RANK", "0") != "0":
         return
+    constants = hub_constants()
     import httpx
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import get_token
 
     later = "Or leave push_to_hub out, and send the model afterwards: hf upload OWNER/NAME " + folder_of(settings)
     token, reason = get_token(), ""

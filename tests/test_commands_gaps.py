@@ -137,6 +137,8 @@ def test_gaps_leave_the_rollout_servers_of_a_run_that_is_under_way_alone(
         said = refused_under_way(capsys, tmp_path, words, "rollout_servers have")
         assert "output_dir" not in said  # another one would not help
         cli.main([*words, *shlex.split(said.partition("completions by ")[2].strip().removesuffix("."))])
+        for other in (["--vllm_server_port", "9"], ["--vllm_server_host", "host"]):  # without effect
+            refused_under_way(capsys, tmp_path, [*words, *other], "rollout_servers have")
         cli.main([*words, "--rollout_servers", servers[1].url])
         assert not servers[0].loads and servers[1].loads
         lock.release()
@@ -164,7 +166,19 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
             assert "Its vLLM server has" in refused(capsys, *words, *other)
         for name in ("--vllm_server_base_url", "--vllm-server-base-url"):
             assert "is in use" not in refused(capsys, *words, name, "http://127.0.0.1:9")
+        unwritten = PermissionError(13, "Permission denied")
+        monkeypatch.setattr(
+            FolderLock, "take", lambda lock: (_ for _ in ()).throw(unwritten)
+        )  # for root there is no such
+        refused_under_way(capsys, tmp_path, words, "vLLM server has")
+        lock.release()
+        assert "is in use" not in refused(capsys, *words) and "denied" not in refused(capsys, *words)
         cli.main([*words, *said.partition("completions by ")[2].strip().removesuffix(".").split()])
+        assert "±" in capsys.readouterr().out
+        run.write_text(
+            yaml.safe_dump({**settings, "use_vllm": "false", "vllm_mode": "server"})
+        )  # which is False as well
+        cli.main(words)
         assert "±" in capsys.readouterr().out
     finally:
         lock.release()

@@ -25,6 +25,8 @@ def test_options_are_told_apart_by_task():
     assert files_of(["livebench=~/checkout"]) == {
         "livebench": Path.home() / "checkout"
     }  # not all shells do it after a "="
+    assert files_of(["qasc=~of-nobody.jsonl"]) == {"qasc": Path("~of-nobody.jsonl")}
+    assert folder_of(["~/data"]) == Path.home() / "data"
     assert folder_of(["medqa=a"]) == Path("eval-data") and folder_of(["x", "medqa=a"]) == Path("x")
     assert judges_of(["http://h:1/?a=b", "gpqa=http://h:2#m"]) == {"": "http://h:1/?a=b", "gpqa": "http://h:2#m"}
     assert list(models_of(["a=org/x", "b=org/x"])) == ["a", "b"]

@@ -316,6 +316,7 @@ CERTIFICATE = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-
         ),
         (httpx.ConnectError("no way to http://user:secret@proxy:1"), r"\(ConnectError: no way to http://proxy:1\)"),
         (httpx.InvalidURL("Invalid port: 'secret'"), r"\(InvalidURL\).* HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and"),
+        (httpx.ProxyError("407 asks for a password"), r"\(ProxyError: 407 .*\).* HTTPS_PROXY, HTTP_PROXY"),
         (FileNotFoundError(2, "No such file"), r"\(FileNotFoundError: .* and SSL_CERT_FILE\)"),
     ],
 )
@@ -341,17 +342,23 @@ def test_way_to_the_hub_that_is_barred_is_said_with_the_way_out(models, monkeypa
     [
         ("HF_ENDPOINT", "http://user:secret@[bad", r"HF_ENDPOINT='http://\[bad' is no address of a Hub.* or unset it"),
         ("HF_ENDPOINT", "http://user:secret/x@hub", r"HF_ENDPOINT='http://\.\.\.' is no address"),
+        ("HF_ENDPOINT", "user:secret@hub", r"HF_ENDPOINT='hub' is no address"),
+        ("HF_ENDPOINT", "hub.example", r"HF_ENDPOINT='hub\.example' is no address"),
+        ("HF_ENDPOINT", "http:/user:secret@hub", r"HF_ENDPOINT='hub' is no address"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "ten", r"huggingface_hub cannot be imported: .*'ten'.* begin with HF_"),
         ("HTTPS_PROXY", "nonsense://user:secret@proxy", r"cannot be reached \(ValueError\).* HTTPS_PROXY"),
     ],
 )
-def test_address_that_the_hubs_client_cannot_use_is_named_by_its_variable(tmp_path, variable, value, says):
+@pytest.mark.parametrize(
+    "ask", ["check_hub({'model_name_or_path': 'org/x'})", "check_push({'push_to_hub': True, 'output_dir': 'out'})"]
+)
+def test_address_that_the_hubs_client_cannot_use_is_named_by_its_variable(tmp_path, ask, variable, value, says):
     """Of a fresh process: its import reads HF_ENDPOINT. With files that are all here no address matters."""
     environment = {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://hub", variable: value}
+    environment["HF_TOKEN"] = "hf_" + "secret" * 5
     code = (
-        "from camopd.surroundings import check_hub\n"
-        "try: check_hub({'model_name_or_path': 'org/x'})\n"
-        "except ValueError as error: print(error)"
+        f"from camopd.surroundings import check_hub, check_push\ntry: {ask}\nexcept ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert re.search(says, done.stdout) and "secret" not in done.stdout + done.stderr, done.stdout + done.stderr
@@ -368,6 +375,17 @@ def test_base_of_an_adapter_is_named_as_such(models, tmp_path, of_teacher):
     ):
         check_hub({"model_name_or_path": "./here", "teachers": {"general": "tuned"}} if of_teacher
                   else {"model_name_or_path": "tuned"})  # fmt: skip
+
+
+@pytest.mark.parametrize("of_teacher", [False, True])
+def test_base_of_an_adapter_that_is_a_path_to_nowhere_is_not_looked_for_on_the_hub(models, tmp_path, of_teacher):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "tuned" / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone/base"}')
+    with pytest.raises(ValueError, match=r"adapter 'tuned' is '/gone/base', and there is no such path") as refused:
+        check_hub({"model_name_or_path": "./here", "teachers": {"general": "tuned"}} if of_teacher
+                  else {"model_name_or_path": "tuned"})  # fmt: skip
+    assert "hf download" not in str(refused.value)
 
 
 @pytest.mark.parametrize("command", ["check", "gaps"])

@@ -7,6 +7,7 @@ import socket
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from peft import PeftConfig
 
 from camopd.teachers.vllm.plan import (
     VLLM,
@@ -172,11 +173,14 @@ def test_rollout_server_of_a_lora_student_takes_adapters_of_its_rank(tmp_path, r
     line = command_line(server, flags_of(server, [server], None, 512))
     assert line.startswith("VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve org/student")
     assert f"--enable-lora --max-lora-rank {most} --max-loras 2" in line
-    config = {"r": 1, "rank_pattern": {"q_proj": rank}, "base_model_name_or_path": "org/base"}
+    config = {"r": 1, "rank_pattern": {"q_proj": rank}, "base_model_name_or_path": "org/base", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     settings = {"model_name_or_path": str(tmp_path), "rollout_servers": "http://localhost:9000"}
     (server,) = plan_students(settings, None, None)
     assert (server.model, server.lora_rank) == ("org/base", most)
+    del config["r"], config["rank_pattern"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert plan_students(settings, None, None)[0].lora_rank == PeftConfig.from_pretrained(str(tmp_path)).r
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..early import check_early
+from ..early import TRUE, check_early
 from ..errors import CaMOPDError
-from ..folder_lock import LOCK_FILE, FolderLock
+from ..folder_lock import LOCK_FILE, FolderLock, need_free
 from ..measured import HELD_OUT, lines_of, of_lines
 from ..run import named_teachers, teachers_of
 from ..settings import default_of
@@ -107,10 +107,11 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
     Raises `CaMOPDError` while the run in that folder is under way and has servers with its weights, those of TRL's
     `vllm_mode: server` included. Servers that `words` of the command line name are taken for others than its own.
     """
-    of_trl = settings.get("use_vllm") and settings.get("vllm_mode", default_of("vllm_mode")) == "server"
+    mode = settings.get("vllm_mode", default_of("vllm_mode"))
+    of_trl = str(settings.get("use_vllm")).lower() in TRUE and mode == "server"
     own = "rollout_servers" if settings.get("rollout_servers") else "vllm_server" if of_trl else ""
     ways = {own} if own == "rollout_servers" else {"vllm_server_base_url"}
-    if not settings.get("vllm_server_base_url"):  # beside which TRL ignores them
+    if own == "vllm_server" and not settings.get("vllm_server_base_url"):  # beside which TRL ignores them
         ways |= {"vllm_server_host", "vllm_server_port"}
     named = any(word[2:].partition("=")[0].replace("-", "_") in ways for word in words if word.startswith("--"))
     alone = nullcontext() if not own or named else _not_under_way(run, model, own)
@@ -136,7 +137,10 @@ def _not_under_way(run: Path, model: str, servers: str) -> Iterator[None]:
     lock = FolderLock(run)
     try:
         if (run / LOCK_FILE).exists() and os.environ.get("RANK", "0") == "0":  # every run has left one
-            lock.take()
+            try:
+                lock.take()
+            except OSError:  # what may only be read, as a colleague's run, can be looked at
+                need_free(run)
     except CaMOPDError as error:
         have, others, without = _SERVERS[servers]
         raise CaMOPDError(

@@ -38,7 +38,7 @@ def models_of(texts: Sequence[str]) -> dict[str, Model]:
 def files_of(data: Sequence[str]) -> dict[str, Path]:
     """The files of `--data TASK=FILE`, by task."""
     pairs = [text.partition("=")[::2] for text in data if "=" in text]
-    found = _once("--data", ((name, Path(path).expanduser(), path) for name, path in pairs))
+    found = _once("--data", ((name, Path(os.path.expanduser(path)), path) for name, path in pairs))
     named(list(found))
     return found
 
@@ -48,7 +48,7 @@ def folder_of(data: Sequence[str]) -> Path:
     folders = [text for text in data if "=" not in text]
     if len(folders) > 1:
         raise ValueError(f"--data takes one folder, got {', '.join(folders)}. A file is named TASK=FILE.")
-    return Path(folders[0] if folders else "eval-data")
+    return Path(os.path.expanduser(folders[0]) if folders else "eval-data")
 
 
 def judges_of(texts: Sequence[str]) -> dict[str, str]:

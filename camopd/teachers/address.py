@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 
 # Teachers that the student is itself.
@@ -129,16 +129,30 @@ def _may_be_on_hub(word: str) -> bool:
 
 
 def hub_constants() -> Any:
-    """The settings of the Hub's client. Raises `ValueError` for an HF_ENDPOINT that it cannot be imported with."""
+    """The settings of the Hub's client. Raises `ValueError` for an HF_ENDPOINT that is no URL of a server, and for another
+    variable that the client cannot be imported with."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is not None and not _is_endpoint(endpoint):
+        raise ValueError(
+            f"HF_ENDPOINT={name_to_show(public_url(endpoint))!r} is no address of a Hub, which has the form https://host "
+            "or https://host:port. Correct it, or unset it for that of Hugging Face."
+        )
     try:
         from huggingface_hub import constants, get_session  # noqa: F401
-    except ValueError:
-        shown = name_to_show(public_url(os.environ.get("HF_ENDPOINT", "")))
+    except ValueError as error:
         raise ValueError(
-            f"HF_ENDPOINT={shown!r} is no address of a Hub, which has the form https://host or https://host:port. Correct "
-            "it, or unset it for that of Hugging Face."
-        ) from None
+            f"huggingface_hub cannot be imported: {error}. It reads the variables that begin with HF_: correct the one "
+            "that has this value, or unset it."
+        ) from error
     return constants
+
+
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # as `port` raises it
+        return False
 
 
 def no_connection(error: BaseException) -> bool:

@@ -225,7 +225,7 @@ def _base_and_rank(settings: Mapping[str, Any], model: str) -> tuple[str, int]:
     if has_adapter(model):
         base = base_of(model)  # which says what is wrong with the file
         config = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))
-        rank = max(rank, int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values()))
+        rank = max(rank, int(config.get("r") or 8), *map(int, (config.get("rank_pattern") or {}).values()))
         model = base
     if rank > LORA_RANKS[-1]:
         raise ValueError(
