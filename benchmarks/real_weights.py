@@ -5,8 +5,10 @@
 
 DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl`, `merged/general_prompts_train.jsonl`,
 `ifeval/input_data.jsonl` and `qasc/dev.jsonl`. What is there is not made again: specialised models are whole or not there,
-and `camopd sweep` and `camopd eval` leave alone what is finished and go on with the rest. In runs/real/DOMAIN:
-sweep/results.md has the gaps of all runs, eval/METHOD-SEED/eval.md the scores of a recovered model beside those before.
+and `camopd sweep` and `camopd eval` leave alone what is finished and go on with the rest. What a run has found is one small
+file in benchmarks/results/real_weights, from which real_weights.md there is made, anew after each: a run that has its file,
+from a start of the same bytes, is not done again, also where its model is gone. The answers of a recovered model stand
+beside those of before in runs/real/DOMAIN/eval/METHOD-SEED/eval.md.
 
 The methods are the paper's, its parts, and the two that the testbed puts first beside them (docs/testbed.md); then CaMOPD
 with the other estimators of the gradient, of which the gaps alone are measured. Sizes are those of `ON_CPU`, which two
@@ -18,18 +20,27 @@ benchmarks/recorded_answers.py.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
+from measuring import RESULTS, versions, write_report
+from testbed.signs import t_interval
+from testbed.tables import said
+
+from camopd import atomic
+from camopd.measured import HELD_OUT, lines_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +73,8 @@ ON_GPU: dict[str, Any] = {
     "evaluated": ("--max-tokens", "256", "--context", "4096"),
 }  # fmt: skip
 STAGES = ("prepare", "specialise", "train")
+TASKS = ("ifeval", "qasc")
+BRANCHES = ("general", "domain")
 
 
 def main(argv: list[str]) -> None:
@@ -71,23 +84,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--at-once", type=int, default=1, help="runs of a sweep beside each other")
     parser.add_argument("--stop-after", choices=STAGES)
     options = parser.parse_args(argv)
-    size = ON_GPU if _gpu() else ON_CPU
+    where, size = ("gpu", ON_GPU) if _gpu() else ("cpu", ON_CPU)
+    kept = RESULTS / "real_weights" / where
     for domain in options.domains:
         prepare(options.data, domain, size)
         if options.stop_after != "prepare":
             specialise(domain, size)
         if options.stop_after not in STAGES[:2]:
-            train(RUNS / domain / "sweep.yaml", options.at_once)
-        if options.stop_after is None:
-            evaluate(options.data, domain, size)
+            data = None if options.stop_after else options.data
+            go_through(data, domain, size, kept / domain, options.at_once, lambda: report(kept))
 
 
 def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
     """Prompts of both branches, some of them held out, the conversations that the domain's model is fine-tuned on, and the
     runs."""
-    from camopd import atomic
-
-    folder, held_out = RUNS / domain, size["held_out"]
+    folder, kept_back = RUNS / domain, size["held_out"]
     folder.mkdir(parents=True, exist_ok=True)
     general = [{"prompt": row["messages"][:1], "category": row["category"]}
                for row in _read(data / "merged" / "general_prompts_train.jsonl")]  # fmt: skip
@@ -98,19 +109,18 @@ def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
     half = len(talks) // 2  # the prompts of the domain are none that it was fine-tuned on
     files = {
         "sft": talks[:half],
-        "domain": [{"prompt": row["messages"][:-1]} for row in talks[half:-held_out]],
-        "domain_heldout": [{"prompt": row["messages"][:-1]} for row in talks[-held_out:]],
-        "general": general[:-held_out],
-        "general_heldout": general[-held_out:],
+        "domain": [{"prompt": row["messages"][:-1]} for row in talks[half:-kept_back]],
+        "domain_heldout": [{"prompt": row["messages"][:-1]} for row in talks[-kept_back:]],
+        "general": general[:-kept_back],
+        "general_heldout": general[-kept_back:],
     }
     for name, rows in files.items():
         atomic.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    branches = ("general", "domain")
     run = {
         "model_name_or_path": str(folder / "specialised"), "dtype": "float32", "bf16": False,
         "teachers": {"general": str(RUNS / "general"), "domain": str(folder / "specialised")},
-        "prompts": {branch: str(folder / f"{branch}.jsonl") for branch in branches},
-        "eval_prompts": {branch: str(folder / f"{branch}_heldout.jsonl") for branch in branches},
+        "prompts": {branch: str(folder / f"{branch}.jsonl") for branch in BRANCHES},
+        "eval_prompts": {branch: str(folder / f"{branch}_heldout.jsonl") for branch in BRANCHES},
         "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
         "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
     }  # fmt: skip
@@ -172,33 +182,152 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
     beside.rename(target)
 
 
-def train(sweep: Path, at_once: int) -> None:
-    """All runs of a sweep that are not done, some beside each other, and its table."""
-    words = (sys.executable, "-m", "camopd.cli", "sweep", str(sweep))
-    done = subprocess.run([*words, "--print"], check=True, stdout=subprocess.PIPE, encoding="utf-8")
-    lines = done.stdout.splitlines()
+def go_through(
+    data: Path | None, domain: str, size: dict[str, Any], kept: Path, at_once: int, after_each: Callable[[], None]
+) -> None:
+    """Do the runs that have no file in `kept`, `at_once` of them beside each other: train, evaluate where there is `data`,
+    and write the file."""
+    sweep = RUNS / domain / "sweep.yaml"
+    start = sha256(RUNS / domain / "specialised" / "model.safetensors")
+    one = threading.Lock()  # a server at a time, and a table
+
+    def do(job: dict[str, Any]) -> None:
+        name = f"{job['method']}/seed-{job['seed']}"
+        _run(sys.executable, "-m", "camopd.cli", "sweep", str(sweep), "--only", name)
+        found = {"job": job, **held_out(sweep.parent / "sweep" / name)}
+        with one:
+            if "evaluated" in job and data is not None:
+                found["scores"] = evaluate(data, domain, job)
+            kept.mkdir(parents=True, exist_ok=True)
+            atomic.write(kept / f"{job['method']}-{job['seed']}.json", json.dumps(found) + "\n")
+            after_each()
+
+    jobs = []
+    for seed, method in itertools.product(SEEDS, (*METHODS, *ESTIMATORS)):
+        job = {"method": method, "seed": seed, "start": start, "run": size["run"], "held_out": size["held_out"]}
+        if data is not None and method in METHODS:
+            job["evaluated"] = list(size["evaluated"])
+        file = kept / f"{method}-{seed}.json"
+        if not file.is_file() or not job.items() <= json.loads(file.read_text(encoding="utf-8"))["job"].items():
+            jobs.append(job)
     with ThreadPoolExecutor(at_once) as pool:
-        for _ in pool.map(lambda line: subprocess.run(line, shell=True, check=False), lines if at_once > 1 else []):
-            pass  # whoever has failed is run again, and told of, by the sweep itself
-    _run(*words)
+        for _ in pool.map(do, jobs):
+            pass
+    after_each()
 
 
-def evaluate(data: Path, domain: str, size: dict[str, Any]) -> None:
-    """`camopd eval` of every recovered model against the same start and general model, which answer once."""
-    folder = RUNS / domain
-    models = [f"start={folder / 'specialised'}", f"general={RUNS / 'general'}"]
-    answered = folder / "eval" / "before"
-    for seed, method in itertools.product(SEEDS, METHODS):
-        out = folder / "eval" / f"{method}-{seed}"
-        for name in ("start", "general"):
-            if (answered / name).is_dir() and not (out / name).is_dir():
-                shutil.copytree(answered / name, out / name)
-        _run(
-            sys.executable, "-m", "camopd.cli", "eval", "--tasks", "ifeval,qasc", "--out", str(out), *size["evaluated"],
-            "--data", f"ifeval={data / 'ifeval' / 'input_data.jsonl'}", f"qasc={data / 'qasc' / 'dev.jsonl'}",
-            "--models", *models, f"result={folder / 'sweep' / method / f'seed-{seed}'}",
-        )  # fmt: skip
-        answered = out
+def held_out(run: Path) -> dict[str, Any]:
+    """Sampled KL to each branch's teacher on held-out prompts before the first step and after the last, nats per token."""
+    lines = lines_of(run / HELD_OUT)
+    found = {}
+    for branch in BRANCHES:
+        own = [statistics.fmean(kl for kl in line["kl_by_prompt"] if kl is not None)
+               for line in lines if line["branch"] == branch]  # fmt: skip
+        found[branch] = {"before": own[0], "after": own[-1]}
+    return found
+
+
+def evaluate(data: Path, domain: str, job: dict[str, Any]) -> dict[str, Any]:
+    """`camopd eval` of a recovered model beside the start and the general model, which answer once. Percent, by task."""
+    folder, name = RUNS / domain, f"{job['method']}-{job['seed']}"
+    out = folder / "eval" / name
+    for before, each in itertools.product(sorted((folder / "eval").glob("*")), ("start", "general")):
+        if (before / each).is_dir() and not (out / each).is_dir():
+            shutil.copytree(before / each, out / each)
+    _run(
+        sys.executable, "-m", "camopd.cli", "eval", "--tasks", ",".join(TASKS), "--out", str(out), *job["evaluated"],
+        "--data", f"ifeval={data / 'ifeval' / 'input_data.jsonl'}", f"qasc={data / 'qasc' / 'dev.jsonl'}",
+        "--models", f"start={folder / 'specialised'}", f"general={RUNS / 'general'}",
+        f"result={folder / 'sweep' / job['method'] / ('seed-' + str(job['seed']))}",
+    )  # fmt: skip
+    found = json.loads((out / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    return {row["task"]: {"items": row["models"]["result"]["items"],
+                          **{model: 100 * numbers["mean"] for model, numbers in row["models"].items()},
+                          "change": {name: row["change"][name] for name in ("value", "low", "high")}}
+            for row in found}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- the table
+
+
+def report(kept: Path) -> None:
+    """real_weights.md of the files there are, which are of one kind of machine."""
+    lines = [
+        "# Real weights",
+        "",
+        "SmolLM2-135M-Instruct, specialised on a domain and brought back; held-out sampled KL to the two teachers in nats "
+        "per token, scores in percent. A mean over seeds has its 95 % interval of Student's t where there are several; "
+        "*minus CaMOPD* is paired by seed, over those that both have.",
+    ]
+    for domain in DOMAINS:
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((kept / domain).glob("*.json"))]
+        starts = [run["job"]["start"] for run in runs]
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for run in runs:
+            if run["job"]["start"] == max(starts, key=starts.count):  # on another processor it has other bytes
+                found.setdefault(run["job"]["method"], {})[run["job"]["seed"]] = run
+        if found:
+            lines += ["", f"## {domain}", "", *_gaps(found)]
+            lines += (
+                ["", *_scores(found)] if any("scores" in run for of in found.values() for run in of.values()) else []
+            )
+    lines += ["", f"{kept.name.upper()}, {versions()}. Each run is a file beside this one."]
+    write_report(lines, kept / "real_weights.md")
+
+
+def _gaps(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    head = ["method", "seeds"]
+    for branch in BRANCHES:
+        head += [f"{branch} before", f"{branch} after", f"{branch} after, minus CaMOPD"]
+    rows = [head]
+    for method in (each for each in (*METHODS, *ESTIMATORS) if each in found):
+        row = [method, str(len(found[method]))]
+        for branch in BRANCHES:
+            before = statistics.fmean(run[branch]["before"] for run in found[method].values())
+            row += [f"{before:.3f}", *_outcome(found, method, lambda run, branch=branch: run[branch]["after"], 3)]
+        rows.append(row)
+    return _table(rows)
+
+
+def _scores(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    found = {
+        method: {seed: run["scores"] for seed, run in of.items() if "scores" in run} for method, of in found.items()
+    }
+    head = ["method", "seeds"]
+    for task in TASKS:
+        head += [f"{task}: general", "start", "result", "result minus CaMOPD's"]
+    rows, items = [head], ""
+    for method in (each for each in METHODS if found.get(each)):
+        row, first = [method, str(len(found[method]))], next(iter(found[method].values()))
+        for task in TASKS:
+            before = [f"{first[task][model]:.1f}" for model in ("general", "start")]
+            row += [*before, *_outcome(found, method, lambda run, task=task: run[task]["result"], 1)]
+        rows.append(row)
+        items = " and ".join(f"{first[task]['items']} items of {task}" for task in TASKS)
+    return [*_table(rows), "", f"{items}; `camopd eval` gives each run's change with its paired interval over them."]
+
+
+def _outcome(found: dict[str, dict[int, Any]], method: str, number: Callable[[Any], float], digits: int) -> list[str]:
+    """The mean over a method's seeds, and by how much it is above CaMOPD's of the same seeds."""
+    base = {} if method == METHODS[0] else found.get(METHODS[0], {})
+    of = {seed: number(run) for seed, run in found[method].items()}
+    pairs = [value - number(base[seed]) for seed, value in of.items() if seed in base]
+    return [_mean(list(of.values()), "", digits), _mean(pairs, "+", digits) if pairs else ""]
+
+
+def _mean(values: list[float], sign: str, digits: int) -> str:
+    return said(t_interval(values), sign, digits) if len(values) > 1 else f"{values[0]:{sign}.{digits}f}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _gpu() -> bool:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -260,6 +262,78 @@ def test_prompts_of_real_weights_are_apart_and_all_there(tmp_path, monkeypatch):
         assert sorted(general) == sorted(f"g{n}" for n in range(100))
         held_out = real_weights.ON_CPU["held_out"]
         assert len(found["domain_heldout"]) == len(found["general_heldout"]) == held_out
+
+
+def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, monkeypatch):
+    """In the place of `camopd sweep` and `camopd eval` stand programs that write what these do."""
+    done, lost = [], set()
+
+    def run(python, module, cli, command, *words):
+        options = dict(zip(words[1::2], words[2::2], strict=False))
+        if command == "sweep":
+            folder = Path(words[0]).parent / "sweep" / options["--only"]
+            method, seed = options["--only"].split("/seed-")
+            if (method, int(seed)) in lost:
+                sys.exit("killed")
+            folder.mkdir(parents=True)
+            kl = {"general": 0.1 * (1 + int(seed)) + (method == "vanilla_mopd"), "domain": 0.5}
+            lines = [{"step": step, "branch": branch, "kl_by_prompt": [0.0 if step == 0 else kl[branch], None]}
+                     for step in (0, 8) for branch in kl]  # fmt: skip
+            (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            done.append((method, int(seed)))
+        else:
+            out = Path(words[words.index("--out") + 1])
+            assert (out / "start").is_dir() == bool(asked)  # the first one's answers
+            (out / "start").mkdir(parents=True, exist_ok=True)
+            means = {"start": 0.25, "general": 0.5, "result": 0.3 + 0.1 * ("vanilla" in out.name)}
+            row = {"models": {name: {"mean": mean, "items": 64} for name, mean in means.items()},
+                   "change": {"value": 5.0, "low": 1.0, "high": 9.0}}  # fmt: skip
+            rows = [{"task": task, **row} for task in ("ifeval", "qasc")]
+            (out / "eval.json").write_text(json.dumps({"tasks": rows}))
+            asked.append(out.name)
+
+    asked: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real_weights, "_run", run)
+    start = tmp_path / "runs" / "real" / "medical" / "specialised" / "model.safetensors"
+    start.parent.mkdir(parents=True)
+    start.write_bytes(b"start")
+    kept = tmp_path / "kept" / "cpu"
+
+    def go(data=tmp_path):
+        done.clear()
+        real_weights.go_through(
+            data, "medical", real_weights.ON_CPU, kept / "medical", 1, lambda: real_weights.report(kept)
+        )
+        return list(done)
+
+    all_of_them = [
+        (method, seed) for seed in (0, 1, 2) for method in (*real_weights.METHODS, *real_weights.ESTIMATORS)
+    ]
+    lost.add(all_of_them[5])
+    with pytest.raises(SystemExit):
+        go()
+    lost.clear()
+    first = list(done)  # and one that had begun beside it
+    assert first[:5] == all_of_them[:5] and sorted(first + go()) == sorted(all_of_them) and go() == []
+    assert len(asked) == 3 * len(real_weights.METHODS)
+    (kept / "medical" / "camopd-1.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "real" / "medical" / "sweep")  # models that are gone are not made again
+    assert go() == [("camopd", 1)]
+    text = (kept / "real_weights.md").read_text()
+    half = 0.1 * 4.302653 / math.sqrt(3)  # Student's t of two degrees of freedom
+    assert f"| camopd | 3 | 0.000 | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |  | 0.000 | 0.500" in text
+    assert "| vanilla_mopd | 3 | 0.000 | 1.200 " in text and "| +1.000 [+1.000, +1.000] |" in text
+    assert "| vanilla_mopd | 3 | 50.0 | 25.0 | 40.0 [40.0, 40.0] | +10.0 [+10.0, +10.0] |" in text
+    assert "64 items of ifeval and 64 items of qasc" in text and "| full | 3 |" in text
+    start.write_bytes(b"another")
+    shutil.rmtree(tmp_path / "runs" / "real" / "medical" / "sweep")
+    lost.add(all_of_them[1])
+    with pytest.raises(SystemExit):
+        go()
+    assert (
+        done[0] == all_of_them[0] and "| camopd | 2 |" in (kept / "real_weights.md").read_text()
+    )  # none of two starts
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):

@@ -345,6 +345,8 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan
 
 
-def said(interval: Interval, sign: str = "") -> str:
-    """An interval in three digits; `sign` is "+" for a difference."""
-    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+def said(interval: Interval, sign: str = "", digits: int = 3) -> str:
+    """An interval with so many digits behind the point; `sign` is "+" for a difference."""
+    return "{:{form}} [{:{form}}, {:{form}}]".format(
+        interval.value, interval.low, interval.high, form=f"{sign}.{digits}f"
+    )
