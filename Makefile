@@ -74,8 +74,10 @@ test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers o
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# One thread for each process: vLLM ties one to every core, and those of several servers spin while they wait for each other.
 test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
-	$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py) $(ARGS)
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py) $(ARGS)
 	@echo "==> What depends on transformers, whose version is an older one there, as vLLM needs"
 	$(VLLM_BIN)/python -m pytest -n 2 tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
 

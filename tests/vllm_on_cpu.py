@@ -22,6 +22,7 @@ KV_CACHE = 16 << 20  # bytes
 pack = layers.dispatch_cpu_unquantized_gemm
 load = of_trl.VLLMGeneration.sync_weights
 start = of_trl.LLM
+engines = {}
 
 
 def sync_weights(self):
@@ -33,8 +34,13 @@ def sync_weights(self):
 
 
 def start_eagerly(**settings):
-    """Without torch.compile, which takes a minute, and not with a share of the machine's memory."""
-    return start(enforce_eager=True, kv_cache_memory_bytes=KV_CACHE, **settings)
+    """Without torch.compile, which takes a minute, and not with a share of the machine's memory. Who asks for an engine
+    like the last one gets that, with the weights that were sent to it last: a start takes longer than most tests."""
+    key = repr(sorted(settings.items()))
+    if key not in engines:
+        engines.clear()
+        engines[key] = start(enforce_eager=True, kv_cache_memory_bytes=KV_CACHE, **settings)
+    return engines[key]
 
 
 def join(self, device=0):
