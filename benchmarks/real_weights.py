@@ -178,7 +178,7 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
         "report_to": "none", "bf16": "false", "use_cpu": "false" if _gpu() else "true", **size["specialise"],
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    _run(sys.executable, str(ROOT / "examples" / "specialize.py"), *words)
+    run_program(sys.executable, str(ROOT / "examples" / "specialize.py"), *words)
     beside.rename(target)
 
 
@@ -193,7 +193,7 @@ def go_through(
 
     def do(job: dict[str, Any]) -> None:
         name = f"{job['method']}/seed-{job['seed']}"
-        _run(sys.executable, "-m", "camopd.cli", "sweep", str(sweep), "--only", name)
+        run_program(sys.executable, "-m", "camopd.cli", "sweep", str(sweep), "--only", name)
         found = {"job": job, **held_out(sweep.parent / "sweep" / name)}
         with one:
             if "evaluated" in job and data is not None:
@@ -234,7 +234,7 @@ def evaluate(data: Path, domain: str, job: dict[str, Any]) -> dict[str, Any]:
     for before, each in itertools.product(sorted((folder / "eval").glob("*")), ("start", "general")):
         if (before / each).is_dir() and not (out / each).is_dir():
             shutil.copytree(before / each, out / each)
-    _run(
+    run_program(
         sys.executable, "-m", "camopd.cli", "eval", "--tasks", ",".join(TASKS), "--out", str(out), *job["evaluated"],
         "--data", f"ifeval={data / 'ifeval' / 'input_data.jsonl'}", f"qasc={data / 'qasc' / 'dev.jsonl'}",
         "--models", f"start={folder / 'specialised'}", f"general={RUNS / 'general'}",
@@ -343,7 +343,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _run(*words: str) -> None:
+def run_program(*words: str) -> None:
+    """To its end; exits where it fails."""
     done = subprocess.run(words, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(words[:4])} ended with {done.returncode}; the same command goes on from there.")

@@ -294,7 +294,7 @@ def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, mon
 
     asked: list[str] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(real_weights, "_run", run)
+    monkeypatch.setattr(real_weights, "run_program", run)
     start = tmp_path / "runs" / "real" / "medical" / "specialised" / "model.safetensors"
     start.parent.mkdir(parents=True)
     start.write_bytes(b"start")
