@@ -30,6 +30,7 @@ from .teachers.address import (
     is_here,
     is_server,
     names_missing_model,
+    need_endpoint,
     no_connection,
     public_url,
     was_fetched,
@@ -235,6 +236,7 @@ def check_hub(settings: Mapping[str, Any]) -> None:
                 )
         if is_here(name) or was_fetched(name):
             continue
+        need_endpoint()
         error = _no_way_to_hub()
         if error is None:
             return
@@ -278,6 +280,7 @@ def check_push(settings: Mapping[str, Any]) -> None:
     elif token is None:
         reason = "this machine has no token; set HF_TOKEN or run `hf auth login`"
     else:
+        need_endpoint()
         try:
             answer = httpx.get(
                 f"{constants.ENDPOINT}/api/whoami-v2", headers={"authorization": f"Bearer {token}"}, timeout=5.0,

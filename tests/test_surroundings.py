@@ -30,6 +30,7 @@ from camopd.surroundings import (
     need_column,
     need_context,
 )
+from camopd.teachers.address import names_missing_model
 from camopd.teachers.local import context_length
 
 
@@ -340,8 +341,13 @@ def test_way_to_the_hub_that_is_barred_is_said_with_the_way_out(models, monkeypa
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("HF_ENDPOINT", "http://user:secret@[bad", r"HF_ENDPOINT='http://\[bad' is no address of a Hub.* or unset it"),
-        ("HF_ENDPOINT", "http://user:secret/x@hub", r"HF_ENDPOINT='http://\.\.\.' is no address"),
+        ("HF_ENDPOINT", "http://user:secret@[bad", r"HF_ENDPOINT='\[bad' is no address of a Hub.* or unset it"),
+        ("HF_ENDPOINT", "http://user:secret/x@hub", r"HF_ENDPOINT='hub' is no address"),
+        ("HF_ENDPOINT", "", r"HF_ENDPOINT='' is no address"),
+        ("HF_ENDPOINT", "secret:s?ecret@hub", r"HF_ENDPOINT='\.\.\.' is no address"),
+        ("HF_ENDPOINT", "http:/user:secret#x@hub", r"HF_ENDPOINT='\.\.\.' is no address"),
+        ("HF_ENDPOINT", "hf_secrettoken@hub", r"HF_ENDPOINT='hub' is no address"),
+        ("HF_ENDPOINT", "user:secret://x@hub", r"HF_ENDPOINT='hub' is no address"),
         ("HF_ENDPOINT", "user:secret@hub", r"HF_ENDPOINT='hub' is no address"),
         ("HF_ENDPOINT", "hub.example", r"HF_ENDPOINT='hub\.example' is no address"),
         ("HF_ENDPOINT", "http:/user:secret@hub", r"HF_ENDPOINT='hub' is no address"),
@@ -353,7 +359,7 @@ def test_way_to_the_hub_that_is_barred_is_said_with_the_way_out(models, monkeypa
     "ask", ["check_hub({'model_name_or_path': 'org/x'})", "check_push({'push_to_hub': True, 'output_dir': 'out'})"]
 )
 def test_address_that_the_hubs_client_cannot_use_is_named_by_its_variable(tmp_path, ask, variable, value, says):
-    """Of a fresh process: its import reads HF_ENDPOINT. With files that are all here no address matters."""
+    """Of a fresh process: its import reads HF_ENDPOINT."""
     environment = {name: text for name, text in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://hub", variable: value}
     environment["HF_TOKEN"] = "hf_" + "secret" * 5
@@ -362,6 +368,36 @@ def test_address_that_the_hubs_client_cannot_use_is_named_by_its_variable(tmp_pa
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert re.search(says, done.stdout) and "secret" not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize("endpoint", ["", "hub.example"])
+def test_address_of_the_hub_does_not_matter_where_all_is_here(tmp_path, endpoint, offline):
+    """`HF_ENDPOINT=` is what compose files leave of a variable that is not set."""
+    (tmp_path / "student").mkdir()
+    code = (
+        "from camopd.surroundings import check_hub, check_push\n"
+        "check_hub({'model_name_or_path': 'student', 'teachers': {'general': './student'}})\n"
+        "check_push({'push_to_hub': False, 'output_dir': 'out'})"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_model_that_was_fetched_is_no_path_where_a_folder_has_its_owners_name(models, tmp_path):
+    """As `hf download org/other --local-dir org/other` leaves one."""
+    (tmp_path / "org" / "other").mkdir(parents=True)
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    run = {"model_name_or_path": "org/base", "teachers": {"general": "tuned"}}
+    with pytest.raises(ValueError, match=r"'org/base', is no path on this machine"):
+        check_hub(run)
+    snapshot = models / "models--org--base" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    check_hub(run)
+    assert not names_missing_model("org/base")
 
 
 @pytest.mark.parametrize("of_teacher", [False, True])

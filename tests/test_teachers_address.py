@@ -374,6 +374,7 @@ def test_note_of_camopd_serve_shows_no_secrets(url):
         ("localhost:8001/?api_key=x", "localhost:8001/"),
         ("user:pass@host:8001", "host:8001"),
         ("user:p/a@ss@host", "host"),
+        ("user:p?a#ss@host", "..."),
         ("a@b/model", "a@b/model"),
     ],
 )

@@ -258,7 +258,7 @@ def make_trainer(folder, student, teachers):
     args = CaMOPDConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
         gradient_checkpointing=False, prompts_per_step=6, per_device_train_batch_size=2, max_completion_length=16,
-        max_prompt_length=128, schedule="general:1,domain:1", learning_rate=1e-5, diagnostics_steps=0,
+        max_prompt_length=128, schedule="general:1,domain:1", learning_rate=1e-5,
     )  # fmt: skip
     return CaMOPDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teachers=teachers, args=args,

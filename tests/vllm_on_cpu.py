@@ -6,10 +6,13 @@ NCCL: here vLLM's own packing goes to a file, which the server loads.
 """
 
 import os
+import random
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy
+import torch
 import trl.generation.vllm_generation as of_trl
 import vllm.model_executor.layers.utils as layers
 from safetensors.torch import save_file
@@ -40,6 +43,8 @@ def start_eagerly(**settings):
     if key not in engines:
         engines.clear()
         engines[key] = start(enforce_eager=True, kv_cache_memory_bytes=KV_CACHE, **settings)
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):  # as every start does in its process
+        seed(settings["seed"])
     return engines[key]
 
 

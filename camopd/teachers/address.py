@@ -48,7 +48,9 @@ def public_url(url: str) -> str:
 
 def name_to_show(name: str) -> str:
     """A model id or path as an error may show it: it may be a URL without scheme, `user:password@host:8001/?key=...`."""
-    shown = re.split("[?#]", name, maxsplit=1)[0]
+    shown, *more = re.split("[?#]", name, maxsplit=1)
+    if "@" in "".join(more):  # a password with one of these signs, perhaps
+        return "..."
     return re.sub(r"^[^@]*:[^@]*@(.*@)?", "", shown)
 
 
@@ -86,10 +88,11 @@ def is_here(name: str) -> bool:
 
 
 def names_missing_folder(name: str) -> bool:
-    """Whether a name is a path, by its form or because it begins with a folder that is there, and leads nowhere."""
+    """Whether a name is a path and leads nowhere: by its form, or because it begins with a folder that is there. It is none
+    where the cache of the Hub has a model of that name, as beside a folder in which others of its owner are."""
     parts = Path(name).parts
-    is_path = name.startswith(("/", "./", "../", "~")) or (len(parts) > 1 and os.path.isdir(parts[0]))
-    return is_path and not is_here(name)
+    begins_here = len(parts) > 1 and os.path.isdir(parts[0]) and not was_fetched(name)
+    return (name.startswith(("/", "./", "../", "~")) or begins_here) and not is_here(name)
 
 
 def names_missing_model(name: str) -> bool:
@@ -114,6 +117,7 @@ def _may_be_on_hub(word: str) -> bool:
     constants = hub_constants()
     if constants.HF_HUB_OFFLINE:
         return False
+    need_endpoint()
     from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import build_hf_headers
@@ -129,17 +133,11 @@ def _may_be_on_hub(word: str) -> bool:
 
 
 def hub_constants() -> Any:
-    """The settings of the Hub's client. Raises `ValueError` for an HF_ENDPOINT that is no URL of a server, and for another
-    variable that the client cannot be imported with."""
-    endpoint = os.environ.get("HF_ENDPOINT")
-    if endpoint is not None and not _is_endpoint(endpoint):
-        raise ValueError(
-            f"HF_ENDPOINT={name_to_show(public_url(endpoint))!r} is no address of a Hub, which has the form https://host "
-            "or https://host:port. Correct it, or unset it for that of Hugging Face."
-        )
+    """The settings of the Hub's client. Raises `ValueError` for a variable that it cannot be imported with."""
     try:
         from huggingface_hub import constants, get_session  # noqa: F401
     except ValueError as error:
+        need_endpoint()
         raise ValueError(
             f"huggingface_hub cannot be imported: {error}. It reads the variables that begin with HF_: correct the one "
             "that has this value, or unset it."
@@ -147,12 +145,20 @@ def hub_constants() -> Any:
     return constants
 
 
-def _is_endpoint(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # as `port` raises it
-        return False
+def need_endpoint() -> None:
+    """Raise `ValueError` for an HF_ENDPOINT that is no URL of a server. It matters where the Hub is asked."""
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is None:
+        return
+    with contextlib.suppress(ValueError):  # as `port` raises it
+        parts = urlsplit(endpoint)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return
+    shown = name_to_show(endpoint).rpartition("@")[2]
+    raise ValueError(
+        f"HF_ENDPOINT={shown!r} is no address of a Hub, which has the form https://host or https://host:port. Correct it, "
+        "or unset it for that of Hugging Face."
+    ) from None
 
 
 def no_connection(error: BaseException) -> bool:
