@@ -6,9 +6,9 @@
 DATA has `medquad/medquad_short.jsonl`, `synthetic_persona_chat/*.jsonl`, `merged/general_prompts_train.jsonl`,
 `ifeval/input_data.jsonl` and `qasc/dev.jsonl`. What is there is not made again: specialised models are whole or not there,
 and `camopd sweep` and `camopd eval` leave alone what is finished and go on with the rest. What a run has found is one small
-file in benchmarks/results/real_weights, from which real_weights.md there is made, anew after each: a run that has its file,
-from a start of the same bytes, is not done again, also where its model is gone. The answers of a recovered model stand
-beside those of before in runs/real/DOMAIN/eval/METHOD-SEED/eval.md.
+file in benchmarks/results/real_weights, from which real_weights.md there is made, anew after each. A run that has its file
+is not done again, also where its model is gone. Files, models and answers of one start, one set of prompts and one set of
+sizes lie together, in folders that are named by a hash of these: on another processor the start has other bytes.
 
 The methods are the paper's, its parts, and the two that the testbed puts first beside them (docs/testbed.md); then CaMOPD
 with the other estimators of the gradient, of which the gaps alone are measured. Sizes are those of `ON_CPU`, which two
@@ -28,7 +28,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,12 +91,11 @@ def main(argv: list[str]) -> None:
             specialise(domain, size)
         if options.stop_after not in STAGES[:2]:
             data = None if options.stop_after else options.data
-            go_through(data, domain, size, kept / domain, options.at_once, lambda: report(kept))
+            go_through(data, domain, size, kept, options.at_once)
 
 
 def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
-    """Prompts of both branches, some of them held out, the conversations that the domain's model is fine-tuned on, and the
-    runs."""
+    """Prompts of both branches, some of them held out, and the conversations that the domain's model is fine-tuned on."""
     folder, kept_back = RUNS / domain, size["held_out"]
     folder.mkdir(parents=True, exist_ok=True)
     general = [{"prompt": row["messages"][:1], "category": row["category"]}
@@ -116,27 +114,6 @@ def prepare(data: Path, domain: str, size: dict[str, Any]) -> None:
     }
     for name, rows in files.items():
         atomic.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    run = {
-        "model_name_or_path": str(folder / "specialised"), "dtype": "float32", "bf16": False,
-        "teachers": {"general": str(RUNS / "general"), "domain": str(folder / "specialised")},
-        "prompts": {branch: str(folder / f"{branch}.jsonl") for branch in BRANCHES},
-        "eval_prompts": {branch: str(folder / f"{branch}_heldout.jsonl") for branch in BRANCHES},
-        "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
-        "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
-    }  # fmt: skip
-    of_settings = {**SETTINGS, **ESTIMATORS}
-    for name, settings in of_settings.items():
-        atomic.write(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
-    sweep = {
-        "output_dir": str(folder / "sweep"), "seeds": list(SEEDS),
-        "configs": [*(name for name in METHODS if name not in SETTINGS),
-                    *(str(folder / f"{name}.yaml") for name in of_settings)],
-        "columns": ["eval_general_kl", "eval_domain_kl", "gap/general/abs_mean@5", "gap/domain/abs_mean"],
-        "command": "{python} -m camopd.cli train " + str(folder / "run.yaml")
-        + " --method {config} --seed {seed} --output_dir {output_dir} {resume}",
-    }  # fmt: skip
-    for name, settings in (("run", run), ("sweep", sweep)):
-        atomic.write(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 def medical(data: Path) -> Iterator[dict[str, Any]]:
@@ -182,38 +159,72 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
     beside.rename(target)
 
 
-def go_through(
-    data: Path | None, domain: str, size: dict[str, Any], kept: Path, at_once: int, after_each: Callable[[], None]
-) -> None:
-    """Do the runs that have no file in `kept`, `at_once` of them beside each other: train, evaluate where there is `data`,
-    and write the file."""
-    sweep = RUNS / domain / "sweep.yaml"
-    start = sha256(RUNS / domain / "specialised" / "model.safetensors")
-    one = threading.Lock()  # a server at a time, and a table
+def plan(domain: str, size: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of the runs of this start, these prompts and sizes, with `sweep.yaml`; and what its name is a hash of."""
+    data = RUNS / domain
+    prompts = {
+        f"{branch}{which}": data / f"{branch}{which}.jsonl" for branch in BRANCHES for which in ("", "_heldout")
+    }
+    of = {"start": sha256(data / "specialised" / "model.safetensors"),
+          "prompts": {name: sha256(file) for name, file in prompts.items()}, "size": size}  # fmt: skip
+    folder = data / hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:8]
+    run = {
+        "model_name_or_path": str(data / "specialised"), "dtype": "float32", "bf16": False,
+        "teachers": {"general": str(RUNS / "general"), "domain": str(data / "specialised")},
+        "prompts": {branch: str(prompts[branch]) for branch in BRANCHES},
+        "eval_prompts": {branch: str(prompts[f"{branch}_heldout"]) for branch in BRANCHES},
+        "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
+        "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
+    }  # fmt: skip
+    of_settings = {**SETTINGS, **ESTIMATORS}
+    sweep = {
+        "output_dir": str(folder / "sweep"), "seeds": list(SEEDS),
+        "configs": [*(name for name in METHODS if name not in SETTINGS),
+                    *(str(folder / f"{name}.yaml") for name in of_settings)],
+        "columns": ["eval_general_kl", "eval_domain_kl", "gap/general/abs_mean@5", "gap/domain/abs_mean"],
+        "command": "{python} -m camopd.cli train " + str(folder / "run.yaml")
+        + " --method {config} --seed {seed} --output_dir {output_dir} {resume}",
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    for name, settings in {"run": run, "sweep": sweep, **of_settings}.items():
+        atomic.write(folder / f"{name}.yaml", yaml.safe_dump(settings, sort_keys=False))
+    return folder, of
 
-    def do(job: dict[str, Any]) -> None:
-        name = f"{job['method']}/seed-{job['seed']}"
-        run_program(sys.executable, "-m", "camopd.cli", "sweep", str(sweep), "--only", name)
-        found = {"job": job, **held_out(sweep.parent / "sweep" / name)}
-        with one:
-            if "evaluated" in job and data is not None:
-                found["scores"] = evaluate(data, domain, job)
-            kept.mkdir(parents=True, exist_ok=True)
-            atomic.write(kept / f"{job['method']}-{job['seed']}.json", json.dumps(found) + "\n")
-            after_each()
 
-    jobs = []
-    for seed, method in itertools.product(SEEDS, (*METHODS, *ESTIMATORS)):
-        job = {"method": method, "seed": seed, "start": start, "run": size["run"], "held_out": size["held_out"]}
-        if data is not None and method in METHODS:
-            job["evaluated"] = list(size["evaluated"])
-        file = kept / f"{method}-{seed}.json"
-        if not file.is_file() or not job.items() <= json.loads(file.read_text(encoding="utf-8"))["job"].items():
-            jobs.append(job)
-    with ThreadPoolExecutor(at_once) as pool:
-        for _ in pool.map(do, jobs):
-            pass
-    after_each()
+def go_through(data: Path | None, domain: str, size: dict[str, Any], kept: Path, at_once: int) -> None:
+    """Do the runs that have no file in `kept`: train, keep the gaps, and with `data` evaluate and keep the scores.
+
+    `at_once` runs train beside each other, and are evaluated one after the other when all of these are done: the server of
+    an evaluation takes a GPU for itself alone.
+    """
+    folder, of = plan(domain, size)
+    files = {(method, seed): kept / domain / folder.name / f"{method}-{seed}.json"
+             for seed in SEEDS for method in (*METHODS, *ESTIMATORS)}  # fmt: skip
+
+    def train(job: tuple[str, int]) -> None:
+        method, seed = job
+        name = f"{method}/seed-{seed}"
+        run_program(sys.executable, "-m", "camopd.cli", "sweep", str(folder / "sweep.yaml"), "--only", name)
+        files[job].parent.mkdir(parents=True, exist_ok=True)
+        found = {"method": method, "seed": seed, "of": of, "versions": versions(), **held_out(folder / "sweep" / name)}
+        atomic.write(files[job], json.dumps(found) + "\n")
+
+    def is_done(job: tuple[str, int]) -> bool:
+        wanted = "scores" if data is not None and job[0] in METHODS else "general"
+        return files[job].is_file() and wanted in json.loads(files[job].read_text(encoding="utf-8"))
+
+    left = [job for job in files if not is_done(job)]
+    for place in range(0, len(left), at_once):
+        some = left[place : place + at_once]
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(train, some))
+        report(kept)
+        for job in some if data is not None else ():
+            if job[0] in METHODS:
+                found = json.loads(files[job].read_text(encoding="utf-8"))
+                found["scores"] = evaluate(data, folder, job, size)
+                atomic.write(files[job], json.dumps(found) + "\n")
+                report(kept)
 
 
 def held_out(run: Path) -> dict[str, Any]:
@@ -227,24 +238,35 @@ def held_out(run: Path) -> dict[str, Any]:
     return found
 
 
-def evaluate(data: Path, domain: str, job: dict[str, Any]) -> dict[str, Any]:
+def evaluate(data: Path, folder: Path, job: tuple[str, int], size: dict[str, Any]) -> dict[str, Any]:
     """`camopd eval` of a recovered model beside the start and the general model, which answer once. Percent, by task."""
-    folder, name = RUNS / domain, f"{job['method']}-{job['seed']}"
-    out = folder / "eval" / name
-    for before, each in itertools.product(sorted((folder / "eval").glob("*")), ("start", "general")):
-        if (before / each).is_dir() and not (out / each).is_dir():
-            shutil.copytree(before / each, out / each)
+    method, seed = job
+    result = folder / "sweep" / method / f"seed-{seed}"
+    out, before = result / "eval", folder / "before"  # what is trained anew is evaluated anew
+    for name in ("start", "general"):
+        _copy(before / name, out / name)
     run_program(
-        sys.executable, "-m", "camopd.cli", "eval", "--tasks", ",".join(TASKS), "--out", str(out), *job["evaluated"],
+        sys.executable, "-m", "camopd.cli", "eval", "--tasks", ",".join(TASKS), "--out", str(out), *size["evaluated"],
         "--data", f"ifeval={data / 'ifeval' / 'input_data.jsonl'}", f"qasc={data / 'qasc' / 'dev.jsonl'}",
-        "--models", f"start={folder / 'specialised'}", f"general={RUNS / 'general'}",
-        f"result={folder / 'sweep' / job['method'] / ('seed-' + str(job['seed']))}",
+        "--models", f"start={folder.parent / 'specialised'}", f"general={RUNS / 'general'}", f"result={result}",
     )  # fmt: skip
+    for name in ("start", "general"):
+        _copy(out / name, before / name)
     found = json.loads((out / "eval.json").read_text(encoding="utf-8"))["tasks"]
     return {row["task"]: {"items": row["models"]["result"]["items"],
                           **{model: 100 * numbers["mean"] for model, numbers in row["models"].items()},
                           "change": {name: row["change"][name] for name in ("value", "low", "high")}}
             for row in found}  # fmt: skip
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A folder, whole or not at all, where it is and the other one is not."""
+    if not source.is_dir() or target.is_dir():
+        return
+    beside = target.with_name(f"_{target.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    beside.rename(target)
 
 
 # --------------------------------------------------------------------------------------------------------------- the table
@@ -259,19 +281,17 @@ def report(kept: Path) -> None:
         "per token, scores in percent. A mean over seeds has its 95 % interval of Student's t where there are several; "
         "*minus CaMOPD* is paired by seed, over those that both have.",
     ]
-    for domain in DOMAINS:
-        runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((kept / domain).glob("*.json"))]
-        starts = [run["job"]["start"] for run in runs]
+    for folder in sorted(kept.glob("*/*/")):
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for run in runs:
-            if run["job"]["start"] == max(starts, key=starts.count):  # on another processor it has other bytes
-                found.setdefault(run["job"]["method"], {})[run["job"]["seed"]] = run
-        if found:
-            lines += ["", f"## {domain}", "", *_gaps(found)]
-            lines += (
-                ["", *_scores(found)] if any("scores" in run for of in found.values() for run in of.values()) else []
-            )
-    lines += ["", f"{kept.name.upper()}, {versions()}. Each run is a file beside this one."]
+            found.setdefault(run["method"], {})[run["seed"]] = run
+        size = runs[0]["of"]["size"]
+        lines += ["", f"## {folder.parent.name}, {folder.name}", "", *_gaps(found)]
+        lines += ["", *_scores(found)] if any("scores" in run for run in runs) else []
+        lines += ["", f"Start {runs[0]['of']['start'][:8]}; {json.dumps(size['run'])}, {size['held_out']} held-out prompts "
+                  f"of each branch; specialised with {json.dumps(size['specialise'])}; {kept.name.upper()}; "
+                  f"{'; '.join(sorted({run['versions'] for run in runs}))}."]  # fmt: skip
     write_report(lines, kept / "real_weights.md")
 
 

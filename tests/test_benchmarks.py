@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import yaml
 from conftest import make_model, make_tokenizer
 from fake_rollouts import FakeRollouts
 from fake_vllm import FakeVLLM
@@ -265,75 +266,98 @@ def test_prompts_of_real_weights_are_apart_and_all_there(tmp_path, monkeypatch):
 
 
 def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, monkeypatch):
-    """In the place of `camopd sweep` and `camopd eval` stand programs that write what these do."""
-    done, lost = [], set()
+    """In the place of `camopd sweep` and `camopd eval` stand programs that write what these do, and refuse as they do."""
+    done, asked, lost = [], [], set()
+    folder = tmp_path / "runs" / "real" / "medical"
+    start = folder / "specialised" / "model.safetensors"
+
+    def sweep(file, only):
+        method, seed = only.split("/seed-")
+        if (method, int(seed)) in lost:
+            sys.exit("killed")
+        run = Path(yaml.safe_load(Path(file).read_text())["output_dir"]) / only
+        if run.is_dir():
+            return  # done before
+        run.mkdir(parents=True)
+        kl = {"general": 0.1 * (1 + int(seed)) + (method == "vanilla_mopd"), "domain": 0.5}
+        lines = [{"step": step, "branch": branch, "kl_by_prompt": [0.0 if step == 0 else kl[branch], None]}
+                 for step in (0, 8) for branch in kl]  # fmt: skip
+        (run / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "model").write_text(f"{len(done)}")
+        done.append((method, int(seed)))
+
+    def evaluate(out, start_of, result):
+        for name, model in (("start", start_of / "model.safetensors"), ("result", result / "model")):
+            answers = out / name / "of"
+            new = not answers.exists()
+            assert new or answers.read_bytes() == model.read_bytes(), "answers of another model"
+            asked.append(name) if new else None
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            answers.write_bytes(model.read_bytes())
+        means = {"start": 0.25, "general": 0.5, "result": 0.3 + 0.1 * ("vanilla" in str(out))}
+        row = {"models": {name: {"mean": mean, "items": 64} for name, mean in means.items()},
+               "change": {"value": 5.0, "low": 1.0, "high": 9.0}}  # fmt: skip
+        (out / "eval.json").write_text(json.dumps({"tasks": [{"task": task, **row} for task in ("ifeval", "qasc")]}))
 
     def run(python, module, cli, command, *words):
-        options = dict(zip(words[1::2], words[2::2], strict=False))
         if command == "sweep":
-            folder = Path(words[0]).parent / "sweep" / options["--only"]
-            method, seed = options["--only"].split("/seed-")
-            if (method, int(seed)) in lost:
-                sys.exit("killed")
-            folder.mkdir(parents=True)
-            kl = {"general": 0.1 * (1 + int(seed)) + (method == "vanilla_mopd"), "domain": 0.5}
-            lines = [{"step": step, "branch": branch, "kl_by_prompt": [0.0 if step == 0 else kl[branch], None]}
-                     for step in (0, 8) for branch in kl]  # fmt: skip
-            (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            done.append((method, int(seed)))
-        else:
-            out = Path(words[words.index("--out") + 1])
-            assert (out / "start").is_dir() == bool(asked)  # the first one's answers
-            (out / "start").mkdir(parents=True, exist_ok=True)
-            means = {"start": 0.25, "general": 0.5, "result": 0.3 + 0.1 * ("vanilla" in out.name)}
-            row = {"models": {name: {"mean": mean, "items": 64} for name, mean in means.items()},
-                   "change": {"value": 5.0, "low": 1.0, "high": 9.0}}  # fmt: skip
-            rows = [{"task": task, **row} for task in ("ifeval", "qasc")]
-            (out / "eval.json").write_text(json.dumps({"tasks": rows}))
-            asked.append(out.name)
+            return sweep(words[0], words[2])
+        models = dict(word.split("=") for word in words[words.index("--models") + 1 :])
+        return evaluate(Path(words[words.index("--out") + 1]), Path(models["start"]), Path(models["result"]))
 
-    asked: list[str] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(real_weights, "run_program", run)
-    start = tmp_path / "runs" / "real" / "medical" / "specialised" / "model.safetensors"
-    start.parent.mkdir(parents=True)
-    start.write_bytes(b"start")
-    kept = tmp_path / "kept" / "cpu"
-
-    def go(data=tmp_path):
+    def go(data=tmp_path, at_once=1, size=real_weights.ON_CPU):
         done.clear()
-        real_weights.go_through(
-            data, "medical", real_weights.ON_CPU, kept / "medical", 1, lambda: real_weights.report(kept)
-        )
+        asked.clear()
+        real_weights.go_through(data, "medical", size, kept, at_once)
         return list(done)
 
-    all_of_them = [
-        (method, seed) for seed in (0, 1, 2) for method in (*real_weights.METHODS, *real_weights.ESTIMATORS)
-    ]
-    lost.add(all_of_them[5])
+    def table(method, before=""):
+        text = (kept / "real_weights.md").read_text()
+        return [line for line in text.splitlines() if line.startswith(f"| {method} |") and before in line]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real_weights, "run_program", run)
+    start.parent.mkdir(parents=True)
+    start.write_bytes(b"start")
+    for name in ("general", "general_heldout", "domain", "domain_heldout"):
+        (folder / f"{name}.jsonl").write_text(name)
+    kept = tmp_path / "kept" / "cpu"
+    every = [(method, seed) for seed in (0, 1, 2) for method in (*real_weights.METHODS, *real_weights.ESTIMATORS)]
+    lost.add(every[5])
     with pytest.raises(SystemExit):
         go()
+    assert done == every[:5] and asked == ["start", *["result"] * 5]
     lost.clear()
-    first = list(done)  # and one that had begun beside it
-    assert first[:5] == all_of_them[:5] and sorted(first + go()) == sorted(all_of_them) and go() == []
-    assert len(asked) == 3 * len(real_weights.METHODS)
-    (kept / "medical" / "camopd-1.json").unlink()
-    shutil.rmtree(tmp_path / "runs" / "real" / "medical" / "sweep")  # models that are gone are not made again
-    assert go() == [("camopd", 1)]
-    text = (kept / "real_weights.md").read_text()
+    assert go() == every[5:] and asked == ["result"] * (3 * len(real_weights.METHODS) - 5)
+    assert go() == [] and not asked
     half = 0.1 * 4.302653 / math.sqrt(3)  # Student's t of two degrees of freedom
-    assert f"| camopd | 3 | 0.000 | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |  | 0.000 | 0.500" in text
-    assert "| vanilla_mopd | 3 | 0.000 | 1.200 " in text and "| +1.000 [+1.000, +1.000] |" in text
-    assert "| vanilla_mopd | 3 | 50.0 | 25.0 | 40.0 [40.0, 40.0] | +10.0 [+10.0, +10.0] |" in text
-    assert "64 items of ifeval and 64 items of qasc" in text and "| full | 3 |" in text
+    assert (
+        f"| camopd | 3 | 0.000 | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |  | 0.000 | 0.500" in table("camopd")[0]
+    )
+    gaps, scores = table("vanilla_mopd")
+    assert gaps.startswith("| vanilla_mopd | 3 | 0.000 | 1.200 ") and "| +1.000 [+1.000, +1.000] |" in gaps
+    assert scores.startswith("| vanilla_mopd | 3 | 50.0 | 25.0 | 40.0 [40.0, 40.0] | +10.0 [+10.0, +10.0] |")
+    assert "64 items of ifeval and 64 items of qasc" in (kept / "real_weights.md").read_text()
+    # A file that is lost is a run that is done again only where its model is gone, and its answers are its own.
+    (file,) = kept.glob("medical/*/camopd-1.json")
+    file.unlink()
+    assert go() == [] and not asked and file.is_file()
+    file.unlink()
+    shutil.rmtree(folder / file.parent.name / "sweep")
+    assert go() == [("camopd", 1)] and asked == ["result"]
+    # Another start, other prompts or other sizes: another table, and nothing of the first.
     start.write_bytes(b"another")
-    shutil.rmtree(tmp_path / "runs" / "real" / "medical" / "sweep")
-    lost.add(all_of_them[1])
+    assert sorted(go(None, 4)) == sorted(every) and not asked and len(table("camopd", "| 3 |")) == 3
+    assert sorted(go()) == [] and asked == ["start", *["result"] * 3 * len(real_weights.METHODS)]
+    (folder / "domain_heldout.jsonl").write_text("others")
+    lost.add(every[1])
     with pytest.raises(SystemExit):
         go()
+    assert done == every[:1] and [line[:13] for line in table("camopd")].count("| camopd | 1 ") == 2
+    lost.clear()
     assert (
-        done[0] == all_of_them[0] and "| camopd | 2 |" in (kept / "real_weights.md").read_text()
-    )  # none of two starts
+        go(None, 1, {**real_weights.ON_CPU, "run": {"max_steps": 16}}) == every and len(list(kept.glob("*/*/"))) == 4
+    )
 
 
 def test_diagnostics_are_priced_per_step(demo_folder, tmp_path, monkeypatch):
