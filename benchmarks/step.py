@@ -1,4 +1,4 @@
-"""One optimizer step, side by side: camopd with and without rebalance and selection, and TRL's two distillation trainers.
+"""One optimizer step, side by side: camopd with and without selection, and TRL's two distillation trainers.
 
     python benchmarks/step.py [--rounds 5] [--model FOLDER] [--server URL] [--only equal|lengths|generation]
 
@@ -59,7 +59,6 @@ CONTENDERS: dict[str, dict[str, dict | str]] = {
     },
     "lengths": {
         "camopd": {},
-        "camopd, no rebalance": {"rebalance": False},
         "camopd, selection off": {"selection": False},
         "camopd, engine gaps": {"student_logps": "engine"},
         "TRL": "local",
@@ -369,6 +368,7 @@ def ratios(found: dict[str, dict[str, list[dict]]]) -> list[str]:
          ratio("equal", "time/train", "camopd, 60 % of the mass", "camopd, selection off")),
         ("all but rollout, camopd / TRL, log-normal lengths", "0.5", ratio("lengths", "training part", "camopd", "TRL")),
         ("the same with selection off", "", ratio("lengths", "training part", "camopd, selection off", "TRL")),
+        ("the same with engine gaps", "0.5", ratio("lengths", "training part", "camopd, engine gaps", "TRL")),
         ("the same with both teachers on a server", "", ratio("lengths", "training part", "camopd, server", "TRL, server")),
         ("whole step with real generation, camopd / TRL", "0.6", ratio("generation", "step", "camopd", "TRL")),
         ("the same with engine gaps", "0.6", ratio("generation", "step", "camopd, engine gaps", "TRL")),

@@ -12,6 +12,9 @@ from typing import Any
 
 
 FULL = 16  # times the cost of a forward, its tokens from which on that cost is a sixteenth of the work or less
+# Attention that masks leaves nothing of the square out: twice what `attention_cost` counts. And a CPU takes about twice as
+# long for it as for matrix products with as many operations (benchmarks/padding.py).
+MASKED_ATTENTION = 2 * 2
 
 
 def attention_cost(model: Any) -> float:
@@ -28,6 +31,17 @@ def attention_cost(model: Any) -> float:
     # ZeRO-3 keeps a parameter's size elsewhere
     weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
     return kinds.count("full_attention") * width / weights
+
+
+def masked_work(rows: int, tokens: int, attention_cost: float) -> float:
+    """Work of a forward of rows of so many tokens, in those of a token outside attention."""
+    return rows * (tokens + MASKED_ATTENTION * attention_cost * tokens**2)
+
+
+def packing_is_less_work(lengths: Sequence[int], attention_cost: float) -> bool:
+    """Whether rows one after the other, in a masked square of all their tokens, are less work than rows with padding."""
+    padded = masked_work(len(lengths), max(lengths), attention_cost)
+    return masked_work(1, sum(lengths), attention_cost) < padded
 
 
 def balance_micro_batches(
@@ -148,9 +162,10 @@ def _padded(
 def score_batches(
     lengths: Sequence[int],
     batch_size: int,
-    padding_free: bool,
+    padding_free: bool | None,
     forward_cost: int,
     several_ranks: bool = False,
+    attention_cost: float = 0.0,
 ) -> list[list[int]]:
     """Rows of each forward without gradient, the longest first: indices into `lengths`.
 
@@ -159,10 +174,12 @@ def score_batches(
     Args:
         lengths: tokens of each row.
         batch_size: times the longest row, tokens that a forward may hold, padding included.
-        padding_free: whether rows of one forward cost their own lengths or all that of the longest.
+        padding_free: whether rows of one forward cost their own lengths or all that of the longest; `None`: whichever is
+            less, see `packing_is_less_work`.
         forward_cost: of a forward beside its tokens, in tokens.
         several_ranks: whether others forward rows of their own. Sharded models need all ranks in each forward: then their
             number follows from that of the rows alone, and asking the others, one collective more, is not needed.
+        attention_cost: see the function of that name.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if not order:
@@ -175,7 +192,8 @@ def score_batches(
         runs = _split_more(_lightest_cut(ordered, ordered, wanted, batch_size * ordered[0]), ordered, wanted)
     else:
         # A forward that is FULL gains little by more rows, and takes no more memory than that of the longest row.
-        runs = _cheapest_cut(ordered, forward_cost, min(batch_size * ordered[0], max(ordered[0], FULL * forward_cost)))
+        most = min(batch_size * ordered[0], max(ordered[0], FULL * forward_cost))
+        runs = _cheapest_cut(ordered, forward_cost, most, attention_cost, padding_free is None)
         wanted = len(runs)
     while len(runs) < wanted:  # rows of one length
         largest = max(range(len(runs)), key=lambda place: runs[place][1] - runs[place][0])
@@ -184,17 +202,23 @@ def score_batches(
     return [order[start:end] for start, end in runs]
 
 
-def _cheapest_cut(ordered: Sequence[int], forward_cost: int, max_tokens: int) -> list[tuple[int, int]]:
-    """Runs (longest row first) with the least sum of their tokens, padding included, and a `forward_cost` for each."""
-    costs, starts = [0], [0]  # of the first rows up to here: their least sum, and where its last run starts
+def _cheapest_cut(
+    ordered: Sequence[int], forward_cost: int, max_tokens: int, attention_cost: float, may_pack: bool
+) -> list[tuple[int, int]]:
+    """Runs (longest row first) with the least sum of their work and a `forward_cost` for each, and no more than
+    `max_tokens`, padding included."""
+    costs, starts = [0.0], [0]  # of the first rows up to here: their least sum, and where its last run starts
     for end in range(1, len(ordered) + 1):
-        found, first = costs[end - 1] + forward_cost + ordered[end - 1], end - 1
-        for start in range(end - 2, -1, -1):
-            tokens = (end - start) * ordered[start]
-            if tokens > max_tokens:
+        found, first, tokens = math.inf, end - 1, 0
+        for start in range(end - 1, -1, -1):
+            rows, tokens = end - start, tokens + ordered[start]
+            if rows > 1 and rows * ordered[start] > max_tokens:
                 break
-            if costs[start] + forward_cost + tokens <= found:
-                found, first = costs[start] + forward_cost + tokens, start
+            work = masked_work(rows, ordered[start], attention_cost)
+            if may_pack:
+                work = min(work, masked_work(1, tokens, attention_cost))
+            if costs[start] + forward_cost + work <= found:
+                found, first = costs[start] + forward_cost + work, start
         costs.append(found)
         starts.append(first)
     runs, end = [], len(ordered)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import metrics
-from .balance import attention_cost, balance_micro_batches
+from .balance import balance_micro_batches
 from .config import CaMOPDConfig
 from .errors import CaMOPDError
 from .forward import Forward
@@ -27,7 +27,6 @@ class Batcher:
     def __init__(self, args: CaMOPDConfig, student: Forward, dummy: int, gather: Callable[[list[Any]], list[Any]]):
         """`dummy` is a token of the vocabulary, of which rows without a sample are made."""
         self.args, self.student, self.dummy, self._gather = args, student, dummy, gather
-        self._attention_cost = attention_cost(student.model)
 
     def micro_batches(self, step: Step) -> deque[MicroBatch | None]:
         """An entry per micro-step for the kept samples of a step, of which `None` costs nothing; adds metrics of the plan.
@@ -41,7 +40,7 @@ class Batcher:
         kept = [summary for summary in step.summaries if summary.position in step.kept]
         lengths = [summary.num_ids for summary in kept]
         ranks = self._plan(kept, lengths)
-        step.metrics.update(metrics.of_micro_batches(ranks, lengths, self.student.packed))
+        step.metrics.update(metrics.of_micro_batches(ranks, lengths, self.student.packs))
         columns = self._columns(step)
         mine = {sample.position: sample for sample in step.samples}
         if args.rebalance and args.world_size > 1:
@@ -86,7 +85,8 @@ class Batcher:
             max_tokens = args.per_device_train_batch_size * (args.max_prompt_length + args.longest_completion)
         else:
             size = None
-        return balance_micro_batches(lengths, num_ranks, size, max_tokens, self.student.packed, self._attention_cost)
+        packed, attention_cost = bool(self.student.packed), self.student.attention_cost
+        return balance_micro_batches(lengths, num_ranks, size, max_tokens, packed, attention_cost)
 
     def _columns(self, step: Step) -> list[str]:
         """What of a sample the loss reads: its gaps, or, where these were measured with the engine's log-probs, what gaps

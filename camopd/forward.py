@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .balance import score_batches
+from .balance import attention_cost, packing_is_less_work, score_batches
 from .divergence import Likeliest, Outputs, logps_and_kl, outputs_of
 from .logprobs import architecture, check_logps, completion_logps, completion_top_k
 from .packing import packing_is_exact, settle_packing, wants_packing
@@ -32,7 +32,8 @@ class Forward:
     """Log-probs of a causal language model, with or without padding as suits it.
 
     Attributes:
-        packed: whether rows stand one after the other without padding; settled by `probe`.
+        packed: whether rows stand one after the other without padding; `None`: by the batch. Settled by `probe`.
+        attention_cost: see `balance.attention_cost`.
         probed: whether `probe` has been called.
     """
 
@@ -59,17 +60,21 @@ class Forward:
             whose: the model, as errors call it.
         """
         self.model, self.batch_size = model, batch_size
-        self.packed = wants_packing(model, padding_free)
+        self.packed, self.attention_cost = wants_packing(model, padding_free), attention_cost(model)
         self._in_wrapper, self._whole, self._autocast = run, whole, autocast
         self._pad_token_id, self._wanted, self._whose = pad_token_id, padding_free, whose
         self.probed = False
+
+    def packs(self, lengths: Sequence[int]) -> bool:
+        """Whether a batch of rows of these lengths is forwarded without padding."""
+        return packing_is_less_work(lengths, self.attention_cost) if self.packed is None else self.packed
 
     def logps(
         self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False, **run: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probs (B, T) of the completion tokens of one batch, with gradient, and entropies (B, T) or `None`."""
         return self._run(
-            completion_logps, token_ids, prompt_lens, self._pad_token_id, with_entropy, self.packed, **run
+            completion_logps, token_ids, prompt_lens, self._pad_token_id, with_entropy, self._packs(token_ids), **run
         )
 
     def logps_and_kl(
@@ -80,19 +85,21 @@ class Forward:
         **run: Any,
     ) -> tuple[Tensor, Tensor]:
         """The same, and the reverse KL to the teachers of the rows, see `divergence.logps_and_kl`."""
-        return self._run(logps_and_kl, token_ids, prompt_lens, self._pad_token_id, self.packed, teachers, **run)
+        packed = self._packs(token_ids)
+        return self._run(logps_and_kl, token_ids, prompt_lens, self._pad_token_id, packed, teachers, **run)
 
     def outputs(self, token_ids: list[list[int]], prompt_lens: list[int]) -> Outputs:
         """What the model, as a teacher, predicts the completion tokens from, without gradient."""
-        return self._run(outputs_of, token_ids, prompt_lens, self._pad_token_id, self.packed)
+        return self._run(outputs_of, token_ids, prompt_lens, self._pad_token_id, self._packs(token_ids))
 
     def rows(
         self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Log-probs (T_i,) and entropies of each row, without gradient, on the CPU."""
         return in_length_sorted_batches(
-            lambda ids, lens: self.logps(ids, lens, with_entropy), token_ids, prompt_lens, self.batch_size, self.packed
-        )
+            lambda ids, lens: self.logps(ids, lens, with_entropy), token_ids, prompt_lens, self.batch_size,
+            self.packed, self.attention_cost if self.packed is None else 0.0,
+        )  # fmt: skip
 
     def top_k(self, token_ids: list[list[int]], prompt_lens: list[int], k: int) -> list[tuple[Tensor, Tensor]]:
         """The `k` likeliest tokens at each completion position of each row and their log-probs, both (T_i, k)."""
@@ -127,9 +134,12 @@ class Forward:
         packed = self.packed
         with evaluating(self.model), self._autocast():
             check_logps(f"{self._whose} ({architecture(self.model)})", forward, self._whole, self.model)
-            if packed:
-                packed = settle_packing(packing_is_exact(forward), self._wanted, self._whose)
+            if packed is not False:
+                packed = settle_packing(packed, packing_is_exact(forward), self._wanted, self._whose)
         self.packed = packed
+
+    def _packs(self, token_ids: Sequence[Sequence[int]]) -> bool:
+        return self.packs([len(ids) for ids in token_ids])
 
     def _run(self, function: Callable[..., Any], *args: Any, **run: Any) -> Any:
         with self._autocast():
@@ -152,7 +162,8 @@ def in_length_sorted_batches(
     token_ids: Sequence[list[int]],
     prompt_lens: Sequence[int],
     batch_size: int,
-    padding_free: bool = False,
+    padding_free: bool | None = False,
+    attention_cost: float = 0.0,
 ) -> list[tuple[Any, ...]]:
     """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
 
@@ -164,7 +175,7 @@ def in_length_sorted_batches(
     lengths = [len(ids) for ids in token_ids]
     rows: list[tuple[Any, ...]] = [()] * len(lengths)
     several = dist.is_initialized() and dist.get_world_size() > 1
-    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, several):
+    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, several, attention_cost):
         with torch.no_grad():
             outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
         outputs = tuple(None if output is None else output.cpu() for output in outputs)

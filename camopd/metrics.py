@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,13 +113,16 @@ def of_branch(
 
 
 def of_micro_batches(
-    ranks: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], padding_free: bool
+    ranks: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], packs: Callable[[Sequence[int]], bool]
 ) -> dict[str, float]:
-    """Tokens through forward and backward, from `[rank][micro-batch]` -> samples: how many are padding, and how uneven."""
+    """Tokens through forward and backward, from `[rank][micro-batch]` -> samples: how many are padding, and how uneven.
+
+    `packs` says of the lengths of a micro-batch whether it goes without padding.
+    """
 
     def tokens_of(batch: Sequence[int]) -> int:
         rows = [lengths[index] for index in batch]
-        return sum(rows) if padding_free else len(rows) * max(rows)
+        return sum(rows) if packs(rows) else len(rows) * max(rows)
 
     work = [sum(tokens_of(batch) for batch in batches if batch) for batches in ranks]
     total, tokens = sum(work), sum(lengths)

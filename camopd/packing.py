@@ -15,17 +15,22 @@ from .logprobs import causal_lm_of
 logger = logging.getLogger(__name__)
 
 
-def wants_packing(model: Any, wanted: bool | None) -> bool:
+def wants_packing(model: Any, wanted: bool | None) -> bool | None:
     """Whether a model's rows are to be forwarded without padding: as `wanted`, or where its attention gains from it.
 
-    Raises `ValueError` where it is wanted of a model that cannot.
+    `None` is for attention that masks, on a CPU: each batch is then forwarded in the way that is less work. On a GPU
+    nobody has measured that. Raises `ValueError` where it is wanted of a model that cannot.
     """
     if wanted and not supports_packing(model):
         raise ValueError(
             f"padding_free=True, but {type(model).__name__} has layers in which rows of one long sequence would see each "
             "other (linear attention, convolution or a state). Leave padding_free out."
         )
-    return supports_packing(model) and packing_pays(model) if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    if not supports_packing(model):
+        return False
+    return True if packing_pays(model) else False if torch.cuda.is_available() else None
 
 
 def packing_is_exact(forward: Callable[[list[list[int]], list[int], bool], Tensor]) -> bool:
@@ -44,16 +49,17 @@ def packing_is_exact(forward: Callable[[list[list[int]], list[int], bool], Tenso
     return bool((padded - packed).abs().mean() < 0.05 and (packed[1] - beside_another[1]).abs().max() < 1e-4)
 
 
-def settle_packing(keeps_apart: bool, wanted: bool | None, whose: str) -> bool:
-    """Whether to go without padding after `packing_is_exact`. Raises `ValueError` where it is wanted and cannot be."""
+def settle_packing(packed: bool | None, keeps_apart: bool, wanted: bool | None, whose: str) -> bool | None:
+    """Whether to go without padding, as `wants_packing` has it, after `packing_is_exact`. Raises `ValueError` where it is
+    wanted and cannot be."""
     if not keeps_apart and wanted:
         raise ValueError(
             f"padding_free=True, but in {whose} rows of one long sequence see each other: its architecture does not make "
             "masks from position ids. Leave padding_free out."
         )
-    if not keeps_apart:
+    if packed and not keeps_apart:
         logger.warning("%s is forwarded with padding: without, its rows would see each other", whose)
-    return keeps_apart
+    return packed if keeps_apart else False
 
 
 def supports_packing(model: Any) -> bool:

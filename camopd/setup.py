@@ -304,8 +304,8 @@ def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:
     """Warn of a way to forward that costs more, and raise `ValueError` where ZeRO-3 could not generate."""
     if packed and not packing_pays(student):
         logger.warning(
-            "padding_free=True with attn_implementation=%r masks a square of all tokens of a micro-batch, which costs more "
-            "than padding. Load the model with flash attention or flex_attention.",
+            "padding_free=True with attn_implementation=%r masks a square of all tokens of a micro-batch: of many, it "
+            "costs more than padding. Load the model with flash attention or flex_attention, or leave padding_free out.",
             student.config.get_text_config()._attn_implementation,
         )
     here = not (args.use_vllm or args.rollout_servers) and args.ds3_gather_for_generation

@@ -171,10 +171,21 @@ def test_forwards_without_gradient_take_no_more_memory_than_the_longest_row_or_a
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 6), st.integers(0, 400))
-def test_forwards_without_gradient_cost_least_of_all_ways_to_cut_the_sorted_rows(lengths, batch_size, cost):
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 6), st.integers(0, 400),
+    st.sampled_from((False, None)), st.sampled_from((0.0, 1e-4, 1e-2)),
+)  # fmt: skip
+def test_forwards_without_gradient_cost_least_of_all_ways_to_cut_the_sorted_rows(
+    lengths, batch_size, cost, padding_free, attention
+):
     def price(batches):
-        return sum(padded(batch, lengths) + cost for batch in batches)
+        total = 0.0
+        for batch in batches:
+            tokens, longest = real(batch, lengths), padded(batch, lengths) // len(batch)
+            work = len(batch) * (longest + 4 * attention * longest**2)
+            without = tokens + 4 * attention * tokens**2
+            total += cost + (min(work, without) if padding_free is None else work)
+        return total
 
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     limit = min(batch_size * max(lengths), max(*lengths, 0, cost * FULL))
@@ -184,7 +195,8 @@ def test_forwards_without_gradient_cost_least_of_all_ways_to_cut_the_sorted_rows
         way = [order[start:end] for start, end in itertools.pairwise(places)]
         if all(padded(batch, lengths) <= limit for batch in way):
             ways.append(price(way))
-    assert price(score_batches(lengths, batch_size, False, cost)) == min(ways)
+    found = score_batches(lengths, batch_size, padding_free, cost, attention_cost=attention)
+    assert price(found) == pytest.approx(min(ways), rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- what goes in must come out

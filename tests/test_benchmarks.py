@@ -36,6 +36,7 @@ import lag  # noqa: E402
 import measuring  # noqa: E402
 import memory  # noqa: E402
 import memory_formula  # noqa: E402
+import padding  # noqa: E402
 import real_weights  # noqa: E402
 import recorded_answers  # noqa: E402
 import scaling  # noqa: E402
@@ -136,6 +137,18 @@ def test_step_counts_the_tokens_of_the_rows(tiny):
     assert found["completion tokens"] == 4 * 6
     assert found["tokens forward and backward"] == 4 * (step.PROMPT + 6)
     assert found["tokens forward only, student"] == found["tokens forward only, teacher"] == 4 * (step.PROMPT + 6)
+
+
+def test_padding_times_both_ways_and_says_which_one_the_trainer_takes(tiny, tmp_path, monkeypatch):
+    run_here(monkeypatch, padding)
+    report = tmp_path / "report.md"
+    padding.main(["--rounds", "1", "--longest", "80", "--model", str(tiny), "--report", str(report)])
+    rows = [line for line in report.read_text().splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == 4 * len(padding.SHARES)
+    forward, train, predicted, packs = cells(report, "10, 10, 10, 10")
+    assert forward > 0 and train > 0 and predicted > 1 and packs == "no"
+    *_, predicted, packs = cells(report, "10, 5, 5, 5")
+    assert predicted < 1 and packs == "yes"
 
 
 def test_scoring_batches_times_every_way_to_cut_the_rows(tiny, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from conftest import LOGP, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_logits import gather, make_rows, reference, targets
-from trainers import make_trainer
+from trainers import lines, make_trainer
 
 from camopd.balance import score_batches
 from camopd.forward import FORWARD_COST, in_length_sorted_batches
@@ -96,6 +96,27 @@ def test_rows_come_back_once_in_their_places_and_cut_to_their_lengths(rows, batc
     assert [values.tolist() for values, _ in found] == [
         ids[start:] for ids, (start, _) in zip(token_ids, rows, strict=True)
     ]
+
+
+def test_micro_batches_go_without_padding_where_that_is_less_work(tmp_path, tokenizer, monkeypatch):
+    """And the metrics count the tokens that the model has seen."""
+    monkeypatch.setattr("camopd.balance.MASKED_ATTENTION", 0.4)  # a model this small is mostly attention
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=6, prompts_per_step=8, max_completion_length=24)
+    seen = []
+
+    def count(module, args, kwargs):
+        if torch.is_grad_enabled():
+            seen.append((kwargs["input_ids"].numel(), kwargs["attention_mask"] is None))
+
+    trainer.model.model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    steps = lines(tmp_path)
+    total = sum(line["train/tokens"] / (1 - line["train/padding"]) for line in steps)
+    assert sum(tokens for tokens, _ in seen) == pytest.approx(total)
+    assert {packed for _, packed in seen} == {True, False}
+    assert any(line["train/padding"] > 0 for line in steps) and len(seen) == sum(
+        line["train/micro_batches"] for line in steps
+    )
 
 
 def test_rows_that_see_each_other_are_padded_from_the_first_step(tmp_path, tokenizer, monkeypatch):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import make_model
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from plain_logits import (
     SIZES,
@@ -29,6 +31,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from camopd.balance import MASKED_ATTENTION, attention_cost, packing_is_less_work
 from camopd.logprobs import completion_logps
 from camopd.packing import packing_is_exact, settle_packing, supports_packing, wants_packing
 
@@ -88,16 +91,46 @@ def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
     assert shapes == [(1, sum(map(len, token_ids))), (len(token_ids), max(map(len, token_ids)))]
 
 
-def test_padding_free_is_the_default_where_attention_gains_from_it():
+def test_padding_free_is_the_default_where_attention_gains_from_it(monkeypatch):
     model = make_model(0)
-    for implementation, gains in (("sdpa", False), ("eager", False), ("flex_attention", True)):
+    for implementation, gains in (("sdpa", None), ("eager", None), ("flex_attention", True)):  # None: by the batch
         model.set_attn_implementation(implementation)
-        assert wants_packing(model, None) is gains
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.cuda.is_available", lambda: False)
+            assert wants_packing(model, None) is gains
+            patch.setattr("torch.cuda.is_available", lambda: True)  # where it has not been measured
+            assert wants_packing(model, None) is bool(gains)
         assert wants_packing(model, True) is True
         assert wants_packing(model, False) is False
     model.config._attn_implementation = "flash_attention_2"  # whose kernels are not on this machine
     assert wants_packing(model, None) is True
     assert wants_packing(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=6))
+def test_less_work_is_fewer_operations_by_torchs_own_count(lengths):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = make_model(0)
+    model.set_attn_implementation("eager")
+    rows = [[1] * length for length in lengths]
+
+    def operations(packed):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            completion_logps(model, rows, [len(row) - 1 for row in rows], 0, padding_free=packed)
+        attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+        return counter.get_total_flops() - attention + MASKED_ATTENTION / 2 * attention
+
+    without, padded = operations(True), operations(False)
+    # A weight of the embeddings counts as work of every token, as one of them is of none: a tenth of all in this model.
+    if not 0.87 < without / padded < 1.15:
+        assert packing_is_less_work(lengths, attention_cost(model)) is (without < padded)
+
+
+@given(st.integers(1, 1000), st.integers(1, 50), st.floats(1e-6, 1e-1))
+def test_rows_without_padding_keep_their_form(length, rows, cost):
+    """A masked square of rows of one length can only be more work."""
+    assert not packing_is_less_work([length] * rows, cost)
 
 
 def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
@@ -115,10 +148,15 @@ def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
     with pytest.raises(
         ValueError, match="padding_free=True, but in the student rows of one long sequence see each other"
     ):
-        settle_packing(False, True, "the student")
-    assert settle_packing(False, None, "the student") is False
+        settle_packing(True, False, True, "the student")
+    assert (
+        settle_packing(None, False, None, "the student") is False
+    )  # it would have been by the batch: nothing to warn of
+    assert not caplog.text
+    assert settle_packing(True, False, None, "the student") is False
     assert "the student is forwarded with padding" in caplog.text
-    assert settle_packing(True, None, "the student") is True
+    assert settle_packing(True, True, None, "the student") is True
+    assert settle_packing(None, True, None, "the student") is None
 
 
 def test_padding_free_is_refused_where_a_state_runs_through_the_rows():

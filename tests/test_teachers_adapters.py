@@ -59,7 +59,7 @@ def logps(model) -> torch.Tensor:
 
 
 def teacher_logps(student, which) -> torch.Tensor:
-    teacher = AdapterTeacher(student, which, make_forward(student, BATCH_SIZE))
+    teacher = AdapterTeacher(student, which, make_forward(student, BATCH_SIZE, padding_free=False))
     rows = [score.logps for score in teacher.score(TOKEN_IDS, PROMPT_LENS)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -410,7 +410,7 @@ def test_lora_student_with_adapter_off_as_domain_teacher(tmp_path, tokenizer):
 
 
 def adapter_off(student, which="adapter_off"):
-    return AdapterTeacher(student, which, make_forward(student))
+    return AdapterTeacher(student, which, make_forward(student, padding_free=False))
 
 
 def test_adapter_off_scores_equal_those_of_the_base_model(lora_student, model_factory):
@@ -505,7 +505,7 @@ def test_adapter_off_puts_everything_back_when_the_forward_fails(lora_student):
 
     lora_student.train()
     with pytest.raises(torch.OutOfMemoryError):
-        forward = make_forward(lora_student)
+        forward = make_forward(lora_student, padding_free=False)
         forward.logps = fails
         AdapterTeacher(lora_student, "adapter_off", forward).score(TOKEN_IDS, PROMPT_LENS)
     assert lora_student.training
