@@ -18,6 +18,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from camopd.forward import Forward
 from camopd.logprobs import check_logps, completion_logps
 
 
@@ -187,10 +189,12 @@ def tiny_model(name: str, special: dict[str, Any] | None = None) -> Any:
 def judge(model: Any) -> Verdict:
     """As the trainer judges a model before its first rollout."""
     name = type(model).__name__
+    forward = Forward(model, lambda function, *args: function(model, *args), model, nullcontext, 1, 0, None, name)
     try:
         difference = check_logps(
             name, lambda ids, lens: completion_logps(model, ids, lens, pad_token_id=0)[0], model, model
         )
+        forward.probe()  # without padding as well, where that may be
     except ValueError as error:
         return Verdict(name, "refused", None, str(error))
     return Verdict(name, "right", difference, "")

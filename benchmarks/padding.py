@@ -42,7 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from camopd.balance import attention_cost
+    from camopd.balance import square_cost
     from camopd.logprobs import completion_logps
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa")
@@ -76,13 +76,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
                 batch["train" if train else "score"] = [statistics.median(taken[packed]) for packed in (True, False)]
             batches.append(batch)
             print(batch, flush=True)
-    return {"batches": batches, "attention cost": attention_cost(model)}
+    return {"batches": batches, "square cost": square_cost(model)}
 
 
 def report(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     from camopd.balance import MASKED_ATTENTION, masked_work, packing_is_less_work
 
-    cost = found["attention cost"]
+    cost = found["square cost"]
     rows = [
         "# Rows with padding, and without in a masked square",
         "",

@@ -4,9 +4,9 @@
 
 The lengths are those of benchmarks/step.py, the model is SmolLM2-135M from its wheel unless told otherwise. Every way to
 cut the rows into forwards is timed in turn, in one process, after a round to warm up: so many rows each, as many forwards
-as twice the root of the number of rows, and what `score_batches` chooses. A least-squares fit of their times by forwards
-and tokens gives what a forward costs beside its tokens (`FORWARD_COST` in camopd/forward.py). Writes
-benchmarks/results/scoring_batches.md.
+as twice the root of the number of rows, and what `score_batches` chooses, without padding where that is less work. A
+least-squares fit of their times by forwards and tokens gives what a forward costs beside its tokens (`FORWARD_COST` in
+camopd/forward.py). Writes benchmarks/results/scoring_batches.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from camopd.balance import score_batches
+    from camopd.balance import packing_is_less_work, score_batches
     from camopd.forward import FORWARD_COST, Forward
 
     on_gpu = torch.cuda.is_available()
@@ -72,9 +72,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         torch.no_grad,
         10**6,
         0,
-        False,
+        None,
         "the student",
     )
+    may_pack, cost = forward.packed is None, forward.square_cost or 0.0
     lengths = [PROMPT + length for length in log_normal_lengths(job["rows"], job["median"], job["cap"])]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(100 % model.config.vocab_size, model.config.vocab_size, (length,), generator=generator).tolist()
@@ -82,9 +83,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     order = sorted(range(len(rows)), key=lambda row: -lengths[row])
     ways = {str(size): chunks(order, size) for size in rows_per_forward(len(rows))}
     ways[ROOT] = [list(each) for each in torch.tensor(order).tensor_split(2 * math.isqrt(len(order)))]
-    ways[CHOSEN] = score_batches(lengths, 10**6, False, FORWARD_COST)
+    ways[CHOSEN] = score_batches(
+        lengths, 10**6, None if may_pack else False, FORWARD_COST, square_cost=cost if may_pack else 0
+    )
 
-    def seconds(batches: list[list[int]]) -> tuple[float, float]:
+    def packs(name: str, batch: list[int]) -> bool:
+        return may_pack and name == CHOSEN and packing_is_less_work([lengths[row] for row in batch], cost)
+
+    def seconds(name: str, batches: list[list[int]]) -> tuple[float, float]:
+        forward.packed = None if may_pack and name == CHOSEN else False
         started, cpu = time.perf_counter(), time.process_time()
         with torch.no_grad():
             for batch in batches:
@@ -95,7 +102,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(1 + job["rounds"]):
         for name, batches in ways.items():
-            taken = seconds(batches)
+            taken = seconds(name, batches)
             found[name] += [taken] if number else []
     median = {
         name: [statistics.median(column) for column in zip(*taken, strict=True)] for name, taken in found.items()
@@ -104,7 +111,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "ways": {
             name: {
                 "forwards": len(batches),
-                "tokens": sum(len(batch) * max(lengths[row] for row in batch) for batch in batches),
+                "tokens": sum(
+                    sum(lengths[row] for row in batch) if packs(name, batch)
+                    else len(batch) * max(lengths[row] for row in batch)
+                    for batch in batches
+                ),
                 "seconds": median[name][0], "CPU seconds": median[name][1],
             }
             for name, batches in ways.items()

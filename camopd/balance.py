@@ -7,14 +7,15 @@ rank runs as many micro-batches as the fullest one, and pads each to its longest
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
 FULL = 16  # times the cost of a forward, its tokens from which on that cost is a sixteenth of the work or less
-# Attention that masks leaves nothing of the square out: twice what `attention_cost` counts. And a CPU takes about twice as
-# long for it as for matrix products with as many operations (benchmarks/padding.py).
+# Of a masked square nothing is left out: twice what `attention_cost` counts. And a CPU takes up to about twice as long for
+# it as for matrix products with as many operations (benchmarks/padding.py).
 MASKED_ATTENTION = 2 * 2
+LONGEST_PACKED = 1024  # tokens of a masked square: so far it is measured, and there its mask takes a MiB
 
 
 def attention_cost(model: Any) -> float:
@@ -22,26 +23,43 @@ def attention_cost(model: Any) -> float:
 
     A token costs 2 operations a weight, and attention 2 x width a pair and layer (products with keys and values, each over
     half the square). Layers with a sliding window count as if they had none of it. For Qwen3-8B it is 1/56,000: a sample of
-    56,000 tokens costs as much in attention as in everything else.
+    56,000 tokens costs as much in attention as in everything else. 0 where the sizes are not known.
     """
+    return _pair_cost(model, lambda kinds: kinds.count("full_attention")) or 0.0
+
+
+def square_cost(model: Any) -> float | None:
+    """The same of a pair of tokens in a masked square, of layers with a sliding window as well: they mask more of it.
+
+    `None` where the sizes are not known.
+    """
+    cost = _pair_cost(model, len)
+    return cost and MASKED_ATTENTION * cost
+
+
+def _pair_cost(model: Any, count: Callable[[Sequence[str]], int]) -> float | None:
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    try:
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        heads = int(config.num_attention_heads)
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):
+        return None  # no attention (Mamba), or another size in each layer
     # ZeRO-3 keeps a parameter's size elsewhere
     weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
-    return kinds.count("full_attention") * width / weights
+    return count(kinds) * width / weights
 
 
-def masked_work(rows: int, tokens: int, attention_cost: float) -> float:
+def masked_work(rows: int, tokens: int, square_cost: float) -> float:
     """Work of a forward of rows of so many tokens, in those of a token outside attention."""
-    return rows * (tokens + MASKED_ATTENTION * attention_cost * tokens**2)
+    return rows * (tokens + square_cost * tokens**2)
 
 
-def packing_is_less_work(lengths: Sequence[int], attention_cost: float) -> bool:
+def packing_is_less_work(lengths: Sequence[int], square_cost: float) -> bool:
     """Whether rows one after the other, in a masked square of all their tokens, are less work than rows with padding."""
-    padded = masked_work(len(lengths), max(lengths), attention_cost)
-    return masked_work(1, sum(lengths), attention_cost) < padded
+    tokens = sum(lengths)
+    padded = masked_work(len(lengths), max(lengths), square_cost)
+    return tokens <= LONGEST_PACKED and masked_work(1, tokens, square_cost) < padded
 
 
 def balance_micro_batches(
@@ -165,11 +183,12 @@ def score_batches(
     padding_free: bool | None,
     forward_cost: int,
     several_ranks: bool = False,
-    attention_cost: float = 0.0,
+    square_cost: float = 0.0,
 ) -> list[list[int]]:
     """Rows of each forward without gradient, the longest first: indices into `lengths`.
 
-    With padding they are those that cost least, padding and `forward_cost` counted. Without, they are filled.
+    With padding they are those that cost least, padding and `forward_cost` counted, or what a masked square costs where
+    that is allowed and less. Without, they are filled.
 
     Args:
         lengths: tokens of each row.
@@ -179,7 +198,7 @@ def score_batches(
         forward_cost: of a forward beside its tokens, in tokens.
         several_ranks: whether others forward rows of their own. Sharded models need all ranks in each forward: then their
             number follows from that of the rows alone, and asking the others, one collective more, is not needed.
-        attention_cost: see the function of that name.
+        square_cost: see the function of that name.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if not order:
@@ -193,7 +212,7 @@ def score_batches(
     else:
         # A forward that is FULL gains little by more rows, and takes no more memory than that of the longest row.
         most = min(batch_size * ordered[0], max(ordered[0], FULL * forward_cost))
-        runs = _cheapest_cut(ordered, forward_cost, most, attention_cost, padding_free is None)
+        runs = _cheapest_cut(ordered, forward_cost, most, square_cost, padding_free is None)
         wanted = len(runs)
     while len(runs) < wanted:  # rows of one length
         largest = max(range(len(runs)), key=lambda place: runs[place][1] - runs[place][0])
@@ -203,7 +222,7 @@ def score_batches(
 
 
 def _cheapest_cut(
-    ordered: Sequence[int], forward_cost: int, max_tokens: int, attention_cost: float, may_pack: bool
+    ordered: Sequence[int], forward_cost: int, max_tokens: int, square_cost: float, may_pack: bool
 ) -> list[tuple[int, int]]:
     """Runs (longest row first) with the least sum of their work and a `forward_cost` for each, and no more than
     `max_tokens`, padding included."""
@@ -214,9 +233,9 @@ def _cheapest_cut(
             rows, tokens = end - start, tokens + ordered[start]
             if rows > 1 and rows * ordered[start] > max_tokens:
                 break
-            work = masked_work(rows, ordered[start], attention_cost)
-            if may_pack:
-                work = min(work, masked_work(1, tokens, attention_cost))
+            work = masked_work(rows, ordered[start], square_cost)
+            if may_pack and tokens <= LONGEST_PACKED:
+                work = min(work, masked_work(1, tokens, square_cost))
             if costs[start] + forward_cost + work <= found:
                 found, first = costs[start] + forward_cost + work, start
         costs.append(found)

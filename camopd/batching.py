@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from . import metrics
-from .balance import balance_micro_batches
+from .balance import attention_cost, balance_micro_batches
 from .config import CaMOPDConfig
 from .errors import CaMOPDError
 from .forward import Forward
@@ -27,6 +27,7 @@ class Batcher:
     def __init__(self, args: CaMOPDConfig, student: Forward, dummy: int, gather: Callable[[list[Any]], list[Any]]):
         """`dummy` is a token of the vocabulary, of which rows without a sample are made."""
         self.args, self.student, self.dummy, self._gather = args, student, dummy, gather
+        self._attention_cost = attention_cost(student.model)
 
     def micro_batches(self, step: Step) -> deque[MicroBatch | None]:
         """An entry per micro-step for the kept samples of a step, of which `None` costs nothing; adds metrics of the plan.
@@ -85,8 +86,8 @@ class Batcher:
             max_tokens = args.per_device_train_batch_size * (args.max_prompt_length + args.longest_completion)
         else:
             size = None
-        packed, attention_cost = bool(self.student.packed), self.student.attention_cost
-        return balance_micro_batches(lengths, num_ranks, size, max_tokens, packed, attention_cost)
+        packed = bool(self.student.packed)
+        return balance_micro_batches(lengths, num_ranks, size, max_tokens, packed, self._attention_cost)
 
     def _columns(self, step: Step) -> list[str]:
         """What of a sample the loss reads: its gaps, or, where these were measured with the engine's log-probs, what gaps

@@ -63,8 +63,8 @@ class CaMOPDConfig(DistillationConfig):
         padding_free (`bool`, *optional*):
             Whether samples of a forward stand one after the other without padding. The numbers are the same. By default
             where the student's attention implementation gains from it: flash attention (`attn_implementation:
-            flash_attention_2`) and `flex_attention`. Others, `sdpa` and `eager`, mask a square of all tokens instead: on a
-            CPU a batch goes without padding where that is less work, on a GPU none.
+            flash_attention_2`) and `flex_attention`. Others, `sdpa` and `eager`, mask a square of all tokens instead: with
+            `sdpa` on a machine without an accelerator, short batches go without padding where that is less work.
         max_tokens_per_micro_batch (`int`, *optional*):
             Tokens of one forward and backward of the student, padding included; as many samples share it as it holds. At
             least one longest sample, max_prompt_length + max_completion_length. By default there are as many micro-batches
@@ -260,7 +260,7 @@ class CaMOPDConfig(DistillationConfig):
         default=True, metadata={"help": "Whether kept samples are rebalanced across ranks by tokens."}
     )
     padding_free: bool | None = field(
-        default=None, metadata={"help": "Forward samples without padding; default where the attention gains from it."}
+        default=None, metadata={"help": "Forward samples without padding; default where that is less work."}
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "Tokens of one forward and backward, padding included; at least one sample."}

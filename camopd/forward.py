@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .balance import attention_cost, packing_is_less_work, score_batches
+from .balance import packing_is_less_work, score_batches, square_cost
 from .divergence import Likeliest, Outputs, logps_and_kl, outputs_of
 from .logprobs import architecture, check_logps, completion_logps, completion_top_k
 from .packing import packing_is_exact, settle_packing, wants_packing
@@ -33,7 +33,7 @@ class Forward:
 
     Attributes:
         packed: whether rows stand one after the other without padding; `None`: by the batch. Settled by `probe`.
-        attention_cost: see `balance.attention_cost`.
+        square_cost: what decides by the batch, see `balance.square_cost`.
         probed: whether `probe` has been called.
     """
 
@@ -47,6 +47,7 @@ class Forward:
         pad_token_id: int,
         padding_free: bool | None,
         whose: str,
+        in_batches_of: Forward | None = None,
     ):
         """
         Args:
@@ -58,16 +59,24 @@ class Forward:
             pad_token_id: fills the padding; its value never matters.
             padding_free: as the config has it; `None` decides by the model.
             whose: the model, as errors call it.
+            in_batches_of: the student's, for a teacher in the process. A student with an adapter has more weights, would
+                weigh attention otherwise and cut other batches, in which equal weights have other rounding.
         """
         self.model, self.batch_size = model, batch_size
-        self.packed, self.attention_cost = wants_packing(model, padding_free), attention_cost(model)
+        self.square_cost: float | None = square_cost(model) if in_batches_of is None else in_batches_of.square_cost
+        self.packed = wants_packing(model, padding_free)
+        if self.packed is None and self.square_cost is None:
+            self.packed = False
         self._in_wrapper, self._whole, self._autocast = run, whole, autocast
         self._pad_token_id, self._wanted, self._whose = pad_token_id, padding_free, whose
         self.probed = False
 
     def packs(self, lengths: Sequence[int]) -> bool:
         """Whether a batch of rows of these lengths is forwarded without padding."""
-        return packing_is_less_work(lengths, self.attention_cost) if self.packed is None else self.packed
+        if self.packed is None:
+            assert self.square_cost is not None
+            return packing_is_less_work(lengths, self.square_cost)
+        return self.packed
 
     def logps(
         self, token_ids: list[list[int]], prompt_lens: list[int], with_entropy: bool = False, **run: Any
@@ -98,7 +107,7 @@ class Forward:
         """Log-probs (T_i,) and entropies of each row, without gradient, on the CPU."""
         return in_length_sorted_batches(
             lambda ids, lens: self.logps(ids, lens, with_entropy), token_ids, prompt_lens, self.batch_size,
-            self.packed, self.attention_cost if self.packed is None else 0.0,
+            self.packed, self.square_cost if self.packed is None else 0.0,
         )  # fmt: skip
 
     def top_k(self, token_ids: list[list[int]], prompt_lens: list[int], k: int) -> list[tuple[Tensor, Tensor]]:
@@ -163,7 +172,7 @@ def in_length_sorted_batches(
     prompt_lens: Sequence[int],
     batch_size: int,
     padding_free: bool | None = False,
-    attention_cost: float = 0.0,
+    square_cost: float | None = 0.0,
 ) -> list[tuple[Any, ...]]:
     """Run `forward` without gradient over batches of similar length, longest first, and give its rows back in order.
 
@@ -175,7 +184,7 @@ def in_length_sorted_batches(
     lengths = [len(ids) for ids in token_ids]
     rows: list[tuple[Any, ...]] = [()] * len(lengths)
     several = dist.is_initialized() and dist.get_world_size() > 1
-    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, several, attention_cost):
+    for batch in score_batches(lengths, batch_size, padding_free, FORWARD_COST, several, square_cost or 0.0):
         with torch.no_grad():
             outputs = forward([token_ids[row] for row in batch], [prompt_lens[row] for row in batch])
         outputs = tuple(None if output is None else output.cpu() for output in outputs)

@@ -36,7 +36,7 @@ class Shape:
                 int(getattr(text, "head_dim", None) or hidden // heads), int(text.vocab_size),
                 bool(text.tie_word_embeddings),
             )  # fmt: skip
-        except (AttributeError, TypeError, ZeroDivisionError) as error:
+        except (AttributeError, RuntimeError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{type(text).__name__} does not have the sizes of a decoder: {error}.") from None
 
     @property

@@ -120,9 +120,8 @@ def update_products(optimizer: Optimizer) -> Tensor | None:
             parts = (local(tensor).reshape(-1).split(CHUNK) for tensor in (param.grad, first, second))
             for grad, moment, square in zip(*parts, strict=True):
                 grad = grad.float()
-                scale = (
-                    square.float().sqrt().div_(correction).add_(group.get("eps", 1e-8))
-                )  # in place: memory is the time
+                # In place: new memory takes most of the time.
+                scale = square.float().sqrt().div_(correction).add_(group.get("eps", 1e-8))
                 update = torch.div(moment.float(), scale, out=scale)
                 products = torch.stack([update.dot(grad), update.dot(update), grad.dot(grad)])
                 total += products.double().cpu()

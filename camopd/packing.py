@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 def wants_packing(model: Any, wanted: bool | None) -> bool | None:
     """Whether a model's rows are to be forwarded without padding: as `wanted`, or where its attention gains from it.
 
-    `None` is for attention that masks, on a CPU: each batch is then forwarded in the way that is less work. On a GPU
-    nobody has measured that. Raises `ValueError` where it is wanted of a model that cannot.
+    `None` is for `sdpa` on a machine without an accelerator: it masks, and each batch is then forwarded in the way that is
+    less work. On a GPU nobody has measured that, and `eager` holds the whole square in memory.
+
+    Raises `ValueError` where it is wanted of a model that cannot.
     """
     if wanted and not supports_packing(model):
         raise ValueError(
@@ -30,7 +32,9 @@ def wants_packing(model: Any, wanted: bool | None) -> bool | None:
         return wanted
     if not supports_packing(model):
         return False
-    return True if packing_pays(model) else False if torch.cuda.is_available() else None
+    if packing_pays(model):
+        return True
+    return None if _attention(model) == "sdpa" and not torch.accelerator.is_available() else False
 
 
 def packing_is_exact(forward: Callable[[list[list[int]], list[int], bool], Tensor]) -> bool:
@@ -80,6 +84,9 @@ def supports_packing(model: Any) -> bool:
 def packing_pays(model: Any) -> bool:
     """Whether the model's attention implementation skips what lies between packed rows (flash, flex) instead of masking
     an (N, N) matrix (sdpa, eager)."""
-    causal_lm = causal_lm_of(model)
-    name = causal_lm.config.get_text_config()._attn_implementation or ""
-    return "flash" in name or name == "flex_attention"
+    return "flash" in _attention(model) or _attention(model) == "flex_attention"
+
+
+def _attention(model: Any) -> str:
+    """Name of a model's attention implementation."""
+    return causal_lm_of(model).config.get_text_config()._attn_implementation or ""

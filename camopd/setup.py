@@ -300,7 +300,7 @@ def _measures(trainer: Any, run: Run) -> Iterator[TrainerCallback]:
                   trainer.is_world_process_zero())  # fmt: skip
 
 
-def _check_student(student: Any, args: CaMOPDConfig, packed: bool) -> None:
+def _check_student(student: Any, args: CaMOPDConfig, packed: bool | None) -> None:
     """Warn of a way to forward that costs more, and raise `ValueError` where ZeRO-3 could not generate."""
     if packed and not packing_pays(student):
         logger.warning(

@@ -77,7 +77,8 @@ BASELINES = (
 VARIANTS = {
     "rebalanced": {},
     "own": {
-        "rebalance": False, "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": False,
+        "rebalance": False, "padding_free": False, "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1,
+        "ddp_broadcast_buffers": False,
     },
     "padding_free": {"padding_free": True},
     "token_budget": {"padding_free": True, "max_tokens_per_micro_batch": 90, "per_device_train_batch_size": 1},

@@ -112,7 +112,8 @@ def test_lock_that_is_held_in_the_same_process_is_refused(tmp_path):
     second.release()
 
 
-def test_look_at_a_lock_refuses_one_that_is_held_and_leaves_nothing(tmp_path):
+def test_look_at_a_lock_refuses_one_that_is_held_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "STALE_SECONDS", 0.5)  # `take` waits for so long below
     need_free(tmp_path / "new")
     need_free(tmp_path)
     assert not any(tmp_path.iterdir())

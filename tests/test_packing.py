@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import make_model
-from hypothesis import given
+from conftest import make_forward, make_model
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from plain_logits import (
@@ -29,10 +29,13 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-from camopd.balance import MASKED_ATTENTION, attention_cost, packing_is_less_work
+from camopd.balance import LONGEST_PACKED, MASKED_ATTENTION, attention_cost, packing_is_less_work, square_cost
 from camopd.logprobs import completion_logps
+from camopd.memory import Shape
 from camopd.packing import packing_is_exact, settle_packing, supports_packing, wants_packing
 
 
@@ -93,12 +96,12 @@ def test_padding_free_forwards_as_many_tokens_as_there_are(monkeypatch):
 
 def test_padding_free_is_the_default_where_attention_gains_from_it(monkeypatch):
     model = make_model(0)
-    for implementation, gains in (("sdpa", None), ("eager", None), ("flex_attention", True)):  # None: by the batch
+    for implementation, gains in (("sdpa", None), ("eager", False), ("flex_attention", True)):  # None: by the batch
         model.set_attn_implementation(implementation)
         with monkeypatch.context() as patch:
-            patch.setattr("torch.cuda.is_available", lambda: False)
+            patch.setattr("torch.accelerator.is_available", lambda: False)
             assert wants_packing(model, None) is gains
-            patch.setattr("torch.cuda.is_available", lambda: True)  # where it has not been measured
+            patch.setattr("torch.accelerator.is_available", lambda: True)  # where it has not been measured
             assert wants_packing(model, None) is bool(gains)
         assert wants_packing(model, True) is True
         assert wants_packing(model, False) is False
@@ -107,11 +110,20 @@ def test_padding_free_is_the_default_where_attention_gains_from_it(monkeypatch):
     assert wants_packing(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), None) is True
 
 
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=6))
-def test_less_work_is_fewer_operations_by_torchs_own_count(lengths):
+def make_windows():
+    """Layers that say that they have a window."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: make_model(0), make_windows], ids=["full", "sliding"])
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=6))
+def test_less_work_is_fewer_operations_by_torchs_own_count(make, lengths):
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = make_model(0)
+    model = make()
     model.set_attn_implementation("eager")
     rows = [[1] * length for length in lengths]
 
@@ -122,14 +134,20 @@ def test_less_work_is_fewer_operations_by_torchs_own_count(lengths):
         return counter.get_total_flops() - attention + MASKED_ATTENTION / 2 * attention
 
     without, padded = operations(True), operations(False)
-    # A weight of the embeddings counts as work of every token, as one of them is of none: a tenth of all in this model.
+    # A weight of the embeddings counts as work of every token, as one of them is of none: a tenth of all in these models.
     if not 0.87 < without / padded < 1.15:
-        assert packing_is_less_work(lengths, attention_cost(model)) is (without < padded)
+        assert packing_is_less_work(lengths, square_cost(model)) is (without < padded)
+
+
+def test_square_is_no_larger_than_it_has_been_measured():
+    half = LONGEST_PACKED // 2
+    assert packing_is_less_work([half, *[1] * half], 1e-9)
+    assert not packing_is_less_work([half + 1, *[1] * half], 1e-9)
 
 
 @given(st.integers(1, 1000), st.integers(1, 50), st.floats(1e-6, 1e-1))
-def test_rows_without_padding_keep_their_form(length, rows, cost):
-    """A masked square of rows of one length can only be more work."""
+def test_rows_of_one_length_keep_their_form(length, rows, cost):
+    """A masked square of them can only be more work."""
     assert not packing_is_less_work([length] * rows, cost)
 
 
@@ -157,6 +175,28 @@ def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
     assert "the student is forwarded with padding" in caplog.text
     assert settle_packing(True, True, None, "the student") is True
     assert settle_packing(None, True, None, "the student") is None
+
+
+def test_sizes_that_are_not_known_cost_nothing_and_keep_the_padding():
+    """Mamba has no attention; of sizes that differ by layer transformers raises `RuntimeError`."""
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
+    assert attention_cost(mamba) == 0 and square_cost(mamba) is None
+
+    class ByLayer(type(make_model(0).config)):
+        @property
+        def head_dim(self):
+            raise RuntimeError("head_dim is another one in each layer")
+
+        @head_dim.setter
+        def head_dim(self, value):
+            pass
+
+    model = make_model(0)
+    model.config.__class__ = ByLayer
+    assert attention_cost(model) == 0 and square_cost(model) is None
+    assert make_forward(model).packed is False
+    with pytest.raises(ValueError, match="ByLayer does not have the sizes of a decoder"):
+        Shape.of(model.config)
 
 
 def test_padding_free_is_refused_where_a_state_runs_through_the_rows():

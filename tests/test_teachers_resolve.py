@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import VOCAB, student_forward
+from conftest import VOCAB, make_forward
 from fake_vllm import PROMPT_LENS, TOKEN_IDS, assert_same_scores, other_tokenizer, reference_logps
 from peft import LoraConfig, get_peft_model
 
@@ -27,7 +27,7 @@ def resolve(model_factory, tokenizer):
         return resolve_teachers(
             connect_servers(teachers, max_tokens, patience=5.0),
             student=student,
-            student_forward=student_forward(student),
+            student_forward=make_forward(student),
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             device=torch.device("cpu"),
@@ -109,6 +109,20 @@ def test_loaded_model_with_an_adapter_is_a_teacher(resolve, model_factory):
     plain = LocalTeacher(model_factory(2), "plain", "cpu", batch_size=2).score(TOKEN_IDS, PROMPT_LENS)
     assert_same_scores(found, merged.score(TOKEN_IDS, PROMPT_LENS))
     assert (found[0].logps - plain[0].logps).abs().max() > 0.01
+
+
+def test_teacher_in_the_process_forwards_rows_in_the_batches_of_the_student(resolve, model_factory):
+    """Whose weights are more by its adapter: a row in another batch has other rounding, and equal weights a gap."""
+    student = get_peft_model(model_factory(0), LoraConfig(r=64, target_modules="all-linear"))
+    teacher = resolve({"general": model_factory(0)}, student)["general"]
+    rows, starts = [[5] * length for length in range(2, 40)], [1] * 38
+    torch.manual_seed(0)
+    for _ in range(20):
+        some = torch.randperm(38)[:6].tolist()
+        token_ids, prompt_lens = [rows[row] for row in some], [starts[row] for row in some]
+        own = make_forward(student).rows(token_ids, prompt_lens)
+        for scores, (logps, _) in zip(teacher.score(token_ids, prompt_lens), own, strict=True):
+            assert torch.equal(scores.logps, logps)
 
 
 @pytest.mark.parametrize("spec", [None, 7, [], ["http://host:1", "model"], object(), {"url": "http://host:1"}])

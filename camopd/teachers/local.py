@@ -38,6 +38,7 @@ class LocalTeacher:
         batch_size: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         padding_free: bool | None = None,
+        in_batches_of: Forward | None = None,
     ):
         """
         Args:
@@ -46,6 +47,7 @@ class LocalTeacher:
             batch_size: times the longest row, tokens of a forward.
             autocast: the trainer's autocast, so that teacher and student round alike.
             padding_free: as the config has it.
+            in_batches_of: the student's forward, whose batches it shares.
         """
         self.model = model.eval().requires_grad_(False)
         self.name = name
@@ -59,6 +61,7 @@ class LocalTeacher:
             pad_token_id=0,
             padding_free=padding_free,
             whose=f"teacher {name}",
+            in_batches_of=in_batches_of,
         )
         self.rests_on_cpu = self.device.type != "cpu" and getattr(model, "hf_device_map", None) is None
         if self.rests_on_cpu:

@@ -63,7 +63,7 @@ def resolve_teachers(
             found = check_local(branch, name, known, context, head_size(student), max_tokens, tokenizer, theirs)
             raise_errors([found], logger.warning, ValueError)
             _compare_dtypes(model, student_dtype, branch)
-            teacher = LocalTeacher(model, name, device, batch_size, autocast, padding_free)
+            teacher = LocalTeacher(model, name, device, batch_size, autocast, padding_free, student_forward)
         elif isinstance(spec, Teacher):
             if not isinstance(spec.name, str):
                 raise TypeError(f"the teacher of branch {branch!r} has the name {spec.name!r}, which must be a text.")
