@@ -95,7 +95,6 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     for batch in found["batches"]:
         lengths = batch["lengths"]
         ratios = [packed / with_padding for packed, with_padding in (batch["score"], batch["train"])]
-
         predicted = masked_work(1, sum(lengths), cost) / masked_work(len(lengths), max(lengths), cost)
         cells = [*(f"{ratio:.2f}" for ratio in ratios), f"{predicted:.2f}"]
         cells += ["yes" if packing_is_less_work(lengths, cost) else "no"]

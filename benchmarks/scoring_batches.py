@@ -139,7 +139,7 @@ def chunks(order: list[int], size: int) -> list[list[int]]:
 def report(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
     import numpy as np
 
-    ways = found["ways"].values()
+    ways = [way for name, way in found["ways"].items() if name != CHOSEN]  # whose tokens may cost more, in a square
     timed = "CPU seconds" if found["device"] == "CPU" else "seconds"  # these count where other work shares the cores
     work = np.array([(way["forwards"], way["tokens"]) for way in ways], dtype=float)
     (forward, token), *_ = np.linalg.lstsq(work, np.array([way[timed] for way in ways]), rcond=None)
@@ -161,8 +161,8 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> list[str]:
         "",
         f"Chosen / twice the root, {timed}: {new[timed] / old[timed]:.2f}.",
         "",
-        f"A fit through these: {1000 * forward:.0f} ms a forward and {1000 * token:.2f} ms a token, so a forward costs as "
-        f"much as {forward / token:.0f} tokens beside its own.",
+        f"A fit through the others: {1000 * forward:.0f} ms a forward and {1000 * token:.2f} ms a token, so a forward "
+        f"costs as much as {forward / token:.0f} tokens beside its own.",
         "",
         f"Medians of {options.rounds} rounds in turn. {found['device']}, {len(os.sched_getaffinity(0))} CPU cores, "
         f"{versions()}.",

@@ -15,7 +15,7 @@ FULL = 16  # times the cost of a forward, its tokens from which on that cost is 
 # Of a masked square nothing is left out: twice what `attention_cost` counts. And a CPU takes up to about twice as long for
 # it as for matrix products with as many operations (benchmarks/padding.py).
 MASKED_ATTENTION = 2 * 2
-LONGEST_PACKED = 1024  # tokens of a masked square: so far it is measured, and there its mask takes a MiB
+LONGEST_PACKED = 1024  # tokens of a masked square: measured up to here, and its mask then takes a MiB
 
 
 def attention_cost(model: Any) -> float:
@@ -29,9 +29,9 @@ def attention_cost(model: Any) -> float:
 
 
 def square_cost(model: Any) -> float | None:
-    """The same of a pair of tokens in a masked square, of layers with a sliding window as well: they mask more of it.
+    """The same where a masked square is computed whole. Layers with a sliding window count too: they only mask more of it.
 
-    `None` where the sizes are not known.
+    Of a mixture of experts it is too little, since all experts count as a token's work. `None` where sizes are not known.
     """
     cost = _pair_cost(model, len)
     return cost and MASKED_ATTENTION * cost
@@ -42,7 +42,7 @@ def _pair_cost(model: Any, count: Callable[[Sequence[str]], int]) -> float | Non
     try:
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         heads = int(config.num_attention_heads)
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):
         return None  # no attention (Mamba), or another size in each layer
     # ZeRO-3 keeps a parameter's size elsewhere
@@ -187,8 +187,8 @@ def score_batches(
 ) -> list[list[int]]:
     """Rows of each forward without gradient, the longest first: indices into `lengths`.
 
-    With padding they are those that cost least, padding and `forward_cost` counted, or what a masked square costs where
-    that is allowed and less. Without, they are filled.
+    Unless `padding_free`, they are the cut that costs least, with `forward_cost` and the padding counted, or the masked
+    square where that is allowed and costs less. With it, they are filled.
 
     Args:
         lengths: tokens of each row.

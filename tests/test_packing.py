@@ -177,8 +177,9 @@ def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
     assert settle_packing(None, True, None, "the student") is None
 
 
-def test_sizes_that_are_not_known_cost_nothing_and_keep_the_padding():
+def test_sizes_that_are_not_known_cost_nothing_and_keep_the_padding(monkeypatch):
     """Mamba has no attention; of sizes that differ by layer transformers raises `RuntimeError`."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4))
     assert attention_cost(mamba) == 0 and square_cost(mamba) is None
 

@@ -47,7 +47,7 @@ class LocalTeacher:
             batch_size: times the longest row, tokens of a forward.
             autocast: the trainer's autocast, so that teacher and student round alike.
             padding_free: as the config has it.
-            in_batches_of: the student's forward, whose batches it shares.
+            in_batches_of: the student's forward; both cut rows into the same batches.
         """
         self.model = model.eval().requires_grad_(False)
         self.name = name
