@@ -257,7 +257,7 @@ def make_trainer(folder, student, teachers):
     }
     args = CaMOPDConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
-        gradient_checkpointing=False, prompts_per_step=6, per_device_train_batch_size=2, max_completion_length=16,
+        gradient_checkpointing=False, prompts_per_step=4, per_device_train_batch_size=2, max_completion_length=8,
         max_prompt_length=128, schedule="general:1,domain:1", learning_rate=1e-5,
     )  # fmt: skip
     return CaMOPDTrainer(
@@ -322,8 +322,9 @@ def test_run_with_its_teachers_on_servers_is_the_one_in_the_process_though_a_rep
     while f"replica {replicas[1].url} is back" not in caplog.text:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    expected = teacher.score(*conversations)
-    asked = teacher.submit(*conversations)
+    some = [part[:8] for part in conversations]
+    expected = teacher.score(*some)
+    asked = teacher.submit(*some)
     while not teacher.replicas.all[0].requests_in_flight:
         time.sleep(0.001)
     replicas[0].kill()
