@@ -167,10 +167,8 @@ def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
         ValueError, match="padding_free=True, but in the student rows of one long sequence see each other"
     ):
         settle_packing(True, False, True, "the student")
-    assert (
-        settle_packing(None, False, None, "the student") is False
-    )  # it would have been by the batch: nothing to warn of
-    assert not caplog.text
+    assert settle_packing(None, False, None, "the student") is False
+    assert not caplog.text  # it would have been by the batch: nothing to warn of
     assert settle_packing(True, False, None, "the student") is False
     assert "the student is forwarded with padding" in caplog.text
     assert settle_packing(True, True, None, "the student") is True
