@@ -20,7 +20,8 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo testbed test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-eval check style docs benchmarks package clean
+.PHONY: help install demo testbed test test-slow test-faults test-fuzz test-oldest test-newest test-vllm test-vllm-servers
+.PHONY: test-vllm-transformers test-eval check style docs benchmarks package clean
 
 help:  ## Show what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -74,11 +75,19 @@ test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers o
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-# One thread for each process: vLLM ties one to every core, and those of several servers spin while they wait for each other.
+# Servers mostly start and wait, so that what only asks for their version of transformers runs beside them.
 test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollouts, and teachers on servers (CPU build)
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-		$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py) $(ARGS)
-	@echo "==> What depends on transformers, whose version is an older one there, as vLLM needs"
+	@$(MAKE) --no-print-directory --jobs 2 test-vllm-servers test-vllm-transformers
+
+# One thread for each process: vLLM ties one to every core, and those of several servers spin while they wait for each other.
+# A server's worker lives in the process of its engine, so that one less imports vLLM, for 15 seconds on a slow core. The file
+# that keeps both cores busy, test_vllm.py, comes after test_vllm_rollouts.py.
+test-vllm-servers:
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+		$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py | sort -r) $(ARGS)
+
+# What depends on transformers, whose version is an older one there, as vLLM needs.
+test-vllm-transformers:
 	$(VLLM_BIN)/python -m pytest -n 2 tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
 
 .venv-eval/installed: constraints-eval.txt

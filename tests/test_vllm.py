@@ -172,9 +172,9 @@ def conversations(base_model):
 
 def test_server_and_in_process_teacher_agree_to_1e_3_per_token(general, base_model, conversations):
     local = LocalTeacher(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), "local", "cpu", 4)
-    expected = local.score(*conversations, top_k=5)
     teacher = ServerTeacher([general], "general")
-    found = teacher.score(*conversations, top_k=5)
+    asked = teacher.submit(*conversations, top_k=5)  # both score at once
+    expected, found = local.score(*conversations, top_k=5), asked.result()
     assert len(found) == len(expected) == 15
     assert len(found[3].logps) == 0
     worst = max((f.logps - e.logps).abs().max().item() for f, e in zip(found, expected, strict=True) if len(f.logps))
@@ -300,6 +300,8 @@ def test_run_with_its_teachers_on_servers_is_the_one_in_the_process_though_a_rep
             if teacher.replicas.all[1].requests_in_flight:
                 replicas[1].kill()
                 killed.append(not future.done())
+                # It starts again on its port while the run goes on.
+                replicas[1] = Server(vllm_python, base_model, logs / "general-1.log", replicas[1].port)
             time.sleep(0.001)
         return future
 
@@ -315,8 +317,7 @@ def test_run_with_its_teachers_on_servers_is_the_one_in_the_process_though_a_rep
         assert line["time/domain/teacher_idle"] > 0
     assert f"replica {replicas[1].url} is out" in caplog.text
 
-    # Started again on its port, it is let in; then the other one is killed and it does all the work.
-    replicas[1] = Server(vllm_python, base_model, logs / "general-1.log", replicas[1].port)
+    # When it is there again, it is let in; then the other one is killed and it does all the work.
     replicas[1].wait_until_up()
     deadline = time.monotonic() + 30
     while f"replica {replicas[1].url} is back" not in caplog.text:

@@ -16,6 +16,7 @@ from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -48,6 +49,13 @@ from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, reach, se
 real = pytest.mark.vllm
 ENDS = [2, 5]  # of the student that is made here; that of its folder is 2
 CONTEXT = 128  # of the servers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variables_of_launchers_stay_here():
+    """TRL sets MASTER_PORT and RANK in this process, and what a later file starts is no rank of it."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")
