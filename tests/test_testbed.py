@@ -408,10 +408,14 @@ def test_knob_turned_is_what_runs_see_and_models_of_one_size_are_made_once(tmp_p
     assert text.count("| near domain |") == 3 and "+0.000" in text
 
 
-def test_noise_of_two_draws_by_hand():
+def test_noise_of_two_draws_by_hand(monkeypatch):
     """Of draws (2, 1) and (2, -1) the mean is (2, 0): squared 4, of which 1 is noise of the mean; the variance is 2."""
-    plain, full = torch.tensor([[2.0, 1.0], [2.0, -1.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-    found = gradients.noise({"plain": plain, gradients.FULL: full})
+    monkeypatch.setattr(gradients, "KINDS", {"plain": {}, gradients.FULL: {}})
+    draws = gradients.Draws()
+    for plain in ([2.0, 1.0], [2.0, -1.0]):
+        of = {"plain": torch.tensor(plain), gradients.FULL: torch.tensor([2.0, 0.0])}
+        draws.add(lambda kind, of=of: of[kind])
+    found = gradients.noise(draws)
     assert found["plain"] == pytest.approx(
         {"variance": 2 / 3, "spread": 2, "cosine": 4 / math.sqrt(5 * 4), "same": 2 / math.sqrt(5),
          "bias": 4 / math.sqrt(3 * 4), "ratio": 1}

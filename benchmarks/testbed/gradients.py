@@ -15,9 +15,10 @@ import contextlib
 import copy
 import json
 import math
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def measure(bench: Bench, seed: int, draws: int = DRAWS, middle: int = MIDDLE) -
                     "divergence_top_k": LIKELIEST}  # fmt: skip
         _train(bench, model, 0.0, seed, draws, probe, settings)
         assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
-        for kind, found in noise({kind: torch.stack(each) for kind, each in probe.found.items()}).items():
+        for kind, found in noise(probe.draws).items():
             rows.append({"place": place, "branch": branch, "selection": selection, "kind": kind, **found})
     return rows
 
@@ -133,16 +134,19 @@ class Probe(StepCallback):
     def __init__(self, model: Any):
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.losses: dict[str, Loss] = {}
-        self.found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+        self.draws = Draws()
 
     def on_step_ready(self, step: Step) -> None:
         """Of all its micro-batches."""
         batches = [batch for batch in step.micro_batches if batch is not None]
-        for kind, loss in self.losses.items():
+
+        def gradient_of(kind: str) -> Tensor:
             cut = kind == f"`divergence: top_k`, {FEW}"
-            total = sum(loss(_with_few(batch) if cut else batch)[0] for batch in batches)
+            total = sum(self.losses[kind](_with_few(batch) if cut else batch)[0] for batch in batches)
             assert isinstance(total, Tensor)
-            self.found[kind].append(torch.cat([each.flatten() for each in torch.autograd.grad(total, self.weights)]))
+            return torch.cat([each.flatten() for each in torch.autograd.grad(total, self.weights)])
+
+        self.draws.add(gradient_of)
 
 
 def _with_few(batch: MicroBatch) -> MicroBatch:
@@ -150,30 +154,58 @@ def _with_few(batch: MicroBatch) -> MicroBatch:
     return replace(batch, seen=[{name: values[:, :FEW] for name, values in seen.items()} for seen in batch.seen])
 
 
-def noise(gradients: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Numbers of `COLUMNS` for each estimator, from (draws, weights) of paired draws of each.
+class Draws:
+    """Paired draws of each estimator's gradient: what `noise` needs of them, without the gradients themselves."""
 
-    Products of means are taken over pairs of different draws, so that the noise of a draw does not count as signal.
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+        self.powers: dict[str, list[float]] = {kind: [] for kind in KINDS}  # squared norm of each draw
+        self.with_full: dict[str, list[float]] = {kind: [] for kind in KINDS}  # inner product with that of `FULL`
+
+    def add(self, gradient_of: Callable[[str], Tensor]) -> None:
+        """Ask for the gradient of each kind, one after the other, as vectors of one length."""
+        full = gradient_of(FULL)
+        for kind in KINDS:
+            gradient = full if kind == FULL else gradient_of(kind)
+            self.powers[kind].append(product(gradient, gradient))
+            self.with_full[kind].append(product(gradient, full))
+            self.sums[kind] = self.sums[kind].add_(gradient) if self.count else gradient.clone()
+        self.count += 1
+
+
+def product(one: Tensor, other: Tensor) -> float:
+    """Inner product, in double precision: of squared sums and sums of squares only the difference is of interest."""
+    pieces = zip(one.split(1 << 22), other.split(1 << 22), strict=True)
+    return sum(float(piece.double() @ its.double()) for piece, its in pieces)
+
+
+def noise(draws: Draws) -> dict[str, dict[str, float]]:
+    """Numbers of `COLUMNS` for each estimator.
+
+    Products of means are taken over pairs of different draws, so that the noise of a draw does not count as signal: they
+    are the product of the sums, less the products of each draw with itself.
     """
-    draws = len(gradients[FULL])
-    gram = {(a, b): (gradients[a].double() @ gradients[b].double().T) for a in gradients for b in (a, FULL)}
 
-    def signal(a: str, b: str) -> float:
-        return float(gram[a, b].sum() - gram[a, b].trace()) / (draws * (draws - 1))
+    def signal(one: str, other: str, of_draws: list[float]) -> float:
+        every = product(draws.sums[one], draws.sums[other])
+        return (every - sum(of_draws)) / (draws.count * (draws.count - 1))
 
     found = {}
-    for kind in gradients:
-        power = float(gram[kind, kind].trace()) / draws  # mean squared norm
-        own, with_full, full = signal(kind, kind), signal(kind, FULL), signal(FULL, FULL)
-        norms = (gram[kind, kind].diagonal() * gram[FULL, FULL].diagonal()).sqrt()
+    full = signal(FULL, FULL, draws.powers[FULL])
+    for kind in KINDS:
+        power = statistics.fmean(draws.powers[kind])
+        own, with_full = signal(kind, kind, draws.powers[kind]), signal(kind, FULL, draws.with_full[kind])
+        cosines = [product / math.sqrt(one * other) for product, one, other in
+                   zip(draws.with_full[kind], draws.powers[kind], draws.powers[FULL], strict=True)]  # fmt: skip
         found[kind] = {
             "variance": (power - own) / own if own > 0 else math.nan,
             "spread": power - own,
             "cosine": with_full / math.sqrt(power * full) if full > 0 else math.nan,
-            "same": float((gram[kind, FULL].diagonal() / norms).mean()),
+            "same": statistics.fmean(cosines),
             "bias": with_full / math.sqrt(own * full) if own > 0 and full > 0 else math.nan,
         }
-    plain = found[next(iter(gradients))]["spread"]
+    plain = found[next(iter(KINDS))]["spread"]
     return {kind: {**each, "ratio": each["spread"] / plain} for kind, each in found.items()}
 
 
@@ -189,15 +221,20 @@ def write(out: Path) -> None:
     ]
     for cell in CELLS:
         place, branch, selection = cell
-        rows = [["gradient", *COLUMNS.values()]]
-        for kind in KINDS:
-            of = [next(row for row in seed if (row["place"], row["branch"], row["selection"], row["kind"]) == (*cell, kind))
-                  for seed in seeds]  # fmt: skip
-            rows.append([kind, *(_said([row[name] for row in of]) for name in COLUMNS)])
         words = "selected by Eq. 8" if selection else "all samples"
-        parts += [f"\n## {place.capitalize()}, {branch} prompts, {words}\n", markdown_table(rows)]
+        of = [[row for row in seed if (row["place"], row["branch"], row["selection"]) == cell] for seed in seeds]
+        parts += [f"\n## {place.capitalize()}, {branch} prompts, {words}\n", table(of)]
     atomic.write(out / "gradients.md", "\n".join(parts) + "\n")
     print("\n".join(parts))
+
+
+def table(seeds: list[list[dict[str, Any]]]) -> str:
+    """A line for each estimator, of the rows that each seed has of it."""
+    rows = [["gradient", *COLUMNS.values()]]
+    for kind in KINDS:
+        of = [row for seed in seeds for row in seed if row["kind"] == kind]
+        rows.append([kind, *(_said([row[name] for row in of]) for name in COLUMNS)])
+    return markdown_table(rows)
 
 
 def _said(values: Sequence[float]) -> str:
