@@ -1,5 +1,7 @@
 """General prompts of Nemotron: proportions, sampling, and one test for each trap of its rows."""
 
+import functools
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,6 +20,18 @@ from camopd.files import json_lines
 NAMES = {split: split.removesuffix("_calling") for split in ROWS}  # the files of tool_calling are called tool-*
 
 
+def parquet(rows) -> bytes:
+    file = io.BytesIO()
+    Dataset.from_list(rows, features=FEATURES).to_parquet(file)
+    return file.getvalue()
+
+
+@functools.cache  # they are the same in most builds, and take as long as one
+def usual(split, shard, shards) -> bytes:
+    rows = [tool(n) if split == "tool_calling" else raw(split, n) for n in range(150)]
+    return parquet(rows[shard::shards])
+
+
 @pytest.fixture
 def make(tmp_path):
     """Write a copy of the dataset and of the questions, build from it, and return rows and card."""
@@ -25,14 +39,10 @@ def make(tmp_path):
     def make(limit=100, seed=0, out="out", questions=None, shards=1, **splits):
         folder = tmp_path / "nemotron" / "data"
         folder.mkdir(parents=True, exist_ok=True)
-        default = {split: [(tool if split == "tool_calling" else raw)(*((n,) if split == "tool_calling" else (split, n)))
-                           for n in range(150)] for split in ROWS}  # fmt: skip
-        for split, rows in {**default, **splits}.items():
+        for split in ROWS:
             for shard in range(shards):
-                part = rows[shard::shards]
-                Dataset.from_list(part, features=FEATURES).to_parquet(
-                    folder / f"{NAMES[split]}-{shard:05}-of-{shards:05}.parquet"
-                )
+                content = parquet(splits[split][shard::shards]) if split in splits else usual(split, shard, shards)
+                (folder / f"{NAMES[split]}-{shard:05}-of-{shards:05}.parquet").write_bytes(content)
         sources = {"nemotron": str(tmp_path / "nemotron"), "code_contests": "none", "codeforces": "none"}
         for name, rows in (questions or {}).items():
             path = tmp_path / f"{name}.jsonl"
