@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from measuring import RESULTS, demo_folder, demo_trainer, run, versions, write_report
+from real_weights import sha256
 from testbed.gradients import LIKELIEST, Probe, losses_of, noise, table
 
 from camopd import atomic
@@ -41,14 +43,18 @@ def main(argv: list[str]) -> None:
     sizes = {"draws": options.draws, "prompts": options.prompts, "tokens": options.tokens}
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        left = [seed for seed in range(options.seeds) if not (options.out / f"{seed}.json").is_file()]
-        demo = demo_folder(options.demo, Path(folder)) if left else Path(folder)
-        for seed in left:
-            started = time.perf_counter()
-            rows = measure({"demo": str(demo), "seed": seed, **sizes})
-            found = {"sizes": sizes, "versions": versions(), "rows": rows}
-            atomic.write(options.out / f"{seed}.json", json.dumps(found) + "\n")
-            print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+        demo = demo_folder(options.demo, Path(folder))
+        of = {"start": sha256(demo / "seed-0" / "specialised" / "model.safetensors"), **sizes}
+        for path in sorted(options.out.glob("*.json")):
+            if (other := _read(path)["of"]) != of:
+                sys.exit(f"{path} is of {other}, and this would be of {of}: name another folder as --out.")
+        for seed in range(options.seeds):
+            path, started = options.out / f"{seed}.json", time.perf_counter()
+            if not path.is_file():
+                rows = measure({"demo": str(demo), "seed": seed, **sizes})
+                found = {"of": of, "machine": platform.machine(), "versions": versions(), "rows": rows}
+                atomic.write(path, json.dumps(found) + "\n")
+                print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     write_report(report(options.out), options.out / "real_gradients.md")
 
 
@@ -75,12 +81,12 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 def report(out: Path) -> list[str]:
     """The table of the seeds that are there."""
-    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
-    sizes, of_versions = seeds[0]["sizes"], "; ".join(sorted({seed["versions"] for seed in seeds}))
+    seeds = [_read(path) for path in sorted(out.glob("*.json"))]
+    sizes, made_with = seeds[0]["of"], "; ".join(sorted({f"{seed['machine']}, {seed['versions']}" for seed in seeds}))
     return [
         "# How noisy the gradient of one step is with real weights",
         "",
-        f"`python benchmarks/real_gradients.py`, {platform.machine()}, {of_versions}: the demo's pair, "
+        f"`python benchmarks/real_gradients.py`, {made_with}: the demo's pair, "
         f"SmolLM2-135M-Instruct, at the specialised model. {len(seeds)} seeds of {sizes['draws']} steps of "
         f"{sizes['prompts']} {BRANCH} prompts, completions of up to {sizes['tokens']} tokens, all samples, every estimator "
         "on the same completions; ± 95 % over seeds (Student's t), which share their weights. *Variance* is that of a "
@@ -88,6 +94,10 @@ def report(out: Path) -> list[str]:
         "",
         table([seed["rows"] for seed in seeds]),
     ]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def make(tmp_path):
     def make(limit=100, seed=0, out="out", questions=None, shards=1, **splits):
         folder = tmp_path / "nemotron" / "data"
         folder.mkdir(parents=True, exist_ok=True)
+        assert splits.keys() <= ROWS.keys()
         for split in ROWS:
             for shard in range(shards):
                 content = parquet(splits[split][shard::shards]) if split in splits else usual(split, shard, shards)

@@ -129,6 +129,7 @@ def servers(base_model, config, vllm_python, tmp_path_factory):
     replicas = [Server(vllm_python, base_model, logs / f"general-{replica}.log") for replica in range(2)]
     command = [sys.executable, "-m", "camopd.cli", "serve", str(config), "--port", str(free_port())]
     environment = {**os.environ, "CAMOPD_VLLM_PYTHON": vllm_python, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # a worker of its own, which has to stop with it
     with open(logs / "serve.log", "w") as output:
         serve = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:

@@ -196,7 +196,7 @@ def noise(draws: Draws) -> dict[str, dict[str, float]]:
     for kind in KINDS:
         power = statistics.fmean(draws.powers[kind])
         own, with_full = signal(kind, kind, draws.powers[kind]), signal(kind, FULL, draws.with_full[kind])
-        cosines = [product / math.sqrt(one * other) for product, one, other in
+        cosines = [both / math.sqrt(one * other) if one * other else math.nan for both, one, other in
                    zip(draws.with_full[kind], draws.powers[kind], draws.powers[FULL], strict=True)]  # fmt: skip
         found[kind] = {
             "variance": (power - own) / own if own > 0 else math.nan,
@@ -232,7 +232,7 @@ def table(seeds: list[list[dict[str, Any]]]) -> str:
     """A line for each estimator, of the rows that each seed has of it."""
     rows = [["gradient", *COLUMNS.values()]]
     for kind in KINDS:
-        of = [row for seed in seeds for row in seed if row["kind"] == kind]
+        of = [next(row for row in seed if row["kind"] == kind) for seed in seeds]
         rows.append([kind, *(_said([row[name] for row in of]) for name in COLUMNS)])
     return markdown_table(rows)
 
