@@ -80,15 +80,15 @@ test-vllm: .venv-vllm/installed  ## Run the tests that need a real vLLM: rollout
 	@$(MAKE) --no-print-directory --jobs 2 test-vllm-servers test-vllm-transformers
 
 # One thread for each process: vLLM ties one to every core, and those of several servers spin while they wait for each other.
-# A server's worker lives in the process of its engine, so that one less imports vLLM, for 15 seconds on a slow core; that
-# which `camopd serve` has to stop has one of its own. The file that keeps both cores busy, test_vllm.py, comes last but one.
+# A server's worker lives in the process of its engine, as on one GPU; that which `camopd serve` has to stop has one of its
+# own. The file that keeps both cores busy, test_vllm.py, comes last but one.
 test-vllm-servers: .venv-vllm/installed
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ENABLE_V1_MULTIPROCESSING=0 \
 		$(VLLM_BIN)/python -m pytest -m vllm $$(grep -l mark.vllm tests/test_*.py | sort -r) $(ARGS)
 
-# What depends on transformers, whose version is an older one there, as vLLM needs.
+# What depends on transformers, whose version is an older one there, as vLLM needs. In one process: each imports it all anew.
 test-vllm-transformers: .venv-vllm/installed
-	$(VLLM_BIN)/python -m pytest -n 2 tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/test_privates.py tests/test_commands_check.py tests/test_teachers_adapters.py
 
 .venv-eval/installed: constraints-eval.txt
 	@echo "==> Making .venv-eval with evalscope, which cannot be beside the datasets library of camopd (two minutes)"

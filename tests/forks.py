@@ -3,8 +3,9 @@
 `Forks(MODULES).python` is a command to use in place of `sys.executable` with `SCRIPT`, `-m MODULE` or `-c CODE`:
 the program runs in a fork of one process that has imported the modules on one thread. It has the environment, the folder,
 the open files, the signals and the exit code of that command, and ends as any other does. So do programs that it starts
-by `sys.executable`, the ranks of `accelerate launch`, and processes of multiprocessing that it spawns. With other options
-(-I, -X, ...) a fresh interpreter runs.
+by `sys.executable`, the ranks of `accelerate launch`, and processes of multiprocessing that it spawns. A fresh interpreter
+runs with other options (-I, -X, ...), and where `-c` comes before all is imported: who asks a Python for its version
+does not wait for that.
 
 What differs: what the modules read of the environment as they were imported, the number of threads among it; all forks have
 one seed of hashes; SIGKILL ends the processes that a fork has started, too, in its own session.
@@ -46,7 +47,7 @@ class Forks:
         os.chmod(self.python, 0o755)
         paths = f"{HERE}{os.pathsep}{HERE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "serve", self.python, str(listener.fileno()), *modules],
+            [sys.executable, __file__, "serve", self.python, str(listener.fileno()), f"{address}.ready", *modules],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()], start_new_session=True,
         )  # fmt: skip
@@ -60,7 +61,8 @@ class Forks:
 
 def run(python: str, address: str, words: list[str]) -> None:
     """Start a fork, hand on the signals that this process gets, and end as the fork does."""
-    if not words or (words[0].startswith("-") and words[0] not in OPTIONS):
+    early = words[:1] == ["-c"] and not os.path.exists(f"{address}.ready")
+    if not words or early or (words[0].startswith("-") and words[0] not in OPTIONS):
         os.execv(python, [python, *words])
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     opened = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
@@ -91,8 +93,11 @@ def run(python: str, address: str, words: list[str]) -> None:
     os._exit(code)
 
 
-def serve(python: str, descriptor: int, modules: list[str]) -> tuple[object, dict]:
-    """Import, and fork for each that comes. Returns in the forks alone: their program, and the names it is to have."""
+def serve(python: str, descriptor: int, ready: str, modules: list[str]) -> tuple[object, dict]:
+    """Import, make the file `ready`, and fork for each that comes.
+
+    Returns in the forks alone: their program, and the names it is to have.
+    """
     import gc
     import importlib
     import select
@@ -105,6 +110,7 @@ def serve(python: str, descriptor: int, modules: list[str]) -> tuple[object, dic
     # That of pyarrow's allocator knows of forks. Any other is one that the forks would lack.
     assert names <= {"jemalloc_bg_thd"}, f"an import has started the threads {names}"
     listener = socket.socket(fileno=descriptor)
+    Path(ready).touch()
     wake, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup)
@@ -218,4 +224,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "run":
         run(*sys.argv[2:4], sys.argv[4:])
     else:
-        exec(*serve(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
+        exec(*serve(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5:]))

@@ -294,7 +294,7 @@ def test_guide_serves_a_model_that_answers(tmp_path, monkeypatch, vllm_python):
     start = [vllm_python, *words[1:], "--host", "127.0.0.1", "--kv-cache-memory-bytes", str(16 << 20)]
     child = subprocess.Popen(start)
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while True:
             assert child.poll() is None and time.monotonic() < deadline
             with contextlib.suppress(httpx.TransportError):

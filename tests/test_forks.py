@@ -33,6 +33,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def python():
     forks = Forks(["json"])
+    subprocess.run([forks.python, "-m", "this"], stdout=subprocess.DEVNULL, check=True)  # from here on all are forks
     yield forks.python
     forks.close()
 
@@ -59,6 +60,27 @@ def test_forks_have_the_words_folder_paths_environment_and_files_of_their_comman
     alone, forked = of_both(python, [*words, "--one", "two"], cwd=tmp_path, env=environment, input="given")
     assert json.loads(alone[1])[4] == "given" and alone[2] == "last\n"
     assert forked == alone
+
+
+def test_code_that_comes_early_does_not_wait_for_the_imports_and_a_module_does(tmp_path, monkeypatch):
+    """`camopd serve` asks a Python for its vLLM and takes a minute without an answer for none."""
+    go_on = tmp_path / "go-on"
+    wait = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(0.01)"
+    (tmp_path / "takes_long.py").write_text(wait)
+    (tmp_path / "shown.py").write_text("import sys; print('takes_long' in sys.modules)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    forks = Forks(["takes_long"])
+    try:
+        module = subprocess.Popen([forks.python, "-m", "shown"], stdout=subprocess.PIPE, text=True)
+        code = [forks.python, "-c", "import sys; print('takes_long' in sys.modules)"]
+        assert subprocess.run(code, capture_output=True, text=True, timeout=30).stdout == "False\n"
+        assert module.poll() is None
+        go_on.touch()
+        assert module.communicate(timeout=30)[0] == "True\n"
+        assert subprocess.run(code, capture_output=True, text=True, timeout=30).stdout == "True\n"
+    finally:
+        go_on.touch()
+        forks.close()
 
 
 @pytest.mark.parametrize("how", ENDS)

@@ -4,8 +4,10 @@ Two teachers: the general one, SmolLM2-135M-Instruct on two replicas, and a "dom
 `camopd serve` starts.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -259,7 +261,7 @@ def make_trainer(folder, student, teachers):
     args = CaMOPDConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
         gradient_checkpointing=False, prompts_per_step=4, per_device_train_batch_size=2, max_completion_length=8,
-        max_prompt_length=128, schedule="general:1,domain:1", learning_rate=1e-5,
+        max_prompt_length=128, schedule="general:1,domain:1", learning_rate=1e-5, diagnostics_steps=0,
     )  # fmt: skip
     return CaMOPDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), teachers=teachers, args=args,
@@ -336,11 +338,24 @@ def test_run_with_its_teachers_on_servers_is_the_one_in_the_process_though_a_rep
         torch.testing.assert_close(one.logps, other.logps, atol=1e-3, rtol=0)
 
 
+def processes_that_print_into(pipe: str) -> int:
+    """How many of this machine's processes have it as their standard output."""
+    count = 0
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):  # it has ended
+            count += os.readlink(output) == pipe
+    return count
+
+
 def test_camopd_serve_stops_everything_on_ctrl_c(servers, config):
     _, domain, serve, logs = servers
+    (server,) = re.findall(r"Started server process \[(\d+)\]", (logs / "serve.log").read_text())
+    pipe = os.readlink(f"/proc/{server}/fd/1")
+    assert processes_that_print_into(pipe) >= 3  # the server, its engine and its worker
     serve.send_signal(signal.SIGINT)
     assert serve.wait(60) == 0
     assert not answers(f"{domain}/health")
+    assert processes_that_print_into(pipe) == 0
     assert not (Path(yaml.safe_load(config.read_text())["output_dir"]) / "_teachers.json").exists()
     text = (logs / "serve.log").read_text()
     assert f"domain: {domain}" in text

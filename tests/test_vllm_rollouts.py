@@ -49,6 +49,7 @@ from camopd.vllm_rollouts import VLLMTurns, check_server, in_requests, reach, se
 real = pytest.mark.vllm
 ENDS = [2, 5]  # of the student that is made here; that of its folder is 2
 CONTEXT = 128  # of the servers
+UP_SECONDS = 400  # that they may take to start, beside all other tests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,7 +117,7 @@ def processes(models, vllm_python, tmp_path_factory):
 
 @pytest.fixture
 def urls(processes):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + UP_SECONDS
     for process, url, log in processes:
         while True:
             try:
