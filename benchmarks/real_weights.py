@@ -199,7 +199,7 @@ def go_through(data: Path | None, domain: str, size: dict[str, Any], kept: Path,
     """
     folder, of = plan(domain, size)
     files = {(method, seed): kept / domain / folder.name / f"{method}-{seed}.json"
-             for seed in SEEDS for method in (*METHODS, *ESTIMATORS)}  # fmt: skip
+             for methods in (METHODS, ESTIMATORS) for seed in SEEDS for method in methods}  # fmt: skip
 
     def train(job: tuple[str, int]) -> None:
         method, seed = job

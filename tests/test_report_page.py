@@ -4,6 +4,7 @@ import html
 import json
 import re
 
+import pytest
 from eval_items import items
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,14 @@ from camopd.report.page import quote, table, to_html, write_report
 from camopd.report.signs import DIAGNOSTICS
 
 
-def test_page_holds_its_figures_and_nothing_of_the_network(tmp_path):
+@pytest.fixture(autouse=True)
+def _without_images(monkeypatch):
+    """matplotlib takes two seconds for those of a page, and nearly all tests here are of its text."""
+    monkeypatch.setattr("camopd.report.page.png", lambda figure: b"\x89PNG")
+
+
+def test_page_holds_its_figures_and_nothing_of_the_network(tmp_path, monkeypatch):
+    monkeypatch.undo()  # its images are drawn
     path = make_run(tmp_path / "run", 20, **ALWAYS, **MEASURED)
     said = write_report({"run": path}, tmp_path / "out")
     page, text = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
@@ -26,7 +34,7 @@ def test_page_holds_its_figures_and_nothing_of_the_network(tmp_path):
     assert re.findall(r"https?://|<script|<link|@import|src=\"(?!data:)", page) == []
     for name in names:
         assert f"]({name}.png)" in text
-        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "Not measured" not in text.split("## Gaps")[1]
     assert page.index("Did it recover?") < page.index("Which of my branches is hurting?") < page.index("<img")
     assert len(said) == 2 and "*" not in said[1]

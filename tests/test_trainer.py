@@ -16,12 +16,12 @@ from steps import (
     BASELINES,
     CASES,
     PARAMETER,
-    RUNS,
     VARIANTS,
     Case,
     check_evaluations,
     measured,
     reference_step,
+    runs_of,
     trainer_step,
 )
 from trainers import TEMPLATE, lines, make_trainer
@@ -84,7 +84,7 @@ def test_step_of_several_processes_is_the_step_by_hand(processes, tmp_path, pyth
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    for variant, case in RUNS:
+    for variant, case in runs_of(processes):
         expected, expected_loss, _ = reference_step(case)
         found = load_file(tmp_path / f"{variant}-{case.name}.safetensors")
         assert found.pop("loss").item() == pytest.approx(expected_loss, rel=LOSS)
