@@ -79,11 +79,11 @@ class Sketch:
 def last_block(model: Any) -> tuple[nn.Module | None, list[nn.Linear]]:
     """The block before, and the linear layers with trainable weights, of the last transformer block that has any.
 
-    With LoRA these are the adapter's two matrices. An empty list where the model has none that can be found: its blocks are
-    no `ModuleList`, or their layers no `torch.nn.Linear` (GPT-2).
+    With LoRA these are the adapter's two matrices. An empty list where the model has none that can be found: its config
+    does not count its blocks (BLT), they are no `ModuleList`, or their layers no `torch.nn.Linear` (GPT-2).
     """
     causal_lm = model.base_model.model if is_peft_model(model) else model
-    count = causal_lm.config.get_text_config().num_hidden_layers
+    count = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
     for blocks in causal_lm.modules():
         if isinstance(blocks, nn.ModuleList) and len(blocks) == count:
             for place in reversed(range(count)):

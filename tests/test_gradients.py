@@ -116,3 +116,5 @@ def test_last_block_has_the_layers_that_are_watched():
     before, layers = last_block(model)
     assert before is None
     assert layers[0] is model.model.layers[0].self_attn.q_proj
+    del model.config.num_hidden_layers  # as BLT's has none
+    assert last_block(model) == (None, [])
