@@ -356,6 +356,15 @@ def test_mistakes_are_named_before_anything_is_asked(data, words, said, capsys, 
     assert said in error_of(capsys, *words)
 
 
+def test_missing_matplotlib_is_said_before_anything_is_asked(data):
+    code = "import sys; sys.modules['matplotlib'] = None; from camopd.cli import main; main(sys.argv[1:])"
+    with serving(lambda body: "A") as server:
+        words = ["eval", "--tasks", "qasc", "--models", f"m={server.url}"]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "figures need 'matplotlib" in done.stderr and "[report]" in done.stderr
+    assert not server.requests
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from camopd.cli import main\n"

@@ -156,6 +156,16 @@ def test_failed_run_does_not_stop_the_rest_and_is_run_again(write, capsys):
     assert "ValueError: the reason" in Path("out/one/seed-0/sweep.log").read_text()  # the log goes on
 
 
+def test_missing_matplotlib_is_said_before_the_first_run(write):
+    code = "import sys; sys.modules['matplotlib'] = None; from camopd.cli import main; main(sys.argv[1:])"
+    words = [sys.executable, "-c", code, "sweep", write({"one": ONE})]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "figures need 'matplotlib" in done.stderr and "[report]" in done.stderr
+    assert not Path("order").exists()
+    assert subprocess.run([*words, "--only", "one/seed-0"], capture_output=True, check=False).returncode == 0
+    assert order() == ["one 0"]  # which writes no table
+
+
 def test_command_that_cannot_be_started_fails_like_a_run(write, capsys):
     write({"one": ONE}, command="no-such-program {output_dir} {seed}")
     assert exit_code("sweep.yaml") == 1

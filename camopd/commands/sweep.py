@@ -74,6 +74,8 @@ def sweep(argv: list[str]) -> None:
                 words = [sys.executable, "-m", "camopd.cli", "sweep", options.sweep, "--only", run.key]
                 print(f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}")
         return
+    if options.only is None:
+        from ..report import charts  # noqa: F401 - with matplotlib: that it is not there shows before hours of work, too
     failed = []
     for number, run in enumerate(runs, start=1):
         label = f"[{number}/{len(runs)}] {run.key}"

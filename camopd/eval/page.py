@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
+from ..report import page
 from ..results import EVAL, score
 from .compare import RESULT, START
 from .gaps import Row, table_of
@@ -33,8 +34,6 @@ def write(
     `rows` are those of `compare`, `notes` what a reader must know of the protocol, `about` models and settings, and
     `paper` the table of the paper that one's own numbers are to stand beside, `gaps` the rows of the task without labels.
     """
-    from ..report import page  # with matplotlib and the rest of the extra [report]
-
     out.mkdir(parents=True, exist_ok=True)
     short = [*summary(rows), *([SCORES, page.table(score_rows(rows))] if rows else [])]
     if any("change" in row for row in rows):
