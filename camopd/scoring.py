@@ -182,6 +182,7 @@ class Scorer:
         What `ask` has begun, and a teacher was gone too long for while others were still written, is asked for again: only
         now is it waited for.
         """
+        # Not by position: in an evaluation data loaders fill a rank's last batch up with rows that were there before.
         found: dict[int, TokenScores] = {}
         try:
             for samples, asked in requests:  # which grows
@@ -195,12 +196,12 @@ class Scorer:
                     continue
                 answers = self._read(branch, samples, scores, len(samples), rule)
                 asked.work.stop()  # where the future has not come to its callback yet
-                found.update((sample.position, answer) for sample, answer in zip(samples, answers, strict=True))
+                found.update((id(sample), answer) for sample, answer in zip(samples, answers, strict=True))
         except BaseException:
             for _, asked in requests:
                 asked.answers.cancel()
             raise
-        return [found[sample.position] for sample in group]
+        return [found[id(sample)] for sample in group]
 
     def _wait(self, future: Future[list[TokenScores]]) -> list[TokenScores]:
         while not future.done() and not (self._stops is not None and self._stops.heard):

@@ -46,6 +46,27 @@ def test_teacher_may_see_another_prompt_than_the_student():
     assert len(samples[2].gaps) == 0
 
 
+def test_prompt_that_fills_up_a_batch_has_its_own_answers():
+    """Of few held-out prompts accelerate deals a rank some twice, and each copy has its own completion."""
+
+    class Remote:
+        name = "remote"
+
+        def submit(self, token_ids, prompt_lens, top_k=0):
+            answers = Future()
+            answers.set_result(LocalTeacher(make_model(2), "t", "cpu", 2).score(token_ids, prompt_lens, top_k))
+            return answers
+
+        def score(self, token_ids, prompt_lens, top_k=0):
+            return self.submit(token_ids, prompt_lens, top_k).result()
+
+    completions = [[7, 8, 9], [7], [9, 8, 7], [8, 8]]
+    samples = [make_sample(place % 2, [5, 6], completion) for place, completion in enumerate(completions)]
+    Scorer(make_forward(make_model(1)), {"general": Remote()}, 2, list).score(samples, ["general"])
+    for sample, completion in zip(samples, completions, strict=True):
+        torch.testing.assert_close(sample.teacher_logps, logps(make_model(2), [5, 6], completion), rtol=0, atol=LOGP)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_rank_with_fewer_samples_adds_dummies_which_no_sample_gets(ranks):
     asked = []
