@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from . import metrics
 from .errors import CaMOPDError
-from .prompts import held_out
+from .messages import COLUMNS
+from .prompts import held_out, what_the_model_sees
 from .samples import Sample, SampleSummary
+
+
+logger = logging.getLogger(__name__)
 
 
 class HeldOutResults:
@@ -104,3 +110,20 @@ def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[s
     if not isinstance(datasets, dict) and len(by_branch) == 1:
         return {prefix: next(iter(by_branch.values()))}
     return {f"{prefix}_{branch}": prompts for branch, prompts in by_branch.items()}
+
+
+def warn_of_overlap(prompts: Mapping[str, Dataset], held: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Say where held-out prompts of a branch are among those that it is trained on: how well it does on these is no sign of
+    how well it does on others."""
+    for branch in prompts.keys() & held.keys():
+        keys = [repr({name: row.get(name) for name in COLUMNS}) for row in held[branch]]
+        left = set(keys)
+        for row in what_the_model_sees(prompts[branch]):
+            left.discard(repr({name: row.get(name) for name in COLUMNS}))
+        shared = sum(key not in left for key in keys)
+        if shared:
+            logger.warning(
+                "%d of %d held-out prompts of branch %r are among its training prompts, and so say little of others. Take "
+                "them out of one of the two.",
+                shared, len(keys), branch,
+            )  # fmt: skip

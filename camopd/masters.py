@@ -220,7 +220,7 @@ def round_alike(optimizer: Optimizer, device: torch.device, seed: Callable[[], i
 
 def quantised_adapters(model: Any) -> dict[int, Tensor]:
     """The trainable float32 weights of a model whose frozen ones are quantised, by `id` of the parameter."""
-    if not _is_quantised(model):
+    if not is_quantised(model):
         return {}
     return {
         id(param): param.data for param in model.parameters() if param.requires_grad and param.dtype == torch.float32
@@ -233,13 +233,24 @@ def restore_adapters(model: Any, kept: dict[int, Tensor], accelerator: Any) -> N
     Where accelerate or DeepSpeed keeps masters, or wants one dtype for all (FSDP), they stay as they are.
     """
     state = accelerator.state
-    if not _is_quantised(model) or any(getattr(state, f"{name}_plugin", None) for name in ("deepspeed", "fsdp")):
+    if not is_quantised(model) or any(getattr(state, f"{name}_plugin", None) for name in ("deepspeed", "fsdp")):
         return
     for param in model.parameters():
         if param.requires_grad and param.dtype == torch.bfloat16:
             param.data = kept.get(id(param), param.data.float())
 
 
-def _is_quantised(model: Any) -> bool:
+def need_trained(optimizer: Any, model: Any) -> None:
+    """Raise `ValueError` when an optimizer that was passed holds none of the weights that are trained."""
+    held = {id(param) for group in ([] if optimizer is None else optimizer.param_groups) for param in group["params"]}
+    if optimizer is not None and not any(id(param) in held for param in model.parameters() if param.requires_grad):
+        raise ValueError(
+            f"the {type(optimizer).__name__} of optimizers= holds none of the student's trained weights, which would stay "
+            "as they are. Make it from the parameters of the model that is passed, after its adapter is added, and with "
+            "peft_config leave optimizers out."
+        )
+
+
+def is_quantised(model: Any) -> bool:
     """As TRL's trainer asks it."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))

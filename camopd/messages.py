@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .schedule import short
+from .tokens import refuse_end
 
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ def tokenize(
     if isinstance(prompt, str):
         check_text(prompt, most)
         ids = tokenizer(text=prompt)["input_ids"]
+        refuse_end(tokenizer, prompt, ids)
     else:
         text = render(row, tokenizer, tools, chat_template, template_kwargs)
         check_text(text, most)

@@ -175,7 +175,8 @@ def derive_accumulation(args: Any, world_size: int) -> None:
 
 
 def settle_spellings(args: Any) -> None:
-    """Two ways to say "off" become one, and what `to_dict` writes for a token is none. Raises `ValueError` for a token."""
+    """Two ways to say the same become one, and what `to_dict` writes for a token is none. Raises `ValueError` for a token,
+    and for two that differ."""
     if args.hub_token == "<HUB_TOKEN>":  # as `to_dict` writes every token, set or not
         args.hub_token = None
     elif args.hub_token is not None:
@@ -186,6 +187,14 @@ def settle_spellings(args: Any) -> None:
     for name, off, also_off in (("top_k", 0, -1), ("min_p", None, 0.0)):
         if getattr(args, name) == also_off:
             setattr(args, name, off)
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        kwargs = getattr(args, name)
+        if kwargs and "torch_dtype" in kwargs:  # its name before, which would lose to the default of `dtype`
+            kwargs = dict(kwargs)
+            dtype = kwargs.pop("torch_dtype")
+            if kwargs.setdefault("dtype", dtype) != dtype:
+                raise ValueError(f"{name} has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}. Leave one out.")
+            setattr(args, name, kwargs)
 
 
 def settle_eval_tasks(args: Any) -> None:
@@ -260,6 +269,12 @@ def _check_schedule(args: Any, schedule: Schedule) -> None:
                     f"schedule {args.schedule!r} gives branch {branch!r} none of the {args.prompts_per_step} prompts "
                     f"of step {step}. Raise prompts_per_step or the branch's share."
                 )
+    drawn = schedule.rows_before(args.max_steps, args.prompts_per_step) if args.max_steps > 0 else {}
+    for branch in (branch for branch, rows in drawn.items() if rows == 0 and args.process_index == 0):
+        logger.warning(
+            "branch %r is never trained: schedule %s has none of it in the first %d steps, and max_steps is %d.",
+            branch, args.schedule, args.max_steps, args.max_steps,
+        )  # fmt: skip
 
 
 def _check_optimizer(args: Any) -> None:

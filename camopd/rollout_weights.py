@@ -18,9 +18,11 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 from .errors import CaMOPDError, on_all_ranks
+from .masters import is_quantised
 from .precision import compute_dtype
 from .teachers.adapters import trained_base_weights
 from .vllm.sampler import Version
+from .vllm_rollouts import refuse_quantised
 
 
 FOLDER = "_rollout_weights"  # in output_dir; what begins with _ is never sent to the Hub
@@ -36,6 +38,7 @@ _WAY = "Leave it out, or roll out with use_vllm=True, which merges the adapter"
 
 def check_adapter(model: Any) -> None:
     """Raise `ValueError` for a student with an adapter that is not all that is trained, or that vLLM cannot apply."""
+    refuse_quantised(is_quantised(model))
     if not is_peft_model(model):
         return
     names = model.active_adapters
@@ -172,14 +175,15 @@ def _named_weights(trainer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adapter_weights(trainer: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Those of the trained adapter, by PEFT's names. A collective of all ranks."""
+    """Those of the trained adapter, by PEFT's names, of which those of an embedding end with the adapter's. A collective of
+    all ranks."""
     of_trl, own = _of_trl(trainer), f".{model.active_adapters[0]}."
     if of_trl._dist.fsdp_version == 1:
         pairs = of_trl._iter_fsdp1_params(trainer.model)
-        yield from ((name, weight) for name, weight in pairs if model.prefix in name and own in name)
+        yield from ((name, weight) for name, weight in pairs if model.prefix in name and own in f"{name}.")
         return
     for name, weight in model.named_parameters():
-        if model.prefix in name and own in name:
+        if model.prefix in name and own in f"{name}.":
             name = of_trl._fix_param_name_to_vllm(name)
             if hasattr(weight, "full_tensor"):  # of FSDP2, which may keep it on the CPU
                 yield name, weight.to(trainer.accelerator.device).full_tensor()

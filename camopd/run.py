@@ -82,9 +82,13 @@ class PromptArguments:
 def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
     """The mapping in a YAML file, if any, with `--name value` overrides over it, read without any of the heavy libraries.
 
-    Raises `ValueError` for a file that is not there or not a mapping.
+    A `~` in `output_dir` is the home, as it is to the trainer. Raises `ValueError` for a file that is not there or not a
+    mapping.
     """
-    return _over({} if config is None else _read(config), _read_words(overrides))
+    settings = _over({} if config is None else _read(config), _read_words(overrides))
+    if isinstance(settings.get("output_dir"), str):
+        settings["output_dir"] = os.path.expanduser(settings["output_dir"])
+    return settings
 
 
 def _over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def _read_words(overrides: list[str]) -> dict[str, Any]:
         if name.startswith("no_"):  # as transformers' parser has it for what is on by default
             name, text = name[3:], "false"
         try:
-            value = yaml.safe_load(text)
+            value = yaml.safe_load(text) if text else text
         except yaml.YAMLError:  # plain text, or broken JSON, of which the config says more
             value = text
         settings = _over(settings, {name: value})  # the later word wins
@@ -256,9 +260,12 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     # TRL's `parse_args_and_config` would read the file in the encoding of the machine.
     overrides = [re.sub(r"^--no[_-]exchange$", "--no_rebalance", word) for word in overrides]
     file = _read(config)
-    given = _over(file, _read_words(overrides))
-    overrides = _words_of(overrides, given.keys() - {"env"})
-    defaults = {name: value for name, value in file.items() if name in given}
+    words = _read_words(overrides)
+    given = _over(file, words)
+    # Lists and nulls, which a method's file or a sweep may have: the parser would take them for texts.
+    untold = {name: value for name, value in words.items() if value is None or isinstance(value, list)}
+    overrides = _words_of(overrides, given.keys() - {"env"} - untold.keys())
+    defaults = {name: value for name, value in file.items() if name in given} | untold
     check_names(config, given)
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
@@ -313,12 +320,6 @@ def settle_model(model: ModelConfig, init_kwargs: Mapping[str, Any] | None, give
     that have no effect.
     """
     kwargs = dict(init_kwargs or {})
-    if "torch_dtype" in kwargs:  # its name before
-        dtype = kwargs.pop("torch_dtype")
-        if kwargs.setdefault("dtype", dtype) != dtype:
-            raise ValueError(
-                f"model_init_kwargs has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}. Leave one out."
-            )
     for key, name in (
         ("revision", "model_revision"),
         ("attn_implementation", "attn_implementation"),

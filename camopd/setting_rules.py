@@ -13,7 +13,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import ParallelismConfig
-from torch import nn
 
 from . import guards
 from .learning_rate import of_deepspeed, says_where_to_clip
@@ -36,6 +35,10 @@ _COMPILED = "scoring and the loss call the backbone and the head of the model, p
 _ONE_RANK_ONE_SHARE = (
     "each rank gets prompts of its own and trains its own samples, so ranks that hold parts of one replica would feed it "
     "different sequences. Shard with FSDP2 or ZeRO (docs/scale.md)"
+)
+_SCALED = (
+    "its loss scaling skips optimizer steps, each of which has cost a rollout, and a step without kept samples has no "
+    "gradients that it could scale. Set bf16=True, or bf16=False for float32"
 )
 _NO_PREDICTIONS = "evaluation measures gaps and gathers those alone"
 _SHARDING = (
@@ -93,11 +96,7 @@ REFUSED = (
     Rule("accelerator_config.dispatch_batches", (None, False), _SHARDING),
     Rule("accelerator_config.even_batches", (True,), _SHARDING),
     # Numbers and kernels
-    Rule(
-        "fp16", (False,),
-        "its loss scaling skips optimizer steps, each of which has cost a rollout, and a step without kept samples has no "
-        "gradients that it could scale. Set bf16=True, or bf16=False for float32",
-    ),
+    Rule("fp16", (False,), _SCALED),
     Rule(
         "bf16_full_eval fp16_full_eval", (False,),
         "it would convert the student's weights themselves, and measure gaps of another model than the one that is "
@@ -191,6 +190,10 @@ _VLLM_INSIDE = "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enabl
 
 NEEDS = (
     Need("eval_steps eval_delay", lambda a: a.eval_strategy == "steps", "eval_strategy is not 'steps'"),
+    Need(
+        "eval_steps eval_delay", lambda a: not 0 < a.max_steps < max(a.eval_steps or 0, a.eval_delay or 0),
+        "max_steps comes before: nothing is measured while it trains",
+    ),
     Need("save_steps", lambda a: a.save_strategy == "steps", "save_strategy is not 'steps'"),
     Need("logging_steps", lambda a: a.logging_strategy == "steps", "logging_strategy is not 'steps'"),
     Need("hub_strategy hub_always_push", lambda a: a.push_to_hub, "push_to_hub is False"),
@@ -233,10 +236,7 @@ NEEDS = (
     Need("weight_decay", lambda a: not any(w in _optim(a) for w in ("galore", "apollo")), "a low-rank optim gets none"),
     Need("optim_target_modules", lambda a: any(w in _optim(a) for w in ("galore", "apollo")), "optim is not low-rank"),
     Need("fsdp_config", lambda a: bool(a.fsdp), "fsdp is not set; a launch file of accelerate has its own fsdp_config"),
-    Need(
-        "vllm_mode vllm_max_model_length " + _VLLM_SERVER + " " + _VLLM_INSIDE, lambda a: a.use_vllm,
-        "use_vllm is False",
-    ),
+    Need("vllm_mode vllm_max_model_length " + _VLLM_SERVER + " " + _VLLM_INSIDE, lambda a: a.use_vllm, "use_vllm is False"),
     Need(_VLLM_SERVER, lambda a: not a.use_vllm or a.vllm_mode == "server", "vllm_mode is not 'server'"),
     Need(
         _VLLM_INSIDE + " vllm_max_model_length", lambda a: not a.use_vllm or a.vllm_mode == "colocate",
@@ -249,9 +249,7 @@ NEEDS = (
     Need("cache_implementation", lambda a: not (a.use_vllm or a.rollout_servers), "vLLM writes the rollouts"),
     Need("data_seed", lambda a: a.shuffle_dataset, "shuffle_dataset is False"),
     Need(_BAND, lambda a: a.importance_sampling_mode != "none", "importance_sampling_mode is 'none'"),
-    Need(
-        "importance_sampling_mode " + _BAND, lambda a: a.divergence == "sampled", "divergence samples no token to weigh"
-    ),
+    Need("importance_sampling_mode " + _BAND, lambda a: a.divergence == "sampled", "divergence samples no token to weigh"),
     Need(
         "importance_sampling_mode " + _BAND, lambda a: a.use_vllm or a.rollout_servers or a.student_logps != "trainer",
         "transformers draws with the weights that are trained, and student_logps='trainer' takes w_t as 1",
@@ -267,6 +265,14 @@ NEEDS = (
         "trust_checkpoint",
         lambda a: bool(a.fsdp or a.deepspeed or {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)),
         "only DeepSpeed and FSDP unpickle a checkpoint",
+    ),
+    Need("loss_prefix_tokens", lambda a: (a.loss_prefix_tokens or 0) < a.longest_completion, "no completion is longer"),
+    Need(
+        "student_logps",
+        lambda a: a.student_logps != "auto" or not (
+            a.rollout_lag or not a.disable_dropout or a.token_rule == "relaxed_opd"
+        ),
+        "with rollout_lag, dropout or Relaxed OPD it is always the trainer's",
     ),
     Need("mass_target", lambda a: any(a.per_branch("selection").values()), "selection is off in every branch"),
 )  # fmt: skip
@@ -332,22 +338,13 @@ def refuse_of_accelerator(accelerator: Accelerator, tensor_parallel: int) -> Non
     _refuse_split_replicas(accelerator.parallelism_config)
     if tensor_parallel > 1:
         raise ValueError(f"a student in {tensor_parallel} parts cannot be trained with CaMOPD: {_ONE_RANK_ONE_SHARE}.")
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(f"mixed_precision=fp16 of accelerate's launcher cannot be used with CaMOPD: {_SCALED}.")
     backend = accelerator.state.dynamo_plugin.backend.value.lower()
     if backend != "no":
         raise ValueError(
             f"dynamo_backend={backend} cannot be used with CaMOPD: {_COMPILED}. Take dynamo_config out of accelerate's "
             "launch file."
-        )
-
-
-def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
-    """Raise `ValueError` when an optimizer that was passed holds none of the weights that are trained."""
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    if not any(id(param) in held for param in model.parameters() if param.requires_grad):
-        raise ValueError(
-            f"the {type(optimizer).__name__} of optimizers= holds none of the student's trained weights, which would stay "
-            "as they are. Make it from the parameters of the model that is passed, after its adapter is added, and with "
-            "peft_config leave optimizers out."
         )
 
 

@@ -27,10 +27,11 @@ from .callbacks.metrics_file import MetricsFile
 from .callbacks.teacher_watch import TeacherWatch
 from .callbacks.update import UpdateMeasures
 from .config import CaMOPDConfig
+from .evaluation import warn_of_overlap
 from .forward import disable_functional_dropout
 from .hub import need_weights
 from .learning_rate import check_passed
-from .masters import check_masters, quantised_adapters, restore_adapters, round_by_step
+from .masters import check_masters, need_trained, quantised_adapters, restore_adapters, round_by_step
 from .messages import BYTES_PER_TOKEN, MOST_BYTES
 from .method_rules import check_ddp_timeout
 from .packing import packing_pays
@@ -125,7 +126,7 @@ def prepare(
         need_end(processing_class)
     setting_rules.refuse_arguments(model, quantization_config)
     vllm_rollouts.check_length(args, args.max_prompt_length + args.longest_completion)
-    vllm_rollouts.check_student(model, args)
+    vllm_rollouts.check_student(model, args, quantization_config)
     vllm_rollouts.refuse_tools(args, tools)
     setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], peft_config, tools), args)
     max_tokens = args.max_prompt_length + args.longest_completion
@@ -175,8 +176,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
     check_masters(model, args, accelerator, optimizer)
     keep_outputs_whole(accelerator)
     setting_rules.refuse_of_accelerator(accelerator, trainer.get_tp_size())
-    if optimizer is not None:
-        setting_rules.refuse_optimizer(optimizer, model)
+    need_trained(optimizer, model)
     if args.disable_dropout:
         disable_functional_dropout(model)
     if trainer._is_vlm:
@@ -189,12 +189,12 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
     for reader in (trainer.reader, trainer.teacher_prompts):
         reader.check({branch: rows_to_check(branch, dataset) for branch, dataset in maps.items()})
         reader.check(run.held_out or {})
+    warn_of_overlap(maps, run.held_out or {})
     _check_prompt_lengths(trainer, run.streams)
     if trainer.use_vllm:
         vllm_rollouts.settle(trainer, run.max_tokens)
     run.model, run.adapters = None, {}  # nothing else needs them
-    unended = unended_turn(tokenizer, trainer.eos_token_ids)
-    if unended:
+    if unended := unended_turn(tokenizer, trainer.eos_token_ids):
         logger.warning(unended)
 
 

@@ -18,6 +18,18 @@ def need_end(tokenizer: Any) -> None:
         )
 
 
+def refuse_end(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
+    """Raise `ValueError` where the tokenizer has put its end of sequence behind a text prompt: the student would go on
+    behind a text that has ended."""
+    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    if ends and tokenizer(text, add_special_tokens=False)["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise ValueError(
+            f"has a text as its prompt, and the tokenizer puts {tokenizer.eos_token!r} behind every text, as one does that "
+            "a fine-tuning has saved with add_eos_token. Set add_eos_token: false in its tokenizer_config.json "
+            "(tokenizer.add_eos_token = False), or give the prompts as messages."
+        )
+
+
 def turn_end(tokenizer: Any) -> int | None:
     """The token with which the chat template ends an answer, `None` where it has none.
 

@@ -27,6 +27,7 @@ from trl.extras.profiling import profiling_context
 from trl.generation import vllm_generation
 
 from .errors import CaMOPDError, RolloutError, on_all_ranks
+from .masters import is_quantised
 from .precision import compute_dtype
 from .teachers.address import public_url, without_secrets
 from .vllm import limits
@@ -136,8 +137,21 @@ def _patient_once(retries: Any) -> Any:
     return PatientOnce(**{name: getattr(retries, name) for name in names})
 
 
-def check_student(model: Any, args: Any) -> None:
-    """Raise `ValueError` for a student object that vLLM in this process could not load: it has no folder or id."""
+def refuse_quantised(quantised: bool) -> None:
+    """Raise `ValueError` for a student with `quantised` weights: vLLM would draw from others than are trained."""
+    if quantised:
+        raise ValueError(
+            "a student with quantised weights (load_in_4bit, load_in_8bit, a quantization_config) cannot be rolled out by "
+            "vLLM: it gets adapters and weights of an unquantised model. Leave use_vllm and rollout_servers out, or load "
+            "the student unquantised."
+        )
+
+
+def check_student(model: Any, args: Any, quantization_config: Any) -> None:
+    """Raise `ValueError` for a student whose weights vLLM could not take, and for an object that vLLM in this process could
+    not load: it has no folder or id."""
+    if args.use_vllm or args.rollout_servers:
+        refuse_quantised(bool(quantization_config or (args.model_init_kwargs or {}).get("quantization_config")))
     named = isinstance(model, str) or bool(getattr(model, "name_or_path", None))
     if args.use_vllm and args.vllm_mode == "colocate" and not named:
         raise ValueError(
@@ -175,6 +189,7 @@ def settle(trainer: Any, longest: int) -> None:
         longest: tokens of a prompt and its completion.
     """
     generation, args = trainer.vllm_generation, trainer.args
+    refuse_quantised(is_quantised(trainer.model))
     # TRL asks the sampler for no log-probs; w_t is the ratio to them. 0 means the sampled token only.
     generation.logprobs = 0
     # The trainer's own ends, and with `ignore_eos` no other: vLLM knows those of its folder, which may be fewer or more.

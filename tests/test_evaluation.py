@@ -146,3 +146,17 @@ def test_evaluation_whose_completions_another_model_has_drawn_stops(tmp_path, to
     finally:
         trainer.run.sampler.close()
         server.close()
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_held_out_prompts_that_are_trained_on_are_warned_of(shared, tmp_path, tokenizer, caplog):
+    prompts = make_prompts("general", 8)
+    held = prompts.select([*range(shared), *range(6, 8)])
+    with caplog.at_level("WARNING", logger="camopd"):
+        make_trainer(
+            tmp_path, tokenizer, train_dataset={"general": prompts.select(range(6)), "domain": prompts},
+            eval_dataset={"general": held},
+        )  # fmt: skip
+    said = [record.getMessage() for record in caplog.records if "held-out prompts" in record.msg]
+    assert len(said) == shared // 2
+    assert all(text.startswith("2 of 4 held-out prompts of branch 'general' are among its training") for text in said)

@@ -204,3 +204,22 @@ def test_schedule_that_gives_a_branch_no_rows_is_refused(make_config):
         "Raise prompts_per_step or the branch's share",
     ):
         make_config(schedule="general:1,general:9+domain:1", prompts_per_step=4)
+
+
+@pytest.mark.parametrize(("schedule", "steps", "named"), [
+    ("general:3,domain:1", 3, ["domain"]), ("general:3,domain:1", 4, []), ("general:1+domain:1", 1, []),
+    ("general:300,domain:1", 120, ["domain"]),
+])  # fmt: skip
+def test_branch_that_the_run_never_reaches_is_warned_of(make_config, schedule, steps, named, caplog):
+    make_config(schedule=schedule, max_steps=steps)
+    said = [record.args for record in caplog.records if "is never trained" in record.msg]
+    assert [args[0] for args in said] == named and all(steps in args for args in said)
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_dtype_may_have_its_name_of_before_and_not_both(make_config, name):
+    given = {"torch_dtype": "bfloat16", "revision": "main"}
+    assert getattr(make_config(**{name: given}), name) == {"dtype": "bfloat16", "revision": "main"}
+    assert given == {"torch_dtype": "bfloat16", "revision": "main"}
+    with pytest.raises(ValueError, match=rf"{name} has dtype='float32' and torch_dtype='bfloat16'\. Leave one out"):
+        make_config(**{name: {"torch_dtype": "bfloat16", "dtype": "float32"}})

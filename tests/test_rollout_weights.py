@@ -53,14 +53,16 @@ def test_weights_are_written_in_the_type_that_the_student_computes_in(tmp_path):
     assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in model.named_parameters())
 
 
-def test_adapter_alone_is_written_as_peft_has_it(tmp_path):
+@pytest.mark.parametrize("more", [[], ["embed_tokens"]])
+def test_adapter_alone_is_written_as_peft_has_it(more, tmp_path):
     torch.manual_seed(0)
-    model = get_peft_model(make_model(1), LoraConfig(**LORA))
+    model = get_peft_model(make_model(1), LoraConfig(**{**LORA, "target_modules": [*LORA["target_modules"], *more]}))
     ids = torch.tensor([[1, 7, 8, 9]])
     before = model(ids).logits
     version = WeightsFolder(tmp_path, is_main=True).write(trainer_of(model))
     assert version.is_adapter
     assert {path.name for path in version.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(files(version.folder)) == sum(weight.requires_grad for weight in model.parameters())
     again = PeftModel.from_pretrained(make_model(1), version.folder)
     assert torch.equal(again(ids).logits, before) and torch.equal(model(ids).logits, before)
     assert (before - make_model(1)(ids).logits).abs().max() > 0.01
@@ -122,3 +124,10 @@ def test_weights_that_are_trained_beside_an_adapter_are_refused():
     with pytest.raises(ValueError, match=r"1 weights are trained beside it, 'model.embed_tokens.weight'"):
         check_adapter(model)
     check_adapter(make_model(1))
+
+
+def test_quantised_student_is_refused():
+    model = get_peft_model(make_model(1), LoraConfig(**LORA))
+    model.base_model.model.is_loaded_in_4bit = True  # as transformers marks it
+    with pytest.raises(ValueError, match=r"quantised weights .* cannot be rolled out by vLLM.*Leave use_vllm"):
+        check_adapter(model)

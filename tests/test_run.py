@@ -609,3 +609,26 @@ def test_command_line_wins_over_a_method_file_whichever_name_a_setting_has(write
     assert args.student_logps == "engine"
     _, _, args = parse(*config_and_overrides("camopd train", [*words, "--student_logps", "trainer"]))
     assert args.student_logps == "trainer"
+
+
+def test_lists_and_nulls_of_a_method_file_are_what_they_are_in_the_run_s_own(write, settings, tmp_path):
+    """The words of a command line cannot say them; a sweep's settings go the same way."""
+    method = tmp_path / "method.yaml"
+    given = {"report_to": [], "run_name": None, "eval_tasks": ["gsm8k", "ifeval"], "lora_target_modules": ["q", "v"]}
+    method.write_text(yaml.safe_dump(given))
+    words = [write({**settings, "run_name": "mine"}), "--method", str(method)]
+    _, model, args = parse(*config_and_overrides("camopd train", words))
+    _, own_model, own = parse(write({**settings, **given}), [])
+    assert (args.report_to, args.run_name, args.eval_tasks) == (own.report_to, own.run_name, own.eval_tasks)
+    assert args.eval_tasks == ["gsm8k", "ifeval"] and args.run_name is None
+    assert model.lora_target_modules == own_model.lora_target_modules == ["q", "v"]
+    _, _, args = parse(*config_and_overrides("camopd train", [*words, "--run_name", "other"]))  # the later word wins
+    assert args.run_name == "other"
+
+
+def test_home_in_output_dir_is_that_of_the_trainer(write, settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write({**settings, "output_dir": "~/runs/x"})
+    _, _, args = parse(path, [])
+    assert read_settings(path, [])["output_dir"] == args.output_dir == str(tmp_path / "runs/x")
+    assert read_settings(path, ["--output_dir=~/y"])["output_dir"] == str(tmp_path / "y")

@@ -112,7 +112,8 @@ NEEDS = {
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
     "divergence_top_k": (5, {}), "optimizer_moments": ("per_branch", {"schedule": "general:1+domain:1"}),
-    "max_grad_norm": (0.3, OWN_OPTIMIZER),
+    "max_grad_norm": (0.3, OWN_OPTIMIZER), "loss_prefix_tokens": (64, {"max_completion_length": 64}),
+    "student_logps": ("auto", {"disable_dropout": False}),
     "trust_checkpoint": (True, {}),
 }  # fmt: skip
 
@@ -357,11 +358,23 @@ def test_launcher_that_splits_a_replica_or_compiles_is_refused(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"parallelism_config\.tp_size=2 .*each rank gets prompts of its own"):
         make_config(tmp_path)
     state = types.SimpleNamespace(dynamo_plugin=types.SimpleNamespace(backend=types.SimpleNamespace(value="INDUCTOR")))
-    accelerator = types.SimpleNamespace(parallelism_config=None, state=state)
+    accelerator = types.SimpleNamespace(parallelism_config=None, state=state, mixed_precision="bf16")
     with pytest.raises(ValueError, match=r"dynamo_backend=inductor .*Take dynamo_config out"):
         rules.refuse_of_accelerator(accelerator, 1)
     with pytest.raises(ValueError, match="a student in 2 parts"):
         rules.refuse_of_accelerator(accelerator, 2)
+    accelerator.mixed_precision = "fp16"
+    with pytest.raises(ValueError, match=r"mixed_precision=fp16 .*loss scaling skips.*Set bf16=True"):
+        rules.refuse_of_accelerator(accelerator, 1)
+
+
+def test_evaluation_that_the_run_ends_before_is_warned_of(tmp_path, caplog):
+    every = {"eval_strategy": "steps", "max_steps": 4}
+    make_config(tmp_path, **every, eval_steps=4)
+    make_config(tmp_path, **every, eval_steps=0.5)
+    assert warned(caplog) == []
+    make_config(tmp_path, **every, eval_steps=5)
+    assert warned(caplog) == ["eval_steps"]
 
 
 # ---------------------------------------------------------------------------------------------- one run, many settings

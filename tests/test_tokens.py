@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, VOCAB, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 
+from camopd.prompts import PromptReader
 from camopd.tokens import check_known, embedding_size, ends_of, head_size, need_end, turn_end, unended_turn
 
 
@@ -73,3 +75,18 @@ def test_prompt_with_a_token_that_the_student_cannot_read_is_refused_with_it():
         ValueError, match=r"'<image>' \(id 43\), and the student knows 43 tokens.*resize_token_embeddings"
     ):
         check_known([4, 43, 5], tokenizer, len(VOCAB))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_text_prompt_that_the_tokenizer_ends_is_refused(split):
+    """As one that a fine-tuning has saved with `add_eos_token`: an answer would begin behind a text that has ended."""
+    tokenizer = make_tokenizer()
+    reader = PromptReader(tokenizer, tokenizer, len(VOCAB), None, None, None, split)
+    asked = [{"prompt": "a <s> b?", "row": "row 3"}]  # with a special token, which `split` encodes as text
+    (before,) = reader.ids(asked)
+    assert before[-1] != tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    with pytest.raises(ValueError, match=r"row 3 .*puts '</s>' behind every text.*add_eos_token: false.*as messages"):
+        reader.ids(asked)

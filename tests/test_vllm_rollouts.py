@@ -329,6 +329,10 @@ def test_requests_have_no_more_prompts_than_vllm_takes_and_answers_keep_their_or
     ("settings", "message"),
     [
         ({}, r"loads the student from its folder or id, and this LlamaForCausalLM has none\. Save it"),
+        (
+            {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}},
+            "quantised weights .* cannot be rolled",
+        ),
         ({"vllm_max_model_length": 69}, r"vllm_max_model_length=69 is less than .* = 70: .* Leave it out"),
         ({"vllm_mode": "server", "tools": [print]}, r"tools with vllm_mode='server' cannot be used on 2 ranks"),
     ],
@@ -766,7 +770,8 @@ def on_servers(make):
 @real
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "adapter"])
 def test_plain_servers_have_the_students_weights_at_every_step_and_evaluation(lora, plain, on_servers):
-    adapter = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False) if lora else None
+    everywhere = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")] + ["embed_tokens"]
+    adapter = LoraConfig(r=8, lora_alpha=64, target_modules=everywhere, init_lora_weights=False) if lora else None
     more = {"evaluated": True, "eval_strategy": "steps", "eval_steps": 2, "peft_config": adapter}
     trainer, made = on_servers(plain[:1] if lora else plain, "run", **more)
     assert len(made) == 4 + 2 and max(worst for worst, _ in made) < 1e-4
