@@ -21,8 +21,8 @@ from .errors import CaMOPDError, on_all_ranks
 from .masters import is_quantised
 from .precision import compute_dtype
 from .teachers.adapters import trained_base_weights
+from .teachers.vllm.plan import refuse_quantised
 from .vllm.sampler import Version
-from .vllm_rollouts import refuse_quantised
 
 
 FOLDER = "_rollout_weights"  # in output_dir; what begins with _ is never sent to the Hub

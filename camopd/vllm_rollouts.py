@@ -30,6 +30,7 @@ from .errors import CaMOPDError, RolloutError, on_all_ranks
 from .masters import is_quantised
 from .precision import compute_dtype
 from .teachers.address import public_url, without_secrets
+from .teachers.vllm.plan import refuse_quantised
 from .vllm import limits
 from .watchdog import ROLLOUT_SERVERS, current, phase
 
@@ -135,16 +136,6 @@ def _patient_once(retries: Any) -> Any:
 
     names = ("total", "connect", "read", "status", "status_forcelist", "backoff_factor", "allowed_methods")
     return PatientOnce(**{name: getattr(retries, name) for name in names})
-
-
-def refuse_quantised(quantised: bool) -> None:
-    """Raise `ValueError` for a student with `quantised` weights: vLLM would draw from others than are trained."""
-    if quantised:
-        raise ValueError(
-            "a student with quantised weights (load_in_4bit, load_in_8bit, a quantization_config) cannot be rolled out by "
-            "vLLM: it gets adapters and weights of an unquantised model. Leave use_vllm and rollout_servers out, or load "
-            "the student unquantised."
-        )
 
 
 def check_student(model: Any, args: Any, quantization_config: Any) -> None:

@@ -198,6 +198,8 @@ def test_rollout_servers_that_cannot_be_are_refused():
         plan_students({**settings, "rollout_servers": ["here"]}, None, None)
     with pytest.raises(ValueError, match=r"a LoRA rank of 600 is more than vLLM takes, 512"):
         plan_students({**settings, "use_peft": True, "lora_r": 600}, None, None)
+    with pytest.raises(ValueError, match=r"quantised weights .* cannot be rolled out by vLLM"):
+        plan_students({**settings, "load_in_4bit": True}, None, None)
     with pytest.raises(ValueError, match="model_name_or_path"):
         plan_students({"rollout_servers": ["http://localhost:9000"]}, None, None)
 

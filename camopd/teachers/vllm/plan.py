@@ -152,8 +152,9 @@ def plan_students(settings: Mapping[str, Any], host: str | None, port: int | Non
 
     `host` and `port`, where they are given, are where they listen, on ports in a row from there.
 
-    Raises `ValueError` for a config without a student, or whose runs would ask no such server.
+    Raises `ValueError` for a config without a student, or with a quantised one, or whose runs would ask no such server.
     """
+    refuse_quantised(settings.get("load_in_4bit") is True or settings.get("load_in_8bit") is True)
     urls = settings.get("rollout_servers")
     urls = [url.strip() for url in urls.split(",") if url.strip()] if isinstance(urls, str) else urls
     if not urls:
@@ -171,6 +172,16 @@ def plan_students(settings: Mapping[str, Any], host: str | None, port: int | Non
         at = host or parts.hostname or "", own if port is None else port + place
         planned.append(Server(["student"], place, model, *at, student=True, plain=True, lora_rank=rank))
     return planned
+
+
+def refuse_quantised(quantised: bool) -> None:
+    """Raise `ValueError` for a student with `quantised` weights: vLLM would draw from others than are trained."""
+    if quantised:
+        raise ValueError(
+            "a student with quantised weights (load_in_4bit, load_in_8bit, a quantization_config) cannot be rolled out by "
+            "vLLM: it gets adapters and weights of an unquantised model. Leave use_vllm and rollout_servers out, or load "
+            "the student unquantised."
+        )
 
 
 def is_here(host: str) -> bool:
