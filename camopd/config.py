@@ -392,6 +392,7 @@ class CaMOPDConfig(DistillationConfig):
 
         words = {"true": True, "false": False, "auto": "auto"}  # on the command line
         given: Any = self.resume_from_checkpoint
+        given = os.path.expanduser(given) if isinstance(given, str) else given
         self.resume_from_checkpoint: Any = words.get(str(given).lower(), given)
         if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_max_model_length is None:
             # Else vLLM wants room for the longest sequence that the model can take.

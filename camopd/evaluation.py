@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import zlib
@@ -14,7 +15,7 @@ from datasets import Dataset
 
 from . import metrics
 from .errors import CaMOPDError
-from .messages import COLUMNS
+from .messages import COLUMNS, read_row
 from .prompts import held_out, what_the_model_sees
 from .samples import Sample, SampleSummary
 
@@ -113,17 +114,22 @@ def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[s
 
 
 def warn_of_overlap(prompts: Mapping[str, Dataset], held: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-    """Say where held-out prompts of a branch are among those that it is trained on: how well it does on these is no sign of
-    how well it does on others."""
+    """Say where held-out prompts of a branch are among those that it is trained on, in whichever form."""
     for branch in prompts.keys() & held.keys():
-        keys = [repr({name: row.get(name) for name in COLUMNS}) for row in held[branch]]
+        keys = [_key(row) for row in held[branch]]
         left = set(keys)
         for row in what_the_model_sees(prompts[branch]):
-            left.discard(repr({name: row.get(name) for name in COLUMNS}))
+            left.discard(_key(row))
         shared = sum(key not in left for key in keys)
         if shared:
             logger.warning(
-                "%d of %d held-out prompts of branch %r are among its training prompts, and so say little of others. Take "
-                "them out of one of the two.",
+                "%d of %d held-out prompts of branch %r are among its training prompts: the result on them does not show "
+                "how the student does on new ones. Remove them from the held-out prompts, or from the others.",
                 shared, len(keys), branch,
             )  # fmt: skip
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    """One text for all forms of a prompt; what only the teacher sees is not in it."""
+    read = read_row({name: row[name] for name in COLUMNS if name in row and name != "teacher_prompt"})
+    return json.dumps(read, sort_keys=True)

@@ -192,7 +192,7 @@ def settle_spellings(args: Any) -> None:
         if kwargs and "torch_dtype" in kwargs:  # its name before, which would lose to the default of `dtype`
             kwargs = dict(kwargs)
             dtype = kwargs.pop("torch_dtype")
-            if kwargs.setdefault("dtype", dtype) != dtype:
+            if str(kwargs.setdefault("dtype", dtype)).removeprefix("torch.") != str(dtype).removeprefix("torch."):
                 raise ValueError(f"{name} has dtype={kwargs['dtype']!r} and torch_dtype={dtype!r}. Leave one out.")
             setattr(args, name, kwargs)
 

@@ -175,8 +175,7 @@ def _named_weights(trainer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adapter_weights(trainer: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Those of the trained adapter, by PEFT's names, of which those of an embedding end with the adapter's. A collective of
-    all ranks."""
+    """Those of the trained adapter, by PEFT's names, an embedding's with the adapter's last. A collective of all ranks."""
     of_trl, own = _of_trl(trainer), f".{model.active_adapters[0]}."
     if of_trl._dist.fsdp_version == 1:
         pairs = of_trl._iter_fsdp1_params(trainer.model)

@@ -20,7 +20,7 @@ import yaml
 
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
-from .settings import OLD_NAMES, declared, list_of_settings
+from .settings import OLD_NAMES, declared, list_of_settings, may_be_list_or_null
 from .teachers.address import (
     OWN_TEACHERS,
     did_you_mean,
@@ -80,14 +80,11 @@ class PromptArguments:
 
 
 def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, if any, with `--name value` overrides over it, read without any of the heavy libraries.
-
-    A `~` in `output_dir` is the home, as it is to the trainer. Raises `ValueError` for a file that is not there or not a
-    mapping.
-    """
+    """The mapping in a YAML file, if any, with `--name value` overrides over it, read without any of the heavy libraries; a
+    `~` in paths is the home, as to the trainer. Raises `ValueError` for a file that is not there or not a mapping."""
     settings = _over({} if config is None else _read(config), _read_words(overrides))
-    if isinstance(settings.get("output_dir"), str):
-        settings["output_dir"] = os.path.expanduser(settings["output_dir"])
+    for name in {"output_dir", "model_name_or_path", "resume_from_checkpoint"} & settings.keys():
+        settings[name] = os.path.expanduser(settings[name]) if isinstance(settings[name], str) else settings[name]
     return settings
 
 
@@ -263,7 +260,8 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     words = _read_words(overrides)
     given = _over(file, words)
     # Lists and nulls, which a method's file or a sweep may have: the parser would take them for texts.
-    untold = {name: value for name, value in words.items() if value is None or isinstance(value, list)}
+    alone = (name for name in words if any(word[:2] == "--" for word in _words_of(overrides, [name])[-2:]))
+    untold = {name: words[name] for name in alone if may_be_list_or_null(name, words[name])}
     overrides = _words_of(overrides, given.keys() - {"env"} - untold.keys())
     defaults = {name: value for name, value in file.items() if name in given} | untold
     check_names(config, given)
@@ -277,6 +275,7 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
         prompts, model, args = parser.parse_args_into_dataclasses(args=overrides)
     except SystemExit:  # argparse has said why
         raise CaMOPDError(f"the settings above are not those of a run; see {config!r} and the overrides.") from None
+    model.model_name_or_path = os.path.expanduser(model.model_name_or_path or "")
     if not model.model_name_or_path:
         raise ValueError(f"{config!r} names no student. Set model_name_or_path to the specialised model.")
     args.model_init_kwargs = settle_model(model, args.model_init_kwargs, given)

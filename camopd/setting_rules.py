@@ -38,7 +38,7 @@ _ONE_RANK_ONE_SHARE = (
 )
 _SCALED = (
     "its loss scaling skips optimizer steps, each of which has cost a rollout, and a step without kept samples has no "
-    "gradients that it could scale. Set bf16=True, or bf16=False for float32"
+    "gradients that it could scale"
 )
 _NO_PREDICTIONS = "evaluation measures gaps and gathers those alone"
 _SHARDING = (
@@ -96,7 +96,7 @@ REFUSED = (
     Rule("accelerator_config.dispatch_batches", (None, False), _SHARDING),
     Rule("accelerator_config.even_batches", (True,), _SHARDING),
     # Numbers and kernels
-    Rule("fp16", (False,), _SCALED),
+    Rule("fp16", (False,), f"{_SCALED}. Set bf16=True, or bf16=False for float32"),
     Rule(
         "bf16_full_eval fp16_full_eval", (False,),
         "it would convert the student's weights themselves, and measure gaps of another model than the one that is "
@@ -190,10 +190,6 @@ _VLLM_INSIDE = "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enabl
 
 NEEDS = (
     Need("eval_steps eval_delay", lambda a: a.eval_strategy == "steps", "eval_strategy is not 'steps'"),
-    Need(
-        "eval_steps eval_delay", lambda a: not 0 < a.max_steps < max(a.eval_steps or 0, a.eval_delay or 0),
-        "max_steps comes before: nothing is measured while it trains",
-    ),
     Need("save_steps", lambda a: a.save_strategy == "steps", "save_strategy is not 'steps'"),
     Need("logging_steps", lambda a: a.logging_strategy == "steps", "logging_strategy is not 'steps'"),
     Need("hub_strategy hub_always_push", lambda a: a.push_to_hub, "push_to_hub is False"),
@@ -339,7 +335,10 @@ def refuse_of_accelerator(accelerator: Accelerator, tensor_parallel: int) -> Non
     if tensor_parallel > 1:
         raise ValueError(f"a student in {tensor_parallel} parts cannot be trained with CaMOPD: {_ONE_RANK_ONE_SHARE}.")
     if accelerator.mixed_precision == "fp16":
-        raise ValueError(f"mixed_precision=fp16 of accelerate's launcher cannot be used with CaMOPD: {_SCALED}.")
+        way = "Set bf16=True, or launch with --mixed_precision no for float32"
+        raise ValueError(
+            f"mixed_precision=fp16 of accelerate's launcher cannot be used with CaMOPD: {_SCALED}. {way}."
+        )
     backend = accelerator.state.dynamo_plugin.backend.value.lower()
     if backend != "no":
         raise ValueError(

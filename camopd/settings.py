@@ -59,6 +59,12 @@ def declared() -> Iterator[tuple[str, str, str, str]]:
         yield group, name, *_default_and_help(node.value, constants)
 
 
+def may_be_list_or_null(name: str, value: Any) -> bool:
+    """Whether a value is a list or null, and one that the setting of that name may have."""
+    kinds = (ast.unparse(node.annotation) for _, each, node, _ in _nodes() if each == name)
+    return (value is None or isinstance(value, list)) and ("None" if value is None else "list") in next(kinds, "")
+
+
 @cache
 def _nodes() -> list[tuple[str, str, ast.AnnAssign, dict[str, str]]]:
     """Group, name and declaration of every setting, and the constants of the file it is in."""

@@ -18,16 +18,22 @@ def need_end(tokenizer: Any) -> None:
         )
 
 
-def refuse_end(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
-    """Raise `ValueError` where the tokenizer has put its end of sequence behind a text prompt: the student would go on
-    behind a text that has ended."""
-    ends = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    if ends and tokenizer(text, add_special_tokens=False)["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise ValueError(
-            f"has a text as its prompt, and the tokenizer puts {tokenizer.eos_token!r} behind every text, as one does that "
-            "a fine-tuning has saved with add_eos_token. Set add_eos_token: false in its tokenizer_config.json "
-            "(tokenizer.add_eos_token = False), or give the prompts as messages."
-        )
+def refuse_end(tokenizer: Any, text: str, ids: Sequence[int], **how: Any) -> None:
+    """Raise `ValueError` where the tokenizer has put something behind a text prompt, as its end of sequence: the student
+    would go on behind a text that has ended.
+
+    Args:
+        ids: of the text, with the special tokens around it.
+        how: in which way else they were made.
+    """
+    own = list(tokenizer(text=text, add_special_tokens=False, **how)["input_ids"])
+    for count in range(1, 4):
+        if own and list(ids[-count - len(own) : -count]) == own:
+            raise ValueError(
+                f"has a text as its prompt, and the tokenizer puts {tokenizer.decode(ids[-count:])!r} behind every text, "
+                "as one of a fine-tuning with add_eos_token does. Give the prompts as messages, or take that token out of "
+                "post_processor in its tokenizer.json."
+            )
 
 
 def turn_end(tokenizer: Any) -> int | None:

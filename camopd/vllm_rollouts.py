@@ -138,11 +138,16 @@ def _patient_once(retries: Any) -> Any:
     return PatientOnce(**{name: getattr(retries, name) for name in names})
 
 
+_BITS = ("load_in_4bit", "load_in_8bit")  # with or without an underscore, of bitsandbytes
+
+
 def check_student(model: Any, args: Any, quantization_config: Any) -> None:
     """Raise `ValueError` for a student whose weights vLLM could not take, and for an object that vLLM in this process could
     not load: it has no folder or id."""
     if args.use_vllm or args.rollout_servers:
-        refuse_quantised(bool(quantization_config or (args.model_init_kwargs or {}).get("quantization_config")))
+        given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config") or {}
+        given = given if isinstance(given, dict) else vars(given)
+        refuse_quantised(any(bits in name and value is True for name, value in given.items() for bits in _BITS))
     named = isinstance(model, str) or bool(getattr(model, "name_or_path", None))
     if args.use_vllm and args.vllm_mode == "colocate" and not named:
         raise ValueError(

@@ -148,10 +148,16 @@ def test_evaluation_whose_completions_another_model_has_drawn_stops(tmp_path, to
         server.close()
 
 
+@pytest.mark.parametrize("form", ["text", "messages"])
 @pytest.mark.parametrize("shared", [0, 2])
-def test_held_out_prompts_that_are_trained_on_are_warned_of(shared, tmp_path, tokenizer, caplog):
+def test_held_out_prompts_that_are_trained_on_are_warned_of(shared, form, tmp_path, tokenizer, caplog):
     prompts = make_prompts("general", 8)
     held = prompts.select([*range(shared), *range(6, 8)])
+    if form == "messages":  # of which another row has a key that Arrow fills in
+        rows = [[{"role": "user", "content": text}] for text in prompts["prompt"]]
+        held = Dataset.from_list([{"prompt": rows[place]} for place in (*range(shared), 6, 7)])
+        rows[5] = [{"role": "user", "content": "more", "name": "x"}]
+        prompts = Dataset.from_list([{"prompt": row} for row in rows])
     with caplog.at_level("WARNING", logger="camopd"):
         make_trainer(
             tmp_path, tokenizer, train_dataset={"general": prompts.select(range(6)), "domain": prompts},

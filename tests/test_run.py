@@ -622,13 +622,24 @@ def test_lists_and_nulls_of_a_method_file_are_what_they_are_in_the_run_s_own(wri
     assert (args.report_to, args.run_name, args.eval_tasks) == (own.report_to, own.run_name, own.eval_tasks)
     assert args.eval_tasks == ["gsm8k", "ifeval"] and args.run_name is None
     assert model.lora_target_modules == own_model.lora_target_modules == ["q", "v"]
-    _, _, args = parse(*config_and_overrides("camopd train", [*words, "--run_name", "other"]))  # the later word wins
-    assert args.run_name == "other"
+    _, _, args = parse(*config_and_overrides("camopd train", [*words, "--run_name", "[other]"]))  # the later word wins
+    assert args.run_name == "[other]"  # which is a text, whatever it looks like
+    _, model, _ = parse(*config_and_overrides("camopd train", [*words, "--lora_target_modules", "[a]", "b"]))
+    assert model.lora_target_modules == ["[a]", "b"]
+    with pytest.raises(CaMOPDError):
+        parse(words[0], ["--seed", "null"])
 
 
-def test_home_in_output_dir_is_that_of_the_trainer(write, settings, monkeypatch, tmp_path):
+def test_home_in_a_path_is_that_of_the_trainer(write, settings, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = write({**settings, "output_dir": "~/runs/x"})
-    _, _, args = parse(path, [])
+    given = {
+        "output_dir": "~/runs/x",
+        "model_name_or_path": "~/model",
+        "resume_from_checkpoint": "~/runs/x/checkpoint-2",
+    }
+    path = write({**settings, **given})
+    _, model, args = parse(path, [])
+    assert read_settings(path, [])["model_name_or_path"] == model.model_name_or_path == str(tmp_path / "model")
+    assert args.resume_from_checkpoint == str(tmp_path / "runs/x/checkpoint-2")
     assert read_settings(path, [])["output_dir"] == args.output_dir == str(tmp_path / "runs/x")
     assert read_settings(path, ["--output_dir=~/y"])["output_dir"] == str(tmp_path / "y")

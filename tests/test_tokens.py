@@ -82,11 +82,12 @@ def test_text_prompt_that_the_tokenizer_ends_is_refused(split):
     """As one that a fine-tuning has saved with `add_eos_token`: an answer would begin behind a text that has ended."""
     tokenizer = make_tokenizer()
     reader = PromptReader(tokenizer, tokenizer, len(VOCAB), None, None, None, split)
-    asked = [{"prompt": "a <s> b?", "row": "row 3"}]  # with a special token, which `split` encodes as text
-    (before,) = reader.ids(asked)
-    assert before[-1] != tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
-    )
-    with pytest.raises(ValueError, match=r"row 3 .*puts '</s>' behind every text.*add_eos_token: false.*as messages"):
+    asked = [{"prompt": "a </s>", "row": "row 3"}]  # with a special token, which `split` encodes as text
+    added = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=added)
+    (ids,) = reader.ids(asked)
+    assert ids[0] == tokenizer.bos_token_id and (ids[-1] == tokenizer.eos_token_id) != split
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=added)
+    tokenizer.eos_token = "<pad>"  # a fine-tuning often gives the model another end
+    with pytest.raises(ValueError, match=r"row 3 .*puts '</s>' behind every text.*as messages.*post_processor"):
         reader.ids(asked)
