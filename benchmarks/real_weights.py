@@ -208,6 +208,8 @@ def go_through(data: Path | None, domain: str, size: dict[str, Any], kept: Path,
         files[job].parent.mkdir(parents=True, exist_ok=True)
         found = {"method": method, "seed": seed, "of": of, "versions": versions(), **held_out(folder / "sweep" / name)}
         atomic.write(files[job], json.dumps(found) + "\n")
+        for checkpoint in (folder / "sweep" / name).glob("checkpoint-*"):  # 1.6 GB, for a run that has ended
+            shutil.rmtree(checkpoint)
 
     def is_done(job: tuple[str, int]) -> bool:
         wanted = "scores" if data is not None and job[0] in METHODS else "general"
