@@ -132,4 +132,4 @@ def warn_of_overlap(prompts: Mapping[str, Dataset], held: Mapping[str, Iterable[
 def _key(row: Mapping[str, Any]) -> str:
     """One text for all forms of a prompt; what only the teacher sees is not in it."""
     read = read_row({name: row[name] for name in COLUMNS if name in row and name != "teacher_prompt"})
-    return json.dumps(read, sort_keys=True)
+    return json.dumps(read, sort_keys=True, default=str)  # dates, which a template may be given

@@ -27,8 +27,10 @@ def refuse_end(tokenizer: Any, text: str, ids: Sequence[int], **how: Any) -> Non
         how: in which way else they were made.
     """
     own = list(tokenizer(text=text, add_special_tokens=False, **how)["input_ids"])
+    if not own or list(ids[-len(own) :]) == own:
+        return
     for count in range(1, 4):
-        if own and list(ids[-count - len(own) : -count]) == own:
+        if list(ids[-count - len(own) : -count]) == own:
             raise ValueError(
                 f"has a text as its prompt, and the tokenizer puts {tokenizer.decode(ids[-count:])!r} behind every text, "
                 "as one of a fine-tuning with add_eos_token does. Give the prompts as messages, or take that token out of "

@@ -87,6 +87,7 @@ def test_text_prompt_that_the_tokenizer_ends_is_refused(split):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=added)
     (ids,) = reader.ids(asked)
     assert ids[0] == tokenizer.bos_token_id and (ids[-1] == tokenizer.eos_token_id) != split
+    assert reader.ids([{"prompt": "<s><s>", "row": "row 4"}])  # whose own tokens begin where the added one does, too
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=added)
     tokenizer.eos_token = "<pad>"  # a fine-tuning often gives the model another end
     with pytest.raises(ValueError, match=r"row 3 .*puts '</s>' behind every text.*as messages.*post_processor"):
