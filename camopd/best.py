@@ -104,6 +104,8 @@ def check_metric(
                 "itself)."
             )
         return
+    if stops:  # else its patience begins anew with each resume
+        args.restore_callback_states_from_checkpoint = True
     _check_saves(args)
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
     measured = {f"eval_{branch}_{kind}" for branch in held_out for kind in GREATER_IS_BETTER} | set(_of_tasks(args))

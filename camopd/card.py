@@ -73,6 +73,7 @@ class RunFacts:
     base: str  # that of the model under an adapter, or the same
     is_peft: bool
     step: int
+    loaded: int | None  # step of the best checkpoint, where that was loaded at the end
     history: list[dict[str, Any]]  # log entries that are of the model in hand
     hub_model_id: str | None
 
@@ -92,6 +93,7 @@ class RunFacts:
             base=base,
             is_peft=is_peft_model(trainer.accelerator.unwrap_model(trainer.model)),
             step=trainer.state.global_step,
+            loaded=best[0],
             history=history_of_model(trainer.state.log_history, *best),
             hub_model_id=trainer.hub_model_id,
         )
@@ -246,7 +248,8 @@ def _recovery(facts: RunFacts, out: Path) -> list[str]:
         lines = []
     known = of_history(facts.history, lines)
     found = {branch: known.get(branch, []) for branch in facts.schedule.branches} if known else {}
-    said = [f"- {verdict.text}" for verdict in verdicts_of(found, facts.step)] or [
+    in_hand = facts.step if facts.loaded is None else facts.loaded
+    said = [f"- {verdict.text}" for verdict in verdicts_of(found, in_hand)] or [
         f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
     ]
     note = ["", "Numbers are held-out gaps in nats per token, before → after training, with 95 % intervals."] * bool(
@@ -304,11 +307,13 @@ def _with_benchmarks(text: str, run: Path) -> str:
 
 def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[str]:
     args = facts.args
+    loaded = "" if facts.loaded is None else f"; the weights are those of step {facts.loaded}, the best one"
     rows = {
         "specialised model (the student at the start)": _model(facts.student),
         **{f"{branch} teacher": _model(name) for branch, name in facts.teachers.items()},
         "schedule": f"`{facts.schedule}`",
-        "steps": f"{facts.step} of {args.max_steps}, one answer to each of {counted(args.prompts_per_step, 'prompt')}",
+        "steps": f"{facts.step} of {args.max_steps}, one answer to each of {counted(args.prompts_per_step, 'prompt')}"
+        + loaded,
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "tokens": f"prompts up to {args.max_prompt_length}, answers up to {args.max_completion_length}, T = 1",
         **{f"`{name}`": f"`{value}`" for name, value in _other_method(args).items()},

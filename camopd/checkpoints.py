@@ -108,7 +108,7 @@ class RunCheckpoints:
         if left_out:
             raise ResumeError(
                 f"no checkpoint in {str(folder)!r} is whole: {'; '.join(left_out)}. Take another output_dir, or "
-                "overwrite_output_dir=True, to start again."
+                "overwrite_output_dir=True in place of resume_from_checkpoint, to start again."
             )
         if required:
             raise no_checkpoint(folder)
@@ -136,6 +136,13 @@ class RunCheckpoints:
 
     def _compare_processes(self, checkpoint: Path) -> None:
         then = manifest.read(checkpoint).get("processes")
+        plugin = getattr(self.args, "deepspeed_plugin", None)
+        if then != self.args.world_size and plugin is not None and plugin.zero_stage:
+            raise ResumeError(
+                f"{str(checkpoint)!r} was written by {then} processes and the run has {self.args.world_size}: ZeRO's parts "
+                f"of the optimizer go to as many as they came from. Launch {then} processes, or start a new run from its "
+                "weights by model_name_or_path."
+            )
         if then != self.args.world_size:
             logger.warning(
                 "%s was written by %s processes and the run goes on with %d: each draws other random numbers, so the "
@@ -238,8 +245,11 @@ class RunCheckpoints:
                 if (final / CARD).is_file():  # PEFT fills in the one that it finds, and else writes an empty one
                     folder.mkdir(parents=True)
                     shutil.copyfile(final / CARD, folder / CARD)
-            write(str(folder))
-            if self.args.should_save and folder.is_dir():
+            with _whole(getattr(trainer.accelerator.state, "fsdp_plugin", None)):
+                write(str(folder))
+            if self.args.should_save and not folder.is_dir():
+                raise OSError("its launcher has written nothing")
+            if self.args.should_save:
                 manifest.move_in(folder, final)
         except FAILURES as error:
             raise self._failed("the finished model", error, folder) from error
@@ -411,3 +421,17 @@ def _parts(tensor: Any) -> list[torch.Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+@contextmanager
+def _whole(plugin: Any) -> Iterator[None]:
+    """Inside, FSDP gathers what is saved: a finished model in shards, as a checkpoint may be, could be loaded by nobody."""
+    if plugin is None:
+        yield
+        return
+    kind = plugin.state_dict_type
+    try:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        yield
+    finally:
+        plugin.set_state_dict_type(kind)

@@ -363,7 +363,7 @@ class CaMOPDConfig(DistillationConfig):
     # Parameters of the run's folder
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Remove the checkpoints of an earlier run in output_dir, which is refused otherwise."},
+        metadata={"help": "Remove checkpoints and model of an earlier run in output_dir, which is refused otherwise."},
     )
 
     # Old names, for one release

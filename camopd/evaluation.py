@@ -24,9 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOutResults:
-    """Summaries of one evaluation's samples over all ranks, by position."""
+    """Summaries of one evaluation's samples over all ranks, by position; `max_tokens` are those of the longest completion
+    that may be written."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int | None = None) -> None:
+        self._max_tokens = max_tokens
         self._found: dict[int, SampleSummary] = {}
         self._prompts: dict[int, int] = {}  # checksum of each prompt's token ids
         self._metrics: dict[str, float] = {}
@@ -75,9 +77,9 @@ class HeldOutResults:
 
     def record(self) -> dict[str, Any]:
         """The line of `held_out.jsonl`, after `fill`: the branch, its gaps, the mean `length` of the completions in tokens,
-        their ends included, and the sampled reverse KL of each prompt in nats per token, by which two evaluations of the
-        same prompts (`of`) can be compared pair by pair; `None` for an empty completion. Where prompts have categories,
-        they are there, too."""
+        their ends included, the most that one may have (`max_tokens`), and the sampled reverse KL of each prompt in nats
+        per token, by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an empty
+        completion. Where prompts have categories, they are there, too."""
         rows = self.rows
         found: dict[str, Any] = {
             name: value if math.isfinite(value) else None for name, value in self._metrics.items()
@@ -88,6 +90,7 @@ class HeldOutResults:
             "branch": rows[0].branch if rows else "",
             **found,
             "length": self._length,
+            "max_tokens": self._max_tokens,
             "kl_by_prompt": [0.0 - row.gap / row.num_tokens if row.num_tokens else None for row in rows],
             "of": f"{zlib.crc32(array('q', [self._prompts[row.position] for row in rows]).tobytes()):08x}",
         }
@@ -132,4 +135,4 @@ def warn_of_overlap(prompts: Mapping[str, Dataset], held: Mapping[str, Iterable[
 def _key(row: Mapping[str, Any]) -> str:
     """One text for all forms of a prompt; what only the teacher sees is not in it."""
     read = read_row({name: row[name] for name in COLUMNS if name in row and name != "teacher_prompt"})
-    return json.dumps(read, sort_keys=True, default=str)  # dates, which a template may be given
+    return json.dumps(read, sort_keys=True, default=str)  # of what only a template of the user's own can write

@@ -3,19 +3,20 @@ with one is said with the way out."""
 
 from __future__ import annotations
 
-import codecs
 import csv
 import glob
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
 from .teachers.address import names_missing_folder
+from .unreadable import check_encoding, why_unreadable
 
 
 if TYPE_CHECKING:
@@ -44,25 +45,56 @@ def load_prompts(source: Any, branch: str, to_prompt: ToPrompt | None = None) ->
 
     Raises `ValueError` when there is no such dataset, or it has no column of prompts.
     """
-    import datasets
-
     spec = specification(source, branch)
     parts: list[Dataset] = []
     for path in spec["path"]:
         left = None if spec.get("limit") is None else spec["limit"] - sum(len(part) for part in parts)
         if left is None or left > 0:
-            parts.append(_load({**spec, "path": path, "limit": left}, branch, to_prompt))
+            load = _load_folder if _is_folder_of_files(path) else _load
+            parts.append(load({**spec, "path": path, "limit": left}, branch, to_prompt))
     if len(parts) == 1:
         return parts[0]
-    try:
-        dataset = datasets.concatenate_datasets(parts)
-    except (TypeError, ValueError) as error:
-        kinds = "; ".join(f"{path!r} has {part.features}" for path, part in zip(spec["path"], parts, strict=False))
-        raise ValueError(
-            f"the prompts of branch {branch!r} cannot be put together: {error} {kinds[:500]}. Give all files "
-            "the same kind of prompts: texts, or messages."
-        ) from None
+    dataset = _together(parts)
     dataset.info.homepage = ", ".join(spec["path"])
+    return dataset
+
+
+def _together(parts: list[Dataset]) -> Dataset:
+    """The rows of all, one after the other. A column that not all have of one type is JSON in each."""
+    import datasets
+
+    types: dict[str, list[Any]] = {}
+    for part in parts:
+        for column, feature in part.features.items():
+            types.setdefault(column, []).append(feature)
+    differ = [column for column, found in types.items() if any(feature != found[0] for feature in found)]
+    for place, part in enumerate(parts):
+        own = {column: datasets.Json() for column in differ if column in part.features}
+        if any(part.features[column] != kind for column, kind in own.items()):
+            features = datasets.Features({**part.features, **own})
+            as_read = partial(_cells, list(own))
+            parts[place] = part.map(as_read, features=features, load_from_cache_file=False)
+    return datasets.concatenate_datasets(parts)
+
+
+def _cells(columns: list[str], row: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: row[column] for column in columns}
+
+
+def _load_folder(spec: dict[str, Any], branch: str, to_prompt: ToPrompt | None) -> Dataset:
+    """The prompts of a folder of files, each read as a file that is named."""
+    path = spec["path"]
+    try:
+        known = _files_of(path)
+        wanted = {part.strip().partition("[")[0] for part in spec["split"].split("+")}
+        each = {name: [_load({**spec, "path": file, "split": "train", "limit": None}, branch, to_prompt) for file in found]
+                for name, found in known.items() if name in wanted}  # fmt: skip
+        dataset = _of_split({name: _together(parts) for name, parts in each.items()}, spec, known)
+    except DataError as error:
+        raise ValueError(f"{_named(spec, branch)}, cannot be loaded: {error}") from error
+    if spec.get("limit") is not None:
+        dataset = dataset.select(range(min(spec["limit"], len(dataset))))
+    dataset.info.homepage = path
     return dataset
 
 
@@ -80,7 +112,8 @@ def _load(spec: dict[str, Any], branch: str, to_prompt: ToPrompt | None) -> Data
     if column != "prompt":
         dataset = with_prompts(dataset, column, to_prompt, f"{path!r}, prompts of branch {branch!r}")
     # A category has metrics of its own.
-    dataset = dataset.select_columns([name for name in (*COLUMNS, "category") if name in dataset.column_names])
+    kept = (*COLUMNS, "category", *_images_in(dataset))  # of which `prompts` says that they cannot be read
+    dataset = dataset.select_columns([name for name in kept if name in dataset.column_names])
     # Where the model card finds the data card.
     dataset.info.homepage = path if Path(path).exists() else f"https://huggingface.co/datasets/{path}"
     return dataset
@@ -113,6 +146,15 @@ def specification(source: Any, branch: str) -> dict[str, Any]:
                 "build prompts with `camopd data` (docs/data.md). A path is taken as it is written: *, ? and [] stand for "
                 "themselves."
             )
+        if (
+            spec.get("name") is not None
+            and os.path.exists(path)
+            and not os.path.isfile(os.path.join(path, "README.md"))
+        ):
+            raise ValueError(
+                f"the prompts of branch {branch!r}, {path!r}, are on disk, where there is no configuration with the name "
+                f"{spec['name']!r}. Leave `name` out."
+            )
     return {**spec, "path": paths, "split": spec.get("split", "train")}
 
 
@@ -132,7 +174,7 @@ def _read(spec: Mapping[str, Any], branch: str) -> Dataset:
     try:
         if is_file:
             return read_file(path, spec["split"])
-        return _read_folder(path, spec["split"]) or load_dataset(path, spec.get("name"), split=spec["split"])
+        return _read_saved(spec) or load_dataset(path, spec.get("name"), split=spec["split"])
     except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
         known = str(error) if isinstance(error, DataError) else why_unreadable(error)
         if known is not None:
@@ -201,8 +243,7 @@ def with_prompts(dataset: Dataset, column: str | None, to_prompt: ToPrompt | Non
             raise ValueError(f"row {index} of {where}: {error}") from None
 
     # As JSON, messages may differ in their keys. Not from the cache, which does not see what this function calls.
-    kind = datasets.Json() if hasattr(datasets, "Json") else None
-    features = kind and datasets.Features({**dataset.features, "prompt": kind})
+    features = datasets.Features({**dataset.features, "prompt": datasets.Json()})
     return dataset.map(convert, with_indices=True, features=features, load_from_cache_file=False)
 
 
@@ -226,38 +267,82 @@ def only(path: str | Path) -> str:
     return glob.escape(str(path))
 
 
-def _read_folder(path: str, split: str) -> Dataset | None:
-    """The rows of a folder that `load_dataset` would not read, or not this one: of `save_to_disk`, or whose path has
-    one of []*?, which it takes for a pattern. `None` for others and for datasets of the Hub.
+def _images_in(dataset: Dataset) -> list[str]:
+    """The columns of images that are not empty."""
+    columns = [name for name in ("image", "images") if name in dataset.column_names]
+    return [name for name in columns if any(cell.as_py() for cell in dataset.data[name])]  # until the first one
 
-    Raises `DataError` for a file of another type, a split that is not there, and what cannot be read so.
-    """
-    from datasets import Dataset, load_dataset, load_from_disk
-    from datasets.data_files import get_data_patterns, resolve_pattern
 
+def _read_saved(spec: Mapping[str, Any]) -> Dataset | None:
+    """The rows of a folder of `save_to_disk`; `None` for what is none."""
+    from datasets import Dataset, load_from_disk
+
+    path = spec["path"]
     if os.path.isfile(path):
         raise DataError(f"it is a file, but of none of the types {', '.join(FILE_TYPES)}. Rename or convert it.")
-    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        saved = load_from_disk(path)
-        if not isinstance(saved, Dataset) and split not in saved:
-            raise DataError(f"it was saved with the splits {sorted(saved)}. Name one: {{path: {path}, split: ...}}.")
-        return saved if isinstance(saved, Dataset) else saved[split]
-    if not os.path.isdir(path) or not glob.has_magic(path):
+    if not any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        if os.path.isdir(path) and glob.has_magic(path):
+            raise DataError(
+                "the path of this folder has one of the characters []*?, with which only a folder without a README.md can "
+                "be read. Name the files in it, or rename the folder."
+            )
         return None
+    saved = load_from_disk(path)
+    splits = {"train": saved} if isinstance(saved, Dataset) else saved
+    return _of_split(splits, spec, splits)
+
+
+def _of_split(splits: Mapping[str, Dataset], spec: Mapping[str, Any], known: Iterable[str]) -> Dataset:
+    """The rows of a split, of a part of one or of several: "train[:40]", "train+test". Raises `DataError`."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    try:
+        parts = ReadInstruction.from_spec(spec["split"]).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DataError(
+            f"it has the splits {sorted(map(str, known))}. Name one, or a part of one: {{path: {spec['path']}, "
+            "split: 'train[:9]'}."
+        ) from error
+    bounds = ((splits[part.splitname], part.from_ or 0, part.to) for part in parts)
+    return concatenate_datasets([rows.select(range(len(rows))[first:last]) for rows, first, last in bounds])
+
+
+def _is_folder_of_files(path: str) -> bool:
+    """Whether a path is a folder that is no saved dataset and none with a README.md, which may say how it is read."""
+    saved = ("state.json", "dataset_dict.json", "README.md")
+    return os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in saved)
+
+
+def _files_of(path: str) -> dict[str, list[str]]:
+    """The files of prompts in a folder by split, as `datasets` sorts them by their names.
+
+    Raises `DataError` where there are none, or some that it leaves out.
+    """
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
     base = only(os.path.abspath(path))
     files: dict[str, list[str]] = {}
-    for name, patterns in get_data_patterns(base).items():
-        for pattern in patterns:
-            with suppress(FileNotFoundError):  # another pattern of the split has some
-                found = resolve_pattern(pattern, base, allowed_extensions=list(FILE_TYPES))
-                files[name] = list(dict.fromkeys([*files.get(name, ()), *found]))
-    kinds = {file_type(file) for found in files.values() for file in found}
-    if len(kinds) != 1 or split not in files or os.path.exists(os.path.join(path, "README.md")):
+    with suppress(FileNotFoundError):  # there are none
+        for split, patterns in get_data_patterns(base).items():
+            for pattern in patterns:
+                with suppress(FileNotFoundError):  # another pattern of the split has some
+                    found = resolve_pattern(pattern, base)
+                    files[split] = list(dict.fromkeys([*files.get(split, ()), *filter(file_type, found)]))
+    sorted_in = {file for found in files.values() for file in found}
+    every = {file for file in resolve_pattern("**", base) if file_type(file)} if os.listdir(path) else set()
+    if not every:
+        raise DataError(f"the folder has no file of the types {', '.join(FILE_TYPES)}.")
+    left = sorted(os.path.relpath(file, path) for file in every - sorted_in)
+    if left:
+        splits = ", ".join(f"{split}: {os.path.relpath(found[0], path)}" for split, found in files.items() if found)
         raise DataError(
-            "the path of this folder has one of the characters []*?, with which only a folder of files of one type and "
-            "without a README.md can be read. Name the file in it, or rename the folder."
+            f"{len(left)} of its files belong to no split, {left[0]!r} for example: by the words train, test, dev and the "
+            f"like in names `datasets` has found the splits {splits}, and leaves the other files out. Rename the files, or "
+            "name a list of them."
         )
-    return load_dataset(str(kinds.pop()), data_files={split: [only(file) for file in files[split]]}, split=split)
+    return {split: found for split, found in files.items() if found}
 
 
 def read_file(path: str, split: str = "train") -> Dataset:
@@ -266,7 +351,7 @@ def read_file(path: str, split: str = "train") -> Dataset:
     Raises `DataError` for a file without rows or of another encoding, rows of a CSV file that do not fit its header, and
     a cache that cannot be written; and what `datasets` raises for a file that is broken otherwise.
     """
-    from datasets import load_dataset
+    from datasets import Features, Json, load_dataset
     from datasets.exceptions import DatasetsError
 
     kind = file_type(path)
@@ -275,9 +360,14 @@ def read_file(path: str, split: str = "train") -> Dataset:
         raise DataError("the file is empty (0 bytes). Check what has written it.")
     try:
         if kind in ("json", "csv"):
-            _check_encoding(path)
+            check_encoding(path)
         columns = {} if kind != "csv" else _columns_of_csv(path)
-        return load_dataset(kind, data_files=only(path), split=split, **columns)
+        found = load_dataset(kind, data_files=only(path), split=split, **columns)
+        dated = [name for name, feature in found.features.items() if kind == "json" and _has_dates(feature)]
+        if dated:  # JSON has texts, which Arrow has taken for dates
+            columns = {"features": Features({**found.features, **dict.fromkeys(dated, Json())})}
+            found = load_dataset(kind, data_files=only(path), split=split, **columns)
+        return found
     except (StopIteration, OSError, ValueError, DatasetsError) as error:  # ValueError: also of UTF-8
         reason = why_unreadable(error, path)
         if reason is None:
@@ -285,61 +375,13 @@ def read_file(path: str, split: str = "train") -> Dataset:
         raise DataError(reason) from error
 
 
-def why_unreadable(error: BaseException, path: str = "") -> str | None:
-    """What is wrong and the way out, where an error of `datasets` is about the rows, the encoding or its cache."""
-    import datasets
-    from huggingface_hub import constants
-
-    chain: list[BaseException] = []  # datasets wraps what pandas and pyarrow raise
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        text = str(link)
-        if isinstance(link, UnicodeDecodeError):
-            return (
-                f"its text is not UTF-8 (byte 0x{link.object[link.start]:02x}). Convert it, from Latin-1 for example: "
-                f"iconv -f LATIN1 -t UTF-8 {path or 'FILE'} > NEW"
-            )
-        if "Invalid UTF8" in text:  # of Arrow, which names no file
-            return "its text is not UTF-8. Convert it, from Latin-1 for example: iconv -f LATIN1 -t UTF-8 FILE > NEW"
-        if isinstance(link, StopIteration) or "corresponds to no data" in text or "No columns to parse" in text:
-            return "it has no rows. Check what has written it."
-        if "Couldn't cast array" in text:
-            return (
-                f"its rows differ more than `datasets` can hold: {text[:300]}. It settles the columns by the first rows: "
-                "move one that has all keys to the top."
-            )
-        for variable, folder in (
-            ("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE),
-            ("HF_HUB_CACHE", constants.HF_HUB_CACHE),
-        ):
-            file = getattr(link, "filename", None)
-            if isinstance(link, OSError) and isinstance(file, str) and _within(file, str(folder)):
-                return (
-                    f"the cache {str(folder)!r} cannot be written: {link.strerror}. Set {variable} (or HF_HOME) to a "
-                    "folder that can."
-                )
-    return None
-
-
-def _within(file: str, folder: str) -> bool:
-    """Whether a file lies in a folder, or is one of those above it that could not be made."""
-    return Path(file).is_relative_to(folder) or (len(Path(file).parts) > 1 and Path(folder).is_relative_to(file))
-
-
-def _check_encoding(path: str) -> None:
-    """Raise `UnicodeDecodeError` for a text that is not UTF-8, which Arrow may find as late as when the row is read."""
-    import fsspec
-
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with fsspec.open(path, "rb", compression="infer") as file:
-        while chunk := file.read(1 << 20):
-            if not decoder.getstate()[0] and chunk[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"its text is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {path} > NEW")
-            decoder.decode(chunk)
-    decoder.decode(b"", final=True)
+def _has_dates(feature: Any) -> bool:
+    """Whether a feature of `datasets` is a date or a time, or has one somewhere in it."""
+    if isinstance(feature, dict):
+        return any(map(_has_dates, feature.values()))
+    if isinstance(feature, list) or hasattr(feature, "feature"):
+        return _has_dates(feature[0] if isinstance(feature, list) else feature.feature)
+    return str(getattr(feature, "dtype", "")).startswith(("timestamp", "date", "time", "duration"))
 
 
 def _columns_of_csv(path: str) -> dict[str, Any]:

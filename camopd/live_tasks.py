@@ -156,8 +156,9 @@ class LiveTasks(TrainerCallback):
         from lm_eval.models.huggingface import HFLM
 
         model = HFLM(
-            pretrained=self._model, tokenizer=self._tokenizer, batch_size=self._args.per_device_eval_batch_size
-        )
+            pretrained=self._model, tokenizer=self._tokenizer, batch_size=self._args.per_device_eval_batch_size,
+            chat_template_args=dict(self._args.chat_template_kwargs or {}),  # as the run's prompts have it
+        )  # fmt: skip
         with contextlib.suppress(ImportError):  # which IF-Eval asks; unseeded it says by turns this and that of a text
             import langdetect
 

@@ -14,6 +14,7 @@ Shape suffixes:  B rows   L padded prompt + completion   T padded completion   M
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,6 +26,8 @@ from transformers import LogitsProcessor, PretrainedConfig
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+
+logger = logging.getLogger(__name__)
 
 VOCAB_CHUNK = 32768  # width of the (tokens, vocabulary) tiles the lm_head is applied in, as in TRL's fused head
 # Without Triton each tile has some eight temporary copies; narrow ones cost no time on a CPU.
@@ -195,6 +198,13 @@ def _head_of(causal_lm: Any) -> Any:
             f"the config of {type(causal_lm).__name__} has return_dict=False, with which its parts hand on tuples that "
             "transformers itself cannot read. Set return_dict to true in its config.json."
         )
+    config = causal_lm.config.get_text_config()
+    if getattr(config, "output_router_logits", False):  # its loss comes behind the head, and `generate` fails with it
+        config.output_router_logits = False
+        logger.warning(
+            "%s has output_router_logits=True, which is switched off: the balance loss of its experts is no part of "
+            "the distillation.", type(causal_lm).__name__,
+        )  # fmt: skip
     return head
 
 

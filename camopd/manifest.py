@@ -153,6 +153,12 @@ def move_in(folder: Path, final: Path) -> None:
     leave(folder)
 
 
+def models_in(folder: Path) -> list[Path]:
+    """The files of a model, or an adapter, that lie in a folder itself: weights, and configs by which they are known."""
+    names = ("config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    return [path for path in folder.glob("*") if path.name in names or WEIGHTS.fullmatch(path.name)]
+
+
 def leave(folder: Path) -> None:
     """Remove a folder of `_saving`, and that if nothing else is in it."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .schedule import short
-from .tokens import refuse_end
+from .tokens import refuse_ends
 
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def tokenize(
     if isinstance(prompt, str):
         check_text(prompt, most)
         ids = tokenizer(text=prompt)["input_ids"]
-        refuse_end(tokenizer, prompt, ids)
+        refuse_ends(tokenizer, prompt, ids)
     else:
         text = render(row, tokenizer, tools, chat_template, template_kwargs)
         check_text(text, most)
@@ -228,7 +229,8 @@ def render(
         raise ValueError(
             "has messages of which the chat template makes an empty prompt. Change the row, or the template."
         )
-    _check_nothing_left_out(row, text, str(chat_template or tokenizer.chat_template))
+    names = {**(template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
+    _check_nothing_left_out(row, text, str(chat_template or tokenizer.chat_template), names)
     return text
 
 
@@ -276,9 +278,9 @@ def _apply_template(
     return str(text)
 
 
-def _check_nothing_left_out(row: Mapping[str, Any], text: str, template: str) -> None:
-    """Raise `ValueError` for a message or a tool of a row that its rendered `text` does not have; warn, once for each name,
-    of keywords that the template does not read."""
+def _check_nothing_left_out(row: Mapping[str, Any], text: str, template: str, names: Iterable[str]) -> None:
+    """Raise `ValueError` for a message or a tool of a row that its rendered `text` does not have; warn, once for each, of
+    `names` of keywords that the template does not read."""
     for message in row["prompt"]:
         if message["role"] != "assistant" and not _is_in(
             message["content"], text
@@ -294,10 +296,10 @@ def _check_nothing_left_out(row: Mapping[str, Any], text: str, template: str) ->
                 f"has the tool {name[:80]!r} in 'tools', which the chat template leaves out. Write the tools into the "
                 "system message, or use a template that knows tools."
             )
-    for name in row.get("chat_template_kwargs") or {}:
+    for name in names:
         if name not in template and name not in _unread:
             _unread.add(name)
-            logger.warning("chat_template_kwargs[%r] of the prompts has no effect: the chat template reads none", name)
+            logger.warning("chat_template_kwargs[%r] has no effect: the chat template reads no such name.", name)
 
 
 def _speaker(message: Mapping[str, Any]) -> Any:
@@ -428,10 +430,15 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"has {', '.join(map(repr, ours))} in 'chat_template_kwargs', which the trainer sets itself. Leave it out."
         )
-    return {name: value for name, value in kwargs.items() if value is not None}
+    return dict(_without_none(kwargs))
 
 
 def _without_none(value: Any) -> Any:
+    """Without what Arrow has filled in. Raises `ValueError` for a date, which no template is given as it is."""
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+        raise ValueError(
+            f"has {value!r} in its prompt, of which transformers writes the type alone. Write it as a text."
+        )
     if isinstance(value, dict):
         return {name: _without_none(item) for name, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

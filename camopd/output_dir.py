@@ -69,7 +69,8 @@ def need_unused(folder: Path, overwrite: bool) -> None:
         raise CaMOPDError(
             f"the output_dir {str(folder)!r} has the files of another run: {names}. Go on with that run by "
             "`--resume auto` (resume_from_checkpoint='auto'), give this one another output_dir, or set "
-            "overwrite_output_dir=True, which removes its checkpoints and renames its metrics.jsonl." + _whose(folder)
+            "overwrite_output_dir=True, which removes its checkpoints and model and renames its metrics.jsonl."
+            + _whose(folder)
         )
 
 

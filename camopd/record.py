@@ -76,7 +76,8 @@ LEFT_OUT = {
 # Recorded, but a run that must make do with other memory or machines may change them, and is told: sums come in another
 # order, and a sampler elsewhere draws other tokens of the same distribution. So may one that a guard has stopped.
 NOTED = (
-    "guards", "use_cpu", "full_determinism", "score_tokens", "max_tokens_per_micro_batch", "padding_free", "rebalance",
+    "guards", "use_cpu", "full_determinism", "per_device_train_batch_size", "score_tokens",
+    "max_tokens_per_micro_batch", "padding_free", "rebalance",
     "cache_implementation", "vllm_mode", "vllm_model_impl", "vllm_tensor_parallel_size", "vllm_max_model_length",
 )  # fmt: skip
 _PER_BRANCH = ("mass_target", "scale", "score", "selection")
@@ -114,7 +115,7 @@ def record_of(trainer: Any, run: Any, student: Any, optimizers: tuple[Any, Any])
     if args.lr_scheduler_type in FOLLOWS_METRIC:
         left_out -= set(_FOLLOWED)
     if args.metric_for_best_model is not None:  # a checkpoint has the best value so far
-        left_out -= {"metric_for_best_model"}
+        left_out -= {"metric_for_best_model", "eval_tasks_items"}
     if args.lr_scheduler_type in _ANY_LENGTH and of_deepspeed(args, "scheduler") is None:
         left_out.add("max_steps")
     weights = None
@@ -130,6 +131,8 @@ def record_of(trainer: Any, run: Any, student: Any, optimizers: tuple[Any, Any])
         "teacher_weights": {branch: weights.get(branch) for branch in teachers},
         "prompts": {branch: fingerprint(dataset) for branch, dataset in run.prompts.items()},
         "all_prompts": {branch: of_all_rows(dataset) for branch, dataset in run.prompts.items()},
+        "eval_prompts": None if args.metric_for_best_model is None or run.held_out is None
+        else {branch: of_all_rows(dataset) for branch, dataset in run.held_out.items()},
         "tokens": tokens_of(trainer),
         "rollouts_from_servers": bool(args.rollout_servers),  # wherever they are: w_t counts then
         "student": {

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .measured import lines_of
-from .output_dir import EVAL_TASKS, METRICS
+from .measured import lines_of, of_run
+from .output_dir import EVAL_TASKS, METRICS, run_id_of
 from .verdict import interval, short, t_quantile, unseen
 
 
@@ -72,7 +72,7 @@ def benchmarks_of(run: Path) -> list[Benchmarks]:
     default = Path(EVAL_OUTPUT) / EVAL
     if default.resolve() not in {path.resolve() for path in paths} and _is_of(run, default):
         paths.append(default)
-    found = [_benchmarks(path, run / METRICS) for path in paths]
+    found = [_benchmarks(path, run) for path in paths]
     return [each for each in found if each.rows or each.problem]
 
 
@@ -85,17 +85,31 @@ def _is_of(run: Path, path: Path) -> bool:
         return False
 
 
-def _benchmarks(path: Path, metrics: Path) -> Benchmarks:
+def _other_model(where: Any, run: Path) -> str:
+    """What an eval.json in a run's folder has evaluated in place of its model, or nothing; a merged copy lies anywhere."""
+    model = Path(str(where)).expanduser().resolve()
+    step, in_hand = re.fullmatch(r"checkpoint-(\d+)", model.name), of_run(run)[1]
+    if model.parent == run.resolve() and step is not None and in_hand not in (None, int(step[1])):
+        return f"it is of {model.name}, and the run's model is that of step {in_hand}"
+    ids = [run_id_of(folder) for folder in (model, run)]
+    return f"it is of the run in {model.name}" if None not in ids and ids[0] != ids[1] else ""
+
+
+def _benchmarks(path: Path, run: Path) -> Benchmarks:
+    metrics = run / METRICS
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(_table_of(found["tasks"]))
-        about = _about(found.get("about", {}))
+        told = found.get("about", {})
+        about, other = _about(told), _other_model(told.get("models", {}).get("result"), run)
         lost = {str(task["task"]): text for task in found["tasks"] if (text := _lost(task["models"]))}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = (
             f"`{path}` is not shown: it cannot be read as results of `camopd eval` ({type(error).__name__}: {error})."
         )
         return Benchmarks(path, problem=f"{why} Type that command again with the same --out.")
+    if rows and other:
+        return Benchmarks(path, problem=f"`{path}` is not shown: {other}. Keep it in a folder outside of the run's.")
     if rows and metrics.is_file() and path.stat().st_mtime < metrics.stat().st_mtime:
         return Benchmarks(
             path,

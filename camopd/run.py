@@ -26,6 +26,7 @@ from .teachers.address import (
     did_you_mean,
     is_server,
     names_missing_model,
+    refuse_other_model,
     refuse_secrets,
     without_secrets,
 )
@@ -238,8 +239,7 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
         help="as --resume_from_checkpoint; `auto` goes on with the run in output_dir, or starts it",
     )
     options, overrides = parser.parse_known_args(config_first(argv))
-    if options.resume is not None:
-        overrides += ["--resume_from_checkpoint", options.resume]
+    overrides += [] if options.resume is None else ["--resume_from_checkpoint", options.resume]
     if options.method is not None:
         overrides = as_words(_read(method_file(options.method))) + overrides
     return options.config, overrides
@@ -374,6 +374,7 @@ def named_teachers(settings: dict[str, Any]) -> dict[str, Any]:
             )
         if isinstance(teacher, str) and not is_server(teacher):
             refuse_secrets(branch, teacher)
+            refuse_other_model(branch, teacher, settings)
         if isinstance(teacher, str) and teacher not in OWN_TEACHERS and names_missing_model(teacher):
             raise ValueError(
                 f"the teacher of branch {branch!r} is named as {teacher!r}, but there is no such path on this machine."
@@ -438,7 +439,7 @@ def warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
 
 
 def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:
-    """For the error about a server that is named in no config: who named it, where that is the trouble."""
+    """For the error about a server that no config names: who named it, where that is the trouble."""
     if is_server(settings["teachers"][branch]) or not any(
         words in str(error) for words in ("does not answer", "did not answer", "the config wants")
     ):

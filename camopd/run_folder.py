@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
-from . import atomic, record, rejected
+from . import atomic, manifest, record, rejected
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
 from .measured import HELD_OUT, STATE
@@ -54,7 +54,8 @@ class RunFolder:
             trainer.checkpoints.record[record.RUN_ID] = self.begin(
                 checkpoint, given, trainer.args.overwrite_output_dir, trainer.run.student_name
             )
-            yield checkpoint
+            with _evaluated_before(trainer.args, checkpoint):
+                yield checkpoint
 
     def begin(
         self, checkpoint: str | Path | None, given: str | bool | None, overwrite: bool, student: str = ""
@@ -95,7 +96,10 @@ class RunFolder:
             need_unused(self.path, overwrite)
         # First the new id: what is not removed in time is no longer this run's.
         leftover = [*checkpoints_in(self.path), self.path / rejected.FOLDER] if overwrite else []
-        if student and any(Path(student).resolve().is_relative_to(path.resolve()) for path in leftover):
+        # A model that is there and one of another kind, with an adapter or without, would be loaded as one.
+        leftover += manifest.models_in(self.path) if overwrite else []
+        places = [path.parent if path.is_file() else path for path in leftover]
+        if student and any(Path(student).resolve().is_relative_to(path.resolve()) for path in places):
             raise CaMOPDError(
                 f"overwrite_output_dir=True would remove the student itself, {student!r}. Give another output_dir."
             )
@@ -121,6 +125,17 @@ class RunFolder:
                         f"the output_dir {str(self.path)!r} cannot be used: {error}. Give another one."
                     ) from error
         return gather_object([result])[0]
+
+
+@contextmanager
+def _evaluated_before(args: Any, checkpoint: str | None) -> Iterator[None]:
+    """Inside, `eval_on_start` is off where the start was another one: of a run that goes on."""
+    kept = args.eval_on_start
+    args.eval_on_start = kept and (checkpoint is None or manifest.step_of(Path(checkpoint)) == 0)
+    try:
+        yield
+    finally:
+        args.eval_on_start = kept
 
 
 def is_own(checkpoint: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .messages import need_tokens
-from .tokens import refuse_end
+from .tokens import refuse_ends
 
 
 class SpecialTokens:
@@ -52,7 +52,7 @@ class SpecialTokens:
     def _text_prompt(self, text: str) -> list[int]:
         """With what the tokenizer puts before and behind a text."""
         whole = list(self._tokenizer(text=text, split_special_tokens=True)["input_ids"])
-        refuse_end(self._tokenizer, text, whole, split_special_tokens=True)
+        refuse_ends(self._tokenizer, text, whole, split_special_tokens=True)
         if not self._any_whole.search(text):
             return whole
         plain = self._tokenizer(text=text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -18,14 +18,21 @@ def need_end(tokenizer: Any) -> None:
         )
 
 
-def refuse_end(tokenizer: Any, text: str, ids: Sequence[int], **how: Any) -> None:
+def refuse_ends(tokenizer: Any, text: str, ids: Sequence[int], **how: Any) -> None:
     """Raise `ValueError` where the tokenizer has put something behind a text prompt, as its end of sequence: the student
-    would go on behind a text that has ended.
+    would go on behind a text that has ended. Also where the text has a begin of sequence, and has got a second one.
 
     Args:
         ids: of the text, with the special tokens around it.
         how: in which way else they were made.
     """
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is not None and list(ids[:2]) == [first, first] and text.startswith(tokenizer.bos_token):
+        raise ValueError(
+            f"has a text as its prompt that begins with {tokenizer.bos_token!r}, and the tokenizer puts another one before "
+            "it: no model was trained on two. Take it out of the text, which is as it comes from apply_chat_template, or "
+            "give the prompt as messages."
+        )
     own = list(tokenizer(text=text, add_special_tokens=False, **how)["input_ids"])
     if not own or list(ids[-len(own) :]) == own:
         return

@@ -42,6 +42,7 @@ class Measured:
     of: str = ""  # which prompts
     gap_abs: float = math.nan  # mean |gap|
     length: float = math.nan  # tokens of an answer on average, the empty ones included; NaN where it is not known
+    max_tokens: int | None = None  # of an answer, where that is known
 
     @property
     def half(self) -> float:
@@ -227,6 +228,8 @@ def _judge(
         if low > allowed:
             return "moved", f"{branch} has MOVED AWAY from its teacher{away}: {moves}"
         return "not settled", f"{branch}: whether it is kept is not settled: {moves}"
+    if low > 0:
+        return "not recovered", f"{branch} has NOT recovered, it has moved further away: {moves}"
     if before.kl - before.half <= 0:
         return (
             "not settled",
@@ -239,8 +242,6 @@ def _judge(
         if worst >= HALF:
             return "recovered", f"{branch} HAS RECOVERED {share}: {moves}"
         return "in part", f"{branch} has recovered IN PART, {share}: {moves}"
-    if low > 0:
-        return "not recovered", f"{branch} has NOT recovered, it has moved further away: {moves}"
     if best < HALF or change.value >= 0:
         return "not recovered", f"{branch} has NOT recovered: {moves}"
     return "not shown", f"{branch} is not shown to have recovered: {moves}"

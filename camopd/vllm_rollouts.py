@@ -254,17 +254,19 @@ def merged(layer: Any) -> Iterator[None]:
 
 
 def refuse_adapter_on_half_a_tie(model: Any) -> None:
-    """Raise `ValueError` for an adapter on one of two layers that share a weight, which vLLM has once."""
+    """Raise `ValueError` for an adapter on one of two layers that share a weight, or a trained copy of one of them
+    (`modules_to_save`): vLLM has the weight once."""
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
     for tied in names.values():
-        adapted = [name for name in tied if ".base_layer." in name]
+        adapted = [name for name in tied if ".base_layer." in name or ".original_module." in name]
         ensured = all(getattr(config, "ensure_weight_tying", False) for config in model.peft_config.values())
         if adapted and len(tied) > 1 and not (ensured and len(adapted) == len(tied)):
             raise ValueError(
-                f"{' and '.join(tied)} are one weight, and an adapter on {adapted[0]} makes two of it: vLLM has one. "
-                "Leave embeddings and output head out of target_modules, or set ensure_weight_tying in the LoraConfig."
+                f"{' and '.join(tied)} are one weight, and an adapter on {adapted[0]}, or a copy of it, makes two of it: "
+                "vLLM has one. Leave embeddings and output head out of target_modules and modules_to_save, or set "
+                "ensure_weight_tying in the LoraConfig."
             )
 
 

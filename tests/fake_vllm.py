@@ -78,6 +78,7 @@ class FakeVLLM:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.others = []  # cards of further models
         self.root = root or name
         self.max_model_len = max_model_len
         self.compact = compact
@@ -135,7 +136,7 @@ class FakeVLLM:
             return 200, ""
         if path == "/v1/models":
             model = {"id": self.name, "root": self.root, "max_model_len": self.max_model_len}
-            return 200, json.dumps({"data": [model]})
+            return 200, json.dumps({"data": [*self.others, model]})
         if body is None or body["model"] != self.name:
             return 404, json.dumps({"error": {"message": f"The model `{body and body['model']}` does not exist."}})
         if path == "/tokenize":

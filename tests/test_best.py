@@ -136,8 +136,10 @@ def test_best_checkpoint_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer,
     written = lines_of(tmp_path / "held_out.jsonl")
     assert [line["step"] for line in written] == [1, 2, 3, 4, 2] and written[-1] == {"step": 2, "loaded": True}
     trainer.create_model_card()
-    said = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("- general:"))
-    assert "its gap at step 2 is 1.490 " in said and "1.7" not in said
+    card = (tmp_path / "README.md").read_text()
+    said = next(line for line in card.splitlines() if line.startswith("- general:"))
+    assert "its gap at step 2 is 1.490 " in said and "1.7" not in said and "measured at step" not in said
+    assert "; the weights are those of step 2, the best one |" in card
 
 
 def test_history_of_a_model_that_was_loaded_again():
@@ -148,3 +150,26 @@ def test_history_of_a_model_that_was_loaded_again():
         2,
         4,
     ]  # the last was measured after loading
+
+
+def test_early_stopping_is_as_patient_in_a_run_that_was_resumed(tmp_path, tokenizer, monkeypatch):
+    """It stops where an undisturbed run does; the evaluation before the first step is none of a run that goes on."""
+    of_evaluation = metrics.of_evaluation
+    monkeypatch.setattr(metrics, "of_evaluation", lambda rows: {**of_evaluation(rows), "kl": 1.5})
+
+    def run(resume=None, **more):
+        trainer = make_trainer(
+            tmp_path, tokenizer, metric_for_best_model="eval_general_kl", eval_on_start=True, diagnostics_steps=0,
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+            eval_dataset={"general": make_prompts("general", 2)},
+            **{**EVALUATES, "max_steps": 6, **more},
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    assert run(max_steps=2).state.global_step == 2
+    resumed = run("auto")
+    assert (
+        resumed.state.global_step == 4 and resumed.args.eval_on_start
+    )  # the first one is the best, then three are not
+    assert [line["step"] for line in lines_of(tmp_path / "held_out.jsonl")] == [0, 1, 2, 3, 4]

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -292,3 +293,18 @@ def test_check_looks_into_moments_of_8_bits(without_compiler):
     optimizer.state[model.weight]["exp_avg"].scale[3] = float("nan")
     with pytest.raises(CaMOPDError, match=r"^1 of \d+ moments of the optimizer after step 1 are not finite"):
         check_finite(model, optimizer, "after step 1", None)
+
+
+def test_zero_does_not_go_on_with_another_number_of_processes(tmp_path, tokenizer):
+    """DeepSpeed itself ends in a traceback, behind a promise that the run goes on."""
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    path = tmp_path / "checkpoint-1" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    for stage in (None, 0, 2, 3):
+        trainer.args.deepspeed_plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        if not stage:
+            assert trainer.checkpoints.find(True, False) == str(path.parent)
+            continue
+        with pytest.raises(ResumeError, match=r"by 2 processes .* has 1: ZeRO.* Launch 2"):
+            trainer.checkpoints.find(True, False)

@@ -56,6 +56,10 @@ def test_gaps_of_the_trained_model_are_those_that_its_run_has_measured_last(run,
         assert result["verdicts"][line["branch"]].split(".")[0].split(":")[0] in " ".join(said.split())
     assert shown.splitlines()[1].split() == ["branch", "KL", "to", "the", "teacher", "mean", "|gap|", "prompts"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == kept  # nothing is written there
+    cli.main(["gaps", str(tmp_path / "out"), "--config", str(run), "--max_completion_length", "4"])
+    said = capsys.readouterr().out
+    assert "general: no change is shown, answers have 4 tokens at most here, and had 8 before" in said
+    assert "RECOVERED" not in said and " → " not in said
 
 
 def test_gaps_of_other_prompts_are_not_compared(run, tmp_path, capsys):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from camopd.errors import CaMOPDError
 from camopd.eval.compare import compare, share_of_way
+from camopd.eval.page import of_share
 from camopd.eval.tasks import TASKS
 
 
@@ -94,3 +95,22 @@ def test_share_of_a_result_that_is_the_start_or_the_teacher_on_every_item_has_no
         assert share_of_way(zero, one, found) == {"value": value, "low": None, "high": None, "alike": True}
     moved = share_of_way(zero, one, [1.0, *zero[1:9], 0.0])  # one came back and one broke
     assert moved["value"] == 0 and moved["low"] < 0 < moved["high"] and "alike" not in moved
+
+
+@pytest.mark.parametrize(
+    ("task", "words"), [("ifeval", "nothing lost: the start is"), ("medqa", "no lead to keep: the")]
+)
+@pytest.mark.parametrize("right", [60, 80, 110, 120])
+def test_result_is_on_no_way_where_the_start_is_not_behind_the_teacher_or_not_ahead_of_it(task, words, right):
+    """A result that is worse than both would have kept 150 %, and a better one 25 %."""
+    first, last = ("general", "start") if task == "medqa" else ("start", "general")
+    models = {first: [1] * 120 + [0] * 80, last: [1] * 80 + [0] * 120, "result": [1] * right + [0] * (200 - right)}
+    (row,) = compare([TASKS[task]], {name: {task: items(scores)} for name, scores in models.items()})
+    assert row["share"]["value"] is None and of_share(row).startswith(words)
+
+
+def test_share_of_ends_that_are_not_told_apart_is_none_also_where_no_item_differs():
+    start, teacher = [1.0] * 50 + [0.0] * 150, [1.0] * 51 + [0.0] * 149
+    found = share_of_way(start, teacher, teacher)
+    assert found["low"] is None and "alike" not in found
+    assert of_share({"share": found, "side": "general"}) == "start and teacher not told apart"

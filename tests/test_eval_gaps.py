@@ -49,6 +49,12 @@ def test_gaps_are_those_of_each_category_and_of_all(tmp_path):
     assert whole.gone.value == pytest.approx(1 - 0.2 / 0.35) and whole.gone.low < whole.gone.value < whole.gone.high
 
 
+def test_category_may_be_called_all(tmp_path):
+    names = ["all"] * 20 + ["chat"] * 20
+    rows = gaps.of_run(save(tmp_path, line(0, BEFORE, categories=names), line(8, AFTER, categories=names)))
+    assert [(row.category, row.prompts) for row in rows] == [("all", 40), ("all", 20), ("chat", 20)]
+
+
 def test_gaps_are_those_of_the_model_that_was_loaded_at_the_end(tmp_path):
     later = [0.9] * 40
     (row,) = gaps.of_run(save(tmp_path, line(0, BEFORE), line(4, AFTER), line(8, later), {"step": 4, "loaded": True}))

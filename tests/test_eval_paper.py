@@ -58,3 +58,6 @@ def test_another_judge_and_another_length_than_the_papers_are_named():
     about["judges"]["arena_hard"], about["max_tokens"] = "https://x/v1#gpt-4.1-2025-04-14", None
     _, notes = beside("medical", rows, about)
     assert not any("judged by" in note or "tokens" in note for note in notes)
+    for judge, same in (("org/GPT-4.1", True), ("gpt-4.1-mini", False), ("my-gpt-4.1", False)):
+        about["judges"]["arena_hard"] = f"https://x/v1#{judge}"
+        assert any(f"judged by {judge} here" in note for note in beside("medical", rows, about)[1]) != same

@@ -1,12 +1,15 @@
 """Answers into scores (camopd/eval/scores.py)."""
 
+import json
 import time
 
 import pytest
+from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from camopd.eval.scores import CUT, after_thinking, items_of, letter_of, options_of, score_of
+from camopd.eval.models import Model, opens_reasoning
+from camopd.eval.scores import CUT, after_thinking, items_of, letter_of, options_of, read_answers, score_of
 from camopd.eval.tasks import LETTER_PROMPT, TASKS
 
 
@@ -45,6 +48,11 @@ def row(text, gold="C", scores=None, item=0, repeat=0, stop="stop", prompt=PROMP
         ("Final answer: (A) or (C)", None),
         ("Final answer: C D", None),
         ("Final answer: C, as A and B are wrong.", "C"),
+        ("Final answer: C, I am confident.", "C"),
+        ("Final answer: B\n\nThe correct answer is C. difficile infection", "B"),  # the form that was asked for
+        ("Final answer: B. The answer is C-reactive protein.", "B"),
+        ("The answer is C-reactive protein.", None),
+        ("The answer is A because of that.", "A"),
         ("Final answer: C. A is wrong.", "C"),
         ("Final answer: X, where X is one of A,B,C,D", None),
         ("I think it is C", None),
@@ -149,11 +157,26 @@ def test_items_are_known_by_prompt_and_gold_and_a_row_may_come_twice():
     assert keys == [item.key for item in items_of(MEDQA, [{**each, "text": "other"} for each in rows])]
 
 
-def test_reasoning_that_the_template_has_opened_is_no_answer_where_it_is_cut_off():
+def test_reasoning_that_the_template_has_opened_is_no_answer_where_it_is_cut_off(tmp_path):
     """Its beginning is in the prompt: what other answers of the model end with tells it."""
-    task = TASKS["medqa"]
+
+    def scored(rows, opens):
+        path = tmp_path / "answers.jsonl"
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+        return [(item.score, item.unparsed) for item in items_of(MEDQA, read_answers(path, lambda: opens))]
+
     rows = [row("so it is B.</think>Final answer: C"), row("the answer: C. But wait", item=1, stop=CUT)]
-    assert [(item.score, item.unparsed) for item in items_of(task, rows)] == [(1, 0), (0, 1)]
-    assert [(item.score, item.unparsed) for item in items_of(task, rows[1:])] == [
-        (1, 0)
-    ]  # of a model that does not think
+    assert scored(rows, False) == [(1, 0), (0, 1)]
+    assert scored(rows[1:], True) == [(0, 1)]  # where all were cut, the template says it
+    assert scored(rows[1:], False) == [(1, 0)]  # of a model that does not think
+    whole = [row("Final answer: C"), row("<think>is it B? </think>C", item=1, stop=CUT)]
+    assert scored(whole, True) == [(1, 0), (1, 0)]
+
+
+def test_template_that_opens_reasoning_is_known_by_its_prompt(tmp_path):
+    tokenizer = make_tokenizer()
+    for name, end in (("opens", "<think>\n"), ("closes", "<think></think>"), ("plain", "")):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + end
+        tokenizer.save_pretrained(tmp_path / name)
+        assert opens_reasoning(Model(name, str(tmp_path / name))) == (name == "opens")
+    assert not opens_reasoning(Model("url", "http://127.0.0.1:1")) and not opens_reasoning(Model("no", str(tmp_path)))

@@ -54,3 +54,16 @@ def test_verdicts_that_are_done_outlive_an_interrupt_and_a_torn_line(tmp_path):
     asked = []
     assert len(collect(tmp_path, ROWS, "judge", lambda row: asked.append(row) or {"passed": True}, 1)) == 6
     assert 3 <= done < 6 and len(asked) == 6 - done
+
+
+def test_repeats_of_one_text_have_verdicts_of_their_own_that_stay(tmp_path):
+    rows, given = [ROWS[0]] * 4, iter([{"passed": True}, {"passed": True}, {"failed": "no"}, {"passed": False}])
+    first = collect(tmp_path, rows, "judge", lambda row: next(given), 1)
+    asked = []
+    second = collect(tmp_path, rows, "judge", lambda row: asked.append(row) or {"passed": True}, 1)
+    assert len(asked) == 1 and [each for each in second if each not in first] == [second[2]]
+    assert [verdict["passed"] for verdict in second] == [True, True, True, False]
+    assert collect(tmp_path, rows, "judge", lambda row: pytest.fail("asked again"), 1) == second
+    with open(tmp_path / VERDICTS, "a", encoding="utf-8") as file:  # as two calls at a time may leave it
+        file.write(json.dumps({**second[0], "failed": "late"}) + "\n")
+    assert collect(tmp_path, rows, "judge", lambda row: pytest.fail("asked again"), 1) == second

@@ -1,6 +1,5 @@
 """Held-out prompts: each counted once, with the gaps of plain log-probs, and nothing of training changed."""
 
-import datetime
 import json
 
 import pytest
@@ -158,7 +157,7 @@ def test_held_out_prompts_that_are_trained_on_are_warned_of(shared, form, tmp_pa
         rows = [[{"role": "user", "content": text}] for text in prompts["prompt"]]
         held = Dataset.from_list([{"prompt": rows[place]} for place in (*range(shared), 6, 7)])
         rows[5] = [{"role": "user", "content": "more", "name": "x"}]
-        more = {"chat_template_kwargs": {"day": datetime.date(2026, 1, 1)}}
+        more = {"chat_template_kwargs": {"day": "2026-01-01"}}
         held, prompts = (Dataset.from_list([{**row, **more} for row in each])
                          for each in (held, [{"prompt": row} for row in rows]))  # fmt: skip
     with caplog.at_level("WARNING", logger="camopd"):

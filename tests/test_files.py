@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -61,11 +62,81 @@ def test_folder_that_is_named_is_read_and_no_other(tmp_path):
     folder = str(Path(path).parent)
     assert drawn(folder) == drawn(path) == ["right"]
     assert drawn(folder, split="test") == ["other split"]
-    for name in ("train.csv", "README.md"):  # of what `datasets` makes of them nothing is known
-        save(tmp_path / "f[1]" / name, "prompt\nx\n")
-        with pytest.raises(ValueError, match=r"f\[1\]' .*only a folder of files of one type.* or rename the folder"):
-            drawn(folder)
-        (tmp_path / "f[1]" / name).unlink()
+    save(tmp_path / "f[1]" / "README.md", "prompt\nx\n")  # of what `datasets` makes of it nothing is known
+    with pytest.raises(ValueError, match=r"f\[1\]' .*only a folder without a README.* or rename the folder"):
+        drawn(folder)
+
+
+_STEMS = st.sampled_from(["math", "code", "a[1]", "train", "train-2", "test", "unit_test", "dev", "x/y"])
+_TYPES = st.sampled_from([".jsonl", ".json", ".csv"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.tuples(_STEMS, _TYPES), min_size=1, max_size=4))
+def test_every_file_of_a_folder_is_in_one_of_its_splits_or_the_folder_is_refused(names):
+    with tempfile.TemporaryDirectory() as folder:
+        for stem, kind in names:
+            text = f"{stem}{kind}" if kind == ".csv" else json.dumps(f"{stem}{kind}")
+            save(Path(folder) / f"{stem}{kind}", f"prompt\n{text}\n" if kind == ".csv" else f'{{"prompt": {text}}}\n')
+        found = []
+        for split in ("train", "test", "validation"):
+            try:
+                found += drawn(folder, split=split)
+            except ValueError as error:
+                if "it has the splits" not in str(error):
+                    assert "belong to no split" in str(error) and "Rename the files, or name a list" in str(error)
+                    return
+        assert sorted(found) == sorted(f"{stem}{kind}" for stem, kind in names)
+
+
+def test_part_of_a_split_is_of_the_whole_folder_or_saved_dataset(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / "files" / f"{name}.jsonl", "".join(f'{{"prompt": "{name}{n}"}}\n' for n in range(3)))
+    Dataset.from_dict({"prompt": [f"{name}{n}" for name in "ab" for n in range(3)]}).save_to_disk(tmp_path / "saved")
+    for folder in ("files", "saved"):
+        path = str(tmp_path / folder)
+        first, rest = drawn(path, split="train[:4]"), drawn(path, split="train[4:]")
+        assert (first, rest) == (["a0", "a1", "a2", "b0"], ["b1", "b2"]), folder
+        assert drawn(path, split="train[-1:]+train[:1]") == ["b2", "a0"]
+        with pytest.raises(ValueError, match=r"it has the splits \['train'\]. Name one, or a part of one"):
+            drawn(path, split="test")
+        with pytest.raises(ValueError, match=r"no configuration with the name 'x'. Leave `name` out"):
+            drawn(path, name="x")
+
+
+def test_columns_that_differ_between_files_come_out_as_they_went_in(tmp_path):
+    rows = [
+        {"prompt": CHAT[:1]}, {"messages": CHAT}, {"prompt": [{**CHAT[0], "name": "n"}]}, {"prompt": "a text"},
+        {"prompt": CHAT[:1], "tools": [{"name": "f", "since": "2024-01-01"}]},
+        {"prompt": CHAT[:1], "tools": ['{"name": "g"}']},
+    ]  # fmt: skip
+    paths = [save(tmp_path / f"{n}.jsonl", json.dumps(row) + "\n") for n, row in enumerate(rows)]
+    stream = PromptStream(load_prompts(paths, "general"), "general", seed=0, shuffle=False)
+    found = list(stream.draw(range(len(rows))))
+    assert [row["prompt"] for row in found] == [
+        CHAT[:1], CHAT[:1], [{**CHAT[0], "name": "n"}], "a text", CHAT[:1], CHAT[:1],
+    ]  # fmt: skip
+    assert [row.get("tools") for row in found[4:]] == [[{"name": "f", "since": "2024-01-01"}], [{"name": "g"}]]
+
+
+def test_texts_of_a_file_that_look_like_dates_stay_texts(tmp_path):
+    row = {"prompt": CHAT[:1], "chat_template_kwargs": {"day": "2024-07-26", "inner": {"at": "2024-07-26T10:00:00"}}}
+    path = save(tmp_path / "p.jsonl", json.dumps(row) + "\n")
+    (found,) = PromptStream(load_prompts(path, "general"), "general", seed=0).draw(range(1))
+    template = "{{ day }} {{ inner.at }} {{ messages[0].content }}"
+    assert render(found, make_tokenizer(), chat_template=template) == "2024-07-26 2024-07-26T10:00:00 hello"
+    assert drawn(save(tmp_path / "q.jsonl", '{"prompt": "2024-07-26"}\n')) == ["2024-07-26"]
+
+
+def test_images_of_a_file_are_refused_and_empty_columns_are_not(tmp_path):
+    rows = [{"prompt": "x", "images": ["a.png"]}, {"prompt": "x", "images": []}]
+    for row in rows:
+        path = save(tmp_path / f"{len(row['images'])}.jsonl", json.dumps(row) + "\n")
+        if not row["images"]:
+            assert drawn(path) == ["x"]
+            continue
+        with pytest.raises(ValueError, match=r"branch 'general' have a column 'images': images are not supported"):
+            check_prompts(load_prompts(path, "general"), "general")
 
 
 def test_saved_datasets_are_read(tmp_path):
@@ -75,7 +146,7 @@ def test_saved_datasets_are_read(tmp_path):
     assert drawn(str(tmp_path / "one[1]"), limit=1) == ["a"]
     datasets.DatasetDict(train=whole, test=whole.select([1])).save_to_disk(tmp_path / "splits")
     assert drawn(str(tmp_path / "splits"), split="test") == ["b"]
-    with pytest.raises(ValueError, match=r"saved with the splits \['test', 'train'\]. Name one: \{path: .*, split"):
+    with pytest.raises(ValueError, match=r"it has the splits \['test', 'train'\]. Name one, .*\{path: .*, split"):
         drawn(str(tmp_path / "splits"), split="dev")
 
 
@@ -91,13 +162,6 @@ def test_rows_of_several_files_come_one_after_the_other(tmp_path, parts, limit):
     rows = [text for part in parts for text in part]
     assert drawn(paths) == rows
     assert drawn(paths, limit=limit) == rows[:limit]
-
-
-def test_files_of_texts_and_of_messages_are_not_put_together(tmp_path):
-    texts = save(tmp_path / "a.jsonl", '{"prompt": "x"}\n')
-    talks = save(tmp_path / "b.jsonl", json.dumps({"prompt": CHAT[:1]}) + "\n")
-    with pytest.raises(ValueError, match=r"branch 'general' cannot be put together.*the same kind of prompts"):
-        drawn([texts, talks])
 
 
 @pytest.mark.parametrize("path", ["{}/p*.jsonl", "{}/gone", "~/gone.csv"])
@@ -282,7 +346,7 @@ def test_folder_with_a_file_in_latin_1_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "folder").mkdir()
     save(tmp_path / "folder" / "train.jsonl", '{"prompt": "caf\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(
-        ValueError, match=r"branch 'general', .*folder' .*cannot be loaded: .*not UTF-8.*iconv -f LATIN1"
+        ValueError, match=r"branch 'general', .*train.jsonl' .*cannot be loaded: .*not UTF-8.*iconv -f LATIN1"
     ):
         load_prompts(str(tmp_path / "folder"), "general")
 

@@ -31,6 +31,7 @@ UNTESTED = {
     "exit_codes": "constants",
     "precision": "shows only under the launchers: test_distributed.py",
     "token_rules.base": "what every rule must give, with the table of them: test_token_rules.py",
+    "unreadable": "what is said of files: test_files.py",
     "version": "one text",
 }
 

@@ -75,6 +75,7 @@ def lm_eval_in_small():
         right = found.right[len(found.calls)]
         found.penalties.append(lm["pretrained"].generation_config.repetition_penalty)
         found.calls.append((samples, options))
+        found.template = lm["chat_template_args"]
         rows = [(name, row) for name, rows in samples.items() for row in rows]
         each = [
             {"doc_id": row, "filter": f, "acc": found.score(row in right), "acc_norm": 9}
@@ -108,9 +109,11 @@ def scores(tmp_path):
 
 def test_tasks_are_measured_with_each_evaluation_and_say_what_broke(tmp_path, tokenizer, asked):
     trainer = make_trainer(
-        tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks="sums", **EVALUATES | {"max_steps": 2}
-    )
+        tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks="sums", chat_template_kwargs={"enable_thinking": False},
+        **EVALUATES | {"max_steps": 2},
+    )  # fmt: skip
     trainer.train()
+    assert asked.template == {"enable_thinking": False}
     logged = [entry for entry in trainer.state.log_history if "eval_sums/score" in entry]
     found = [(entry["step"], entry["eval_sums/score"], entry["eval_sums/broken"]) for entry in logged]
     assert found == [(0, 1, 0), (1, 3 / 9, 6 / 9), (2, 2 / 9, 7 / 9)]

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import LOGP, make_model
+from conftest import LOGP, VOCAB, make_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from plain_logits import (
     SIZES,
@@ -22,7 +22,14 @@ from plain_logits import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from camopd import logprobs
 from camopd.logprobs import SampledLogps, check_logps, completion_logps, completion_top_k, logps_tolerance
@@ -365,6 +372,22 @@ def test_config_that_asks_for_hidden_states_changes_nothing_and_one_for_tuples_i
     model.config.return_dict = False  # transformers' own forward of Llama stops at it
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has return_dict=False.*Set return_dict to true"):
         check(model)
+
+
+def test_balance_loss_of_experts_is_switched_off_and_that_is_said(caplog):
+    """It comes behind the head, where the forward has ended, and `generate` fails with it."""
+    config = Qwen3MoeConfig(
+        vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config).eval()
+    for _ in range(2):
+        completion_logps(model, [[5, 6, 7]], [1], 0)
+    assert [record.getMessage()[:50] for record in caplog.records] == [
+        "Qwen3MoeForCausalLM has output_router_logits=True,"
+    ]
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=True)
 
 
 def test_head_of_the_adapters_own_is_that_of_the_adapter_or_of_the_base():

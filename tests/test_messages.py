@@ -1,5 +1,6 @@
 """What the model sees of a row is what the user wrote, through the chat template as transformers has it, or an error."""
 
+import datetime
 import json
 import logging
 
@@ -285,8 +286,29 @@ def test_template_argument_that_no_template_reads_is_warned_about(tokenizer, cap
         for _ in range(2):
             render(read_row({"prompt": [USER], "chat_template_kwargs": {"never_read": 1}}), tokenizer)
     assert [record.getMessage() for record in caplog.records] == [
-        "chat_template_kwargs['never_read'] of the prompts has no effect: the chat template reads none"
+        "chat_template_kwargs['never_read'] has no effect: the chat template reads no such name."
     ]
+
+
+def test_template_argument_of_the_run_that_no_template_reads_is_warned_about(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, logger="camopd.messages"):
+        render(read_row({"prompt": [USER]}), tokenizer, template_kwargs={"mistyped": False})
+        template = "{% if known %}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+        render(read_row({"prompt": [USER]}), tokenizer, chat_template=template, template_kwargs={"known": 1})
+    assert [record.args for record in caplog.records] == [("mistyped",)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chat_template_kwargs": {"day": datetime.date(2026, 1, 1)}},
+        {"prompt": [USER], "tools": [{"name": "f", "since": [datetime.datetime(2026, 1, 1)]}]},
+        {"prompt": [{"role": "user", "content": datetime.datetime(2026, 1, 1)}]},
+    ],
+)
+def test_date_that_transformers_would_write_as_its_type_is_refused(row):
+    with pytest.raises(ValueError, match=r"has datetime.*2026.* writes the type alone. Write it as a text"):
+        read_row(row)
 
 
 def test_tools_of_the_trainer_and_what_does_not_go_with_them_is_refused(tokenizer):

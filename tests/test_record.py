@@ -77,7 +77,6 @@ def test_record_has_every_field_of_the_config_or_a_reason_to_leave_it_out(record
         ({"lr_scheduler_type": "cosine"}, ["lr_scheduler_type"]),
         ({"warmup_steps": 2}, ["lr_scheduler_type", "warmup_steps"]),
         ({"shuffle_dataset": False}, ["shuffle_dataset"]),
-        ({"per_device_train_batch_size": 4}, ["per_device_train_batch_size"]),
         ({"bf16": True}, ["bf16"]),
         ({"weight_decay": 0.1}, ["weight_decay"]),
         ({"adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-6}, ["adam_beta1", "adam_beta2", "adam_epsilon"]),
@@ -363,8 +362,9 @@ def test_settings_of_memory_and_machines_may_change_and_are_told(record, record_
     (tmp_path / RUN_RECORD).write_text(json.dumps(record))
     check(tmp_path, record)
     assert not caplog.records
-    check(tmp_path, record_with(score_tokens=100, padding_free=True, rebalance=False))
+    check(tmp_path, record_with(score_tokens=100, padding_free=True, rebalance=False, per_device_train_batch_size=1))
     for text in (
+        "per_device_train_batch_size: 2 then, 1 now",
         "score_tokens: 65536 then, 100 now",
         "padding_free: None then, True now",
         "rebalance: True then, False now",
@@ -400,3 +400,13 @@ def test_student_that_has_been_trained_since_is_explained(record, record_with, t
     (tmp_path / RUN_RECORD).write_text(json.dumps(record))
     with pytest.raises(ResumeError, match=r"(?s)belongs to another run:\n  student: .*that has been trained since"):
         check(tmp_path, record_with(model=make_model(3)))
+
+
+def test_record_of_other_held_out_prompts_is_a_difference_where_the_best_checkpoint_is_that_of_theirs(record_with):
+    held = [{"general": make_prompts("general", count)} for count in (2, 3)]
+    plain = [record_with(eval_dataset=each, eval_strategy="steps") for each in held]
+    assert differences(*plain) == []
+    best = [
+        record_with(eval_dataset=each, eval_strategy="steps", metric_for_best_model="eval_general_kl") for each in held
+    ]
+    assert names(differences(*best)) == ["eval_prompts"]

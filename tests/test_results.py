@@ -11,6 +11,7 @@ from runs import GAP, make_run
 from camopd.eval.compare import compare
 from camopd.eval.page import write
 from camopd.eval.tasks import TASKS
+from camopd.output_dir import RUN_FILE, RUN_ID
 from camopd.results import EVAL, benchmarks_of, table, tasks_of
 
 
@@ -118,6 +119,20 @@ def test_benchmarks_of_a_model_that_was_trained_further_are_not_shown(tmp_path):
     os.utime(path, (0, metrics.stat().st_mtime - 1))
     (found,) = benchmarks_of(tmp_path / "run")
     assert found.rows == () and "older than the run's last step" in found.problem and f"touch {path}" in found.problem
+
+
+def test_benchmarks_of_another_model_than_the_runs_are_not_shown(tmp_path):
+    run, other, merged = (tmp_path / name for name in ("run", "other", "merged"))
+    for folder in (run, other):
+        make_run(folder, 40, **GAP)
+        (folder / RUN_FILE).write_text(json.dumps({RUN_ID: folder.name}))
+    shown = {run: "", run / "checkpoint-40": "", merged: "", run / "checkpoint-10": "checkpoint-10, and the run's model is",
+             other: "it is of the run in other"}  # fmt: skip
+    for place, where in enumerate(shown):
+        evaluated(run / f"eval-{place}", about={"models": {"result": str(where)}})
+    found = benchmarks_of(run)
+    assert [bool(each.rows) for each in found] == [True, True, True, False, False]
+    assert all(problem in each.problem for each, problem in zip(found, shown.values(), strict=True))
 
 
 def test_nothing_evaluated_is_nothing(tmp_path):

@@ -95,7 +95,6 @@ def test_resume_with_a_dealer_that_forgets_the_step_is_caught_by_its_branch(
         ({"max_grad_norm": 0.5}, r"max_grad_norm: 1.0 then, 0.5 now"),
         ({"optim": "sgd"}, r"optim: 'adamw_torch_fused' then, 'sgd' now"),
         ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type: 'constant' then, 'linear' now"),
-        ({"per_device_train_batch_size": 4}, r"per_device_train_batch_size: 2 then, 4 now"),
         (
             {"weight_decay": 0.1, "adam_beta2": 0.9},
             r"weight_decay: 0.0 then, 0.1 now\n  adam_beta2: 0.999 then, 0.9 now",
@@ -113,7 +112,6 @@ def test_resume_with_a_dealer_that_forgets_the_step_is_caught_by_its_branch(
         "clipping",
         "optim",
         "lr_scheduler_type",
-        "batch size",
         "weight decay",
     ],
 )
@@ -301,3 +299,12 @@ def test_teacher_that_is_gone_during_evaluation_leaves_the_weights(start_server,
         trainer.train()
     assert (tmp_path / "checkpoint-2" / "camopd.json").exists()
     assert list((tmp_path / "checkpoint-2").glob("rollouts-*")) == []
+
+
+def test_run_that_needs_smaller_micro_batches_goes_on_with_them(undisturbed, tmp_path, tokenizer):
+    """As after one that took more memory than there is: the same step of the optimizer, its sums in another order."""
+    folder, expected_prompts, _ = undisturbed
+    shutil.copytree(folder / "checkpoint-5", tmp_path / "checkpoint-5")
+    prompts, _ = train(tmp_path, tokenizer, resume=True, per_device_train_batch_size=1)
+    assert prompts == expected_prompts[5:]
+    assert lines(tmp_path)[-1]["step"] == STEPS

@@ -20,6 +20,7 @@ from camopd.run import (
     PromptArguments,
     config_and_overrides,
     config_first,
+    named_teachers,
     parse,
     read_settings,
     set_env,
@@ -643,3 +644,16 @@ def test_home_in_a_path_is_that_of_the_trainer(write, settings, monkeypatch, tmp
     assert args.resume_from_checkpoint == str(tmp_path / "runs/x/checkpoint-2")
     assert read_settings(path, [])["output_dir"] == args.output_dir == str(tmp_path / "runs/x")
     assert read_settings(path, ["--output_dir=~/y"])["output_dir"] == str(tmp_path / "y")
+
+
+def test_teacher_that_would_be_another_model_than_it_seems_is_refused(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"'domain', .*adapter', is a LoRA adapter.*Merge it.*'adapter_start'"):
+        named_teachers({"teachers": {"domain": str(tmp_path / "adapter")}})
+    settings = {"model_name_or_path": "org/med", "teachers": {"general": "org/base", "domain": "org/med"}}
+    assert named_teachers({**settings, "model_revision": "main"}) == settings["teachers"]
+    kwargs = {"teacher_model_init_kwargs": {"revision": "v2"}}
+    assert named_teachers({**settings, "model_revision": "v2", **kwargs}) == settings["teachers"]
+    with pytest.raises(ValueError, match=r"'domain' has the student's name, 'org/med'.*--revision v2 .*DIR for both"):
+        named_teachers({**settings, "model_revision": "v2"})

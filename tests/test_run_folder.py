@@ -52,7 +52,7 @@ def test_used_folder_is_refused_with_the_choice(left, tmp_path):
     with pytest.raises(
         CaMOPDError,
         match=rf"has the files of another run: {left}. Go on with that run by `--resume auto` .*'auto'\), give this one "
-        "another output_dir, or set overwrite_output_dir=True, which removes its checkpoints and renames",
+        "another output_dir, or set overwrite_output_dir=True, which removes its checkpoints and model and renames",
     ):
         begin(tmp_path)
     assert (tmp_path / left).exists() and not (tmp_path / RUN_FILE).exists()
@@ -61,7 +61,20 @@ def test_used_folder_is_refused_with_the_choice(left, tmp_path):
 def test_used_folder_may_be_overwritten(tmp_path):
     use(tmp_path)
     assert begin(tmp_path, overwrite=True) == run_id_of(tmp_path) != "one"
-    assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics-1.jsonl", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics-1.jsonl"]
+
+
+def test_model_of_an_earlier_run_is_not_mixed_with_that_of_a_new_one(tmp_path):
+    """An adapter that stays beside a new model would be loaded with it."""
+    use(tmp_path)
+    files = ["adapter_config.json", "adapter_model.safetensors", "config.json", "model-00001-of-00002.safetensors"]
+    for name in [*files, "notes.txt"]:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CaMOPDError, match=r"would remove the student itself, .*Give another output_dir"):
+        begin(tmp_path, overwrite=True, student=str(tmp_path))
+    assert set(files) < set(os.listdir(tmp_path))
+    begin(tmp_path, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics-1.jsonl", "notes.txt"]
 
 
 @pytest.mark.parametrize("given", ["auto", None])
@@ -143,7 +156,7 @@ def test_checkpoint_from_elsewhere_is_not_mixed_with_another_run(tmp_path):
     with pytest.raises(CaMOPDError, match="has the files of another run"):
         begin(here, checkpoint, str(checkpoint))
     assert begin(here, checkpoint, str(checkpoint), overwrite=True) == "one"
-    assert sorted(os.listdir(here)) == [RUN_FILE, "metrics-1.jsonl", "model.safetensors"]
+    assert sorted(os.listdir(here)) == [RUN_FILE, "metrics-1.jsonl"]
 
 
 @pytest.mark.parametrize(

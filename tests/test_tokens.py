@@ -87,8 +87,23 @@ def test_text_prompt_that_the_tokenizer_ends_is_refused(split):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=added)
     (ids,) = reader.ids(asked)
     assert ids[0] == tokenizer.bos_token_id and (ids[-1] == tokenizer.eos_token_id) != split
-    assert reader.ids([{"prompt": "<s><s>", "row": "row 4"}])  # whose own tokens begin where the added one does, too
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=added)
     tokenizer.eos_token = "<pad>"  # a fine-tuning often gives the model another end
     with pytest.raises(ValueError, match=r"row 3 .*puts '</s>' behind every text.*as messages.*post_processor"):
         reader.ids(asked)
+
+
+def test_text_prompt_with_two_begins_of_sequence_is_refused():
+    """As apply_chat_template has written it, before the tokenizer puts its own in front."""
+    tokenizer = make_tokenizer()
+    added = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=added)
+    reader = PromptReader(tokenizer, tokenizer, len(VOCAB), None, None, None, False)
+    (ids,) = reader.ids([{"prompt": "a <s>", "row": "row 4"}])
+    assert ids.count(tokenizer.bos_token_id) == 2 and ids[0] == tokenizer.bos_token_id
+    with pytest.raises(
+        ValueError, match=r"row 5 .*begins with '<s>'.* another one before it.*Take it out of the text"
+    ):
+        reader.ids([{"prompt": "<s>a", "row": "row 5"}])
+    as_text = PromptReader(tokenizer, tokenizer, len(VOCAB), None, None, None, True)
+    assert as_text.ids([{"prompt": "<s>a", "row": "row 6"}])[0].count(tokenizer.bos_token_id) == 1

@@ -133,6 +133,7 @@ def test_verdict_of_the_run_that_its_training_gaps_praise():
         ((0.5, 0.01), (0.49, 0.01), "not recovered", "has NOT recovered: "),  # half is ruled out
         ((0.5, 0.15), (0.3, 0.15), "not shown", "is not shown to have recovered: 0.500 → 0.300"),
         ((0.05, 0.04), (0.01, 0.01), "not settled", "nothing to recover that 40 prompts can tell from no gap"),
+        ((0.05, 0.04), (0.6, 0.01), "not recovered", "has NOT recovered, it has moved further away: 0.050 → 0.600"),
         ((0.0, 0.0), (0.004, 0.001), "kept", "is kept: 0.000 → 0.004, change +0.004 (+0.002 to +0.006)"),
         ((0.0, 0.0), (0.2, 0.01), "moved", "has MOVED AWAY from its teacher: 0.000 → 0.200"),
         ((0.0, 0.0), (0.02, 0.01), "not settled", "whether it is kept is not settled"),

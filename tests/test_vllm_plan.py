@@ -29,7 +29,7 @@ teachers = st.dictionaries(branch_names, st.sampled_from(["org/a", "org/b", "./c
 
 
 def test_branches_with_the_same_model_share_its_servers_and_their_name():
-    models = models_of({"general": "org/one", "code": "org/one"}, [])
+    models = models_of({"general": "org/one", "code": "org/one"}, None, [])
     servers = plan_servers(models, {"org/one": 2}, "127.0.0.1", 1)
     assert [server.name for server in servers] == ["general+code/0", "general+code/1"]
 
@@ -63,7 +63,7 @@ def test_scale_out_is_a_flag_since_vllm_0_30(version, has):
 def test_models_are_each_started_once_for_all_their_branches(teachers):
     notes = []
     others = {"URL": "http://a:1", "URLs": {"urls": ["http://a:1", "http://b:1"], "model": "m"}, "off": "adapter_off"}
-    models = models_of({**teachers, **others}, notes)
+    models = models_of({**teachers, **others}, None, notes)
     assert {branch: model for model, branches in models.items() for branch in branches} == teachers
     assert notes == [
         "URL: http://a:1 is a server already, nothing to start",
@@ -74,7 +74,7 @@ def test_models_are_each_started_once_for_all_their_branches(teachers):
 
 @given(teachers, st.data())
 def test_replicas_of_a_model_are_the_most_that_one_of_its_branches_is_given(teachers, data):
-    models = models_of(teachers, [])
+    models = models_of(teachers, None, [])
     named = data.draw(st.dictionaries(st.sampled_from(sorted(teachers)), st.integers(1, 9), min_size=1))
     found = replicas_of(",".join(f" {branch} = {count}" for branch, count in named.items()), models, list(teachers))
     for model, branches in models.items():
@@ -94,7 +94,7 @@ def test_replicas_are_whole_numbers_or_an_error_that_shows_the_text(text):
 
 @given(teachers, st.integers(1, 4), st.integers(-10, 70000))
 def test_planned_servers_have_consecutive_ports_that_exist(teachers, count, port):
-    models = models_of(teachers, [])
+    models = models_of(teachers, None, [])
     try:
         servers = plan_servers(models, dict.fromkeys(models, count), "127.0.0.1", port)
     except ValueError as error:
@@ -221,3 +221,15 @@ def test_misspelt_student_is_named_with_its_like(given, tmp_path, monkeypatch):
     (tmp_path / "recovered" / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"names 'recoverd', .* no such path\. Did you mean 'recovered'\?"):
         plan_students({"model_name_or_path": "recoverd", "vllm_mode": "server", "use_vllm": True, **given}, None, 8000)
+
+
+def test_revision_that_no_server_would_load_is_refused():
+    with pytest.raises(ValueError, match=r"revision 'v2'.*hf download MODEL --revision v2.*name DIR as the teacher"):
+        models_of({"general": "org/one"}, {"revision": "v2"}, [])
+    assert models_of({"general": "org/one"}, {"dtype": "float32"}, []) == {"org/one": ["general"]}
+    student = {"model_name_or_path": "org/one", "rollout_servers": ["http://a:1"], "model_revision": "v2"}
+    with pytest.raises(
+        ValueError, match=r"model_revision='v2' reaches no rollout server.*download org/one --revision v2"
+    ):
+        plan_students(student, None, None)
+    assert plan_students({**student, "model_revision": "main"}, None, None)

@@ -165,6 +165,20 @@ def test_server_with_another_model_than_the_config_names_is_refused(server):
     ServerTeacher([server.url], "general", model="Qwen/Qwen3-8B").close()
 
 
+def test_model_that_is_named_is_found_among_several_of_a_server(server, caplog, local_scores):
+    """As an adapter beside its base, or behind a gateway."""
+    server.others = [{"id": "base", "root": "/models/base", "max_model_len": 9}]
+    teacher = ServerTeacher([server.url], "general", model="tiny-teacher")
+    assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+    teacher.close()
+    assert not caplog.records
+    with pytest.raises(TeacherError, match=r"serves 'base', 'tiny-teacher', and the config wants 'other'"):
+        ServerTeacher([server.url], "general", model="other")
+    first = ServerTeacher([server.url], "general")
+    assert first.name == "base" and "the first of several models there: tiny-teacher. Name the one" in caplog.text
+    first.close()
+
+
 def test_replicas_with_different_models_are_refused_with_who_serves_what(start_server, connect):
     first, second = start_server(), start_server(name="another-model")
     with pytest.raises(

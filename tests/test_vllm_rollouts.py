@@ -297,14 +297,14 @@ def test_base_below_an_adapter_is_the_same_to_the_bit_after_its_weights_were_sen
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_adapter_on_half_of_a_tie_is_refused(both):
+@pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
+@pytest.mark.parametrize("ends", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_adapter_on_half_of_a_tie_is_refused(ends, where):
     """vLLM has one weight for both."""
     student = make_model(1)
     student.config.tie_word_embeddings = True
     student.tie_weights()
-    targets = ["lm_head", *(["embed_tokens"] if both else [])]
-    model = get_peft_model(student, LoraConfig(r=4, target_modules=targets))
+    model = get_peft_model(student, LoraConfig(r=4, **{"target_modules": ["q_proj"], where: ends}))
     args = SimpleNamespace(generation_kwargs=None, vllm_mode="colocate")
     generation = SimpleNamespace(model=model, _dist=SimpleNamespace(fsdp_version=None))
     with pytest.raises(ValueError, match=r"embed_tokens.*lm_head.*are one weight.*target_modules"):

@@ -1,7 +1,7 @@
 """Runs of three steps of a tiny student, as a user's script under `accelerate launch`: for test_distributed.py.
 
 train_tiny.py RUNS.json    a list of runs, one after the other; each a list of words: --output_dir FOLDER/NAME and other
-                           settings of CaMOPDConfig, --lora, --fsdp_on_cpu
+                           settings of CaMOPDConfig, --lora, --fsdp_on_cpu, --sharded
 """
 
 import gc
@@ -24,6 +24,7 @@ from camopd import CaMOPDConfig, CaMOPDTrainer
 class Options:
     lora: bool = False
     fsdp_on_cpu: bool = False
+    sharded: bool = False
 
 
 def main() -> None:
@@ -45,6 +46,8 @@ def run(words: list[str]) -> CaMOPDTrainer:
     options, args = TrlParser([Options, CaMOPDConfig]).parse_args_and_config(words)
     if options.fsdp_on_cpu:
         fsdp_on_cpu()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT" if options.sharded else "FULL_STATE_DICT"
     folder = Path(args.output_dir).parent
     student, tokenizer = str(folder / "student"), make_tokenizer()
     trainer = CaMOPDTrainer(

@@ -84,7 +84,7 @@ def eval(argv: list[str]) -> None:
             for task in asked_of[name]:
                 _stop(signals)
                 found[name][task.name] = _items(
-                    task, out / name / task.name, judges.get(task.name), options.concurrency, signals
+                    task, model, out / name / task.name, judges.get(task.name), options.concurrency, signals
                 )
     about = {"models": {name: model.where for name, model in wanted.items()}, "limit": options.limit,
              "max_tokens": options.max_tokens,
@@ -275,10 +275,10 @@ def _judges(tasks: Sequence[Task], options: argparse.Namespace) -> dict[str, Jud
 
 
 def _items(
-    task: Task, folder: Path, asked: Judge | None, concurrency: int, signals: Sequence[int]
+    task: Task, model: Model, folder: Path, asked: Judge | None, concurrency: int, signals: Sequence[int]
 ) -> list[scores.Item]:
     """The items of a finished job, with the verdict of a cage on answers that are code, or of a judge."""
-    found = scores.read_answers(folder / jobs.ANSWERS)
+    found = scores.read_answers(folder / jobs.ANSWERS, partial(models.opens_reasoning, model))
     if task.answer not in ("code", "scripted") and asked is None:
         return scores.items_of(task, found)
     with _ticking(

@@ -71,12 +71,15 @@ def gaps(argv: list[str]) -> None:
     if trainer.args.process_index:
         return
     found = of_lines({"step": 1, **record} for record in records.values())  # any after the start: which is not known
-    verdicts = since_start(found, of_lines(lines_of(run / HELD_OUT)))
+    before = of_lines(lines_of(run / HELD_OUT))
+    verdicts = since_start(found, before)
     print(f"{options.model}: held-out KL to the teacher, nats per token, ± is 95 %")
     for line in table({branch: measured for branch, (measured,) in found.items()}):
         print(line)
     for verdict in verdicts:
         print(verdict.text)
+    for line in cut_otherwise(found, before):
+        print(line)
     if not verdicts:
         print(f"No change is shown: {str(run / HELD_OUT)!r} has no evaluation of these prompts before the first step.")
     if options.json:
@@ -188,10 +191,32 @@ def since_start(found: Mapping[str, list[Measured]], run: Mapping[str, list[Meas
     """The verdict on each branch whose prompts the run has measured before its first step."""
     both = {}
     for branch, measured in found.items():
-        starts = [each for each in run.get(branch, ()) if each.step == 0 and each.of == measured[0].of]
-        if starts:
-            both[branch] = [starts[0], *measured]
+        start = _start_of(measured[0], run.get(branch, ()))
+        if start is not None and not _cut_otherwise(start, measured[0]):
+            both[branch] = [start, *measured]
     return verdicts_of(both)
+
+
+def cut_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, list[Measured]]) -> list[str]:
+    """A line for each branch whose answers were cut at another length before the run's first step."""
+    lines = []
+    for branch, (measured, *_) in found.items():
+        start = _start_of(measured, run.get(branch, ()))
+        if start is not None and _cut_otherwise(start, measured):
+            lines.append(
+                f"{branch}: no change is shown, answers have {measured.max_tokens} tokens at most here, and had "
+                f"{start.max_tokens} before the run's first step. Leave max_completion_length as the run has it."
+            )
+    return lines
+
+
+def _cut_otherwise(start: Measured, measured: Measured) -> bool:
+    return start.max_tokens is not None and start.max_tokens != measured.max_tokens
+
+
+def _start_of(measured: Measured, run: Sequence[Measured]) -> Measured | None:
+    """The evaluation of the same prompts before a run's first step."""
+    return next((each for each in run if each.step == 0 and each.of == measured.of), None)
 
 
 def table(found: Mapping[str, Measured]) -> list[str]:

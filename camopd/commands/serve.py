@@ -140,7 +140,7 @@ def _students_of(settings: dict, options: argparse.Namespace) -> list[Server]:
 def _teachers_of(settings: dict, options: argparse.Namespace, notes: list[str]) -> list[Server]:
     """The servers of the config's teachers."""
     teachers = named_teachers(settings)
-    models = models_of(teachers, notes)
+    models = models_of(teachers, settings.get("teacher_model_init_kwargs"), notes)
     replicas = replicas_of(options.replicas or "1", models, [str(branch) for branch in teachers])
     missing = set(Schedule.parse(str(settings.get("schedule") or PAPER_SCHEDULE)).branches) - set(teachers)
     if missing:

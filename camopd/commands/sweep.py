@@ -288,9 +288,9 @@ def _metrics_of(run: Run) -> pd.DataFrame:
 
 
 def _held_out_of(run: Run) -> dict[str, list[float]]:
-    """The held-out gaps of the model that a run has left and of its earlier steps, by the metric's name."""
+    """The held-out gaps of the model that a run has left and of its steps before, but not of its start, by name."""
     found, _ = of_run(run.folder)
-    kls = {f"eval_{branch}_kl": [each.kl for each in measured] for branch, measured in found.items()}
+    kls = {f"eval_{branch}_kl": [each.kl for each in measured if each.step] for branch, measured in found.items()}
     return {name: [kl for kl in values if not math.isnan(kl)] for name, values in kls.items()}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
-from ..files import file_type, only, why_unreadable
+from ..files import file_type, only
 from ..hub import explain_hub_error, hub_errors, without_tokens
+from ..unreadable import why_unreadable
 
 
 @dataclass(frozen=True)

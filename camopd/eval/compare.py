@@ -44,8 +44,13 @@ def compare(tasks: Sequence[Task], found: Found) -> list[dict[str, Any]]:
 
 def share_of_way(zero: list[float], one: list[float], found: list[float]) -> dict[str, Any]:
     """`stats.share`, without an interval where `found` is `zero` or `one` on every item (`alike`): that no item shows a
-    difference does not show that there is none."""
+    difference does not show that there is none. No share of a way that leads down (`ahead`): `zero` is better than `one`,
+    and what is worse than both would be a large one."""
     result = as_json(share(zero, one, found))
+    if result["low"] is None:  # the two ends are not told apart
+        return result
+    if sum(one) < sum(zero):
+        return {"value": None, "low": None, "high": None, "ahead": True}
     return result | {"low": None, "high": None, "alike": True} if found in (zero, one) else result
 
 

@@ -67,16 +67,17 @@ def _of_branch(branch: str, lines: Sequence[Mapping[str, Any]]) -> Iterator[Row]
         return
     last = later[-1]
     before, after = first["kl_by_prompt"], last["kl_by_prompt"]
-    categories = [str(name) for name in first.get("category_by_prompt", [ALL] * len(before))]
+    categories = [str(name) for name in first.get("category_by_prompt", [""] * len(before))]
     both = [place for place in range(len(before)) if before[place] is not None and after[place] is not None]
     names = sorted({categories[place] for place in both})
-    for name in [ALL, *(names if len(names) > 1 else ())]:
-        places = [place for place in both if name in (ALL, categories[place])]
+    for name in [None, *(names if len(names) > 1 else ())]:  # None: all of them, as a category may be called anything
+        places = [place for place in both if name in (None, categories[place])]
         if len(places) < 2:  # no interval
             continue
         old, new = ([values[place] for place in places] for values in (before, after))
         yield Row(
-            branch, name, len(places), (first["step"], last["step"]), sum(old) / len(old), sum(new) / len(new),
+            branch, ALL if name is None else name, len(places), (first["step"], last["step"]),
+            sum(old) / len(old), sum(new) / len(new),
             difference(old, new), share(old, [0.0] * len(old), new),
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from ..errors import CaMOPDError
 from ..files import json_lines
 from .runner import cut_torn_line
 from .tasks import LETTERS
+from .verdicts import after_thinking
 
 
 DONE = "options.jsonl"  # among what jobs.py counts
@@ -95,7 +96,7 @@ def load(name: str, batch_size: int) -> tuple[Any, Any]:
 
 def _need_no_reasoning(tokenizer: Any, name: str) -> None:
     before = texts(tokenizer, {"question": "x", "A": "x"})[0][0]
-    if before.rpartition("<think>")[1] and "</think>" not in before.rpartition("<think>")[2]:
+    if after_thinking(before) is None:
         raise ValueError(
             f"the chat template of {name} opens reasoning (<think>) before an answer, and options would be weighed inside "
             "it. Leave the task out, or take the one of letters (its name without _options)."

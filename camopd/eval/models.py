@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..teachers.address import (
 )
 from .asking import Line, Unanswered, key_of
 from .compare import GENERAL, RESULT, START
+from .verdicts import after_thinking
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -175,6 +178,22 @@ def need_whole(models: Iterable[Model]) -> None:
             f"the model {model.name!r}, {model.where!r}, is a folder without a config.json, so there is no model in it. "
             f"Name one that has it, as a checkpoint, an id of the Hub, or a URL: --models {model.name}=PATH_OR_URL."
         )
+
+
+@cache
+def opens_reasoning(model: Model) -> bool:
+    """Whether a model's chat template opens reasoning before an answer, which then has the end of it alone. False where it
+    cannot be told, as of a URL."""
+    if model.is_url:
+        return False
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    with contextlib.suppress(OSError, ValueError, TemplateError):  # without a template ValueError
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(model.where))
+        asked = [{"role": "user", "content": "x"}]
+        return after_thinking(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)) is None
+    return False
 
 
 def need_folders(models: Iterable[Model], task: str) -> None:

@@ -181,7 +181,11 @@ def of_share(row: Mapping[str, Any]) -> str:
         return "-"
     found = row["share"]
     word = "back" if row["side"] == "general" else "kept"
-    if found.get("alike") and found["value"] is not None:
+    if found.get("ahead"):
+        return (
+            "nothing lost: the start is ahead" if row["side"] == "general" else "no lead to keep: the teacher is ahead"
+        )
+    if found.get("alike"):
         return f"{word} {100 * found['value']:.0f} %, as no item differs"
     if found["low"] is None:
         return "start and teacher not told apart"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,8 @@ def beside(
             notes.append(f"{name}: {UNKNOWN[name]}.")
         task = own.get(name, {}).get("task")
         used, theirs = about.get("judges", {}).get(task, "").rpartition("#")[2], TASKS[task].judge if task else None
-        if used and theirs and theirs.lower() not in used.lower():
+        same = theirs and re.fullmatch(rf"(.*/)?{re.escape(theirs)}(-\d{{4}}-\d\d-\d\d)?", used, re.IGNORECASE)
+        if used and theirs and not same:
             notes.append(f"{name}: judged by {used} here, and by {theirs} in the paper.")
     missing = [name for name in names if name not in own and not name.endswith("Avg.")]
     if missing:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ _SIGNS = r"[\s*_$`\"'\u201c\u201d\u2018\u2019]*+"
 _OPEN = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\[(]|\\[(\[]|\\(?:boxed|text|math)[a-z]*\s*\{)*+"  # \(\textbf{C}\)
 _CLOSE = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+"
 _SAID = rf"(?:(?i:is)?{_SIGNS}:?|(?:(?i:is){_SIGNS}:?|:){_SIGNS}(?i:option|choice)[ \t])"
-_LETTER = r"(?:[AI](?![ \t]+[a-z])|[B-HJ])(?![_'\u2019]*[^\W_])"
-_FINAL = re.compile(rf"(?i:answer){_SIGNS}{_SAID}{_OPEN}({_LETTER})")
+_LETTER = r"(?:[AI](?![ \t]+(?!because\b|since\b)[a-z])|[B-HJ])(?![_'\u2019]*[^\W_]|-\w)"
+_FINAL = re.compile(rf"(?i:(final[ \t]+)?answer){_SIGNS}{_SAID}{_OPEN}({_LETTER})")
+_ENDS = re.compile(r"(?:[ \t*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+$", re.MULTILINE)  # the line
 # "A, B", "A/B", "A or B", "A B": no answer, since each of them would count as right.
 _SECOND = re.compile(
     rf"{_CLOSE}(?:(?<=[ \t])(?:(?i:and|or)[ \t]+)|[,/&+][ \t]*(?:(?i:and|or)[ \t]+)?)"
-    rf"{_OPEN}(?i:option[ \t]+)?[A-J](?![\w'\u2019])|(?:[ \t]+[A-J])+[ \t.]*$",
+    rf"{_OPEN}(?i:option[ \t]+)?(?:[AI](?![ \t]+[a-z])|[B-HJ])(?![\w'\u2019])|(?:[ \t]+[A-J])+[ \t.]*$",
     re.MULTILINE,
 )
 _ALONE = re.compile(rf"{_OPEN}([A-J])(?:{_CLOSE}|\)[^\n]*)")  # the whole text: "C", "(C).", "C) an option"
@@ -59,7 +60,12 @@ def letter_of(text: str, options: int) -> str | None:
     >>> letter_of("So it is B or C. **Final answer: (C)**", 4), letter_of("B", 4), letter_of("A cat", 4)
     ('C', 'B', None)
     """
-    found = [None if _SECOND.match(text, match.end()) else match.group(1) for match in _FINAL.finditer(text)]
+    found, asked_for = [], False
+    for match in _FINAL.finditer(text):
+        # Behind the form that was asked for, "the answer is E. coli" explains it.
+        if match[1] or not asked_for or _ENDS.match(text, match.end()):
+            found.append(None if _SECOND.match(text, match.end()) else match[2])
+        asked_for |= match[1] is not None
     alone = _ALONE.fullmatch(text.strip())
     if not found and alone:
         found = [alone.group(1)]
@@ -109,11 +115,7 @@ def options_of(prompt: str) -> int:
 def items_of(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
     """One `Item` per row of the task, in order, from the runner's answers."""
     groups: dict[int, list[Mapping[str, Any]]] = {}
-    # Where the chat template opens the reasoning, no answer has its beginning, and one that is cut off not its end.
-    opened = any("</think>" in row["text"] and "<think>" not in row["text"].partition("</think>")[0] for row in rows)
     for row in rows:
-        if opened and row.get("stop") == CUT and "</think>" not in row["text"]:
-            row = {**row, "text": f"<think>{row['text']}"}
         groups.setdefault(row["item"], []).append(row)
     seen: Counter[str] = Counter()
     untold = task.answer in ("played", "weighed")  # many messages and no answer, or nothing that was generated
@@ -151,6 +153,16 @@ def _parts(task: Task, row: Mapping[str, Any]) -> Mapping[str, float] | None:
     return distraction.parts(json.loads(row["gold"]), after_thinking(row["text"]) or "")
 
 
-def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Rows that the runner has written."""
-    return [json.loads(line) for line in json_lines(path.read_text(encoding="utf-8"))]
+def read_answers(path: Path, opens: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
+    """Rows that the runner has written, those that were cut in their reasoning with its beginning.
+
+    Where the chat template opens the reasoning, no answer has its beginning, and one that is cut off not its end: that
+    shows in the other answers, or in the template, of which `opens` says whether it does, where all were cut.
+    """
+    rows = [json.loads(line) for line in json_lines(path.read_text(encoding="utf-8"))]
+    cut = [row for row in rows if row.get("stop") == CUT and not re.search("</?think>", row["text"])]
+    ended = (row["text"].partition("</think>") for row in rows)
+    if cut and (any(end and "<think>" not in thoughts for thoughts, end, _ in ended) or opens()):
+        for row in cut:
+            row["text"] = f"<think>{row['text']}"
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,20 @@ def collect(
     if path.exists():
         cut_torn_line(path)
         lines = json_lines(path.read_text(encoding="utf-8"))
-        kept = {line["answer"]: line for line in map(json.loads, lines)}
+        for line in map(json.loads, lines):
+            if "failed" not in line or "failed" in kept.get(line["answer"], line):
+                kept[line["answer"]] = line
+    seen: Counter[tuple[str, ...]] = Counter()
+    numbered = []  # repeats may have one text, and each has a verdict of its own
+    for row in rows:
+        told = (by, row["prompt"], row["gold"], row["text"])
+        numbered.append((row, [*told, *([seen[told]] if seen[told] else [])]))
+        seen[told] += 1
     lock = threading.Lock()
 
-    def one(row: Mapping[str, Any]) -> Verdict:
-        told = json.dumps([by, row["prompt"], row["gold"], row["text"]])
-        answer = hashlib.sha256(told.encode()).hexdigest()[:32]
+    def one(asked: tuple[Mapping[str, Any], list[Any]]) -> Verdict:
+        row, told = asked
+        answer = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
         found = kept.get(answer)
         if found is None or "failed" in found:
             found = {"answer": answer, "by": by, **ask(row)}
@@ -62,4 +71,4 @@ def collect(
         tick()
         return found
 
-    return together(one, rows, workers, lambda: tick(0), end)
+    return together(one, numbered, workers, lambda: tick(0), end)

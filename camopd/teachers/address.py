@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -224,6 +225,25 @@ def in_cache(model: str, revision: str | None = None) -> str | None:
 def has_adapter(model: str) -> bool:
     """Whether a path is that of a saved PEFT adapter, which names its base model itself."""
     return os.path.isfile(os.path.join(os.path.expanduser(model), "adapter_config.json"))
+
+
+def refuse_other_model(branch: str, teacher: str, settings: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a named teacher that would not be the model it seems to be: an adapter, or the student's own
+    name where the student has a revision."""
+    if has_adapter(teacher) and not os.path.isfile(os.path.join(os.path.expanduser(teacher), "config.json")):
+        raise ValueError(
+            f"the teacher of branch {branch!r}, {teacher!r}, is a LoRA adapter, and a teacher is a whole model. Merge it "
+            "into its base and name that folder; or train it on as model_name_or_path with 'adapter_start' as this teacher."
+        )
+    revision, kwargs = settings.get("model_revision"), settings.get("teacher_model_init_kwargs")
+    if revision in (None, "main") or is_here(teacher) or teacher != settings.get("model_name_or_path"):
+        return
+    if not isinstance(kwargs, Mapping) or "revision" not in kwargs:
+        raise ValueError(
+            f"the teacher of branch {branch!r} has the student's name, {teacher!r}, but model_revision={revision!r} is of "
+            f"the student alone: the teacher would be another model. hf download {teacher} --revision {revision} "
+            "--local-dir DIR; then name DIR for both."
+        )
 
 
 def base_of(model: str) -> str:

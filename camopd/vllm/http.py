@@ -19,7 +19,7 @@ import httpx
 import orjson
 
 from ..errors import CaMOPDError, TeacherError
-from ..teachers.address import key_variables, public_url
+from ..teachers.address import key_variables, public_url, same_model
 from . import limits
 
 
@@ -58,11 +58,13 @@ def teacher_role(branch: str) -> Role:
 
 
 class ServedModel(NamedTuple):
-    """What a server says of its model: the name requests use, where it was loaded from, and its context in tokens."""
+    """What a server says of its model: the name requests use, where it was loaded from, and its context in tokens; and what
+    else it serves."""
 
     name: str
     path: str
     max_model_len: int | None
+    others: tuple[str, ...] = ()
 
 
 @cache
@@ -90,15 +92,22 @@ class Client:
         """A text of a server, or about one, that may be shown."""
         return text.replace(self.key, "***") if self.key else text
 
-    async def served_model(self, url: str, attempts: int = 3) -> ServedModel:
-        """Raises the error of the role when that is not to be had."""
+    async def served_model(self, url: str, attempts: int = 3, expected: str | None = None) -> ServedModel:
+        """The `expected` model where a server has several, as adapters beside their base, else the first it names.
+
+        Raises the error of the role when that is not to be had.
+        """
         answer = await self.ask(url, "/v1/models", attempts=attempts)
         try:
-            model = answer["data"][0]
-            name, length = str(model["id"]), model.get("max_model_len")
-            if (length is not None and type(length) is not int) or len(name) > 500:
-                raise TypeError(name)
-            return ServedModel(name, str(model.get("root") or name), length)
+            listed = []
+            for model in answer["data"]:
+                name, length = str(model["id"]), model.get("max_model_len")
+                if (length is not None and type(length) is not int) or len(name) > 500:
+                    raise TypeError(name)
+                listed.append(ServedModel(name, str(model.get("root") or name), length))
+            wanted = [each for each in listed if expected and any(same_model(expected, name) for name in each[:2])]
+            found = (wanted or listed)[0]
+            return found._replace(others=tuple(each.name for each in listed if each is not found))
         except (KeyError, IndexError, TypeError, AttributeError):
             raise self.role.error(
                 f"{self.role.name} at {url} does not say which model it serves: "

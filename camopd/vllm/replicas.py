@@ -73,7 +73,7 @@ class Replicas:
         Raises the error of the role when one does not answer, or serves another model than the others or than `expected`.
         """
         role = self._client.role
-        served = await together(self._client.served_model(replica.url) for replica in self.all)
+        served = await together(self._client.served_model(replica.url, expected=expected) for replica in self.all)
         if len({model.name for model in served}) > 1:
             listing = ", ".join(
                 f"{replica.url} serves {model.name!r}" for replica, model in zip(self.all, served, strict=True)
@@ -84,8 +84,9 @@ class Replicas:
             )
         self.model = served[0]
         if expected is not None and not any(same_model(expected, name) for name in self.model[:2]):
+            served_names = ", ".join(map(repr, (self.model.name, *self.model.others)))
             raise role.error(
-                f"{role.name} at {self.where} serves {self._client.without_key(self.model.name)!r}, and the "
+                f"{role.name} at {self.where} serves {self._client.without_key(served_names)}, and the "
                 f"config wants {expected!r}. Start the right model there, or fix the URL or the config."
             )
         self.max_model_len = min(model.max_model_len or math.inf for model in served)
@@ -189,7 +190,7 @@ class Replicas:
         while True:
             try:
                 await self._client.request(replica.url, "/health", None, limits.ANSWER_SECONDS, parse=False)
-                model = await self._client.served_model(replica.url, attempts=1)
+                model = await self._client.served_model(replica.url, attempts=1, expected=self.model.name)
                 if model.name == self.model.name and await self._is_ready(replica):
                     break
                 if model.name != self.model.name:

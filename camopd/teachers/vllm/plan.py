@@ -83,10 +83,11 @@ class VLLM:
         return numbers is None or (int(numbers[1]), int(numbers[2])) >= (0, 30)
 
 
-def models_of(teachers: dict[str, Any], notes: list[str]) -> dict[str, list[str]]:
+def models_of(teachers: dict[str, Any], init_kwargs: Any, notes: list[str]) -> dict[str, list[str]]:
     """The models to start, each with its branches; for every other teacher a line in `notes`.
 
-    Raises `ValueError` for teachers that cannot be served, and when none of them is a model.
+    Raises `ValueError` for teachers that cannot be served, where `init_kwargs` want a revision of them, and when none of
+    them is a model.
     """
     models: dict[str, list[str]] = {}
     for branch, teacher in teachers.items():
@@ -105,6 +106,12 @@ def models_of(teachers: dict[str, Any], notes: list[str]) -> dict[str, list[str]
     if not models:
         raise ValueError(
             f"there is nothing to start: {'; '.join(notes)}. Give a branch of `teachers` a model id or a path."
+        )
+    revision = init_kwargs.get("revision") if isinstance(init_kwargs, Mapping) else None
+    if revision is not None:
+        raise ValueError(
+            f"teacher_model_init_kwargs has the revision {revision!r}, and servers load a model by its name alone. hf "
+            f"download MODEL --revision {revision} --local-dir DIR; then name DIR as the teacher."
         )
     return models
 
@@ -216,6 +223,11 @@ def _student_of(settings: Mapping[str, Any]) -> str:
         raise ValueError(
             f"model_name_or_path names {model!r}, but there is no such path.{did_you_mean(model)} Give the folder of a "
             "model, or its id on the Hub."
+        )
+    if settings.get("model_revision") not in (None, "main"):
+        raise ValueError(
+            f"model_revision={settings['model_revision']!r} reaches no rollout server, which would load another model. hf "
+            f"download {model} --revision {settings['model_revision']} --local-dir DIR; then set model_name_or_path: DIR."
         )
     return os.path.expanduser(model)
 

@@ -63,7 +63,13 @@ class ServerTeacher:
         except BaseException:
             self.close()
             raise
-        self.name, self.model_path, _ = self.replicas.model
+        self.name, self.model_path, _, others = self.replicas.model
+        if others and model is None:
+            shown = self._client.without_key(", ".join(others))
+            logger.warning(
+                "teacher %r at %s is %s, the first of several models there: %s. Name the one that is to teach: "
+                "{urls: ..., model: ...}.", branch, self.replicas.where, self.name, shown,
+            )  # fmt: skip
         self.max_model_len = self.replicas.max_model_len
 
     def close(self) -> None:
