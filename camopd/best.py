@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,8 @@ def check_metric(
         callbacks: the user's, as instances or classes.
     """
     stops = any(
-        isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback for callback in callbacks
+        issubclass(callback if isinstance(callback, type) else type(callback), EarlyStoppingCallback)
+        for callback in callbacks
     )
     settle_metric(args, schedule_branches)
     metric, held_out = args.metric_for_best_model, list(held_out)
@@ -104,8 +107,6 @@ def check_metric(
                 "itself)."
             )
         return
-    if stops:  # else its patience begins anew with each resume
-        args.restore_callback_states_from_checkpoint = True
     _check_saves(args)
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
     measured = {f"eval_{branch}_{kind}" for branch in held_out for kind in GREATER_IS_BETTER} | set(_of_tasks(args))
@@ -125,6 +126,18 @@ def check_metric(
             "metric_for_best_model=%r is never looked at: eval_strategy is 'no'. Set eval_strategy: steps and eval_steps",
             metric,
         )
+
+
+def keep_patience(callbacks: Iterable[Any], checkpoint: Path) -> None:
+    """Give early stopping what it had counted at a checkpoint: else its patience would begin anew with each resume. How
+    patient it is stays as the user has it now."""
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    for callback in callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            saved = (state.get("stateful_callbacks") or {}).get(type(callback).__name__)
+            for each in saved if isinstance(saved, list) else [saved]:
+                counted = ((each or {}).get("attributes") or {}).get("early_stopping_patience_counter")
+                callback.early_stopping_patience_counter = counted or 0
 
 
 def _check_saves(args: Any) -> None:

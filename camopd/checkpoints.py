@@ -24,6 +24,7 @@ from . import atomic, manifest, record
 from .config import CaMOPDConfig
 from .errors import CaMOPDError, OtherRankError, ResumeError, RolloutError, TeacherError, on_all_ranks
 from .hub import check_trusted, explain_hub_error, hub_errors, is_hub_id
+from .learning_rate import of_deepspeed
 from .machines import Machine, raise_of_any
 from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
 from .optimizer import local
@@ -137,11 +138,12 @@ class RunCheckpoints:
     def _compare_processes(self, checkpoint: Path) -> None:
         then = manifest.read(checkpoint).get("processes")
         plugin = getattr(self.args, "deepspeed_plugin", None)
-        if then != self.args.world_size and plugin is not None and plugin.zero_stage:
+        universal = (of_deepspeed(self.args, "checkpoint") or {}).get("load_universal")
+        if then not in (None, self.args.world_size) and plugin is not None and plugin.zero_stage and not universal:
             raise ResumeError(
                 f"{str(checkpoint)!r} was written by {then} processes and the run has {self.args.world_size}: ZeRO's parts "
                 f"of the optimizer go to as many as they came from. Launch {then} processes, or start a new run from its "
-                "weights by model_name_or_path."
+                "weights by model_name_or_path (where they are in parts, zero_to_fp32.py in it makes them whole)."
             )
         if then != self.args.world_size:
             logger.warning(
@@ -247,9 +249,7 @@ class RunCheckpoints:
                     shutil.copyfile(final / CARD, folder / CARD)
             with _whole(getattr(trainer.accelerator.state, "fsdp_plugin", None)):
                 write(str(folder))
-            if self.args.should_save and not folder.is_dir():
-                raise OSError("its launcher has written nothing")
-            if self.args.should_save:
+            if self.args.should_save and folder.is_dir():
                 manifest.move_in(folder, final)
         except FAILURES as error:
             raise self._failed("the finished model", error, folder) from error

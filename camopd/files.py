@@ -6,9 +6,10 @@ from __future__ import annotations
 import csv
 import glob
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -85,24 +86,34 @@ def _load_folder(spec: dict[str, Any], branch: str, to_prompt: ToPrompt | None) 
     """The prompts of a folder of files, each read as a file that is named."""
     path = spec["path"]
     try:
-        known = _files_of(path)
-        wanted = {part.strip().partition("[")[0] for part in spec["split"].split("+")}
-        each = {name: [_load({**spec, "path": file, "split": "train", "limit": None}, branch, to_prompt) for file in found]
-                for name, found in known.items() if name in wanted}  # fmt: skip
-        dataset = _of_split({name: _together(parts) for name, parts in each.items()}, spec, known)
+        files = _files_of(path)
+        read = {name: [_read({**spec, "path": file, "split": "train"}, branch) for file in found]
+                for name, found in files.items()}  # fmt: skip
+        bounds = _bounds({name: sum(map(len, found)) for name, found in read.items()}, spec)
     except DataError as error:
         raise ValueError(f"{_named(spec, branch)}, cannot be loaded: {error}") from error
-    if spec.get("limit") is not None:
-        dataset = dataset.select(range(min(spec["limit"], len(dataset))))
+    left, parts = math.inf if spec.get("limit") is None else spec["limit"], []
+    for name, first, last in bounds:  # of a split, and so of some of its files
+        for file, rows in zip(files[name], read[name], strict=True):
+            begin = max(0, first)
+            within = range(len(rows))[begin : max(0, int(min(last, begin + left)))]
+            if within:
+                parts.append(_converted(rows.select(within), {**spec, "path": file, "limit": None}, branch, to_prompt))
+                left -= len(within)
+            first, last = first - len(rows), last - len(rows)
+    dataset = _together(parts or [_converted(rows.select([]), {**spec, "limit": None}, branch, to_prompt)])
     dataset.info.homepage = path
     return dataset
 
 
 def _load(spec: dict[str, Any], branch: str, to_prompt: ToPrompt | None) -> Dataset:
+    return _converted(_read(spec, branch), spec, branch, to_prompt)
+
+
+def _converted(dataset: Dataset, spec: dict[str, Any], branch: str, to_prompt: ToPrompt | None) -> Dataset:
     from .messages import COLUMNS
 
     path = spec["path"]
-    dataset = _read(spec, branch)
     column = _column_of_prompts(dataset, spec, branch, to_prompt is not None)
     if spec.get("limit") is not None:
         dataset = dataset.select(range(min(spec["limit"], len(dataset))))
@@ -147,7 +158,7 @@ def specification(source: Any, branch: str) -> dict[str, Any]:
                 "themselves."
             )
         if (
-            spec.get("name") is not None
+            spec.get("name") not in (None, "default")
             and os.path.exists(path)
             and not os.path.isfile(os.path.join(path, "README.md"))
         ):
@@ -169,11 +180,12 @@ def _read(spec: Mapping[str, Any], branch: str) -> Dataset:
     from pyarrow import ArrowException
 
     from .hub import explain_hub_error, hub_errors
+    from .messages import COLUMNS
 
     path, is_file = spec["path"], file_type(spec["path"]) is not None
     try:
         if is_file:
-            return read_file(path, spec["split"])
+            return read_file(path, spec["split"], {"messages", spec.get("column"), *COLUMNS, "category"})
         return _read_saved(spec) or load_dataset(path, spec.get("name"), split=spec["split"])
     except (*hub_errors(), ValueError, RuntimeError, DatasetsError, ArrowException) as error:
         known = str(error) if isinstance(error, DataError) else why_unreadable(error)
@@ -275,7 +287,7 @@ def _images_in(dataset: Dataset) -> list[str]:
 
 def _read_saved(spec: Mapping[str, Any]) -> Dataset | None:
     """The rows of a folder of `save_to_disk`; `None` for what is none."""
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset, concatenate_datasets, load_from_disk
 
     path = spec["path"]
     if os.path.isfile(path):
@@ -288,25 +300,31 @@ def _read_saved(spec: Mapping[str, Any]) -> Dataset | None:
             )
         return None
     saved = load_from_disk(path)
-    splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    return _of_split(splits, spec, splits)
+    # A single one is "train", as where no split is said, and what it was when it was saved.
+    splits = {"train": saved, str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved
+    if isinstance(saved, Dataset) and spec["split"] == "all":
+        return saved
+    bounds = _bounds({name: len(rows) for name, rows in splits.items()}, spec)
+    return concatenate_datasets([splits[name].select(range(first, last)) for name, first, last in bounds])
 
 
-def _of_split(splits: Mapping[str, Dataset], spec: Mapping[str, Any], known: Iterable[str]) -> Dataset:
-    """The rows of a split, of a part of one or of several: "train[:40]", "train+test". Raises `DataError`."""
-    from datasets import ReadInstruction, concatenate_datasets
+def _bounds(lengths: Mapping[str, int], spec: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Splits with the first row and the one behind the last, of what `split` asks for: one, a part of one, or several, as
+    in "train[:40]", "train+test" and "all". Raises `DataError` for one that is not there."""
+    from datasets import ReadInstruction
 
+    split = spec["split"]
+    if split in lengths or split == "all":
+        return [(name, 0, length) for name, length in lengths.items() if split in (name, "all")]
     try:
-        parts = ReadInstruction.from_spec(spec["split"]).to_absolute(
-            {name: len(rows) for name, rows in splits.items()}
-        )
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(
-            f"it has the splits {sorted(map(str, known))}. Name one, or a part of one: {{path: {spec['path']}, "
+            f"it has the splits {sorted(map(str, lengths))}. Name one, or a part of one: {{path: {spec['path']}, "
             "split: 'train[:9]'}."
         ) from error
-    bounds = ((splits[part.splitname], part.from_ or 0, part.to) for part in parts)
-    return concatenate_datasets([rows.select(range(len(rows))[first:last]) for rows, first, last in bounds])
+    slices = ((part.splitname, range(lengths[part.splitname])[part.from_ : part.to]) for part in parts)
+    return [(name, rows.start, rows.stop) for name, rows in slices]
 
 
 def _is_folder_of_files(path: str) -> bool:
@@ -334,7 +352,12 @@ def _files_of(path: str) -> dict[str, list[str]]:
     every = {file for file in resolve_pattern("**", base) if file_type(file)} if os.listdir(path) else set()
     if not every:
         raise DataError(f"the folder has no file of the types {', '.join(FILE_TYPES)}.")
-    left = sorted(os.path.relpath(file, path) for file in every - sorted_in)
+    lone = any(
+        ".json" in Path(file).suffixes for file in sorted_in
+    )  # else a .json says something of the files beside it
+    left = sorted(
+        os.path.relpath(file, path) for file in every - sorted_in if lone or ".json" not in Path(file).suffixes
+    )
     if left:
         splits = ", ".join(f"{split}: {os.path.relpath(found[0], path)}" for split, found in files.items() if found)
         raise DataError(
@@ -345,8 +368,9 @@ def _files_of(path: str) -> dict[str, list[str]]:
     return {split: found for split, found in files.items() if found}
 
 
-def read_file(path: str, split: str = "train") -> Dataset:
-    """The rows of a JSONL, JSON, Parquet or CSV file; the cells of a CSV file are texts.
+def read_file(path: str, split: str = "train", texts: Container[str | None] | None = None) -> Dataset:
+    """The rows of a JSONL, JSON, Parquet or CSV file. The cells of a CSV file are texts, and texts of a JSON file that look
+    like dates stay texts where `texts` has their column, or is `None`.
 
     Raises `DataError` for a file without rows or of another encoding, rows of a CSV file that do not fit its header, and
     a cache that cannot be written; and what `datasets` raises for a file that is broken otherwise.
@@ -363,7 +387,8 @@ def read_file(path: str, split: str = "train") -> Dataset:
             check_encoding(path)
         columns = {} if kind != "csv" else _columns_of_csv(path)
         found = load_dataset(kind, data_files=only(path), split=split, **columns)
-        dated = [name for name, feature in found.features.items() if kind == "json" and _has_dates(feature)]
+        dated = [name for name, feature in found.features.items()
+                 if kind == "json" and (texts is None or name in texts) and _has_dates(feature)]  # fmt: skip
         if dated:  # JSON has texts, which Arrow has taken for dates
             columns = {"features": Features({**found.features, **dict.fromkeys(dated, Json())})}
             found = load_dataset(kind, data_files=only(path), split=split, **columns)

@@ -202,8 +202,8 @@ def _head_of(causal_lm: Any) -> Any:
     if getattr(config, "output_router_logits", False):  # its loss comes behind the head, and `generate` fails with it
         config.output_router_logits = False
         logger.warning(
-            "%s has output_router_logits=True, which is switched off: the balance loss of its experts is no part of "
-            "the distillation.", type(causal_lm).__name__,
+            "%s has output_router_logits=True, which is switched off, in what is saved of it, too: the balance loss of its "
+            "experts is no part of the distillation.", type(causal_lm).__name__,
         )  # fmt: skip
     return head
 

@@ -26,6 +26,9 @@ SAVING = "_saving"  # in output_dir; transformers sends nothing to the Hub that 
 MANIFEST = "manifest.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder's name, and its step
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")  # of a whole model
+_OF_MODEL = re.compile(
+    r"(adapter_)?config\.json|(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
 READERS = 4  # files hashed at once by a process; hashing releases the GIL
 
 
@@ -155,8 +158,7 @@ def move_in(folder: Path, final: Path) -> None:
 
 def models_in(folder: Path) -> list[Path]:
     """The files of a model, or an adapter, that lie in a folder itself: weights, and configs by which they are known."""
-    names = ("config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-    return [path for path in folder.glob("*") if path.name in names or WEIGHTS.fullmatch(path.name)]
+    return [path for path in folder.glob("*") if _OF_MODEL.fullmatch(path.name)]
 
 
 def leave(folder: Path) -> None:

@@ -408,7 +408,7 @@ def _tools(tools: Any) -> list[dict[str, Any]]:
             tools = str(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"has 'tools' that are not a list of JSON schemas: {str(tools)[:80]!r}. {_TOOLS}")
-    return [_without_none(tool) for tool in tools]
+    return [_without_none(tool, of_template=True) for tool in tools]
 
 
 _TOOLS = "Give the schemas that the chat template is to show, or leave the column out."
@@ -430,18 +430,19 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"has {', '.join(map(repr, ours))} in 'chat_template_kwargs', which the trainer sets itself. Leave it out."
         )
-    return dict(_without_none(kwargs))
+    return dict(_without_none(kwargs, of_template=True))
 
 
-def _without_none(value: Any) -> Any:
-    """Without what Arrow has filled in. Raises `ValueError` for a date, which no template is given as it is."""
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta):
+def _without_none(value: Any, of_template: bool = False) -> Any:
+    """Without what Arrow has filled in. Raises `ValueError` for a date that is an argument of the template."""
+    if of_template and isinstance(value, datetime.date | datetime.time | datetime.timedelta):
         raise ValueError(
-            f"has {value!r} in its prompt, of which transformers writes the type alone. Write it as a text."
+            f"has {value!r} for its template, to which transformers gives the type alone. Write a text; those of a JSON "
+            "file stay texts where the file itself is named."
         )
     if isinstance(value, dict):
-        return {name: _without_none(item) for name, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        return {name: _without_none(item, of_template) for name, item in value.items() if item is not None}
+    return [_without_none(item, of_template) for item in value] if isinstance(value, list) else value
 
 
 def _is_in(content: str, text: str) -> bool:

@@ -23,6 +23,7 @@ from transformers import SchedulerType
 from transformers.utils import get_json_schema
 from trl.trainer.utils import get_config_model_id
 
+from .best import GREATER_IS_BETTER
 from .config import CaMOPDConfig
 from .errors import ResumeError
 from .hub import public_name
@@ -115,7 +116,8 @@ def record_of(trainer: Any, run: Any, student: Any, optimizers: tuple[Any, Any])
     if args.lr_scheduler_type in FOLLOWS_METRIC:
         left_out -= set(_FOLLOWED)
     if args.metric_for_best_model is not None:  # a checkpoint has the best value so far
-        left_out -= {"metric_for_best_model", "eval_tasks_items"}
+        left_out -= {"metric_for_best_model"}
+        left_out -= {"eval_tasks_items"} if "/" in args.metric_for_best_model else set()
     if args.lr_scheduler_type in _ANY_LENGTH and of_deepspeed(args, "scheduler") is None:
         left_out.add("max_steps")
     weights = None
@@ -131,8 +133,7 @@ def record_of(trainer: Any, run: Any, student: Any, optimizers: tuple[Any, Any])
         "teacher_weights": {branch: weights.get(branch) for branch in teachers},
         "prompts": {branch: fingerprint(dataset) for branch, dataset in run.prompts.items()},
         "all_prompts": {branch: of_all_rows(dataset) for branch, dataset in run.prompts.items()},
-        "eval_prompts": None if args.metric_for_best_model is None or run.held_out is None
-        else {branch: of_all_rows(dataset) for branch, dataset in run.held_out.items()},
+        **_of_metric(args.metric_for_best_model or "", run.held_out or {}),
         "tokens": tokens_of(trainer),
         "rollouts_from_servers": bool(args.rollout_servers),  # wherever they are: w_t counts then
         "student": {
@@ -149,6 +150,16 @@ def record_of(trainer: Any, run: Any, student: Any, optimizers: tuple[Any, Any])
         "schedule": str(run.schedule),  # in place of the field, which is as the user has spelt it
     }  # fmt: skip
     return as_json(record)
+
+
+def _of_metric(metric: str, held_out: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompts on which `metric_for_best_model` is measured."""
+    found = {
+        branch: of_all_rows(prompts)
+        for branch, prompts in held_out.items()
+        if metric.removeprefix("eval_") in {f"{branch}_{name}" for name in GREATER_IS_BETTER}
+    }
+    return {"eval_prompts": found} if found else {}
 
 
 def as_json(value: Any) -> Any:

@@ -89,7 +89,9 @@ def _other_model(where: Any, run: Path) -> str:
     """What an eval.json in a run's folder has evaluated in place of its model, or nothing; a merged copy lies anywhere."""
     model = Path(str(where)).expanduser().resolve()
     step, in_hand = re.fullmatch(r"checkpoint-(\d+)", model.name), of_run(run)[1]
-    if model.parent == run.resolve() and step is not None and in_hand not in (None, int(step[1])):
+    # Of a run that was killed a checkpoint is the model.
+    finished = any((run / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if model.parent == run.resolve() and step is not None and finished and in_hand not in (None, int(step[1])):
         return f"it is of {model.name}, and the run's model is that of step {in_hand}"
     ids = [run_id_of(folder) for folder in (model, run)]
     return f"it is of the run in {model.name}" if None not in ids and ids[0] != ids[1] else ""

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 from accelerate.utils import gather_object
 
 from . import atomic, manifest, record, rejected
+from .best import keep_patience
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
-from .measured import HELD_OUT, STATE
+from .measured import HELD_OUT, STATE, lines_of
 from .output_dir import EVAL_TASKS, METRICS, RUN_FILE, checkpoints_in, need_unused, run_id_of
+from .teachers.address import base_of
 
 
 T = TypeVar("T")
@@ -52,21 +54,35 @@ class RunFolder:
         with self.locked():
             checkpoint = trainer.checkpoints.find(given, trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
             trainer.checkpoints.record[record.RUN_ID] = self.begin(
-                checkpoint, given, trainer.args.overwrite_output_dir, trainer.run.student_name
+                checkpoint, given, trainer.args.overwrite_output_dir, *_used_by(trainer.run)
             )
-            with _evaluated_before(trainer.args, checkpoint):
+            if checkpoint is not None:
+                keep_patience(trainer.callback_handler.callbacks, Path(checkpoint))
+            with self._evaluated_before(trainer.args, checkpoint):
                 yield checkpoint
 
-    def begin(
-        self, checkpoint: str | Path | None, given: str | bool | None, overwrite: bool, student: str = ""
-    ) -> str:
+    @contextmanager
+    def _evaluated_before(self, args: Any, checkpoint: str | None) -> Iterator[None]:
+        """Inside, `eval_on_start` is off for a run that goes on and was evaluated before: its start was another one."""
+        kept = args.eval_on_start
+        if kept and checkpoint is not None:
+            step = manifest.step_of(Path(checkpoint))
+            args.eval_on_start = not self._together(
+                lambda: any(line["step"] <= step for line in lines_of(self.path / HELD_OUT))
+            )
+        try:
+            yield
+        finally:
+            args.eval_on_start = kept
+
+    def begin(self, checkpoint: str | Path | None, given: str | bool | None, overwrite: bool, *used: str) -> str:
         """Make the folder that of a run, and return its id: that of the run it goes on with, or a new one.
 
         Args:
             checkpoint: that it goes on from, here or elsewhere.
             given: what the user asked for as `resume_from_checkpoint`.
             overwrite: `overwrite_output_dir`, which removes what another run has left.
-            student: a path that must not be removed so.
+            used: paths of models that must not be removed so.
 
         Raises `CaMOPDError` where another run has left files, and `ResumeError` where those of the run to continue
         are to be overwritten, before anything is changed.
@@ -78,10 +94,12 @@ class RunFolder:
                 "overwrite_output_dir=True removes it. Leave one of them out."
             )
         source = Path(checkpoint) if checkpoint is not None else None
-        self._begun = self._together(lambda: self._begin(source, from_here, given == "auto", overwrite, student))
+        self._begun = self._together(lambda: self._begin(source, from_here, given == "auto", overwrite, used))
         return self._begun
 
-    def _begin(self, checkpoint: Path | None, from_here: bool, auto: bool, overwrite: bool, student: str) -> str:
+    def _begin(
+        self, checkpoint: Path | None, from_here: bool, auto: bool, overwrite: bool, used: Sequence[str]
+    ) -> str:
         known = run_id_of(self.path)
         if checkpoint is None:
             run_id = uuid.uuid4().hex
@@ -96,13 +114,16 @@ class RunFolder:
             need_unused(self.path, overwrite)
         # First the new id: what is not removed in time is no longer this run's.
         leftover = [*checkpoints_in(self.path), self.path / rejected.FOLDER] if overwrite else []
-        # A model that is there and one of another kind, with an adapter or without, would be loaded as one.
-        leftover += manifest.models_in(self.path) if overwrite else []
-        places = [path.parent if path.is_file() else path for path in leftover]
-        if student and any(Path(student).resolve().is_relative_to(path.resolve()) for path in places):
-            raise CaMOPDError(
-                f"overwrite_output_dir=True would remove the student itself, {student!r}. Give another output_dir."
-            )
+        # A run's model that is there and one of another kind, with an adapter or without, would be loaded as one.
+        models = manifest.models_in(self.path) if overwrite and (known or (self.path / METRICS).exists()) else []
+        for model in map(Path, used):
+            inside = any(model.resolve().is_relative_to(path.resolve()) for path in leftover)
+            if inside or (models and model.resolve() == self.path.resolve()):
+                raise CaMOPDError(
+                    f"overwrite_output_dir=True would remove {str(model)!r}, which the run itself needs. Give another "
+                    "output_dir."
+                )
+        leftover += models
         atomic.write(self.path / RUN_FILE, json.dumps({record.RUN_ID: run_id}) + "\n")
         for path in leftover:
             if path.is_symlink() or not path.is_dir():
@@ -127,15 +148,10 @@ class RunFolder:
         return gather_object([result])[0]
 
 
-@contextmanager
-def _evaluated_before(args: Any, checkpoint: str | None) -> Iterator[None]:
-    """Inside, `eval_on_start` is off where the start was another one: of a run that goes on."""
-    kept = args.eval_on_start
-    args.eval_on_start = kept and (checkpoint is None or manifest.step_of(Path(checkpoint)) == 0)
-    try:
-        yield
-    finally:
-        args.eval_on_start = kept
+def _used_by(run: Any) -> list[str]:
+    """The student, the model under its adapter, and the teachers, where they are named."""
+    named = [run.student_name, *(teacher for teacher in run.teachers.values() if isinstance(teacher, str))]
+    return [path for name in named if name for path in dict.fromkeys((os.path.expanduser(name), base_of(name)))]
 
 
 def is_own(checkpoint: Path) -> bool:

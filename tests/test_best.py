@@ -88,7 +88,8 @@ def test_metric_must_be_measured(tmp_path, caplog):
             check_metric(args, branches, held_out, [])
     without = make_args(tmp_path)
     check_metric(without, branches, [], [])
-    for callback in (EarlyStoppingCallback, EarlyStoppingCallback()):
+    own = type("Own", (EarlyStoppingCallback,), {})
+    for callback in (EarlyStoppingCallback, EarlyStoppingCallback(), own, own()):
         with pytest.raises(ValueError, match=r"EarlyStoppingCallback watches .*eval_general_kl"):
             check_metric(without, branches, branches, [callback])
     args.eval_strategy = "no"
@@ -157,10 +158,10 @@ def test_early_stopping_is_as_patient_in_a_run_that_was_resumed(tmp_path, tokeni
     of_evaluation = metrics.of_evaluation
     monkeypatch.setattr(metrics, "of_evaluation", lambda rows: {**of_evaluation(rows), "kl": 1.5})
 
-    def run(resume=None, **more):
+    def run(resume=None, patience=3, **more):
         trainer = make_trainer(
             tmp_path, tokenizer, metric_for_best_model="eval_general_kl", eval_on_start=True, diagnostics_steps=0,
-            callbacks=[EarlyStoppingCallback(early_stopping_patience=3)],
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=patience)],
             eval_dataset={"general": make_prompts("general", 2)},
             **{**EVALUATES, "max_steps": 6, **more},
         )  # fmt: skip
@@ -173,3 +174,4 @@ def test_early_stopping_is_as_patient_in_a_run_that_was_resumed(tmp_path, tokeni
         resumed.state.global_step == 4 and resumed.args.eval_on_start
     )  # the first one is the best, then three are not
     assert [line["step"] for line in lines_of(tmp_path / "held_out.jsonl")] == [0, 1, 2, 3, 4]
+    assert run("auto", patience=9).state.global_step == 6  # how patient it is stays as the user has it

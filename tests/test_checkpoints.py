@@ -302,7 +302,9 @@ def test_zero_does_not_go_on_with_another_number_of_processes(tmp_path, tokenize
     path = tmp_path / "checkpoint-1" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
     for stage in (None, 0, 2, 3):
-        trainer.args.deepspeed_plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        trainer.args.deepspeed_plugin = (
+            None if stage is None else SimpleNamespace(zero_stage=stage, deepspeed_config={})
+        )
         if not stage:
             assert trainer.checkpoints.find(True, False) == str(path.parent)
             continue

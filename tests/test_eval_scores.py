@@ -53,6 +53,8 @@ def row(text, gold="C", scores=None, item=0, repeat=0, stop="stop", prompt=PROMP
         ("Final answer: B. The answer is C-reactive protein.", "B"),
         ("The answer is C-reactive protein.", None),
         ("The answer is A because of that.", "A"),
+        ("Answer: B-Paris", "B"),
+        ("Final answer: A because x. Wait, the answer is C, since y", "C"),  # it has changed its mind
         ("Final answer: C. A is wrong.", "C"),
         ("Final answer: X, where X is one of A,B,C,D", None),
         ("I think it is C", None),

@@ -98,6 +98,8 @@ def test_part_of_a_split_is_of_the_whole_folder_or_saved_dataset(tmp_path):
         first, rest = drawn(path, split="train[:4]"), drawn(path, split="train[4:]")
         assert (first, rest) == (["a0", "a1", "a2", "b0"], ["b1", "b2"]), folder
         assert drawn(path, split="train[-1:]+train[:1]") == ["b2", "a0"]
+        assert drawn(path, split="train[2:]", limit=3) == ["a2", "b0", "b1"] and drawn(path, limit=4)[-1] == "b0"
+        assert drawn(path, split="all") == drawn(path) == drawn(path, name="default")
         with pytest.raises(ValueError, match=r"it has the splits \['train'\]. Name one, or a part of one"):
             drawn(path, split="test")
         with pytest.raises(ValueError, match=r"no configuration with the name 'x'. Leave `name` out"):
@@ -128,6 +130,15 @@ def test_texts_of_a_file_that_look_like_dates_stay_texts(tmp_path):
     assert drawn(save(tmp_path / "q.jsonl", '{"prompt": "2024-07-26"}\n')) == ["2024-07-26"]
 
 
+def test_file_of_numbers_beside_the_prompts_is_none_of_them(tmp_path):
+    save(tmp_path / "train.jsonl", '{"prompt": "a", "meta": {"made": "2024-07-26"}}\n')
+    save(tmp_path / "stats.json", '{"rows": 1}')
+    assert drawn(str(tmp_path)) == ["a"]
+    save(tmp_path / "more.jsonl.gz", gzip.compress(b'{"prompt": "b"}\n'))
+    with pytest.raises(ValueError, match=r"1 of its files belong to no split, 'more.jsonl.gz'"):
+        drawn(str(tmp_path))
+
+
 def test_images_of_a_file_are_refused_and_empty_columns_are_not(tmp_path):
     rows = [{"prompt": "x", "images": ["a.png"]}, {"prompt": "x", "images": []}]
     for row in rows:
@@ -144,6 +155,12 @@ def test_saved_datasets_are_read(tmp_path):
     whole.save_to_disk(tmp_path / "one[1]")
     assert drawn(str(tmp_path / "one[1]")) == ["a", "b"]
     assert drawn(str(tmp_path / "one[1]"), limit=1) == ["a"]
+    named = Dataset.from_dict({"prompt": ["a", "b"]}, split="train_sft")
+    named.save_to_disk(tmp_path / "named")
+    for split in ("train", "train_sft", "train[:2]", "all"):
+        assert drawn(str(tmp_path / "named"), split=split) == ["a", "b"], split
+    datasets.DatasetDict({"train-a": whole}).save_to_disk(tmp_path / "dash")
+    assert drawn(str(tmp_path / "dash"), split="train-a") == ["a", "b"]
     datasets.DatasetDict(train=whole, test=whole.select([1])).save_to_disk(tmp_path / "splits")
     assert drawn(str(tmp_path / "splits"), split="test") == ["b"]
     with pytest.raises(ValueError, match=r"it has the splits \['test', 'train'\]. Name one, .*\{path: .*, split"):

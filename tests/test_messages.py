@@ -303,11 +303,11 @@ def test_template_argument_of_the_run_that_no_template_reads_is_warned_about(tok
     [
         {"prompt": [USER], "chat_template_kwargs": {"day": datetime.date(2026, 1, 1)}},
         {"prompt": [USER], "tools": [{"name": "f", "since": [datetime.datetime(2026, 1, 1)]}]},
-        {"prompt": [{"role": "user", "content": datetime.datetime(2026, 1, 1)}]},
     ],
 )
 def test_date_that_transformers_would_write_as_its_type_is_refused(row):
-    with pytest.raises(ValueError, match=r"has datetime.*2026.* writes the type alone. Write it as a text"):
+    assert read_row({"prompt": [{**USER, "sent": datetime.date(2026, 1, 1)}]})  # which no template reads
+    with pytest.raises(ValueError, match=r"has datetime.*2026.* gives the type alone. Write a text"):
         read_row(row)
 
 

@@ -410,3 +410,9 @@ def test_record_of_other_held_out_prompts_is_a_difference_where_the_best_checkpo
         record_with(eval_dataset=each, eval_strategy="steps", metric_for_best_model="eval_general_kl") for each in held
     ]
     assert names(differences(*best)) == ["eval_prompts"]
+    assert differences(plain[0], best[0]) == differences(best[0], plain[0]) == []  # the metric is new, or gone
+    both = record_with(
+        eval_dataset={**held[0], "domain": make_prompts("domain", 2)}, eval_strategy="steps",
+        metric_for_best_model="eval_general_kl",
+    )  # fmt: skip
+    assert differences(best[0], both) == []

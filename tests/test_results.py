@@ -125,6 +125,7 @@ def test_benchmarks_of_another_model_than_the_runs_are_not_shown(tmp_path):
     run, other, merged = (tmp_path / name for name in ("run", "other", "merged"))
     for folder in (run, other):
         make_run(folder, 40, **GAP)
+        (folder / "config.json").write_text("{}")
         (folder / RUN_FILE).write_text(json.dumps({RUN_ID: folder.name}))
     shown = {run: "", run / "checkpoint-40": "", merged: "", run / "checkpoint-10": "checkpoint-10, and the run's model is",
              other: "it is of the run in other"}  # fmt: skip
@@ -133,6 +134,17 @@ def test_benchmarks_of_another_model_than_the_runs_are_not_shown(tmp_path):
     found = benchmarks_of(run)
     assert [bool(each.rows) for each in found] == [True, True, True, False, False]
     assert all(problem in each.problem for each, problem in zip(found, shown.values(), strict=True))
+
+
+def test_benchmarks_of_a_killed_run_are_those_of_its_newest_checkpoint(tmp_path):
+    """Which is all that it has left, some steps behind its last one."""
+    make_run(tmp_path / "run", 45, **GAP)
+    evaluated(tmp_path / "run" / "eval", about={"models": {"result": str(tmp_path / "run" / "checkpoint-40")}})
+    (found,) = benchmarks_of(tmp_path / "run")
+    assert found.rows and not found.problem
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (found,) = benchmarks_of(tmp_path / "run")
+    assert "it is of checkpoint-40, and the run's model is that of step 45" in found.problem
 
 
 def test_nothing_evaluated_is_nothing(tmp_path):

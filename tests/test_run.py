@@ -655,5 +655,7 @@ def test_teacher_that_would_be_another_model_than_it_seems_is_refused(tmp_path):
     assert named_teachers({**settings, "model_revision": "main"}) == settings["teachers"]
     kwargs = {"teacher_model_init_kwargs": {"revision": "v2"}}
     assert named_teachers({**settings, "model_revision": "v2", **kwargs}) == settings["teachers"]
-    with pytest.raises(ValueError, match=r"'domain' has the student's name, 'org/med'.*--revision v2 .*DIR for both"):
+    with pytest.raises(
+        ValueError, match=r"'domain' has the student's name, 'org/med'.*revision: main.*--revision v2 .*DIR for both"
+    ):
         named_teachers({**settings, "model_revision": "v2"})

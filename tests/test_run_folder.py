@@ -32,8 +32,8 @@ def use(folder, run_id="one"):
     return folder
 
 
-def begin(folder, checkpoint=None, given=None, overwrite=False, student=""):
-    return RunFolder(folder).begin(checkpoint, given, overwrite, student)
+def begin(folder, checkpoint=None, given=None, overwrite=False, used=()):
+    return RunFolder(folder).begin(checkpoint, given, overwrite, *used)
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules
@@ -64,16 +64,38 @@ def test_used_folder_may_be_overwritten(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics-1.jsonl"]
 
 
+def test_model_that_is_of_no_run_is_not_removed(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    begin(tmp_path, overwrite=True)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_models_that_a_run_names_are_not_overwritten(tmp_path, tokenizer):
+    make_model(1).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    out = tmp_path / "out"
+    make_model(2).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "metrics.jsonl").write_text("")
+    trainer = make_trainer(
+        out, tokenizer, model=str(tmp_path / "start"), teachers={"general": str(out), "domain": make_model(1)},
+        overwrite_output_dir=True,
+    )  # fmt: skip
+    with pytest.raises(CaMOPDError, match=r"would remove '.*out', which the run itself needs"):
+        trainer.train()
+    assert (out / "config.json").exists()
+
+
 def test_model_of_an_earlier_run_is_not_mixed_with_that_of_a_new_one(tmp_path):
     """An adapter that stays beside a new model would be loaded with it."""
     use(tmp_path)
     files = ["adapter_config.json", "adapter_model.safetensors", "config.json", "model-00001-of-00002.safetensors"]
     for name in [*files, "notes.txt"]:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(CaMOPDError, match=r"would remove the student itself, .*Give another output_dir"):
-        begin(tmp_path, overwrite=True, student=str(tmp_path))
+    with pytest.raises(CaMOPDError, match=r"would remove '.*', which the run itself needs. Give another output_dir"):
+        begin(tmp_path, overwrite=True, used=[str(tmp_path)])
     assert set(files) < set(os.listdir(tmp_path))
-    begin(tmp_path, overwrite=True)
+    begin(tmp_path, overwrite=True, used=[str(tmp_path / "start")])
     assert sorted(os.listdir(tmp_path)) == [RUN_FILE, "metrics-1.jsonl", "notes.txt"]
 
 
@@ -98,10 +120,8 @@ def test_run_that_goes_on_keeps_what_it_has_measured(tmp_path):
 
 def test_student_in_the_folder_is_not_overwritten(tmp_path):
     use(tmp_path)
-    with pytest.raises(
-        CaMOPDError, match=r"would remove the student itself, '.*checkpoint-2'. Give another output_dir"
-    ):
-        begin(tmp_path, overwrite=True, student=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(CaMOPDError, match=r"would remove '.*checkpoint-2', which the run itself needs. Give another"):
+        begin(tmp_path, overwrite=True, used=["elsewhere", str(tmp_path / "checkpoint-2")])
     assert (tmp_path / "checkpoint-2").is_dir() and run_id_of(tmp_path) == "one"
 
 

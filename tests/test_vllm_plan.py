@@ -226,7 +226,8 @@ def test_misspelt_student_is_named_with_its_like(given, tmp_path, monkeypatch):
 def test_revision_that_no_server_would_load_is_refused():
     with pytest.raises(ValueError, match=r"revision 'v2'.*hf download MODEL --revision v2.*name DIR as the teacher"):
         models_of({"general": "org/one"}, {"revision": "v2"}, [])
-    assert models_of({"general": "org/one"}, {"dtype": "float32"}, []) == {"org/one": ["general"]}
+    for kwargs in ({"dtype": "float32"}, {"revision": "main"}):
+        assert models_of({"general": "org/one"}, kwargs, []) == {"org/one": ["general"]}
     student = {"model_name_or_path": "org/one", "rollout_servers": ["http://a:1"], "model_revision": "v2"}
     with pytest.raises(
         ValueError, match=r"model_revision='v2' reaches no rollout server.*download org/one --revision v2"

@@ -167,9 +167,11 @@ def test_server_with_another_model_than_the_config_names_is_refused(server):
 
 def test_model_that_is_named_is_found_among_several_of_a_server(server, caplog, local_scores):
     """As an adapter beside its base, or behind a gateway."""
-    server.others = [{"id": "base", "root": "/models/base", "max_model_len": 9}]
+    server.others = [{"id": "base", "root": "/models/base", "max_model_len": 99}]
+    server.max_model_len = None  # as vLLM says nothing of an adapter's
     teacher = ServerTeacher([server.url], "general", model="tiny-teacher")
     assert_same_scores(teacher.score(TOKEN_IDS, PROMPT_LENS), local_scores())
+    assert teacher.max_model_len == 99
     teacher.close()
     assert not caplog.records
     with pytest.raises(TeacherError, match=r"serves 'base', 'tiny-teacher', and the config wants 'other'"):

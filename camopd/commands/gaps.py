@@ -78,12 +78,13 @@ def gaps(argv: list[str]) -> None:
         print(line)
     for verdict in verdicts:
         print(verdict.text)
-    for line in cut_otherwise(found, before):
+    otherwise = cut_otherwise(found, before)
+    for line in otherwise.values():
         print(line)
-    if not verdicts:
+    if not verdicts and not otherwise:
         print(f"No change is shown: {str(run / HELD_OUT)!r} has no evaluation of these prompts before the first step.")
     if options.json:
-        said = {verdict.branch: verdict.text for verdict in verdicts}
+        said = {verdict.branch: verdict.text for verdict in verdicts} | otherwise
         result = {"model": options.model, "unit": "nats per token", "branches": records, "verdicts": said}
         atomic.write(Path(options.json), json.dumps(result, indent=2) + "\n")
 
@@ -197,13 +198,13 @@ def since_start(found: Mapping[str, list[Measured]], run: Mapping[str, list[Meas
     return verdicts_of(both)
 
 
-def cut_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, list[Measured]]) -> list[str]:
+def cut_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, list[Measured]]) -> dict[str, str]:
     """A line for each branch whose answers were cut at another length before the run's first step."""
-    lines = []
+    lines = {}
     for branch, (measured, *_) in found.items():
         start = _start_of(measured, run.get(branch, ()))
         if start is not None and _cut_otherwise(start, measured):
-            lines.append(
+            lines[branch] = (
                 f"{branch}: no change is shown, answers have {measured.max_tokens} tokens at most here, and had "
                 f"{start.max_tokens} before the run's first step. Leave max_completion_length as the run has it."
             )

@@ -23,9 +23,9 @@ _SIGNS = r"[\s*_$`\"'\u201c\u201d\u2018\u2019]*+"
 _OPEN = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\[(]|\\[(\[]|\\(?:boxed|text|math)[a-z]*\s*\{)*+"  # \(\textbf{C}\)
 _CLOSE = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+"
 _SAID = rf"(?:(?i:is)?{_SIGNS}:?|(?:(?i:is){_SIGNS}:?|:){_SIGNS}(?i:option|choice)[ \t])"
-_LETTER = r"(?:[AI](?![ \t]+(?!because\b|since\b)[a-z])|[B-HJ])(?![_'\u2019]*[^\W_]|-\w)"
+_LETTER = r"(?:[AI](?![ \t]+(?!because\b|since\b)[a-z])|[B-HJ])(?![_'\u2019]*[^\W_]|-[a-z])"
 _FINAL = re.compile(rf"(?i:(final[ \t]+)?answer){_SIGNS}{_SAID}{_OPEN}({_LETTER})")
-_ENDS = re.compile(r"(?:[ \t*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+$", re.MULTILINE)  # the line
+_NAME = re.compile(r"\.[ \t]+[a-z]")  # behind a letter, as in "E. coli"
 # "A, B", "A/B", "A or B", "A B": no answer, since each of them would count as right.
 _SECOND = re.compile(
     rf"{_CLOSE}(?:(?<=[ \t])(?:(?i:and|or)[ \t]+)|[,/&+][ \t]*(?:(?i:and|or)[ \t]+)?)"
@@ -63,7 +63,7 @@ def letter_of(text: str, options: int) -> str | None:
     found, asked_for = [], False
     for match in _FINAL.finditer(text):
         # Behind the form that was asked for, "the answer is E. coli" explains it.
-        if match[1] or not asked_for or _ENDS.match(text, match.end()):
+        if match[1] or not asked_for or not _NAME.match(text, match.end()):
             found.append(None if _SECOND.match(text, match.end()) else match[2])
         asked_for |= match[1] is not None
     alone = _ALONE.fullmatch(text.strip())

@@ -241,8 +241,9 @@ def refuse_other_model(branch: str, teacher: str, settings: Mapping[str, Any]) -
     if not isinstance(kwargs, Mapping) or "revision" not in kwargs:
         raise ValueError(
             f"the teacher of branch {branch!r} has the student's name, {teacher!r}, but model_revision={revision!r} is of "
-            f"the student alone: the teacher would be another model. hf download {teacher} --revision {revision} "
-            "--local-dir DIR; then name DIR for both."
+            f"the student alone: the teacher would be the model's main revision. Where that is meant, set "
+            "teacher_model_init_kwargs: {revision: main}. For the student itself: hf download "
+            f"{teacher} --revision {revision} --local-dir DIR; then name DIR for both."
         )
 
 

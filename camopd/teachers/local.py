@@ -15,7 +15,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..divergence import Outputs
 from ..forward import Forward
-from .address import names_missing_model, near_model, refuse_secrets
+from .address import names_missing_model, near_model, refuse_other_model, refuse_secrets
 from .base import TokenScores
 
 
@@ -109,6 +109,7 @@ class LocalTeacher:
 def load_teacher_model(model_id: str, init_kwargs: dict[str, Any], branch: str) -> PreTrainedModel:
     """Load a teacher on the CPU. Raises `ValueError` naming the branch when there is no such model."""
     refuse_secrets(branch, model_id)
+    refuse_other_model(branch, model_id, {})
     # Under ZeRO-3 transformers would shard it over the ranks at load time, outside any DeepSpeed engine.
     zero_config = hf_deepspeed.deepspeed_config() and hf_deepspeed._hf_deepspeed_config_weak_ref()
     hf_deepspeed.unset_hf_deepspeed_config()

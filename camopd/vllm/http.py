@@ -107,7 +107,10 @@ class Client:
                 listed.append(ServedModel(name, str(model.get("root") or name), length))
             wanted = [each for each in listed if expected and any(same_model(expected, name) for name in each[:2])]
             found = (wanted or listed)[0]
-            return found._replace(others=tuple(each.name for each in listed if each is not found))
+            lengths = [each.max_model_len for each in listed if each.max_model_len is not None]
+            if found.max_model_len is None and lengths:  # vLLM says it of the base alone, and not of its adapters
+                found = found._replace(max_model_len=min(lengths))
+            return found._replace(others=tuple(each.name for each in listed if each.path != found.path))
         except (KeyError, IndexError, TypeError, AttributeError):
             raise self.role.error(
                 f"{self.role.name} at {url} does not say which model it serves: "

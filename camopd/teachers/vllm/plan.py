@@ -108,7 +108,7 @@ def models_of(teachers: dict[str, Any], init_kwargs: Any, notes: list[str]) -> d
             f"there is nothing to start: {'; '.join(notes)}. Give a branch of `teachers` a model id or a path."
         )
     revision = init_kwargs.get("revision") if isinstance(init_kwargs, Mapping) else None
-    if revision is not None:
+    if revision not in (None, "main") and not all(map(os.path.isdir, models)):
         raise ValueError(
             f"teacher_model_init_kwargs has the revision {revision!r}, and servers load a model by its name alone. hf "
             f"download MODEL --revision {revision} --local-dir DIR; then name DIR as the teacher."
