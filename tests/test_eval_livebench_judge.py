@@ -108,6 +108,9 @@ def scored(checkout):
 def test_reasoning_that_the_template_opens_may_have_no_end(texts, tokens, wanted):
     rows = [{"text": text, "tokens": count} for text, count in zip(texts, tokens, strict=True)]
     assert judging.after_thinking(rows, 9) == wanted
+    cut = {"text": "is it B?", "tokens": 9}
+    assert judging.after_thinking([cut], 9, lambda: True) == [""]  # where all were cut, the template says it
+    assert judging.after_thinking([cut], 9) == judging.after_thinking([cut], 10, lambda: True) == ["is it B?"]
 
 
 def test_answer_that_ends_the_judging_is_wrong_and_the_others_are_judged(checkout, no_cage, capsys, tmp_path):

@@ -285,7 +285,8 @@ def _items(
         f"{task.name}: {'running the code' if task.answer == 'code' else 'judging'}", len(found), signals
     ) as tick:
         if task.answer == "scripted":
-            return livebench.items(judge_livebench(scripts.checkout_of(folder), folder, found, tick))
+            opens = partial(models.opens_reasoning, model)
+            return livebench.items(judge_livebench(scripts.checkout_of(folder), folder, found, tick, opens))
         if asked is None:
             given = code.judge(folder, found, tick)
         else:

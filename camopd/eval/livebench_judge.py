@@ -39,6 +39,7 @@ def judge(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
     tick: Callable[..., None] = lambda steps=1: None,
+    opens: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """The answers of a finished job with their scores, from an earlier call or by judging their category in the cage.
 
@@ -46,7 +47,7 @@ def judge(
     score. Raises `CaMOPDError` where LiveBench's script fails, or leaves an answer out.
     """
     limit = json.loads((folder / jobs.JOB).read_text(encoding="utf-8"))["generation"]["max_tokens"]
-    spoken = [{**row, "text": text} for row, text in zip(rows, after_thinking(rows, limit), strict=True)]
+    spoken = [{**row, "text": text} for row, text in zip(rows, after_thinking(rows, limit, opens), strict=True)]
     answered = [row for row in spoken if row["text"] is not None and row["text"].strip()]
     wrong: verdicts.Verdict = {"score": 0.0}
     found = {row["question_id"]: wrong for row in spoken if row["text"] is not None}
@@ -70,17 +71,22 @@ def judge(
     ]
 
 
-def after_thinking(rows: Sequence[Mapping[str, Any]], limit: int) -> list[str | None]:
-    """What each answer says after its reasoning, "" where that never ends; `None` for a failure. `limit` is in tokens.
+def after_thinking(
+    rows: Sequence[Mapping[str, Any]], limit: int, opens: Callable[[], bool] = lambda: False
+) -> list[str | None]:
+    """What each answer says after its reasoning, "" where that never ends; `None` for a failure. `limit` is in tokens;
+    `opens` says whether the chat template opens the reasoning, where no answer shows it.
 
     LiveBench takes whole pairs of <think> and </think> out, and would judge the reasoning where one of them is missing.
     """
     texts = [row["text"] for row in rows]
     # Where the chat template opens the reasoning, no answer has its beginning, and one that is cut off not its end.
     opened = any("</think>" in text and "<think>" not in text.partition("</think>")[0] for text in texts if text)
+    cuts = [(row.get("tokens") or 0) >= limit and "</think>" not in (row["text"] or "") for row in rows]
+    opened = opened or (any(cuts) and opens())
     found: list[str | None] = []
-    for row, text in zip(rows, texts, strict=True):
-        cut = opened and (row.get("tokens") or 0) >= limit and "</think>" not in (text or "")
+    for cut, text in zip(cuts, texts, strict=True):
+        cut = opened and cut
         found.append(None if text is None else "" if cut else verdicts.after_thinking(text) or "")
     return found
 
