@@ -352,12 +352,13 @@ def _files_of(path: str) -> dict[str, list[str]]:
     every = {file for file in resolve_pattern("**", base) if file_type(file)} if os.listdir(path) else set()
     if not every:
         raise DataError(f"the folder has no file of the types {', '.join(FILE_TYPES)}.")
+    others = sorted(os.path.relpath(file, path) for file in every - sorted_in)
     lone = any(
         ".json" in Path(file).suffixes for file in sorted_in
-    )  # else a .json says something of the files beside it
-    left = sorted(
-        os.path.relpath(file, path) for file in every - sorted_in if lone or ".json" not in Path(file).suffixes
-    )
+    )  # else a .json may say something of those beside it
+    left = [name for name in others if lone or ".json" not in Path(name).suffixes]
+    if others and not left:
+        logger.warning("of the folder %s, %s is not read: it is in no split of its files.", path, ", ".join(others))
     if left:
         splits = ", ".join(f"{split}: {os.path.relpath(found[0], path)}" for split, found in files.items() if found)
         raise DataError(

@@ -327,8 +327,8 @@ def test_errors_of_a_run_show_no_secret_of_a_url(url, make_config, tmp_path, tok
         lambda: named_teachers({"teachers": {"general": {"urls": url}}}),
         lambda: PromptArguments(prompts=url),
         lambda: read_settings(str(file), []),
-        lambda: models_of({"general": [url, 3]}, []),
-        lambda: models_of({"general": url}, []),
+        lambda: models_of({"general": [url, 3]}, None, []),
+        lambda: models_of({"general": url}, None, []),
         lambda: make_trainer(tmp_path, tokenizer, teachers=url),
         lambda: make_trainer(tmp_path, tokenizer, teachers={"general": url, "domain": "x"}),
         lambda: make_trainer(tmp_path, tokenizer, teachers={"general": [url, 3], "domain": "x"}),
@@ -363,7 +363,7 @@ def test_no_error_shows_the_secrets_of_a_url_without_its_scheme(name, make_confi
 @pytest.mark.parametrize("url", URLS)
 def test_note_of_camopd_serve_shows_no_secrets(url):
     notes = []
-    models_of({"general": url, "domain": "Qwen/Qwen3-8B"}, notes)
+    models_of({"general": url, "domain": "Qwen/Qwen3-8B"}, None, notes)
     assert "host" in notes[0] and SECRET not in notes[0]
 
 
