@@ -351,8 +351,8 @@ def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, mon
         f"| camopd | 3 | 0.000 | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |  | 0.000 | 0.500" in table("camopd")[0]
     )
     gaps, scores = table("vanilla_mopd")
-    assert gaps.startswith("| vanilla_mopd | 3 | 0.000 | 1.200 ") and "| +1.000 [+1.000, +1.000] |" in gaps
-    assert scores.startswith("| vanilla_mopd | 3 | 50.0 | 25.0 | 40.0 [40.0, 40.0] | +10.0 [+10.0, +10.0] |")
+    assert gaps.startswith("| vanilla_mopd | 3 | 0.000 | 1.200 ") and "| +1.000 |" in gaps
+    assert scores.startswith("| vanilla_mopd | 3 | 50.0 | 25.0 | 40.0 | +10.0 |")
     assert "64 items of ifeval and 64 items of qasc" in (kept / "real_weights.md").read_text()
     # A file that is lost is a run that is done again only where its model is gone, and its answers are its own.
     (file,) = kept.glob("medical/*/camopd-1.json")
