@@ -132,12 +132,14 @@ def keep_patience(callbacks: Iterable[Any], checkpoint: Path) -> None:
     """Give early stopping what it had counted at a checkpoint: else its patience would begin anew with each resume. How
     patient it is stays as the user has it now."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    saved = state.get("stateful_callbacks") or {}
+    left = {
+        name: list(each) if isinstance(each, list) else [each] for name, each in saved.items()
+    }  # several of a class
     for callback in callbacks:
-        if isinstance(callback, EarlyStoppingCallback):
-            saved = (state.get("stateful_callbacks") or {}).get(type(callback).__name__)
-            for each in saved if isinstance(saved, list) else [saved]:
-                counted = ((each or {}).get("attributes") or {}).get("early_stopping_patience_counter")
-                callback.early_stopping_patience_counter = counted or 0
+        if isinstance(callback, EarlyStoppingCallback) and left.get(type(callback).__name__):
+            attributes = left[type(callback).__name__].pop(0).get("attributes") or {}
+            callback.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
 
 
 def _check_saves(args: Any) -> None:

@@ -353,9 +353,8 @@ def _files_of(path: str) -> dict[str, list[str]]:
     if not every:
         raise DataError(f"the folder has no file of the types {', '.join(FILE_TYPES)}.")
     others = sorted(os.path.relpath(file, path) for file in every - sorted_in)
-    lone = any(
-        ".json" in Path(file).suffixes for file in sorted_in
-    )  # else a .json may say something of those beside it
+    # Where none of them is a .json, one beside them may say something of them.
+    lone = any(".json" in Path(file).suffixes for file in sorted_in)
     left = [name for name in others if lone or ".json" not in Path(name).suffixes]
     if others and not left:
         logger.warning("of the folder %s, %s is not read: it is in no split of its files.", path, ", ".join(others))

@@ -1,6 +1,7 @@
 """Which checkpoint is kept: against what transformers does with a name it does not know."""
 
 import itertools
+import json
 
 import pytest
 from conftest import make_model, make_prompts, make_summary
@@ -9,7 +10,7 @@ from trainers import make_args, make_trainer
 from transformers import EarlyStoppingCallback
 
 from camopd import metrics
-from camopd.best import GREATER_IS_BETTER, NO_MEASURE, check_metric, history_of_model
+from camopd.best import GREATER_IS_BETTER, NO_MEASURE, check_metric, history_of_model, keep_patience
 from camopd.measured import lines_of
 
 
@@ -175,3 +176,12 @@ def test_early_stopping_is_as_patient_in_a_run_that_was_resumed(tmp_path, tokeni
     )  # the first one is the best, then three are not
     assert [line["step"] for line in lines_of(tmp_path / "held_out.jsonl")] == [0, 1, 2, 3, 4]
     assert run("auto", patience=9).state.global_step == 6  # how patient it is stays as the user has it
+
+
+def test_each_of_several_stopping_callbacks_goes_on_with_its_own_count(tmp_path):
+    saved = [{"args": {}, "attributes": {"early_stopping_patience_counter": count}} for count in (1, 2)]
+    state = {"stateful_callbacks": {"EarlyStoppingCallback": saved, "TrainerControl": {"args": {}, "attributes": {}}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    found = [EarlyStoppingCallback(early_stopping_patience=9) for _ in range(3)]
+    keep_patience([*found, object()], tmp_path)
+    assert [each.early_stopping_patience_counter for each in found] == [1, 2, 0]
