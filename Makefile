@@ -48,9 +48,10 @@ testbed: install  ## Repeat the controlled comparison of methods, or go on with 
 test: install  ## Run the tests that need no processes of their own and no server
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# The files that have such tests are named: to collect all takes longer than some of them.
+# The files that have such tests are named: to collect all takes longer than some of them. One more than two cores: their
+# processes wait for each other for a quarter of the time.
 test-slow: install  ## Run the tests that start several processes or whole runs
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup $$(grep -l mark.slow tests/test_*.py) $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadgroup $$(grep -l mark.slow tests/test_*.py) $(ARGS)
 
 test-faults: install  ## Kill runs, fill disks, and train for long with a bad teacher (half an hour; as root for the disks)
 	$(BIN)/python tests/faults/kills.py

@@ -86,9 +86,13 @@ VARIANTS = {
 
 
 def runs_of(processes: int) -> list[tuple[str, Case]]:
-    """The (variant, case) to take on several processes: all on two; on four, which take long, the uneven ones of each."""
-    usual = [("rebalanced", case) for case in (*CASES, *BASELINES)]
-    varied = CASES if processes == 2 else CASES[:2]
+    """The (variant, case) to take on several processes: all on two; on four, which take long, what their number changes.
+
+    That is who has which samples, and what is summed over all ranks: the uneven cases, mixed branches, a spread of gaps.
+    """
+    several = processes > 2
+    usual = [("rebalanced", case) for case in ((*CASES[:3], BASELINES[-1]) if several else (*CASES, *BASELINES))]
+    varied = CASES[:2] if several else CASES
     return [*usual, *itertools.product((name for name in VARIANTS if name != "rebalanced"), varied)]
 
 
