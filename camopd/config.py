@@ -9,7 +9,7 @@ from transformers.utils import is_torch_xla_available
 from trl import DistillationConfig
 from trl.trainer.utils import get_config_model_id
 
-from . import method_rules, setting_rules
+from . import late_settings, method_rules, setting_rules
 from .best import settle_metric
 from .generation import check_generation_kwargs
 from .learning_rate import settle_schedule
@@ -402,6 +402,7 @@ class CaMOPDConfig(DistillationConfig):
         setting_rules.refuse(self)
         check_generation_kwargs(self)
         setting_rules.warn(setting_rules.without_effect(self), self)
+        late_settings.note(self)
 
     @classmethod
     def for_model(cls, model: Any) -> "CaMOPDConfig":

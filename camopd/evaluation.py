@@ -105,7 +105,21 @@ def check_name(name: str | None, known: Collection[str]) -> None:
         )
 
 
-def by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[str, Any]:
+def of_each(trainer: Any, datasets: Any, argument: str, prefix: str, measure: Callable[..., Any]) -> dict[str, float]:
+    """The metrics of held-out prompts that a user passes, of all branches together.
+
+    Args:
+        argument: the name of `datasets`, for messages.
+        measure: `evaluate` or `predict` of transformers' trainer.
+    """
+    found: dict[str, float] = {}
+    for name, prompts in _by_prefix(trainer, datasets, argument, prefix).items():
+        measured = measure(prompts, metric_key_prefix=name)
+        found.update(measured if isinstance(measured, dict) else measured.metrics)
+    return found
+
+
+def _by_prefix(trainer: Any, datasets: Any, argument: str, prefix: str) -> dict[str, Any]:
     """Held-out prompts that a user passes, by the prefix of their metrics: `<prefix>_<branch>`, or `prefix` where they are
     of one branch and not in a mapping."""
     by_branch = held_out(datasets, trainer.schedule, argument, trainer.args.prefill)

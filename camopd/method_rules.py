@@ -168,8 +168,8 @@ def derive_accumulation(args: Any, world_size: int) -> None:
         raise ValueError(
             f"gradient_accumulation_steps={args.gradient_accumulation_steps} contradicts "
             f"prompts_per_step={args.prompts_per_step}, which makes it {args.prompts_per_step} / ({world_size} ranks x "
-            f"{args.per_device_train_batch_size}) = {derived}. Leave it out, or set prompts_per_step to "
-            f"{max(1, args.gradient_accumulation_steps) * per_pass}."
+            f"{args.per_device_train_batch_size}) = {derived}. Leave it out, in a copy of a config set it to None, or set "
+            f"prompts_per_step to {max(1, args.gradient_accumulation_steps) * per_pass}."
         )
     args.gradient_accumulation_steps = derived
 

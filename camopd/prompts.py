@@ -158,9 +158,7 @@ class StepDataset(TorchDataset):
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
         """This rank's rows of optimizer step `step`, in the order of their places in the global batch."""
-        if (
-            step == self._latest[0]
-        ):  # with a lag each step is asked for twice, and a stream would be read from its start
+        if step == self._latest[0]:  # asked for twice with a lag, and a stream would be read from its start
             return [{**row} for row in self._latest[1]]
         drawn = self.schedule.rows_before(step, self.rows_per_step)
         rows: list[dict[str, Any]] = []
@@ -246,12 +244,16 @@ def held_out(datasets: Any, schedule: Schedule, argument: str, prefill: bool = F
             )
         dataset = prompts_of(dataset, branch)
         check_prompts(dataset, branch, prefill)
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":  # it knows no new columns
+            dataset = Dataset.from_list(list(dataset))
         marked[branch] = mark(dataset, branch, prefill)
     return marked
 
 
 def prompts_of(dataset: Any, branch: str) -> Any:
     """The dataset, its column `messages` as `prompt` where it has no other: what stands before the answer, as in YAML."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+        dataset = dataset.with_format(None)  # tensors, arrays and tables, which are no texts
     columns = dataset.column_names if isinstance(dataset, (Dataset, IterableDataset)) else None
     if columns is None or "prompt" in columns or "messages" not in columns:
         return dataset
@@ -295,7 +297,9 @@ def check_prompts(dataset: Any, branch: str, prefill: bool = False) -> None:
 
 
 def what_the_model_sees(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The dataset with the columns alone that say what the model is to see."""
+    """The dataset with the columns alone that say what the model is to see, and all that a transform may ask for."""
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset
     return dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
 
 
@@ -335,9 +339,7 @@ def mark(dataset: Dataset | IterableDataset, branch: str, prefill: bool = False)
 
 def row_name(branch: str, index: int | None, dataset: Any = None) -> str:
     """What an error calls a row of prompts; a place in a shuffled stream would say nothing."""
-    path = str(
-        getattr(getattr(dataset, "info", None), "homepage", "") or ""
-    )  # where `camopd.files.load_prompts` notes it
+    path = str(getattr(getattr(dataset, "info", None), "homepage", "") or "")  # where `camopd.files` notes it
     return f"{'a row' if index is None else f'row {index}'} of branch {branch!r}{path and f' ({path})'}"
 
 

@@ -253,8 +253,9 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     from trl import ModelConfig, TrlParser
 
     from .config import CaMOPDConfig
+    from .late_settings import note
 
-    # TRL's `parse_args_and_config` would read the file in the encoding of the machine.
+    # TRL's own reads the file in the encoding of the machine.
     overrides = [re.sub(r"^--no[_-]exchange$", "--no_rebalance", word) for word in overrides]
     file = _read(config)
     words = _read_words(overrides)
@@ -268,8 +269,7 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
     # argparse would write out every setting there is before what is wrong
     parser = TrlParser([PromptArguments, ModelConfig, CaMOPDConfig], prog="camopd", usage="%(prog)s --name value ...")
     set_env(given, devices=True)
-    for name in ("env", "config"):
-        defaults.pop(name, None)
+    defaults = {name: value for name, value in defaults.items() if name not in ("env", "config")}
     try:
         parser.set_defaults_with_config(**defaults)
         prompts, model, args = parser.parse_args_into_dataclasses(args=overrides)
@@ -283,11 +283,10 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
         model.lora_dropout = 0.0  # of TRL's default, which disable_dropout would switch off with a warning
     remote = args.model_init_kwargs.get("trust_remote_code", args.trust_remote_code)
     if remote != args.trust_remote_code and "trust_remote_code" in given:
-        raise ValueError(
-            f"trust_remote_code is {args.trust_remote_code}, and model_init_kwargs has trust_remote_code={remote}. Leave "
-            "one of them out."
-        )
+        text = f"trust_remote_code is {args.trust_remote_code}, and model_init_kwargs has trust_remote_code={remote}"
+        raise ValueError(f"{text}. Leave one of them out.")
     args.trust_remote_code = remote  # of the tokenizer, too
+    note(args)
     return prompts, model, args
 
 

@@ -375,9 +375,9 @@ def without_effect(args: Any) -> list[tuple[str, Any, str]]:
 
 
 def arguments_without_effect(
-    args: Any, teachers: Mapping[str, Any], optimizer: Any, peft_config: Any, tools: Any
+    args: Any, teachers: Mapping[str, Any], optimizer: Any, adapters: Iterable[Any], tools: Any
 ) -> list[tuple[str, Any, str]]:
-    """As `without_effect`, where it depends on what is passed to the trainer."""
+    """As `without_effect`, where it depends on what is passed to the trainer; `adapters` are configs of PEFT."""
     names: list[tuple[str, str]] = []
     if optimizer is not None:
         reason = f"the {type(optimizer).__name__} that was passed has its own"
@@ -387,7 +387,7 @@ def arguments_without_effect(
     if not tools:
         names.append(("max_tool_calling_iterations", "the trainer has no tools"))
     found = [(name, getattr(args, name), reason) for name, reason in names if is_set(args, name)]
-    dropout = getattr(peft_config, "lora_dropout", None)
+    dropout = max((getattr(adapter, "lora_dropout", None) or 0.0 for adapter in adapters), default=0.0)
     if dropout and args.disable_dropout:
         reason = (
             "disable_dropout=True, so that gaps measure models and not noise; set that to False to train with dropout"

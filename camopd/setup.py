@@ -42,7 +42,7 @@ from .schedule import Schedule
 from .step import StepEnd, label
 from .surroundings import need_context
 from .teacher_prompts import TeacherPrompts, contexts_of
-from .teachers.adapters import OWN, check_adapters, keep_start_adapter, load_adapter_student
+from .teachers.adapters import OWN, check_adapters, configs_of, keep_start_adapter, load_adapter_student
 from .teachers.address import OWN_TEACHERS, did_you_mean, has_adapter, without_secrets
 from .teachers.base import Teacher
 from .teachers.local import LocalTeacher, context_length, shares_weights
@@ -128,7 +128,8 @@ def prepare(
     vllm_rollouts.check_length(args, args.max_prompt_length + args.longest_completion)
     vllm_rollouts.check_student(model, args, quantization_config)
     vllm_rollouts.refuse_tools(args, tools)
-    setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], peft_config, tools), args)
+    adapters = configs_of(model, peft_config)
+    setting_rules.warn(setting_rules.arguments_without_effect(args, specs, optimizers[0], adapters, tools), args)
     max_tokens = args.max_prompt_length + args.longest_completion
     specs = connect_servers(specs, max_tokens, args.teacher_timeout)
     check_ddp_timeout(args, any(isinstance(spec, ServerTeacher) for spec in specs.values()))
@@ -140,12 +141,11 @@ def prepare(
             "at True with use_vllm=True or rollout_servers."
         )
     student_name = model if isinstance(model, str) else ""
-    if student_name and not has_adapter(student_name):
-        _need_student(student_name, args)
-    adapter_loaded = bool(student_name) and has_adapter(student_name) and peft_config is None
+    adapter_loaded = bool(student_name) and has_adapter(student_name)
     if adapter_loaded:
-        model = _load_adapter(student_name, args, quantization_config)
-        quantization_config = None
+        model, quantization_config = _load_adapter(student_name, args, quantization_config), None
+    elif student_name:
+        _need_student(student_name, args)
     if "adapter_start" in [spec for spec in specs.values() if isinstance(spec, str)]:
         _keep_start(model, args)
     return Run(

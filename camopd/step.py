@@ -117,6 +117,15 @@ class Step:
             before = self.apart.get(position, (0.0, 0))
             self.apart[position] = (before[0] + total, before[1] + count)
 
+    def logged(self) -> dict[str, float]:
+        """Its numbers but those that transformers logs itself."""
+        own = ("loss", "learning_rate", "grad_norm")
+        return {
+            name: float(value)
+            for name, value in self.metrics.items()
+            if name not in own and isinstance(value, int | float)
+        }
+
     def close(self, branches: Iterable[str], gather: Callable[[list[Any]], list[Any]]) -> None:
         """Put what all ranks have counted into the metrics; the loss is the mean over ranks, as the parent logs it.
 
@@ -138,6 +147,11 @@ class Step:
         for branch in branches:  # a teacher is busy as long as any rank waits for it
             busy = max(seconds.get(branch, 0.0) for _, seconds in parts)
             record[f"time/{branch}/teacher_idle"] = max(0.0, record["time/step"] - busy)
+
+
+def of_training(logs: Mapping[str, Any]) -> bool:
+    """Whether what transformers logs is of training, whatever mode a callback has left the model in."""
+    return "loss" in logs
 
 
 def label(branches: Sequence[str]) -> str:

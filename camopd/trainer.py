@@ -27,13 +27,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 from trl import DistillationTrainer
 
-from . import setup, vllm_rollouts
+from . import late_settings, setup, vllm_rollouts
 from .ahead import Rollouts
 from .batching import Batcher
 from .card import PAPER, RunFacts, write_model_card
 from .checkpoints import RunCheckpoints
 from .config import CaMOPDConfig
-from .evaluation import HeldOutResults, by_prefix, check_name
+from .evaluation import HeldOutResults, check_name, of_each
 from .forward import Forward
 from .hub import CheckpointPushes
 from .loss import Loss
@@ -49,7 +49,7 @@ from .samples import MicroBatch, Sample
 from .scoring import Scorer
 from .selection import Branch, select_samples
 from .signals import StopRequests
-from .step import Step, StepCallback
+from .step import Step, StepCallback, of_training
 from .teachers.adapters import load_trained_adapter, without_init_kwargs
 from .threads import let_threads_rest
 from .token_rules import rule_of, weigh
@@ -127,6 +127,7 @@ class CaMOPDTrainer(DistillationTrainer):
     ):
         setup.refuse_unknown(unknown)
         args = args or CaMOPDConfig.for_model(model)
+        late_settings.check_again(args)
         run = setup.prepare(
             model, teachers, args, train_dataset, eval_dataset, processing_class, callbacks or [], optimizers,
             quantization_config, peft_config, tools,
@@ -165,6 +166,7 @@ class CaMOPDTrainer(DistillationTrainer):
             self.observed_optimizer: Any = None
             self.tasks = setup.make_tasks(self, run)
             setup.add_measures(self, run)
+            late_settings.note_of_trainer(self)
 
     # ------------------------------------------------------------------------------------------- one optimizer step
 
@@ -246,10 +248,14 @@ class CaMOPDTrainer(DistillationTrainer):
         step = self.step
         step.close(list(self.teachers), gather_object)
         self.notify("on_step_closed", step)
-        for name, value in step.metrics.items():
-            # Numbers, but those that the parent logs itself.
-            if name not in ("loss", "learning_rate", "grad_norm") and isinstance(value, int | float):
-                self._metrics["train"][name].append(float(value))
+        for name, value in step.logged().items():
+            self._metrics["train"][name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in the parent, which goes by the mode of the model: a callback may have left it in another one."""
+        training, self.model.training = self.model.training, self.model.training or of_training(logs)
+        super().log(logs, start_time)
+        self.model.training = training
 
     def stop_if_asked(self, step: Step | None = None) -> None:
         """Save and raise `RunInterrupted` where a signal has asked any rank to stop; with what `step` has rolled out."""
@@ -282,8 +288,7 @@ class CaMOPDTrainer(DistillationTrainer):
     # ------------------------------------------------------------------------------------------------------ rollouts
 
     def roll_out(self, rows: list[dict], max_tokens: int, prefix: int | None = None) -> tuple[list[Sample], int]:
-        """A completion of each row of at most `max_tokens`, of which `prefix` tokens are scored and trained, and how many
-        prompts were cut."""
+        """A completion of each row of at most `max_tokens`, `prefix` of them trained; and how many prompts were cut."""
         self.scorer.probe()
         return self.rollouts.take(rows, max_tokens, prefix)
 
@@ -327,21 +332,19 @@ class CaMOPDTrainer(DistillationTrainer):
         Prompts of several branches, and a mapping of one, are measured as `eval_<branch>_*`; others as `eval_*`.
         """
         if eval_dataset is None or isinstance(eval_dataset, str):
+            late_settings.check_trainer(self)
             check_name(eval_dataset, self.eval_dataset or {})
             measured = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return measured if eval_dataset or self.tasks is None else self.tasks.add_to(measured, self)
-        found: dict[str, float] = {}
-        for prefix, prompts in by_prefix(self, eval_dataset, "eval_dataset", metric_key_prefix).items():
-            found.update(super().evaluate(prompts, ignore_keys, prefix))
-        return found
+        measure = partial(super().evaluate, ignore_keys=ignore_keys)
+        return of_each(self, eval_dataset, "eval_dataset", metric_key_prefix, measure)
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """The metrics of `evaluate` for other prompts, without logging them. There are no predictions to return."""
-        found: dict[str, float] = {}
-        for prefix, prompts in by_prefix(self, test_dataset, "test_dataset", metric_key_prefix).items():
-            found.update(super().predict(prompts, ignore_keys, prefix).metrics)
+        measure = partial(super().predict, ignore_keys=ignore_keys)
+        found = of_each(self, test_dataset, "test_dataset", metric_key_prefix, measure)
         return PredictionOutput(predictions=None, label_ids=None, metrics=found)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -395,6 +398,7 @@ class CaMOPDTrainer(DistillationTrainer):
 
         Raises `ResumeError` for a checkpoint of another run, and `CaMOPDError` for an `output_dir` of another run.
         """
+        late_settings.check_trainer(self)
         self.step = None
         self.rollouts.cancel()
         with self.run_folder.entered(self, resume_from_checkpoint) as checkpoint:
@@ -439,11 +443,7 @@ class CaMOPDTrainer(DistillationTrainer):
         self._best = (self.state.best_global_step, len(self.state.log_history))
 
     def create_model_card(self, model_name=None, dataset_name=None, tags: Any = None) -> None:
-        """Write the model card, `README.md` in `output_dir`: teachers, schedule, prompts, and the gaps before and after.
-
-        As in the parent, checkpoints and pushes call it. `dataset_name` is named beside the datasets of the Hub that the
-        prompts come from.
-        """
+        """Write the model card, `README.md` in `output_dir`; `dataset_name` is named beside the prompts' on the Hub."""
         if self.is_world_process_zero():
             name = model_name or Path(self.hub_model_id or self.args.output_dir).name
             tags = [tags] if isinstance(tags, str) else tags or []

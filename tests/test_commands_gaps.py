@@ -195,13 +195,44 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
         ({"teachers": {"general": "./no/such", "domain": "adapter_start"}}, "'./no/such', but there is no such path"),
         ({"teachers": {"general": "student", "domain": "adapter_start"}}, "branch 'domain' is 'adapter_start'"),
         (None, "the model './gone' cannot be measured: there is no such path"),
+        (
+            {"model_revision": "v1", "model": "me/other"},
+            "would be looked for in 'me/other', too. Give --model_revision main",
+        ),
+        (
+            {
+                "model_revision": "v1",
+                "model_name_or_path": "me/base",
+                "use_peft": True,
+                "model": "me/base",
+                "teachers": {"general": "http://localhost:1", "domain": "adapter_off"},
+            },
+            "'adapter_off' is revision 'v1' of 'me/base', and would be another one here. hf download me/base --revision v1",
+        ),
     ],
 )
 def test_gaps_that_cannot_be_measured_are_an_error_with_the_way_out(run, tmp_path, capsys, change, says):
-    settings = yaml.safe_load(run.read_text())
-    run.write_text(yaml.safe_dump({**settings, **(change or {})}))
-    model = "./gone" if change is None else str(tmp_path / "student")
+    settings = {**yaml.safe_load(run.read_text()), **(change or {})}
+    model = "./gone" if change is None else settings.pop("model", str(tmp_path / "student"))
+    run.write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["gaps", model, "--config", str(run)])
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_place_of_the_numbers_is_made_or_refused_before_anything_is_measured(run, tmp_path, capsys, monkeypatch):
+    def measured(*_, **__):
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr("camopd.commands.gaps.make_trainer", measured)
+    words = ["gaps", str(tmp_path / "student"), "--config", str(run), "--json"]
+    with pytest.raises(AssertionError, match="nothing is to be loaded"):
+        cli.main([*words, str(tmp_path / "new" / "folder" / "gaps.json")])
+    assert (tmp_path / "new" / "folder").is_dir()
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "new", tmp_path / "file" / "gaps.json"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*words, str(place)])
+        assert stopped.value.code == 2
+        assert f"--json '{place}' cannot be written" in " ".join(capsys.readouterr().err.split())

@@ -168,3 +168,55 @@ def test_held_out_prompts_that_are_trained_on_are_warned_of(shared, form, tmp_pa
     said = [record.getMessage() for record in caplog.records if "held-out prompts" in record.msg]
     assert len(said) == shared // 2
     assert all(text.startswith("2 of 4 held-out prompts of branch 'general' are among its training") for text in said)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_prompts_in_a_format_of_tensors_or_tables_are_the_texts_that_they_are(kind, tmp_path, tokenizer):
+    def messages(branch, count):
+        rows = [
+            {"prompt": [{"role": "user", "content": f"{branch} {place}"}], "category": place} for place in range(count)
+        ]
+        return Dataset.from_list(rows)
+
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    plain = {branch: messages(branch, 5) for branch in ("general", "domain")}
+    runs = []
+    for name, prompts in (
+        ("plain", plain),
+        (kind, {branch: each.with_format(kind) for branch, each in plain.items()}),
+    ):
+        trainer = make_trainer(
+            tmp_path / name,
+            tokenizer,
+            train_dataset=prompts,
+            eval_dataset={"general": prompts["general"]},
+            max_steps=1,
+        )
+        trainer.train()
+        runs.append((trainer.evaluate(), [sample.token_ids for sample in trainer.step.samples]))
+    (found, samples), (other, other_samples) = runs
+    assert found["eval_general_prompts"] == 5 and samples == other_samples
+    assert {name: value for name, value in found.items() if "kl" in name} == {
+        name: value for name, value in other.items() if "kl" in name
+    }
+
+
+def test_held_out_prompts_that_a_transform_makes_are_measured(tmp_path, tokenizer):
+    texts = Dataset.from_dict({"prompt": ["a", "b", "c"], "question": ["1", "2", "3"]})
+
+    def ask(rows):
+        return {"prompt": [f"what is {text}?" for text in rows["question"]]}
+
+    made = texts.with_transform(ask)
+    plain = Dataset.from_dict({"prompt": [f"what is {text}?" for text in "123"]})
+    found, drawn = [], []
+    for name, prompts in (("made", made), ("plain", plain)):
+        train = {branch: make_prompts(branch) for branch in ("general", "domain")} | {"general": prompts}
+        trainer = make_trainer(
+            tmp_path / name, tokenizer, train_dataset=train, eval_dataset={"general": prompts}, max_steps=1,
+            eval_strategy="steps", eval_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        found.append([entry["eval_general_kl"] for entry in trainer.state.log_history if "eval_general_kl" in entry])
+        drawn.append([each.token_ids for each in trainer.step.samples])
+    assert len(found[0]) == 1 and found[0] == found[1] and drawn[0] == drawn[1]

@@ -21,7 +21,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import later_settings, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from steps import BASELINES, CASES, trainer_step
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -717,6 +717,13 @@ def test_settings_of_an_optimizer_and_scheduler_that_are_passed_are_warned_of(tm
     )  # fmt: skip
     assert {"adam_beta1", "max_tool_calling_iterations", "teacher_model_init_kwargs"} == set(warned(caplog))
     assert trainer.optimizer is optimizer
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_dropout_of_an_adapter_that_the_student_has_already_is_off_or_on_as_well(disable, tmp_path, caplog):
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    make_trainer(tmp_path, model=get_peft_model(make_model(1), config), disable_dropout=disable)
+    assert ("lora_dropout" in warned(caplog)) == disable
 
 
 @pytest.mark.parametrize("disable", [True, False])

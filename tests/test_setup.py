@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from trainers import TEMPLATE, make_args, make_trainer
 
 from camopd import CaMOPDTrainer
+from camopd.late_settings import note
 from camopd.setup import check_gathered_weights, show_log
 
 
@@ -78,6 +79,7 @@ def test_zero3_that_cannot_gather_its_weights_to_generate_is_refused_with_the_ar
 def test_zero3_in_shards_and_vllm_exclude_each_other(tmp_path, tokenizer):
     args = make_args(tmp_path, ds3_gather_for_generation=False)
     args.use_vllm, args.deepspeed_plugin = True, SimpleNamespace(zero_stage=3)
+    note(args)
     with pytest.raises(ValueError, match=r"ds3_gather_for_generation=False leaves .* Leave it at True with use_vllm"):
         CaMOPDTrainer(
             model="never loaded", teachers={"general": make_model(2), "domain": make_model(3)}, args=args,

@@ -318,9 +318,23 @@ def test_student_that_cannot_be_trained_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"merged into its weights.*unmerge_adapter"):
         check_adapters(student, None, [])
     student.unmerge_adapter()
+    with pytest.raises(ValueError, match=r"is a saved adapter, and would get a second one.*Leave that out"):
+        check_adapters(str(tmp_path), lora(), [])
+    check_adapters(str(tmp_path), None, [])
     student.base_model.disable_adapter_layers()
     with pytest.raises(ValueError, match=r"switched off.*enable_adapter_layers"):
         check_adapters(student, None, [])
+
+
+def test_adapter_that_would_not_be_saved_where_a_model_is_loaded_from_is_refused():
+    student = get_peft_model(make_base(), lora())
+    student.add_adapter("mine", lora())
+    check_adapters(student, None, [])
+    student.set_adapter("mine")
+    with pytest.raises(ValueError, match=r"active adapter is 'mine'.*'default'.*without adapter_name"):
+        check_adapters(student, None, [])
+    with pytest.raises(ValueError, match="active adapter is 'only'"):
+        check_adapters(get_peft_model(make_base(), lora(), adapter_name="only"), None, [])
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -15,7 +15,7 @@ from .. import atomic
 from ..errors import on_all_ranks
 from ..run_folder import named_if_unwritten
 from ..samples import Sample
-from ..step import Step, StepCallback
+from ..step import Step, StepCallback, of_training
 
 
 class CompletionsTable(StepCallback):
@@ -34,12 +34,12 @@ class CompletionsTable(StepCallback):
             args: of the run; as many completions are kept as an optimizer step has.
             processing_class: that decodes them.
             gather: of a list over all ranks.
-            training: whether a step is under way or just done, and not an evaluation.
+            training: whether it is a step that rolls out, and not an evaluation.
         """
         self._decode, self._gather, self._training = processing_class.decode, gather, training
         self._rows: deque[tuple[str, str, str]] = deque(maxlen=args.prompts_per_step)
         self._held_out: list[tuple[str, str, str]] = []  # since the latest step
-        self._new = False  # some that are not shown yet
+        self._new: set[bool] = set()  # whether there are some of training, and of evaluations, that are not shown yet
 
     def on_step_started(self, step: Step) -> None:
         """Held-out completions are those of the weights before it."""
@@ -55,18 +55,20 @@ class CompletionsTable(StepCallback):
             )
             for sample in samples
         ]
-        (self._rows if self._training() else self._held_out).extend(self._gather(rows))
-        self._new = True
+        training = self._training()
+        (self._rows if training else self._held_out).extend(self._gather(rows))
+        self._new.add(training)
 
     def _text(self, ids: list[int]) -> str:
         return self._decode(ids, skip_special_tokens=True)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the table. Called by all ranks, which raise `CaMOPDError` where its file cannot be written."""
-        if not self._new:
+        training = of_training(kwargs["logs"])
+        if training not in self._new:
             return
-        self._new = False
-        name, rows = ("completions", self._rows) if self._training() else ("held_out", self._held_out)
+        self._new.remove(training)
+        name, rows = ("completions", self._rows) if training else ("held_out", self._held_out)
         table = pd.DataFrame(rows, columns=["branch", "prompt", "completion"])
         table.insert(0, "step", state.global_step)
         path = Path(args.output_dir) / "completions" / f"{name}_{state.global_step:05d}.parquet"

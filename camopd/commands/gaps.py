@@ -26,6 +26,7 @@ from ..teachers.address import (
     base_of,
     did_you_mean,
     has_adapter,
+    is_here,
     names_missing_model,
     same_model,
     without_secrets,
@@ -57,7 +58,9 @@ def gaps(argv: list[str]) -> None:
     options, overrides = parser.parse_known_args(argv)
     settings = check_early(options.config, overrides)
     check_machine(settings)
-    _check(options.model, settings)
+    _check(options.model, settings, overrides)
+    if options.json:  # before the work that it is to keep
+        _make_place(Path(options.json))
     check_hub({**settings, "model_name_or_path": options.model, "teachers": teachers_of(settings)})
     overrides += _without_adapter(options.model, settings)
     run = Path(str(settings.get("output_dir") or "trainer_output"))
@@ -89,11 +92,28 @@ def gaps(argv: list[str]) -> None:
         atomic.write(Path(options.json), json.dumps(result, indent=2) + "\n")
 
 
-def _check(model: str, settings: dict[str, Any]) -> None:
+def _make_place(file: Path) -> None:
+    """Make the folder of a file that is to be written. Raises `ValueError` where it cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise OSError("it is a folder" if file.is_dir() else "its folder cannot be written to")
+    except OSError as error:
+        raise ValueError(f"--json {str(file)!r} cannot be written: {error}. Name another file.") from None
+
+
+def _check(model: str, settings: dict[str, Any], words: Sequence[str]) -> None:
     if names_missing_model(model):
         raise ValueError(
             f"the model {model!r} cannot be measured: there is no such path on this machine.{did_you_mean(model)} Fix the "
             "path, or give a model id of the Hub, owner/name."
+        )
+    revision, said = settings.get("model_revision"), _names(words)
+    of_run = revision not in (None, "main") and "model_revision" not in said and not has_adapter(model)
+    if of_run and not is_here(model) and model != settings.get("model_name_or_path"):
+        raise ValueError(
+            f"model_revision={revision!r} is of the run's student, and would be looked for in {model!r}, too. Give "
+            "--model_revision main, or the one of that model."
         )
     for branch, teacher in named_teachers(settings).items():
         if teacher in ("adapter_start", "self"):
@@ -117,8 +137,7 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
     ways = {own} if own == "rollout_servers" else {"vllm_server_base_url"}
     if own == "vllm_server" and not settings.get("vllm_server_base_url"):  # beside which TRL ignores them
         ways |= {"vllm_server_host", "vllm_server_port"}
-    named = any(word[2:].partition("=")[0].replace("-", "_") in ways for word in words if word.startswith("--"))
-    alone = nullcontext() if not own or named else _not_under_way(run, model, own)
+    alone = nullcontext() if not own or ways & _names(words) else _not_under_way(run, model, own)
     if own != "rollout_servers":
         with alone, tempfile.TemporaryDirectory() as folder:
             yield folder
@@ -133,6 +152,11 @@ def _place(settings: Mapping[str, Any], run: Path, model: str, words: Sequence[s
             for path in new:
                 with suppress(OSError):  # something else is there by now
                     path.rmdir()
+
+
+def _names(words: Sequence[str]) -> set[str]:
+    """Of settings on a command line."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
 
 
 @contextmanager
@@ -166,7 +190,13 @@ def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
     if "adapter_off" not in teachers.values() or (has_adapter(model) and same_model(base_of(model), base)):
         return []
     named = {branch: base if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
-    words = ["--teachers", json.dumps(named)]
+    words, revision = ["--teachers", json.dumps(named)], settings.get("model_revision")
+    if revision not in (None, "main") and not is_here(base):
+        raise ValueError(
+            f"the run's teacher 'adapter_off' is revision {revision!r} of {base!r}, and would be another one here. hf "
+            f"download {base} --revision {revision} --local-dir DIR; then name that: {without_secrets(shlex.join(words))}, "
+            f"with DIR in place of {base!r}."
+        )
     if has_adapter(model):
         raise ValueError(
             f"the adapter {model!r} is on {base_of(model)!r}, and the run's teacher 'adapter_off' is {base!r}: without "

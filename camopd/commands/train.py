@@ -72,6 +72,7 @@ def make_trainer(
     from trl import get_peft_config, get_quantization_config
 
     from ..files import load_all
+    from ..late_settings import note
     from ..trainer import CaMOPDTrainer
 
     prompts, model, args = parse(config, overrides)
@@ -79,6 +80,7 @@ def make_trainer(
     if measure is not None:
         model.model_name_or_path, model.use_peft = measure, False
         args.output_dir, args.report_to, args.push_to_hub, args.resume_from_checkpoint = folder, [], False, None
+        note(args)
         if not prompts.eval_prompts:
             raise ValueError(
                 f"{config!r} has no eval_prompts to measure {measure!r} on. Add them, in the form of `prompts`, or give "

@@ -68,8 +68,13 @@ def check_adapters(model: Any, peft_config: PeftConfig | None, teachers: Iterabl
     """
     if not isinstance(model, str):
         _check_trainable(model, peft_config)
+    elif peft_config is not None and has_adapter(model):
+        raise ValueError(
+            f"the student {model!r} is a saved adapter, and would get a second one (use_peft, peft_config). Leave that out "
+            "to go on training the saved one, or merge it into its base first (PeftModel.merge_and_unload)."
+        )
     wanted = {teacher for teacher in teachers if isinstance(teacher, str)}
-    for config in _configs(model, peft_config):
+    for config in configs_of(model, peft_config):
         if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 f"alora_invocation_tokens={config.alora_invocation_tokens} (activated LoRA) finds its tokens in "
@@ -102,6 +107,12 @@ def _check_trainable(model: Any, peft_config: PeftConfig | None) -> None:
             )
         if any(layer.disable_adapters for layer in layers):
             raise ValueError("the student's adapter is switched off. Call model.base_model.enable_adapter_layers().")
+        if peft_config is None and (active := list(model.active_adapters)) != ["default"]:
+            raise ValueError(
+                f"the student's active adapter is {' and '.join(map(repr, active))}: only one of the name "
+                "'default' is saved where a model is loaded from. Load it with PeftModel.from_pretrained(base, path, "
+                "is_trainable=True), without adapter_name, or pass the adapter's folder as `model`."
+            )
     if peft_config is not None or any(parameter.requires_grad for parameter in model.parameters()):
         return
     if is_peft_model(model):
@@ -113,7 +124,8 @@ def _check_trainable(model: Any, peft_config: PeftConfig | None) -> None:
                      "model.requires_grad_(True), or pass a peft_config.")  # fmt: skip
 
 
-def _configs(model: Any, peft_config: PeftConfig | None) -> list[Any]:
+def configs_of(model: Any, peft_config: PeftConfig | None) -> list[Any]:
+    """Those of the adapters that a student has or gets; arguments as those of `check_adapters`."""
     if peft_config is not None:
         return [peft_config]
     if isinstance(model, str):
