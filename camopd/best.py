@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def settle_metric(args: Any, branches: Iterable[str]) -> None:
     if args.greater_is_better not in (None, names[name]):
         raise ValueError(
             f"greater_is_better={args.greater_is_better} with metric_for_best_model={metric!r} would keep the worst "
-            f"checkpoint: {'greater' if names[name] else 'smaller'} is better there. Leave greater_is_better out."
+            f"checkpoint: {'greater' if names[name] else 'smaller'} is better there. Leave greater_is_better out, or in a "
+            "copy of a config set it to None."
         )
     args.greater_is_better = names[name]
 
@@ -116,16 +118,16 @@ def check_metric(
             f"{held_out or 'none'}. Add its prompts to eval_dataset (eval_prompts in a config), or name a metric of "
             "another branch."
         )
-    if getattr(args.eval_strategy, "value", args.eval_strategy) == "no":
-        if stops or getattr(args.save_strategy, "value", args.save_strategy) == "best":
-            raise ValueError(
-                f"{'EarlyStoppingCallback' if stops else 'save_strategy=best'} waits for evaluations, and eval_strategy is "
-                "'no'. Set eval_strategy: steps and eval_steps."
-            )
-        logger.warning(
-            "metric_for_best_model=%r is never looked at: eval_strategy is 'no'. Set eval_strategy: steps and eval_steps",
-            metric,
-        )
+    never = getattr(args.eval_strategy, "value", args.eval_strategy) == "no"
+    late = not never and args.eval_delay > args.max_steps
+    if never or late:
+        why, way = "eval_strategy is 'no'", "Set eval_strategy: steps and eval_steps."
+        if late:
+            why, way = f"eval_delay={args.eval_delay:g} is after max_steps={args.max_steps}", "Lower eval_delay."
+        if stops or late or getattr(args.save_strategy, "value", args.save_strategy) == "best":
+            waits = "EarlyStoppingCallback" if stops else "metric_for_best_model" if late else "save_strategy=best"
+            raise ValueError(f"{waits} waits for evaluations, and {why}. {way}")
+        logger.warning("metric_for_best_model=%r is never looked at: %s. %s", metric, why, way)
 
 
 def keep_patience(callbacks: Iterable[Any], checkpoint: Path) -> None:
@@ -142,6 +144,22 @@ def keep_patience(callbacks: Iterable[Any], checkpoint: Path) -> None:
             callback.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
 
 
+@contextmanager
+def quiet_early_stopping() -> Iterator[None]:
+    """Inside, early stopping does not say that it is disabled at each evaluation of another branch than its metric's: there
+    is one per branch, and `check_metric` has seen that the metric is measured."""
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return "so early stopping is disabled" not in record.getMessage()
+
+    log = logging.getLogger(EarlyStoppingCallback.__module__)
+    log.addFilter(is_true)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_true)
+
+
 def _check_saves(args: Any) -> None:
     """Raise `ValueError` where the best of the evaluated models need not be among the saved ones.
 
@@ -153,6 +171,11 @@ def _check_saves(args: Any) -> None:
             f"load_best_model_at_end=True with eval_steps={args.eval_steps:g} and save_steps={args.save_steps:g}: the "
             "model of an evaluation that is not saved cannot be loaded at the end, were it the best one. Set save_steps to "
             f"{args.eval_steps:g}, or save_strategy to 'best'."
+        )
+    if args.save_total_limit == 1 and not args.load_best_model_at_end:
+        raise ValueError(
+            "save_total_limit=1 with metric_for_best_model leaves the best checkpoint alone at the end, and no last one to "
+            "go on from. Set save_total_limit to 2, or load_best_model_at_end."
         )
 
 

@@ -121,7 +121,11 @@ def _top_k_kl(student: Outputs, teacher: Likeliest) -> Tensor:
         logits = logits * student.scale
         if student.softcap is not None:
             logits = student.softcap * torch.tanh(logits / student.softcap)
-        return bucket_kl(logits.log_softmax(dim=-1).gather(-1, ids), logps)
+        own = (
+            ids < logits.shape[-1]
+        )  # rows that pad the teacher's head alone are outcomes that the student does not have
+        student_logps = logits.log_softmax(dim=-1).gather(-1, ids.where(own, 0))
+        return bucket_kl(student_logps.where(own, LOG_ZERO), logps.where(own, LOG_ZERO))
 
     device = student.weight.device
     parts = zip(
@@ -129,6 +133,9 @@ def _top_k_kl(student: Outputs, teacher: Likeliest) -> Tensor:
         strict=True,
     )
     return torch.cat([checkpoint(tile, *part, use_reentrant=False) for part in parts])
+
+
+LOG_ZERO = -1e4  # exp of it is 0
 
 
 def bucket_kl(student_logps_MK: Tensor, teacher_logps_MK: Tensor) -> Tensor:

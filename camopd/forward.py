@@ -155,6 +155,10 @@ class Forward:
             return self._in_wrapper(function, *args, **run)
 
 
+# Of mixtures of experts: factors around 1 that a router's or block's input is multiplied with in training.
+ROUTER_NOISE = ("router_jitter_noise", "input_jitter_noise", "jitter_noise", "moe_jitter_eps")
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model in eval mode, and then in the one it was in."""
@@ -195,13 +199,20 @@ def in_length_sorted_batches(
 
 
 def disable_functional_dropout(model: nn.Module) -> None:
-    """Switch off the dropout that modules apply by a rate of their own, as attention does, without `torch.nn.Dropout`.
+    """Switch off the dropout that modules apply by a rate of their own, as attention does, without `torch.nn.Dropout`, and
+    the noise of routers of experts.
 
-    TRL's `disable_dropout_in_model` does the latter alone. The model's config keeps its rates.
+    TRL's `disable_dropout_in_model` does the latter alone. The model's config keeps its rates. Raises `ValueError` for a
+    model that draws in training whatever its rates are.
     """
+    if getattr(getattr(model, "config", None), "model_type", None) == "phimoe":
+        raise ValueError(
+            "a model of type 'phimoe' draws its experts at random in training and not in scoring: its loss would be of "
+            "other log-probs than its gaps. Train another model, or set disable_dropout=False to train with that noise."
+        )
     for module in model.modules():
         for name, value in vars(module).items():
-            if "drop" not in name:
+            if "drop" not in name and name not in ROUTER_NOISE:
                 continue
             if isinstance(value, float):
                 setattr(module, name, 0.0)

@@ -9,14 +9,13 @@ import zlib
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
 
-
-# A trainer reads them when it is made. Of transformers' own it reads the others when it trains.
-READ_ONCE = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16", "deepspeed", "fsdp",
-)  # fmt: skip
-READ_AT_EACH_STEP = ("guards", "overwrite_output_dir")
+# What a trainer that is made reads when it trains, evaluates or saves, and what goes with any other setting.
+READ_LATER = (
+    "output_dir overwrite_output_dir max_steps learning_rate weight_decay max_grad_norm logging_steps logging_first_step "
+    "eval_steps save_steps save_total_limit save_only_model per_device_eval_batch_size dataloader_drop_last eval_on_start "
+    "disable_tqdm run_name push_to_hub hub_model_id hub_revision hub_private_repo hub_strategy hub_always_push guards"
+)
 
 
 def note(args: Any) -> None:
@@ -37,8 +36,14 @@ def check_again(args: Any) -> None:
     if not changed:
         return
     given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
-    if "gradient_accumulation_steps" not in changed:  # it follows from the others
+    if "gradient_accumulation_steps" not in changed:  # what follows from the others
         given["gradient_accumulation_steps"] = None
+    if "metric_for_best_model" in changed and "greater_is_better" not in changed:
+        given["greater_is_better"] = None
+        if "lr_scheduler_kwargs" not in changed and given["lr_scheduler_kwargs"]:
+            of_metric = ("mode", "threshold_mode")
+            kept = {name: value for name, value in given["lr_scheduler_kwargs"].items() if name not in of_metric}
+            given["lr_scheduler_kwargs"] = kept
     vars(args).update(vars(type(args)(**given)))
 
 
@@ -54,8 +59,8 @@ def check_trainer(trainer: Any) -> None:
     for name, value in _read_once(trainer.args).items():
         if value != values[name]:
             raise ValueError(
-                f"{name}={getattr(trainer.args, name)!r} was set after the trainer was made, which has read it then: it "
-                "would have no effect. Set it in the CaMOPDConfig, and make a trainer with that."
+                f"{name}={getattr(trainer.args, name)!r} was set after the trainer was made, which has read and checked it "
+                "then. Set it in the CaMOPDConfig, and make a trainer with that."
             )
     for name, dataset in zip(("train_dataset", "eval_dataset"), datasets, strict=True):
         if getattr(trainer, name) is not dataset:
@@ -72,8 +77,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def _read_once(args: Any) -> dict[str, int]:
-    later = {field.name for field in fields(TrainingArguments)} - set(READ_ONCE) | set(READ_AT_EACH_STEP)
-    return {name: value for name, value in _values(args).items() if name not in later}
+    return {name: value for name, value in _values(args).items() if name not in READ_LATER.split()}
 
 
 def _precision(trainer: Any) -> str:

@@ -55,12 +55,28 @@ def settle_schedule(args: Any) -> None:
     _settle_keywords(args, kind, given, warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
-        get_scheduler(kind, optimizer, warmup, args.max_steps, given or None)
+        made = get_scheduler(kind, optimizer, warmup, args.max_steps, given or None)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"lr_scheduler_type={kind.value!r} cannot be made with warmup_steps={steps}, max_steps={args.max_steps} and "
             f"lr_scheduler_kwargs={given!r}: {error}"
         ) from None
+    if kind == SchedulerType.WARMUP_STABLE_DECAY:
+        _check_phases(args, [made.lr_lambdas[0](step) for step in range(args.max_steps)])
+
+
+def _check_phases(args: Any, shares: list[float]) -> None:
+    """Raise `ValueError` where the phases of a schedule do not fit into the run. `shares` of the learning rate, by step."""
+    zeros = sum(share == 0 for share in shares[1:])
+    if max(shares) < 1 - 1e-9 or zeros > 1:
+        found = (
+            f"its learning rate is 0 in {zeros} of {args.max_steps} steps" if zeros > 1
+            else f"learning_rate={args.learning_rate:g} is never reached, but {max(shares):.0%} of it"
+        )  # fmt: skip
+        raise ValueError(
+            f"lr_scheduler_type='warmup_stable_decay' with lr_scheduler_kwargs={args.lr_scheduler_kwargs!r}: {found}. Have "
+            f"warmup_steps, num_stable_steps and num_decay_steps add up to max_steps={args.max_steps}."
+        )
 
 
 def _settle_keywords(args: Any, kind: SchedulerType, given: dict[str, Any], warmup: int) -> None:
@@ -78,11 +94,30 @@ def _settle_keywords(args: Any, kind: SchedulerType, given: dict[str, Any], warm
                 f"{args.metric_for_best_model!r} the {'greater' if mode == 'max' else 'smaller'} value is the better one: "
                 "the learning rate would fall while the model gets better. Leave mode out."
             )
+        _settle_steps(args, kind, given)
         args.lr_scheduler_kwargs = given
     elif given and kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
         raise ValueError(
             f"lr_scheduler_kwargs={given!r} would be ignored: lr_scheduler_type={kind.value!r} takes none. Leave it out, "
             "or name a schedule that has them, as 'cosine_with_min_lr'."
+        )
+
+
+def _settle_steps(args: Any, kind: SchedulerType, given: dict[str, Any]) -> None:
+    """By how much a metric must change, and how far a schedule that follows it may go. Raises `ValueError`."""
+    metric = str(args.metric_for_best_model)
+    of_gap = kind == SchedulerType.REDUCE_ON_PLATEAU and metric.endswith("_gap")
+    if of_gap and given.setdefault("threshold_mode", "abs") != "abs":
+        raise ValueError(
+            f"lr_scheduler_kwargs sets threshold_mode={given['threshold_mode']!r}, and {metric} is negative: of such a "
+            "metric PyTorch takes a share the wrong way round, and a worse value for a better one. Leave it out, or name a "
+            "metric as eval_general_kl."
+        )
+    least = given.setdefault("min_lr", 0.0) if kind == SchedulerType.GREEDY else None
+    if isinstance(least, (int, float)) and least >= args.learning_rate:
+        raise ValueError(
+            f"lr_scheduler_kwargs sets min_lr={given['min_lr']!r}, and learning_rate={args.learning_rate:g} is not above "
+            "it: it could only rise. Lower min_lr, or leave it out, for 0."
         )
 
 

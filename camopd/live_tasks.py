@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from .best import task_name
 from .errors import CaMOPDError, on_all_ranks
@@ -129,7 +129,12 @@ class LiveTasks(TrainerCallback):
         with phase(f"evaluation: {', '.join(self._tasks)}"):
             measured = self.measure(trainer.state.global_step if self._loaded is None else self._loaded)
         trainer.log(measured)
-        return {**found, **measured}
+        metrics = {**found, **measured}
+        watched = f"eval_{str(trainer.args.metric_for_best_model).removeprefix('eval_')}"
+        for callback in trainer.callback_handler.callbacks if watched in measured else ():
+            if isinstance(callback, EarlyStoppingCallback):  # transformers has told it of each branch alone
+                callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics=metrics)
+        return metrics
 
     def measure(self, step: int) -> dict[str, float]:
         """`eval_<task>/score` and `eval_<task>/broken`, shares of the rows; a line for each task goes to the run's file.

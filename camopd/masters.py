@@ -194,7 +194,7 @@ def round_by_step(args: Any, optimizer: Optimizer, step: Callable[[], int], shar
     """Let stochastic rounding follow from the seed and the `step`, and where weights are `sharded`, from the rank."""
     if rounds_stochastically(args, optimizer):
         rank = args.process_index if sharded else 0
-        round_alike(optimizer, args.device, lambda: (args.seed << 40) + (rank << 24) + step())
+        round_alike(optimizer, args.device, lambda: (args.seed % 2**23 << 40) + (rank << 24) + step())  # of 63 bits
 
 
 def round_alike(optimizer: Optimizer, device: torch.device, seed: Callable[[], int]) -> None:

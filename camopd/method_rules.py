@@ -279,7 +279,7 @@ def _check_schedule(args: Any, schedule: Schedule) -> None:
 
 def _check_optimizer(args: Any) -> None:
     optim = str(getattr(args.optim, "value", args.optim))
-    if optim in ("lomo", "adalomo"):
+    if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
         raise ValueError(
             f"optim={optim!r} changes the weights in the backward of every micro-batch, but a rollout is for one "
             "update of them all (Eq. 9). Leave optim out, or take adamw_torch_8bit to save memory (docs/scale.md)."

@@ -9,13 +9,27 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from .setting_rules import SCALED
 
-def keep_outputs_whole(accelerator: Any) -> None:
+
+def settle_precision(accelerator: Any, bf16: bool) -> None:
     """Let FSDP2 hand on what a forward returns as it is; call it before the model is prepared.
 
     accelerate's policy casts it to 16 bits, and the loss's forward returns log-probs: near -8 nats, bfloat16 has one number
     every 0.03 nats.
+
+    Raises `ValueError` where a launcher has the run compute in float16, or in bfloat16 against `bf16` of the config.
     """
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            f"mixed_precision=fp16 of accelerate's launcher cannot be used with CaMOPD: {SCALED}. Set bf16=True, or launch "
+            "with --mixed_precision no for float32."
+        )
+    if accelerator.mixed_precision == "bf16" and not bf16:
+        raise ValueError(
+            "mixed_precision=bf16 of accelerate's launcher or of its launch file would win over bf16=False: the run would "
+            "compute in bfloat16. Launch with --mixed_precision no for float32, or leave bf16 out."
+        )
     policy = _fsdp2_policy(accelerator)
     if policy is not None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)

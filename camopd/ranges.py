@@ -38,8 +38,8 @@ COUNT = "a whole number of at least 1"
 # A value of None, where it is the default, stands for "not set" and is always allowed.
 RANGES = (
     Range(
-        "prompts_per_step per_device_train_batch_size max_prompt_length score_tokens max_tokens_per_micro_batch "
-        "loss_prefix_tokens divergence_top_k", _whole(1), COUNT,
+        "prompts_per_step per_device_train_batch_size per_device_eval_batch_size max_prompt_length score_tokens "
+        "max_tokens_per_micro_batch loss_prefix_tokens divergence_top_k", _whole(1), COUNT,
     ),
     Range(
         "max_steps", _whole(1), COUNT,
@@ -68,10 +68,15 @@ RANGES = (
     Range("importance_sampling_low importance_sampling_high", _number(lambda value: True), "a number"),
     Range("gradient_accumulation_steps", _whole(-(2**53)), "a whole number; it is derived, leave it out"),
     Range("lr_scheduler_type", lambda value: isinstance(value, str) and len(value) < 100, "the name of a schedule"),
-    Range("learning_rate", _number(lambda value: 0 <= value < math.inf), "a number of at least 0"),
+    Range(
+        "learning_rate max_grad_norm weight_decay adam_epsilon", _number(lambda value: 0 <= value < math.inf),
+        "a number of at least 0",
+    ),
+    Range("adam_beta1 adam_beta2", _number(lambda value: 0 <= value < 1), "in [0, 1)"),
     Range("logging_steps save_steps", _number(lambda value: value < math.inf), "a number"),
     Range(
-        "disable_dropout rebalance padding_free split_special_tokens trust_checkpoint prefill", _is_bool, "true or false"
+        "disable_dropout rebalance padding_free split_special_tokens trust_checkpoint prefill overwrite_output_dir verbose",
+        _is_bool, "true or false",
     ),
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .config_file import read_config
 from .errors import CaMOPDError
 from .schedule import Schedule, by_step, mapping_form
 from .settings import OLD_NAMES, declared, list_of_settings, may_be_list_or_null
@@ -83,7 +84,7 @@ class PromptArguments:
 def read_settings(config: str | None, overrides: list[str]) -> dict[str, Any]:
     """The mapping in a YAML file, if any, with `--name value` overrides over it, read without any of the heavy libraries; a
     `~` in paths is the home, as to the trainer. Raises `ValueError` for a file that is not there or not a mapping."""
-    settings = _over({} if config is None else _read(config), _read_words(overrides))
+    settings = _over({} if config is None else read_config(config), _read_words(overrides))
     for name in {"output_dir", "model_name_or_path", "resume_from_checkpoint"} & settings.keys():
         settings[name] = os.path.expanduser(settings[name]) if isinstance(settings[name], str) else settings[name]
     return settings
@@ -94,26 +95,6 @@ def _over(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     hidden = {OLD_NAMES[name] for name in others if name in OLD_NAMES}
     hidden |= {old for old, new in OLD_NAMES.items() if new in others}
     return {name: value for name, value in settings.items() if name not in hidden} | others
-
-
-def _read(config: str) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"the config {config!r} cannot be read: {error.strerror}. Give the path of a YAML file."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the config {config!r} is not UTF-8: {error}. Save it as UTF-8.") from None
-    except yaml.YAMLError as error:
-        tab = "\nIndent with spaces, not with tabs." if "\\t" in str(error) else ""
-        text = str(error).replace("<unicode string>", config)
-        raise ValueError(f"the config {config!r} is not valid YAML: {text}{tab}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"the config {config!r} must be a mapping from settings to values, got {without_secrets(repr(settings))}."
-        )
-    return settings
 
 
 def _read_words(overrides: list[str]) -> dict[str, Any]:
@@ -241,7 +222,7 @@ def config_and_overrides(prog: str | None, argv: list[str]) -> tuple[str, list[s
     options, overrides = parser.parse_known_args(config_first(argv))
     overrides += [] if options.resume is None else ["--resume_from_checkpoint", options.resume]
     if options.method is not None:
-        overrides = as_words(_read(method_file(options.method))) + overrides
+        overrides = as_words(read_config(method_file(options.method))) + overrides
     return options.config, overrides
 
 
@@ -257,7 +238,7 @@ def parse(config: str, overrides: list[str]) -> tuple[PromptArguments, ModelConf
 
     # TRL's own reads the file in the encoding of the machine.
     overrides = [re.sub(r"^--no[_-]exchange$", "--no_rebalance", word) for word in overrides]
-    file = _read(config)
+    file = read_config(config)
     words = _read_words(overrides)
     given = _over(file, words)
     # Lists and nulls, which a method's file or a sweep may have: the parser would take them for texts.
@@ -301,6 +282,8 @@ def set_env(settings: Mapping[str, Any], devices: bool = False) -> dict[str, str
     env = {} if env is None else env
     if not isinstance(env, dict):  # its values may be keys
         raise ValueError(f"env must map environment variables to their values, got a {type(env).__name__}.")
+    for name in (name for name, value in env.items() if value is None):
+        raise ValueError(f"env has no value for {name}. Leave it out, or give it one; '' is an empty one.")
     taken = {str(name): str(value) for name, value in env.items() if devices or not DEVICES.fullmatch(str(name))}
     os.environ.update(taken)
     return taken
@@ -435,6 +418,8 @@ def warn_of_unused(prompts: PromptArguments, args: CaMOPDConfig) -> None:
             "eval_prompts are not measured before the first step, without which the run cannot say whether it recovered. "
             "Set eval_on_start: true"
         )
+    if not args.push_to_hub and (args.hub_model_id or args.hub_revision):
+        logger.warning("hub_model_id and hub_revision have no effect: push_to_hub is False, and nothing is sent")
 
 
 def where_from(settings: dict[str, Any], branch: str, error: Exception) -> str:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from accelerate.utils import gather_object
 
 from . import atomic, manifest, record, rejected
-from .best import keep_patience
+from .best import keep_patience, quiet_early_stopping
 from .errors import CaMOPDError, ResumeError, on_all_ranks
 from .folder_lock import FolderLock
 from .measured import HELD_OUT, STATE, lines_of
@@ -58,7 +58,7 @@ class RunFolder:
             )
             if checkpoint is not None:
                 keep_patience(trainer.callback_handler.callbacks, Path(checkpoint))
-            with self._evaluated_before(trainer.args, checkpoint):
+            with self._evaluated_before(trainer.args, checkpoint), quiet_early_stopping():
                 yield checkpoint
 
     @contextmanager

@@ -36,7 +36,7 @@ _ONE_RANK_ONE_SHARE = (
     "each rank gets prompts of its own and trains its own samples, so ranks that hold parts of one replica would feed it "
     "different sequences. Shard with FSDP2 or ZeRO (docs/scale.md)"
 )
-_SCALED = (
+SCALED = (
     "its loss scaling skips optimizer steps, each of which has cost a rollout, and a step without kept samples has no "
     "gradients that it could scale"
 )
@@ -96,7 +96,7 @@ REFUSED = (
     Rule("accelerator_config.dispatch_batches", (None, False), _SHARDING),
     Rule("accelerator_config.even_batches", (True,), _SHARDING),
     # Numbers and kernels
-    Rule("fp16", (False,), f"{_SCALED}. Set bf16=True, or bf16=False for float32"),
+    Rule("fp16", (False,), f"{SCALED}. Set bf16=True, or bf16=False for float32"),
     Rule(
         "bf16_full_eval fp16_full_eval", (False,),
         "it would convert the student's weights themselves, and measure gaps of another model than the one that is "
@@ -188,12 +188,20 @@ _BAND = "importance_sampling_low importance_sampling_high"
 _VLLM_SERVER = "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port"
 _VLLM_INSIDE = "vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_enable_sleep_mode vllm_model_impl"
 
+_NAME_RUNS = {"comet_ml", "mlflow", "swanlab", "trackio", "wandb"}  # transformers' callbacks that read run_name
+
 NEEDS = (
     Need("eval_steps eval_delay", lambda a: a.eval_strategy == "steps", "eval_strategy is not 'steps'"),
     Need("save_steps", lambda a: a.save_strategy == "steps", "save_strategy is not 'steps'"),
     Need("logging_steps", lambda a: a.logging_strategy == "steps", "logging_strategy is not 'steps'"),
     Need("hub_strategy hub_always_push", lambda a: a.push_to_hub, "push_to_hub is False"),
-    Need("run_name", lambda a: bool(a.report_to), "report_to names nothing that the run is reported to"),
+    Need("run_name", lambda a: bool(_NAME_RUNS & set(a.report_to)), f"report_to names none of {sorted(_NAME_RUNS)}"),
+    Need("log_completions", lambda a: a.logging_strategy != "no", "logging_strategy is 'no'"),
+    Need("eval_tasks_items", lambda a: bool(a.eval_tasks), "there are no eval_tasks"),
+    Need(
+        "ds3_gather_for_generation", lambda a: getattr(a.deepspeed_plugin, "zero_stage", None) == 3,
+        "the weights are not those of ZeRO-3",
+    ),
     Need(
         "project trackio_space_id trackio_bucket_id trackio_static_space_id", lambda a: "trackio" in a.report_to,
         "report_to does not name trackio",
@@ -334,11 +342,6 @@ def refuse_of_accelerator(accelerator: Accelerator, tensor_parallel: int) -> Non
     _refuse_split_replicas(accelerator.parallelism_config)
     if tensor_parallel > 1:
         raise ValueError(f"a student in {tensor_parallel} parts cannot be trained with CaMOPD: {_ONE_RANK_ONE_SHARE}.")
-    if accelerator.mixed_precision == "fp16":
-        way = "Set bf16=True, or launch with --mixed_precision no for float32"
-        raise ValueError(
-            f"mixed_precision=fp16 of accelerate's launcher cannot be used with CaMOPD: {_SCALED}. {way}."
-        )
     backend = accelerator.state.dynamo_plugin.backend.value.lower()
     if backend != "no":
         raise ValueError(

@@ -35,7 +35,7 @@ from .masters import check_masters, need_trained, quantised_adapters, restore_ad
 from .messages import BYTES_PER_TOKEN, MOST_BYTES
 from .method_rules import check_ddp_timeout
 from .packing import packing_pays
-from .precision import compute_dtype, forward_dtype, keep_outputs_whole
+from .precision import compute_dtype, forward_dtype, settle_precision
 from .prompts import HeldOut, PromptReader, PromptStream, StepDataset, held_out, rows_to_check
 from .samples import MicroBatch
 from .schedule import Schedule
@@ -45,7 +45,7 @@ from .teacher_prompts import TeacherPrompts, contexts_of
 from .teachers.adapters import OWN, check_adapters, configs_of, keep_start_adapter, load_adapter_student
 from .teachers.address import OWN_TEACHERS, did_you_mean, has_adapter, without_secrets
 from .teachers.base import Teacher
-from .teachers.local import LocalTeacher, context_length, shares_weights
+from .teachers.local import LocalTeacher, context_length, on_rope, shares_weights
 from .teachers.resolve import resolve_teachers
 from .teachers.vllm.teacher import ServerTeacher, connect_servers
 from .tokens import embedding_size, head_size, need_end, unended_turn
@@ -174,7 +174,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
     need_end(tokenizer)
     restore_adapters(model, run.adapters, accelerator)
     check_masters(model, args, accelerator, optimizer)
-    keep_outputs_whole(accelerator)
+    settle_precision(accelerator, args.bf16)
     setting_rules.refuse_of_accelerator(accelerator, trainer.get_tp_size())
     need_trained(optimizer, model)
     if args.disable_dropout:
@@ -184,7 +184,7 @@ def check_ready(trainer: Any, run: Run, optimizer: Any, tokenizer: Any) -> None:
             f"{get_config_model_id(model.config)!r} takes images, which no teacher can score yet. Pass its tokenizer as "
             "`processing_class` to train it on text."
         )
-    need_context(context_length(model.config), args.max_prompt_length, args.longest_completion)
+    need_context(context_length(model.config), args.max_prompt_length, args.longest_completion, on_rope(model.config))
     maps = {branch: each.dataset for branch, each in run.streams.items() if isinstance(each.dataset, Dataset)}
     for reader in (trainer.reader, trainer.teacher_prompts):
         reader.check({branch: rows_to_check(branch, dataset) for branch, dataset in maps.items()})

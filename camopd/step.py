@@ -357,6 +357,10 @@ class StepEnd(TrainerCallback):
         """`end` closes the step."""
         self._end = end
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save as often as the config says: a checkpoint's state has the numbers of before."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As transformers has it."""
         self._end()

@@ -157,7 +157,10 @@ def _context(config: Mapping[str, Any]) -> float:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if length is None or not isinstance(rope, dict):
         return math.inf
-    original, factor = rope.get("original_max_position_embeddings", length), rope.get("factor", 1.0)
+    whole = text.get("original_max_position_embeddings") or length
+    original, factor = rope.get("original_max_position_embeddings") or whole, rope.get("factor", 1.0)
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        factor, length = 1.0, original  # see there
     return (
         max(length, original * factor) if all(type(each) in (int, float) for each in (original, factor)) else math.inf
     )
@@ -176,13 +179,15 @@ def short_context(branch: str, length: float, needed: int) -> str:
     )
 
 
-def need_context(length: float, prompt: int, completion: int) -> None:
-    """Raise `ValueError` where the student's context, in tokens, is shorter than the longest prompt and completion."""
+def need_context(length: float, prompt: int, completion: int, note: str = "") -> None:
+    """Raise `ValueError` where the student's context, in tokens, is shorter than the longest prompt and completion. `note`
+    is added."""
     if prompt + completion > length:
         raise ValueError(
             f"the student takes sequences of {length:.0f} tokens, but max_prompt_length + max_completion_length is "
             f"{prompt} + {completion} = {prompt + completion}. Lower max_completion_length"
             + (f", to {int(length) - prompt} at most." if prompt < length else ", and max_prompt_length.")
+            + note
         )
 
 

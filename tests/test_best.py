@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 
 import pytest
 from conftest import make_model, make_prompts, make_summary
@@ -116,6 +117,16 @@ def test_best_model_must_have_been_saved(tmp_path):
         check_metric(make_args(tmp_path, **best, eval_steps=1, **saves), branches, branches, [])
     rare.load_best_model_at_end = False
     check_metric(rare, branches, branches, [])
+    rare.save_total_limit = 1
+    with pytest.raises(
+        ValueError, match=r"save_total_limit=1 .* no last one to go on from\. Set save_total_limit to 2"
+    ):
+        check_metric(rare, branches, branches, [])
+    rare.save_total_limit, rare.eval_delay = 2, 5
+    with pytest.raises(
+        ValueError, match=r"metric_for_best_model waits .* eval_delay=5 is after max_steps=4\. Lower eval_delay"
+    ):
+        check_metric(rare, branches, branches, [])
 
 
 def test_best_checkpoint_is_kept_and_loaded_and_on_the_card(tmp_path, tokenizer, monkeypatch):
@@ -185,3 +196,19 @@ def test_each_of_several_stopping_callbacks_goes_on_with_its_own_count(tmp_path)
     found = [EarlyStoppingCallback(early_stopping_patience=9) for _ in range(3)]
     keep_patience([*found, object()], tmp_path)
     assert [each.early_stopping_patience_counter for each in found] == [1, 2, 0]
+
+
+def test_early_stopping_is_not_said_to_be_off_where_its_metric_is_that_of_one_branch(tmp_path, tokenizer, caplog):
+    logging.getLogger("transformers").propagate = True
+    own = {branch: make_prompts(branch, 3) for branch in ("general", "domain")}
+    trainer = make_trainer(
+        tmp_path, tokenizer, eval_dataset=own, callbacks=[EarlyStoppingCallback(2)], max_steps=2, eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="eval_domain_kl",
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+        assert "early stopping is disabled" not in caplog.text
+        logging.getLogger(EarlyStoppingCallback.__module__).warning(
+            "so early stopping is disabled"
+        )  # of another trainer
+    assert "early stopping is disabled" in caplog.text

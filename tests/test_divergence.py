@@ -85,6 +85,28 @@ def test_top_k_kl_has_all_other_tokens_as_one(k):
         torch.testing.assert_close(ours, theirs, atol=100 * KL, rtol=1e-3)
 
 
+def test_tokens_that_a_teacher_has_more_than_the_student_are_outcomes_that_it_never_draws():
+    """As of a padded head: its likeliest token may be one of those rows."""
+    student, teacher = make_model(1), make_model(2, vocab_size=len(VOCAB) + 7)
+    k = len(VOCAB) + 6
+    top = likeliest(teacher, k)
+    assert (top.ids >= len(VOCAB)).any()
+    _, kl = logps_and_kl(student, IDS, STARTS, 0, False, [([0, 1, 2], top)])
+    for row in range(len(IDS)):
+        own, other = of_logits(student, row), of_logits(teacher, row).detach()
+        other_own = other[:, : len(VOCAB)]
+        known = torch.zeros_like(other, dtype=torch.bool).scatter(-1, other.topk(k, dim=-1).indices, True)[
+            :, : len(VOCAB)
+        ]
+        values = []
+        for p, q, kept in zip(own, other_own, known, strict=True):
+            rest, others = p.exp()[~kept].sum(), 1 - q.exp()[kept].sum()
+            values.append((p.exp() * (p - q))[kept].sum() + (rest * (rest / others).log() if rest else 0.0))
+        torch.testing.assert_close(kl[row, : len(values)], torch.stack(values), atol=1e-4, rtol=0)
+    kl.sum().backward()
+    assert all(torch.isfinite(each).all() for each in gradients(student))
+
+
 @given(st.lists(st.floats(-8, 8), min_size=4, max_size=8), st.lists(st.floats(-8, 8), min_size=8, max_size=8))
 def test_lumping_outcomes_never_makes_the_kl_larger(student, teacher):
     own, other = (

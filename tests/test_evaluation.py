@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import LOGP, make_model, make_prompts
+from conftest import LOGP, make_model, make_prompts, make_tokenizer
 from datasets import Dataset
 from fake_rollouts import FakeRollouts
 from steps import FakeSampler, check_evaluations, evaluations, use_sampler
@@ -171,13 +171,14 @@ def test_held_out_prompts_that_are_trained_on_are_warned_of(shared, form, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
-def test_prompts_in_a_format_of_tensors_or_tables_are_the_texts_that_they_are(kind, tmp_path, tokenizer):
+def test_prompts_in_a_format_of_tensors_or_tables_are_the_texts_that_they_are(kind, tmp_path):
     def messages(branch, count):
         rows = [
             {"prompt": [{"role": "user", "content": f"{branch} {place}"}], "category": place} for place in range(count)
         ]
         return Dataset.from_list(rows)
 
+    tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     plain = {branch: messages(branch, 5) for branch in ("general", "domain")}
     runs = []

@@ -1,6 +1,7 @@
 """Forwards without gradient: every row once, in its place, and equal weights give equal numbers."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_logits import gather, make_rows, reference, targets
 from trainers import lines, make_trainer
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from camopd.balance import score_batches
-from camopd.forward import FORWARD_COST, in_length_sorted_batches
+from camopd.forward import FORWARD_COST, disable_functional_dropout, in_length_sorted_batches
 from camopd.logprobs import completion_logps
 
 
@@ -123,3 +125,23 @@ def test_rows_that_see_each_other_are_padded_from_the_first_step(tmp_path, token
     monkeypatch.setattr("camopd.forward.packing_is_exact", lambda forward: False)
     with pytest.raises(ValueError, match="padding_free=True, but in the student rows"):
         make_trainer(tmp_path, tokenizer, padding_free=True, max_steps=1).train()
+
+
+def test_noise_of_routers_is_off_with_dropout(tmp_path):
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_functional_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits) and config.router_jitter_noise == 0.3
+
+
+def test_model_that_draws_its_experts_in_training_is_refused():
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(model_type="phimoe")
+    with pytest.raises(ValueError, match=r"draws its experts at random in training.*disable_dropout=False"):
+        disable_functional_dropout(model)

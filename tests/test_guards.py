@@ -42,6 +42,9 @@ from camopd.step import Step, StepCallback
 from camopd.teachers.local import LocalTeacher
 
 
+PLAIN = {"divergence": "sampled", "token_rule": "none"}
+
+
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs" / "accelerate"
 NAN = math.nan
@@ -378,7 +381,7 @@ def test_log_ratio_is_that_of_all_or_of_a_server_that_is_surely_above_the_limit(
 
 
 def guards_of(limit, dtype=torch.float32):
-    args = SimpleNamespace(guards=settle({"degenerate": None, "log_ratio": limit}), learning_rate=1.0)
+    args = SimpleNamespace(guards=settle({"degenerate": None, "log_ratio": limit}), learning_rate=1.0, **PLAIN)
     return Guards(args, {"b": "absolute"}, False, dtype)
 
 
@@ -719,7 +722,10 @@ def test_rounded_logits_of_one_model_are_rounding_and_a_gap_beyond_that_is_not(d
     limit = rounding_bound(GUARDS["rounding"].default, dtype, max(exact.abs().max(), rounded_other.abs().max()).item())
     row = {"num_tokens": tokens, "logp_largest": max(rounded.abs().max(), rounded_other.abs().max()).item()}
     guards = Guards(
-        SimpleNamespace(guards=settle({"degenerate": None}), learning_rate=1.0), {"b": "absolute"}, False, dtype
+        SimpleNamespace(guards=settle({"degenerate": None}), learning_rate=1.0, **PLAIN),
+        {"b": "absolute"},
+        False,
+        dtype,
     )
     step = Step(0, ("b",))
     step.metrics["rollout/b/entropy"] = NAN
@@ -970,3 +976,31 @@ def test_bound_that_is_set_finds_a_stale_server_in_the_lagged_step_itself():
     guards_of(1.0).on_step_ready(step)
     with pytest.raises(GuardError, match=r"the rollout server at http://b, for the same tokens, are 0\.9 nats"):
         guards_of(0.3).on_step_ready(step)
+
+
+def test_rounding_is_skipped_where_broken_steps_are_not(tmp_path, tokenizer):
+    """Without the skip Adam and weight decay would move a student that equals its teachers."""
+    model = make_model(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(
+        tmp_path, tokenizer, model=model, teachers={"general": make_model(1), "domain": make_model(1)}, max_steps=2,
+        weight_decay=0.1, guards={"truncated": None, "skipped_steps": None},
+    )  # fmt: skip
+    trainer.train()
+    assert [line["guard/skipped"] for line in lines(tmp_path)] == [1, 1]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"token_rule": "teacher_free"}, {"token_rule": "relaxed_opd", "relaxed_mixture": 0.7}]
+)
+def test_rule_that_trains_tokens_without_a_gap_is_not_skipped(settings, tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, teachers={"general": make_model(1), "domain": make_model(1)}, max_steps=1,
+        guards={"truncated": None}, selection=False, **settings,
+    )  # fmt: skip
+    trainer.train()
+    (line,) = lines(tmp_path)
+    assert line["loss"] != 0 and line["guard/rounding"] == line["guard/skipped"] == 0
+    assert line["update/changed_share"] > 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from trainers import lines, make_args, make_trainer
+from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from camopd.learning_rate import check_passed
@@ -42,6 +43,25 @@ def test_schedule_without_warm_up_is_the_papers(tmp_path):
              "metric_for_best_model": "general_kl", "eval_strategy": "steps"},
             "mode='max'.*general_kl.*smaller value is the better",
         ),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"threshold_mode": "rel"},
+             "metric_for_best_model": "general_gap", "eval_strategy": "steps"},
+            "threshold_mode='rel', and general_gap is negative.*the wrong way round",
+        ),
+        (
+            {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"min_lr": 0.1}, "learning_rate": 0.1,
+             "metric_for_best_model": "general_kl", "eval_strategy": "steps"},
+            "min_lr=0.1, and learning_rate=0.1 is not above it: it could only rise",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 500}, "max_steps": 120},
+            "learning_rate=0.01 is never reached, but .*add up to max_steps=120",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "max_steps": 120,
+             "lr_scheduler_kwargs": {"num_stable_steps": 30, "num_decay_steps": 20}},
+            "its learning rate is 0 in 70 of 120 steps.*add up to max_steps=120",
+        ),
     ],
 )  # fmt: skip
 def test_settings_that_would_be_ignored_are_refused(settings, message, tmp_path):
@@ -73,7 +93,8 @@ def test_schedules_of_transformers_can_all_be_had(kind, tmp_path, caplog):
     args = make_args(tmp_path, **settings)
     assert args.lr_scheduler_type == ("constant_with_warmup" if kind == "constant" else kind)
     if follows:
-        assert args.lr_scheduler_kwargs == {"mode": "max"}  # the gap grows to 0
+        own = {"min_lr": 0.0} if kind == "greedy" else {"threshold_mode": "abs"}
+        assert args.lr_scheduler_kwargs == {"mode": "max", **own}  # the gap grows to 0
     make_args(tmp_path, lr_scheduler_type="constant_with_warmup")
     assert "has no warm-up, as warmup_steps is 0" in caplog.text
 
@@ -91,3 +112,20 @@ def test_scheduler_must_be_of_the_optimizer_that_is_passed(tmp_path, caplog):
     assert "follows the LambdaLR that was passed, not lr_scheduler_type='constant_with_warmup'" in caplog.text
     check_passed(args, other, None)
     assert "has learning rate 0.5, which is taken; the config's is 0.01" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("reduce_lr_on_plateau", "gap"), ("reduce_lr_on_plateau", "kl"), ("greedy", "kl")]
+)
+def test_schedule_that_follows_a_metric_lowers_the_rate_where_it_gets_no_better(kind, metric, tmp_path):
+    args = make_args(
+        tmp_path, lr_scheduler_type=kind, metric_for_best_model=f"general_{metric}", eval_strategy="steps", eval_steps=1,
+        lr_scheduler_kwargs={"patience": 1}, learning_rate=2e-6,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = get_scheduler(kind, optimizer, 0, 20, args.lr_scheduler_kwargs)
+    value = -0.2 if metric == "gap" else 0.2
+    for _ in range(8):
+        schedule.step(value)
+        value -= 0.001 if metric == "gap" else -0.001  # a little worse
+    assert optimizer.param_groups[0]["lr"] < args.learning_rate

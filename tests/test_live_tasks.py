@@ -18,6 +18,7 @@ import torch
 from conftest import make_model, make_prompts, make_tokenizer
 from train_tiny import fsdp_on_cpu
 from trainers import lines, make_args, make_trainer
+from transformers import EarlyStoppingCallback
 
 from camopd import CaMOPDTrainer
 from camopd.errors import CaMOPDError
@@ -253,6 +254,16 @@ def test_measure_after_the_best_model_was_loaded_is_of_its_step(tmp_path, tokeni
     for name in ("eval_tasks", "held_out"):
         found = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [line["step"] for line in found if "loaded" not in line] == [0, 1, 2, 3, 1]
+
+
+def test_early_stopping_counts_the_scores_of_a_task(tmp_path, tokenizer, asked):
+    asked.right = [{0}, {0, 1}, {0}, {0}, {0, 1, 2}, set()]
+    trainer = make_trainer(
+        tmp_path, tokenizer, eval_dataset=HELD_OUT, eval_tasks=["sums"], metric_for_best_model="sums/score",
+        callbacks=[EarlyStoppingCallback(2)], **{**EVALUATES, "max_steps": 5},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3  # at step 1 two rows are right, and then twice one
 
 
 def test_best_model_is_that_with_the_greater_score_or_that_broke_less(tmp_path, tokenizer, asked):

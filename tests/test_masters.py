@@ -103,7 +103,7 @@ def test_masters_are_kept_by_these_launchers(accelerator, kept, tmp_path):
 
 @pytest.mark.parametrize("name", [item.value for item in OptimizerNames])
 def test_optimizers_of_transformers_pass_only_where_they_lose_nothing(name, tmp_path):
-    if name in ("lomo", "adalomo"):  # an update per micro-batch
+    if name in ("lomo", "adalomo") or name.endswith("_layerwise"):  # an update per micro-batch
         with pytest.raises(
             ValueError, match=f"optim='{name}' changes the weights in the backward of every micro-batch"
         ):
@@ -294,3 +294,18 @@ def test_arguments_of_an_optimizer_that_takes_none_are_refused(tmp_path):
             make_args(tmp_path, **{**settings, "optim_args": "bf16_stochastic_round=True"})
     with pytest.raises(ValueError, match="per_branch' is an AdamW of its own and cannot be optim='adamw_torch_8bit'"):
         make_args(tmp_path, optim="adamw_torch_8bit", optimizer_moments="per_branch")
+
+
+@pytest.mark.parametrize("seed", [0, 20261129, 2**62, -1])
+def test_numbers_of_rounding_follow_from_every_seed(seed, monkeypatch):
+    """torch.manual_seed takes numbers of 64 bits."""
+    given = []
+    monkeypatch.setattr(masters, "rounds_stochastically", lambda *_: True)
+    monkeypatch.setattr(masters, "round_alike", lambda optimizer, device, number: given.append(number))
+    for rank in (0, 3):
+        masters.round_by_step(
+            SimpleNamespace(seed=seed, process_index=rank, device=None), None, lambda: 5, sharded=True
+        )
+    for number in given:
+        torch.manual_seed(number())
+    assert len({number() for number in given}) == 2

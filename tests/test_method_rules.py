@@ -223,3 +223,9 @@ def test_dtype_may_have_its_name_of_before_and_not_both(make_config, name):
     assert given == {"torch_dtype": "bfloat16", "revision": "main"}
     with pytest.raises(ValueError, match=rf"{name} has dtype='float32' and torch_dtype='bfloat16'\. Leave one out"):
         make_config(**{name: {"torch_dtype": "bfloat16", "dtype": "float32"}})
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_optimizer_that_steps_in_the_backward_is_refused(optim, make_config):
+    with pytest.raises(ValueError, match=f"optim='{optim}' changes the weights in the backward"):
+        make_config(optim=optim, optim_target_modules=["q_proj"])

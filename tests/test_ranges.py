@@ -40,6 +40,17 @@ def test_texts_of_a_command_line_are_taken(right):
     check_written(right)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_grad_norm", None), ("max_grad_norm", -1), ("max_grad_norm", float("nan")), ("per_device_eval_batch_size", 0),
+     ("adam_beta1", 1.0), ("adam_beta2", 1.5), ("weight_decay", -0.1), ("adam_epsilon", -1e-8),
+     ("overwrite_output_dir", "false"), ("verbose", "no")],
+)  # fmt: skip
+def test_value_that_would_fail_or_act_later_is_refused_by_the_config(name, value, make_config):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        make_config(**{name: value})
+
+
 @pytest.mark.parametrize("wrong", [{"learning_rate": "-4e-5"}, {"prompts_per_step": "0"}, {"max_steps": "1.5"}])
 def test_texts_that_are_no_such_number_are_refused(wrong):
     (name,) = wrong

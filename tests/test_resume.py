@@ -308,3 +308,24 @@ def test_run_that_needs_smaller_micro_batches_goes_on_with_them(undisturbed, tmp
     prompts, _ = train(tmp_path, tokenizer, resume=True, per_device_train_batch_size=1)
     assert prompts == expected_prompts[5:]
     assert lines(tmp_path)[-1]["step"] == STEPS
+
+
+def test_resumed_run_evaluates_saves_and_logs_as_often_as_its_own_settings_say(tmp_path, tokenizer):
+    """transformers takes those of the checkpoint."""
+    own = {"general": make_prompts("general", 3)}
+
+    def run(**settings):
+        trainer = make_trainer(tmp_path, tokenizer, eval_dataset=own, max_steps=6, save_strategy="steps", **settings)
+        return trainer
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    run(save_steps=2, logging_steps=1, callbacks=[Stops()]).train()
+    trainer = run(save_steps=3, logging_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    history = [entry for entry in trainer.state.log_history if entry["step"] > 2]
+    assert [entry["step"] for entry in history if "eval_general_kl" in entry] == [3, 4, 5, 6]
+    assert [entry["step"] for entry in history if "loss" in entry] == [4, 6]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "checkpoint-6"}

@@ -559,6 +559,12 @@ def test_env_that_is_no_mapping_is_refused_empty_or_not(env):
         set_env({"env": env})
 
 
+def test_variable_without_a_value_is_refused():
+    """It would be the text "None"."""
+    with pytest.raises(ValueError, match="env has no value for HF_TOKEN"):
+        set_env({"env": {"HF_TOKEN": None}})
+
+
 def test_env_of_the_command_line_is_taken_in_place_of_the_files(write, settings, monkeypatch):
     for name in ("SOME_VARIABLE", "ANOTHER"):
         monkeypatch.setenv(name, "before")

@@ -89,6 +89,8 @@ NEEDS = {
     "logging_steps": (3, {"logging_strategy": "no"}), "hub_strategy": ("end", {}), "hub_always_push": (True, {}),
     "run_name": ("mine", {}), "project": ("mine", {}), "trackio_space_id": ("me/space", {}),
     "trackio_bucket_id": ("me/bucket", {}), "trackio_static_space_id": ("me/static", {}),
+    "log_completions": (True, {"logging_strategy": "no"}), "eval_tasks_items": (3, {}),
+    "ds3_gather_for_generation": (False, {}),
     "num_completions_to_print": (3, {}), "log_unique_prompts": (True, {"log_completions": True}),
     "activation_checkpointing_kwargs": ({"use_reentrant": True}, {"gradient_checkpointing": False}),
     "gradient_checkpointing_kwargs": ({"use_reentrant": True}, {"gradient_checkpointing": False}),
@@ -288,7 +290,7 @@ def parts_of_optim_args(folder, caplog, optim) -> set[str] | None:
         make_config(folder, optim=optim, optim_args="no_such_part=1")
     except ValueError as error:
         found = re.search(
-            r"There are (\[.*?\])|takes none|^optim='a?d?a?lomo'", str(error)
+            r"There are (\[.*?\])|takes none|^optim='(?:a?d?a?lomo|\w+_layerwise)'", str(error)
         )  # the last is refused itself
         return set(ast.literal_eval(found[1] or "[]"))
     return set() if "optim_args" in warned(caplog) else None
@@ -301,6 +303,8 @@ def test_parts_of_optim_args_are_those_that_transformers_reads(tmp_path, caplog)
     for name, handler in source._OPTIMIZER_HANDLERS.items():
         pattern = r"""(?:get|pop)\("(\w+)|"(\w+)" in ctx\.optim_args|for key in \(([^)]*)\)"""
         read = re.findall(pattern, inspect.getsource(handler))
+        if name.value.endswith("_layerwise"):  # refused itself
+            continue
         names = {word for found in read for word in re.findall(r"\w+", "".join(found))} - {"weight_decay"}
         allowed = parts_of_optim_args(tmp_path, caplog, name.value)
         if allowed is not None:
@@ -363,12 +367,19 @@ def test_launcher_that_splits_a_replica_or_compiles_is_refused(tmp_path, monkeyp
         rules.refuse_of_accelerator(accelerator, 1)
     with pytest.raises(ValueError, match="a student in 2 parts"):
         rules.refuse_of_accelerator(accelerator, 2)
-    accelerator.mixed_precision = "fp16"
-    with pytest.raises(
-        ValueError,
-        match=r"mixed_precision=fp16 .*Set bf16=True, or launch with --mixed_precision no",
-    ):
-        rules.refuse_of_accelerator(accelerator, 1)
+
+
+@pytest.mark.parametrize(
+    ("launched", "bf16", "says"),
+    [
+        ("fp16", False, r"mixed_precision=fp16 .*Set bf16=True, or launch with --mixed_precision no"),
+        ("bf16", False, r"mixed_precision=bf16 .* would win over bf16=False.*Launch with --mixed_precision no"),
+    ],
+)
+def test_precision_of_a_launcher_that_is_not_the_configs_is_refused(launched, bf16, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)  # as `accelerate launch` sets it
+    with pytest.raises(ValueError, match=says):
+        make_trainer(tmp_path, bf16=bf16)
 
 
 # ---------------------------------------------------------------------------------------------- one run, many settings

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from huggingface_hub import constants, get_session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, Phi3Config
 from transformers.models.gemma3 import Gemma3Config
 
 from camopd import surroundings
@@ -31,7 +32,7 @@ from camopd.surroundings import (
     need_context,
 )
 from camopd.teachers.address import names_missing_model
-from camopd.teachers.local import context_length
+from camopd.teachers.local import context_length, on_rope
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
@@ -105,8 +106,13 @@ def test_every_file_of_every_branch_is_looked_at(tmp_path, setting):
         LlamaConfig(max_position_embeddings=100), GPT2Config(n_positions=64), Gemma3Config(),
         LlamaConfig(max_position_embeddings=100, rope_parameters={
             "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50, "rope_theta": 1e4}),
+        LlamaConfig(max_position_embeddings=100, rope_parameters={
+            "rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+        Phi3Config(max_position_embeddings=100, original_max_position_embeddings=40, pad_token_id=0, rope_parameters={
+            "rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 1e4,
+            "original_max_position_embeddings": 40}),
     ],
-    ids=["llama", "gpt2", "gemma3", "yarn"],
+    ids=["llama", "gpt2", "gemma3", "yarn", "dynamic", "longrope"],
 )  # fmt: skip
 def test_context_of_a_config_file_is_that_of_the_loaded_config(config, tmp_path):
     config.save_pretrained(tmp_path)
@@ -450,3 +456,26 @@ def test_hub_is_looked_for_as_env_of_the_run_says(tmp_path, answer, command):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert "and http://127.0.0.1:9, from where it would be fetched, cannot be reached" in said(nowhere)
     assert said({**nowhere, "http_proxy": constants.ENDPOINT}) == "reached\n"
+
+
+def test_rope_that_follows_from_the_longest_row_ends_where_it_does_not_yet():
+    """Beyond its first length transformers has another rope, for all rows of a batch."""
+    config = LlamaConfig(
+        max_position_embeddings=24, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=1.0,
+    )  # fmt: skip
+    assert context_length(config) == 24 and "'dynamic' is another one beyond that" in on_rope(config)
+    assert on_rope(LlamaConfig()) == ""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    short = torch.arange(1, 15)
+
+    def beside(length):
+        rows = torch.nn.utils.rnn.pad_sequence([short, torch.arange(1, length + 1) % 31 + 1], batch_first=True)
+        with torch.no_grad():
+            return model(rows, attention_mask=(rows > 0).long()).logits[0, :14]
+
+    alone = beside(14)
+    torch.testing.assert_close(beside(24), alone, atol=1e-5, rtol=1e-5)
+    assert (beside(40) - alone).abs().max() > 1e-3

@@ -18,6 +18,7 @@ from ..guards import LEAST, SPARE, log_ratio_bound, rounding_bound, stop
 from ..rejected import keep, keeping, said
 from ..samples import SampleSummary
 from ..step import Step, StepCallback
+from ..token_rules import rule_of
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,10 @@ class Guards(StepCallback):
         self._deepspeed, self._dtype, self._exact = deepspeed, dtype, exact
         self._skipped = 0  # steps in a row
         self._closed = self._idle = 0  # steps since the start or resume, and those of them that were skipped
+        zero = torch.zeros(1, 1)
+        self._trains_zeros = bool(
+            rule_of(args).advantages(zero, zero == 0).any()
+        )  # whether tokens without a gap count
         self._rounding = False  # whether the gaps of the step under way are all rounding
         self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
@@ -80,7 +85,7 @@ class Guards(StepCallback):
         """Look at completions, gaps and entropies of all ranks."""
         self._step = step
         step.metrics["guard/skipped"] = 0.0
-        self._rounding = all(self._is_rounding(step, branch) for branch in step.branches)
+        self._rounding = not self._trains_zeros and all(self._is_rounding(step, branch) for branch in step.branches)
         step.metrics["guard/rounding"] = float(self._rounding)
         rows = step.summaries
         self._look_at_sampler([(row.server, row.log_ratio, row.num_ratios) for row in rows], lag=step.lag)
@@ -211,9 +216,9 @@ class Guards(StepCallback):
             self._look_at_sampler([(servers[place], *apart) for place, apart in step.apart.items()], lag=step.lag)
         skipped = self._deepspeed and bool(optimizer.step_was_skipped)
         step.metrics["guard/skipped"] = float(skipped)
-        if limit is None:
-            return
         wrong = _of_losses(step.broken_losses) or _of_norm(math.inf if skipped else step.metrics.get("grad_norm", 0.0))
+        if wrong and limit is None:
+            return
         if not wrong:
             self._skipped = 0
             if self._rounding:

@@ -154,14 +154,32 @@ def guess_meaning(model_id: str) -> str:
     return ""
 
 
+BY_LONGEST_ROW = ("longrope", "dynamic")
+
+
+def on_rope(config: Any) -> str:
+    """What to add where `context_length` is less than a user may expect."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") not in BY_LONGEST_ROW:
+        return ""
+    return f" Its rope of type {rope['rope_type']!r} is another one beyond that, for all rows of a batch with a longer one."
+
+
 def context_length(config: Any) -> float:
-    """Tokens a model was made for, rope scaling included; infinite where its config does not say."""
+    """Tokens a model was made for, rope scaling included; infinite where its config does not say.
+
+    Of ropes that transformers chooses by the longest row of a batch, for all its rows ("longrope", "dynamic"), those up to
+    which it does not: beyond, a row's log-probs would follow from its neighbours.
+    """
     config = config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     if length is None:
         return float("inf")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    original = rope.get("original_max_position_embeddings", length)
+    whole = getattr(config, "original_max_position_embeddings", None) or length
+    original = rope.get("original_max_position_embeddings") or whole
+    if rope.get("rope_type", rope.get("type")) in BY_LONGEST_ROW:
+        return float(original)
     return max(length, original * rope.get("factor", 1.0))
 
 
