@@ -47,9 +47,4 @@ def read_config(config: str) -> dict[str, Any]:
         raise ValueError(
             f"the config {config!r} must be a mapping from settings to values, got {without_secrets(repr(settings))}."
         )
-    if "config" in settings:
-        raise ValueError(
-            f"{config!r} has a setting 'config': a file has no other one under it. Write its settings here, or name a file "
-            "of a method by --method."
-        )
     return settings | {name: "no" for name in STRATEGIES if settings.get(name) is False}

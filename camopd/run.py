@@ -380,8 +380,12 @@ def teachers_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_names(config: str, settings: dict[str, Any]) -> None:
     """Raise `ValueError` for a setting that no run has, with the one that may have been meant."""
-    known = {"env", "config", *(name for _, name, _, _ in declared())}  # from sources: importing them takes seconds
+    known = {"env", *(name for _, name, _, _ in declared())}  # from sources: importing them takes seconds
     for name in settings:
+        if name == "config":
+            raise ValueError(
+                f"{config!r} has no other file under it: leave 'config' out, or name a method by --method."
+            )
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             meant = f" Did you mean {close[0]!r}?" if close else ""

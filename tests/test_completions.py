@@ -64,7 +64,7 @@ def test_table_that_cannot_be_written_is_an_error_on_all_ranks_and_leaves_the_on
     monkeypatch.setattr(os, "fsync", fail)
     state = SimpleNamespace(global_step=1, is_world_process_zero=is_first)
     with pytest.raises(CaMOPDError, match=r"completions_00001.parquet' cannot be written: No space left on device"):
-        table.on_log(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+        table.on_log(SimpleNamespace(output_dir=str(tmp_path)), state, None, logs={"loss": 1.0})
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("completions_00001.parquet", "whole")]
 
 

@@ -199,7 +199,7 @@ def test_contradicting_accumulation_is_refused_with_both_ways_out(make_config):
     with pytest.raises(
         ValueError,
         match=r"gradient_accumulation_steps=8 contradicts prompts_per_step=512, which makes it 512 / \(1 ranks x 4\) "
-        r"= 128\. Leave it out, or set prompts_per_step to 32\.",
+        r"= 128\. Leave it out, in a copy of a config set it to None, or set prompts_per_step to 32\.",
     ):
         make_config(gradient_accumulation_steps=8, per_device_train_batch_size=4)
 

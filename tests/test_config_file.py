@@ -25,7 +25,6 @@ def test_settings_are_what_the_file_says(tmp_path):
     [
         ("max_steps: 3\nmax_steps: 4\n", r"run\.yaml' is not valid YAML: 'max_steps' comes twice, in line 2"),
         ("teachers:\n  general: a\n  general: b\n", "'general' comes twice, in line 3"),
-        ("config: base.yaml\n", "has a setting 'config': a file has no other one under it"),
         ("- a\n", "must be a mapping"),
         ("a: [\n", "is not valid YAML"),
     ],

@@ -57,7 +57,7 @@ WRONG = [
     ({"use_peft": "x"}, r"use_peft must be true or false, got 'x'"),
     ({"lora_r": "x"}, r"lora_r must be a whole number, got 'x'"),
     ({"seed": "1.5"}, r"seed must be a whole number, got '1\.5'"),
-    ({"weight_decay": "small"}, r"weight_decay must be a number, got 'small'"),
+    ({"weight_decay": "small"}, r"weight_decay must be a number of at least 0, got 'small'"),
     ({"num_train_epochs": 2}, r"num_train_epochs=2 cannot be used with CaMOPD: .* set max_steps"),
 ]
 

@@ -559,6 +559,12 @@ def test_env_that_is_no_mapping_is_refused_empty_or_not(env):
         set_env({"env": env})
 
 
+def test_file_under_a_file_is_refused(write, settings):
+    """It would be read by nobody."""
+    with pytest.raises(ValueError, match="has no other file under it: leave 'config' out"):
+        parse(str(write({**settings, "config": "base.yaml"})), [])
+
+
 def test_variable_without_a_value_is_refused():
     """It would be the text "None"."""
     with pytest.raises(ValueError, match="env has no value for HF_TOKEN"):
