@@ -172,7 +172,7 @@ def _check_saves(args: Any) -> None:
             "model of an evaluation that is not saved cannot be loaded at the end, were it the best one. Set save_steps to "
             f"{args.eval_steps:g}, or save_strategy to 'best'."
         )
-    if args.save_total_limit == 1 and not args.load_best_model_at_end:
+    if saved == "steps" and args.save_total_limit == 1 and not args.load_best_model_at_end:
         raise ValueError(
             "save_total_limit=1 with metric_for_best_model leaves the best checkpoint alone at the end, and no last one to "
             "go on from. Set save_total_limit to 2, or load_best_model_at_end."

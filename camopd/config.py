@@ -375,6 +375,7 @@ class CaMOPDConfig(DistillationConfig):
     )
 
     def __post_init__(self):
+        given = late_settings.as_given(self)
         longest = method_rules.read_completion_length(self)
         if not (self.use_cpu or torch.accelerator.is_available() or is_torch_xla_available()):
             self.use_cpu = True  # transformers wants it said
@@ -391,9 +392,9 @@ class CaMOPDConfig(DistillationConfig):
             method_rules.derive_accumulation(self, self.world_size)
 
         words = {"true": True, "false": False, "auto": "auto"}  # on the command line
-        given: Any = self.resume_from_checkpoint
-        given = os.path.expanduser(given) if isinstance(given, str) else given
-        self.resume_from_checkpoint: Any = words.get(str(given).lower(), given)
+        place: Any = self.resume_from_checkpoint
+        place = os.path.expanduser(place) if isinstance(place, str) else place
+        self.resume_from_checkpoint: Any = words.get(str(place).lower(), place)
         if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_max_model_length is None:
             # Else vLLM wants room for the longest sequence that the model can take.
             self.vllm_max_model_length = self.max_prompt_length + longest
@@ -402,7 +403,7 @@ class CaMOPDConfig(DistillationConfig):
         setting_rules.refuse(self)
         check_generation_kwargs(self)
         setting_rules.warn(setting_rules.without_effect(self), self)
-        late_settings.note(self)
+        late_settings.note(self, given)
 
     @classmethod
     def for_model(cls, model: Any) -> "CaMOPDConfig":

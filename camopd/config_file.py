@@ -13,26 +13,12 @@ from .teachers.address import without_secrets
 STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")  # "no" is one of their values, and false in YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """A key that comes twice is an error; YAML's own loader takes the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(key, (str, int, float)) and key in seen:
-                raise yaml.YAMLError(f"{key!r} comes twice, in line {key_node.start_mark.line + 1} again")
-            seen |= {key} if isinstance(key, (str, int, float)) else set()
-        found: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[no-untyped-call]
-        return found
-
-
 def read_config(config: str) -> dict[str, Any]:
     """Settings by name. Raises `ValueError` for a file that cannot be read or is no mapping, and for what it would lose."""
     try:
-        settings = yaml.load(Path(config).read_text(encoding="utf-8"), _Loader)
+        text = Path(config).read_text(encoding="utf-8")
+        _refuse_doubles(yaml.compose(text, Loader=yaml.SafeLoader), set())
+        settings = yaml.safe_load(text)
     except OSError as error:
         raise ValueError(
             f"the config {config!r} cannot be read: {error.strerror}. Give the path of a YAML file."
@@ -48,3 +34,19 @@ def read_config(config: str) -> dict[str, Any]:
             f"the config {config!r} must be a mapping from settings to values, got {without_secrets(repr(settings))}."
         )
     return settings | {name: "no" for name in STRATEGIES if settings.get(name) is False}
+
+
+def _refuse_doubles(node: Any, seen: set[int]) -> None:
+    """Raise `YAMLError` for a key that comes twice in a mapping, of which YAML takes the last one. `seen`: ids of nodes
+    that were looked at, which may contain each other."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [(None, each) for each in node.value]
+    keys = set()
+    for key, value in pairs:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in keys:
+                raise yaml.YAMLError(f"{key.value!r} comes twice, in line {key.start_mark.line + 1} again")
+            keys.add((key.tag, key.value))
+        _refuse_doubles(value, seen)

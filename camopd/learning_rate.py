@@ -106,7 +106,7 @@ def _settle_keywords(args: Any, kind: SchedulerType, given: dict[str, Any], warm
 def _settle_steps(args: Any, kind: SchedulerType, given: dict[str, Any]) -> None:
     """By how much a metric must change, and how far a schedule that follows it may go. Raises `ValueError`."""
     metric = str(args.metric_for_best_model)
-    of_gap = kind == SchedulerType.REDUCE_ON_PLATEAU and metric.endswith("_gap")
+    of_gap = metric.endswith("_gap")
     if of_gap and given.setdefault("threshold_mode", "abs") != "abs":
         raise ValueError(
             f"lr_scheduler_kwargs sets threshold_mode={given['threshold_mode']!r}, and {metric} is negative: of such a "

@@ -223,6 +223,7 @@ def held_out(datasets: Any, schedule: Schedule, argument: str, prefill: bool = F
     `check_prompts` refuses.
     """
     if isinstance(datasets, Dataset) and "branch" in datasets.column_names:
+        datasets = datasets if datasets.format["type"] == "custom" else datasets.with_format(None)
         places: dict[str, list[int]] = {}
         for place, branch in enumerate(datasets["branch"]):
             places.setdefault(branch, []).append(place)

@@ -125,9 +125,7 @@ def _check_context(settings: Mapping[str, Any]) -> None:
     need_context(_context(student), prompt, completion)
     teachers = settings.get("teachers")
     for branch, teacher in teachers.items() if isinstance(teachers, dict) else ():
-        length = (
-            math.inf if not isinstance(teacher, str) or is_server(teacher) else _context(_config_of(teacher, None))
-        )
+        length = math.inf if not isinstance(teacher, str) or is_server(teacher) else context_of(teacher)
         if prompt + completion > length:
             raise ValueError(short_context(branch, length, prompt + completion))
 
@@ -148,8 +146,9 @@ def _config_of(model: str, revision: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _context(config: Mapping[str, Any]) -> float:
-    """As [`camopd.teachers.local.context_length`], of a config.json. Infinite where it does not say."""
+def _context(config: Mapping[str, Any], served: bool = False) -> float:
+    """As [`camopd.teachers.local.context_length`], of a config.json. Infinite where it does not say. `served`: by vLLM,
+    which takes one rope for all rows."""
     text = next((config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict)), config)
     length = next(
         (text[name] for name in ("max_position_embeddings", "n_positions") if type(text.get(name)) is int), None
@@ -159,7 +158,7 @@ def _context(config: Mapping[str, Any]) -> float:
         return math.inf
     whole = text.get("original_max_position_embeddings") or length
     original, factor = rope.get("original_max_position_embeddings") or whole, rope.get("factor", 1.0)
-    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+    if not served and rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
         factor, length = 1.0, original  # see there
     return (
         max(length, original * factor) if all(type(each) in (int, float) for each in (original, factor)) else math.inf
@@ -168,7 +167,7 @@ def _context(config: Mapping[str, Any]) -> float:
 
 def context_of(model: str) -> float:
     """Tokens of a model that is a folder or in the cache of the Hub; infinite where that is not known."""
-    return _context(_config_of(model, None))
+    return _context(_config_of(model, None), served=True)
 
 
 def short_context(branch: str, length: float, needed: int) -> str:

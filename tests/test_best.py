@@ -122,6 +122,9 @@ def test_best_model_must_have_been_saved(tmp_path):
         ValueError, match=r"save_total_limit=1 .* no last one to go on from\. Set save_total_limit to 2"
     ):
         check_metric(rare, branches, branches, [])
+    for saves in ("best", "no"):  # where the newest is the best, or there is none
+        check_metric(make_args(tmp_path, **{**best, "load_best_model_at_end": False}, eval_steps=1, save_strategy=saves,
+                               save_total_limit=1), branches, branches, [])  # fmt: skip
     rare.save_total_limit, rare.eval_delay = 2, 5
     with pytest.raises(
         ValueError, match=r"metric_for_best_model waits .* eval_delay=5 is after max_steps=4\. Lower eval_delay"

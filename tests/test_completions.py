@@ -86,3 +86,10 @@ def test_completions_that_a_stopped_run_has_left_are_in_the_table(tmp_path, toke
     tables = sorted(path.name for path in (tmp_path / "completions").iterdir())
     assert tables == ["completions_00001.parquet", "completions_00002.parquet"]
     assert len(pd.read_parquet(tmp_path / "completions" / tables[1])) == 4
+
+
+def test_prediction_before_training_leaves_no_empty_table(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, log_completions=True)
+    trainer.predict({"general": make_prompts("other", 3)})
+    trainer.train()
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions_00001.parquet"]

@@ -20,11 +20,27 @@ def test_settings_are_what_the_file_says(tmp_path):
     }  # fmt: skip
 
 
+def test_key_of_a_node_that_is_merged_elsewhere_comes_once(tmp_path):
+    text = """
+prompts:
+  general:
+    - &a
+      <<: &b {path: p, split: s}
+      path: q
+  domain:
+    <<: *a
+"""
+    same = {"path": "q", "split": "s"}
+    assert read(tmp_path, text) == {"prompts": {"general": [same], "domain": same}}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("max_steps: 3\nmax_steps: 4\n", r"run\.yaml' is not valid YAML: 'max_steps' comes twice, in line 2"),
         ("teachers:\n  general: a\n  general: b\n", "'general' comes twice, in line 3"),
+        ("~: 1\n~: 2\n", "'~' comes twice"),
+        ("a: [{b: 1, b: 2}]\n", "'b' comes twice, in line 1"),
         ("- a\n", "must be a mapping"),
         ("a: [\n", "is not valid YAML"),
     ],

@@ -195,7 +195,10 @@ def test_prompts_in_a_format_of_tensors_or_tables_are_the_texts_that_they_are(ki
         )
         trainer.train()
         runs.append((trainer.evaluate(), [sample.token_ids for sample in trainer.step.samples]))
-    (found, samples), (other, other_samples) = runs
+        marked = prompts["general"].add_column("branch", ["general"] * 5)
+        runs[-1] += (trainer.evaluate(marked.with_format(kind))["eval_kl"],)
+    (found, samples, kl), (other, other_samples, other_kl) = runs
+    assert kl == other_kl == found["eval_general_kl"]
     assert found["eval_general_prompts"] == 5 and samples == other_samples
     assert {name: value for name, value in found.items() if "kl" in name} == {
         name: value for name, value in other.items() if "kl" in name

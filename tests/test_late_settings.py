@@ -134,7 +134,9 @@ def test_prompts_that_are_set_afterwards_are_refused(name, tmp_path, tokenizer):
 def test_precision_that_another_trainer_has_changed_is_refused(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path / "one", tokenizer, bf16=True)
     make_trainer(tmp_path / "other", tokenizer)
-    with pytest.raises(ValueError, match=r"made with mixed_precision='bf16', and another one .* changed it to 'no'"):
+    with pytest.raises(
+        ValueError, match=r"made with mixed_precision='bf16', and a trainer or config .* changed it to 'no'"
+    ):
         trainer.train()
     make_trainer(tmp_path / "third", tokenizer, max_steps=1).train()  # which has changed it for itself
 
@@ -160,6 +162,85 @@ def test_run_that_is_made_longer_goes_on_in_the_prompts(tmp_path, tokenizer):
     trainer.args.max_steps = 5
     trainer.train(resume_from_checkpoint=True)
     assert len(whole.prompts) == 5 and parts.prompts == whole.prompts
+
+
+def test_what_a_trainer_reads_later_is_checked_with_the_rest(tmp_path, tokenizer):
+    decays = {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_stable_steps": 2, "num_decay_steps": 2},
+    }
+    for settings, steps, message in (
+        (decays, 8, "learning rate is 0 in"),
+        ({"warmup_steps": 2}, 2, "never reached"),
+        ({"max_completion_length": {0: 2, 3: 6}}, 2, "max_completion_length changes at step 3"),
+    ):
+        trainer = make_trainer(tmp_path, tokenizer, **settings)
+        trainer.args.max_steps = steps
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
+
+
+def test_optimizer_that_is_made_takes_no_other_rate(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1)
+    trainer.args.learning_rate = 1e-3  # before it is made
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    trainer.evaluate({"general": make_prompts("general", 3)})
+    trainer.args.learning_rate = 1e-4
+    with pytest.raises(
+        ValueError, match=r"learning_rate=0\.0001 was set after the trainer was made, or its optimizer"
+    ):
+        trainer.train()
+
+
+def test_guards_may_change_in_their_place_and_not_be_replaced(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1)
+    trainer.args.guards["log_ratio"] = None
+    trainer.train()
+    trainer.args.guards = {"log_prob": 0.5}
+    with pytest.raises(ValueError, match=r"guards=.*was set after the trainer was made"):
+        trainer.train()
+
+
+class Sets(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.logging_strategy = "no"
+
+
+def test_callback_that_sets_something_does_not_end_the_run(tmp_path, tokenizer):
+    trainer = make_trainer(
+        tmp_path, tokenizer, max_steps=2, callbacks=[Sets()], eval_dataset={"general": make_prompts("general", 3)},
+        eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_config_that_an_older_version_has_saved_is_made_anew(tmp_path, tokenizer):
+    args = make_args(tmp_path)
+    del args.noted, args.given
+    make(args, tokenizer)
+    assert set(args.noted) == {field.name for field in dataclasses.fields(args)}
+
+
+def test_config_made_since_is_named_as_what_has_changed_the_precision(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer)
+    make_args(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"a trainer or config that was made since .* Make this one again"):
+        trainer.train()
+
+
+def test_what_was_derived_is_derived_from_what_is_set_later(tmp_path, tokenizer):
+    follows = {"eval_strategy": "steps", "metric_for_best_model": "eval_general_kl", "eval_steps": 2}
+    args = make_args(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", **follows)
+    args.lr_scheduler_type = "cosine"
+    own = {"general": make_prompts("general", 3)}
+    make(args, tokenizer, eval_dataset=own)
+    assert args.lr_scheduler_kwargs is None
+    args = make_args(tmp_path, eval_strategy="steps", logging_steps=5)
+    args.logging_steps = 2
+    make(args, tokenizer, eval_dataset=own)
+    assert args.eval_steps == 2
 
 
 class Generates(TrainerCallback):

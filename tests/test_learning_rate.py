@@ -93,8 +93,8 @@ def test_schedules_of_transformers_can_all_be_had(kind, tmp_path, caplog):
     args = make_args(tmp_path, **settings)
     assert args.lr_scheduler_type == ("constant_with_warmup" if kind == "constant" else kind)
     if follows:
-        own = {"min_lr": 0.0} if kind == "greedy" else {"threshold_mode": "abs"}
-        assert args.lr_scheduler_kwargs == {"mode": "max", **own}  # the gap grows to 0
+        own = {"min_lr": 0.0} if kind == "greedy" else {}
+        assert args.lr_scheduler_kwargs == {"mode": "max", "threshold_mode": "abs", **own}  # the gap grows to 0
     make_args(tmp_path, lr_scheduler_type="constant_with_warmup")
     assert "has no warm-up, as warmup_steps is 0" in caplog.text
 

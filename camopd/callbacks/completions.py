@@ -44,6 +44,7 @@ class CompletionsTable(StepCallback):
     def on_step_started(self, step: Step) -> None:
         """Held-out completions are those of the weights before it."""
         self._held_out = []
+        self._new.discard(False)
 
     def on_rolled_out(self, samples: list[Sample]) -> None:
         """Take in the samples of all ranks."""
