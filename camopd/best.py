@@ -135,9 +135,8 @@ def keep_patience(callbacks: Iterable[Any], checkpoint: Path) -> None:
     patient it is stays as the user has it now."""
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     saved = state.get("stateful_callbacks") or {}
-    left = {
-        name: list(each) if isinstance(each, list) else [each] for name, each in saved.items()
-    }  # several of a class
+    # Of several of a class there is a list.
+    left = {name: list(each) if isinstance(each, list) else [each] for name, each in saved.items()}
     for callback in callbacks:
         if isinstance(callback, EarlyStoppingCallback) and left.get(type(callback).__name__):
             attributes = left[type(callback).__name__].pop(0).get("attributes") or {}

@@ -121,9 +121,8 @@ def _top_k_kl(student: Outputs, teacher: Likeliest) -> Tensor:
         logits = logits * student.scale
         if student.softcap is not None:
             logits = student.softcap * torch.tanh(logits / student.softcap)
-        own = (
-            ids < logits.shape[-1]
-        )  # rows that pad the teacher's head alone are outcomes that the student does not have
+        # Rows that pad the teacher's head alone are outcomes that the student does not have.
+        own = ids < logits.shape[-1]
         student_logps = logits.log_softmax(dim=-1).gather(-1, ids.where(own, 0))
         return bucket_kl(student_logps.where(own, LOG_ZERO), logps.where(own, LOG_ZERO))
 

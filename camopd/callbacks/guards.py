@@ -57,9 +57,8 @@ class Guards(StepCallback):
         self._skipped = 0  # steps in a row
         self._closed = self._idle = 0  # steps since the start or resume, and those of them that were skipped
         zero = torch.zeros(1, 1)
-        self._trains_zeros = bool(
-            rule_of(args).advantages(zero, zero == 0).any()
-        )  # whether tokens without a gap count
+        # Whether tokens without a gap are trained, by which a step of rounding is none.
+        self._trains_zeros = bool(rule_of(args).advantages(zero, zero == 0).any())
         self._rounding = False  # whether the gaps of the step under way are all rounding
         self._updated = not args.learning_rate  # whether gaps may have moved; a rate of 0 throughout never moves them
         self._step: Step | None = None
