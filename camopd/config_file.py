@@ -47,6 +47,8 @@ def _refuse_doubles(node: Any, seen: set[int]) -> None:
     for key, value in pairs:
         if isinstance(key, yaml.ScalarNode):
             if (key.tag, key.value) in keys:
-                raise yaml.YAMLError(f"{key.value!r} comes twice, in line {key.start_mark.line + 1} again: leave one out")
+                raise yaml.YAMLError(
+                    f"{key.value!r} comes twice, in line {key.start_mark.line + 1} again: leave one out"
+                )
             keys.add((key.tag, key.value))
         _refuse_doubles(value, seen)
