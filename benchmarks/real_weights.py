@@ -174,7 +174,8 @@ def plan(domain: str, size: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         "prompts": {branch: str(prompts[branch]) for branch in BRANCHES},
         "eval_prompts": {branch: str(prompts[f"{branch}_heldout"]) for branch in BRANCHES},
         "output_dir": str(folder / "run"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 32,
-        "disable_tqdm": True, "eval_on_start": True, "eval_strategy": "steps", "save_total_limit": 1, **size["run"],
+        "disable_tqdm": True, "gradient_checkpointing": False, "eval_on_start": True, "eval_strategy": "steps",
+        "save_total_limit": 1, **size["run"],
     }  # fmt: skip
     of_settings = {**SETTINGS, **ESTIMATORS}
     sweep = {
