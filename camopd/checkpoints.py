@@ -170,7 +170,8 @@ class RunCheckpoints:
         folder, failure = "", None
         try:
             with self.args.main_process_first(desc="fetching the checkpoint"):
-                folder = snapshot_download(repo, allow_patterns=f"{HUB_CHECKPOINT}/*")
+                revision = self.args.hub_revision
+                folder = snapshot_download(repo, revision=revision, allow_patterns=f"{HUB_CHECKPOINT}/*")
         except hub_errors() as error:
             failure = (
                 f"resume_from_checkpoint={repo!r} is not a folder here, and as a model of the Hub it cannot be fetched: "

@@ -108,6 +108,7 @@ def read_sweep(path: str) -> Sweep:
         for name, config in zip(names, configs, strict=True)
         for seed in seeds
     ]
+    _check_pushes(path, settings, runs)
     return Sweep(tuple(runs), settings["set"], settings["command"], tuple(settings["columns"]), folder)
 
 
@@ -140,6 +141,28 @@ def _check_command(path: str, settings: Mapping[str, Any]) -> None:
                 f"{name} in {path!r} has {file!r}, but there is no such file. Paths start from the folder in which the "
                 f"command is given.{meant(file, methods())}"
             )
+
+
+def _check_pushes(path: str, settings: Mapping[str, Any], runs: Iterable[Run]) -> None:
+    """Raise `ValueError` where two runs would send their models to one repository of the Hub, each over the other's."""
+    words = shlex.split(settings["command"])
+    if settings["command"] != TRAIN and "train" not in words:
+        return
+    given = {file: read_settings(file, []) for file in settings["configs"] if Path(file).is_file()}
+    sent: dict[str, Run] = {}
+    for run in runs:
+        own = {**given.get(run.config, {}), **settings["set"]}
+        if str(own.get("push_to_hub") or False).lower() in ("false", "0", "no", "f", "n"):
+            continue
+        place = str(own.get("hub_model_id") or run.folder.name)  # the name that transformers takes
+        place += f"@{own['hub_revision']}" if own.get("hub_revision") else ""
+        if place in sent:
+            raise ValueError(
+                f"{sent[place].key} and {run.key} of {path!r} have push_to_hub and would send their models to one "
+                f"repository of the Hub, {place!r}, each over the other's. Put push_to_hub: false into `set`, and send "
+                f"the one you choose: hf upload ID FOLDER."
+            )
+        sent[place] = run
 
 
 def meant(name: Any, known: Iterable[str]) -> str:

@@ -404,7 +404,7 @@ class CaMOPDTrainer(DistillationTrainer):
         with self.run_folder.entered(self, resume_from_checkpoint) as checkpoint:
             if checkpoint is not None:
                 self.notify("on_resumed", Path(checkpoint))
-            with self.stops.listening():
+            with self.stops.listening(), self.pushes.only_own():  # a tracker may push the model itself, at the end
                 output = super().train(checkpoint, *args, **kwargs)
             self.pushes.finish()
         return output

@@ -63,6 +63,32 @@ def test_config_of_a_run_brings_its_three_models(tmp_path, general, wanted):
     assert result == Model("result", str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "name", "revision"),
+    [
+        ({"model_revision": "step-500"}, "start", "step-500"),
+        ({"model_init_kwargs": {"revision": "v2"}}, "start", "v2"),
+        ({"teacher_model_init_kwargs": {"revision": "v1.0"}}, "general", "v1.0"),
+    ],
+)
+def test_revision_of_a_run_is_not_taken_for_the_main_one(tmp_path, settings, name, revision):
+    path = make_run(tmp_path, "org/general")
+    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"the {name} model .* is revision '{revision}' of .*--models {name}=DIR"):
+        of_run(str(path))
+    given = Model(name, str(tmp_path))
+    assert given in of_run(str(path), {name: given})
+
+
+def test_template_settings_that_a_run_has_and_an_evaluation_lacks_are_warned_of(tmp_path, caplog):
+    path = make_run(tmp_path, "org/general")
+    of_run(str(path))
+    assert not caplog.records
+    path.write_text(path.read_text(encoding="utf-8") + "chat_template_kwargs: {thinking: false}\n", encoding="utf-8")
+    of_run(str(path))
+    assert "chat_template_kwargs={'thinking': False}" in caplog.text and "not passed on" in caplog.text
+
+
 def test_env_of_a_runs_config_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_VARIABLE", "before")
     path = make_run(tmp_path, "org/general")

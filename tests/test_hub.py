@@ -188,6 +188,16 @@ class ListingHub:
         return job
 
 
+class PushingTracker(transformers.TrainerCallback):
+    """Pushes at the end with transformers' own method, as that of W&B does with WANDB_LOG_MODEL."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        transformers.Trainer.push_to_hub(self.trainer)
+
+
 STRAY = [
     ".env", "notes.txt", "secrets.json", "model.py", "general.jsonl", "config.json.bak", "old/model.safetensors",
     "secret-model.safetensors", "private/adapter_config.txt", "runs/notes.txt", "data_cards/notes.txt", "tokenizer.json~",
@@ -206,6 +216,7 @@ def test_push_sends_what_the_run_has_written_and_nothing_beside_it(
         push_to_hub=True, hub_model_id="me/tiny", hub_strategy=strategy, diagnostics_steps=0,
         peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if lora else None,
     )  # fmt: skip
+    trainer.add_callback(PushingTracker(trainer))
     for name in STRAY:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("sk-secret")

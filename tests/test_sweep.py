@@ -71,6 +71,33 @@ def test_sweep_that_is_wrong_is_refused_before_anything_runs(write, settings, me
     assert not Path("out").exists()
 
 
+PUSHES = {"push_to_hub": True}
+PUSHED = "camopd train {config} --seed {seed} --output_dir {output_dir} {set}"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "settings", "place"),
+    [
+        ({}, {}, {"set": {"push_to_hub": True}}, "seed-0"),
+        ({"push_to_hub": True, "hub_model_id": "me/one"}, {}, {}, "me/one"),
+        ({}, {"push_to_hub": True}, {"set": {"hub_model_id": "me/all"}}, "me/all"),
+        ({**PUSHES, "hub_model_id": "me/a"}, {**PUSHES, "hub_model_id": "me/b"}, {}, "me/a"),
+        ({**PUSHES, "hub_model_id": "me/a"}, {**PUSHES, "hub_model_id": "me/b"}, {"seeds": [3]}, None),
+        ({"push_to_hub": True}, {"push_to_hub": True}, {"set": {"push_to_hub": False}}, None),
+        ({"push_to_hub": True, "hub_model_id": "me/a"}, {}, {"seeds": [3]}, None),
+        ({}, {}, {}, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [TRAIN, PUSHED])
+def test_sweep_whose_runs_would_push_over_each_other_is_refused(write, one, two, settings, place, command):
+    path = write({"one": {**ONE, **one}, "two": {**ONE, **two}}, command=command, **settings)
+    if place is None:
+        read_sweep(path)
+    else:
+        with pytest.raises(ValueError, match=rf"would send their models to one repository of the Hub, '{place}'"):
+            read_sweep(path)
+
+
 def test_sweep_that_is_not_there_is_an_error_with_its_path():
     with pytest.raises(ValueError, match=r"the config 'no\.yaml' cannot be read"):
         read_sweep("no.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from ..teachers.address import (
     OWN_TEACHERS,
     did_you_mean,
     has_adapter,
+    is_here,
     is_server,
     names_missing_model,
     public_url,
@@ -30,6 +32,8 @@ from .asking import Line, Unanswered, key_of
 from .compare import GENERAL, RESULT, START
 from .verdicts import after_thinking
 
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RUN_RECORD = "camopd.json"
@@ -118,6 +122,8 @@ def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
             f"the general teacher of {run!r} is {found[GENERAL]!r}, {OWN_TEACHERS[own]}, which is not a model of its own "
             f"on disk. Name it with --models {GENERAL}=PATH_OR_URL."
         )
+    if not path.is_dir():
+        _need_main(run, settings, {name: found[name] for name in wanted if name != RESULT})
     found[RESULT] = result
     missing = [name for name in wanted if not isinstance(found.get(name), str) or not found[name]]
     if missing:
@@ -131,6 +137,29 @@ def of_run(run: str, given: Mapping[str, Model] | None = None) -> list[Model]:
     if RESULT in wanted:
         named[RESULT] = replace(named[RESULT], note=note)
     return list(named.values())
+
+
+def _need_main(run: str, settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a model of the Hub of which the run has another revision than the one that a name means.
+
+    Warns of what else a run has told its models and an evaluation does not.
+    """
+    student, teachers = (settings.get(name) or {} for name in ("model_init_kwargs", "teacher_model_init_kwargs"))
+    revisions = {START: settings.get("model_revision") or student.get("revision"), GENERAL: teachers.get("revision")}
+    for name, where in found.items():
+        revision = revisions[name]
+        if revision in (None, "main") or not isinstance(where, str) or is_here(where) or not is_hub_id(where):
+            continue
+        raise ValueError(
+            f"the {name} model of {run!r} is revision {revision!r} of {where!r}, and would be evaluated as its main one. "
+            f"hf download {where} --revision {revision} --local-dir DIR; then --models {name}=DIR."
+        )
+    if settings.get("chat_template_kwargs"):
+        logger.warning(
+            "chat_template_kwargs=%r of %r is not passed on: models are asked with what their chat templates do without. "
+            "A template that does the same by itself asks as the run did",
+            settings["chat_template_kwargs"], run,
+        )  # fmt: skip
 
 
 def _recorded(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
