@@ -158,9 +158,12 @@ class RunCheckpoints:
         Raises `ResumeError` when it cannot be had, or when loading it would unpickle what came over the network, which
         DeepSpeed and FSDP do.
         """
+        args = self.args
+        sends_there = args.push_to_hub and repo == args.hub_model_id
+        revision = args.hub_revision if sends_there else None
         by_hand = (
-            f"hf download {repo} --include '{HUB_CHECKPOINT}/*' --local-dir DIR, and then resume_from_checkpoint="
-            f"DIR/{HUB_CHECKPOINT}"
+            f"hf download {repo}{f' --revision {revision}' if revision else ''} --include '{HUB_CHECKPOINT}/*' "
+            f"--local-dir DIR, and then resume_from_checkpoint=DIR/{HUB_CHECKPOINT}"
         )
         if unpickles:
             raise ResumeError(
@@ -170,7 +173,6 @@ class RunCheckpoints:
         folder, failure = "", None
         try:
             with self.args.main_process_first(desc="fetching the checkpoint"):
-                revision = self.args.hub_revision
                 folder = snapshot_download(repo, revision=revision, allow_patterns=f"{HUB_CHECKPOINT}/*")
         except hub_errors() as error:
             failure = (

@@ -108,8 +108,9 @@ def read_sweep(path: str) -> Sweep:
         for name, config in zip(names, configs, strict=True)
         for seed in seeds
     ]
-    _check_pushes(path, settings, runs)
-    return Sweep(tuple(runs), settings["set"], settings["command"], tuple(settings["columns"]), folder)
+    sweep = Sweep(tuple(runs), settings["set"], settings["command"], tuple(settings["columns"]), folder)
+    _check_pushes(path, sweep)
+    return sweep
 
 
 def _check_command(path: str, settings: Mapping[str, Any]) -> None:
@@ -143,15 +144,18 @@ def _check_command(path: str, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _check_pushes(path: str, settings: Mapping[str, Any], runs: Iterable[Run]) -> None:
+def _check_pushes(path: str, sweep: Sweep) -> None:
     """Raise `ValueError` where two runs would send their models to one repository of the Hub, each over the other's."""
-    words = shlex.split(settings["command"])
-    if settings["command"] != TRAIN and "train" not in words:
-        return
-    given = {file: read_settings(file, []) for file in settings["configs"] if Path(file).is_file()}
     sent: dict[str, Run] = {}
-    for run in runs:
-        own = {**given.get(run.config, {}), **settings["set"]}
+    for run in sweep.runs:
+        words = sweep.words(run, False)
+        if "train" not in words:
+            return
+        own: dict[str, Any] = {}
+        for word in words:
+            if word.endswith((".yaml", ".yml")) and Path(word).is_file():
+                own |= read_settings(word, [])
+        own |= read_settings(None, words)
         if str(own.get("push_to_hub") or False).lower() in ("false", "0", "no", "f", "n"):
             continue
         place = str(own.get("hub_model_id") or run.folder.name)  # the name that transformers takes
@@ -160,7 +164,7 @@ def _check_pushes(path: str, settings: Mapping[str, Any], runs: Iterable[Run]) -
             raise ValueError(
                 f"{sent[place].key} and {run.key} of {path!r} have push_to_hub and would send their models to one "
                 f"repository of the Hub, {place!r}, each over the other's. Put push_to_hub: false into `set`, and send "
-                f"the one you choose: hf upload ID FOLDER."
+                f"the one you choose: hf upload ID FOLDER. Or give each a hub_model_id of its own."
             )
         sent[place] = run
 

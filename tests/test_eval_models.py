@@ -68,6 +68,7 @@ def test_config_of_a_run_brings_its_three_models(tmp_path, general, wanted):
     [
         ({"model_revision": "step-500"}, "start", "step-500"),
         ({"model_init_kwargs": {"revision": "v2"}}, "start", "v2"),
+        ({"model_init_kwargs": '{"revision": "v2"}'}, "start", "v2"),
         ({"teacher_model_init_kwargs": {"revision": "v1.0"}}, "general", "v1.0"),
     ],
 )

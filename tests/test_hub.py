@@ -254,6 +254,21 @@ def test_hubs_client_is_as_it_was_after_a_push_that_fails(tmp_path, tokenizer, m
     assert transformers.trainer.hf_api is before
 
 
+@pytest.mark.parametrize(("repo", "revision"), [("me/tiny", "attempt-2"), ("me/other", None)])
+def test_resume_from_the_hub_takes_the_revision_that_the_run_sends_to(
+    tmp_path, tokenizer, monkeypatch, repo, revision
+):
+    ListingHub(monkeypatch)
+    asked = {}
+    monkeypatch.setattr(
+        "camopd.checkpoints.snapshot_download", lambda repo, **more: asked.update(repo=repo, **more) or str(tmp_path)
+    )
+    sends = {"push_to_hub": True, "hub_model_id": "me/tiny", "hub_revision": "attempt-2"}
+    with pytest.raises(ResumeError, match="has no folder 'last-checkpoint'"):
+        make_trainer(tmp_path / "run", tokenizer, **sends).train(resume_from_checkpoint=repo)
+    assert (asked["repo"], asked["revision"]) == (repo, revision)
+
+
 def test_checkpoint_of_another_folder_is_not_unpickled_unless_it_is_trusted(tmp_path, caplog):
     out, other = tmp_path / "run", tmp_path / "other" / "checkpoint-3"
     for folder in (out / "checkpoint-3", other):

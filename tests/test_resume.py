@@ -150,17 +150,6 @@ def test_resume_does_not_seek_on_the_hub_a_checkpoint_that_another_machine_has(t
     assert asked[0] == [True]
 
 
-def test_resume_from_the_hub_takes_the_revision_that_the_run_sends_to(tmp_path, tokenizer, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        "camopd.checkpoints.snapshot_download", lambda repo, **more: asked.update(repo=repo, **more) or str(tmp_path)
-    )
-    trainer = make_trainer(tmp_path / "run", tokenizer, hub_revision="attempt-2")
-    with pytest.raises(ResumeError, match="has no folder 'last-checkpoint'"):
-        trainer.train(resume_from_checkpoint="me/tiny")
-    assert (asked["repo"], asked["revision"]) == ("me/tiny", "attempt-2")
-
-
 def test_resume_without_any_checkpoint_says_so(tmp_path, tokenizer):
     with pytest.raises(ResumeError, match=r"there is no checkpoint in .* Start without"):
         make_trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)

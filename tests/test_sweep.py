@@ -83,7 +83,9 @@ PUSHED = "camopd train {config} --seed {seed} --output_dir {output_dir} {set}"
         ({}, {"push_to_hub": True}, {"set": {"hub_model_id": "me/all"}}, "me/all"),
         ({**PUSHES, "hub_model_id": "me/a"}, {**PUSHES, "hub_model_id": "me/b"}, {}, "me/a"),
         ({**PUSHES, "hub_model_id": "me/a"}, {**PUSHES, "hub_model_id": "me/b"}, {"seeds": [3]}, None),
-        ({"push_to_hub": True}, {"push_to_hub": True}, {"set": {"push_to_hub": False}}, None),
+        ({**PUSHES, "hub_revision": "a"}, {**PUSHES, "hub_revision": "b"}, {"seeds": [3]}, None),
+        ({**PUSHES, "hub_revision": "a"}, {**PUSHES, "hub_revision": "a"}, {"seeds": [3]}, "seed-3@a"),
+        (PUSHES, PUSHES, {"set": {"push_to_hub": False}}, None),
         ({"push_to_hub": True, "hub_model_id": "me/a"}, {}, {"seeds": [3]}, None),
         ({}, {}, {}, None),
     ],
@@ -96,6 +98,28 @@ def test_sweep_whose_runs_would_push_over_each_other_is_refused(write, one, two,
     else:
         with pytest.raises(ValueError, match=rf"would send their models to one repository of the Hub, '{place}'"):
             read_sweep(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("--method {config}", True),
+        ("--method {config} --push_to_hub false", False),
+        ("--method {config} --hub_model_id me/{config}-{seed}", False),
+    ],
+)
+def test_push_of_the_runs_own_config_and_of_the_commands_words_counts(write, words, refused):
+    write({"run": {**ONE, **PUSHES}})
+    path = write(
+        {},
+        configs=["camopd", "vanilla_mopd"],
+        command=f"camopd train run.yaml {words} --seed {{seed}} --output_dir {{output_dir}}",
+    )
+    if refused:
+        with pytest.raises(ValueError, match=r"camopd/seed-0 and vanilla_mopd/seed-0 .* of the Hub, 'seed-0'"):
+            read_sweep(path)
+    else:
+        read_sweep(path)
 
 
 def test_sweep_that_is_not_there_is_an_error_with_its_path():

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import CaMOPDError
 from ..hub import is_hub_id
 from ..manifest import CHECKPOINT, MANIFEST, saved_at, step_of
@@ -144,11 +146,11 @@ def _need_main(run: str, settings: Mapping[str, Any], found: Mapping[str, Any]) 
 
     Warns of what else a run has told its models and an evaluation does not.
     """
-    student, teachers = (settings.get(name) or {} for name in ("model_init_kwargs", "teacher_model_init_kwargs"))
+    student, teachers = (_mapping(settings.get(name)) for name in ("model_init_kwargs", "teacher_model_init_kwargs"))
     revisions = {START: settings.get("model_revision") or student.get("revision"), GENERAL: teachers.get("revision")}
     for name, where in found.items():
         revision = revisions[name]
-        if revision in (None, "main") or not isinstance(where, str) or is_here(where) or not is_hub_id(where):
+        if revision in (None, "main") or not isinstance(where, str) or is_here(where) or is_server(where):
             continue
         raise ValueError(
             f"the {name} model of {run!r} is revision {revision!r} of {where!r}, and would be evaluated as its main one. "
@@ -160,6 +162,13 @@ def _need_main(run: str, settings: Mapping[str, Any], found: Mapping[str, Any]) 
             "A template that does the same by itself asks as the run did",
             settings["chat_template_kwargs"], run,
         )  # fmt: skip
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A setting that may be one, or the text of one, as TRL takes it; {} for what is none, of which the run says more."""
+    with contextlib.suppress(yaml.YAMLError):
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    return value if isinstance(value, Mapping) else {}
 
 
 def _recorded(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:
