@@ -232,8 +232,9 @@ def test_gate_that_is_closed_where_it_is_needed_leaves_self_distillation(monkeyp
 
 
 def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch):
-    """Whatever ends in an even letter counts as right. Then each student, without the lessons, says with a probability
-    nearer to before what it said with them, and its forward is its own again, not one in the precision of training."""
+    """Whatever ends in an even letter counts as right. After its first round each student, without the lessons, says with a
+    probability nearer to before what it said with them; the second has other lessons. Its forward is its own again, not one
+    in the precision of training. Tried with four seeds and two instruction sets: 0.26 to 0.86 of the divergence is left."""
     students = tuple(Student(name, make_model(seed), make_tokenizer()) for seed, name in enumerate("ab"))
     torch.manual_seed(0)
     taught = {}
@@ -250,6 +251,8 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch)
             )
             taught[student.name] = prompts, first_token(student, with_lessons)
             before[student.name] = divergence(student)
+        else:
+            after[student.name] = divergence(student)
         return rows, counts
 
     def first_token(student, texts):
@@ -264,15 +267,15 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch)
         now = first_token(student, prompts)
         return float((now.exp() * (now - target)).sum(-1).mean())
 
-    before = {}
+    before, after = {}, {}
     monkeypatch.setattr("camopd.co_distill.lessons_of", recorded)
 
     def config(name, number):
         return CaMOPDConfig(
             output_dir=str(tmp_path / f"{name}-{number}"), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True,
-            save_strategy="no", gradient_checkpointing=False, max_steps=12, prompts_per_step=12, diagnostics_steps=0,
-            per_device_train_batch_size=12, max_completion_length=4, max_prompt_length=400, learning_rate=1e-3,
-            schedule=BRANCH, lr_scheduler_type="constant", selection=False,
+            save_strategy="no", gradient_checkpointing=False, max_steps=1 if number else 36, prompts_per_step=12,
+            diagnostics_steps=0, per_device_train_batch_size=12, max_completion_length=4, max_prompt_length=400,
+            learning_rate=1e-3, schedule=BRANCH, lr_scheduler_type="constant", selection=False,
         )  # fmt: skip
 
     lines = co_distill(
@@ -281,7 +284,7 @@ def test_co_distill_moves_both_toward_their_self_teachers(tmp_path, monkeypatch)
     )  # fmt: skip
     assert [(line["student"], line["round"]) for line in lines] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     for student in students:
-        assert divergence(student) < before[student.name]
+        assert after[student.name] < 0.95 * before[student.name]
         assert not hasattr(student.model.forward, "__wrapped__") and "_original_forward" not in vars(student.model)
 
 
