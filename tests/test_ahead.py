@@ -142,7 +142,7 @@ def test_each_sample_goes_to_its_teacher_when_it_is_written(run, tmp_path):
 
     def one_by_one():
         with turn:
-            time.sleep(0.2)
+            time.sleep(1)  # a busy machine has taken two seconds from asking to waiting
             written.append(time.perf_counter())
 
     trainer.server.before = one_by_one
@@ -152,7 +152,7 @@ def test_each_sample_goes_to_its_teacher_when_it_is_written(run, tmp_path):
     assert times[0] < written[2] and times[1] < written[3]
     (line,) = lines(tmp_path / "run")
     assert line["time/general/teacher_hidden"] > 0.5 * line["time/general/teacher"]
-    assert line["time/rollout/writing"] >= 0.8 and line["time/rollout/hidden"] < 0.5 * line["time/rollout/writing"]
+    assert line["time/rollout/writing"] >= 4 and line["time/rollout/hidden"] < 0.5 * line["time/rollout/writing"]
 
 
 def test_step_ahead_is_written_while_the_step_trains(run, tmp_path):
