@@ -284,6 +284,7 @@ def report(kept: Path) -> None:
         "per token, scores in percent. A mean over seeds has its 95 % interval of Student's t where there are several that "
         "differ; *minus CaMOPD* is paired by seed, over those that both have.",
     ]
+    seen: dict[tuple[str, str], list[float]] = {}  # a domain's run: its gaps from an earlier folder
     for folder in sorted(kept.glob("*/*/")):
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
         found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -295,6 +296,16 @@ def report(kept: Path) -> None:
         lines += ["", f"Start {runs[0]['of']['start'][:8]}; {json.dumps(size['run'])}, {size['held_out']} held-out prompts "
                   f"of each branch; specialised with {json.dumps(size['specialise'])}; {kept.name.upper()}; "
                   f"{'; '.join(sorted({run['versions'] for run in runs}))}."]  # fmt: skip
+        doubles = []
+        for run in runs:
+            gaps = [run[branch][when] for branch in BRANCHES for when in ("before", "after")]
+            job = folder.parent.name, f"{run['method']}-{run['seed']}"
+            if job in seen:
+                doubles += [abs(one - other) for one, other in zip(gaps, seen[job], strict=True)]
+            seen.setdefault(job, gaps)
+        if doubles:
+            lines += ["", f"{len(doubles) // 4} of these runs are there from another start as well; no gap of theirs "
+                      f"differs by more than {max(doubles):.1e} from its double's."]  # fmt: skip
     write_report(lines, kept / "real_weights.md")
 
 
