@@ -30,7 +30,7 @@ from .manifest import SAVING, clean_up, put_in_place, rotate, saved_at, step_of
 from .optimizer import local
 from .output_dir import METRICS, RUN_RECORD, need_checkpoint, no_checkpoint
 from .rollouts import load_rollouts, save_rollouts, set_rng_state
-from .run_folder import is_own
+from .run_folder import copy_lines, is_own
 from .samples import Sample
 from .signals import StopAsked, interrupted
 from .step import Step
@@ -293,6 +293,8 @@ class RunCheckpoints:
                 state.best_model_checkpoint = str(best)
         if self.args.should_save:
             atomic.flush(final.parent / METRICS)  # so that no line before the checkpoint is lost with the power
+            if not self.args.save_only_model:  # for a run that goes on from it in another folder
+                copy_lines(final.parent, folder)
             state.save_to_json(str(folder / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
 

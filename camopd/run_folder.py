@@ -28,6 +28,7 @@ from .teachers.address import base_of
 
 
 T = TypeVar("T")
+LINES = (METRICS, HELD_OUT, EVAL_TASKS)  # files of lines in output_dir, of what a run measures
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +67,7 @@ class RunFolder:
         """Inside, `eval_on_start` is off for a run that goes on and was evaluated before: its start was another one."""
         kept = args.eval_on_start
         if kept and checkpoint is not None:
-            step = manifest.step_of(Path(checkpoint))
+            step = manifest.read(Path(checkpoint)).get("step", -1)  # the Hub's is not called checkpoint-STEP
             args.eval_on_start = not self._together(
                 lambda: any(line["step"] <= step for line in lines_of(self.path / HELD_OUT))
             )
@@ -131,7 +132,9 @@ class RunFolder:
             else:
                 shutil.rmtree(path)
         if overwrite or checkpoint is None:  # what an earlier run has measured is not for the reports of this one
-            set_aside(*(self.path / name for name in (METRICS, HELD_OUT, EVAL_TASKS, STATE)))
+            set_aside(*(self.path / name for name in (*LINES, STATE)))
+        if checkpoint is not None and not from_here:
+            copy_lines(checkpoint, self.path)
         return run_id
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -162,6 +165,13 @@ def is_own(checkpoint: Path) -> bool:
         return True
     known = run_id_of(checkpoint.parent)
     return own is None or known is None or own == known
+
+
+def copy_lines(source: Path, target: Path) -> None:
+    """Copy the files of lines in one folder that another has not: a checkpoint has what its run has measured so far."""
+    for name in LINES:
+        if (source / name).is_file() and not (target / name).exists():
+            atomic.write(target / name, (source / name).read_bytes())
 
 
 def set_aside(*paths: Path) -> None:

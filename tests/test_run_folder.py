@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from conftest import make_model, make_prompts
@@ -169,6 +170,29 @@ def test_checkpoint_from_elsewhere_begins_with_its_runs_id_in_an_empty_folder(tm
     assert begin(here, checkpoint, str(checkpoint)) == "one" == run_id_of(here)
     (here / "metrics.jsonl").write_text("")
     assert begin(here, checkpoint, str(checkpoint)) == "one"  # killed, and the same command again
+
+
+def test_checkpoint_from_elsewhere_brings_what_its_run_has_measured(tmp_path):
+    checkpoint, here = use(tmp_path / "there") / "checkpoint-2", tmp_path / "here"
+    names = ["eval_tasks.jsonl", "held_out.jsonl", "metrics.jsonl"]
+    for name in names:
+        (checkpoint / name).write_text(name)
+    here.mkdir()
+    begin(here, checkpoint, str(checkpoint))
+    assert sorted(os.listdir(here)) == sorted([RUN_FILE, *names])
+    assert all((here / name).read_text() == name for name in names)
+    (here / "metrics.jsonl").write_text("later")  # killed, and the same command again
+    begin(here, checkpoint, str(checkpoint))
+    assert (here / "metrics.jsonl").read_text() == "later"
+    begin(here, checkpoint, str(checkpoint), overwrite=True)
+    assert (here / "metrics.jsonl").read_text() == "metrics.jsonl" and (
+        here / "metrics-1.jsonl"
+    ).read_text() == "later"
+    for name in names:  # in its own folder the run's files count, as they are or are not
+        (checkpoint / name).write_text("of the checkpoint")
+    begin(tmp_path / "there", checkpoint, True)
+    assert (tmp_path / "there" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert not (tmp_path / "there" / "held_out.jsonl").exists()
 
 
 def test_checkpoint_from_elsewhere_is_not_mixed_with_another_run(tmp_path):
@@ -352,3 +376,24 @@ def test_auto_starts_goes_on_and_ends_with_the_losses_of_one_run(finished, tmp_p
         except KeyboardInterrupt:
             assert stop is not None
     assert losses(tmp_path) == losses(finished)
+
+
+def test_run_that_goes_on_in_another_folder_has_its_first_evaluation_and_all_its_steps(tmp_path, tokenizer, capsys):
+    """As from the Hub: without them the verdict was not known, and the next push had lost the steps before."""
+    settings = {"eval_dataset": {"general": make_prompts("general", 2)}, "eval_strategy": "steps", "eval_steps": 2,
+                "eval_on_start": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
+    make_trainer(tmp_path / "one", tokenizer, **settings).train()
+    capsys.readouterr()
+    copied = tmp_path / "fetched" / "last-checkpoint"
+    shutil.copytree(tmp_path / "one" / "checkpoint-2", copied)
+    make_trainer(tmp_path / "two", tokenizer, **settings).train(resume_from_checkpoint=str(copied))
+    assert "is not known" not in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path / "two")] == [1, 2, 3, 4]
+    for name in ("held_out.jsonl", "metrics.jsonl"):
+        alone, moved = (
+            [{key: value for key, value in json.loads(line).items() if not key.startswith("time/")} for line in
+             (tmp_path / folder / name).read_text().splitlines()] for folder in ("one", "two")
+        )  # fmt: skip
+        assert [line["step"] for line in alone] == [line["step"] for line in moved]
+        if name == "held_out.jsonl":
+            assert alone == moved
