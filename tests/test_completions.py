@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from conftest import make_model, make_prompts
 from trainers import make_trainer
 
@@ -93,3 +94,41 @@ def test_prediction_before_training_leaves_no_empty_table(tmp_path, tokenizer):
     trainer.predict({"general": make_prompts("other", 3)})
     trainer.train()
     assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions_00001.parquet"]
+
+
+def held_out_of(tmp_path):
+    return pd.read_parquet(tmp_path / "completions" / "held_out_00000.parquet")
+
+
+def test_held_out_rows_that_fill_up_a_batch_are_in_the_table_once(tmp_path, tokenizer):
+    """As two ranks have them: the second has the first row once more."""
+    rows = [
+        SimpleNamespace(branch="general", position=place, token_ids=[place + 5] * 4, prompt_len=2) for place in (1, 0)
+    ]
+    args = SimpleNamespace(prompts_per_step=4)
+    table = CompletionsTable(args, tokenizer, lambda mine: [*mine, *mine[-1:]], lambda: False)
+    table.on_rolled_out(rows)
+    args = SimpleNamespace(
+        output_dir=str(tmp_path), num_completions_to_print=1, log_unique_prompts=False, report_to=[]
+    )
+    table.on_log(args, SimpleNamespace(global_step=0, is_world_process_zero=True), None, logs={"eval_loss": 1.0})
+    wanted = [tokenizer.decode(row.token_ids[:2], skip_special_tokens=True) for row in rows[::-1]]
+    assert list(held_out_of(tmp_path)["prompt"]) == wanted and len(set(wanted)) == 2
+
+
+def test_held_out_completions_are_those_of_each_branchs_latest_evaluation(tmp_path, tokenizer):
+    held = {"general": make_prompts("general", 3), "domain": make_prompts("domain", 2)}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, log_completions=True, eval_dataset=held)
+    trainer.evaluate()
+    assert list(held_out_of(tmp_path)["branch"]) == ["general"] * 3 + ["domain"] * 2
+    first = held_out_of(tmp_path)
+    with torch.no_grad():  # other weights at the same step, as where the best model has been loaded
+        for weight in trainer.model.parameters():
+            weight.add_(torch.randn_like(weight))
+    trainer.predict({"domain": make_prompts("other", 3)})
+    trainer.evaluate("general")
+    second = held_out_of(tmp_path)
+    assert list(second["branch"]) == ["domain"] * 2 + ["general"] * 3  # no prediction, and none twice
+    for branch, same in (("general", False), ("domain", True)):
+        one, two = (table[table["branch"] == branch]["completion"].tolist() for table in (first, second))
+        assert (one == two) == same

@@ -38,27 +38,39 @@ class CompletionsTable(StepCallback):
         """
         self._decode, self._gather, self._training = processing_class.decode, gather, training
         self._rows: deque[tuple[str, str, str]] = deque(maxlen=args.prompts_per_step)
-        self._held_out: list[tuple[str, str, str]] = []  # since the latest step
-        self._new: set[bool] = set()  # whether there are some of training, and of evaluations, that are not shown yet
+        self._new = False  # whether there are some that are not shown yet
+        self._held_out: list[tuple[str, str, str]] = []  # since the latest step, of each branch's latest evaluation
+        self._measured: dict[int, tuple[str, str, str]] = {}  # of the evaluation under way, by position
 
     def on_step_started(self, step: Step) -> None:
         """Held-out completions are those of the weights before it."""
-        self._held_out = []
-        self._new.discard(False)
+        self._held_out, self._measured = [], {}
+
+    def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A prediction's completions are its caller's."""
+        self._measured = {}
 
     def on_rolled_out(self, samples: list[Sample]) -> None:
         """Take in the samples of all ranks."""
-        rows = [
+        mine = [
             (
-                sample.branch,
-                self._text(sample.token_ids[: sample.prompt_len]),
-                self._text(sample.token_ids[sample.prompt_len :]),
+                sample.position,
+                (
+                    sample.branch,
+                    self._text(sample.token_ids[: sample.prompt_len]),
+                    self._text(sample.token_ids[sample.prompt_len :]),
+                ),
             )
             for sample in samples
         ]
-        training = self._training()
-        (self._rows if training else self._held_out).extend(self._gather(rows))
-        self._new.add(training)
+        found = self._gather(mine)
+        if self._training():
+            self._rows.extend(row for _, row in found)
+            self._new = True
+            return
+        for position, row in found:
+            # Data loaders fill up the last batches of the ranks with rows that were there before.
+            self._measured.setdefault(position, row)
 
     def _text(self, ids: list[int]) -> str:
         return self._decode(ids, skip_special_tokens=True)
@@ -66,10 +78,16 @@ class CompletionsTable(StepCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the table. Called by all ranks, which raise `CaMOPDError` where its file cannot be written."""
         training = of_training(kwargs["logs"])
-        if training not in self._new:
+        if not (self._new if training else self._measured):
             return
-        self._new.remove(training)
-        name, rows = ("completions", self._rows) if training else ("held_out", self._held_out)
+        if training:
+            self._new = False
+        else:
+            rows = [row for _, row in sorted(self._measured.items())]
+            branches = {branch for branch, _, _ in rows}
+            self._held_out = [row for row in self._held_out if row[0] not in branches] + rows
+            self._measured = {}
+        name, rows = ("completions", list(self._rows)) if training else ("held_out", self._held_out)
         table = pd.DataFrame(rows, columns=["branch", "prompt", "completion"])
         table.insert(0, "step", state.global_step)
         path = Path(args.output_dir) / "completions" / f"{name}_{state.global_step:05d}.parquet"
