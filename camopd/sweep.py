@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .run import as_words, methods, read_settings
+from .teachers.address import SECRET, as_mapping
 
 
 TRAIN = "{python} -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {set} {resume}"
@@ -101,6 +102,12 @@ def read_sweep(path: str) -> Sweep:
     for name in ("seed", "output_dir"):
         if name in settings["set"]:
             raise ValueError(f"set in {path!r} has {name!r}, which the sweep gives each run itself. Take it out.")
+    secret = [name for name in _names(settings["set"]) if SECRET.search(name.upper())]
+    if secret:
+        raise ValueError(
+            f"set in {path!r} has {secret[0]!r}, and what it sets is on command lines and in logs. Export a key or a token "
+            "before the sweep (HF_TOKEN for the Hub): its runs have the environment it has."
+        )
     _check_command(path, settings)
     folder = Path(settings["output_dir"]).expanduser()
     runs = [
@@ -111,6 +118,12 @@ def read_sweep(path: str) -> Sweep:
     sweep = Sweep(tuple(runs), settings["set"], settings["command"], tuple(settings["columns"]), folder)
     _check_pushes(path, sweep)
     return sweep
+
+
+def _names(settings: Mapping[str, Any]) -> list[str]:
+    """Of settings and of variables in `env`, of which a setting that is no key may have the word in its name."""
+    env = as_mapping(settings.get("env"))
+    return [*(name for name in settings if name == "hub_token"), *map(str, env)]
 
 
 def _check_command(path: str, settings: Mapping[str, Any]) -> None:

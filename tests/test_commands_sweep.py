@@ -122,6 +122,16 @@ def test_held_out_gaps_are_those_of_the_best_model_where_that_was_loaded(write):
     assert pd.read_csv("out/runs.csv").iloc[0, 2:].tolist() == pytest.approx([0.2, 0.2, 0.2])
 
 
+def test_held_out_gap_that_is_not_finite_at_the_end_is_no_earlier_one(write, capsys):
+    lines = [{"step": step, "branch": "general", "kl": kl} for step, kl in ((0, 1.0), (2, 0.2), (4, None))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write({"one": ONE}, seeds=[0], columns=["eval_general_kl", "eval_general_kl@2"])
+    Path("run.py").write_text(f"{SCRIPT}(out / 'held_out.jsonl').write_text({text!r})\n")
+    assert exit_code("sweep.yaml") == 0
+    assert pd.read_csv("out/runs.csv").iloc[0, 2:].isna().all()
+    assert "| one | 1 | - | - |" in capsys.readouterr().out
+
+
 def test_held_out_gaps_of_an_earlier_run_in_the_folder_are_not_columns(write):
     """A run without evaluations ends with another number of steps than the state there says."""
     state = json.dumps({"global_step": 40, "log_history": [{"step": 40, "eval_general_kl": 0.7}]})

@@ -125,3 +125,24 @@ def test_push_of_the_runs_own_config_and_of_the_commands_words_counts(write, wor
 def test_sweep_that_is_not_there_is_an_error_with_its_path():
     with pytest.raises(ValueError, match=r"the config 'no\.yaml' cannot be read"):
         read_sweep("no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"hub_token": "hf_abc"}, "hub_token"),
+        ({"env": {"WANDB_API_KEY": "abc"}}, "WANDB_API_KEY"),
+        ({"env": '{"hf_token": "abc"}'}, "hf_token"),
+        ({"env": {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false"}, "score_tokens": 8}, None),
+    ],
+)
+def test_keys_are_not_put_on_the_command_lines_of_runs(write, settings, name):
+    path = write({"one": ONE}, command=TRAIN, set=settings)
+    if name is None:
+        read_sweep(path)
+        return
+    with pytest.raises(
+        ValueError, match=rf"set in .* has '{name}', .* on command lines and in logs. Export"
+    ) as caught:
+        read_sweep(path)
+    assert "abc" not in str(caught.value)

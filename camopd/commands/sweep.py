@@ -288,10 +288,10 @@ def _metrics_of(run: Run) -> pd.DataFrame:
 
 
 def _held_out_of(run: Run) -> dict[str, list[float]]:
-    """The held-out gaps of the model that a run has left and of its steps before, but not of its start, by name."""
+    """The held-out gaps of the model that a run has left and of its steps before, but not of its start, by name; NaN for
+    one that is not finite: the one before it would hide that the run has failed."""
     found, _ = of_run(run.folder)
-    kls = {f"eval_{branch}_kl": [each.kl for each in measured if each.step] for branch, measured in found.items()}
-    return {name: [kl for kl in values if not math.isnan(kl)] for name, values in kls.items()}
+    return {f"eval_{branch}_kl": [each.kl for each in measured if each.step] for branch, measured in found.items()}
 
 
 def _result_of(run: Run) -> dict[str, Any]:
