@@ -1,6 +1,7 @@
 """The cage for code that models have written (camopd/eval/cage.py); what needs bubblewrap is run by `make test-eval`."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -192,7 +193,7 @@ def test_memory_is_that_of_a_process_and_all_below_it():
          "ConnectionRefusedError: [Errno 111] Connection refused"),
         ("import os\nassert os.getuid() != 0\n"
          "assert {*os.listdir('/')} <= {*'usr lib lib64 bin proc dev tmp program'.split()}\n"
-         "assert set(os.environ) <= {'PWD', 'LC_CTYPE'}, os.environ\n"
+         "assert {n for n in os.environ if not n.endswith('_NUM_THREADS')} <= {'PWD', 'LC_CTYPE'}, os.environ\n"
          "assert [p for p in os.listdir('/proc') if p.isdigit()] == ['1', '2']", True, "passed"),
         ("import os\nos.kill(1, 9)\nos.kill(-1, 9)", False, "ProcessLookupError: [Errno 3] No such process"),
     ],
@@ -249,3 +250,19 @@ def test_cage_is_made_by_a_user_as_by_root(tmp_path):
     done = subprocess.run([*as_user, *own], input=program, capture_output=True, timeout=60, check=False)
     assert done.stdout.split()[0] == (b"12345" if as_user else str(os.getuid()).encode())
     assert b"BlockingIOError" in done.stderr
+
+
+@real
+def test_libraries_in_the_cage_take_one_thread_and_are_named_with_its_python():
+    """numpy would make as many as the machine has cores, and each counts as a process."""
+    found = cage.find()
+    assert re.fullmatch(r"Python 3[.]\d+[.]\d+, numpy (None|\d[.\w]+), 2 GiB", cage.about(found))
+    program = "import os; assert [os.environ[f'{x}_NUM_THREADS'] for x in ('OMP', 'MKL', 'OPENBLAS')] == ['1'] * 3"
+    assert cage.run(program, found)[0]
+
+
+@real
+def test_program_may_have_the_memory_that_the_docs_say():
+    found = cage.find()
+    assert cage.run("room = bytearray(1_300_000_000)", found)[0]
+    assert not cage.run("room = bytearray(2_200_000_000)", found)[0]

@@ -26,15 +26,24 @@ from ..errors import CaMOPDError
 
 SECONDS = 10.0  # of a program
 MEMORY = 2 << 30  # bytes, of all its processes together
-ADDRESSES = 1 << 30  # bytes, of each of its processes
+ADDRESSES = MEMORY  # bytes, of each of its processes
 DISK = 64 << 20  # bytes of its /tmp
 PROCESSES = 32
 NOBODY = 65534
 _SAID = 2000  # bytes of what a program has printed last
 _PAUSE = 0.02  # seconds between two looks
 _HAS = ("/usr", "/bin", "/lib", "/lib64")  # of the machine, in each cage
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _OF_PYTHON = "import os, sys; print(*map(ascii, (sys.base_prefix, os.path.realpath(sys.executable))), sep='\\n')"
 # The token says that the program has come to its end: one that leaves early with exit code 0 has not.
+_LIBRARIES = """
+import platform
+try:
+    from numpy import __version__ as numpy
+except ImportError:
+    numpy = None
+print(f"Python {platform.python_version()}, numpy {numpy}")
+"""
 _END = "\nimport os as _os, sys as _sys\n_sys.stdout.flush()\n_os.write(1, {token!r})\n"
 
 
@@ -79,6 +88,14 @@ def find() -> tuple[str, str]:
     return cage
 
 
+def about(cage: tuple[str, str]) -> str:
+    """What a verdict depends on beside the answer: Python and numpy in the cage, and its memory."""
+    with tempfile.TemporaryFile() as said:
+        into(said, _LIBRARIES, cage, Room())
+        said.seek(0)
+        return f"{said.read().decode().strip()}, {MEMORY >> 30} GiB"
+
+
 def words(bwrap: str, python: str, room: Room | None = None, given: Mapping[str, int] | None = None) -> list[str]:
     """The command line of a cage, with a Python in it that reads its program from /program.
 
@@ -97,6 +114,8 @@ def words(bwrap: str, python: str, room: Room | None = None, given: Mapping[str,
         *(word for inside, target in room.links.items() for word in ("--symlink", target, inside)),
         *(word for inside, file in (given or {}).items() for word in ("--ro-bind-data", str(file), inside)),
         "--ro-bind-data", "0", "/program", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp",
+        # A thread counts as a process, and numpy's would be as many as the machine has cores.
+        *(word for name in _ONE_THREAD for word in ("--setenv", name, "1")),
         # Inside: a user's other processes do not count.
         "prlimit", f"--nproc={room.processes}", f"--as={room.addresses}", f"--fsize={DISK}", "--core=0",
         "--nofile=256", "--", python, "-I", "/program",

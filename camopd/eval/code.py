@@ -51,4 +51,4 @@ def judge(
         passed, how = cage.run(program, found, seconds, lambda: tick(0))
         return {"passed": passed, "how": how}
 
-    return verdicts.collect(folder, rows, "cage", ask, max(1, (os.cpu_count() or 1) // 2), tick)
+    return verdicts.collect(folder, rows, f"cage: {cage.about(found)}", ask, max(1, (os.cpu_count() or 1) // 2), tick)
