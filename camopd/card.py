@@ -129,7 +129,7 @@ def write_model_card(facts: RunFacts, model_name: str, tags: set[str], dataset_n
         *_training_gaps(facts.history, facts.schedule.branches),
         *_tasks(out),
         *_training(facts, sources),
-        *_use(facts.hub_model_id or model_name, facts.is_peft),
+        *_use(facts.hub_model_id or model_name, facts.is_peft, facts.base),
         *_versions(),
         *_citations(PAPER["citation"]),
     ]
@@ -337,7 +337,9 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
     return [*lines, "", _METRICS, ""]
 
 
-def _use(model: str, is_peft: bool) -> list[str]:
+def _use(model: str, is_peft: bool, base: str = "") -> list[str]:
+    path = is_peft and base and not is_hub_id(base)
+    way = "where it is another, load that and then the adapter, by `PeftModel.from_pretrained(base, adapter)` of peft."
     return [
         "## Use",
         "",
@@ -350,6 +352,7 @@ def _use(model: str, is_peft: bool) -> list[str]:
         'print(generator(messages, max_new_tokens=256, return_full_text=False)[0]["generated_text"])',
         "```",
         "",
+        *([f"Its `adapter_config.json` names its base, {_model(base)}, by a path: {way}", ""] if path else ()),
     ]
 
 

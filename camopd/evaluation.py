@@ -15,9 +15,12 @@ from datasets import Dataset
 
 from . import metrics
 from .errors import CaMOPDError
+from .hub import public_name
 from .messages import COLUMNS, read_row
 from .prompts import held_out, what_the_model_sees
 from .samples import Sample, SampleSummary
+from .teachers.address import OWN_TEACHERS
+from .teachers.base import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -25,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 class HeldOutResults:
     """Summaries of one evaluation's samples over all ranks, by position; `max_tokens` are those of the longest completion
-    that may be written."""
+    that may be written, and `teachers` those of the branches."""
 
-    def __init__(self, max_tokens: int | None = None) -> None:
-        self._max_tokens = max_tokens
+    def __init__(self, max_tokens: int | None = None, teachers: Mapping[str, Teacher] | None = None) -> None:
+        self._max_tokens, self._teachers = max_tokens, teachers or {}
         self._found: dict[int, SampleSummary] = {}
         self._prompts: dict[int, int] = {}  # checksum of each prompt's token ids
         self._metrics: dict[str, float] = {}
@@ -76,24 +79,37 @@ class HeldOutResults:
         return output
 
     def record(self) -> dict[str, Any]:
-        """The line of `held_out.jsonl`, after `fill`: the branch, its gaps, the mean `length` of the completions in tokens,
-        their ends included, the most that one may have (`max_tokens`), and the sampled reverse KL of each prompt in nats
-        per token, by which two evaluations of the same prompts (`of`) can be compared pair by pair; `None` for an empty
-        completion. Where prompts have categories, they are there, too."""
+        """The line of `held_out.jsonl`, after `fill`.
+
+        That is the branch, its gaps, the mean `length` of the completions in tokens, their ends included, the most that one
+        may have (`max_tokens`), the public name of the `teacher`, `None` where that is the student, and the sampled reverse
+        KL of each prompt in nats per token, by which two evaluations of the same prompts (`of`) can be compared pair by
+        pair; `None` for an empty completion. Where prompts have categories, they are there, too.
+        """
         rows = self.rows
         found: dict[str, Any] = {
             name: value if math.isfinite(value) else None for name, value in self._metrics.items()
         }
         if any(row.category is not None for row in rows):
             found["category_by_prompt"] = [row.category for row in rows]
+        branch = rows[0].branch if rows else ""
         return {
-            "branch": rows[0].branch if rows else "",
+            "branch": branch,
             **found,
             "length": self._length,
             "max_tokens": self._max_tokens,
+            "teacher": _model_of(self._teachers[branch].name) if branch in self._teachers else None,
             "kl_by_prompt": [0.0 - row.gap / row.num_tokens if row.num_tokens else None for row in rows],
             "of": f"{zlib.crc32(array('q', [self._prompts[row.position] for row in rows]).tobytes()):08x}",
         }
+
+
+def _model_of(teacher: str) -> str | None:
+    """The public name of the model that a teacher is; `None` of one that is the student itself, as it is or was."""
+    kind, _, model = teacher.partition(":")
+    if kind in OWN_TEACHERS:
+        return public_name(model) if kind == "adapter_off" else None
+    return public_name(teacher)
 
 
 def check_name(name: str | None, known: Collection[str]) -> None:

@@ -64,7 +64,7 @@ def of_lines(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Measured]]:
             Measured(
                 int(line["step"]), _number(line.get("kl")), _number(line.get("kl_se")), int(line.get("prompts", 0)),
                 tuple(line.get("kl_by_prompt", ())), str(line.get("of", "")), _number(line.get("gap_abs")),
-                _number(line.get("length")), line.get("max_tokens"),
+                _number(line.get("length")), line.get("max_tokens"), str(line.get("teacher") or ""),
             )
         )  # fmt: skip
     return found

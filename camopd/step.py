@@ -118,12 +118,13 @@ class Step:
             self.apart[position] = (before[0] + total, before[1] + count)
 
     def logged(self) -> dict[str, float]:
-        """Its numbers but those that transformers logs itself."""
+        """Its numbers but those that transformers logs itself, and those that are not defined in it: one of them would make
+        the mean over `logging_steps` undefined, too."""
         own = ("loss", "learning_rate", "grad_norm")
         return {
             name: float(value)
             for name, value in self.metrics.items()
-            if name not in own and isinstance(value, int | float)
+            if name not in own and isinstance(value, int | float) and not math.isnan(value)
         }
 
     def close(self, branches: Iterable[str], gather: Callable[[list[Any]], list[Any]]) -> None:

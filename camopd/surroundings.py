@@ -33,6 +33,7 @@ from .teachers.address import (
     need_endpoint,
     no_connection,
     public_url,
+    student_revision,
     was_fetched,
 )
 
@@ -121,7 +122,7 @@ def _check_context(settings: Mapping[str, Any]) -> None:
     if type(prompt) is not int:  # of which the config says more
         return
     completion = max(by_step("max_completion_length", given).values())
-    student = _config_of(str(settings.get("model_name_or_path") or ""), settings.get("model_revision"))
+    student = _config_of(str(settings.get("model_name_or_path") or ""), student_revision(settings))
     need_context(_context(student), prompt, completion)
     teachers = settings.get("teachers")
     for branch, teacher in teachers.items() if isinstance(teachers, dict) else ():

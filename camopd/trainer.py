@@ -161,7 +161,7 @@ class CaMOPDTrainer(DistillationTrainer):
             self.engine = make_engine(self)
             self.rollouts = Rollouts(self)
             self.log_completions = False  # TRL's table lacks the branches; see callbacks/completions.py
-            self.held_out_results = HeldOutResults(args.longest_completion)
+            self.held_out_results = HeldOutResults(args.longest_completion, self.teachers)
             self._best: Any = (None, 0)  # step of the checkpoint that was loaded at the end, and the log's length then
             self.observed_optimizer: Any = None
             self.tasks = setup.make_tasks(self, run)
@@ -368,7 +368,7 @@ class CaMOPDTrainer(DistillationTrainer):
         Every evaluation draws the same random numbers and leaves those of training alone; with `vllm_mode: server` alone
         the server has its own.
         """
-        self.held_out_results = HeldOutResults(self.args.longest_completion)
+        self.held_out_results = HeldOutResults(self.args.longest_completion, self.teachers)
         self._metrics["eval"].clear()  # of a `predict`, which logs nothing
         self.notify("on_evaluation_started", dataloader.dataset[0]["branch"], len(dataloader.dataset))
         keeping = self.checkpoints.keeping(self) if self.is_in_train else nullcontext()

@@ -43,6 +43,7 @@ class Measured:
     gap_abs: float = math.nan  # mean |gap|
     length: float = math.nan  # tokens of an answer on average, the empty ones included; NaN where it is not known
     max_tokens: int | None = None  # of an answer, where that is known
+    teacher: str = ""  # public name of the model, where that is known
 
     @property
     def half(self) -> float:

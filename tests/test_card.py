@@ -170,7 +170,16 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     assert (data.library_name, data.base_model, data.datasets) == ("peft", "my-org/specialised", ["my-org/prompts"])
     assert "mine" in data.tags
     assert "# named" in card
+    assert "by a path" not in card
     merged_card_is_of_a_whole_model(tmp_path / "out", tmp_path / "merged")
+    trainer.model.config._name_or_path = "/home/me/specialised"  # which the adapter names as its base, too
+    trainer.create_model_card("named")
+    card = card_of(tmp_path / "out")
+    assert "names its base, `specialised`, by a path" in card and "PeftModel.from_pretrained(base, adapter)" in card
+    assert "/home/me" not in card and "by a path" not in card_of(
+        write_merged_card(tmp_path / "out", tmp_path / "two").parent
+    )
+    student.config._name_or_path = "my-org/specialised"
     trainer.state.log_history = [
         {"eval_general_kl": 1.0, "eval_general_kl_se": 0.1, "eval_general_prompts": 3, "step": 0}
     ]

@@ -60,6 +60,13 @@ def test_gaps_of_the_trained_model_are_those_that_its_run_has_measured_last(run,
     said = capsys.readouterr().out
     assert "general: no change is shown, answers have 4 tokens at most here, and had 8 before" in said
     assert "RECOVERED" not in said and " → " not in said and "has no evaluation of these prompts" not in said
+    other = json.dumps({"general": str(tmp_path / "student"), "domain": str(tmp_path / "student")})
+    cli.main(["gaps", str(tmp_path / "out"), "--config", str(run), "--teachers", other])
+    said = capsys.readouterr().out
+    assert (
+        "general: no change is shown, its teacher is 'student' here, and was 'teacher' before the run's first" in said
+    )
+    assert "domain: no change is shown" not in said and "domain has" in said
 
 
 def test_gaps_of_other_prompts_are_not_compared(run, tmp_path, capsys):
@@ -77,6 +84,10 @@ def test_gaps_of_a_merged_model_are_those_to_the_student_that_had_the_adapter(ru
     settings = yaml.safe_load(run.read_text())
     teachers = {"general": settings["teachers"]["general"], "domain": "adapter_off"}
     run.write_text(yaml.safe_dump({**settings, "teachers": teachers, "use_peft": True}))
+    cli.main(["train", str(run), "--max_steps", "1"])
+    named = {line["branch"]: line["teacher"] for line in lines_of(tmp_path / "out" / "held_out.jsonl")}
+    assert named == {"general": "teacher", "domain": "student"}
+    capsys.readouterr()
     for model in ("student", "teacher"):
         cli.main(["gaps", str(tmp_path / model), "--config", str(run)])
         rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "±" in line}
@@ -198,6 +209,10 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
         (
             {"model_revision": "v1", "model": "me/other"},
             "would be looked for in 'me/other', too. Give --model_revision main",
+        ),
+        (
+            {"model_init_kwargs": {"revision": "v1"}, "model": "me/other"},
+            "would be looked for in 'me/other', too. Give --model_init_kwargs {}",
         ),
         (
             {

@@ -114,3 +114,15 @@ def test_page_names_models_judges_and_what_was_cut_short(tmp_path):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert all(word in text for word in ("start: a/b", "judge of arena_hp: http://h#j", "limit: 4"))
         assert "max_tokens" not in text
+
+
+def test_tasks_of_an_earlier_call_that_the_tables_lose_are_named_with_the_way_to_have_them(tmp_path):
+    ifeval = compare([IFEVAL], MODELS)
+    assert not [text for text in page.write(ifeval, [], {}, tmp_path) if "too, and have only" in text]
+    (tmp_path / "eval.md").unlink()
+    said = page.write(compare([MEDQA], MODELS), [], {}, tmp_path)[-1]
+    assert "had ifeval, too, and have only the tasks of this call" in said and "--tasks ifeval,medqa" in said
+    assert "too, and have only" not in page.write(ROWS, [], {}, tmp_path)[-1]
+    (tmp_path / "eval.json").write_text("[")
+    page.write(ROWS, [], {}, tmp_path)
+    assert benchmarks_of(tmp_path.parent)

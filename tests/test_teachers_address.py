@@ -29,6 +29,7 @@ from camopd.teachers.address import (
     public_url,
     refuse_secrets,
     same_model,
+    student_revision,
     urls_and_model,
     was_fetched,
     without_secrets,
@@ -390,3 +391,20 @@ def test_name_to_show_has_nothing_that_may_be_a_password_or_a_key(name, shown, t
 
 def test_plain_url_is_taken_by_the_config(make_config):
     check_values(make_config(teachers={"general": "http://host:8001/v1", "domain": ["https://a", "https://b:1"]}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "revision"),
+    [
+        ({}, None),
+        ({"model_revision": "main"}, None),
+        ({"model_revision": "v1"}, "v1"),
+        ({"model_init_kwargs": {"revision": "v2"}}, "v2"),
+        ({"model_init_kwargs": '{"revision": "v2"}'}, "v2"),
+        ({"model_revision": "main", "model_init_kwargs": {"revision": "v2"}}, "v2"),
+        ({"model_init_kwargs": {"revision": "main"}}, None),
+        ({"model_init_kwargs": "[no, mapping"}, None),
+    ],
+)
+def test_revision_of_the_student_is_read_from_both_settings(settings, revision):
+    assert student_revision(settings) == revision

@@ -229,8 +229,6 @@ def test_revision_that_no_server_would_load_is_refused():
     for kwargs in ({"dtype": "float32"}, {"revision": "main"}):
         assert models_of({"general": "org/one"}, kwargs, []) == {"org/one": ["general"]}
     student = {"model_name_or_path": "org/one", "rollout_servers": ["http://a:1"], "model_revision": "v2"}
-    with pytest.raises(
-        ValueError, match=r"model_revision='v2' reaches no rollout server.*download org/one --revision v2"
-    ):
+    with pytest.raises(ValueError, match=r"revision 'v2' reaches no rollout server.*download org/one --revision v2"):
         plan_students(student, None, None)
     assert plan_students({**student, "model_revision": "main"}, None, None)

@@ -29,6 +29,7 @@ from ..teachers.address import (
     is_here,
     names_missing_model,
     same_model,
+    student_revision,
     without_secrets,
 )
 from ..verdict import Measured, Verdict, interval, short, verdicts_of
@@ -81,7 +82,7 @@ def gaps(argv: list[str]) -> None:
         print(line)
     for verdict in verdicts:
         print(verdict.text)
-    otherwise = cut_otherwise(found, before)
+    otherwise = measured_otherwise(found, before)
     for line in otherwise.values():
         print(line)
     if not verdicts and not otherwise:
@@ -108,12 +109,13 @@ def _check(model: str, settings: dict[str, Any], words: Sequence[str]) -> None:
             f"the model {model!r} cannot be measured: there is no such path on this machine.{did_you_mean(model)} Fix the "
             "path, or give a model id of the Hub, owner/name."
         )
-    revision, said = settings.get("model_revision"), _names(words)
-    of_run = revision not in (None, "main") and "model_revision" not in said and not has_adapter(model)
+    revision, said = student_revision(settings), _names(words)
+    of_run = revision is not None and not {"model_revision", "model_init_kwargs"} & said and not has_adapter(model)
     if of_run and not is_here(model) and model != settings.get("model_name_or_path"):
         raise ValueError(
-            f"model_revision={revision!r} is of the run's student, and would be looked for in {model!r}, too. Give "
-            "--model_revision main, or the one of that model."
+            f"revision {revision!r} is of the run's student, and would be looked for in {model!r}, too. Give "
+            f"--{'model_revision main' if settings.get('model_revision') else 'model_init_kwargs {}'}, or the one of that "
+            "model."
         )
     for branch, teacher in named_teachers(settings).items():
         if teacher in ("adapter_start", "self"):
@@ -190,8 +192,8 @@ def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
     if "adapter_off" not in teachers.values() or (has_adapter(model) and same_model(base_of(model), base)):
         return []
     named = {branch: base if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
-    words, revision = ["--teachers", json.dumps(named)], settings.get("model_revision")
-    if revision not in (None, "main") and not is_here(base):
+    words, revision = ["--teachers", json.dumps(named)], student_revision(settings)
+    if revision is not None and not is_here(base):
         raise ValueError(
             f"the run's teacher 'adapter_off' is revision {revision!r} of {base!r}, and would be another one here. hf "
             f"download {base} --revision {revision} --local-dir DIR; then name that: {without_secrets(shlex.join(words))}, "
@@ -223,26 +225,36 @@ def since_start(found: Mapping[str, list[Measured]], run: Mapping[str, list[Meas
     both = {}
     for branch, measured in found.items():
         start = _start_of(measured[0], run.get(branch, ()))
-        if start is not None and not _cut_otherwise(start, measured[0]):
+        if start is not None and not _otherwise(start, measured[0]):
             both[branch] = [start, *measured]
     return verdicts_of(both)
 
 
-def cut_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, list[Measured]]) -> dict[str, str]:
-    """A line for each branch whose answers were cut at another length before the run's first step."""
+def measured_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, list[Measured]]) -> dict[str, str]:
+    """A line for each branch that was measured against another teacher before the run's first step, or with answers that
+    were cut at another length."""
     lines = {}
     for branch, (measured, *_) in found.items():
         start = _start_of(measured, run.get(branch, ()))
-        if start is not None and _cut_otherwise(start, measured):
-            lines[branch] = (
-                f"{branch}: no change is shown, answers have {measured.max_tokens} tokens at most here, and had "
-                f"{start.max_tokens} before the run's first step. Leave max_completion_length as the run has it."
-            )
+        why = "" if start is None else _otherwise(start, measured)
+        if why:
+            lines[branch] = f"{branch}: no change is shown, {why} as the run has it."
     return lines
 
 
-def _cut_otherwise(start: Measured, measured: Measured) -> bool:
-    return start.max_tokens is not None and start.max_tokens != measured.max_tokens
+def _otherwise(start: Measured, measured: Measured) -> str:
+    """Why two evaluations of the same prompts are not compared, and what to leave; "" where they are."""
+    if start.teacher and measured.teacher and start.teacher != measured.teacher:
+        return (
+            f"its teacher is {measured.teacher!r} here, and was {start.teacher!r} before the run's first step. Leave "
+            "teachers"
+        )
+    if start.max_tokens is not None and start.max_tokens != measured.max_tokens:
+        return (
+            f"answers have {measured.max_tokens} tokens at most here, and had {start.max_tokens} before the run's first "
+            "step. Leave max_completion_length"
+        )
+    return ""
 
 
 def _start_of(measured: Measured, run: Sequence[Measured]) -> Measured | None:

@@ -19,6 +19,7 @@ from typing import Any
 from .. import atomic
 from ..errors import CaMOPDError
 from ..folder_lock import NO_FLOCK
+from ..teachers.address import SECRET
 from . import rows
 from .asking import key_of, without_key
 from .runner import cut_torn_line
@@ -33,7 +34,6 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # for a model that is loade
 JOB = "job.json"
 LOG = "log.txt"
 LOCK = "lock"
-_SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")
 _PLACES = ("url", "context", "work", "concurrency", "checkout")  # of a job: where and how fast, not what
 _UNPARSED = ("zebralogicbench",)  # of evalscope: its checker raises at an answer in another form, which is a wrong one
 
@@ -169,7 +169,7 @@ def words_of_options(folder: Path) -> list[str]:
 
 def environment(*kept: str) -> dict[str, str]:
     """That of a job: this one, without any key but that of the models' servers and those `kept`."""
-    return {name: value for name, value in os.environ.items() if name in (KEY, *kept) or not _SECRET.search(name)}
+    return {name: value for name, value in os.environ.items() if name in (KEY, *kept) or not SECRET.search(name)}
 
 
 def hide_key(folder: Path) -> None:

@@ -13,14 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import CaMOPDError
 from ..hub import is_hub_id
 from ..manifest import CHECKPOINT, MANIFEST, saved_at, step_of
 from ..run import read_settings, set_env
 from ..teachers.address import (
     OWN_TEACHERS,
+    as_mapping,
     did_you_mean,
     has_adapter,
     is_here,
@@ -28,6 +27,7 @@ from ..teachers.address import (
     names_missing_model,
     public_url,
     same_model,
+    student_revision,
     without_secrets,
 )
 from .asking import Line, Unanswered, key_of
@@ -146,8 +146,8 @@ def _need_main(run: str, settings: Mapping[str, Any], found: Mapping[str, Any]) 
 
     Warns of what else a run has told its models and an evaluation does not.
     """
-    student, teachers = (_mapping(settings.get(name)) for name in ("model_init_kwargs", "teacher_model_init_kwargs"))
-    revisions = {START: settings.get("model_revision") or student.get("revision"), GENERAL: teachers.get("revision")}
+    teachers = as_mapping(settings.get("teacher_model_init_kwargs"))
+    revisions = {START: student_revision(settings), GENERAL: teachers.get("revision")}
     for name, where in found.items():
         revision = revisions[name]
         if revision in (None, "main") or not isinstance(where, str) or is_here(where) or is_server(where):
@@ -162,13 +162,6 @@ def _need_main(run: str, settings: Mapping[str, Any], found: Mapping[str, Any]) 
             "A template that does the same by itself asks as the run did",
             settings["chat_template_kwargs"], run,
         )  # fmt: skip
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """A setting that may be one, or the text of one, as TRL takes it; {} for what is none, of which the run says more."""
-    with contextlib.suppress(yaml.YAMLError):
-        value = yaml.safe_load(value) if isinstance(value, str) else value
-    return value if isinstance(value, Mapping) else {}
 
 
 def _recorded(folder: Path, wanted: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,27 @@ def write(
                 blocks.append(page.quote(shortened(item["before"])))
                 blocks.append(f"**{RESULT}**, score {item['scores'][1]:.2g}")
                 blocks.append(page.quote(shortened(item["after"])))
+    short += _left_out(out / EVAL, {row["task"] for row in rows})
     found = {"tasks": rows, "gaps": [row.as_json() for row in gaps], "about": about, "notes": notes}
     atomic.write(out / EVAL, json.dumps(found, indent=2, allow_nan=False) + "\n")
     atomic.write(out / "eval.md", "\n\n".join(blocks) + "\n")
     atomic.write(out / "eval.html", page.to_html("camopd eval", blocks, {}))
     return short
+
+
+def _left_out(before: Path, tasks: Collection[str]) -> list[str]:
+    """What is to be said of the tasks that an earlier call had in the eval.json that is to be written over."""
+    try:
+        had = {str(row["task"]): None for row in json.loads(before.read_text(encoding="utf-8"))["tasks"]}
+    except (OSError, ValueError, LookupError, TypeError):  # none, or not of ours
+        return []
+    gone = [task for task in had if task not in tasks]
+    if not gone:
+        return []
+    return [
+        f"The tables of {before.parent} had {', '.join(gone)}, too, and have only the tasks of this call now. The answers "
+        f"are kept: with --tasks {','.join([*gone, *sorted(tasks)])} all are in one table, and no model is asked again."
+    ]
 
 
 def settings_of(about: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import yaml
+
 
 # Teachers that the student is itself.
 OWN_TEACHERS = {
@@ -25,6 +27,7 @@ OWN_TEACHERS = {
     "self": "the student itself, after its teacher_prompt",
 }
 NEAR = 0.8  # similarity, of 1, from which a name is taken for a misspelt one
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)")  # in names of environment variables
 PATIENCE = 5.0  # seconds for the Hub to answer a question before the imports
 
 
@@ -235,16 +238,33 @@ def refuse_other_model(branch: str, teacher: str, settings: Mapping[str, Any]) -
             f"the teacher of branch {branch!r}, {teacher!r}, is a LoRA adapter, and a teacher is a whole model. Merge it "
             "into its base and name that folder; or train it on as model_name_or_path with 'adapter_start' as this teacher."
         )
-    revision, kwargs = settings.get("model_revision"), settings.get("teacher_model_init_kwargs")
-    if revision in (None, "main") or is_here(teacher) or teacher != settings.get("model_name_or_path"):
+    revision, kwargs = student_revision(settings), settings.get("teacher_model_init_kwargs")
+    if revision is None or is_here(teacher) or teacher != settings.get("model_name_or_path"):
         return
     if not isinstance(kwargs, Mapping) or "revision" not in kwargs:
         raise ValueError(
-            f"the teacher of branch {branch!r} has the student's name, {teacher!r}, but model_revision={revision!r} is of "
+            f"the teacher of branch {branch!r} has the student's name, {teacher!r}, but revision {revision!r} is of "
             f"the student alone: the teacher would be the model's main revision. Where that is meant, set "
             "teacher_model_init_kwargs: {revision: main}. For the student itself: hf download "
             f"{teacher} --revision {revision} --local-dir DIR; then name DIR for both."
         )
+
+
+def student_revision(settings: Mapping[str, Any]) -> str | None:
+    """The revision of the student on the Hub, where it is not the main one: `model_revision` or that of
+    `model_init_kwargs`."""
+    found = settings.get("model_revision")
+    if found in (None, "main"):
+        found = as_mapping(settings.get("model_init_kwargs")).get("revision")
+    return None if found in (None, "main") else str(found)
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """A setting that may be a mapping, or the text of one, as TRL takes it; {} for what is none, of which the run says
+    more."""
+    with contextlib.suppress(yaml.YAMLError):
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    return value if isinstance(value, Mapping) else {}
 
 
 def base_of(model: str) -> str:

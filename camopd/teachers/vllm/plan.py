@@ -24,6 +24,7 @@ from ..address import (
     key_variables,
     names_missing_model,
     public_url,
+    student_revision,
     urls_and_model,
     without_secrets,
 )
@@ -224,10 +225,11 @@ def _student_of(settings: Mapping[str, Any]) -> str:
             f"model_name_or_path names {model!r}, but there is no such path.{did_you_mean(model)} Give the folder of a "
             "model, or its id on the Hub."
         )
-    if settings.get("model_revision") not in (None, "main"):
+    revision = student_revision(settings)
+    if revision is not None:
         raise ValueError(
-            f"model_revision={settings['model_revision']!r} reaches no rollout server, which would load another model. hf "
-            f"download {model} --revision {settings['model_revision']} --local-dir DIR; then set model_name_or_path: DIR."
+            f"the student's revision {revision!r} reaches no rollout server, which would load another model. hf download "
+            f"{model} --revision {revision} --local-dir DIR; then set model_name_or_path: DIR."
         )
     return os.path.expanduser(model)
 
