@@ -32,17 +32,18 @@ def test_trained_samples_are_held_against_the_kept_ones():
         one.add([1, 2], torch.ones(1, 2).bool())
 
 
-def test_metric_that_is_undefined_in_a_step_leaves_the_mean_of_the_others_defined(tmp_path, tokenizer):
-    """Trackers warn of NaN, too."""
+def test_metric_that_is_undefined_is_not_sent_to_trackers(tmp_path, tokenizer):
+    """TensorBoard warns of each."""
 
     class Measure(StepCallback):
         def on_step_closed(self, step):
-            step.metrics["mine"] = [1.0, math.nan, 3.0][step.number]
+            step.metrics |= {"some": [1.0, math.nan, 3.0][step.number], "none": math.nan}
 
     trainer = make_trainer(tmp_path, tokenizer, max_steps=3, logging_steps=3, callbacks=[Measure()])
     trainer.train()
-    assert trainer.state.log_history[0]["mine"] == 2.0
-    assert [line["mine"] for line in lines(tmp_path)] == [1.0, None, 3.0]
+    log = trainer.state.log_history[0]
+    assert log["some"] == 2.0 and not [name for name, value in log.items() if value is None or value != value]
+    assert [(line["some"], line["none"]) for line in lines(tmp_path)] == [(1.0, None), (None, None), (3.0, None)]
 
 
 def test_callbacks_measure_into_the_line_of_the_step_whenever_they_were_added(tmp_path, tokenizer):
