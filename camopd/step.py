@@ -118,8 +118,8 @@ class Step:
             self.apart[position] = (before[0] + total, before[1] + count)
 
     def logged(self) -> dict[str, float]:
-        """Its numbers but those that transformers logs itself, and those that are not defined in it: TRL would log `None` for
-        one that is in no step, and trackers warn of that each time."""
+        """Its numbers but those that transformers logs itself, and those that are not defined in it: TRL would log `None`
+        for one that is in no step, and trackers warn of that each time."""
         own = ("loss", "learning_rate", "grad_norm")
         return {
             name: float(value)
