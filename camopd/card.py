@@ -23,7 +23,7 @@ from .measured import HELD_OUT, lines_of, of_history, of_run
 from .output_dir import METRICS
 from .results import benchmarks_of, table, tasks_of
 from .schedule import Schedule
-from .teachers.address import OWN_TEACHERS
+from .teachers.address import OWN_TEACHERS, is_here, names_missing_folder
 from .verdict import NOT_MEASURED, verdicts_of
 from .version import __version__
 from .words import counted
@@ -338,7 +338,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
 
 
 def _use(model: str, is_peft: bool, base: str = "") -> list[str]:
-    path = is_peft and base and not is_hub_id(base)
+    path = is_peft and (is_here(base) or names_missing_folder(base))
     way = "where it is another, load that and then the adapter, by `PeftModel.from_pretrained(base, adapter)` of peft."
     return [
         "## Use",

@@ -68,7 +68,8 @@ class RunFolder:
         kept = args.eval_on_start
         if kept and checkpoint is not None:
             step = manifest.read(Path(checkpoint)).get("step", -1)  # the Hub's is not called checkpoint-STEP
-            args.eval_on_start = not self._together(
+            # At step 0 the lines are set aside, as all are of the start or of an earlier run.
+            args.eval_on_start = step <= 0 or not self._together(
                 lambda: any(line["step"] <= step for line in lines_of(self.path / HELD_OUT))
             )
         try:
@@ -131,9 +132,14 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             else:
                 shutil.rmtree(path)
-        if overwrite or checkpoint is None:  # what an earlier run has measured is not for the reports of this one
+        if (
+            overwrite or checkpoint is None or not own
+        ):  # what an earlier run has measured is not for this one's reports
             set_aside(*(self.path / name for name in (*LINES, STATE)))
-        if checkpoint is not None and not from_here:
+        in_place = (
+            from_here and checkpoint is not None and manifest.step_of(checkpoint) >= 0
+        )  # the Hub's may lie here, too
+        if checkpoint is not None and not in_place:
             copy_lines(checkpoint, self.path)
         return run_id
 
@@ -168,9 +174,9 @@ def is_own(checkpoint: Path) -> bool:
 
 
 def copy_lines(source: Path, target: Path) -> None:
-    """Copy the files of lines in one folder that another has not: a checkpoint has what its run has measured so far."""
+    """Copy the files of lines of one folder to another: a checkpoint has all that its run has measured up to its step."""
     for name in LINES:
-        if (source / name).is_file() and not (target / name).exists():
+        if (source / name).is_file():
             atomic.write(target / name, (source / name).read_bytes())
 
 

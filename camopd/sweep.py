@@ -121,9 +121,10 @@ def read_sweep(path: str) -> Sweep:
 
 
 def _names(settings: Mapping[str, Any]) -> list[str]:
-    """Of settings and of variables in `env`, of which a setting that is no key may have the word in its name."""
-    env = as_mapping(settings.get("env"))
-    return [*(name for name in settings if name == "hub_token"), *map(str, env)]
+    """Of settings that are tokens, and of all variables in `env`."""
+    init = (as_mapping(settings.get(name)) for name in ("model_init_kwargs", "teacher_model_init_kwargs"))
+    tokens = [name for given in (settings, *init) for name in ("hub_token", "token") if given.get(name)]
+    return [*tokens, *map(str, as_mapping(settings.get("env")))]
 
 
 def _check_command(path: str, settings: Mapping[str, Any]) -> None:

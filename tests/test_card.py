@@ -179,6 +179,9 @@ def test_names_of_the_hub_are_links_and_an_adapter_says_so(tmp_path):
     assert "/home/me" not in card and "by a path" not in card_of(
         write_merged_card(tmp_path / "out", tmp_path / "two").parent
     )
+    trainer.model.config._name_or_path = "gpt2"  # of the Hub, too
+    trainer.create_model_card("named")
+    assert "by a path" not in card_of(tmp_path / "out")
     student.config._name_or_path = "my-org/specialised"
     trainer.state.log_history = [
         {"eval_general_kl": 1.0, "eval_general_kl_se": 0.1, "eval_general_prompts": 3, "step": 0}

@@ -13,8 +13,10 @@ from trainers import SETTINGS, refused, save_models
 from transformers import AutoModelForCausalLM
 
 from camopd import cli
+from camopd.commands.gaps import measured_otherwise, since_start
 from camopd.folder_lock import LOCK_FILE, FolderLock
 from camopd.measured import lines_of
+from camopd.verdict import Measured
 
 
 @pytest.fixture
@@ -211,8 +213,8 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
             "would be looked for in 'me/other', too. Give --model_revision main",
         ),
         (
-            {"model_init_kwargs": {"revision": "v1"}, "model": "me/other"},
-            "would be looked for in 'me/other', too. Give --model_init_kwargs {}",
+            {"model_init_kwargs": {"revision": "v1", "dtype": "float32"}, "model": "me/other"},
+            """would be looked for in 'me/other', too. Give --model_init_kwargs '{"dtype": "float32"}'""",
         ),
         (
             {
@@ -222,7 +224,8 @@ def test_gaps_leave_the_vllm_server_of_a_run_that_is_under_way_alone(run, tmp_pa
                 "model": "me/base",
                 "teachers": {"general": "http://localhost:1", "domain": "adapter_off"},
             },
-            "'adapter_off' is revision 'v1' of 'me/base', and would be another one here. hf download me/base --revision v1",
+            "'adapter_off' is revision 'v1' of 'me/base', and would be another one here. hf download me/base --revision v1 "
+            "--local-dir DIR/base",
         ),
     ],
 )
@@ -251,3 +254,17 @@ def test_place_of_the_numbers_is_made_or_refused_before_anything_is_measured(run
             cli.main([*words, str(place)])
         assert stopped.value.code == 2
         assert f"--json '{place}' cannot be written" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("then", "here", "compared"),
+    [("org/base", "base", True), ("org/base", "org/other", False), ("", "other", True), ("org/base", "", True)],
+)
+def test_gaps_to_a_teacher_that_was_fetched_meanwhile_are_compared(then, here, compared):
+    """A folder has the last part of the model's name, as the error names it for a revision."""
+    start, end = (Measured(step, kl, 0.1, 2, (kl, kl + 0.1), "same", teacher=teacher)
+                  for step, kl, teacher in ((0, 1.0, then), (1, 0.5, here)))  # fmt: skip
+    found, run = {"general": [end]}, {"general": [start]}
+    assert bool(since_start(found, run)) == compared
+    said = measured_otherwise(found, run)
+    assert bool(said) != compared and all("'base' at its end" in line for line in said.values())

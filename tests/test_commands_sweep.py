@@ -129,7 +129,21 @@ def test_held_out_gap_that_is_not_finite_at_the_end_is_no_earlier_one(write, cap
     Path("run.py").write_text(f"{SCRIPT}(out / 'held_out.jsonl').write_text({text!r})\n")
     assert exit_code("sweep.yaml") == 0
     assert pd.read_csv("out/runs.csv").iloc[0, 2:].isna().all()
-    assert "| one | 1 | - | - |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| one | 1 | - | - |" in said and "'eval_general_kl' is not finite in any run." in said
+    assert "Did you mean" not in said
+
+
+def test_metrics_of_a_run_below_its_folder_are_found_beside_those_in_its_checkpoints(write):
+    write({"one": ONE}, seeds=[0])
+    nested = "\n".join([
+        "import shutil", "(out / 'run' / 'checkpoint-1').mkdir(parents=True)",
+        "shutil.copy(out / 'metrics.jsonl', out / 'run' / 'checkpoint-1' / 'metrics.jsonl')",
+        "(out / 'metrics.jsonl').rename(out / 'run' / 'metrics.jsonl')",
+    ])  # fmt: skip
+    Path("run.py").write_text(f"{SCRIPT}{nested}\n")
+    assert exit_code("sweep.yaml") == 0
+    assert "gap/general/abs_mean@5" in pd.read_csv("out/runs.csv")
 
 
 def test_held_out_gaps_of_an_earlier_run_in_the_folder_are_not_columns(write):

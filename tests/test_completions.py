@@ -132,3 +132,18 @@ def test_held_out_completions_are_those_of_each_branchs_latest_evaluation(tmp_pa
     for branch, same in (("general", False), ("domain", True)):
         one, two = (table[table["branch"] == branch]["completion"].tolist() for table in (first, second))
         assert (one == two) == same
+
+
+def test_completions_of_an_evaluation_that_has_failed_are_not_those_of_the_next(tmp_path, tokenizer):
+    held = {"general": make_prompts("general", 3), "domain": make_prompts("domain", 2)}
+    trainer = make_trainer(tmp_path, tokenizer, max_steps=1, log_completions=True, eval_dataset=held)
+
+    def fail(*_):
+        raise TeacherError("it is gone")
+
+    trainer.teachers["general"].score, score = fail, trainer.teachers["general"].score
+    with pytest.raises(TeacherError):
+        trainer.evaluate("general")
+    trainer.teachers["general"].score = score
+    trainer.evaluate("domain")
+    assert list(held_out_of(tmp_path)["branch"]) == ["domain"] * 2

@@ -123,6 +123,9 @@ def test_tasks_of_an_earlier_call_that_the_tables_lose_are_named_with_the_way_to
     said = page.write(compare([MEDQA], MODELS), [], {}, tmp_path)[-1]
     assert "had ifeval, too, and have only the tasks of this call" in said and "--tasks ifeval,medqa" in said
     assert "too, and have only" not in page.write(ROWS, [], {}, tmp_path)[-1]
+    (tmp_path / "eval.json").write_text(json.dumps({"tasks": [], "gaps": [{}]}))
+    said = page.write(ROWS, [], {}, tmp_path)[-1]
+    assert "had gaps, too" in said and "--tasks gaps,ifeval,medqa" in said
     (tmp_path / "eval.json").write_text("[")
     page.write(ROWS, [], {}, tmp_path)
     assert benchmarks_of(tmp_path.parent)

@@ -9,9 +9,9 @@ from conftest import make_model, make_prompts
 from trainers import lines, make_trainer
 from transformers import TrainerCallback
 
-from camopd.errors import CaMOPDError, ResumeError
+from camopd.errors import CaMOPDError, ResumeError, TeacherError
 from camopd.folder_lock import LOCK_FILE
-from camopd.measured import of_run
+from camopd.measured import lines_of, of_run
 from camopd.run_folder import RUN_FILE, RunFolder, is_own, need_unused, run_id_of
 
 
@@ -181,13 +181,26 @@ def test_checkpoint_from_elsewhere_brings_what_its_run_has_measured(tmp_path):
     begin(here, checkpoint, str(checkpoint))
     assert sorted(os.listdir(here)) == sorted([RUN_FILE, *names])
     assert all((here / name).read_text() == name for name in names)
-    (here / "metrics.jsonl").write_text("later")  # killed, and the same command again
+    (here / "metrics.jsonl").write_text("shorter")  # of the same run, which has gone on elsewhere since then
     begin(here, checkpoint, str(checkpoint))
-    assert (here / "metrics.jsonl").read_text() == "later"
+    assert (here / "metrics.jsonl").read_text() == "metrics.jsonl" and not (here / "metrics-1.jsonl").exists()
+    (here / "metrics.jsonl").write_text("mine")
     begin(here, checkpoint, str(checkpoint), overwrite=True)
-    assert (here / "metrics.jsonl").read_text() == "metrics.jsonl" and (
-        here / "metrics-1.jsonl"
-    ).read_text() == "later"
+    assert [(here / f"metrics{mark}.jsonl").read_text() for mark in ("", "-1")] == ["metrics.jsonl", "mine"]
+    other = tmp_path / "other"  # of a run that was killed before its first step
+    other.mkdir()
+    (other / "held_out.jsonl").write_text("of another run")
+    begin(other, checkpoint, str(checkpoint))
+    assert [(other / f"held_out{mark}.jsonl").read_text() for mark in ("", "-1")] == [
+        "held_out.jsonl",
+        "of another run",
+    ]
+    fetched = here / "last-checkpoint"  # of the Hub, into the run's own folder
+    shutil.copytree(checkpoint, fetched)
+    for name in names:
+        (here / name).unlink()
+    begin(here, fetched, str(fetched))
+    assert all((here / name).read_text() == name for name in names)
     for name in names:  # in its own folder the run's files count, as they are or are not
         (checkpoint / name).write_text("of the checkpoint")
     begin(tmp_path / "there", checkpoint, True)
@@ -387,7 +400,7 @@ def test_run_that_goes_on_in_another_folder_has_its_first_evaluation_and_all_its
     copied = tmp_path / "fetched" / "last-checkpoint"
     shutil.copytree(tmp_path / "one" / "checkpoint-2", copied)
     make_trainer(tmp_path / "two", tokenizer, **settings).train(resume_from_checkpoint=str(copied))
-    assert "is not known" not in capsys.readouterr().out
+    assert "not known" not in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path / "two")] == [1, 2, 3, 4]
     for name in ("held_out.jsonl", "metrics.jsonl"):
         alone, moved = (
@@ -397,3 +410,24 @@ def test_run_that_goes_on_in_another_folder_has_its_first_evaluation_and_all_its
         assert [line["step"] for line in alone] == [line["step"] for line in moved]
         if name == "held_out.jsonl":
             assert alone == moved
+
+
+def test_run_that_was_stopped_in_its_first_step_has_its_first_evaluation_when_it_goes_on(tmp_path, tokenizer):
+    settings = {"eval_dataset": {"general": make_prompts("general", 2)}, "eval_strategy": "steps", "eval_steps": 2,
+                "eval_on_start": True, "max_steps": 2, "save_strategy": "no"}  # fmt: skip
+    first = make_trainer(tmp_path / "one", tokenizer, **settings)
+    score, calls = first.teachers["general"].score, []
+
+    def once(*rows):
+        calls.append(rows)
+        if len(calls) > 1:
+            raise TeacherError("it is gone")
+        return score(*rows)
+
+    first.teachers["general"].score = once
+    with pytest.raises(TeacherError, match="Nothing is lost"):
+        first.train()
+    shutil.copytree(tmp_path / "one" / "checkpoint-0", tmp_path / "moved" / "checkpoint-0")
+    for folder, given in (("two", str(tmp_path / "moved" / "checkpoint-0")), ("one", "auto")):
+        make_trainer(tmp_path / folder, tokenizer, **settings).train(resume_from_checkpoint=given)
+        assert [line["step"] for line in lines_of(tmp_path / folder / "held_out.jsonl")] == [0, 2]

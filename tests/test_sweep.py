@@ -133,6 +133,8 @@ def test_sweep_that_is_not_there_is_an_error_with_its_path():
         ({"hub_token": "hf_abc"}, "hub_token"),
         ({"env": {"WANDB_API_KEY": "abc"}}, "WANDB_API_KEY"),
         ({"env": '{"hf_token": "abc"}'}, "hf_token"),
+        ({"model_init_kwargs": {"token": "abc"}}, "token"),
+        ({"hub_token": None}, None),
         ({"env": {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false"}, "score_tokens": 8}, None),
     ],
 )

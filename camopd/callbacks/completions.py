@@ -46,6 +46,10 @@ class CompletionsTable(StepCallback):
         """Held-out completions are those of the weights before it."""
         self._held_out, self._measured = [], {}
 
+    def on_evaluation_started(self, name: str, prompts: int) -> None:
+        """What is left of one that has ended in an error is of no use."""
+        self._measured = {}
+
     def on_predict(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A prediction's completions are its caller's."""
         self._measured = {}

@@ -23,6 +23,7 @@ from ..settings import default_of
 from ..surroundings import check_hub, check_machine
 from ..teachers.address import (
     OWN_TEACHERS,
+    as_mapping,
     base_of,
     did_you_mean,
     has_adapter,
@@ -114,8 +115,7 @@ def _check(model: str, settings: dict[str, Any], words: Sequence[str]) -> None:
     if of_run and not is_here(model) and model != settings.get("model_name_or_path"):
         raise ValueError(
             f"revision {revision!r} is of the run's student, and would be looked for in {model!r}, too. Give "
-            f"--{'model_revision main' if settings.get('model_revision') else 'model_init_kwargs {}'}, or the one of that "
-            "model."
+            f"{_without_revision(settings)}, or the one of that model."
         )
     for branch, teacher in named_teachers(settings).items():
         if teacher in ("adapter_start", "self"):
@@ -123,6 +123,14 @@ def _check(model: str, settings: dict[str, Any], words: Sequence[str]) -> None:
                 f"the teacher of branch {branch!r} is {teacher!r}, {OWN_TEACHERS[teacher]}, and of {model!r} that would be "
                 "its own. Name the model from which the run began: --teachers '{...}' with a folder or URL for each."
             )
+
+
+def _without_revision(settings: Mapping[str, Any]) -> str:
+    """The words with which a run's settings have none."""
+    if settings.get("model_revision"):
+        return "--model_revision main"
+    kwargs = {name: value for name, value in as_mapping(settings["model_init_kwargs"]).items() if name != "revision"}
+    return f"--model_init_kwargs {without_secrets(shlex.quote(json.dumps(kwargs)))}"
 
 
 @contextmanager
@@ -194,10 +202,11 @@ def _without_adapter(model: str, settings: Mapping[str, Any]) -> list[str]:
     named = {branch: base if teacher == "adapter_off" else teacher for branch, teacher in teachers.items()}
     words, revision = ["--teachers", json.dumps(named)], student_revision(settings)
     if revision is not None and not is_here(base):
+        folder = f"DIR/{Path(base).name}"  # the last part of its name is what the run has written down
         raise ValueError(
             f"the run's teacher 'adapter_off' is revision {revision!r} of {base!r}, and would be another one here. hf "
-            f"download {base} --revision {revision} --local-dir DIR; then name that: {without_secrets(shlex.join(words))}, "
-            f"with DIR in place of {base!r}."
+            f"download {base} --revision {revision} --local-dir {folder}; then name that: "
+            f"{without_secrets(shlex.join(words))}, with {folder} in place of {base!r}."
         )
     if has_adapter(model):
         raise ValueError(
@@ -244,10 +253,11 @@ def measured_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, li
 
 def _otherwise(start: Measured, measured: Measured) -> str:
     """Why two evaluations of the same prompts are not compared, and what to leave; "" where they are."""
-    if start.teacher and measured.teacher and start.teacher != measured.teacher:
+    here, then = (each.teacher.rpartition("/")[2] for each in (measured, start))  # of a model that is fetched by now
+    if here and then and here != then:
         return (
-            f"its teacher is {measured.teacher!r} here, and was {start.teacher!r} before the run's first step. Leave "
-            "teachers"
+            f"its teacher is {measured.teacher!r} here, and was {start.teacher!r} before the run's first step. The same "
+            f"model may be named by another path or URL with {then!r} at its end. Leave teachers"
         )
     if start.max_tokens is not None and start.max_tokens != measured.max_tokens:
         return (

@@ -91,7 +91,9 @@ def find() -> tuple[str, str]:
 def about(cage: tuple[str, str]) -> str:
     """What a verdict depends on beside the answer: Python and numpy in the cage, and its memory."""
     with tempfile.TemporaryFile() as said:
-        into(said, _LIBRARIES, cage, Room())
+        made, how = into(said, _LIBRARIES, cage, Room())
+        if not made:
+            raise CaMOPDError(f"the Python in the cage does not say which it is: {how}. Run the same command again.")
         said.seek(0)
         return f"{said.read().decode().strip()}, {MEMORY >> 30} GiB"
 

@@ -67,7 +67,7 @@ def write(
                 blocks.append(page.quote(shortened(item["before"])))
                 blocks.append(f"**{RESULT}**, score {item['scores'][1]:.2g}")
                 blocks.append(page.quote(shortened(item["after"])))
-    short += _left_out(out / EVAL, {row["task"] for row in rows})
+    short += _left_out(out / EVAL, {row["task"] for row in rows} | ({"gaps"} if gaps else set()))
     found = {"tasks": rows, "gaps": [row.as_json() for row in gaps], "about": about, "notes": notes}
     atomic.write(out / EVAL, json.dumps(found, indent=2, allow_nan=False) + "\n")
     atomic.write(out / "eval.md", "\n\n".join(blocks) + "\n")
@@ -78,7 +78,8 @@ def write(
 def _left_out(before: Path, tasks: Collection[str]) -> list[str]:
     """What is to be said of the tasks that an earlier call had in the eval.json that is to be written over."""
     try:
-        had = {str(row["task"]): None for row in json.loads(before.read_text(encoding="utf-8"))["tasks"]}
+        found = json.loads(before.read_text(encoding="utf-8"))
+        had = dict.fromkeys([*(str(row["task"]) for row in found["tasks"]), *(["gaps"] if found.get("gaps") else [])])
     except (OSError, ValueError, LookupError, TypeError):  # none, or not of ours
         return []
     gone = [task for task in had if task not in tasks]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import json_lines
+from ..manifest import CHECKPOINT
 
 
 NAME_LENGTH = 40  # characters of a run's name in a legend
@@ -27,8 +28,9 @@ def metrics_file(run: str) -> Path:
     if (path / "metrics.jsonl").is_file():
         return path / "metrics.jsonl"
     below = sorted(
-        {str(found.parent) for depth in ("*", "*/*", "*/*/*") for found in path.glob(f"{depth}/metrics.jsonl")}
-    )
+        {str(found.parent) for depth in ("*", "*/*", "*/*/*") for found in path.glob(f"{depth}/metrics.jsonl")
+         if not CHECKPOINT.fullmatch(found.parent.name)}
+    )  # fmt: skip
     there = f" Below it there are runs: {', '.join(below[:8])}." if below else ""
     raise ValueError(
         f"{run!r} is not the folder of a run: it has no metrics.jsonl, which training writes into its output_dir.{there}"

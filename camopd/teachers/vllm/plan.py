@@ -229,7 +229,7 @@ def _student_of(settings: Mapping[str, Any]) -> str:
     if revision is not None:
         raise ValueError(
             f"the student's revision {revision!r} reaches no rollout server, which would load another model. hf download "
-            f"{model} --revision {revision} --local-dir DIR; then set model_name_or_path: DIR."
+            f"{model} --revision {revision} --local-dir DIR; then set model_name_or_path: DIR, and take the revision out."
         )
     return os.path.expanduser(model)
 
