@@ -28,6 +28,7 @@ from .run_folder import append, best_step, make_room, named_if_unwritten
 from .watchdog import phase
 
 
+FEWSHOT_SEED = 1234  # lm-eval's own
 Loaded = tuple[dict[str, Any], dict[str, list[int]]]  # tasks of lm-eval by name, and the rows of each that are asked
 
 
@@ -168,6 +169,8 @@ class LiveTasks(TrainerCallback):
             import langdetect
 
             langdetect.DetectorFactory.seed = 0
+        for task in self._tasks.values():  # with the same examples each time; alone, they would be drawn anew
+            task.set_fewshot_seed(FEWSHOT_SEED)
         with self._autocast(), torch.no_grad(), neutral_generation(self._model):
             found = evaluate(
                 lm=model, task_dict={"tasks": self._tasks, "groups": {}, "group_map": {}}, samples=self._drawn,

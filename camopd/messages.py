@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from . import left_out
 from .schedule import short
 from .tokens import refuse_ends
 
-
-logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -32,7 +30,6 @@ _OURS = {
     "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
     "messages",
 }  # fmt: skip
-_unread: set[str] = set()  # chat_template_kwargs that no template reads, warned about once
 
 
 def read_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,6 +159,7 @@ def tokenize(
     messages those of [`render`]. Raises `ValueError` as [`render`] and [`check_text`], and where there are none."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
+        left_out.warn_of_text([*(["tools"] if tools else []), *(["chat_template_kwargs"] if template_kwargs else [])])
         check_text(prompt, most)
         ids = tokenizer(text=prompt)["input_ids"]
         refuse_ends(tokenizer, prompt, ids)
@@ -230,7 +228,7 @@ def render(
             "has messages of which the chat template makes an empty prompt. Change the row, or the template."
         )
     names = {**(template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
-    _check_nothing_left_out(row, text, str(chat_template or tokenizer.chat_template), names)
+    left_out.check(row, text, str(chat_template or tokenizer.chat_template), names)
     return text
 
 
@@ -276,30 +274,6 @@ def _apply_template(
         **{**(template_kwargs or {}), **(row.get("chat_template_kwargs") or {})},
     )
     return str(text)
-
-
-def _check_nothing_left_out(row: Mapping[str, Any], text: str, template: str, names: Iterable[str]) -> None:
-    """Raise `ValueError` for a message or a tool of a row that its rendered `text` does not have; warn, once for each, of
-    `names` of keywords that the template does not read."""
-    for message in row["prompt"]:
-        if message["role"] != "assistant" and not _is_in(
-            message["content"], text
-        ):  # of those it may leave thoughts out
-            raise ValueError(
-                f"has a {message['role']} message that the chat template leaves out: {message['content'][:80]!r}. The "
-                "model would never see it. Change its role, or the template."
-            )
-    for tool in row.get("tools") or ():
-        name = str(tool.get("function", tool).get("name", ""))
-        if not _is_in(name, text):
-            raise ValueError(
-                f"has the tool {name[:80]!r} in 'tools', which the chat template leaves out. Write the tools into the "
-                "system message, or use a template that knows tools."
-            )
-    for name in names:
-        if name not in template and name not in _unread:
-            _unread.add(name)
-            logger.warning("chat_template_kwargs[%r] has no effect: the chat template reads no such name.", name)
 
 
 def _speaker(message: Mapping[str, Any]) -> Any:
@@ -443,8 +417,3 @@ def _without_none(value: Any, of_template: bool = False) -> Any:
     if isinstance(value, dict):
         return {name: _without_none(item, of_template) for name, item in value.items() if item is not None}
     return [_without_none(item, of_template) for item in value] if isinstance(value, list) else value
-
-
-def _is_in(content: str, text: str) -> bool:
-    """Whether a template has written a content, trimmed or with other quotes: all its words are there."""
-    return content.strip() in text or all(word in text for word in set(re.findall(r"\w+", content)))

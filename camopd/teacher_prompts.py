@@ -62,7 +62,7 @@ def _read_template(template: Any, branch: str, branches: Collection[str]) -> Mes
 
 def fill(template: Messages | str, prompt: Messages | str) -> Messages | str:
     """A template with a prompt in its place; both as they were read. Of a conversation its last user message goes there,
-    and what stands before that comes behind the template's other messages.
+    and what stands before that comes behind the template's other messages. A system message that begins it stays first.
 
     Raises `ValueError` with what the row "has", for a prompt that the template does not fit.
     """
@@ -82,8 +82,9 @@ def fill(template: Messages | str, prompt: Messages | str) -> Messages | str:
             f"has a system message, {systems[-1]['content'][:80]!r}, and so has the {COLUMN} of its branch. Leave one out, "
             f"or give the rows a column {COLUMN!r} in place of the template."
         )
+    first = prompt[:1] if before and prompt[0]["role"] == "system" else []  # it opens a conversation, and stays there
     said = {**prompt[place], "content": wrapper.replace(PLACE, prompt[place]["content"])}
-    return [*before, *prompt[:place], said, *prompt[place + 1 :]]
+    return [*first, *before, *prompt[len(first) : place], said, *prompt[place + 1 :]]
 
 
 def contexts_of(

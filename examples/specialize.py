@@ -47,8 +47,8 @@ def rows_of(script: ScriptArguments):
     name, split = script.dataset_name, script.dataset_train_split
     if name is None:
         raise ValueError("--dataset_name is missing: a JSONL, JSON, Parquet or CSV file, or a dataset of the Hub.")
-    if script.dataset_streaming:
-        raise ValueError("--dataset_streaming would be ignored: all rows are read at the start. Leave it out.")
+    if script.dataset_streaming or script.dataset_test_split != "test" or script.ignore_bias_buffers:
+        raise ValueError("Leave out --dataset_streaming, --dataset_test_split, --ignore_bias_buffers: no effect.")
     is_file = file_type(name) is not None
     for setting, value in (("config", script.dataset_config), ("train_split", split if split != "train" else None)):
         if is_file and value is not None:

@@ -56,6 +56,11 @@ def row(text, gold="C", scores=None, item=0, repeat=0, stop="stop", prompt=PROMP
         ("Answer: B-Paris", "B"),
         ("Final answer: A because x. Wait, the answer is C, since y", "C"),  # it has changed its mind
         ("Final answer: C. A is wrong.", "C"),
+        ("Final answer: C. Answer B is wrong since it ignores X.", "C"),
+        ("Final answer: B\n\nNote: answer C is tempting but wrong.", "B"),
+        ("Final answer: A\n\nThe answer D is also plausible", "A"),
+        ("Final answer: A\n\nThe **answer** is D", "D"),
+        ("Final answer: A. No: answer: D", "D"),
         ("Final answer: X, where X is one of A,B,C,D", None),
         ("I think it is C", None),
         ("Final answer: E", None),  # there are four
@@ -171,6 +176,8 @@ def test_reasoning_that_the_template_has_opened_is_no_answer_where_it_is_cut_off
     assert scored(rows, False) == [(1, 0), (0, 1)]
     assert scored(rows[1:], True) == [(0, 1)]  # where all were cut, the template says it
     assert scored(rows[1:], False) == [(1, 0)]  # of a model that does not think
+    stray = [row("Final answer: C"), rows[1], row("a </think> Final answer: C", item=2), row("Final answer: C", item=3)]
+    assert scored(stray, False) == [(1, 0)] * 4  # one of many tells nothing
     whole = [row("Final answer: C"), row("<think>is it B? </think>C", item=1, stop=CUT)]
     assert scored(whole, True) == [(1, 0), (1, 0)]
 

@@ -218,9 +218,14 @@ def test_specialize_takes_the_columns_of_each_form_of_trl():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"dataset_streaming": True}, "--dataset_streaming would be ignored: all rows are read at the start"),
+        (
+            {"dataset_streaming": True},
+            "Leave out --dataset_streaming, --dataset_test_split, --ignore_bias_buffers",
+        ),
         ({"dataset_config": "main"}, r"--dataset_config main would be ignored: '.*\.jsonl' is a file\. Leave it out"),
         ({"dataset_train_split": "test"}, "--dataset_train_split test would be ignored"),
+        ({"dataset_test_split": "validation"}, "Leave out .*--dataset_test_split, --ignore_bias_buffers: no effect"),
+        ({"ignore_bias_buffers": True}, "Leave out .*--dataset_test_split, --ignore_bias_buffers: no effect"),
         ({"dataset_name": None}, "--dataset_name is missing"),
     ],
 )

@@ -39,6 +39,12 @@ class Task:
     eval_docs = [None] * ROWS
     config = types.SimpleNamespace(metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
 
+    def __init__(self):
+        self.examples = random.Random()
+
+    def set_fewshot_seed(self, seed):
+        self.examples = random.Random(seed)
+
     @staticmethod
     def higher_is_better():
         return {"acc": True, "acc_norm": True, "perplexity": False}
@@ -59,7 +65,7 @@ def lm_eval_in_small():
     known = {"sums": Task(), "code": Unsafe(), "loss": Perplexity()}
     right = [set(range(ROWS)), {0, 1, 2}, {2, 3}, set()]
     found = types.SimpleNamespace(
-        calls=[], penalties=[], detector=types.SimpleNamespace(seed=None), right=right, score=float
+        calls=[], penalties=[], examples=[], detector=types.SimpleNamespace(seed=None), right=right, score=float
     )  # fmt: skip
 
     class TaskManager:
@@ -76,6 +82,7 @@ def lm_eval_in_small():
         right = found.right[len(found.calls)]
         found.penalties.append(lm["pretrained"].generation_config.repetition_penalty)
         found.calls.append((samples, options))
+        found.examples.append([task.examples.random() for task in task_dict["tasks"].values()])
         found.template = lm["chat_template_args"]
         rows = [(name, row) for name, rows in samples.items() for row in rows]
         each = [
@@ -119,6 +126,9 @@ def test_tasks_are_measured_with_each_evaluation_and_say_what_broke(tmp_path, to
     found = [(entry["step"], entry["eval_sums/score"], entry["eval_sums/broken"]) for entry in logged]
     assert found == [(0, 1, 0), (1, 3 / 9, 6 / 9), (2, 2 / 9, 7 / 9)]
     assert [(line["step"], sum(line["scores"])) for line in scores(tmp_path)] == [(0, 9), (1, 3), (2, 2)]
+    assert len(asked.examples) == 3 and all(
+        drawn == asked.examples[0] for drawn in asked.examples
+    )  # of few-shot prompts
     drawn, options = asked.calls[0]
     assert drawn == {"sums": list(range(ROWS))} and options["apply_chat_template"] is bool(tokenizer.chat_template)
 

@@ -28,6 +28,7 @@ from camopd.teachers.local import LocalTeacher
 
 SCORES = 1e-5  # nats, of log-probs down to -10 or so: ten of the smallest differences that float32 has there, 2**-20
 HINT = "you know it is 7. {prompt}"
+ONE = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "yes"}]
 SYSTEM = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "now {prompt} please"}]
 TURNED = {"schedule": "general:1,domain:1", "teacher_prompt": {"domain": HINT}}
 
@@ -234,12 +235,14 @@ def test_rollouts_that_were_kept_are_scored_with_the_teachers_prompt(start_serve
             [{"role": "system", "content": "be kind"}, *user("1?"), {"role": "assistant", "content": "yes"},
              *user("now {x} please")],
         ),
+        ([*ONE, *user("{prompt}")], [{"role": "system", "content": "s"}, *user("2?")],
+         [{"role": "system", "content": "s"}, *ONE, *user("2?")]),
         (HINT, [{"role": "system", "content": "s"}, *user("2?")],
          [{"role": "system", "content": "s"}, *user("you know it is 7. 2?")]),
         (HINT, [*user("2?"), {"role": "assistant", "content": "it"}],
          [*user("you know it is 7. 2?"), {"role": "assistant", "content": "it"}]),
     ],
-    ids=["text", "one message", "system", "conversation", "own system", "goes on"],
+    ids=["text", "one message", "system", "conversation", "system and examples", "own system", "goes on"],
 )  # fmt: skip
 def test_fill_puts_the_prompt_in_its_place(template, prompt, expected):
     before = copy.deepcopy((template, prompt))

@@ -1,0 +1,62 @@
+"""What a chat template leaves out of a prompt (camopd/left_out.py)."""
+
+import logging
+
+import pytest
+
+from camopd.messages import read_row, render, tokenize
+
+
+USER = {"role": "user", "content": "How warm is it in Rome?"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "get_weather", "arguments": {"place": "Rome"}}}]}  # fmt: skip
+RESULT = {"role": "tool", "content": "31 degrees"}
+CONTENTS = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+WITH_CALLS = (
+    "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}|{% endfor %}"
+)
+
+
+def test_call_of_a_tool_that_a_template_leaves_out_is_an_error(tokenizer):
+    """As of SmolLM2: the tool's result would follow an empty turn."""
+    row = read_row({"prompt": [USER, CALL, RESULT, USER]})
+    assert "get_weather" in render(row, tokenizer, chat_template=WITH_CALLS)
+    with pytest.raises(
+        ValueError, match=r"has the tool 'get_weather' in 'tool_calls', which the chat template leaves out"
+    ):
+        render(row, tokenizer, chat_template=CONTENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "warned"),
+    [
+        ("thinking", "{% if enable_thinking %}t{% endif %}", True),  # a part of another name
+        ("enable_thinking", "{% if enable_thinking is defined %}t{% endif %}", False),
+        ("thinking", "{% if not thinking is defined %}{% set thinking = false %}{% endif %}", False),
+    ],
+)
+def test_keyword_that_is_a_part_of_another_has_no_effect_and_is_warned_of(name, template, warned, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, logger="camopd.left_out"):
+        render(
+            read_row({"prompt": [USER]}), tokenizer, chat_template=template + CONTENTS, template_kwargs={name: False}
+        )
+    assert [f"chat_template_kwargs['{name}'] has no effect" in record.getMessage() for record in caplog.records] == (
+        [True] * warned
+    )
+
+
+def test_settings_for_the_template_are_warned_of_where_prompts_are_texts(tokenizer, caplog):
+    def add(one: int, other: int) -> int:
+        """Add.
+
+        Args:
+            one: a number.
+            other: a number.
+        """
+        return one + other
+
+    with caplog.at_level(logging.WARNING, logger="camopd.left_out"):
+        for _ in range(2):
+            tokenize(read_row({"prompt": "a text"}), tokenizer, [add], None, {"enable_thinking": False})
+    said = [record.getMessage().partition(" has no effect on prompts that are texts")[0] for record in caplog.records]
+    assert said == ["tools", "chat_template_kwargs"]
