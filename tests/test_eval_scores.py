@@ -176,7 +176,12 @@ def test_reasoning_that_the_template_has_opened_is_no_answer_where_it_is_cut_off
     assert scored(rows, False) == [(1, 0), (0, 1)]
     assert scored(rows[1:], True) == [(0, 1)]  # where all were cut, the template says it
     assert scored(rows[1:], False) == [(1, 0)]  # of a model that does not think
-    stray = [row("Final answer: C"), rows[1], row("a </think> Final answer: C", item=2), row("Final answer: C", item=3)]
+    stray = [
+        row("Final answer: C"),
+        rows[1],
+        row("a </think> Final answer: C", item=2),
+        row("Final answer: C", item=3),
+    ]
     assert scored(stray, False) == [(1, 0)] * 4  # one of many tells nothing
     whole = [row("Final answer: C"), row("<think>is it B? </think>C", item=1, stop=CUT)]
     assert scored(whole, True) == [(1, 0), (1, 0)]
