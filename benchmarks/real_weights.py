@@ -74,6 +74,7 @@ ON_GPU: dict[str, Any] = {
 STAGES = ("prepare", "specialise", "train")
 TASKS = ("ifeval", "qasc")
 BRANCHES = ("general", "domain")
+ROUNDING = 1e-5  # nats per token, by which the gaps of one recipe from two processors' starts may differ
 
 
 def main(argv: list[str]) -> None:
@@ -284,29 +285,63 @@ def report(kept: Path) -> None:
         "per token, scores in percent. A mean over seeds has its 95 % interval of Student's t where there are several that "
         "differ; *minus CaMOPD* is paired by seed, over those that both have.",
     ]
-    seen: dict[tuple[str, str], list[float]] = {}  # a domain's run: its gaps from an earlier folder
-    for folder in sorted(kept.glob("*/*/")):
-        runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    folders = {folder: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+               for folder in sorted(kept.glob("*/*/"))}  # fmt: skip
+    seen: dict[tuple[str, str, int], list[float]] = {}  # a domain's run: its gaps from an earlier folder
+    for folder, runs in folders.items():
+        others = [
+            run for other in folders if other.parent == folder.parent and other != folder for run in folders[other]
+        ]
+        notes = _doubles_scores(runs, others) if any("scores" in run for run in runs) else []
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for run in runs:
             found.setdefault(run["method"], {})[run["seed"]] = run
         size = runs[0]["of"]["size"]
         lines += ["", f"## {folder.parent.name}, {folder.name}", "", *_gaps(found)]
-        lines += ["", *_scores(found)] if any("scores" in run for run in runs) else []
+        lines += ["", *_scores(found), *notes] if any("scores" in run for run in runs) else []
         lines += ["", f"Start {runs[0]['of']['start'][:8]}; {json.dumps(size['run'])}, {size['held_out']} held-out prompts "
                   f"of each branch; specialised with {json.dumps(size['specialise'])}; {kept.name.upper()}; "
                   f"{'; '.join(sorted({run['versions'] for run in runs}))}."]  # fmt: skip
         doubles = []
         for run in runs:
-            gaps = [run[branch][when] for branch in BRANCHES for when in ("before", "after")]
-            job = folder.parent.name, f"{run['method']}-{run['seed']}"
+            job = folder.parent.name, run["method"], run["seed"]
             if job in seen:
-                doubles += [abs(one - other) for one, other in zip(gaps, seen[job], strict=True)]
-            seen.setdefault(job, gaps)
+                doubles.append(_distance(_gaps_of(run), seen[job]))
+            seen.setdefault(job, _gaps_of(run))
         if doubles:
-            lines += ["", f"{len(doubles) // 4} of these runs are there from another start as well; no gap of theirs "
-                      f"differs by more than {max(doubles):.1e} from its double's."]  # fmt: skip
+            lines += ["", f"{len(doubles)} of these runs are there from another start as well; no gap of theirs differs by "
+                      f"more than {max(doubles):.1e} from its double's."]  # fmt: skip
     write_report(lines, kept / "real_weights.md")
+
+
+def _doubles_scores(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
+    """Give the runs without scores those of their doubles from another start, whose gaps are theirs up to rounding; and
+    say so, and how far scores differ where both have them."""
+    taken, apart = 0, []
+    for run in runs:
+        for other in others:
+            is_double = (other["method"], other["seed"]) == (run["method"], run["seed"]) and "scores" in other
+            if not is_double or _distance(_gaps_of(run), _gaps_of(other)) > ROUNDING:
+                continue
+            if "scores" in run:
+                apart += [abs(run["scores"][task]["result"] - other["scores"][task]["result"]) for task in TASKS]
+            else:
+                run["scores"] = other["scores"]
+                taken += 1
+    if not taken:
+        return []
+    text = f"{taken} of these scores are of the run's double from another start, with the same gaps to within {ROUNDING:g}."
+    if apart:
+        text += f" Of the runs scored from both starts no score differs by more than {max(apart):.1f} points."
+    return ["", text]
+
+
+def _gaps_of(run: dict[str, Any]) -> list[float]:
+    return [run[branch][when] for branch in BRANCHES for when in ("before", "after")]
+
+
+def _distance(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def _gaps(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:

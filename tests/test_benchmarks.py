@@ -404,6 +404,34 @@ def test_bf16_weights_move_in_every_arm_but_rounded_ones_hardly(demo_folder, tmp
     assert [line for line in lines if line.startswith("| float32 |")][1].split("|")[6].strip() == "16.00"
 
 
+def test_run_without_scores_has_those_of_its_double_from_another_start_where_the_gaps_are_the_same(tmp_path, capsys):
+    def write(start, method, after, score=None):
+        gaps = {"before": 1.0, "after": after}
+        scores = {task: {"items": 64, "general": 9.0, "start": 1.0, "result": score} for task in real_weights.TASKS}
+        found = {"method": method, "seed": 0, "general": gaps, "domain": gaps, "versions": "v",
+                 "of": {"start": start, "size": real_weights.ON_CPU}, **({"scores": scores} if score else {})}  # fmt: skip
+        folder = tmp_path / "medical" / start
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{method}-0.json").write_text(json.dumps(found))
+
+    for method, after, score in (("camopd", 0.5, 3.0), ("relaxed_opd", 0.6, None), ("beta1_0", 0.7, None)):
+        write("one", method, after, score)
+    for method, after, score in (
+        ("camopd", 0.5 + 2e-7, 3.5),
+        ("relaxed_opd", 0.6 - 2e-7, 5.0),
+        ("beta1_0", 0.71, 8.0),
+    ):
+        write("two", method, after, score)
+    real_weights.report(tmp_path)
+    one, two = (tmp_path / "real_weights.md").read_text().split("## medical, ")[1:]
+    assert "| relaxed_opd | 1 | 9.0 | 1.0 | 5.0 |" in one and "| 8.0 |" not in one  # whose gaps are others
+    assert "1 of these scores are of the run's double" in one and "differs by more than 0.5 points" in one
+    assert "| beta1_0 | 1 | 9.0 | 1.0 | 8.0 |" in two and "of these scores" not in two
+    assert "3 of these runs are there from another start as well; no gap of theirs differs by more than 1.0e-02" in two
+    kept = json.loads((tmp_path / "medical" / "one" / "relaxed_opd-0.json").read_text())
+    assert "scores" not in kept  # a file has what its own run has found
+
+
 def test_gradients_of_real_weights_are_drawn_once_and_those_of_the_whole_kl_are_quieter(
     demo_folder, tmp_path, monkeypatch
 ):
