@@ -288,7 +288,8 @@ def report(kept: Path) -> None:
     folders = {folder: [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
                for folder in sorted(kept.glob("*/*/"))}  # fmt: skip
     seen: dict[tuple[str, str, int], list[float]] = {}  # a domain's run: its gaps from an earlier folder
-    for folder, runs in folders.items():
+    for folder, read in folders.items():
+        runs = [dict(run) for run in read]  # some get scores
         others = [
             run for other in folders if other.parent == folder.parent and other != folder for run in folders[other]
         ]

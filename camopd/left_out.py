@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -14,26 +14,40 @@ _warned: set[str] = set()  # of what has no effect, once
 
 
 def check(row: Mapping[str, Any], text: str, template: str, names: Iterable[str]) -> None:
-    """Raise `ValueError` for a message, a tool or a tool's call of a row that its rendered `text` does not have; warn, once
-    for each, of `names` of keywords that the template does not read."""
+    """Raise `ValueError` for a message or a tool of a row that its rendered `text` does not have; warn, once for each, of
+    `names` of keywords that the template does not read."""
     for message in row["prompt"]:  # of an assistant's it may leave thoughts out
         if message["role"] != "assistant" and not _is_in(message["content"], text):
             raise ValueError(
                 f"has a {message['role']} message that the chat template leaves out: {message['content'][:80]!r}. The "
                 "model would never see it. Change its role, or the template."
             )
-    used = [(tool, "tools") for tool in row.get("tools") or ()]
-    used += [(call, "tool_calls") for message in row["prompt"] for call in message.get("tool_calls") or ()]
-    for tool, where in used:
+    for tool in row.get("tools") or ():
         name = str(tool.get("function", tool).get("name", ""))
         if not _is_in(name, text):
             raise ValueError(
-                f"has the tool {name[:80]!r} in {where!r}, which the chat template leaves out. Write tools and calls into "
-                "the contents of messages, or use a template that knows tools."
+                f"has the tool {name[:80]!r} in 'tools', which the chat template leaves out. Write the tools into the "
+                "system message, or use a template that knows tools."
             )
     for name in names:
         if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", template):
             _warn(f"chat_template_kwargs[{name!r}] has no effect: the chat template reads no such name.")
+
+
+def check_calls(row: Mapping[str, Any], text: str, render: Callable[[Mapping[str, Any]], str]) -> None:
+    """Raise `ValueError` where a row calls tools, and its rendered `text` is the same as without the calls."""
+    if not any(message.get("tool_calls") for message in row["prompt"]):
+        return
+    without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in row["prompt"]]
+    try:
+        same = render({**row, "prompt": without}) == text
+    except Exception:  # whatever a template raises where a tool's result follows no call
+        return
+    if same:
+        raise ValueError(
+            "has 'tool_calls', which the chat template leaves out; some know them, and leave out one beside a content, be "
+            "it an empty one. Write the calls into the contents of messages, or use a template that writes them."
+        )
 
 
 def warn_of_text(settings: Iterable[str]) -> None:

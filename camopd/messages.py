@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from . import left_out
@@ -227,6 +228,11 @@ def render(
         raise ValueError(
             "has messages of which the chat template makes an empty prompt. Change the row, or the template."
         )
+    again = partial(
+        _apply_template, tokenizer=tokenizer, tools=tools, chat_template=chat_template, template_kwargs=template_kwargs,
+        generation_prompt=not goes_on, goes_on=goes_on,
+    )  # fmt: skip
+    left_out.check_calls(row, text, again)
     names = {**(template_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
     left_out.check(row, text, str(chat_template or tokenizer.chat_template), names)
     return text

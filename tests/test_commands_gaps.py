@@ -258,7 +258,13 @@ def test_place_of_the_numbers_is_made_or_refused_before_anything_is_measured(run
 
 @pytest.mark.parametrize(
     ("then", "here", "compared"),
-    [("org/base", "base", True), ("org/base", "org/other", False), ("", "other", True), ("org/base", "", True)],
+    [
+        ("org/base", "base", True),
+        ("org/base", "org/other", False),
+        ("org/base", "others/base", False),
+        ("", "other", True),
+        ("org/base", "", True),
+    ],
 )
 def test_gaps_to_a_teacher_that_was_fetched_meanwhile_are_compared(then, here, compared):
     """A folder has the last part of the model's name, as the error names it for a revision."""
@@ -267,4 +273,4 @@ def test_gaps_to_a_teacher_that_was_fetched_meanwhile_are_compared(then, here, c
     found, run = {"general": [end]}, {"general": [start]}
     assert bool(since_start(found, run)) == compared
     said = measured_otherwise(found, run)
-    assert bool(said) != compared and all("'base' at its end" in line for line in said.values())
+    assert bool(said) != compared and all("a folder named 'base'" in line for line in said.values())

@@ -139,6 +139,7 @@ def test_metrics_of_a_run_below_its_folder_are_found_beside_those_in_its_checkpo
     nested = "\n".join([
         "import shutil", "(out / 'run' / 'checkpoint-1').mkdir(parents=True)",
         "shutil.copy(out / 'metrics.jsonl', out / 'run' / 'checkpoint-1' / 'metrics.jsonl')",
+        "(out / 'run' / 'checkpoint-1' / 'camopd.json').write_text('{}')",
         "(out / 'metrics.jsonl').rename(out / 'run' / 'metrics.jsonl')",
     ])  # fmt: skip
     Path("run.py").write_text(f"{SCRIPT}{nested}\n")

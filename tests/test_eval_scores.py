@@ -59,6 +59,10 @@ def row(text, gold="C", scores=None, item=0, repeat=0, stop="stop", prompt=PROMP
         ("Final answer: C. Answer B is wrong since it ignores X.", "C"),
         ("Final answer: B\n\nNote: answer C is tempting but wrong.", "B"),
         ("Final answer: A\n\nThe answer D is also plausible", "A"),
+        ("Final answer: A\nAnswer (B) is wrong.", "A"),
+        ("Final answer: A\nOops, correct answer B", "B"),
+        ("Final answer: A\nCorrection: answer **B**", "B"),
+        ("Final answer: A, wait. The answer \\(\\boxed{B}\\)", "B"),
         ("Final answer: A\n\nThe **answer** is D", "D"),
         ("Final answer: A. No: answer: D", "D"),
         ("Final answer: X, where X is one of A,B,C,D", None),
@@ -182,6 +186,7 @@ def test_reasoning_that_the_template_has_opened_is_no_answer_where_it_is_cut_off
         row("a </think> Final answer: C", item=2),
         row("Final answer: C", item=3),
     ]
+    assert scored([{**rows[0], "stop": CUT}, rows[1]], False) == [(1, 0), (0, 1)]  # cut behind its reasoning
     assert scored(stray, False) == [(1, 0)] * 4  # one of many tells nothing
     whole = [row("Final answer: C"), row("<think>is it B? </think>C", item=1, stop=CUT)]
     assert scored(whole, True) == [(1, 0), (1, 0)]

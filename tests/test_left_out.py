@@ -17,14 +17,18 @@ WITH_CALLS = (
 )
 
 
-def test_call_of_a_tool_that_a_template_leaves_out_is_an_error(tokenizer):
-    """As of SmolLM2: the tool's result would follow an empty turn."""
-    row = read_row({"prompt": [USER, CALL, RESULT, USER]})
-    assert "get_weather" in render(row, tokenizer, chat_template=WITH_CALLS)
-    with pytest.raises(
-        ValueError, match=r"has the tool 'get_weather' in 'tool_calls', which the chat template leaves out"
-    ):
-        render(row, tokenizer, chat_template=CONTENTS)
+@pytest.mark.parametrize(
+    "tools", [None, [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]]
+)
+def test_call_of_a_tool_that_a_template_leaves_out_is_an_error(tokenizer, tools):
+    """As of SmolLM2: the tool's result would follow an empty turn. The tool's own description has its name, too."""
+    row = read_row({"prompt": [USER, CALL, RESULT, USER], **({"tools": tools} if tools else {})})
+    head = "{{ tools | tojson if tools else '' }}"
+    assert "get_weather" in render(row, tokenizer, chat_template=head + WITH_CALLS)
+    with pytest.raises(ValueError, match=r"has 'tool_calls', which the chat template leaves out"):
+        render(row, tokenizer, chat_template=head + CONTENTS)
+    strict = "{% if not messages[1].tool_calls %}{{ raise_exception('no call') }}{% endif %}"
+    assert render(row, tokenizer, chat_template=strict + head + WITH_CALLS)
 
 
 @pytest.mark.parametrize(

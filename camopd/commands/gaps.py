@@ -253,11 +253,13 @@ def measured_otherwise(found: Mapping[str, list[Measured]], run: Mapping[str, li
 
 def _otherwise(start: Measured, measured: Measured) -> str:
     """Why two evaluations of the same prompts are not compared, and what to leave; "" where they are."""
-    here, then = (each.teacher.rpartition("/")[2] for each in (measured, start))  # of a model that is fetched by now
+    here, then = measured.teacher, start.teacher
+    if ("/" in here) != ("/" in then):  # a model of the Hub that is a folder here
+        here, then = (name.rpartition("/")[2] for name in (here, then))
     if here and then and here != then:
         return (
             f"its teacher is {measured.teacher!r} here, and was {start.teacher!r} before the run's first step. The same "
-            f"model may be named by another path or URL with {then!r} at its end. Leave teachers"
+            f"model may be a folder named {start.teacher.rpartition('/')[2]!r}. Leave teachers"
         )
     if start.max_tokens is not None and start.max_tokens != measured.max_tokens:
         return (

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 from .. import atomic
 from ..errors import CaMOPDError
 from ..exit_codes import REPEATS, REQUEUE
-from ..manifest import CHECKPOINT
 from ..measured import of_run
+from ..output_dir import RUN_RECORD
 from ..run import config_first, methods
 from ..sweep import Run, Sweep, meant, read_sweep
 from . import processes
@@ -217,7 +217,7 @@ def results(sweep: Sweep) -> tuple[pd.DataFrame, list[str]]:
             name, _, count = column.partition("@")
             single = count and any(_is_number(_below(result, name)) for _, _, result in found.values())
             way = f" {name!r} is one number of result.json: leave @{count} out." if single else meant(name, known)
-            if any(name in held_out for _, held_out, _ in found.values()):
+            if any(held_out.get(name) for _, held_out, _ in found.values()):
                 notes.append(f"{column!r} is not finite in any run.")
                 continue
             notes.append(f"no run has the column {column!r}.{way}")
@@ -287,7 +287,7 @@ def _metrics_of(run: Run) -> pd.DataFrame:
     from ..report.read import read_run
 
     own = run.folder / "metrics.jsonl"
-    below = (path for path in run.folder.rglob("metrics.jsonl") if not CHECKPOINT.fullmatch(path.parent.name))
+    below = (path for path in run.folder.rglob("metrics.jsonl") if not (path.parent / RUN_RECORD).is_file())
     files = [own] if own.is_file() else list(below)
     return read_run(files[0])[0] if len(files) == 1 else pd.DataFrame()
 

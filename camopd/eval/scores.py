@@ -25,6 +25,7 @@ _CLOSE = r"(?:[\s*_$`\"'\u201c\u201d\u2018\u2019\])}.:]|\\[)\]])*+"
 _SAID = rf"(?:(?i:is)?{_SIGNS}:?|(?:(?i:is){_SIGNS}:?|:){_SIGNS}(?i:option|choice)[ \t])"
 _LETTER = r"(?:[AI](?![ \t]+(?!because\b|since\b)[a-z])|[B-HJ])(?![_'\u2019]*[^\W_]|-[a-z])"
 _FINAL = re.compile(rf"(?i:(final[ \t]+)?answer){_SIGNS}{_SAID}{_OPEN}({_LETTER})")
+_BEHIND = re.compile(r"[*_`)\]]*[ \t]+[a-z]")  # a sentence goes on behind the letter
 _SAYS = re.compile(r"(?i:answer\W*is\b)|[:\n]")  # what stands between the word and the letter that it gives
 _NAME = re.compile(r"\.[ \t]+[a-z]")  # behind a letter, as in "E. coli"
 # "A, B", "A/B", "A or B", "A B": no answer, since each of them would count as right.
@@ -64,7 +65,8 @@ def letter_of(text: str, options: int) -> str | None:
     found, asked_for = [], False
     for match in _FINAL.finditer(text):
         # Behind the form that was asked for, "the answer is E. coli" explains it, and "answer B is wrong" names another.
-        explains = _NAME.match(text, match.end()) or not _SAYS.search(match[0])
+        named = not _SAYS.search(match[0]) and _BEHIND.match(text, match.end())
+        explains = named or _NAME.match(text, match.end())
         if match[1] or not asked_for or not explains:
             found.append(None if _SECOND.match(text, match.end()) else match[2])
         asked_for |= match[1] is not None
@@ -163,7 +165,7 @@ def read_answers(path: Path, opens: Callable[[], bool] = lambda: False) -> list[
     """
     rows = [json.loads(line) for line in json_lines(path.read_text(encoding="utf-8"))]
     cut = [row for row in rows if row.get("stop") == CUT and not re.search("</?think>", row["text"])]
-    ended = [row["text"].partition("</think>") for row in rows if row.get("stop") != CUT]
+    ended = [row["text"].partition("</think>") for row in rows if row.get("stop") != CUT or "</think>" in row["text"]]
     lone = sum(bool(end) and "<think>" not in thoughts for thoughts, end, _ in ended)
     if cut and (2 * lone > len(ended) or opens()):
         for row in cut:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import json_lines
-from ..manifest import CHECKPOINT
+from ..output_dir import RUN_RECORD
 
 
 NAME_LENGTH = 40  # characters of a run's name in a legend
@@ -29,7 +29,7 @@ def metrics_file(run: str) -> Path:
         return path / "metrics.jsonl"
     below = sorted(
         {str(found.parent) for depth in ("*", "*/*", "*/*/*") for found in path.glob(f"{depth}/metrics.jsonl")
-         if not CHECKPOINT.fullmatch(found.parent.name)}
+         if not (found.parent / RUN_RECORD).is_file()}
     )  # fmt: skip
     there = f" Below it there are runs: {', '.join(below[:8])}." if below else ""
     raise ValueError(
