@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from camopd import left_out
 from camopd.messages import read_row, render, tokenize
 
 
@@ -49,18 +50,16 @@ def test_keyword_that_is_a_part_of_another_has_no_effect_and_is_warned_of(name, 
     )
 
 
-def test_settings_for_the_template_are_warned_of_where_prompts_are_texts(tokenizer, caplog):
-    def add(one: int, other: int) -> int:
-        """Add.
-
-        Args:
-            one: a number.
-            other: a number.
-        """
-        return one + other
-
+def test_settings_for_the_template_are_warned_of_where_prompts_are_texts(tokenizer, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, logger="camopd.left_out"):
         for _ in range(2):
-            tokenize(read_row({"prompt": "a text"}), tokenizer, [add], None, {"enable_thinking": False})
-    said = [record.getMessage().partition(" has no effect on prompts that are texts")[0] for record in caplog.records]
-    assert said == ["tools", "chat_template_kwargs"]
+            left_out.warn_of_text(["of_this_test"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("of_this_test has no effect on prompts that are texts")
+    told = []
+    monkeypatch.setattr(left_out, "warn_of_text", told.append)
+    text = read_row({"prompt": "a text"})
+    tokenize(text, tokenizer, [print], None, {"enable_thinking": False})
+    tokenize(text, tokenizer)
+    tokenize(read_row({"prompt": [USER]}), tokenizer, template_kwargs={"of_no_template": 1})
+    assert told == [["tools", "chat_template_kwargs"], []]

@@ -165,7 +165,8 @@ def read_answers(path: Path, opens: Callable[[], bool] = lambda: False) -> list[
     """
     rows = [json.loads(line) for line in json_lines(path.read_text(encoding="utf-8"))]
     cut = [row for row in rows if row.get("stop") == CUT and not re.search("</?think>", row["text"])]
-    ended = [row["text"].partition("</think>") for row in rows if row.get("stop") != CUT or "</think>" in row["text"]]
+    texts = [row["text"] or "" for row in rows if row.get("stop") != CUT or "</think>" in row["text"]]
+    ended = [text.partition("</think>") for text in texts]  # of a failure there is none
     lone = sum(bool(end) and "<think>" not in thoughts for thoughts, end, _ in ended)
     if cut and (2 * lone > len(ended) or opens()):
         for row in cut:
