@@ -1,6 +1,6 @@
 """Exploratory, and no part of PROTOCOL.md: the testbed with one knob turned, and whether methods compare as before.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.knobs [--seeds 4] [--seconds S] [--out FOLDER]
+    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.knobs [--seeds 5] [--seconds S] [--out FOLDER]
     OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.knobs --tables
 
 Knobs are coverage (how many of the eight skills the proxy prompts hold), the lengths of their words, how far the domain
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT / "knobs")
     parser.add_argument("--models", type=Path, default=ROOT / "build" / "testbed")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
