@@ -38,6 +38,7 @@ import memory  # noqa: E402
 import memory_formula  # noqa: E402
 import padding  # noqa: E402
 import real_gradients  # noqa: E402
+import real_steps  # noqa: E402
 import real_weights  # noqa: E402
 import recorded_answers  # noqa: E402
 import scaling  # noqa: E402
@@ -448,6 +449,39 @@ def test_gradients_of_real_weights_are_drawn_once_and_those_of_the_whole_kl_are_
     real_gradients.main([*words, "--seeds", "2"])
     with pytest.raises(SystemExit, match=r"0\.json is of .*'tokens': 4.*'tokens': 5"):  # none are mixed
         real_gradients.main([*words, "--tokens", "5"])
+
+
+def test_steps_to_a_recovery_are_counted_from_runs_that_are_done_once(demo_folder, tmp_path, monkeypatch):
+    assert [real_steps.steps_to(0.5, kls) for kls in ([4.0, 2.1, 2.0, 3.0], [4.0, 3.0], [0.0, 1.0])] == [2, 2, 0]
+    curves = {
+        "`divergence: full`": [4.0, 1.0, 1.0],
+        "`divergence: top_k`": [4.0, 3.0, 2.0],
+        "`baseline: kl`": [4.0] * 3,
+    }
+    asked = []
+
+    def fresh(script, job):
+        asked.append((job["seed"], job["gradient"]))
+        if job["gradient"] in curves:
+            return {"general": curves[job["gradient"]], "domain": [0.0] * 3}
+        return real_steps.measure(job)
+
+    monkeypatch.setattr(real_steps, "in_fresh_process", fresh)
+    words = ["--demo", str(demo_folder), "--out", str(tmp_path / "found"), "--seeds", "1", "--steps", "2", "--prompts", "4",
+             "--tokens", "4", "--heldout", "2"]  # fmt: skip
+    real_steps.main(words)
+    assert asked == [(0, name) for name in real_steps.GRADIENTS]
+    text = (tmp_path / "found" / "real_steps.md").read_text()
+    assert "1 seeds of 2 steps of 4 prompts, completions of up to 4 tokens" in text
+    cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1:] for row in text.splitlines() if " | " in row}
+    steps = {name: (cells[name][0], cells[name][2]) for name in curves}
+    assert steps == {"`divergence: full`": ("1.000", "1.000"), "`divergence: top_k`": ("2.000", "3.000"),
+                     "`baseline: kl`": ("3.000", "3.000")}  # fmt: skip
+    asked.clear()
+    real_steps.main(words)
+    assert asked == []
+    with pytest.raises(SystemExit, match=r"0-0\.json is of .*'tokens': 4.*'tokens': 5"):
+        real_steps.main([*words, "--tokens", "5"])
 
 
 def test_coser_stream_builds_from_a_synthetic_file(tmp_path, capsys):
