@@ -388,12 +388,12 @@ def test_run_is_sent_to_the_hub_and_goes_on_from_there(run, train, hub, tmp_path
     assert 'model="me/tiny"' in card.text
     assert any(request.endswith("me/tiny.git/info/lfs/objects/batch") for request in hub.requests)
 
-    # On another machine: what is there of the run is on the Hub.
+    # On another machine: what is there of the run is on the Hub, with all that it has measured.
     later = ["--max_steps", "6", "--output_dir", str(tmp_path / "later")]
     done = train(*later, "--resume_from_checkpoint", "me/tiny", HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line)["step"] for line in (tmp_path / "later" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [5, 6]
+    assert steps == [1, 2, 3, 4, 5, 6]
     done = train("--max_steps", "6", "--output_dir", str(tmp_path / "at-once"))
     assert done.returncode == 0, done.stderr[-3000:]
     resumed, at_once = (load_file(tmp_path / name / "model.safetensors") for name in ("later", "at-once"))
