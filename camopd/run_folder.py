@@ -132,14 +132,11 @@ class RunFolder:
                 path.unlink(missing_ok=True)
             else:
                 shutil.rmtree(path)
-        if (
-            overwrite or checkpoint is None or not own
-        ):  # what an earlier run has measured is not for this one's reports
+        # What an earlier run has measured is not for the reports of this one.
+        if overwrite or checkpoint is None or not own:
             set_aside(*(self.path / name for name in (*LINES, STATE)))
-        in_place = (
-            from_here and checkpoint is not None and manifest.step_of(checkpoint) >= 0
-        )  # the Hub's may lie here, too
-        if checkpoint is not None and not in_place:
+        # The Hub's, which has another name, may lie here, too.
+        if checkpoint is not None and not (from_here and manifest.step_of(checkpoint) >= 0):
             copy_lines(checkpoint, self.path)
         return run_id
 
