@@ -25,8 +25,21 @@ from camopd.report.read import read_run
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import testbed.__main__  # noqa: E402
-from testbed import arms, explore, figures, gradients, knobs, lag, models, run, signs, skills, tables, tutors  # noqa: E402
+from testbed import (  # noqa: E402
+    arms,
+    explore,
+    figures,
+    gradients,
+    jobs,
+    knobs,
+    lag,
+    models,
+    run,
+    signs,
+    skills,
+    tables,
+    tutors,
+)
 
 
 # --- skills and models -------------------------------------------------------------------------------------------
@@ -115,7 +128,7 @@ def test_outcome_is_read_from_the_half_that_did_not_choose():
 def test_matched_step_is_the_nearest_in_mean_tokens_and_a_run_is_read_up_to_it(tmp_path):
     """Of an arm with 100 tokens a step and of one with 170; the second has lost its domain at the matched step."""
     runs = [result((0.2, 1.0), (0.4, 1.0), (0.6, 1.0), (0.8, 1.0), arm=arm, seed=seed)
-            for arm in arms.ARMS for seed in (1, 2)]  # fmt: skip
+            for arm in arms.FIRST.arms for seed in (1, 2)]  # fmt: skip
     dear = [one for one in runs if one["arm"] == "without_selection"]
     for one in dear:
         one["points"][2]["choose"]["domain"] = one["points"][2]["report"]["domain"] = 0.5
@@ -190,12 +203,13 @@ def test_holm_by_hand():
     assert tables.holm([0.5, 0.9]) == [1.0, 1.0]
 
 
-def test_tables_and_figures_of_what_is_there(tmp_path):
+@pytest.mark.parametrize("compared", [arms.FIRST, arms.SECOND])
+def test_tables_and_figures_of_what_is_there(tmp_path, compared):
     """Seeds without all arms are left out; the rest is in every table."""
     (tmp_path / "runs").mkdir()
     runs = [
         result((0.0, 1.0), (0.5 + 0.01 * seed + 0.002 * place, 1.0), arm=arm, seed=seed, rate=rate, stage=stage)
-        for place, arm in enumerate(arms.ARMS)
+        for place, arm in enumerate(compared.arms)
         for stage, seed, rate in (
             *(("tuning", 101, rate) for rate in arms.rates(arm)),
             *(("comparison", seed, arms.rates(arm)[0]) for seed in (1, 2, 3)),
@@ -207,13 +221,15 @@ def test_tables_and_figures_of_what_is_there(tmp_path):
     tables.write(tmp_path)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "2 seeds of the comparison" in text and "nan" not in text
-    assert all(text.count(f"| {name}") >= 4 for name in arms.NAMES.values())
+    assert all(text.count(f"| {name}") >= 4 for name in map(arms.NAMES.get, compared.arms))
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"differences", "plane", "rates"}
 
 
 def test_arms_are_all_named_and_of_one_kind():
-    assert set(arms.NAMES) == set(arms.ARMS) == set(figures.KIND)
-    assert not {arms.PILOT_SEED, *arms.TUNING_SEEDS} & set(arms.SEEDS)
+    assert set(arms.NAMES) == set(arms.ARMS) == set(figures.KIND) == {*arms.FIRST.arms, *arms.SECOND.arms}
+    seeds = [seed for one in (arms.FIRST, arms.SECOND) for seed in (*one.tuning_seeds, *one.seeds)]
+    seeds += [arms.PILOT_SEED, *explore.SEEDS, *knobs.SEEDS]
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_arms_that_end_alike_share_a_mark():
@@ -319,9 +335,7 @@ def test_explored_run_has_its_signs_and_goes_on_where_it_was(bench, tmp_path, mo
     monkeypatch.setattr(explore, "VARIATIONS", {name: explore.VARIATIONS[name] for name in few})
     monkeypatch.setattr(run, "PROMPTS", 8)
     monkeypatch.setattr(explore, "run", lambda *args, **kwargs: run.run(*args, **kwargs, steps=8))
-    monkeypatch.setattr(
-        testbed.__main__, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)})
-    )
+    monkeypatch.setattr(jobs, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
     explore.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201])
     found = {path: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "runs").iterdir()}
     assert len(found) == 3
@@ -341,9 +355,7 @@ def test_cost_of_a_lag_is_that_of_runs_that_begin_alike(bench, tmp_path, monkeyp
     monkeypatch.setattr(run, "PROMPTS", 8)
     short = lag.run
     monkeypatch.setattr(lag, "run", lambda *args: short(*args, steps=4))
-    monkeypatch.setattr(
-        testbed.__main__, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)})
-    )
+    monkeypatch.setattr(jobs, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
     lag.work(tmp_path, tmp_path / "models", time.monotonic() + 600, [201, 202])
     found = {(run["seed"], run["lag"]): run for run in tables.read(tmp_path)}
     assert set(found) == set(itertools.product((201, 202), lag.LAGS))
@@ -449,11 +461,11 @@ import os, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 from functools import partial
 from pathlib import Path
-from testbed import __main__ as whole, tables
+from testbed import __main__ as whole
+from testbed.arms import Comparison
 print(os.getpid(), flush=True)
-whole.ARMS = tables.ARMS = {{"camopd": whole.ARMS["camopd"]}}
 whole.run = partial(whole.run, steps=4, every=2)
-whole.work(*map(Path, sys.argv[1:]), float("inf"), 1)
+whole.compare(Comparison(("camopd",), (101,), (1,)), *map(Path, sys.argv[1:]), float("inf"), (1,))
 """
 
 
@@ -463,7 +475,7 @@ def test_testbed_killed_in_a_run_goes_on_to_the_same_results(tmp_path, python):
     general = models.load_or_make(
         tmp_path / "models" / "general", lambda: models.make_general(size, lambda text: None)
     )
-    for seed in (*arms.TUNING_SEEDS, arms.SEEDS[0]):
+    for seed in (101, 1):
         folder = tmp_path / "models" / f"specialised-{seed}"
         models.load_or_make(folder, lambda seed=seed: models.specialise(general, size, seed, lambda text: None))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "sgd": _method("camopd", optim="sgd"),
     "teacher_free": _method("teacher_free"),
     SFT: {},
+    "full": _method("camopd", divergence="full"),
+    "top_k": _method("camopd", divergence="top_k", divergence_top_k=5),
+    "baseline_kl": _method("camopd", baseline="kl"),
+    "full_without_selection": _method("without_selection", divergence="full"),
 }
 NAMES = {
     "camopd": "CaMOPD", "vanilla": "vanilla 1:1", "mixed_3_1": "mixed 3:1", "camopd_mixed": "CaMOPD, mixed 3:1",
@@ -43,6 +48,8 @@ NAMES = {
     "scale_1": "CaMOPD, scale 1", "vanilla_token": "vanilla, token mean", "dn_mopd": "DN-MOPD",
     "relaxed_opd": "Relaxed OPD", "selectkd": "SelecTKD", "branch_moments": "CaMOPD, moments per branch",
     "beta1_0": "CaMOPD, beta1 = 0", "sgd": "CaMOPD, SGD", "teacher_free": "teacher-free", SFT: "SFT on teacher's answers",
+    "full": "CaMOPD, full KL", "top_k": "CaMOPD, top-5 KL", "baseline_kl": "CaMOPD, KL baseline",
+    "full_without_selection": "without selection, full KL",
 }  # fmt: skip
 RATES = (1e-4, 2e-4, 3e-4, 4.5e-4, 7e-4)
 SGD_RATES = (0.02, 0.05, 0.1, 0.2, 0.4)  # an update of SGD has the gradient's norm, at most 1
@@ -53,6 +60,21 @@ def rates(arm: str) -> tuple[float, ...]:
     return SGD_RATES if arm == "sgd" else RATES
 
 
-TUNING_SEEDS = (101,)  # of the learning rates alone
-SEEDS = tuple(range(1, 13))  # of the comparison
+@dataclass(frozen=True)
+class Comparison:
+    """What a protocol compares, and on which seeds. A seed is of one stage of one comparison."""
+
+    arms: tuple[str, ...]
+    tuning_seeds: tuple[int, ...]  # of the learning rates alone
+    seeds: tuple[int, ...]
+
+
+_GRADIENTS = ("full", "top_k", "baseline_kl", "full_without_selection")
+FIRST = Comparison(tuple(arm for arm in ARMS if arm not in _GRADIENTS), (101,), tuple(range(1, 13)))  # PROTOCOL.md
+SECOND = Comparison(  # PROTOCOL_2.md
+    ("camopd", "vanilla", "mixed_3_1", "camopd_mixed", "without_selection", "random_selection", "relaxed_opd", "beta1_0",
+     "sgd", *_GRADIENTS),
+    tuple(range(102, 106)),
+    tuple(range(13, 25)),
+)  # fmt: skip
 PILOT_SEED = 0  # of the work on the task and the grids; in no table

@@ -1,7 +1,6 @@
 """Exploratory, and no part of PROTOCOL.md: settings one at a time around CaMOPD's, and what a run's signs are worth.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.explore [--seeds 4] [--seconds S] [--out FOLDER]
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.explore --tables
+    make testbed ARGS="--only settings"
 
 Models, task, budget and outcome are those of the protocol; seeds are others, and every setting is tried at two learning
 rates, since a rate alone turns the order of methods round. A run is measured every four steps, and has the numbers that
@@ -10,10 +9,8 @@ rates, since a rate alone turns the order of methods round. A run is measured ev
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -25,13 +22,12 @@ from camopd.eval.stats import Interval
 from camopd.report.page import table as markdown_table
 
 from . import signs, tables
-from .__main__ import ROOT, go_through, say
 from .arms import ARMS
+from .jobs import go_through, say
 from .run import STEPS, Bench, run
 from .tables import Outcome, said
 
 
-OUT = Path(__file__).parent.parent / "results" / "testbed" / "exploratory"
 RATES = (1.5e-4, 3e-4)
 EVERY = 4  # steps, a cycle of the schedule
 BASE = "CaMOPD"
@@ -52,20 +48,6 @@ GRADIENTS = ("baseline: kl", "divergence: top_k", "divergence: full")  # of CaMO
 SEEDS = tuple(range(201, 213))
 HALF = 0.5  # recovery of covered skills, with the domain kept, to which steps are counted
 OUTCOMES = {"recovery": "recovery, end", "preservation": "domain, end", "kept": "recovery with the domain kept"}
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--models", type=Path, default=ROOT / "build" / "testbed")
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long")
-    parser.add_argument("--tables", action="store_true", help="run nothing")
-    options = parser.parse_args()
-    if not options.tables:
-        work(options.out, options.models, time.monotonic() + options.seconds, SEEDS[: options.seeds])
-    write(options.out)
 
 
 def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
@@ -109,7 +91,7 @@ def write(out: Path) -> None:
     parts = [
         "# Settings one at a time, and what signs are worth\n",
         f"Exploratory: not in PROTOCOL.md, no hypothesis, no adjustment for {len(VARIATIONS)} settings. "
-        f"`python -m testbed.explore`; {len(keys) * len(each)} runs on {len(each)} seeds, {minutes:.0f} minutes. "
+        f'`make testbed ARGS="--only settings"`; {len(keys) * len(each)} runs on {len(each)} seeds, {minutes:.0f} minutes. '
         "Brackets are 95 % intervals over seeds (Student's t).",
         "\n## Settings\n",
         "Recovery of the covered skills at the best measured step that keeps 95 % of the domain, at each learning rate "
@@ -227,7 +209,3 @@ def _signs(rows: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
         cells = [said(Interval(**found[outcome][which]), "+") for outcome in OUTCOMES for which in ("all", "within")]
         lines.append([number, *cells, ", ".join(OUTCOMES[outcome] for outcome in found["says"]) or "nothing"])
     return markdown_table(lines)
-
-
-if __name__ == "__main__":
-    main()

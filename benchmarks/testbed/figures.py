@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from camopd import atomic
-from camopd.report.charts import COLOURS, LOOK
+from camopd.report.charts import COLOURS, LOOK, MARKERS
 
-from .arms import ARMS, NAMES, rates
+from .arms import NAMES, rates
 from .tables import BASE, Outcome, Runs, contrasts, rate_means
 
 
@@ -25,8 +25,9 @@ KINDS = {
     "tokens weighed": ("relaxed_opd", "selectkd"),
     "optimizer": ("branch_moments", "beta1_0", "sgd"),
     "controls": ("random_selection", "smallest_gaps", "teacher_free", "sft"),
+    "another gradient": ("full", "top_k", "baseline_kl", "full_without_selection"),
 }
-KIND = {arm: (COLOURS[place], "os^Dv"[place]) for place, arms in enumerate(KINDS.values()) for arm in arms}
+KIND = {arm: (COLOURS[place], MARKERS[place]) for place, arms in enumerate(KINDS.values()) for arm in arms}
 
 
 def draw(
@@ -48,7 +49,7 @@ def differences(found: Mapping[str, Sequence[Outcome]]) -> Figure:
     """Each arm's recovery less that of CaMOPD, with intervals."""
     figure = Figure(figsize=(8, 5))
     axes = figure.subplots()
-    lines = sorted(contrasts(found, [(arm, BASE) for arm in ARMS if arm != BASE]), key=lambda one: one.interval.value)
+    lines = sorted(contrasts(found, [(arm, BASE) for arm in found if arm != BASE]), key=lambda one: one.interval.value)
     for place, each in enumerate(lines):
         colour, marker = KIND[each.first]
         axes.plot([each.interval.low, each.interval.high], [place, place], color=colour, lw=1.5)
@@ -57,7 +58,7 @@ def differences(found: Mapping[str, Sequence[Outcome]]) -> Figure:
     axes.set_yticks(range(len(lines)), [NAMES[each.first] for each in lines])
     axes.set_xlabel("recovery of covered skills with the domain kept, minus that of CaMOPD (share of what was lost)")
     axes.set_title(f"Paired differences over {len(found[BASE])} seeds, 95 % bootstrap intervals")
-    _legend(axes)
+    _legend(axes, found)
     return figure
 
 
@@ -93,7 +94,7 @@ def plane(ends: Mapping[str, Sequence[Outcome]]) -> Figure:
         fontsize=10,
     )
     handles = []
-    for kind, arms in KINDS.items():
+    for kind, arms in _kinds(names):
         handles.append(axes.plot([], [], " ", label=f"{kind}:")[0])
         for arm in (arm for arm in arms if arm in names):
             label = f"{numbers[arm]:>2}  {names[arm]}"
@@ -118,12 +119,15 @@ def _told_apart(ends: Mapping[str, Sequence[Outcome]]) -> tuple[dict[str, str], 
 
 def learning_rates(runs: Runs) -> Figure:
     """Outcome over the learning rate, a panel per kind of arm."""
-    figure = Figure(figsize=(8, 5.4))
-    panels = figure.subplots(2, 3, sharey=True).flatten()
     means = rate_means(runs)
-    shown = [*KINDS.items(), ("another optimizer", ("sgd",))]
-    for axes, (kind, arms) in zip(panels, shown, strict=True):
-        arms = [arm for arm in arms if (arm == "sgd") == (kind == shown[-1][0])]
+    shown = [(kind, [arm for arm in arms if arm != "sgd"]) for kind, arms in _kinds(means)]
+    shown += [("another optimizer", ["sgd"])] if "sgd" in means else []
+    columns = 3 if len(shown) <= 6 else 4
+    figure = Figure(figsize=(8 / 3 * columns, 5.4))
+    panels = figure.subplots(2, columns, sharey=True).flatten()
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (kind, arms) in zip(panels, shown, strict=False):
         for place, arm in enumerate(arms):
             values = [means[arm][rate] for rate in rates(arm)]
             axes.plot(rates(arm), values, "os^D"[place] + "-", color=COLOURS[place], ms=4, lw=1, label=NAMES[arm])
@@ -136,7 +140,7 @@ def learning_rates(runs: Runs) -> Figure:
         axes.set_ylim(-0.03, 1.38)  # room for the names
         axes.set_yticks(np.arange(0, 1.01, 0.2))
         axes.legend(loc="upper left", fontsize=7.5, labelspacing=0.25)
-    for axes in panels[::3]:
+    for axes in panels[::columns]:
         axes.set_ylabel("recovery with the domain kept (share)")
     return figure
 
@@ -171,7 +175,15 @@ def _number(axes: Axes, spots: Mapping[str, np.ndarray]) -> None:
         )  # fmt: skip
 
 
-def _legend(axes: Axes) -> None:
-    for place, kind in enumerate(KINDS):
-        axes.plot([], [], "os^Dv"[place], color=COLOURS[place], label=kind)
+def _kinds(arms: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """The kinds that there are arms of, each with those."""
+    there = set(arms)
+    kinds = [(kind, [arm for arm in of if arm in there]) for kind, of in KINDS.items()]
+    return [(kind, of) for kind, of in kinds if of]
+
+
+def _legend(axes: Axes, arms: Iterable[str]) -> None:
+    for kind, of in _kinds(arms):
+        colour, marker = KIND[of[0]]
+        axes.plot([], [], marker, color=colour, label=kind)
     axes.legend(loc="lower left" if axes.get_ylabel() else "lower right")

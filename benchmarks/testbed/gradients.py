@@ -1,6 +1,6 @@
 """How noisy the gradient of one step is: the sampled gap, its baseline, and the KL itself, at weights that stand still.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.gradients [--seeds 4] [--out FOLDER]
+    make testbed ARGS="--only gradients"
 
 A trainer with a learning rate of 0 draws prompts and completions anew in every step, and each estimator's gradient is taken
 of the very same micro-batches. So the steps of a cell are draws of each estimator, paired. At two places: the specialised
@@ -10,7 +10,6 @@ results are not read.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import json
@@ -33,9 +32,8 @@ from camopd.samples import MicroBatch
 from camopd.step import Step, StepCallback
 from camopd.token_rules import TokenRule
 
-from .__main__ import ROOT, Benches, say
-from .arms import ARMS, SEEDS
-from .explore import OUT
+from .arms import ARMS
+from .jobs import Benches, say
 from .models import VOCABULARY
 from .run import PROMPTS, Bench, trainer_of
 from .signs import t_interval
@@ -67,24 +65,22 @@ COLUMNS = {  # what `noise` gives, in words
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--models", type=Path, default=ROOT / "build" / "testbed")
-    parser.add_argument("--seeds", type=int, default=4)
-    options = parser.parse_args(argv)
+def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
+    """Measure the seeds whose file is not there, until a time of `time.monotonic`."""
     torch.set_num_threads(1)
-    options.models.mkdir(parents=True, exist_ok=True)
-    benches = Benches(options.models)
-    for seed in SEEDS[: options.seeds]:
-        path = options.out / "gradients" / f"{seed}.json"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            started = time.perf_counter()
-            atomic.write(path, json.dumps(measure(benches.of(seed), seed)) + "\n")
-            say(f"gradients of seed {seed}: {time.perf_counter() - started:.0f} s")
-    write(options.out)
+    models.mkdir(parents=True, exist_ok=True)
+    benches = None
+    for seed in seeds:
+        path = out / "gradients" / f"{seed}.json"
+        if path.is_file():
+            continue
+        if time.monotonic() > until:
+            return say("the time is up; the same command goes on from here")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        benches = benches or Benches(models)
+        started = time.perf_counter()
+        atomic.write(path, json.dumps(measure(benches.of(seed), seed)) + "\n")
+        say(f"gradients of seed {seed}: {time.perf_counter() - started:.0f} s")
 
 
 def measure(bench: Bench, seed: int, draws: int = DRAWS, middle: int = MIDDLE) -> list[dict[str, Any]]:
@@ -214,7 +210,7 @@ def write(out: Path) -> None:
     seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "gradients").glob("*.json"))]
     parts = [
         "# How noisy the gradient of one step is\n",
-        f"Exploratory. `python -m testbed.gradients`: {len(seeds)} seeds, in each cell {DRAWS} steps of {PROMPTS} "
+        f'Exploratory. `make testbed ARGS="--only gradients"`: {len(seeds)} seeds, in each cell {DRAWS} steps of {PROMPTS} '
         "prompts at weights that stand still, every estimator on the same completions; ± 95 % over seeds (Student's t). "
         f"*Middle* is the student after {MIDDLE} steps of CaMOPD. *Variance* is that of a step's gradient over prompts, "
         f"completions and sampled tokens, summed over the weights. The vocabulary has {len(VOCABULARY)} tokens.",
@@ -240,7 +236,3 @@ def table(seeds: list[list[dict[str, Any]]]) -> str:
 def _said(values: Sequence[float]) -> str:
     found = t_interval(values)
     return f"{found.value:.3f}" + ("" if math.isnan(found.high) else f" ± {found.high - found.value:.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Exploratory, and no part of PROTOCOL.md: the testbed with one knob turned, and whether methods compare as before.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.knobs [--seeds 5] [--seconds S] [--out FOLDER]
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.knobs --tables
+    make testbed ARGS="--only knobs"
 
 Knobs are coverage (how many of the eight skills the proxy prompts hold), the lengths of their words, how far the domain
 lies, how long specialisation went on, and the size of the model. Task, budget and outcome are those of the protocol, seeds
@@ -10,10 +9,8 @@ others, and the learning rates those of explore.py, both for every method. A run
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,9 +23,9 @@ from camopd import atomic
 from camopd.report.page import table as markdown_table
 
 from . import signs, tables
-from .__main__ import ROOT, go_through, say
 from .arms import NAMES
-from .explore import OUT, RATES
+from .explore import RATES
+from .jobs import go_through, say
 from .models import WORDS, Size, load_or_make, make_general, specialise
 from .run import Bench, run
 from .skills import COVERED, GENERAL, NEAR
@@ -58,20 +55,6 @@ KNOBS = {
 }
 METHODS = ("camopd", "without_selection", "vanilla", "mixed_3_1")
 SEEDS = tuple(range(301, 313))
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT / "knobs")
-    parser.add_argument("--models", type=Path, default=ROOT / "build" / "testbed")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long")
-    parser.add_argument("--tables", action="store_true", help="run nothing")
-    options = parser.parse_args()
-    if not options.tables:
-        work(options.out, options.models, time.monotonic() + options.seconds, SEEDS[: options.seeds])
-    write(options.out)
 
 
 def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
@@ -139,9 +122,10 @@ def write(out: Path) -> None:
     minutes = sum(run["seconds"] for of in whole for run in of.values()) / 60
     text = "\n".join([
         "# The testbed with one knob turned\n",
-        f"Exploratory: not in PROTOCOL.md, no hypothesis. `python -m testbed.knobs`; {len(whole) * len(whole[0])} runs on "
-        f"{len(whole)} seeds, {minutes:.0f} minutes. Every number is a mean over the learning rates "
-        f"{' and '.join(f'{rate:g}' for rate in RATES)}; brackets are 95 % intervals over seeds (Student's t).",
+        f"Exploratory: not in PROTOCOL.md, no hypothesis. `make testbed ARGS=\"--only knobs\"`; "
+        f"{len(whole) * len(whole[0])} runs on {len(whole)} seeds, {minutes:.0f} minutes. Every number is a "
+        f"mean over the learning rates {' and '.join(f'{rate:g}' for rate in RATES)}; "
+        "brackets are 95 % intervals over seeds (Student's t).",
         "\n## Where the models stand before\n",
         _starts(whole),
         "\n## Recovery of the covered skills with 95 % of the domain kept\n",
@@ -180,7 +164,3 @@ def _outcomes(seeds: Sequence[Mapping[Any, Mapping[str, Any]]], field: str) -> s
         minus = ([mine - its for mine, its in zip(found[arm], base, strict=True)] for arm in METHODS[1:])
         rows.append([knob, said(signs.t_interval(base)), *(said(signs.t_interval(each), "+") for each in minus)])
     return markdown_table(rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """Exploratory, and no part of PROTOCOL.md: CaMOPD with completions of the weights of one update before, and without.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.lag [--seeds 10] [--seconds S] [--out FOLDER]
-    OMP_NUM_THREADS=1 PYTHONPATH=benchmarks python -m testbed.lag --tables
+    make testbed ARGS="--only lag"
 
 Models, task, budget and outcome are those of the protocol, seeds and learning rates those of explore.py. The two runs of a
 seed and a rate see equal prompts, and draw with equal seeds from a rollout server in the same process, which runs the
@@ -10,7 +9,6 @@ model with transformers in float32; so all that differs is `rollout_lag`. A run 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import statistics
@@ -27,9 +25,9 @@ from camopd.report.page import table as markdown_table
 from camopd.report.read import read_run
 
 from . import signs, tables
-from .__main__ import ROOT, go_through, say
 from .arms import ARMS
-from .explore import EVERY, OUT, RATES, SEEDS
+from .explore import EVERY, RATES
+from .jobs import ROOT, go_through, say
 from .models import make_tokenizer
 from .run import STEPS, Bench, Watch, trainer_of
 from .tables import said
@@ -38,20 +36,6 @@ from .tables import said
 LAGS = (0, 1)
 GAPS = ("general gap, last third", "domain gap, last third")  # numbers of signs.py
 METRICS = ("importance/log_ratio", "importance/outside_band")
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT / "lag")
-    parser.add_argument("--models", type=Path, default=ROOT / "build" / "testbed")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long")
-    parser.add_argument("--tables", action="store_true", help="run nothing")
-    options = parser.parse_args()
-    if not options.tables:
-        work(options.out, options.models, time.monotonic() + options.seconds, SEEDS[: options.seeds])
-    write(options.out)
 
 
 def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
@@ -114,9 +98,9 @@ def write(out: Path) -> None:
     minutes = sum(run["seconds"] for of in whole for run in of.values()) / 60
     text = (
         "# What a step ahead costs in quality, on the testbed\n\n"
-        f"Exploratory. `python -m testbed.lag`: {len(whole)} seeds, {len(whole) * len(whole[0])} runs of {STEPS} steps, "
-        f"{minutes:.0f} minutes. Differences are paired by seed, with 95 % intervals over seeds (Student's t). Recovery is "
-        "that of the covered skills at the best measured step that keeps 95 % of the domain.\n\n"
+        f'Exploratory. `make testbed ARGS="--only lag"`: {len(whole)} seeds, {len(whole) * len(whole[0])} runs of '
+        f"{STEPS} steps, {minutes:.0f} minutes. Differences are paired by seed, with 95 % intervals over seeds "
+        "(Student's t). Recovery is that of the covered skills at the best measured step that keeps 95 % of the domain.\n\n"
         f"{markdown_table(rows)}\n"
     )
     atomic.write(out / "lag.md", text)
@@ -131,7 +115,3 @@ def _numbers() -> dict[str, Any]:
         **{name: lambda run, name=name: run["signs"][name] for name in GAPS},
         **{f"`{name}`": lambda run, name=name: run[name] for name in METRICS},
     }
-
-
-if __name__ == "__main__":
-    main()

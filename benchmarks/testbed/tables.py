@@ -22,7 +22,7 @@ from .arms import ARMS, NAMES, rates
 KEPT = 0.95  # of the specialised model's accuracy on its domain, that counts as preserved
 LEVEL = 0.05
 BASE = "camopd"
-# What each hypothesis says is larger, and than what; PROTOCOL.md has the reasons.
+# What each hypothesis says is larger, and than what; the protocols have the reasons. A comparison has those of its arms.
 CONTRASTS = (
     ("counteraction", "camopd", "camopd_mixed"),
     ("counteraction", "without_selection", "mixed_3_1"),
@@ -34,7 +34,12 @@ CONTRASTS = (
     ("optimizer", "beta1_0", "camopd"),
     ("optimizer", "sgd", "camopd"),
     ("teacher", "vanilla", "teacher_free"),
+    ("gradient", "full", "camopd"),
+    ("gradient", "top_k", "camopd"),
+    ("gradient", "baseline_kl", "camopd"),
+    ("gradient", "full_without_selection", "without_selection"),
 )
+BESIDE = "Not in the protocol, made after its tables had been seen."
 Runs = Sequence[Mapping[str, Any]]
 
 
@@ -52,6 +57,12 @@ class Outcome:
 def read(out: Path) -> list[dict[str, Any]]:
     """The results that are there."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "runs").glob("*.json"))]
+
+
+def arms_of(runs: Runs) -> list[str]:
+    """The arms that the runs are of."""
+    there = {run["arm"] for run in runs}
+    return [arm for arm in ARMS if arm in there]
 
 
 def at(run: Mapping[str, Any], point: Mapping[str, Any]) -> Outcome:
@@ -90,14 +101,14 @@ def matched_steps(runs: Runs, tokens: float) -> dict[str, int]:
     trained = {step: by_arm(runs, lambda run, step=step: last(run, last_step=step)) for step in steps}
     return {
         arm: min(steps, key=lambda step: abs(_mean([each.tokens for each in trained[step][arm]]) - tokens))
-        for arm in ARMS
+        for arm in arms_of(runs)
     }
 
 
 def chosen_rates(runs: Runs) -> dict[str, float]:
     """The learning rate of each arm with the highest mean outcome over the tuning seeds; of equal ones the lower."""
     means = rate_means(runs)
-    return {arm: max(rates(arm), key=lambda rate: (means[arm][rate], -rate)) for arm in ARMS}
+    return {arm: max(rates(arm), key=lambda rate: (means[arm][rate], -rate)) for arm in means}
 
 
 def rate_means(runs: Runs) -> dict[str, dict[float, float]]:
@@ -106,15 +117,16 @@ def rate_means(runs: Runs) -> dict[str, dict[float, float]]:
     return {
         arm: {rate: _mean([outcome(run).recovery for run in tuning if (run["arm"], run["learning_rate"]) == (arm, rate)])
               for rate in rates(arm)}
-        for arm in ARMS
+        for arm in arms_of(runs)
     }  # fmt: skip
 
 
 def by_arm(runs: Runs, of: Callable[[Mapping[str, Any]], Outcome]) -> dict[str, list[Outcome]]:
     """Outcomes of the comparison, by arm, one for each seed of which all arms are there, in the order of the seeds."""
     comparison = {(run["arm"], run["seed"]): run for run in runs if run["stage"] == "comparison"}
-    seeds = sorted({seed for _, seed in comparison if all((arm, seed) in comparison for arm in ARMS)})
-    return {arm: [of(comparison[arm, seed]) for seed in seeds] for arm in ARMS}
+    arms = arms_of(runs)
+    seeds = sorted({seed for _, seed in comparison if all((arm, seed) in comparison for arm in arms)})
+    return {arm: [of(comparison[arm, seed]) for seed in seeds] for arm in arms}
 
 
 def flip_p(differences: Sequence[float]) -> float:
@@ -181,12 +193,12 @@ def contrasts(found: Mapping[str, Sequence[Outcome]], pairs: Sequence[tuple[str,
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def write(out: Path) -> None:
-    """tables.md and the figures, of what is there."""
+def write(out: Path, protocol: str = "PROTOCOL.md", matched: str = "") -> None:
+    """tables.md and the figures, of what is there. `matched` is what the protocol says of the table at matched tokens."""
     from . import figures
 
     runs = read(out)
-    parts = ["# The testbed's tables", _head(runs)]
+    parts = ["# The testbed's tables", _head(runs, protocol)]
     prompts = by_arm(runs, outcome)
     if prompts[BASE]:
         budget = min(
@@ -203,8 +215,8 @@ def write(out: Path) -> None:
             "\nThis is the protocol's table, and its tokens are not equal: runs are measured every few steps, and an arm "
             "is judged by the last measurement before the limit. *Reached* is what it has trained by then, "
             "mean over seeds.",
-            f"\n## Matched trained tokens, beside the protocol: about {budget}\n", _matched_table(runs, budget),
-            "\nNot in the protocol, made after its tables had been seen. Each arm up to the measured step at which it has "
+            f"\n## Matched trained tokens: about {budget}\n", _matched_table(runs, budget),
+            f"\n{matched or BESIDE} Each arm up to the measured step at which it has "
             "trained nearest to that many tokens, the same step for all seeds. On the left the protocol's outcome: the "
             "best step until then that keeps the domain; p after Holm over the arms of this table. On the right the "
             "measurement at that step itself, whatever it keeps of the domain.",
@@ -216,11 +228,11 @@ def write(out: Path) -> None:
     print("\n".join(parts))
 
 
-def _head(runs: Runs) -> str:
+def _head(runs: Runs, protocol: str) -> str:
     seconds = sum(run["seconds"] for run in runs)
     seeds = len(by_arm(runs, outcome)[BASE])
     return (
-        f"\nMade by `make testbed`; PROTOCOL.md says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes on "
+        f"\nMade by `make testbed`; {protocol} says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes on "
         f"the clock. {seeds} seeds of the comparison have all arms and are in the tables. Brackets are 95 % bootstrap "
         "intervals over seeds.\n"
     )
@@ -233,11 +245,11 @@ def _arms_table(
     reached: Mapping[str, Sequence[Outcome]] | None = None,
 ) -> str:
     chosen = chosen_rates(runs)
-    others = [arm for arm in ARMS if arm != BASE]
+    others = [arm for arm in found if arm != BASE]
     against = {each.first: each for each in contrasts(found, [(arm, BASE) for arm in others])}
     rows = [["arm", "learning rate", "recovery, covered", "minus CaMOPD", "p (Holm)", "recovery, uncovered",
              "preservation", "step", "trained tokens", *(["reached"] if reached else [])]]  # fmt: skip
-    for arm in sorted(ARMS, key=lambda arm: -_mean([each.recovery for each in found[arm]])):
+    for arm in sorted(found, key=lambda arm: -_mean([each.recovery for each in found[arm]])):
         each, versus = found[arm], against.get(arm)
         rows.append([
             NAMES[arm] + (" †" if arm in short else ""), f"{chosen[arm]:g}",
@@ -255,11 +267,11 @@ def _matched_table(runs: Runs, tokens: int) -> str:
     steps = matched_steps(runs, tokens)
     kept = by_arm(runs, lambda run: outcome(run, last_step=steps[run["arm"]]))
     there = by_arm(runs, lambda run: last(run, last_step=steps[run["arm"]]))
-    pairs = [(arm, BASE) for arm in ARMS if arm != BASE]
+    pairs = [(arm, BASE) for arm in kept if arm != BASE]
     left, right = ({each.first: each for each in contrasts(found, pairs)} for found in (kept, there))
     rows = [["arm", "up to step", "trained tokens", "recovery, covered", "minus CaMOPD", "p (Holm)",
              "at that step: recovery", "minus CaMOPD", "preservation"]]  # fmt: skip
-    for arm in sorted(ARMS, key=lambda arm: -_mean([each.recovery for each in kept[arm]])):
+    for arm in sorted(kept, key=lambda arm: -_mean([each.recovery for each in kept[arm]])):
         rows.append([
             NAMES[arm], str(steps[arm]), f"{_mean([one.tokens for one in there[arm]]):.0f}",
             said(mean_interval([one.recovery for one in kept[arm]])),
@@ -272,12 +284,13 @@ def _matched_table(runs: Runs, tokens: int) -> str:
 
 
 def _hypotheses(prompts: Mapping[str, Sequence[Outcome]], tokens: Mapping[str, Sequence[Outcome]]) -> str:
-    pairs = [(first, second) for _, first, second in CONTRASTS]
+    asked = [each for each in CONTRASTS if {*each[1:]} <= {*prompts}]
+    pairs = [(first, second) for _, first, second in asked]
     rows = [
         ["hypothesis", "says that", "difference, equal prompts", "p (Holm)", "", "equal trained tokens", "p (Holm)"]
     ]
     for (name, first, second), one, other in zip(
-        CONTRASTS, contrasts(prompts, pairs), contrasts(tokens, pairs), strict=True
+        asked, contrasts(prompts, pairs), contrasts(tokens, pairs), strict=True
     ):
         rows.append([
             name, f"{NAMES[first]} > {NAMES[second]}", said(one.interval, "+"), f"{one.adjusted:.3f}", one.verdict,
@@ -308,8 +321,8 @@ def _rates(runs: Runs) -> str:
                      _keeping(runs, arm, chosen[arm]) if chosen else "-"])  # fmt: skip
     text = markdown_table(rows)
     if chosen:
-        best = [means[arm][chosen[arm]] for arm in ARMS]
-        same = [[means[arm][rate] for arm in ARMS if arm != "sgd"] for rate in rates(BASE)]
+        best = [means[arm][chosen[arm]] for arm in means]
+        same = [[means[arm][rate] for arm in means if arm != "sgd"] for rate in rates(BASE)]
         turned = [_turned(first, second) for first, second in itertools.pairwise(same)]
         between = max(best) - min(best)
         within = _mean([max(row.values()) - min(row.values()) for row in means.values()])
