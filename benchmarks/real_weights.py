@@ -39,6 +39,7 @@ from testbed.signs import t_interval
 from testbed.tables import said
 
 from camopd import atomic
+from camopd.eval.stats import Interval
 from camopd.measured import HELD_OUT, lines_of
 
 
@@ -374,7 +375,17 @@ def _scores(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
             row += [*before, *_outcome(found, method, lambda run, task=task: run[task]["result"], 1)]
         rows.append(row)
         items = " and ".join(f"{first[task]['items']} items of {task}" for task in TASKS)
-    return [*_table(rows), "", f"{items}; `camopd eval` gives each run's change with its paired interval over them."]
+    each = [["method", "seed", *(f"{task}: result minus start" for task in TASKS)]]
+    for method in (each for each in METHODS if found.get(each)):
+        for seed, run in sorted(found[method].items()):
+            changes = (Interval(**run[task]["change"]) for task in TASKS)
+            each.append([method, str(seed), *(said(_percent(change), "+", 1) for change in changes)])
+    text = f"{items}. Of each run alone, the change since the start, with the 95 % interval over the paired items:"
+    return [*_table(rows), "", text, "", *_table(each)]
+
+
+def _percent(share: Interval) -> Interval:
+    return Interval(*(100 * value for value in (share.value, share.low, share.high)))
 
 
 def _outcome(found: dict[str, dict[int, Any]], method: str, number: Callable[[Any], float], digits: int) -> list[str]:

@@ -7,10 +7,13 @@ import torch
 from conftest import VOCAB, make_forward, make_model, rounding
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl.kernels import chunked_divergence
 
+from camopd import divergence, logprobs
 from camopd.divergence import Likeliest, bucket_kl, logps_and_kl, outputs_of
-from camopd.logprobs import CPU_VOCAB_CHUNK
+from camopd.logprobs import completion_logps
 
 
 IDS = [[5, 6, 7, 8, 9, 2], [5, 9, 11], [6, 6, 12, 13, 2]]
@@ -125,36 +128,70 @@ def test_kl_has_no_tail_where_the_likeliest_tokens_hold_all():
     assert math.isfinite(float(bucket_kl(certain, torch.tensor([[-40.0, 0.0]]))))
 
 
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that any operation gives."""
+class Memory(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation gives, and of all that are alive at once."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.largest = self.peak = 0
+        self.alive = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(each, torch.Tensor):
-                self.numel = max(self.numel, each.untyped_storage().nbytes() // max(1, each.element_size()))
+                reference = StorageWeakRef(each.untyped_storage())
+                self.alive[reference.cdata] = reference, each.untyped_storage().nbytes()
+        self.alive = {place: of for place, of in self.alive.items() if not of[0].expired()}
+        sizes = [size for _, size in self.alive.values()]
+        self.largest, self.peak = max(self.largest, *sizes), max(self.peak, sum(sizes))
         return result
 
 
-@pytest.mark.parametrize("kind", ["full", "top_k"])
-def test_nothing_of_tokens_times_vocabulary_is_made(kind):
-    vocabulary, tokens = (100_000, 130) if kind == "full" else (10_000, 1500)
+def loss_of(kind, student, views, ids):
+    """A backward of what the loss takes of each divergence, on completions that are all of their rows but a token."""
+    starts = [1] * len(ids)
+    if kind == "sampled":
+        return completion_logps(student, ids, starts, 0)[0].sum().backward()
+    logps, kl = logps_and_kl(student, ids, starts, 0, False, [(range(len(ids)), views)])
+    (logps * kl.detach() if kind == "baseline: kl" else kl).sum().backward()
+
+
+def memory_of(kind, student, views, ids):
+    student.zero_grad()
+    with Memory() as memory:
+        loss_of(kind, student, views, ids)
+    return memory
+
+
+def test_no_divergence_takes_more_memory_than_the_sampled_gap_but_for_a_tile(monkeypatch):
+    """The largest tensor is a tile, and all that lives at once is what the sampled gap takes and some copies of a tile:
+    ten in TRL's kernel without Triton, three where whole rows of the vocabulary are a tile. Logits take more."""
+    tile = 64 * 4096
+    monkeypatch.setattr(chunked_divergence, "TOKEN_CHUNK_SIZE", 64)
+    monkeypatch.setattr(chunked_divergence, "VOCAB_CHUNK_SIZE", 4096)
+    monkeypatch.setattr(divergence, "TOP_K_TOKENS", 64)
+    monkeypatch.setattr(logprobs, "CPU_VOCAB_CHUNK", 256)  # the tiles of the sampled gap, far below the others
+    vocabulary, tokens = 40_000, 400
     student, teacher = make_model(1, vocab_size=vocabulary), make_model(2, vocab_size=vocabulary)
     ids = [[5, *(4 + place % 90 for place in range(tokens // 5))] for _ in range(5)]
-    starts = [1] * len(ids)
-    if kind == "full":
-        views = outputs_of(teacher, ids, starts, 0, False)
-    else:
-        views = Likeliest(torch.arange(20).expand(tokens, 20), torch.full((tokens, 20), -4.0))
-    with Largest() as largest:
-        logps_and_kl(student, ids, starts, 0, False, [(range(5), views)])[1].sum().backward()
-    weights = vocabulary * student.config.hidden_size
-    tile = tokens * 32_768 if kind == "full" else max(512 * vocabulary, tokens * CPU_VOCAB_CHUNK)
-    assert largest.numel <= max(weights, tile) < tokens * vocabulary
+    outputs = outputs_of(teacher, ids, [1] * 5, 0, False)
+    likeliest = Likeliest(torch.arange(20).expand(tokens, 20), torch.full((tokens, 20), -4.0))
+    sampled = memory_of("sampled", student, None, ids)
+    of = sum(weight.nbytes for weight in student.parameters())  # a second gradient of them, before both are added
+    for kind, views, most in (
+        ("full", outputs, 10 * tile), ("baseline: kl", outputs, 10 * tile), ("top_k", likeliest, 3 * 64 * vocabulary),
+    ):  # fmt: skip
+        found = memory_of(kind, student, views, ids)
+        assert found.largest <= max(sampled.largest, 4 * tile, 4 * 64 * vocabulary * (kind == "top_k")), kind
+        assert found.peak <= sampled.peak + of + 4 * most, (kind, found.peak, sampled.peak)
+    with Memory() as plain:
+        logits = (
+            model(input_ids=torch.tensor(ids)).logits[:, :-1].log_softmax(dim=-1) for model in (student, teacher)
+        )
+        own, other = logits
+        (own.exp() * (own - other.detach())).sum().backward()
+    assert plain.peak > sampled.peak + of + 4 * 10 * tile and plain.largest >= 4 * tokens * vocabulary
 
 
 def test_rows_of_no_teacher_have_a_backward_of_zero():

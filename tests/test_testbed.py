@@ -507,11 +507,12 @@ def test_testbed_killed_in_a_run_goes_on_to_the_same_results(tmp_path, python):
 
 # --- the gate ----------------------------------------------------------------------------------------------------
 
-# At least so much of the way back to the general model, and of the domain's lead over it, in cross-entropy of the right
-# answers. Ten general models, from other random weights, gave 0.88 to 0.99 of the one and 0.86 to 0.99 of the other, with a
+# Of the way back to the general model, and of the domain's lead over it, in cross-entropy of the right answers. Below the
+# band, training does not teach; above it, something teaches that is no teacher, as a student ends at what its teachers are.
+# Ten general models, from other random weights, gave 0.88 to 0.99 of the one and 0.86 to 0.99 of the other, with a
 # standard deviation of 0.03; a run that learns nothing has 0 and 1. (Accuracy is no measure for models so small: those that
 # another processor trains, with other roundings, get anything between 0.1 and 1 of it back.)
-GATE = 0.75
+GATE = 0.75, 1.05
 GATED = ("camopd", "vanilla", "without_selection")
 
 
@@ -546,5 +547,5 @@ def test_gate_recovery_is_in_its_band():
         for arm in GATED:
             assert run.run(bench, arm, 5e-4, seed=1, steps=24, every=24)["stopped"] is None
     for arm, student in zip(GATED, students, strict=True):
-        assert share(student, *covered, start=specialised, end=general) > GATE, arm
-        assert share(student, "domain", start=general, end=specialised) > GATE, arm
+        assert GATE[0] < share(student, *covered, start=specialised, end=general) < GATE[1], arm
+        assert GATE[0] < share(student, "domain", start=general, end=specialised) < GATE[1], arm
