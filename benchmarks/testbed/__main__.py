@@ -52,8 +52,8 @@ def main() -> None:
         if not options.tables:
             part.work(out, options.models, until, part.seeds[: options.seeds or part.published])
         part.write(out)
-    if options.out == OUT and "first" in options.only:
-        atomic.write(PICTURE, (OUT / "plane.svg").read_bytes())
+    if options.out == OUT and "second" in options.only:
+        atomic.write(PICTURE, (OUT / "second" / "plane.svg").read_bytes())
 
 
 def compare(comparison: Comparison, out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:

@@ -137,7 +137,7 @@ def learning_rates(runs: Runs) -> Figure:
         axes.set_xticks([], minor=True)
         axes.set_xlabel("learning rate" + ("" if unit == 1 else " (1e-4)"))
         axes.set_title(kind)
-        axes.set_ylim(-0.03, 1.38)  # room for the names
+        axes.set_ylim(-0.03, 1.02 + 0.14 * max(len(each) for _, each in shown))  # room for the names
         axes.set_yticks(np.arange(0, 1.01, 0.2))
         axes.legend(loc="upper left", fontsize=7.5, labelspacing=0.25)
     for axes in panels[::columns]:

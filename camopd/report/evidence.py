@@ -1,6 +1,6 @@
 """What the numbers behind the report's signs were worth where it could be tried: over runs whose end is known.
 
-These are runs of models of 0.3 million weights, by `python -m testbed.explore`, which writes
+These are runs of models of 0.3 million weights, by `make testbed ARGS="--only settings"`, which writes
 benchmarks/results/testbed/exploratory/signs.json; a test holds this file to that one.
 """
 
