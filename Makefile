@@ -42,7 +42,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: install  ## Specialise a small real model and bring its general abilities back (minutes, 2 CPU cores)
 	$(BIN)/camopd demo $(ARGS)
 
-testbed: install  ## Repeat the controlled comparison of methods, or go on with it: models, runs, tables, figures
+testbed: install  ## Compare methods on small models, or go on with it: all runs, tables, figures (six and a half hours)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -m testbed $(ARGS)
 
 test: install  ## Run the tests that need no processes of their own and no server

@@ -375,13 +375,13 @@ def _scores(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
             row += [*before, *_outcome(found, method, lambda run, task=task: run[task]["result"], 1)]
         rows.append(row)
         items = " and ".join(f"{first[task]['items']} items of {task}" for task in TASKS)
-    each = [["method", "seed", *(f"{task}: result minus start" for task in TASKS)]]
+    alone = [["method", "seed", *(f"{task}: result minus start" for task in TASKS)]]
     for method in (each for each in METHODS if found.get(each)):
         for seed, run in sorted(found[method].items()):
             changes = (Interval(**run[task]["change"]) for task in TASKS)
-            each.append([method, str(seed), *(said(_percent(change), "+", 1) for change in changes)])
+            alone.append([method, str(seed), *(said(_percent(change), "+", 1) for change in changes)])
     text = f"{items}. Of each run alone, the change since the start, with the 95 % interval over the paired items:"
-    return [*_table(rows), "", text, "", *_table(each)]
+    return [*_table(rows), "", text, "", *_table(alone)]
 
 
 def _percent(share: Interval) -> Interval:

@@ -149,7 +149,7 @@ class Memory(TorchDispatchMode):
 
 
 def loss_of(kind, student, views, ids):
-    """A backward of what the loss takes of each divergence, on completions that are all of their rows but a token."""
+    """A backward of what the loss takes of each divergence, on completions that fill their rows but for the first token."""
     starts = [1] * len(ids)
     if kind == "sampled":
         return completion_logps(student, ids, starts, 0)[0].sum().backward()

@@ -25,6 +25,7 @@ from camopd.report.read import read_run
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from testbed import __main__ as whole  # noqa: E402
 from testbed import (  # noqa: E402
     arms,
     explore,
@@ -453,6 +454,18 @@ def test_gradients_of_a_step_are_measured_for_each_estimator(bench, tmp_path, mo
     assert text.count("| `divergence: full` |") == 2 and "1 seeds" in text
 
 
+def test_every_part_says_that_it_has_no_runs_yet(tmp_path, monkeypatch, capsys):
+    """Without runs, and with a time that is up before the first; no model is made."""
+    for ends in (["--tables"], ["--seconds", "0"]):
+        monkeypatch.setattr(
+            sys, "argv", ["testbed", "--out", str(tmp_path), "--models", str(tmp_path / "models"), *ends]
+        )
+        whole.main()
+        said = capsys.readouterr().out
+        assert said.count(" yet") == len(whole.PARTS) and not list(tmp_path.rglob("*.md"))
+    assert said.count("the time is up") == len(whole.PARTS) and not list((tmp_path / "models").iterdir())
+
+
 # --- killed and started again -------------------------------------------------------------------------------------
 
 # `make testbed` of one arm, one seed and four steps, in the folders that it is given.
@@ -508,7 +521,7 @@ def test_testbed_killed_in_a_run_goes_on_to_the_same_results(tmp_path, python):
 # --- the gate ----------------------------------------------------------------------------------------------------
 
 # Of the way back to the general model, and of the domain's lead over it, in cross-entropy of the right answers. Below the
-# band, training does not teach; above it, something teaches that is no teacher, as a student ends at what its teachers are.
+# band, training does not teach; above it, something other than the teachers has an effect: no student gets closer than they.
 # Ten general models, from other random weights, gave 0.88 to 0.99 of the one and 0.86 to 0.99 of the other, with a
 # standard deviation of 0.03; a run that learns nothing has 0 and 1. (Accuracy is no measure for models so small: those that
 # another processor trains, with other roundings, get anything between 0.1 and 1 of it back.)

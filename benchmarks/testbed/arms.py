@@ -62,7 +62,7 @@ def rates(arm: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a protocol compares, and on which seeds. A seed is of one stage of one comparison."""
+    """What a protocol compares, and on which seeds. No seed is used in two stages, or in two comparisons."""
 
     arms: tuple[str, ...]
     tuning_seeds: tuple[int, ...]  # of the learning rates alone

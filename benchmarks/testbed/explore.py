@@ -1,4 +1,4 @@
-"""Exploratory, and no part of PROTOCOL.md: settings one at a time around CaMOPD's, and what a run's signs are worth.
+"""Exploratory, and of neither protocol: settings one at a time around CaMOPD's, and what a run's signs are worth.
 
     make testbed ARGS="--only settings"
 
@@ -90,7 +90,7 @@ def write(out: Path) -> None:
     minutes = sum(run["seconds"] for of in each for run in of.values()) / 60
     parts = [
         "# Settings one at a time, and what signs are worth\n",
-        f"Exploratory: not in PROTOCOL.md, no hypothesis, no adjustment for {len(VARIATIONS)} settings. "
+        f"Exploratory: in neither protocol, no hypothesis, no adjustment for {len(VARIATIONS)} settings. "
         f'`make testbed ARGS="--only settings"`; {len(keys) * len(each)} runs on {len(each)} seeds, {minutes:.0f} minutes. '
         "Brackets are 95 % intervals over seeds (Student's t).",
         "\n## Settings\n",

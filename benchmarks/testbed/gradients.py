@@ -4,7 +4,7 @@
 
 A trainer with a learning rate of 0 draws prompts and completions anew in every step, and each estimator's gradient is taken
 of the very same micro-batches. So the steps of a cell are draws of each estimator, paired. At two places: the specialised
-model, and the same after `MIDDLE` steps of CaMOPD. The seeds are those of the comparison, whose models are there; its
+model, and the same after `MIDDLE` steps of CaMOPD. The seeds are those of the first comparison, whose models are there; its
 results are not read.
 """
 
@@ -208,6 +208,8 @@ def noise(draws: Draws) -> dict[str, dict[str, float]]:
 def write(out: Path) -> None:
     """gradients.md, of the seeds that are there."""
     seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "gradients").glob("*.json"))]
+    if not seeds:
+        return say("no seed has been measured yet")
     parts = [
         "# How noisy the gradient of one step is\n",
         f'Exploratory. `make testbed ARGS="--only gradients"`: {len(seeds)} seeds, in each cell {DRAWS} steps of {PROMPTS} '

@@ -1,4 +1,4 @@
-"""Exploratory, and no part of PROTOCOL.md: the testbed with one knob turned, and whether methods compare as before.
+"""Exploratory, and of neither protocol: the testbed with one knob turned, and whether methods compare as before.
 
     make testbed ARGS="--only knobs"
 
@@ -122,7 +122,7 @@ def write(out: Path) -> None:
     minutes = sum(run["seconds"] for of in whole for run in of.values()) / 60
     text = "\n".join([
         "# The testbed with one knob turned\n",
-        f"Exploratory: not in PROTOCOL.md, no hypothesis. `make testbed ARGS=\"--only knobs\"`; "
+        f"Exploratory: in neither protocol, no hypothesis. `make testbed ARGS=\"--only knobs\"`; "
         f"{len(whole) * len(whole[0])} runs on {len(whole)} seeds, {minutes:.0f} minutes. Every number is a "
         f"mean over the learning rates {' and '.join(f'{rate:g}' for rate in RATES)}; "
         "brackets are 95 % intervals over seeds (Student's t).",

@@ -1,4 +1,4 @@
-"""Exploratory, and no part of PROTOCOL.md: CaMOPD with completions of the weights of one update before, and without.
+"""Exploratory, and of neither protocol: CaMOPD with completions of the weights of one update before, and without.
 
     make testbed ARGS="--only lag"
 

@@ -1,4 +1,4 @@
-"""What the runs say: outcomes, paired differences with intervals, and the tables and figures of PROTOCOL.md."""
+"""What the runs say: outcomes, paired differences with intervals, and the tables and figures of the protocols."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ CONTRASTS = (
     ("gradient", "baseline_kl", "camopd"),
     ("gradient", "full_without_selection", "without_selection"),
 )
+OWN = "This is the protocol's table."
 BESIDE = "Not in the protocol, made after its tables had been seen."
 Runs = Sequence[Mapping[str, Any]]
 
@@ -193,11 +194,14 @@ def contrasts(found: Mapping[str, Sequence[Outcome]], pairs: Sequence[tuple[str,
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def write(out: Path, protocol: str = "PROTOCOL.md", matched: str = "") -> None:
-    """tables.md and the figures, of what is there. `matched` is what the protocol says of the table at matched tokens."""
+def write(out: Path, protocol: str = "PROTOCOL.md", reached: str = "", matched: str = "") -> None:
+    """tables.md and the figures, of what is there. `reached` and `matched` say what the protocol has of the two tables of
+    trained tokens, where that differs from the first."""
     from . import figures
 
     runs = read(out)
+    if not runs:
+        return print("no run of this comparison yet")
     parts = ["# The testbed's tables", _head(runs, protocol)]
     prompts = by_arm(runs, outcome)
     if prompts[BASE]:
@@ -212,7 +216,7 @@ def write(out: Path, protocol: str = "PROTOCOL.md", matched: str = "") -> None:
             f"\n## Equal trained tokens: at most {budget}\n",
             _arms_table(runs, tokens, short, by_arm(runs, lambda run: last(run, budget))),
             "\n† has trained fewer tokens than that in a run's whole budget of prompts.",
-            "\nThis is the protocol's table, and its tokens are not equal: runs are measured every few steps, and an arm "
+            f"\n{reached or OWN} Its tokens are not equal: runs are measured every few steps, and an arm "
             "is judged by the last measurement before the limit. *Reached* is what it has trained by then, "
             "mean over seeds.",
             f"\n## Matched trained tokens: about {budget}\n", _matched_table(runs, budget),
