@@ -56,7 +56,7 @@ _SAMPLES = {
 }
 # What changes the method, and is shown where it is not as in the paper.
 _METHOD = (
-    "token_rule", "loss_normalization", "branch_weights", "divergence", "baseline", "rollout_lag",
+    "token_rule", "loss_normalization", "branch_weights", "divergence", "divergence_top_k", "baseline", "rollout_lag",
     "importance_sampling_mode", "loss_prefix_tokens", "optimizer_moments",
 )  # fmt: skip
 
@@ -332,6 +332,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
     settings = {name: args.per_branch(name) for name in ("mass_target", "score", "scale", "selection")}
     for branch in facts.schedule.branches:
         values = [settings[name][branch] for name in ("mass_target", "score", "scale")]
+        values[:2] = values[:2] if settings["selection"][branch] else "--"
         selection = {True: "on", False: "off"}.get(settings["selection"][branch], settings["selection"][branch])
         lines.append(f"| {branch} | {' | '.join(map(str, values))} | {selection} | {_prompts(*sources[branch])} |")
     return [*lines, "", _METRICS, ""]

@@ -9,7 +9,7 @@ Public of the paper are the abstract and summaries. Known from there: on-policy 
 student's own right rollout and its peer's feedback; feedback only where the tutor is reliable on the problem (the
 cognizance gate); feedback that names a concept of the question, matched by rule, without what leaks the answer (anchoring).
 Not public, and so ours: the gate is a least share of right rollouts, `threshold`; the prompts of `Wording`; the divergence,
-which is the sampled reverse KL of Eq. 1 of CaMOPD (arXiv 2605.27115) with its selection by gaps; that a problem without a
+by default the sampled reverse KL of Eq. 1 of CaMOPD (arXiv 2605.27115), with its selection; that a problem without a
 right rollout and without feedback is left out, because its self-teacher would see nothing more than the student.
 """
 

@@ -14,9 +14,38 @@ from .forward import Forward
 from .objective import distillation_loss, importance_weights, token_gaps
 from .samples import MicroBatch
 from .teachers.adapters import OWN
+from .teachers.address import is_server, without_secrets
 from .teachers.base import Teacher
 from .teachers.local import LocalTeacher
 from .token_rules import TokenRule
+from .tokens import head_size
+
+
+def _is_exact(args: CaMOPDConfig) -> bool:
+    return args.divergence == "full" or args.baseline == "kl"
+
+
+def need_distributions(args: CaMOPDConfig, teachers: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where teachers, by branch, cannot give what `args.divergence` and `args.baseline` need of them:
+    as the trainer is given them, or as it has made of that."""
+    for branch, teacher in teachers.items():
+        outside = is_server(teacher) or (
+            isinstance(teacher, Teacher) and not isinstance(teacher, (LocalTeacher, *OWN))
+        )
+        if outside and _is_exact(args):
+            asked = "divergence='full'" if args.divergence == "full" else "baseline='kl'"
+            name = without_secrets(repr(getattr(teacher, "name", teacher)))
+            raise ValueError(
+                f"{asked} needs the whole distribution of every teacher, and that of branch {branch!r}, {name}, is outside "
+                "this process. Name a model as the teacher, or set divergence='top_k'."
+            )
+        if args.divergence == "top_k" and isinstance(teacher, LocalTeacher):
+            size = head_size(teacher.model)
+            if args.divergence_top_k > size:
+                raise ValueError(
+                    f"divergence_top_k={args.divergence_top_k} asks for more tokens than the teacher of branch {branch!r}, "
+                    f"{teacher.name!r}, has: {size}. Set at most {size}, or divergence='full'."
+                )
 
 
 class Loss:
@@ -25,14 +54,8 @@ class Loss:
     def __init__(self, args: CaMOPDConfig, student: Forward, teachers: Mapping[str, Teacher], rule: TokenRule):
         """Raises `ValueError` where the teachers cannot give what `args.divergence` and `args.baseline` need."""
         self.args, self.student, self.teachers, self.rule = args, student, teachers, rule
-        self._exact = args.divergence == "full" or args.baseline == "kl"
-        for branch, teacher in teachers.items() if self._exact else ():
-            if not isinstance(teacher, (LocalTeacher, *OWN)):
-                asked = "divergence='full'" if args.divergence == "full" else "baseline='kl'"
-                raise ValueError(
-                    f"{asked} needs the whole distribution of every teacher, and that of branch {branch!r}, "
-                    f"{teacher.name!r}, is outside this process. Name a model as the teacher, or set divergence='top_k'."
-                )
+        self._exact = _is_exact(args)
+        need_distributions(args, teachers)
 
     def __call__(self, batch: MicroBatch, model: Any = None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a micro-batch by `model`, the student in its wrapper, with its log-probs and w_t, (B, T). Pure."""

@@ -312,6 +312,11 @@ def _check_divergence(args: Any) -> None:
             f"token_rule={args.token_rule!r} is about the sampled gap, in whose place {asked} puts another number. Leave "
             "one of them out."
         )
+    if (exact or args.baseline != "none") and args.branch_weights != "none":
+        raise ValueError(
+            f"branch_weights={args.branch_weights!r} is about the spread of the sampled gaps, in whose place {asked} puts "
+            "another number. Leave one of them out."
+        )
     if (exact or args.baseline != "none") and args.rebalance and args.world_size > 1:
         raise ValueError(
             f"{asked} needs what the teacher sees and says of a sample, which rebalance=True leaves on the rank that has "

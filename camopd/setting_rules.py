@@ -279,6 +279,10 @@ NEEDS = (
         "with rollout_lag, dropout or Relaxed OPD it is always the trainer's",
     ),
     Need("mass_target", lambda a: any(a.per_branch("selection").values()), "selection is off in every branch"),
+    Need(
+        "score", lambda a: any(a.per_branch("selection").values()),
+        "selection is off in every branch, and but for it only metrics and the guard zero_gap read it",
+    ),
 )  # fmt: skip
 
 # What an optimizer that is passed to the trainer has of its own, beside the learning rate (learning_rate.py).

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import get_log_levels_dict
 from trl.trainer.utils import get_config_model_id
 
-from . import live_tasks, rollout_servers, setting_rules, vllm_rollouts
+from . import live_tasks, loss, rollout_servers, setting_rules, vllm_rollouts
 from .ahead import AheadCheck
 from .best import check_metric
 from .callbacks.branch_moments import BranchMoments
@@ -120,6 +120,7 @@ def prepare(
     tasks = live_tasks.load(args, held)
     check_passed(args, *optimizers)
     specs = _teachers_by_branch(teachers, args, schedule, model, peft_config)
+    loss.need_distributions(args, specs)
     contexts = contexts_of(args.teacher_prompt, streams, held or {}, specs)
     check_adapters(model, peft_config, specs.values())
     if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -385,8 +386,7 @@ def _teachers_by_branch(
     if not isinstance(given, dict):
         raise TypeError(
             f"teachers must map each branch of schedule {str(schedule)!r} to its teacher, got "
-            f"{without_secrets(repr(given))}. Pass "
-            "teachers={...} to the trainer or set it in the config."
+            f"{without_secrets(repr(given))}. Pass teachers={{...}} to the trainer or set it in the config."
         )
     for _, text in schedule.mismatches("teachers", given):
         raise ValueError(text)

@@ -82,6 +82,7 @@ class FakeVLLM:
         self.root = root or name
         self.max_model_len = max_model_len
         self.compact = compact
+        self.most_logprobs = 20  # of --max-logprobs
         self.requests = []  # (path, headers, body)
         # For the next scoring requests instead of scores: (status, text), None to drop the line, "hang", or "cut" for half
         # of the body.
@@ -149,6 +150,10 @@ class FakeVLLM:
         largest = max(token for ids in (prompts if isinstance(prompts[0], list) else [prompts]) for token in ids)
         if largest >= self.model.config.vocab_size:
             return 400, json.dumps({"error": {"message": f"Token id {largest} is out of vocabulary"}})
+        if body.get("prompt_logprobs", 0) > self.most_logprobs:
+            asked = f"Requested prompt logprobs of {body['prompt_logprobs']}"
+            text = f"{asked}, which is greater than max allowed: {self.most_logprobs}"
+            return 400, json.dumps({"error": {"message": text}})
         if not is_probe(body):
             self.before()
             with suppress(IndexError):

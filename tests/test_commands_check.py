@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import CHAT_TEMPLATE, VOCAB, make_model, make_tokenizer
+from conftest import CHAT_TEMPLATE, VOCAB, make_model, make_prompts, make_tokenizer
 from fake_vllm import other_tokenizer, reference_logps, with_noise, without_weights
 from trainers import SETTINGS
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig
@@ -214,6 +214,33 @@ def test_teachers_that_are_well_are_ok_in_every_line_and_exit_0(start_server, st
     assert table["domain", "context"][1] == "256 tokens, 129 needed"
     assert table["domain", "initial KL"][1].startswith("0.000 nats per token over ")
     assert float(table["general", "initial KL"][1].split()[0]) > 0.0
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "full"}, {"baseline": "kl"}], ids=str)
+@pytest.mark.parametrize("with_prompts", [True, False])
+def test_servers_where_whole_distributions_are_needed_are_an_error(
+    start_server, start_domain, check, student_model, tmp_path, settings, with_prompts
+):
+    if with_prompts:
+        for branch in ("general", "domain"):
+            make_prompts(branch, 9).to_json(tmp_path / f"{branch}.jsonl")
+        settings = {
+            **settings,
+            "prompts": {branch: str(tmp_path / f"{branch}.jsonl") for branch in ("general", "domain")},
+        }
+    teachers = {"general": start_server(model=student_model).url, "domain": start_domain().url}
+    code, table = check(teachers=teachers, **settings)
+    assert code == 2 and table["run", "settings"][0] == "error"
+    assert "of branch 'general'" in table["run", "settings"][1] and "divergence='top_k'" in table["run", "settings"][1]
+
+
+def test_server_that_gives_fewer_likeliest_tokens_than_the_run_asks_for_is_an_error(start_server, start_domain, check):
+    server = start_server()
+    server.most_logprobs = 8
+    teachers = {"general": server.url, "domain": start_domain().url}
+    code, table = check(teachers=teachers, divergence="top_k", divergence_top_k=9)
+    assert code == 2 and table["general", "log-probs"][0] == "error" and "9" in table["general", "log-probs"][1]
+    assert check(teachers=teachers, divergence="top_k", divergence_top_k=8)[0] == 0
 
 
 def test_initial_kl_is_measured_on_the_students_own_tokens(start_server, start_domain, check):

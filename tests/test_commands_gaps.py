@@ -71,6 +71,18 @@ def test_gaps_of_the_trained_model_are_those_that_its_run_has_measured_last(run,
     assert "domain: no change is shown" not in said and "domain has" in said
 
 
+@pytest.mark.parametrize("settings", [{"divergence": "full"}, {"baseline": "kl"}], ids=str)
+def test_gaps_of_a_run_with_the_whole_distributions_may_be_measured_against_servers(
+    run, capsys, start_server, settings
+):
+    of_run = yaml.safe_load(run.read_text())
+    server = start_server(model=make_model(2))
+    teachers = json.dumps({**of_run["teachers"], "general": server.url})
+    run.write_text(yaml.safe_dump({**of_run, **settings}))
+    cli.main(["gaps", of_run["model_name_or_path"], "--config", str(run), "--teachers", teachers])
+    assert "general" in capsys.readouterr().out and server.sequences
+
+
 def test_gaps_of_other_prompts_are_not_compared(run, tmp_path, capsys):
     cli.main(["train", str(run), "--max_steps", "1"])
     capsys.readouterr()

@@ -194,6 +194,16 @@ def test_print_shows_a_line_per_process_with_every_flag_scoring_needs(write, cap
     ]
 
 
+def test_teachers_may_be_asked_for_as_many_likeliest_tokens_as_the_run_needs(write, capsys):
+    config = write({"general": "org/general"})
+    for most, *asked in (
+        ("20",), ("20", "--divergence_top_k", "50"), ("20", "--divergence", "top_k"),
+        ("50", "--divergence", "top_k", "--divergence_top_k", "50"),
+    ):  # fmt: skip
+        (line,) = printed(capsys, config, *asked)
+        assert line[line.index("--max-logprobs") + 1] == most
+
+
 def test_student_is_served_as_trls_client_wants_it(write, capsys, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")  # of the teachers; the client of TRL sends none
     asked = ["--use_vllm", "true", "--vllm_mode", "server", "--model_name_or_path", "org/student"]

@@ -168,6 +168,14 @@ def test_exact_kl_of_a_server_is_refused(settings, tmp_path, tokenizer, start_se
         make_trainer(tmp_path, tokenizer, teachers={"general": server.url, "domain": make_model(3)}, **settings)
 
 
+def test_more_likeliest_tokens_than_a_teacher_has_are_refused_before_the_first_rollout(tmp_path, tokenizer):
+    settings = {"divergence": "top_k", "divergence_top_k": len(VOCAB) + 1}
+    with pytest.raises(
+        ValueError, match=rf"divergence_top_k={len(VOCAB) + 1} .* branch 'general'.* has: {len(VOCAB)}\."
+    ):
+        make_trainer(tmp_path, tokenizer, teachers={"general": make_model(2), "domain": make_model(3)}, **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -177,6 +185,13 @@ def test_exact_kl_of_a_server_is_refused(settings, tmp_path, tokenizer, start_se
         (
             {"divergence": "top_k", "token_rule": "selectkd"},
             "would not be used: divergence='top_k' is a rule of its own",
+        ),
+        *(
+            (
+                {"branch_weights": "sigma", "schedule": "general:1+domain:1", **asked},
+                "is about the spread of the sampled gaps",
+            )
+            for asked in ({"divergence": "full"}, {"divergence": "top_k"}, {"baseline": "kl"})
         ),
         ({"divergence": "half"}, "divergence must be one of"),
         ({"divergence": "top_k", "divergence_top_k": 0}, "divergence_top_k must be a whole number"),

@@ -113,6 +113,7 @@ NEEDS = {
     "importance_sampling_mode": ("truncate", {}),
     "relaxed_entropy_share": (0.5, {}), "relaxed_exploration_steps": (3, {"token_rule": "selectkd"}),
     "selectkd_reject_weight": (0.5, {"token_rule": "relaxed_opd"}), "mass_target": (0.5, {"selection": False}),
+    "score": ("positive", {"selection": False}),
     "divergence_top_k": (5, {}), "optimizer_moments": ("per_branch", {"schedule": "general:1+domain:1"}),
     "max_grad_norm": (0.3, OWN_OPTIMIZER), "loss_prefix_tokens": (64, {"max_completion_length": 64}),
     "student_logps": ("auto", {"disable_dropout": False}),

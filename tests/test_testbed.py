@@ -521,7 +521,7 @@ def test_testbed_killed_in_a_run_goes_on_to_the_same_results(tmp_path, python):
 # --- the gate ----------------------------------------------------------------------------------------------------
 
 # Of the way back to the general model, and of the domain's lead over it, in cross-entropy of the right answers. Below the
-# band, training does not teach; above it, something other than the teachers has an effect: no student gets closer than they.
+# band, training does not teach; above it, something other than the teachers has an effect: no student gets closer.
 # Ten general models, from other random weights, gave 0.88 to 0.99 of the one and 0.86 to 0.99 of the other, with a
 # standard deviation of 0.03; a run that learns nothing has 0 and 1. (Accuracy is no measure for models so small: those that
 # another processor trains, with other roundings, get anything between 0.1 and 1 of it back.)

@@ -8,7 +8,8 @@ import torch
 from camopd import CaMOPDConfig
 from camopd.errors import CaMOPDError
 from camopd.samples import Sample
-from camopd.token_rules import TOKEN_RULES, TokenRule, weigh
+from camopd.teachers.base import TokenScores
+from camopd.token_rules import TOKEN_RULES, TokenRule, rule_of, weigh
 
 
 @pytest.mark.parametrize("wrong", [None, torch.ones(1), torch.tensor([1.0, math.nan, 1.0])])
@@ -25,6 +26,28 @@ def test_weights_that_do_not_fit_their_samples_are_refused(wrong):
     rule.given = (torch.ones(3), wrong)
     with pytest.raises(CaMOPDError, match=r"Mine gave sample 1 token weights of shape .*; \(3,\) are needed"):
         weigh(rule, samples, 0, list)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logps", "said"),
+    [
+        ([4, 5], [-0.1, 1.5], r"probabilities that add up to 5\.387"),
+        ([4, 5], [-0.2, -0.2], r"probabilities that add up to 1\.637"),
+        ([4, 5], [-0.5, math.nan], "a log-prob that is not finite"),
+        ([4, 4], [-1.0, -1.0], "the same token twice"),
+    ],
+)
+def test_likeliest_tokens_that_no_distribution_has_are_refused(ids, logps, said, make_config):
+    """Of the second of three tokens; as they should be, they pass, rounded to bfloat16 as well."""
+    rule = rule_of(make_config(divergence="top_k", divergence_top_k=2))
+    sample = Sample("general", 7, [4] * 5, 2, torch.ones(3, dtype=torch.bool), 3, False)
+    sure = torch.tensor([[0.999, 0.001]]).log().to(torch.bfloat16).float()
+    right = TokenScores(torch.zeros(3), torch.tensor([[4, 5]] * 3), sure.repeat(3, 1))
+    rule.read_teacher(sample, right, "mine")
+    assert torch.equal(sample.seen["teacher_top_logps"], right.top_logps)
+    right.top_ids[1], right.top_logps[1] = torch.tensor(ids), torch.tensor(logps)
+    with pytest.raises(CaMOPDError, match=rf"'mine' gave {said} among its 2 .* at token 1 .* of sample 7\."):
+        rule.read_teacher(sample, right, "mine")
 
 
 class Advantage(TokenRule):

@@ -75,6 +75,7 @@ class TeacherWatch(StepCallback):
                 same_weights=state.global_step == 0
                 and not self._stepped
                 and is_student_start(teacher, self._student_name),
+                likeliest=args.divergence_top_k if args.divergence == "top_k" else 0,
             )
             try:
                 with phase(f"first look at teacher {branch!r} ({', '.join(teacher.urls)})"):  # asked as they are read

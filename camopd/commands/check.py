@@ -17,6 +17,7 @@ from ..schedule import Schedule
 from ..teacher_prompts import TeacherPrompts
 from ..teachers.address import OWN_TEACHERS, did_you_mean, has_adapter
 from ..teachers.check import (
+    LIKELIEST,
     PROBE_CONVERSATIONS,
     Finding,
     Probe,
@@ -52,6 +53,7 @@ def check(config: str, overrides: list[str]) -> None:
 
     from trl import get_peft_config
 
+    from ..loss import need_distributions
     from ..teachers.adapters import check_adapters
     from .check_run import check_context, check_places, check_room
 
@@ -87,9 +89,15 @@ def check(config: str, overrides: list[str]) -> None:
     if prompts.prompts is not None:
         found, shown = _check_prompts(prompts, model_args, args, teachers, tokenizer, student_size)
         findings += found
+    else:  # among the prompts' findings this is one
+        try:
+            need_distributions(args, teachers)
+        except ValueError as error:
+            findings.append(Finding("run", "settings", "error", str(error)))
     _stop_on_errors(findings)
     loaded = {**source, "dtype": model_args.dtype}
-    findings += _check_with_student(student, teachers, tokenizer, max_tokens, loaded, init_kwargs)
+    top_k = args.divergence_top_k if args.divergence == "top_k" else 0
+    findings += _check_with_student(student, teachers, tokenizer, max_tokens, loaded, init_kwargs, top_k)
     _stop_on_errors(findings)
     _show(findings)
     for line in shown:
@@ -213,10 +221,16 @@ def check_unloaded(
 
 
 def _check_with_student(
-    student: str, teachers: dict[str, Any], tokenizer: Any, max_tokens: int, source: dict[str, Any], init_kwargs: Any
+    student: str,
+    teachers: dict[str, Any],
+    tokenizer: Any,
+    max_tokens: int,
+    source: dict[str, Any],
+    init_kwargs: Any,
+    top_k: int,
 ) -> list[Finding]:
     """Load the student, compare log-probs, and let it write a little for the initial KL. A teacher in the process is loaded
-    to be asked, one after the other; `init_kwargs` are for these."""
+    to be asked, one after the other; `init_kwargs` are for these. `top_k`: likeliest tokens that the run asks for."""
     from ..logprobs import architecture, check_logps, completion_logps
 
     asked = {branch: teacher for branch, teacher in teachers.items() if teacher not in tuple(OWN_TEACHERS)}
@@ -258,7 +272,7 @@ def _check_with_student(
                 _say(f"loading teacher {branch!r}, {spec}, which is asked about them")
             teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
             itself += [branch] if is_student_start(teacher, student) else []
-            findings += _ask(branch, teacher, tokenizer, vocab_size, texts, branch in itself)
+            findings += _ask(branch, teacher, tokenizer, vocab_size, texts, branch in itself, top_k)
         except (CaMOPDError, ValueError) as error:
             findings.append(Finding(branch, "in the process", "error", str(error)))
         except torch.OutOfMemoryError:
@@ -273,10 +287,14 @@ def _say(what: str) -> None:
     print("\n".join(wrapped(f"{what}{pace} ...")), file=sys.stderr, flush=True)
 
 
-def _ask(branch: str, teacher: Any, tokenizer: Any, vocab_size: int, texts: Any, same: bool) -> list[Finding]:
-    """What a teacher says of the probe and of what the student has written, `texts`, each with the student's log-probs."""
+def _ask(
+    branch: str, teacher: Any, tokenizer: Any, vocab_size: int, texts: Any, same: bool, top_k: int
+) -> list[Finding]:
+    """What a teacher says of the probe and of what the student has written, `texts`, each with the student's log-probs.
+    `top_k`: its likeliest tokens that the run asks for."""
     (probe, probe_logps), (written, written_logps) = texts
-    found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, likeliest=True))
+    most = max(LIKELIEST, top_k)
+    found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, most))
     if any(finding.level == "error" for finding in found):
         return found
     try:

@@ -45,6 +45,7 @@ from ..teachers.vllm.plan import (
     plan_students,
     replicas_of,
     student_dtype,
+    top_k_of,
 )
 from . import processes
 from .ctrl_c import ends_at_once
@@ -108,14 +109,14 @@ def serve(argv: list[str]) -> None:
     max_model_len = _max_model_len(options.config, settings)
     dtype = options.dtype or (student_dtype(settings) if options.student else None)
     flags = [
-        flags_of(server, servers, vllm, max_model_len, dtype, options.tensor_parallel_size) + vllm_flags
+        flags_of(server, servers, vllm, max_model_len, dtype, options.tensor_parallel_size, top_k_of(settings))
         for server in servers
     ]
     if vllm is None:
         for server, own in zip(servers, flags, strict=True):
-            print(command_line(server, own))
+            print(command_line(server, own + vllm_flags))
         return
-    started = [Running(server, own, vllm) for server, own in zip(servers, flags, strict=True)]
+    started = [Running(server, own + vllm_flags, vllm) for server, own in zip(servers, flags, strict=True)]
     folder = Path(str(settings.get("output_dir") or "trainer_output"))
     _run(started, None if options.student else folder / SERVED_TEACHERS)
 

@@ -80,6 +80,7 @@ def make_trainer(
     if measure is not None:
         model.model_name_or_path, model.use_peft = measure, False
         args.output_dir, args.report_to, args.push_to_hub, args.resume_from_checkpoint = folder, [], False, None
+        args.divergence, args.baseline = "sampled", "none"  # what is measured; any teacher can give it
         note(args)
         if not prompts.eval_prompts:
             raise ValueError(

@@ -86,6 +86,7 @@ class Chart:
     caption: str
     quantities: tuple[Quantity, ...]
     setting: str = ""  # "" for metrics that every run writes
+    besides: str = ""  # what else they need, in words
 
 
 CHARTS = (
@@ -118,7 +119,7 @@ CHARTS = (
             Quantity("coherence/{branch}/gcg", "GCG (dotted, hollow: random control)", "%", reference=0,
                      beside="coherence/{branch}/gcg_control"),
         ),
-        f"{DIAGNOSTICS}: 10",
+        f"{DIAGNOSTICS}: 10", ", and a selection that leaves samples out",
     ),
     Chart(
         "conflict", "Branch gradients against each other (the paper's Figure 1)",

@@ -78,6 +78,7 @@ DETECTORS = (
                    lambda excess: excess.mean() > CLEAR * excess.sem()),
         ),
         lead=("kept samples agree more than chance gives: ", "kept samples agree no more than chance gives: "),
+        of_selection=True,
     ),
     Detector(
         "Selection follows length",

@@ -33,6 +33,7 @@ ABOVE_NORMALISED = (
 # Teachers of one origin with the student start at some 0.04 nats/token, a foreign one at 0.19, from which distillation is
 # much harder: https://arxiv.org/abs/2606.30406.
 INITIAL_KL_WARNING = 0.1
+LIKELIEST = 5  # tokens that a server is asked for
 VOCABULARY_PROBES = 256  # tokens spread over the vocabulary
 # Texts whose token ids differ between tokenizer families: spaces, digits, code, accents, CJK, an emoji.
 PROBE_TEXTS = ("The capital of  France is Paris.\n\n", "def f(x):\n    return x ** 2 + 31415", "Çéß 東京 😀")
@@ -218,7 +219,7 @@ def check_scores(
     probe: Probe,
     student_logps: list[Tensor],
     same_weights: bool,
-    likeliest: bool = False,
+    likeliest: int = 0,
 ) -> Iterable[Finding]:
     """What a teacher answers: finite, normalised and not uniform; near the student where it has the student's weights.
 
@@ -227,12 +228,13 @@ def check_scores(
         probe: what to score.
         student_logps: the student's own log-probs of it, (T_i,) each.
         same_weights: whether the teacher is the very model the student starts from.
-        likeliest: whether to ask a teacher in the process for its likeliest tokens; a server is asked always.
+        likeliest: how many of its likeliest tokens to ask for, at least; a server is asked for `LIKELIEST` always.
     """
     is_server = isinstance(teacher, ServerTeacher)
     try:
         scores = teacher.score(probe.token_ids, probe.prompt_lens)
-        tops = teacher.score(probe.token_ids, probe.prompt_lens, top_k=5) if is_server or likeliest else scores
+        most = max(LIKELIEST if is_server else 0, likeliest)
+        tops = teacher.score(probe.token_ids, probe.prompt_lens, top_k=most) if most else scores
     except CaMOPDError as error:
         yield Finding(branch, "log-probs", "error", str(error))
         return

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..errors import CaMOPDError
 from ..samples import Sample
 from ..teachers.base import TokenScores
 from .base import TokenRule
+
+
+MOST_MASS = 1.02  # of distinct tokens; more than 1 by the rounding of log-probs in bfloat16, 0.4 % of each
 
 
 class TopK(TokenRule):
@@ -17,7 +22,8 @@ class TopK(TokenRule):
         self.teacher_top_k = args.divergence_top_k
 
     def read_teacher(self, sample: Sample, scores: TokenScores, teacher: str) -> None:
-        """The likeliest tokens and their log-probs, (T, K). Raises `CaMOPDError` where it gave others or none."""
+        """The likeliest tokens and their log-probs, (T, K). Raises `CaMOPDError` where it gave others or none, or such as
+        no distribution has: they are what is trained on, and nothing else would show it."""
         wanted = (len(scores.logps), self.teacher_top_k)
         for name, found in (("top_ids", scores.top_ids), ("top_logps", scores.top_logps)):
             if found is None or tuple(found.shape) != wanted:
@@ -27,3 +33,18 @@ class TopK(TokenRule):
                     "position, see camopd.Teacher."
                 )
             sample.seen[f"teacher_{name}"] = found
+        ids, logps = scores.top_ids, scores.top_logps
+        assert ids is not None and logps is not None
+        mass = logps.float().exp().sum(dim=-1)
+        for wrong, what in (
+            (~logps.isfinite().all(dim=-1), "a log-prob that is not finite"),
+            (mass > MOST_MASS, f"probabilities that add up to {float(mass.nan_to_num().amax()):.4g}"),
+            ((ids.sort(dim=-1).values.diff(dim=-1) == 0).any(dim=-1), "the same token twice"),
+        ):
+            if wrong.any():
+                raise CaMOPDError(
+                    f"teacher {teacher!r} gave {what} among its {self.teacher_top_k} likeliest tokens, at token "
+                    f"{int(torch.nonzero(wrong)[0])} of the completion of sample {sample.position}. divergence='top_k' "
+                    "trains on them. See whether its log-probs are the model's own, before any sampling setting "
+                    "(docs/teachers.md)."
+                )

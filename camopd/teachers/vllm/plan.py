@@ -299,6 +299,11 @@ def key_of(server: Server, environment: Mapping[str, str] = os.environ) -> str |
     return keys[server.branches[0]]
 
 
+def top_k_of(settings: Mapping[str, Any]) -> int:
+    """The teacher's likeliest tokens that a run's steps ask for."""
+    return int(settings.get("divergence_top_k") or 20) if settings.get("divergence") == "top_k" else 0
+
+
 def flags_of(
     server: Server,
     servers: Sequence[Server],
@@ -306,8 +311,10 @@ def flags_of(
     max_model_len: int,
     dtype: str | None = None,
     tensor_parallel_size: int = 1,
+    top_k: int = 0,
 ) -> list[str]:
-    """vLLM's flags for one of the `servers`; `vllm` is None where it is not known what will run it."""
+    """vLLM's flags for one of the `servers`; `vllm` is None where it is not known what will run it. `top_k`: the likeliest
+    tokens that a run asks of a teacher."""
     cpu = vllm is not None and vllm.cpu
     flags = ["--host", server.host, "--port", str(server.port), "--max-model-len", str(max_model_len)]
     if not server.student:
@@ -326,7 +333,7 @@ def flags_of(
         flags += ["--weight-transfer-config", '{"backend": "nccl"}', "--max-logprobs", "-1"]
         flags += ["--logprobs-mode", "processed_logprobs"]  # of what it draws from
     else:
-        flags += ["--max-logprobs", "20"]
+        flags += ["--max-logprobs", str(max(20, top_k))]
         # The model's own distribution, before any sampling setting.
         flags += ["--logprobs-mode", "raw_logprobs"]
     # Without it the model's generation_config.json sets temperature and penalties that no request asked for.
