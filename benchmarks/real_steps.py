@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,17 @@ def report(out: Path) -> list[str]:
     if not whole:
         return ["# Steps to a given recovery with real weights", "", "No seed has all runs yet."]
     of, first = whole[0]["sampled gap"]["of"], "sampled gap"
-    rows = [["gradient", *(text for share in SHARES for text in (f"steps to {share:.0%}", "minus the sampled gap's")),
-             "general, at the end", "domain, at the end"]]  # fmt: skip
+    numbers: dict[str, Callable[[dict[str, list[float]]], float]] = {
+        **{f"steps to {share:.0%}": lambda kl, share=share: steps_to(share, kl["general"]) for share in SHARES},
+        **{f"{branch}, at the end": lambda kl, branch=branch: kl[branch][-1] for branch in BRANCHES},
+    }
+    rows = [["gradient", *(text for name in numbers for text in (name, "minus the sampled gap's"))]]
     for name in GRADIENTS:
         row = [name]
-        for share in SHARES:
-            mine, its = ([steps_to(share, seed[which]["kl"]["general"]) for seed in whole] for which in (name, first))
+        for number in numbers.values():
+            mine, its = ([number(seed[which]["kl"]) for seed in whole] for which in (name, first))
             row += [_said(mine), "" if name == first else _said([a - b for a, b in zip(mine, its, strict=True)], "+")]
-        rows.append([*row, *(_said([seed[name]["kl"][branch][-1] for seed in whole]) for branch in BRANCHES)])
+        rows.append(row)
     before = statistics.fmean(seed[name]["kl"]["general"][0] for seed in whole for name in GRADIENTS)
     made_with = "; ".join(sorted({f"{run['machine']}, {run['versions']}" for seed in whole for run in seed.values()}))
     return [
