@@ -128,7 +128,8 @@ def report(out: Path) -> list[str]:
         f"{of['steps']} steps of {of['prompts']} prompts, completions of up to {of['tokens']} tokens, 4e-5; sampled KL to "
         f"the general teacher on {of['heldout']} held-out prompts after each step, {before:.3f} before the first. *Steps "
         f"to* is the first after which that share of it is gone, {of['steps'] + 1} where none is, and so a floor; brackets "
-        "are 95 % over seeds (Student's t), where there are several that differ.",
+        "are 95 % over seeds (Student's t), where there are several that differ, and not corrected for their number. "
+        "The steps are what the runs were made for; the differences at the end were added when they were there.",
         "",
         markdown_table(rows),
     ]

@@ -56,7 +56,7 @@ _SAMPLES = {
 }
 # What changes the method, and is shown where it is not as in the paper.
 _METHOD = (
-    "token_rule", "loss_normalization", "branch_weights", "divergence", "divergence_top_k", "baseline", "rollout_lag",
+    "token_rule", "loss_normalization", "branch_weights", "divergence", "baseline", "rollout_lag",
     "importance_sampling_mode", "loss_prefix_tokens", "optimizer_moments",
 )  # fmt: skip
 
@@ -235,7 +235,8 @@ def _method(facts: RunFacts) -> str:
 def _other_method(args: Any) -> dict[str, str]:
     """The settings of the method that are not as in the paper, with their values."""
     fields = args.__dataclass_fields__
-    return {name: str(getattr(args, name)) for name in _METHOD if getattr(args, name) != fields[name].default}
+    found = {name: str(getattr(args, name)) for name in _METHOD if getattr(args, name) != fields[name].default}
+    return {**found, **({"divergence_top_k": str(args.divergence_top_k)} if args.divergence == "top_k" else {})}
 
 
 def _recovery(facts: RunFacts, out: Path) -> list[str]:
@@ -244,7 +245,7 @@ def _recovery(facts: RunFacts, out: Path) -> list[str]:
         lines = lines_of(out / HELD_OUT)
     except (
         ValueError
-    ):  # the card is written where nothing may fail any more, and the values of single prompts are extra
+    ):  # nothing may fail any more where the card is written, and the values of single prompts are extra
         lines = []
     known = of_history(facts.history, lines)
     found = {branch: known.get(branch, []) for branch in facts.schedule.branches} if known else {}
@@ -332,7 +333,7 @@ def _training(facts: RunFacts, sources: Mapping[str, tuple[str, str]]) -> list[s
     settings = {name: args.per_branch(name) for name in ("mass_target", "score", "scale", "selection")}
     for branch in facts.schedule.branches:
         values = [settings[name][branch] for name in ("mass_target", "score", "scale")]
-        values[:2] = values[:2] if settings["selection"][branch] else "--"
+        values[:2] = values[:2] if settings["selection"][branch] else ["-", "-"]
         selection = {True: "on", False: "off"}.get(settings["selection"][branch], settings["selection"][branch])
         lines.append(f"| {branch} | {' | '.join(map(str, values))} | {selection} | {_prompts(*sources[branch])} |")
     return [*lines, "", _METRICS, ""]

@@ -39,8 +39,8 @@ def need_distributions(args: CaMOPDConfig, teachers: Mapping[str, Any]) -> None:
                 f"{asked} needs the whole distribution of every teacher, and that of branch {branch!r}, {name}, is outside "
                 "this process. Name a model as the teacher, or set divergence='top_k'."
             )
-        if args.divergence == "top_k" and isinstance(teacher, LocalTeacher):
-            size = head_size(teacher.model)
+        if args.divergence == "top_k" and isinstance(teacher, (LocalTeacher, *OWN)):
+            size = head_size(teacher.student if isinstance(teacher, OWN) else teacher.model)
             if args.divergence_top_k > size:
                 raise ValueError(
                     f"divergence_top_k={args.divergence_top_k} asks for more tokens than the teacher of branch {branch!r}, "

@@ -409,7 +409,9 @@ def test_bf16_weights_move_in_every_arm_but_rounded_ones_hardly(demo_folder, tmp
 def test_run_without_scores_has_those_of_its_double_from_another_start_where_the_gaps_are_the_same(tmp_path, capsys):
     def write(start, method, after, score=None):
         gaps = {"before": 1.0, "after": after}
-        scores = {task: {"items": 64, "general": 9.0, "start": 1.0, "result": score} for task in real_weights.TASKS}
+        change = {"value": 0.01, "low": 0.0, "high": 0.02}
+        scores = {task: {"items": 64, "general": 9.0, "start": 1.0, "result": score, "change": change}
+                  for task in real_weights.TASKS}  # fmt: skip
         found = {"method": method, "seed": 0, "general": gaps, "domain": gaps, "versions": "v",
                  "of": {"start": start, "size": real_weights.ON_CPU}, **({"scores": scores} if score else {})}  # fmt: skip
         folder = tmp_path / "medical" / start

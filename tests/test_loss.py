@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import VOCAB, make_model, make_prompts, rounding
+from peft import LoraConfig
 from trainers import lines, make_args, make_trainer
 
 from camopd.forward import Forward
@@ -174,6 +175,11 @@ def test_more_likeliest_tokens_than_a_teacher_has_are_refused_before_the_first_r
         ValueError, match=rf"divergence_top_k={len(VOCAB) + 1} .* branch 'general'.* has: {len(VOCAB)}\."
     ):
         make_trainer(tmp_path, tokenizer, teachers={"general": make_model(2), "domain": make_model(3)}, **settings)
+    with pytest.raises(ValueError, match=rf"of branch 'general', 'adapter_off:.*, has: {len(VOCAB)}\."):
+        make_trainer(
+            tmp_path / "lora", tokenizer, teachers={"general": "adapter_off", "domain": "adapter_off"},
+            peft_config=LoraConfig(target_modules="all-linear"), **settings,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

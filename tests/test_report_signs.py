@@ -231,7 +231,8 @@ def test_selection_by_length_is_compared_with_chance(tmp_path):
 def test_selection_of_every_sample_follows_nothing(tmp_path):
     metrics = {**ALWAYS, "score/{branch}/length_spearman": 0.9, "selection/{branch}/kept_fraction": 1.0}
     found = signs(make_run(tmp_path / "off", 40, **metrics))
-    for name in ("Weak samples", "Selection follows length", "Selection follows outliers"):
+    assert found["Weak samples"].state == "not measured" and "every sample is kept" in found["Weak samples"].text
+    for name in ("Selection follows length", "Selection follows outliers"):
         assert (found[name].state, found[name].text) == ("not seen", "every sample is kept, so nothing is selected.")
     metrics["selection/{branch}/kept_fraction"] = by_branch(1.0, 0.5)
     found = signs(make_run(tmp_path / "half", 40, **metrics))["Selection follows length"]

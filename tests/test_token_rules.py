@@ -35,6 +35,7 @@ def test_weights_that_do_not_fit_their_samples_are_refused(wrong):
         ([4, 5], [-0.2, -0.2], r"probabilities that add up to 1\.637"),
         ([4, 5], [-0.5, math.nan], "a log-prob that is not finite"),
         ([4, 4], [-1.0, -1.0], "the same token twice"),
+        ([4, -1], [-1.0, -1.0], "a token below 0"),
     ],
 )
 def test_likeliest_tokens_that_no_distribution_has_are_refused(ids, logps, said, make_config):
@@ -45,6 +46,9 @@ def test_likeliest_tokens_that_no_distribution_has_are_refused(ids, logps, said,
     right = TokenScores(torch.zeros(3), torch.tensor([[4, 5]] * 3), sure.repeat(3, 1))
     rule.read_teacher(sample, right, "mine")
     assert torch.equal(sample.seen["teacher_top_logps"], right.top_logps)
+    rule.read_teacher(
+        sample, TokenScores(torch.zeros(0), right.top_ids[:0], right.top_logps[:0]), "mine"
+    )  # an empty answer
     right.top_ids[1], right.top_logps[1] = torch.tensor(ids), torch.tensor(logps)
     with pytest.raises(CaMOPDError, match=rf"'mine' gave {said} among its 2 .* at token 1 .* of sample 7\."):
         rule.read_teacher(sample, right, "mine")

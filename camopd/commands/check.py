@@ -53,7 +53,6 @@ def check(config: str, overrides: list[str]) -> None:
 
     from trl import get_peft_config
 
-    from ..loss import need_distributions
     from ..teachers.adapters import check_adapters
     from .check_run import check_context, check_places, check_room
 
@@ -85,15 +84,8 @@ def check(config: str, overrides: list[str]) -> None:
         check_context(args, model_config),
         *check_room(args, model_args, model_config, teachers, teacher_source),
     ]
-    shown: list[str] = []
-    if prompts.prompts is not None:
-        found, shown = _check_prompts(prompts, model_args, args, teachers, tokenizer, student_size)
-        findings += found
-    else:  # among the prompts' findings this is one
-        try:
-            need_distributions(args, teachers)
-        except ValueError as error:
-            findings.append(Finding("run", "settings", "error", str(error)))
+    found, shown = _check_prompts(prompts, model_args, args, teachers, tokenizer, student_size)
+    findings += found
     _stop_on_errors(findings)
     loaded = {**source, "dtype": model_args.dtype}
     top_k = args.divergence_top_k if args.divergence == "top_k" else 0
@@ -112,11 +104,16 @@ def _check_prompts(
     from trl import get_peft_config, get_quantization_config
 
     from ..files import load_all
+    from ..loss import need_distributions
     from ..setup import PROBED_PROMPTS, prepare
     from .check_run import as_seen, check_prompts
 
-    findings, shown = [], []
+    findings: list[Finding] = []
+    shown: list[str] = []
     try:
+        need_distributions(args, teachers)
+        if prompts.prompts is None:
+            return findings, shown
         run = prepare(
             str(model_args.model_name_or_path), teachers, args, load_all(prompts.prompts),
             load_all(prompts.eval_prompts) if prompts.eval_prompts else None, None, [], (None, None),
@@ -272,6 +269,10 @@ def _check_with_student(
                 _say(f"loading teacher {branch!r}, {spec}, which is asked about them")
             teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
             itself += [branch] if is_student_start(teacher, student) else []
+            if not isinstance(teacher, ServerTeacher) and top_k > head_size(teacher.model):
+                raise ValueError(
+                    f"divergence_top_k={top_k} asks for more tokens than it has: {head_size(teacher.model)}"
+                )
             findings += _ask(branch, teacher, tokenizer, vocab_size, texts, branch in itself, top_k)
         except (CaMOPDError, ValueError) as error:
             findings.append(Finding(branch, "in the process", "error", str(error)))

@@ -59,7 +59,9 @@ class Detector:
     numbers: tuple[Number, ...]
     split: str = "branch"  # as `lines_of` takes it
     lead: tuple[str, str] = ("", "")  # before the numbers of a sign that is seen, of one that is not
-    of_selection: bool = False  # asks only branches of which samples are dropped
+    of_selection: str = (
+        ""  # asks only branches of which samples are dropped: where none are, not "seen", or not "compared"
+    )
 
 
 def _related(correlation: pd.Series) -> bool:
@@ -78,7 +80,7 @@ DETECTORS = (
                    lambda excess: excess.mean() > CLEAR * excess.sem()),
         ),
         lead=("kept samples agree more than chance gives: ", "kept samples agree no more than chance gives: "),
-        of_selection=True,
+        of_selection="compared",
     ),
     Detector(
         "Selection follows length",
@@ -89,7 +91,7 @@ DETECTORS = (
             Number("selection/{branch}/jaccard_length", "overlap with selecting by length {mean:.2f} (chance {beside:.2f})",
                    beside="selection/{branch}/jaccard_chance"),
         ),
-        of_selection=True,
+        of_selection="seen",
     ),
     # Whether few tokens carry the score, or text on which the teacher is lost.
     Detector(
@@ -101,7 +103,7 @@ DETECTORS = (
             Number("selection/{branch}/score_perplexity_spearman",
                    "rank correlation of score and teacher perplexity {mean:+.2f}", _related),
         ),
-        of_selection=True,
+        of_selection="seen",
     ),
     Detector(
         "Steps mostly momentum",
@@ -269,6 +271,10 @@ def _detect(detector: Detector, frame: pd.DataFrame) -> Sign:
     if detector.of_selection:
         kept = lines_of(frame, "selection/{branch}/kept_fraction")
         lines = [branch for branch in lines if branch not in kept or kept[branch].min() < 1]
+        if not lines and detector.of_selection == "compared":
+            return Sign(
+                detector.name, "not measured", "every sample is kept, so there is no selection to compare with chance."
+            )
         if not lines:
             return Sign(detector.name, "not seen", "every sample is kept, so nothing is selected.")
     lines = [line for line in lines if any(shown.seen and line in values for shown, values in found)]

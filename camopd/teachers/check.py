@@ -33,7 +33,7 @@ ABOVE_NORMALISED = (
 # Teachers of one origin with the student start at some 0.04 nats/token, a foreign one at 0.19, from which distillation is
 # much harder: https://arxiv.org/abs/2606.30406.
 INITIAL_KL_WARNING = 0.1
-LIKELIEST = 5  # tokens that a server is asked for
+LIKELIEST = 5  # tokens that a server is asked for, and that a look is taken at where a run asks for more
 VOCABULARY_PROBES = 256  # tokens spread over the vocabulary
 # Texts whose token ids differ between tokenizer families: spaces, digits, code, accents, CJK, an emoji.
 PROBE_TEXTS = ("The capital of  France is Paris.\n\n", "def f(x):\n    return x ** 2 + 31415", "Çéß 東京 😀")
@@ -272,7 +272,7 @@ def _check_distribution(
             f"{teacher.name!r} gives every token the log-prob {logps.mean():.3f}, as -ln(vocabulary size): it has lost its "
             "weights (after a sleep without wake-up, for example). Start it again",
         )  # fmt: skip
-    masses = [row.top_logps.exp().sum(-1) for row in tops if row.top_logps is not None]
+    masses = [row.top_logps[:, :LIKELIEST].exp().sum(-1) for row in tops if row.top_logps is not None]
     most, least = (max(m.max().item() for m in masses), min(m.min().item() for m in masses)) if masses else (1.0, 1.0)
     # Five of V tokens, the likeliest, hold at least 5 / V; half of it allows for a teacher with a padded vocabulary.
     if logps.max() > ABOVE_NORMALISED or most > 1 + 10 * ABOVE_NORMALISED or least < 2.5 / vocab_size:
@@ -364,7 +364,7 @@ def narrower_head(student: int, teacher: int | None = None) -> str:
 
 def _check_end(branch: str, tokenizer: PreTrainedTokenizerBase, ends: list[int], tops: list[TokenScores]) -> Finding:
     """`ends`: any of them is an end, as a turn of Gemma's or Phi's ends with another token than a sequence."""
-    last = [row.top_ids[-1].tolist() for row in tops if row.top_ids is not None]
+    last = [row.top_ids[-1, :LIKELIEST].tolist() for row in tops if row.top_ids is not None]
     expected = sum(not set(ends).isdisjoint(likeliest) for likeliest in last)
     names = " or ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(ends))
     text = f"{names} is among its five likeliest tokens after {expected} of {len(tops)} complete answers"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ...schedule import number_of
 from ..address import (
     OWN_TEACHERS,
     base_of,
@@ -301,7 +302,11 @@ def key_of(server: Server, environment: Mapping[str, str] = os.environ) -> str |
 
 def top_k_of(settings: Mapping[str, Any]) -> int:
     """The teacher's likeliest tokens that a run's steps ask for."""
-    return int(settings.get("divergence_top_k") or 20) if settings.get("divergence") == "top_k" else 0
+    asked = settings.get("divergence_top_k", 20) if settings.get("divergence") == "top_k" else 0
+    try:
+        return int(number_of(str(asked)))
+    except ValueError as error:
+        raise ValueError(f"divergence_top_k: {error} Give a whole number.") from None
 
 
 def flags_of(
