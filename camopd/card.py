@@ -241,11 +241,9 @@ def _other_method(args: Any) -> dict[str, str]:
 
 def _recovery(facts: RunFacts, out: Path) -> list[str]:
     """The answer, in words."""
-    try:
+    try:  # nothing may fail any more where the card is written, and the values of single prompts are extra
         lines = lines_of(out / HELD_OUT)
-    except (
-        ValueError
-    ):  # nothing may fail any more where the card is written, and the values of single prompts are extra
+    except ValueError:
         lines = []
     known = of_history(facts.history, lines)
     found = {branch: known.get(branch, []) for branch in facts.schedule.branches} if known else {}

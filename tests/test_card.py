@@ -302,6 +302,8 @@ def test_card_describes_the_method_that_ran(tmp_path, tokenizer, method, said, r
          "on the samples with the largest teacher-student gaps (general) and all samples (domain)."),
         ({"schedule": "general:2,general+domain"}, "toward the teachers of its branches, of several in one step, on"),
         ({"divergence": "full"}, "| `divergence` | `full` |"),
+        ({"divergence": "top_k", "divergence_top_k": 20}, "| `divergence_top_k` | `20` |"),
+        ({"selection": False}, "| general | - | - | 2.0 | off |"),
         ({"baseline": "kl"}, "| `baseline` | `kl` |"),
         ({"loss_prefix_tokens": 3}, "| `loss_prefix_tokens` | `3` |"),
     ],
