@@ -269,10 +269,6 @@ def _check_with_student(
                 _say(f"loading teacher {branch!r}, {spec}, which is asked about them")
             teacher = spec if isinstance(spec, ServerTeacher) else _load_teacher(spec, branch, model, init_kwargs)
             itself += [branch] if is_student_start(teacher, student) else []
-            if not isinstance(teacher, ServerTeacher) and top_k > head_size(teacher.model):
-                raise ValueError(
-                    f"divergence_top_k={top_k} asks for more tokens than it has: {head_size(teacher.model)}"
-                )
             findings += _ask(branch, teacher, tokenizer, vocab_size, texts, branch in itself, top_k)
         except (CaMOPDError, ValueError) as error:
             findings.append(Finding(branch, "in the process", "error", str(error)))
@@ -294,6 +290,8 @@ def _ask(
     """What a teacher says of the probe and of what the student has written, `texts`, each with the student's log-probs.
     `top_k`: its likeliest tokens that the run asks for."""
     (probe, probe_logps), (written, written_logps) = texts
+    if not isinstance(teacher, ServerTeacher) and top_k > head_size(teacher.model):
+        raise ValueError(f"divergence_top_k={top_k} asks for more tokens than it has: {head_size(teacher.model)}")
     most = max(LIKELIEST, top_k)
     found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, most))
     if any(finding.level == "error" for finding in found):

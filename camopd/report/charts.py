@@ -88,6 +88,11 @@ class Chart:
     setting: str = ""  # "" for metrics that every run writes
     besides: str = ""  # what else they need, in words
 
+    @property
+    def way(self) -> str:
+        """How to have it, where no run has its metrics."""
+        return f"set `{self.setting}` in the config{self.besides}" if self.setting else "no run here has its metrics"
+
 
 CHARTS = (
     Chart(

@@ -111,12 +111,7 @@ def write_report(
         if figure is not None:
             blocks += [f"## {chart.title}", f"![{chart.title}]({chart.name}.png)", chart.caption]
         else:
-            way = (
-                f"set `{chart.setting}` in the config{chart.besides}"
-                if chart.setting
-                else "no run here has its metrics"
-            )
-            left_out.append(f"- {chart.title}: {way}.")
+            left_out.append(f"- {chart.title}: {chart.way}.")
     if left_out:
         blocks += ["## Not measured", "\n".join(left_out)]
     if len(runs) > 1:
