@@ -403,6 +403,7 @@ class CaMOPDConfig(DistillationConfig):
         setting_rules.refuse(self)
         check_generation_kwargs(self)
         setting_rules.warn(setting_rules.without_effect(self), self)
+        setting_rules.warn(method_rules.without_effect(self), self)
         late_settings.note(self, given)
 
     @classmethod

@@ -261,6 +261,18 @@ def _give_defaults(args: Any, schedule: Schedule) -> None:
             )  # fmt: skip
 
 
+def without_effect(args: Any) -> list[tuple[str, Any, str]]:
+    """Values of a branch that selects nothing, beside one that does; as `setting_rules.without_effect` gives settings."""
+    selects = args.per_branch("selection")
+    found = []
+    for name, read in (("mass_target", ""), ("score", ", and but for it only metrics and the guard zero_gap read it")):
+        values, of_paper = getattr(args, name), args.__dataclass_fields__[name].default_factory()
+        for branch in selects if isinstance(values, dict) and any(selects.values()) else ():
+            if not selects[branch] and values[branch] != of_paper.get(branch, OF_A_NEW_BRANCH[name]):
+                found.append((f"{name}[{branch!r}]", values[branch], f"selection is off in that branch{read}"))
+    return found
+
+
 def _check_schedule(args: Any, schedule: Schedule) -> None:
     for step in range(schedule.period):
         for branch, rows in schedule.rows(step, args.prompts_per_step).items():

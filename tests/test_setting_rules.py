@@ -1010,3 +1010,19 @@ def test_log_of_camopd_has_the_level_asked_for(settings, first, others, tmp_path
             assert log.level == expected
     finally:
         log.setLevel(level)
+
+
+def test_values_of_a_branch_that_selects_nothing_are_warned_of(tmp_path, caplog):
+    """And neither those of one that selects, nor one value for both, nor a default."""
+    make_config(tmp_path, selection={"general": False, "domain": True}, mass_target={"general": 0.3, "domain": 0.3},
+                score={"general": "positive", "domain": "absolute"})  # fmt: skip
+    assert warned(caplog) == ["mass_target['general']", "score['general']"]
+    caplog.clear()
+    for values in (
+        {"mass_target": 0.3},
+        {"mass_target": {"general": 0.8, "domain": 0.3}},
+        {"score": {"domain": "absolute"}},
+    ):
+        make_config(tmp_path, selection={"general": "random", "domain": True}, **values)
+        make_config(tmp_path, selection={"general": False, "domain": True}, **values)
+    assert not warned(caplog)
