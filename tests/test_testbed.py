@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -464,6 +465,22 @@ def test_every_part_says_that_it_has_no_runs_yet(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert said.count(" yet") == len(whole.PARTS) and not list(tmp_path.rglob("*.md"))
     assert said.count("the time is up") == len(whole.PARTS) and not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "0"], "--seeds 0: .* has seeds for 1 to 12"),
+        (["--only", "second", "--seeds", "13"], "--seeds 13: second has seeds for 1 to 12"),
+        (["--tables", "--seeds", "2"], "--tables runs nothing"),
+        (["--only", "third"], "invalid choice: 'third'.*second"),
+    ],
+)
+def test_words_that_nothing_would_follow_are_refused(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["testbed", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit):
+        whole.main()
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 # --- killed and started again -------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ def main() -> None:
     )
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
+    if options.seeds is not None and options.tables:
+        parser.error("--seeds says how many seeds to run, and --tables runs nothing. Leave one of them out.")
+    most = min(len(PARTS[name].seeds) for name in options.only)
+    if options.seeds is not None and not 1 <= options.seeds <= most:
+        parser.error(f"--seeds {options.seeds}: {' '.join(options.only)} has seeds for 1 to {most}.")
     until = time.monotonic() + options.seconds
     for name in options.only:
         part = PARTS[name]

@@ -336,7 +336,7 @@ def _rates(runs: Runs) -> str:
             f"{'supported' if within > between else 'not supported'}. "
             f"From one rate to the next {', '.join(f'{share:.0%}' for share in turned)} of the pairs of arms "
             "change their order (SGD left out). The last column is of the chosen rate: at how many measurements behind the "
-            "start the tuning run has 95 % of the domain in the half that chooses."
+            "start the tuning runs have 95 % of the domain in the half that chooses."
         )
     return text
 
