@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import RESULTS, demo_folder, demo_trainer, in_fresh_process, run, versions, write_report
-from real_weights import sha256
-from testbed.signs import t_interval
-from testbed.tables import said
+from real_weights import over_seeds, sha256
 
 from camopd import atomic
 from camopd.measured import HELD_OUT, lines_of
@@ -117,7 +115,10 @@ def report(out: Path) -> list[str]:
         row = [name]
         for number in numbers.values():
             mine, its = ([number(seed[which]["kl"]) for seed in whole] for which in (name, first))
-            row += [_said(mine), "" if name == first else _said([a - b for a, b in zip(mine, its, strict=True)], "+")]
+            row += [
+                over_seeds(mine),
+                "" if name == first else over_seeds([a - b for a, b in zip(mine, its, strict=True)], "+"),
+            ]
         rows.append(row)
     before = statistics.fmean(seed[name]["kl"]["general"][0] for seed in whole for name in GRADIENTS)
     made_with = "; ".join(sorted({f"{run['machine']}, {run['versions']}" for seed in whole for run in seed.values()}))
@@ -132,13 +133,34 @@ def report(out: Path) -> list[str]:
         "The steps are what the runs were made for; the differences at the end were added when they were there.",
         "",
         markdown_table(rows),
+        "",
+        "Each seed; *there* is the first step after which the general gap is what the sampled gap ends with, or less. KL "
+        "of the domain in nats per token.",
+        "",
+        markdown_table(_each(whole)),
     ]
 
 
-def _said(values: list[float], sign: str = "") -> str:
-    if len(set(values)) < 2:
-        return f"{values[0]:{sign}.3f}"
-    return said(t_interval(values), sign)
+def _each(seeds: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [
+        [
+            "seed",
+            "gradient",
+            *(f"steps to {share:.0%}" for share in SHARES),
+            "there",
+            "domain there",
+            "domain, at the end",
+        ]
+    ]
+    for seed in seeds:
+        aim = seed["sampled gap"]["kl"]["general"][-1]
+        for name in GRADIENTS:
+            general, domain = (seed[name]["kl"][branch] for branch in BRANCHES)
+            there = next((step for step, kl in enumerate(general) if kl <= aim), None)
+            rows.append([str(seed[name]["seed"]), name, *(str(steps_to(share, general)) for share in SHARES),
+                         "-" if there is None else str(there), "-" if there is None else f"{domain[there]:.3f}",
+                         f"{domain[-1]:.3f}"])  # fmt: skip
+    return rows
 
 
 def _read(path: Path) -> Any:

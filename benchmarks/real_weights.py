@@ -393,11 +393,12 @@ def _outcome(found: dict[str, dict[int, Any]], method: str, number: Callable[[An
     base = {} if method == METHODS[0] else found.get(METHODS[0], {})
     of = {seed: number(run) for seed, run in found[method].items()}
     pairs = [value - number(base[seed]) for seed, value in of.items() if seed in base]
-    return [_mean(list(of.values()), "", digits), _mean(pairs, "+", digits) if pairs else ""]
+    return [over_seeds(list(of.values()), "", digits), over_seeds(pairs, "+", digits) if pairs else ""]
 
 
-def _mean(values: list[float], sign: str, digits: int) -> str:
-    # Equal scores of a few seeds, as of 64 items there may be, do not show that there is no spread.
+def over_seeds(values: list[float], sign: str = "", digits: int = 3) -> str:
+    """The mean with its 95 % interval of Student's t, and alone where all are equal or there is one: equal scores of a few
+    seeds, as of 64 items there may be, do not show that there is no spread."""
     return said(t_interval(values), sign, digits) if len({*values}) > 1 else f"{values[0]:{sign}.{digits}f}"
 
 

@@ -480,6 +480,13 @@ def test_steps_to_a_recovery_are_counted_from_runs_that_are_done_once(demo_folde
     steps = {name: (cells[name][0], cells[name][2]) for name in curves}
     assert steps == {"`divergence: full`": ("1.000", "1.000"), "`divergence: top_k`": ("2.000", "3.000"),
                      "`baseline: kl`": ("3.000", "3.000")}  # fmt: skip
+    each = {row.split(" | ")[1]: row for row in text.split("Each seed;")[1].splitlines() if row.startswith("| 0 | ")}
+    assert list(each) == list(real_steps.GRADIENTS)
+    # The sampled gap ends below 1 here or above 4: so the curves are there in a step of their own, or never.
+    aim = json.loads((tmp_path / "found" / "0-0.json").read_text())["kl"]["general"][-1]
+    for name, curve in curves.items():
+        there = next((str(step) for step, kl in enumerate(curve) if kl <= aim), "-")
+        assert each[name].split(" | ")[4] == there
     asked.clear()
     real_steps.main(words)
     assert asked == []
