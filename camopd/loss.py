@@ -40,12 +40,17 @@ def need_distributions(args: CaMOPDConfig, teachers: Mapping[str, Any]) -> None:
                 "this process. Name a model as the teacher, or set divergence='top_k'."
             )
         if args.divergence == "top_k" and isinstance(teacher, (LocalTeacher, *OWN)):
-            size = head_size(teacher.student if isinstance(teacher, OWN) else teacher.model)
-            if args.divergence_top_k > size:
-                raise ValueError(
-                    f"divergence_top_k={args.divergence_top_k} asks for more tokens than the teacher of branch {branch!r}, "
-                    f"{teacher.name!r}, has: {size}. Set at most {size}, or divergence='full'."
-                )
+            need_tokens(args.divergence_top_k, branch, teacher)
+
+
+def need_tokens(top_k: int, branch: str, teacher: Any) -> None:
+    """Raise `ValueError` where a teacher in this process has fewer tokens than `divergence_top_k`."""
+    size = head_size(teacher.student if isinstance(teacher, OWN) else teacher.model)
+    if top_k > size:
+        raise ValueError(
+            f"divergence_top_k={top_k} asks for more tokens than the teacher of branch {branch!r}, {teacher.name!r}, has: "
+            f"{size}. Set at most {size}, or divergence='full'."
+        )
 
 
 class Loss:

@@ -204,6 +204,13 @@ def test_teachers_may_be_asked_for_as_many_likeliest_tokens_as_the_run_needs(wri
         assert line[line.index("--max-logprobs") + 1] == most
 
 
+@pytest.mark.parametrize("asked", ["lots", "5.5", "inf"])
+def test_likeliest_tokens_that_are_no_whole_number_are_refused_with_their_setting(write, capsys, asked):
+    words = ["--divergence", "top_k", "--divergence_top_k", asked]
+    with pytest.raises(ValueError, match=r"divergence_top_k must be a whole number, got ('inf'|5\.5|'lots')"):
+        printed(capsys, write({"general": "org/general"}), *words)
+
+
 def test_student_is_served_as_trls_client_wants_it(write, capsys, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")  # of the teachers; the client of TRL sends none
     asked = ["--use_vllm", "true", "--vllm_mode", "server", "--model_name_or_path", "org/student"]

@@ -289,9 +289,11 @@ def _ask(
 ) -> list[Finding]:
     """What a teacher says of the probe and of what the student has written, `texts`, each with the student's log-probs.
     `top_k`: its likeliest tokens that the run asks for."""
+    from ..loss import need_tokens
+
     (probe, probe_logps), (written, written_logps) = texts
-    if not isinstance(teacher, ServerTeacher) and top_k > head_size(teacher.model):
-        raise ValueError(f"divergence_top_k={top_k} asks for more tokens than it has: {head_size(teacher.model)}")
+    if not isinstance(teacher, ServerTeacher):
+        need_tokens(top_k, branch, teacher)
     most = max(LIKELIEST, top_k)
     found = list(check_scores(branch, teacher, tokenizer, vocab_size, probe, probe_logps, same, most))
     if any(finding.level == "error" for finding in found):

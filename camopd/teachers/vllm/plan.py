@@ -303,10 +303,12 @@ def key_of(server: Server, environment: Mapping[str, str] = os.environ) -> str |
 def top_k_of(settings: Mapping[str, Any]) -> int:
     """The teacher's likeliest tokens that a run's steps ask for."""
     asked = settings.get("divergence_top_k", 20) if settings.get("divergence") == "top_k" else 0
-    try:
-        return int(number_of(str(asked)))
-    except ValueError as error:
-        raise ValueError(f"divergence_top_k: {error} Give a whole number.") from None
+    with contextlib.suppress(ValueError, OverflowError):  # of no number, and of infinity
+        if (number := number_of(str(asked))) == int(number):
+            return int(number)
+    raise ValueError(
+        f"divergence_top_k must be a whole number, got {asked!r}. It is how many tokens a teacher is asked for."
+    )
 
 
 def flags_of(
