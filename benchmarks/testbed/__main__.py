@@ -5,7 +5,8 @@
     make testbed ARGS="--only first second"            # the two comparisons that have a protocol
     make testbed ARGS="--tables"                       # tables and figures of the results that are there
 
-One process, one run after the other: a fresh interpreter for each would cost as much as a run. A run is one file, written
+One process, one run after the other: a fresh interpreter for each would cost as much as a run, and changes nothing, as the
+part `sweep` shows. A run is one file, written
 whole or not at all, and is not run again; so the same command goes on after a kill. The order is such that what is there
 at any time is a table: all arms of a seed, then those of the next.
 """
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 from camopd import atomic
 
-from . import explore, gradients, knobs, lag, tables
+from . import explore, gradients, knobs, lag, sweep, tables
 from .arms import FIRST, SECOND, Comparison, rates
 from .jobs import ROOT, go_through
 from .run import Bench, run
@@ -101,6 +102,7 @@ SECOND_SAYS = {
 PARTS = {
     "first": Part("", FIRST.seeds, 12, partial(compare, FIRST), tables.write),
     "second": Part("second", SECOND.seeds, 12, partial(compare, SECOND), partial(tables.write, **SECOND_SAYS)),
+    "sweep": Part("sweep", SECOND.seeds, 1, sweep.work, sweep.write),
     "settings": Part("exploratory", explore.SEEDS, 3, explore.work, explore.write),
     "gradients": Part("exploratory", FIRST.seeds, 3, gradients.work, gradients.write),
     "knobs": Part("exploratory/knobs", knobs.SEEDS, 5, knobs.work, knobs.write),

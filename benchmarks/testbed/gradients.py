@@ -35,7 +35,7 @@ from camopd.token_rules import TokenRule
 from .arms import ARMS
 from .jobs import Benches, say
 from .models import VOCABULARY
-from .run import PROMPTS, Bench, trainer_of
+from .run import PROMPTS, Bench, recipe, trainer_of
 from .signs import t_interval
 
 
@@ -107,7 +107,7 @@ def _train(
     bench: Bench, model: Any, rate: float, seed: int, steps: int, callback: StepCallback, settings: dict[str, Any]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        trainer = trainer_of(bench, model, folder, rate, seed, steps, callback, settings)
+        trainer = trainer_of(bench, model, recipe(folder, rate, seed, steps, settings), callback)
         if isinstance(callback, Probe):
             callback.losses = losses_of(trainer.loss)
         trainer.train()

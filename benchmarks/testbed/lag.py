@@ -29,7 +29,7 @@ from .arms import ARMS
 from .explore import EVERY, RATES
 from .jobs import ROOT, go_through, say
 from .models import make_tokenizer
-from .run import STEPS, Bench, Watch, trainer_of
+from .run import STEPS, Bench, Watch, recipe, trainer_of
 from .tables import said
 
 
@@ -60,7 +60,7 @@ def run(bench: Bench, rate: float, seed: int, lag: int, steps: int = STEPS) -> d
     made = FakeRollouts(bench.specialised, make_tokenizer())
     with contextlib.closing(made) as server, tempfile.TemporaryDirectory() as folder:
         settings = {**ARMS["camopd"], "rollout_servers": [server.url], "rollout_lag": lag, "diagnostics_steps": EVERY}
-        trainer = trainer_of(bench, student, folder, rate, seed, steps, watch, settings)
+        trainer = trainer_of(bench, student, recipe(folder, rate, seed, steps, settings), watch)
         watch.rule = trainer.rule
         stopped = None
         try:

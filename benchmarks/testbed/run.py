@@ -144,33 +144,31 @@ def run(
     if arm == SFT:
         found = _sft(bench, student, watch, rate, seed, steps)
     else:
-        found = _distil(bench, student, watch, ARMS[arm] if settings is None else settings, rate, seed, steps)
+        found = distil(bench, student, watch, ARMS[arm] if settings is None else settings, rate, seed, steps)
     return {
         "arm": arm, "learning_rate": rate, "seed": seed, **found, "general": bench.measure(bench.general),
         "points": watch.points, "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
-def trainer_of(
-    bench: Bench,
-    student: LlamaForCausalLM,
-    folder: str,
-    rate: float,
-    seed: int,
-    steps: int,
-    callback: StepCallback,
-    settings: Mapping[str, Any],
-) -> CaMOPDTrainer:
-    """A trainer of a student that writes into a folder; `settings` of `CaMOPDConfig` over those that all runs share."""
+def recipe(folder: str, rate: float, seed: int, steps: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run that writes into a folder: `settings` of `CaMOPDConfig` over those that all runs share."""
     shared = {
         "max_completion_length": LONGEST, "diagnostics_steps": 0, "guards": dict.fromkeys(_OFF),
         "prompts_per_step": PROMPTS, "per_device_train_batch_size": PROMPTS,
     }  # fmt: skip
-    args = CaMOPDConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
-        gradient_checkpointing=False, max_steps=steps, max_prompt_length=20, logging_steps=10**6, seed=seed,
-        learning_rate=rate, **{**shared, **settings},
-    )  # fmt: skip
+    return {
+        "output_dir": folder, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "save_strategy": "no", "gradient_checkpointing": False, "max_steps": steps, "max_prompt_length": 20,
+        "logging_steps": 10**6, "seed": seed, "learning_rate": rate, **shared, **settings,
+    }  # fmt: skip
+
+
+def trainer_of(
+    bench: Bench, student: LlamaForCausalLM, settings: Mapping[str, Any], callback: StepCallback
+) -> CaMOPDTrainer:
+    """A trainer of a student; `settings` as `recipe` gives them."""
+    args = CaMOPDConfig(**settings)
     branches = Schedule.parse(args.schedule).branches
     teachers = {"general": bench.general, "domain": bench.specialised}
     return CaMOPDTrainer(
@@ -180,7 +178,7 @@ def trainer_of(
     )  # fmt: skip
 
 
-def _distil(
+def distil(
     bench: Bench,
     student: LlamaForCausalLM,
     watch: Watch,
@@ -189,9 +187,10 @@ def _distil(
     seed: int,
     steps: int,
 ) -> dict[str, Any]:
+    """Train a student in place. Why it stopped early, None where it did not, and `signs` where there are diagnostics."""
     stopped = None
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(bench, student, folder, rate, seed, steps, watch, settings)
+        trainer = trainer_of(bench, student, recipe(folder, rate, seed, steps, settings), watch)
         watch.rule = trainer.rule
         try:
             with contextlib.redirect_stdout(None):
