@@ -7,8 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import transformers
 from fake_vllm import FakeVLLM
+from packaging.version import Version
 from safetensors.torch import load_file
+
+
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"  # a model's keyword
 
 
 instances = itertools.count()
@@ -97,8 +102,8 @@ class FakeRollouts(FakeVLLM):
         ids, logps, cache = list(body["prompt"]), [], None
         while len(logps) < body["max_tokens"] and not (logps and ids[-1] in body["stop_token_ids"]):
             with torch.no_grad():
-                found = model(torch.tensor([ids[-1:] if cache else ids]), past_key_values=cache, use_cache=True)
-            row, cache = found.logits[0, -1].float().log_softmax(-1), found.past_key_values
+                found = model(torch.tensor([ids[-1:] if cache else ids]), **{CACHE: cache}, use_cache=True)
+            row, cache = found.logits[0, -1].float().log_softmax(-1), found[CACHE]
             ids.append(int(torch.multinomial(row.exp(), 1, generator=generator)))
             logps.append(float(row[ids[-1]]))
         written = ids[len(body["prompt"]) :]

@@ -494,7 +494,10 @@ def many(tmp_path_factory):
         )  # fmt: skip
         model = make_model(1)
         model.model.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.caches.add(type(kwargs.get("past_key_values")).__name__),
+            # The latter is its name below transformers 5.24.
+            lambda module, args, kwargs: seen.caches.add(
+                type(kwargs.get("cache", kwargs.get("past_key_values"))).__name__
+            ),
             with_kwargs=True,
         )
         counter = Counter()
