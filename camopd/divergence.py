@@ -19,7 +19,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .logprobs import TOP_K_TOKENS, completion_hidden_states, head_weights, logit_transform, sampled_logps
+from .logprobs import (
+    TOP_K_TOKENS,
+    completion_hidden_states,
+    head_logits,
+    head_weights,
+    logit_transform,
+    sampled_logps,
+)
 
 
 SMALLEST_TAIL = 1e-6  # probability of all other tokens together, below which it counts as this
@@ -117,10 +124,7 @@ def _top_k_kl(student: Outputs, teacher: Likeliest) -> Tensor:
     """In tiles of whole rows of the vocabulary, which the backward computes again."""
 
     def tile(hidden: Tensor, ids: Tensor, logps: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(hidden.to(student.weight.dtype), student.weight, student.bias).float()
-        logits = logits * student.scale
-        if student.softcap is not None:
-            logits = student.softcap * torch.tanh(logits / student.softcap)
+        logits = head_logits(hidden, *student[1:])
         # Rows that pad the teacher's head alone are outcomes that the student does not have.
         own = ids < logits.shape[-1]
         student_logps = logits.log_softmax(dim=-1).gather(-1, ids.where(own, 0))

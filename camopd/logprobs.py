@@ -105,6 +105,43 @@ def sampled_logps(
     return logps_M, entropy_M
 
 
+def head_logits(hidden_MH: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Logits (M, V) by the head's weights, with gradient, in float32 whatever the weights' dtype and autocast are.
+
+    What a matrix product of bfloat16 gives is rounded to three digits, logits of 20 to a sixteenth of a nat: more than a
+    student and its teacher differ by. As in TRL's chunked divergence the factors have that dtype, and their product none.
+    """
+    logits = _Linear.apply(hidden_MH, weight, bias) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kind = weight.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        ctx.save_for_backward(hidden, weight)
+        product = _product(hidden.to(ctx.dtype), weight.to(ctx.dtype).t())
+        return product if bias is None else product.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        wanted, factor = ctx.needs_input_grad, grad.to(ctx.dtype)
+        return (
+            _product(factor, weight.to(ctx.dtype)).to(hidden.dtype) if wanted[0] else None,
+            _product(factor.t(), hidden.to(ctx.dtype)).to(weight.dtype) if wanted[1] else None,
+            grad.sum(dim=0) if wanted[2] else None,
+        )
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    if one.is_cuda and one.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(one, other, out_dtype=torch.float32)
+    with torch.autocast(one.device.type, enabled=False):  # which is off in a backward, and may be on in a forward
+        return one.float() @ other.float()
+
+
 def completion_top_k(
     model: Any, token_ids: Sequence[Sequence[int]], prompt_lens: Sequence[int], pad_token_id: int, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -114,17 +151,16 @@ def completion_top_k(
     """
     with torch.no_grad():
         hidden_MH, _, mask_BT, causal_lm = completion_hidden_states(model, token_ids, prompt_lens, pad_token_id)
-        lm_head = causal_lm.get_output_embeddings()
-        scale, softcap = logit_transform(causal_lm.config.get_text_config())
+        weight, bias = head_weights(causal_lm)
+        transform = logit_transform(causal_lm.config.get_text_config())
         ids_MK, logps_MK = [], []
-        for hidden in hidden_MH.to(lm_head.weight.device).split(TOP_K_TOKENS):
-            logits = lm_head(hidden.to(lm_head.weight.dtype)).float() * scale
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            top = logits.log_softmax(dim=-1).topk(k, dim=-1)
-            ids_MK.append(top.indices)
-            logps_MK.append(top.values)
-        mask_BT = mask_BT.to(lm_head.weight.device)
+        gather = maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
+        with gather:
+            for hidden in hidden_MH.to(weight.device).split(TOP_K_TOKENS):
+                top = head_logits(hidden, weight, bias, *transform).log_softmax(dim=-1).topk(k, dim=-1)
+                ids_MK.append(top.indices)
+                logps_MK.append(top.values)
+        mask_BT = mask_BT.to(weight.device)
         shape = (*mask_BT.shape, k)
         ids = torch.zeros(shape, dtype=torch.long, device=mask_BT.device)
         logps = torch.zeros(shape, device=mask_BT.device)

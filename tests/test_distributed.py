@@ -35,7 +35,10 @@ ENGINE = [*FULL, "--student_logps", "engine", "--importance_sampling_mode", "non
 LORA = ["--lora", "true"]
 # A step of both branches and one of the teacher that is the student itself; some micro-batches have rows of one alone.
 EXACT = [*LORA, "--rebalance", "false", "--max_steps", "2", "--schedule", "general:1+domain:1,domain:1"]
-EXACT_RUNS = {"full": ["--divergence", "full"], "kl": ["--baseline", "kl"]}
+EXACT_RUNS = {
+    "full": ["--divergence", "full"], "kl": ["--baseline", "kl"],
+    "top_k": ["--divergence", "top_k", "--divergence_top_k", "5"],
+}  # fmt: skip
 # (launch file, settings, activation checkpointing), by name; the launch files are those that shard.
 SHARDED = {
     "zero2": ("zero2", FULL, "true"),
