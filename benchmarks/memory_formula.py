@@ -27,7 +27,7 @@ from typing import Any
 import memory
 from measuring import RESULTS, in_fresh_process, make_tokenizer, reset_peak, run, write_report
 
-from camopd.memory import CPU_COPIES, CPU_TILE, GPU_COPIES, GPU_TILE, Shape, activations
+from camopd.memory import Shape, activations
 
 
 SMALL = (  # shape, prompt tokens, completion tokens
@@ -68,15 +68,13 @@ def compare() -> list[str]:
 
 def on_cpu(shape: Shape, prompt: int, completion: int) -> float:
     """Bytes in float32: weights 4, gradients 4, Adam 8 a weight, and the teacher's weights, which stay where they are."""
-    return 20 * shape.weights + activations(shape, prompt + completion, completion, 4, CPU_TILE, CPU_COPIES)
+    return 20 * shape.weights + activations(shape, prompt + completion, completion, 4, "cpu")
 
 
 def on_gpu(shape: Shape, prompt: int, completion: int) -> float:
     """Bytes of float32 weights under bfloat16 autocast; the teacher is on the CPU by the time of the step's peak."""
     _, bytes_a_weight, number, _ = RECIPES[0]
-    return bytes_a_weight * shape.weights + activations(
-        shape, prompt + completion, completion, number, GPU_TILE, GPU_COPIES
-    )
+    return bytes_a_weight * shape.weights + activations(shape, prompt + completion, completion, number, "cuda")
 
 
 def row(shape: Shape, prompt: int, completion: int, predicted: float, found: dict[str, float]) -> str:
@@ -173,7 +171,7 @@ def largest(shape: Shape, static: float, memory: float, number: int, trains_head
     room = 0.8 * memory - static  # the formula is up to 16 % low; CUDA takes some, too
     found = 0
     for tokens in range(1024, 131072 + 1, 1024):
-        needed = activations(shape, tokens, tokens, number, GPU_TILE, GPU_COPIES)
+        needed = activations(shape, tokens, tokens, number, "cuda")
         if not trains_head:
             needed -= 8 * shape.vocabulary * shape.hidden  # no gradient of the head
         if needed > room:

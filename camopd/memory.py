@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 
-TOKEN_TILE = 4096  # rows of a tile, in trl.kernels.chunked_logprob
-GPU_TILE, GPU_COPIES = 32768, 2  # width of a tile, and its copies in the Triton kernel
-CPU_TILE, CPU_COPIES = 4096, 12  # those of the torch code that stands in for it
+# The head computes logits in tiles, (rows, width), of which there are some copies at once: few in TRL's kernels on a GPU,
+# many in the torch code that stands in for these elsewhere.
+ROWS = 4096  # of a tile in TRL's kernels
+SAMPLED = {"cuda": (32768, 2), "cpu": (4096, 12)}  # width and copies, trl.kernels.chunked_logprob
+WHOLE = {"cuda": (32768, 3), "cpu": (32768, 10)}  # trl.kernels.chunked_divergence
+TOP_K_ROWS, TOP_K_COPIES = 512, 3  # of tiles as wide as the vocabulary, camopd/divergence.py
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,28 @@ class Shape:
         return self.layers * layer + (1 if self.tied else 2) * self.vocabulary * self.hidden
 
 
-def activations(shape: Shape, tokens: int, completion_tokens: int, number: int, tile_width: int, copies: int) -> float:
+def activations(
+    shape: Shape, tokens: int, completion_tokens: int, number: int, device: str, gradient: str = "sampled"
+) -> float:
     """Bytes above weights, gradients and optimizer at the worst moment of forward and backward, with gradient
     checkpointing.
 
     Args:
         tokens: of a micro-batch, `completion_tokens` of them of completions.
         number: bytes of a number of the forward.
-        tile_width: of the vocabulary, of which the head computes a tile at a time; `copies` of it are there at once.
+        device: `cuda` or `cpu`.
+        gradient: `sampled`, `whole` (a teacher's distribution is there, too) or `top_k`.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     checkpoints = shape.layers * tokens * shape.hidden * number
     layer = 1.5 * tokens * (7 * shape.hidden + 2 * queries + 4 * keys + 4 * shape.mlp) * number
     head = completion_tokens * shape.hidden * (4 + number) + 8 * shape.vocabulary * shape.hidden
-    head += copies * min(completion_tokens, TOKEN_TILE) * tile_width * 4
-    return checkpoints + max(layer, head)
+    width, copies = SAMPLED[device]
+    tiles = copies * min(completion_tokens, ROWS) * width
+    if gradient == "whole":
+        head += completion_tokens * shape.hidden * number  # the teacher's hidden states
+        width, copies = WHOLE[device]
+        tiles = max(tiles, copies * min(completion_tokens, ROWS) * width)
+    elif gradient == "top_k":
+        tiles = max(tiles, TOP_K_COPIES * min(completion_tokens, TOP_K_ROWS) * shape.vocabulary)
+    return checkpoints + max(layer, head + 4 * tiles)

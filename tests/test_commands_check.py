@@ -753,6 +753,19 @@ def test_memory_of_the_optimizer_is_that_of_its_kind(tmp_path):
     assert static("adamw_bnb_8bit") / static("adamw_torch") == pytest.approx(10 / 16, abs=0.01)
 
 
+def test_memory_of_a_step_is_that_of_its_gradient(tmp_path):
+    """Tiles of whole distributions are wider than those of the sampled gap."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=200_000)
+
+    def moving(**settings):
+        args = CaMOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+        memory, _ = check_room(args, ModelConfig(dtype="float32"), config, {}, {})
+        return float(re.search(r"([\d.]+) GiB for micro-batches", memory.text)[1])
+
+    sampled, top_k = moving(), moving(divergence="top_k")
+    assert sampled < top_k < moving(divergence="full") == moving(baseline="kl")
+
+
 def test_end_of_a_turn_may_be_that_of_the_tokenizer_alone(check, student, tmp_path):
     """And the student's short answers end there, as in a run."""
     folder = shutil.copytree(student, tmp_path / "student")

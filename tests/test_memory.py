@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from camopd.memory import CPU_COPIES, CPU_TILE, Shape, activations
+from camopd.memory import Shape, activations
 
 
 @settings(max_examples=20, deadline=None)
@@ -34,6 +34,19 @@ def test_sizes_under_other_names_are_found_and_none_is_an_error():
 
 def test_activations_grow_with_tokens_and_numbers():
     shape = Shape(2, 64, 128, 4, 2, 16, 1000, True)
-    found = [activations(shape, tokens, tokens // 2, 4, CPU_TILE, CPU_COPIES) for tokens in (64, 128, 256)]
+    found = [activations(shape, tokens, tokens // 2, 4, "cpu") for tokens in (64, 128, 256)]
     assert found[0] < found[1] < found[2]
-    assert found[2] > activations(shape, 256, 128, 2, CPU_TILE, CPU_COPIES)
+    assert found[2] > activations(shape, 256, 128, 2, "cpu")
+
+
+def test_tiles_of_each_gradient_are_those_that_are_computed():
+    """Of a head so large that all else is small: its weights' gradient twice, and the copies of a tile that
+    test_divergence.py counts."""
+    shape = Shape(1, 16, 16, 1, 1, 16, 100_000, True)
+    found = {kind: activations(shape, 4096, 4096, 4, "cpu", kind) for kind in ("sampled", "whole", "top_k")}
+    gradient, small = 8 * 100_000 * 16, 5e6
+    for kind, tiles in (("sampled", 12 * 4096 * 4096), ("whole", 10 * 4096 * 32768), ("top_k", 3 * 512 * 100_000)):
+        expected = gradient + 4 * max(tiles, 12 * 4096 * 4096)
+        assert expected < found[kind] < expected + small, kind
+    on_gpu = [activations(shape, 8192, 8192, 2, "cuda", kind) for kind in ("sampled", "top_k", "whole")]
+    assert on_gpu[0] == on_gpu[1] < on_gpu[2]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import CaMOPDError
-from ..memory import CPU_COPIES, CPU_TILE, GPU_COPIES, GPU_TILE, Shape, activations
+from ..memory import Shape, activations
 from ..surroundings import check_folder, check_push, folder_of, need_context
 from ..teacher_prompts import TeacherPrompts
 from ..teachers.address import OWN_TEACHERS
@@ -142,8 +142,9 @@ def _memory(args: Any, shape: Shape, static: float, size: float) -> Finding:
     )
     written = min(tokens, args.per_device_train_batch_size * args.longest_completion)
     on_gpu = args.device.type == "cuda"
-    tile, copies = (GPU_TILE, GPU_COPIES) if on_gpu else (CPU_TILE, CPU_COPIES)
-    moving = activations(shape, tokens, written, 2 if size <= 2 else 4, tile, copies)
+    whole = args.divergence == "full" or args.baseline == "kl"
+    gradient = "whole" if whole else str(args.divergence)
+    moving = activations(shape, tokens, written, 2 if size <= 2 else 4, "cuda" if on_gpu else "cpu", gradient)
     free, where = torch.cuda.mem_get_info()[0] if on_gpu else _free_memory(), "the GPU" if on_gpu else "this machine"
     text = (
         f"some {_gib(static + moving)} for a step, by its sizes: {_gib(static)} for weights, gradients and optimizer, "
