@@ -71,7 +71,9 @@ def test_gaps_of_the_trained_model_are_those_that_its_run_has_measured_last(run,
     assert "domain: no change is shown" not in said and "domain has" in said
 
 
-@pytest.mark.parametrize("settings", [{"divergence": "full"}, {"baseline": "kl"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"divergence": "full"}, {"baseline": "kl"}, {"divergence": "top_k", "divergence_top_k": 50}], ids=str
+)  # fmt: skip
 def test_gaps_of_a_run_with_the_whole_distributions_may_be_measured_against_servers(
     run, capsys, start_server, settings
 ):

@@ -47,7 +47,8 @@ def test_page_leaves_out_figures_without_data_and_says_what_turns_them_on(tmp_pa
     assert not (tmp_path / "out" / "coherence.png").exists()
     left_out = text.split("## Not measured")[1].split("##")[0]
     assert f"the paper's Figure 1): set `{DIAGNOSTICS}: 10` in the config." in left_out
-    assert "Gradient coherence gain" in left_out
+    coherence = f"upper row): set `{DIAGNOSTICS}: 10` in the config, and a selection that leaves samples out."
+    assert "Gradient coherence gain" in left_out and coherence in left_out
     assert left_out.count("\n- ") == 2
 
 

@@ -95,3 +95,24 @@ def test_server_with_the_students_start_is_another_model_once_the_trainer_has_st
     )  # fmt: skip
     trainer.train()
     trainer.train()  # from step 0 again, with the weights that it has
+
+
+def test_server_that_gives_fewer_likeliest_tokens_than_the_run_needs_is_refused_before_the_first_rollout(
+    tmp_path, tokenizer, start_server
+):
+    server = start_server(model=make_model(2))
+    server.most_logprobs = 5
+    teachers = {"general": server.url, "domain": make_model(1)}
+
+    def trainer(top_k):
+        return make_trainer(
+            tmp_path, tokenizer, max_steps=1, teachers=teachers, divergence="top_k", divergence_top_k=top_k
+        )
+
+    refused = trainer(6)
+    refused.roll_out = None
+    with pytest.raises(TeacherError, match=r"(?s)'general'.* 6, .*max allowed: 5"):
+        refused.train()
+    trainer(5).train()
+    (line,) = lines(tmp_path)
+    assert line["loss"] > 0
