@@ -52,6 +52,7 @@ METHODS = (
 )  # fmt: skip
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "full": {"divergence": "full"}, "top_k": {"divergence": "top_k"}, "baseline_kl": {"baseline": "kl"},
+    "full_without_selection": {"divergence": "full", "selection": False},
 }  # fmt: skip
 SEEDS = (0, 1, 2)
 ON_CPU: dict[str, Any] = {

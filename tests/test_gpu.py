@@ -26,8 +26,8 @@ from plain_logits import (
 from trainers import lines, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from camopd import logprobs
-from camopd.logprobs import check_logps, completion_logps
+from camopd import divergence, logprobs
+from camopd.logprobs import check_logps, completion_logps, completion_top_k
 from camopd.masters import round_alike
 from camopd.packing import wants_packing
 from camopd.teachers.local import LocalTeacher
@@ -201,6 +201,61 @@ def test_log_probs_pass_the_check_that_a_run_makes_before_its_first_rollout(dtyp
     )
     # The largest of a dozen: of errors whose mean is within the bound, none is ten times as large.
     assert difference < (WIDE_LOGP if dtype == torch.float32 else 2 * 10 * bf16_bound(model))
+
+
+def two_kls(student, teacher, rows):
+    """KL at each token (B, T), and its gradients: of whole distributions, and of all tokens but one and that one."""
+    token_ids, prompt_lens = rows
+    views = divergence.outputs_of(teacher, token_ids, prompt_lens, 0, False)
+    ids, logps = completion_top_k(teacher, token_ids, prompt_lens, 0, teacher.config.vocab_size - 1)
+    own = torch.tensor([len(ids) - start for ids, start in zip(token_ids, prompt_lens, strict=True)])
+    own = (torch.arange(ids.shape[1]) < own[:, None]).to(ids.device)
+    for view in (views, divergence.Likeliest(ids[own], logps[own])):
+        _, kl = divergence.logps_and_kl(student, token_ids, prompt_lens, 0, False, [(range(len(token_ids)), view)])
+        yield kl, gradients(student, weighted_sum(kl))
+
+
+@pytest.mark.parametrize("make", [make_gemma2, make_phi, make_wide], ids=["soft cap", "bias", "llama"])
+def test_divergences_equal_those_of_plain_logits(make, device, monkeypatch):
+    """With tiles that end inside the vocabulary and inside the tokens."""
+    from trl.kernels import chunked_divergence
+
+    monkeypatch.setattr(chunked_divergence, "VOCAB_CHUNK_SIZE", 24)
+    monkeypatch.setattr(chunked_divergence, "TOKEN_CHUNK_SIZE", 5)
+    monkeypatch.setattr(divergence, "TOP_K_TOKENS", 5)
+    torch.manual_seed(0)
+    student, teacher = make().eval().to(device), make().eval().to(device)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    rows = make_rows(student.config.vocab_size)
+    expected = [(own.exp() * (own - other.detach())).sum(dim=-1)
+                for own, other in zip(plain(student, *rows), plain(teacher, *rows), strict=True)]  # fmt: skip
+    assert max(float(row.detach().max()) for row in expected if len(row)) > 0.01
+    plainly = gradients(student, weighted_sum(pad(expected)))
+    # Of the tail as one outcome log-probs are the logarithm of 1 minus a sum that is nearly 1.
+    for (kl, grads), tolerance in zip(two_kls(student, teacher, rows), (WIDE_LOGP, 1e-4), strict=True):
+        assert_rows_match(kl, expected, tolerance)
+        for name, gradient in plainly.items():
+            assert (grads[name] - gradient).norm() <= 0.01 * gradient.norm() + tolerance, name
+
+
+def test_divergences_in_bf16_keep_the_products_of_the_head_in_float32(device):
+    """Rounded, logits as large as these are off by some 0.1 nats, and the two by more than they agree here."""
+    torch.manual_seed(0)
+    student, teacher = (make_wide().to(device) for _ in range(2))
+    with torch.no_grad():
+        teacher.load_state_dict(student.state_dict())
+        for model in (student, teacher):
+            model.lm_head.weight.mul_(8)
+        teacher.lm_head.weight.add_(0.003 * torch.randn_like(teacher.lm_head.weight))
+    with torch.autocast(device.type, torch.bfloat16):
+        (full, expected), (top, found) = two_kls(student, teacher, make_rows(1500))
+        assert student(torch.tensor(make_rows(1500)[0][:1], device=device)).logits.abs().max() > 30
+    assert 0 < full.mean() < 0.05
+    torch.testing.assert_close(top, full, rtol=0, atol=1e-4)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 2**-6 * gradient.norm(), name
 
 
 # -------------------------------------------------------------------------------------------------------- padding-free

@@ -490,20 +490,21 @@ def test_camopd_sweep_trains_the_same_weights(bench, tmp_path, monkeypatch):
     """A program for each run, with models, prompts and settings from files, against the trainer in this process."""
     monkeypatch.setattr(run, "PROMPTS", 8)
     monkeypatch.setattr(sweep, "EVERY", 2)
-    short = sweep.run
+    trained, swept, short = [], sweep.swept, sweep.run
     monkeypatch.setattr(sweep, "run", lambda *args: short(*args, steps=4))
-    monkeypatch.setattr(tables, "chosen_rates", lambda runs: {"full_without_selection": 3e-4})
+    monkeypatch.setattr(sweep, "swept", lambda *args: trained.append(swept(*args)) or trained[0])
+    rates = dict.fromkeys(arms.RATES, 0.0) | {3e-4: 1.0}
+    means = {"full_without_selection": rates, "camopd": {**rates, 7e-4: math.nan}}  # whose tuning is not done
+    monkeypatch.setattr(tables, "rate_means", lambda runs: means)
     monkeypatch.setattr(jobs, "Benches", lambda folder: type("Of", (), {"of": staticmethod(lambda seed: bench)}))
     sweep.work(tmp_path / "sweep", tmp_path / "models", time.monotonic() + 600, [13])
     (found,) = tables.read(tmp_path / "sweep")
     assert found["stopped"] is None and found["apart"] == 0
     last = {half: found["points"][-1][half] for half in run.HALVES}
     assert last == found["in_one_process"]
-    start = {key: value.clone() for key, value in bench.specialised.state_dict().items()}
-    trained = models.LlamaForCausalLM.from_pretrained(
-        tmp_path / "models" / "sweep" / "13" / "runs" / "full_without_selection" / "seed-13"
-    ).state_dict()
-    assert any(not torch.equal(trained[key], start[key]) for key in start)
+    (model,) = trained
+    start = bench.specialised.state_dict()
+    assert any(not torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
     sweep.write(tmp_path / "sweep")
     text = (tmp_path / "sweep" / "sweep.md").read_text(encoding="utf-8")
     assert "In 1 of them every weight is the same" in text and "| without selection, full KL | 13 |" in text

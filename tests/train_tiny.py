@@ -61,6 +61,9 @@ def run(words: list[str]) -> CaMOPDTrainer:
         if options.lora
         else None,
     )
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None:  # which else keeps tensors of less than 100,000 numbers whole: here every one
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.evaluate()
     trainer.save_model(str(Path(args.output_dir) / "final"))
@@ -68,7 +71,7 @@ def run(words: list[str]) -> CaMOPDTrainer:
         facts = {
             "world_size": args.world_size,
             "type": str(trainer.accelerator.distributed_type.value),
-            "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", None),
+            "zero_stage": getattr(plugin, "zero_stage", None),
             "sharded": sorted({type(value).__name__ for value in trainer.model.parameters()}),
         }
         (Path(args.output_dir) / "facts.json").write_text(json.dumps(facts))

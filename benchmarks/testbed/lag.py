@@ -10,7 +10,6 @@ model with transformers in float32; so all that differs is `rollout_lag`. A run 
 from __future__ import annotations
 
 import contextlib
-import copy
 import statistics
 import sys
 import tempfile
@@ -55,7 +54,7 @@ def run(bench: Bench, rate: float, seed: int, lag: int, steps: int = STEPS) -> d
     from fake_rollouts import FakeRollouts
 
     started = time.perf_counter()
-    student = copy.deepcopy(bench.specialised).requires_grad_(True)  # as a teacher it was frozen by the run before
+    student = bench.student()
     watch = Watch(bench, student, EVERY)
     made = FakeRollouts(bench.specialised, make_tokenizer())
     with contextlib.closing(made) as server, tempfile.TemporaryDirectory() as folder:

@@ -78,6 +78,10 @@ class Bench:
         ]
         return cls(general, specialised, prompts, items, covered)
 
+    def student(self) -> LlamaForCausalLM:
+        """A copy of the specialised model, to train."""
+        return copy.deepcopy(self.specialised).requires_grad_(True)  # as a teacher it was frozen by the run before
+
     def measure(self, model: LlamaForCausalLM) -> dict[str, dict[str, float]]:
         """Accuracy on each half of the items: covered skills, uncovered ones, and the domain, each a mean over skills."""
         found: dict[str, dict[str, list[bool]]] = {half: {} for half in HALVES}
@@ -139,7 +143,7 @@ def run(
     gc.collect()
     gc.freeze()  # accelerate collects garbage as `train` begins, a second among all that has been imported
     started = time.perf_counter()
-    student = copy.deepcopy(bench.specialised).requires_grad_(True)  # as a teacher it was frozen by the run before
+    student = bench.student()
     watch = Watch(bench, student, every)
     if arm == SFT:
         found = _sft(bench, student, watch, rate, seed, steps)

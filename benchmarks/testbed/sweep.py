@@ -10,11 +10,12 @@ difference of a weight.
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -36,42 +37,43 @@ from .run import EVERY, STEPS, Bench, Watch, distil, recipe
 from .tables import read
 
 
-WORKPLACE = "sweep"  # folder of models, prompts, configs and runs, in that of the models
-
-
 def work(out: Path, models: Path, until: float, seeds: Sequence[int]) -> None:
-    """Do the runs that are not there, at the rates that the second comparison chose."""
-    rates = tables.chosen_rates(read(out.parent / "second"))
-    jobs = (
-        (f"{seed}-{arm}", seed, partial(run, models / WORKPLACE / str(seed), arm, rates[arm], seed))
-        for seed in seeds
-        for arm in SECOND.arms
-        if arm in rates
-    )
+    """Do the runs that are not there, of the arms whose rate the second comparison has chosen."""
+    tuned = read(out.parent / "second")
+    rates, means = tables.chosen_rates(tuned), tables.rate_means(tuned)
+    arms = [arm for arm in SECOND.arms if arm in means and not any(map(math.isnan, means[arm].values()))]
+    jobs = ((f"{seed}-{arm}", seed, partial(run, arm, rates[arm], seed)) for seed in seeds for arm in arms)
     go_through(jobs, out, models, until)
 
 
-def run(folder: Path, arm: str, rate: float, seed: int, bench: Bench, steps: int = STEPS) -> dict[str, Any]:
-    """Train an arm twice. `points` has the accuracies at the end of the run of `camopd sweep`, as other runs have them."""
+def run(arm: str, rate: float, seed: int, bench: Bench, steps: int = STEPS) -> dict[str, Any]:
+    """Train an arm twice. `points` has the accuracies at the end of the run of `camopd sweep`, as other runs have them;
+    where it stopped, those of this process, and `apart` is `None`."""
     started = time.perf_counter()
-    student = copy.deepcopy(bench.specialised).requires_grad_(True)  # as a teacher it was frozen by the run before
+    student = bench.student()
     watch = Watch(bench, student, EVERY)
     stopped = distil(bench, student, watch, ARMS[arm], rate, seed, steps)["stopped"]
     here = time.perf_counter() - started
-    name = f"{arm}/seed-{seed}"
-    write_files(folder, bench, arm, rate, seed, steps)
-    words = [sys.executable, "-m", "camopd.cli", "sweep", str(folder / f"{arm}.sweep.yaml")]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number adds up in another order
-    subprocess.run([*words, "--only", name], check=True, env={**os.environ, **threads})
-    swept = folder / "runs" / name
-    trained = LlamaForCausalLM.from_pretrained(swept)
-    weights = zip(student.state_dict().items(), trained.state_dict().items(), strict=True)
+    with tempfile.TemporaryDirectory() as name:
+        trained = swept(Path(name), bench, arm, rate, seed, steps)
+    apart = None
+    if trained is not None:
+        weights = zip(student.state_dict().values(), trained.state_dict().values(), strict=True)
+        apart = max(float((one - other).abs().max()) for one, other in weights)
     return {
-        "arm": arm, "learning_rate": rate, "seed": seed, "stopped": stopped,
-        "points": [{"step": steps, **bench.measure(trained)}], "in_one_process": bench.measure(student),
-        "apart": max(float((one - other).abs().max()) for (_, one), (_, other) in weights),
+        "arm": arm, "learning_rate": rate, "seed": seed, "stopped": stopped, "apart": apart,
+        "points": [{"step": steps, **bench.measure(trained or student)}], "in_one_process": bench.measure(student),
         "seconds_here": round(here, 1), "seconds": round(time.perf_counter() - started - here, 1),
     }  # fmt: skip
+
+
+def swept(folder: Path, bench: Bench, arm: str, rate: float, seed: int, steps: int) -> LlamaForCausalLM | None:
+    """What `camopd sweep` has trained, in an empty folder; `None` where its run has stopped, of which it says why."""
+    write_files(folder, bench, arm, rate, seed, steps)
+    words = [sys.executable, "-m", "camopd.cli", "sweep", str(folder / "sweep.yaml")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number adds up in another order
+    ended = subprocess.run([*words, "--only", f"{arm}/seed-{seed}"], check=False, env={**os.environ, **threads})
+    return None if ended.returncode else LlamaForCausalLM.from_pretrained(folder / "runs" / arm / f"seed-{seed}")
 
 
 def write_files(folder: Path, bench: Bench, arm: str, rate: float, seed: int, steps: int) -> None:
@@ -88,12 +90,13 @@ def write_files(folder: Path, bench: Bench, arm: str, rate: float, seed: int, st
         "prompts": {branch: str(file) for branch, file in prompts.items()},
     }  # fmt: skip
     settings = recipe(str(folder / "run"), rate, seed, steps, ARMS[arm])
-    sweep = {
-        "output_dir": str(folder / "runs"), "configs": [str(folder / f"{arm}.yaml")], "seeds": [seed],
-        "command": "{python} -m camopd.cli train {config} --seed {seed} --output_dir {output_dir} {resume}",
-    }  # fmt: skip
-    for name, content in {arm: {**paths, **settings}, f"{arm}.sweep": sweep}.items():
+    sweep = {"output_dir": str(folder / "runs"), "configs": [str(folder / f"{arm}.yaml")], "seeds": [seed]}
+    for name, content in {arm: {**paths, **settings}, "sweep": sweep}.items():
         atomic.write(folder / f"{name}.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
+def _difference(apart: float | None) -> str:
+    return "stopped" if apart is None else f"{apart:.1e}" if apart else "0"
 
 
 def write(out: Path) -> None:
@@ -107,7 +110,7 @@ def write(out: Path) -> None:
     for each in runs:
         measured = (each["points"][-1], each["in_one_process"])
         values = (f"{of['report'][group]:.4f}" for of in measured for group in ("covered", "domain"))
-        rows.append([NAMES[each["arm"]], str(each["seed"]), *values, f"{each['apart']:.1e}" if each["apart"] else "0"])
+        rows.append([NAMES[each["arm"]], str(each["seed"]), *values, _difference(each["apart"])])
     alike = sum(each["apart"] == 0 for each in runs)
     before = {(one["arm"], one["seed"]): one["points"][-1]["report"]
               for one in read(out.parent / "second") if one["stage"] == "comparison"}  # fmt: skip
