@@ -233,8 +233,8 @@ def test_divergences_equal_those_of_plain_logits(make, device, monkeypatch):
                 for own, other in zip(plain(student, *rows), plain(teacher, *rows), strict=True)]  # fmt: skip
     assert max(float(row.detach().max()) for row in expected if len(row)) > 0.01
     plainly = gradients(student, weighted_sum(pad(expected)))
-    # Of the tail as one outcome log-probs are the logarithm of 1 minus a sum that is nearly 1.
-    for (kl, grads), tolerance in zip(two_kls(student, teacher, rows), (WIDE_LOGP, 1e-4), strict=True):
+    # Of the tail, one outcome, a probability is 1 minus the sum of all others, and below 1e-6 counts as that.
+    for (kl, grads), tolerance in zip(two_kls(student, teacher, rows), (WIDE_LOGP, 1e-3), strict=True):
         assert_rows_match(kl, expected, tolerance)
         for name, gradient in plainly.items():
             assert (grads[name] - gradient).norm() <= 0.01 * gradient.norm() + tolerance, name

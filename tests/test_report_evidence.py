@@ -34,12 +34,14 @@ def test_evidence_is_about_signs_of_the_report(tmp_path):
 
 def test_evidence_in_words(monkeypatch):
     monkeypatch.setattr(evidence, "EVIDENCE", {
-        "one": evidence.Evidence("Counteraction", -0.5, 0.25, ("recovery",)),
-        "two": evidence.Evidence("Counteraction", 0.1, 0.1),
-        "three": evidence.Evidence("Imbalance", 0.1, 0.0),
-        "four": evidence.Evidence("", 0.1, 0.75, ("preservation",)),
+        "one": evidence.Evidence("Counteraction", -0.5, 0.25, -0.25, ("recovery", "kept")),
+        "two": evidence.Evidence("Counteraction", 0.1, 0.1, 0.1),
+        "three": evidence.Evidence("Imbalance", 0.1, 0.0, 0.0),
+        "four": evidence.Evidence("", 0.1, 0.75, 0.1, ("preservation",)),
     })  # fmt: skip
-    assert evidence.worth("Counteraction") == "one: -0.50 with recovery"
+    assert evidence.worth("Counteraction") == (
+        "one: -0.50 with recovery; one: -0.25 with recovery with the domain kept"
+    )
     assert evidence.worth("Imbalance") == "nothing" and evidence.worth("Time and padding") == "not tried"
     text = evidence.in_short({"Counteraction", "Imbalance", "Time and padding"})
     assert "There the numbers of counteraction said something of it." in text

@@ -5,10 +5,10 @@
     make testbed ARGS="--only first second"            # the two comparisons that have a protocol
     make testbed ARGS="--tables"                       # tables and figures of the results that are there
 
-One process, one run after the other: a fresh interpreter for each would cost as much as a run, and the part `sweep` shows of
-thirteen arms that it changes nothing. A run is one file, written whole or not at all, and is not run again; so the same
-command goes on after a kill. The order is such that what is there at any time is a table: all arms of a seed, then those of
-the next.
+One process, one run after the other: a fresh interpreter for each would cost as much as a run, and changes nothing, as
+the part `sweep` shows of thirteen arms. A run is one file, written whole or not at all, and is not run again; so the same
+command goes on after a kill. The order is such that what is there at any time is a table: all arms of a seed, then those
+of the next.
 """
 
 from __future__ import annotations

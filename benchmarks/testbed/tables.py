@@ -236,8 +236,8 @@ def _head(runs: Runs, protocol: str) -> str:
     seconds = sum(run["seconds"] for run in runs)
     seeds = len(by_arm(runs, outcome)[BASE])
     return (
-        f"\nMade by `make testbed`; {protocol} says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes on "
-        f"the clock. {seeds} seeds of the comparison have all arms and are in the tables. Brackets are 95 % bootstrap "
+        f"\nMade by `make testbed`; {protocol} says what everything is. {len(runs)} runs, {seconds / 60:.0f} minutes of "
+        f"runs, added up. {seeds} seeds of the comparison have all arms and are in the tables. Brackets are 95 % bootstrap "
         "intervals over seeds.\n"
     )
 
