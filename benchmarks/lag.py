@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import RESULTS, demo_trainer, in_fresh_process, metrics_of, run, versions, write_report
-from testbed.signs import t_interval
-from testbed.tables import said
+from testbed.signs import said, t_interval
 
 from camopd import atomic
 

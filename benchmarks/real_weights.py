@@ -10,11 +10,11 @@ file in benchmarks/results/real_weights, from which real_weights.md there is mad
 is not done again, also where its model is gone. Files, models and answers of one start, one set of prompts and one set of
 sizes lie together, in folders that are named by a hash of these: on another processor the start has other bytes.
 
-The methods are the paper's, its parts, and the two that the testbed puts first beside them (docs/testbed.md); then CaMOPD
-with the other estimators of the gradient, of which the gaps alone are measured. Sizes are those of `ON_CPU`, which two
-cores manage in a night, or of `ON_GPU`. A model this small leaves a GPU idle for most of a step, and `--at-once` runs of a
-sweep share it. Not too many: seventeen on one H200 took 26 to 37 s a step each. Where the GPU has no evalscope:
-benchmarks/recorded_answers.py.
+The methods are the paper's, its parts, and the two that the testbed's first protocol puts first beside them
+(docs/testbed.md); then those with the other estimators of the gradient, of which the gaps alone are measured. Sizes are
+those of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`. A model this small leaves a GPU idle for most of a
+step, and `--at-once` runs of a sweep share it. All runs are trained before the first is evaluated: scores need vLLM and
+evalscope (`make .venv-vllm/installed .venv-eval/installed`), and without them `--stop-after train` has all the rest.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from typing import Any
 
 import yaml
 from measuring import RESULTS, versions, write_report
-from testbed.signs import t_interval
-from testbed.tables import said
+from testbed.signs import said, t_interval
 
 from camopd import atomic
 from camopd.eval.stats import Interval
@@ -149,8 +148,13 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
 
     general = unpack_base_model(RUNS / "general")
     target = RUNS / domain / "specialised"
+    sizes = json.dumps(size["specialise"]) + "\n"
     if target.is_dir():
-        return
+        if (target / "sizes.json").is_file() and (target / "sizes.json").read_text(encoding="utf-8") == sizes:
+            return
+        sys.exit(
+            f"{target} was specialised with other sizes than {sizes.strip()}. Move {RUNS} away, and it is made anew."
+        )
     beside = target.with_name("_specialised")
     flags = {
         "model_name_or_path": general, "dtype": "float32", "dataset_name": RUNS / domain / "sft.jsonl",
@@ -159,6 +163,7 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     run_program(sys.executable, str(ROOT / "examples" / "specialize.py"), *words)
+    atomic.write(beside / "sizes.json", sizes)
     beside.rename(target)
 
 
@@ -198,8 +203,8 @@ def plan(domain: str, size: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
 def go_through(data: Path | None, domain: str, size: dict[str, Any], kept: Path, at_once: int) -> None:
     """Do the runs that have no file in `kept`: train, keep the gaps, and with `data` evaluate and keep the scores.
 
-    `at_once` runs train beside each other, and are evaluated one after the other when all of these are done: the server of
-    an evaluation takes a GPU for itself alone.
+    `at_once` runs train beside each other, and are evaluated one after the other when all are done: the server of an
+    evaluation takes a GPU for itself alone.
     """
     folder, of = plan(domain, size)
     files = {(method, seed): kept / domain / folder.name / f"{method}-{seed}.json"
@@ -221,16 +226,15 @@ def go_through(data: Path | None, domain: str, size: dict[str, Any], kept: Path,
 
     left = [job for job in files if not is_done(job)]
     for place in range(0, len(left), at_once):
-        some = left[place : place + at_once]
         with ThreadPoolExecutor(at_once) as pool:
-            list(pool.map(train, some))
+            list(pool.map(train, left[place : place + at_once]))
         report(kept)
-        for job in some if data is not None else ():
-            if job[0] in METHODS:
-                found = json.loads(files[job].read_text(encoding="utf-8"))
-                found["scores"] = evaluate(data, folder, job, size)
-                atomic.write(files[job], json.dumps(found) + "\n")
-                report(kept)
+    for job in left if data is not None else ():
+        if job[0] in METHODS:
+            found = json.loads(files[job].read_text(encoding="utf-8"))
+            found["scores"] = evaluate(data, folder, job, size)
+            atomic.write(files[job], json.dumps(found) + "\n")
+            report(kept)
 
 
 def held_out(run: Path) -> dict[str, Any]:

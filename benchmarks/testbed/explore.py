@@ -25,7 +25,8 @@ from . import signs, tables
 from .arms import ARMS
 from .jobs import go_through, say
 from .run import STEPS, Bench, run
-from .tables import Outcome, said
+from .signs import said
+from .tables import Outcome
 
 
 RATES = (1.5e-4, 3e-4)

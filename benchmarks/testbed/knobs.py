@@ -28,8 +28,8 @@ from .explore import RATES
 from .jobs import go_through, say
 from .models import WORDS, Size, load_or_make, make_general, specialise
 from .run import Bench, run
+from .signs import said
 from .skills import COVERED, GENERAL, NEAR
-from .tables import said
 
 
 @dataclass(frozen=True)

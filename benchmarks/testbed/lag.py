@@ -29,7 +29,7 @@ from .explore import EVERY, RATES
 from .jobs import ROOT, go_through, say
 from .models import make_tokenizer
 from .run import STEPS, Bench, Watch, recipe, trainer_of
-from .tables import said
+from .signs import said
 
 
 LAGS = (0, 1)

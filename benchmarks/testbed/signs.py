@@ -136,3 +136,10 @@ def of_seeds(by_seed: Mapping[int, Sequence[Mapping[str, Any]]], number: str, ou
 def is_clear(interval: Interval) -> bool:
     """Whether a correlation says something: see `CLEAR`."""
     return abs(interval.value) >= CLEAR and interval.low * interval.high > 0
+
+
+def said(interval: Interval, sign: str = "", digits: int = 3) -> str:
+    """An interval with so many digits behind the point; `sign` is "+" for a difference."""
+    return "{:{form}} [{:{form}}, {:{form}}]".format(
+        interval.value, interval.low, interval.high, form=f"{sign}.{digits}f"
+    )

@@ -17,6 +17,7 @@ from camopd.eval.stats import Interval, difference, resampled_means
 from camopd.report.page import table as markdown_table
 
 from .arms import ARMS, NAMES, rates
+from .signs import said
 
 
 KEPT = 0.95  # of the specialised model's accuracy on its domain, that counts as preserved
@@ -360,10 +361,3 @@ def _turned(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan
-
-
-def said(interval: Interval, sign: str = "", digits: int = 3) -> str:
-    """An interval with so many digits behind the point; `sign` is "+" for a difference."""
-    return "{:{form}} [{:{form}}, {:{form}}]".format(
-        interval.value, interval.low, interval.high, form=f"{sign}.{digits}f"
-    )
