@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .balance import packing_is_less_work, score_batches, square_cost
 from .divergence import Likeliest, Outputs, logps_and_kl, outputs_of
-from .logprobs import architecture, check_logps, completion_logps, completion_top_k
-from .packing import packing_is_exact, settle_packing, wants_packing
+from .logprobs import architecture, check_logps, completion_logps, completion_top_k, rounding_of
+from .packing import packing_fault, settle_packing, wants_packing
 from .teachers.base import TokenScores
 
 
@@ -144,7 +144,8 @@ class Forward:
         with evaluating(self.model), self._autocast():
             check_logps(f"{self._whose} ({architecture(self.model)})", forward, self._whole, self.model)
             if packed is not False:
-                packed = settle_packing(packed, packing_is_exact(forward), self._wanted, self._whose)
+                fault = packing_fault(forward, rounding_of(self.model))
+                packed = settle_packing(packed, fault, self._wanted, self._whose)
         self.packed = packed
 
     def _packs(self, token_ids: Sequence[Sequence[int]]) -> bool:

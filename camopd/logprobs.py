@@ -347,15 +347,32 @@ def logps_tolerance(model: Any, logits_MV: Tensor, targets_M: Tensor) -> float:
     sum's V, which are added up in float32.
     """
     weight = causal_lm_of(model).get_output_embeddings().weight
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    unit, unit_float32 = torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-    if torch.get_float32_matmul_precision() != "highest" and device == "cuda":
-        unit = max(unit, 2**-11)  # TF32
+    unit, unit_float32 = _unit_of(weight), torch.finfo(torch.float32).eps / 2
     logits = logits_MV.gather(-1, targets_M[:, None]).abs().max(), logits_MV.max(dim=-1).values.abs().max()
     largest, size = float(max(logits)), logits_MV.size(-1)
     num_terms = getattr(weight, "ds_shape", weight.shape)[-1]  # ZeRO-3 keeps a parameter's shape elsewhere
     return 2 * (unit * largest + num_terms * unit_float32 * (largest + math.log(size)))
+
+
+def rounding_of(model: Any) -> float:
+    """How far the log-probs of two kernels for one model may lie apart, as a share of their size.
+
+    Each layer rounds some 15 times on the way of the residual stream, to the dtype computed in, the rest twice; independent
+    errors add up to the root of their number.
+    """
+    causal_lm = causal_lm_of(model)
+    layers = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None) or 0
+    return 2 * _unit_of(causal_lm.get_output_embeddings().weight) * math.sqrt(15 * layers + 2)
+
+
+def _unit_of(weight: Tensor) -> float:
+    """The largest relative error of rounding to the dtype that a forward computes in."""
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    unit = torch.finfo(dtype).eps / 2
+    if torch.get_float32_matmul_precision() != "highest" and device == "cuda":
+        unit = max(unit, 2**-11)  # TF32
+    return unit
 
 
 class SampledLogps(LogitsProcessor):

@@ -122,8 +122,8 @@ def test_micro_batches_go_without_padding_where_that_is_less_work(tmp_path, toke
 
 
 def test_rows_that_see_each_other_are_padded_from_the_first_step(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("camopd.forward.packing_is_exact", lambda forward: False)
-    with pytest.raises(ValueError, match="padding_free=True, but in the student rows"):
+    monkeypatch.setattr("camopd.forward.packing_fault", lambda forward, rounding: "rows see each other")
+    with pytest.raises(ValueError, match=r"padding_free=True, but in the student rows see each other\. Leave"):
         make_trainer(tmp_path, tokenizer, padding_free=True, max_steps=1).train()
 
 
