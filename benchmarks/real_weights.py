@@ -11,10 +11,11 @@ is not done again, also where its model is gone. Files, models and answers of on
 sizes lie together, in folders that are named by a hash of these: on another processor the start has other bytes.
 
 The methods are the paper's, its parts, and the two that the testbed's first protocol puts first beside them
-(docs/testbed.md); then those with the other estimators of the gradient, of which the gaps alone are measured. Sizes are
-those of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`. A model this small leaves a GPU idle for most of a
-step, and `--at-once` runs of a sweep share it. All runs are trained before the first is evaluated: scores need vLLM and
-evalscope (`make .venv-vllm/installed .venv-eval/installed`), and without them `--stop-after train` has all the rest.
+(docs/testbed.md); then CaMOPD with the other estimators of the gradient, and `full` without selection, of which the
+gaps alone are measured. Sizes are those of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`. A model this small
+leaves a GPU idle for most of a step, and `--at-once` runs of a sweep share it. All runs are trained before the first is evaluated:
+scores need vLLM and evalscope (`make .venv-vllm/installed .venv-eval/installed`), and without them `--stop-after train` has
+all the rest.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def specialise(domain: str, size: dict[str, Any]) -> None:
         if (target / "sizes.json").is_file() and (target / "sizes.json").read_text(encoding="utf-8") == sizes:
             return
         sys.exit(
-            f"{target} was specialised with other sizes than {sizes.strip()}. Move {RUNS} away, and it is made anew."
+            f"{target} was specialised with other or unknown sizes, not {sizes.strip()}. Move {RUNS} away, and it is made "
+            "anew."
         )
     beside = target.with_name("_specialised")
     flags = {

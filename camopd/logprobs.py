@@ -108,8 +108,9 @@ def sampled_logps(
 def head_logits(hidden_MH: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """Logits (M, V) by the head's weights, with gradient, in float32 whatever the weights' dtype and autocast are.
 
-    What a matrix product of bfloat16 gives is rounded to three digits, logits of 20 to a sixteenth of a nat: more than a
-    student and its teacher differ by. As in TRL's chunked divergence the factors have that dtype, and their product none.
+    What a matrix product of bfloat16 gives is rounded to three digits, a logit of 20 by up to a sixteenth of a nat: more
+    than a student and its teacher may differ by. As in TRL's chunked divergence the factors are of the dtype computed in,
+    and their product is float32.
     """
     logits = _Linear.apply(hidden_MH, weight, bias) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -138,7 +139,7 @@ class _Linear(torch.autograd.Function):
 def _product(one: Tensor, other: Tensor) -> Tensor:
     if one.is_cuda and one.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(one, other, out_dtype=torch.float32)
-    with torch.autocast(one.device.type, enabled=False):  # which is off in a backward, and may be on in a forward
+    with torch.autocast(one.device.type, enabled=False):
         return one.float() @ other.float()
 
 
@@ -347,7 +348,7 @@ def logps_tolerance(model: Any, logits_MV: Tensor, targets_M: Tensor) -> float:
     sum's V, which are added up in float32.
     """
     weight = causal_lm_of(model).get_output_embeddings().weight
-    unit, unit_float32 = _unit_of(weight), torch.finfo(torch.float32).eps / 2
+    unit, unit_float32 = _unit_of(weight.device.type, weight.dtype), torch.finfo(torch.float32).eps / 2
     logits = logits_MV.gather(-1, targets_M[:, None]).abs().max(), logits_MV.max(dim=-1).values.abs().max()
     largest, size = float(max(logits)), logits_MV.size(-1)
     num_terms = getattr(weight, "ds_shape", weight.shape)[-1]  # ZeRO-3 keeps a parameter's shape elsewhere
@@ -362,13 +363,15 @@ def rounding_of(model: Any) -> float:
     """
     causal_lm = causal_lm_of(model)
     layers = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None) or 0
-    return 2 * _unit_of(causal_lm.get_output_embeddings().weight) * math.sqrt(15 * layers + 2)
+    return (
+        2 * _unit_of(causal_lm.get_input_embeddings().weight.device.type, causal_lm.dtype) * math.sqrt(15 * layers + 2)
+    )
 
 
-def _unit_of(weight: Tensor) -> float:
-    """The largest relative error of rounding to the dtype that a forward computes in."""
-    device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def _unit_of(device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of rounding to the dtype that a forward of weights of `dtype` computes in."""
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     unit = torch.finfo(dtype).eps / 2
     if torch.get_float32_matmul_precision() != "highest" and device == "cuda":
         unit = max(unit, 2**-11)  # TF32

@@ -280,6 +280,27 @@ def test_prompts_of_real_weights_are_apart_and_all_there(tmp_path, monkeypatch):
         assert len(found["domain_heldout"]) == len(found["general_heldout"]) == held_out
 
 
+def test_model_specialised_with_other_sizes_is_not_taken_for_one_with_these(tmp_path, monkeypatch):
+    """As one of the CPU's sizes on a machine with a GPU."""
+    target = tmp_path / "runs" / "real" / "medical" / "specialised"
+
+    def fine_tune(*words):
+        made.append(words[words.index("--max_steps") + 1])
+        target.with_name("_specialised").mkdir()
+
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real_weights, "run_program", fine_tune)
+    monkeypatch.setattr("camopd.commands.demo_stages.unpack_base_model", lambda folder: folder)
+    target.parent.mkdir(parents=True)
+    for _ in range(2):  # and is there the second time
+        real_weights.specialise("medical", real_weights.ON_CPU)
+    assert made == ["40"] and target.is_dir()
+    with pytest.raises(SystemExit, match=r"other or unknown sizes, not .*300.*Move runs/real away"):
+        real_weights.specialise("medical", real_weights.ON_GPU)
+    assert made == ["40"]
+
+
 def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, monkeypatch):
     """In the place of `camopd sweep` and `camopd eval` stand programs that write what these do, and refuse as they do."""
     done, asked, lost = [], [], set()

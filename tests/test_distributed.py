@@ -108,6 +108,8 @@ def launched(tmp_path_factory, python):
             # The adapter first: after that the server has other weights than those of its folder.
             on_servers = {"servers-lora": [*few, *LORA], "servers": few}
             exact = {f"exact-{name}": [*EXACT, *more, "--save_strategy", "no"] for name, more in EXACT_RUNS.items()}
+            # And with all weights, of whose head the gradient is another product.
+            exact["exact-whole"] = [*exact["exact-top_k"], "--lora", "false"]
             if config == "ddp":
                 launch(python, "ddp", folder, {"full": FULL, "lora": LORA, **exact, **on_servers})
             elif config == "zero2":
@@ -190,7 +192,7 @@ def test_sharded_runs_are_the_data_parallel_run(name, launched, resumed):
         torch.testing.assert_close(value, found[key], atol=WEIGHT, rtol=0, msg=key)
 
 
-@pytest.mark.parametrize("name", EXACT_RUNS)
+@pytest.mark.parametrize("name", [*EXACT_RUNS, "whole"])
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])
 @pytest.mark.slow
 def test_sharded_runs_with_whole_distributions_are_the_data_parallel_run(config, name, launched):

@@ -89,8 +89,8 @@ def test_top_k_kl_has_all_other_tokens_as_one(k):
 
 
 def test_top_k_kl_in_bfloat16_is_that_of_whole_distributions(monkeypatch):
-    """TRL's kernel keeps the head's product in float32. Rounded to bfloat16, logits of 20 are off by up to 0.06 nats,
-    student's and teacher's alike; what is left of that here is the rounding of a gradient on its way to the weights."""
+    """TRL's kernel keeps the head's product in float32. Rounded to bfloat16, logits of 30 are off by up to a sixteenth;
+    what is left of that is the rounding of a gradient on its way to the weights."""
 
     def rounded(*of):
         return head_logits(*of).bfloat16().float()
@@ -99,8 +99,8 @@ def test_top_k_kl_in_bfloat16_is_that_of_whole_distributions(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for model in (student, teacher):
-            model.lm_head.weight.mul_(60)
-        teacher.lm_head.weight.add_(0.01 * torch.randn(teacher.lm_head.weight.shape, generator=generator))
+            model.lm_head.weight.mul_(6)
+        teacher.lm_head.weight.add_(0.03 * torch.randn(teacher.lm_head.weight.shape, generator=generator))
     k, found = len(VOCAB) - 1, []  # the last outcome is one token
     with torch.autocast("cpu", torch.bfloat16):
         ids, logps = completion_top_k(teacher, IDS, STARTS, 0, k)
@@ -116,10 +116,11 @@ def test_top_k_kl_in_bfloat16_is_that_of_whole_distributions(monkeypatch):
             kl.sum().backward()
             found.append((kl.detach(), gradients(student)))
     assert logits.abs().max() > 20
-    (full, expected), (top, grads), (off, _) = found
-    assert 0 < full[own].mean() < 0.01
-    torch.testing.assert_close(top, full, atol=1e-4, rtol=0)
-    assert (off - full).abs().max() > 3e-4
+    (full, expected), (top, grads), (off, far) = found
+    assert 0.001 < full[own].mean() < 0.01
+    torch.testing.assert_close(top, full, atol=2e-5, rtol=0)
+    assert (off - full).abs().max() > 1e-3
+    assert any((ours - theirs).norm() > 2**-6 * theirs.norm() for ours, theirs in zip(far, expected, strict=True))
     for ours, theirs in zip(grads, expected, strict=True):
         assert (ours - theirs).norm() <= 2**-6 * theirs.norm()
 

@@ -208,7 +208,7 @@ def two_kls(student, teacher, rows):
     token_ids, prompt_lens = rows
     views = divergence.outputs_of(teacher, token_ids, prompt_lens, 0, False)
     ids, logps = completion_top_k(teacher, token_ids, prompt_lens, 0, teacher.config.vocab_size - 1)
-    own = torch.tensor([len(ids) - start for ids, start in zip(token_ids, prompt_lens, strict=True)])
+    own = torch.tensor([len(row) - start for row, start in zip(token_ids, prompt_lens, strict=True)])
     own = (torch.arange(ids.shape[1]) < own[:, None]).to(ids.device)
     for view in (views, divergence.Likeliest(ids[own], logps[own])):
         _, kl = divergence.logps_and_kl(student, token_ids, prompt_lens, 0, False, [(range(len(token_ids)), view)])

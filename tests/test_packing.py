@@ -1,5 +1,7 @@
 """Rows without padding: the numbers of rows with it, and only of models that keep them apart."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_forward, make_model
@@ -175,20 +177,31 @@ def test_rows_that_see_each_other_without_padding_are_found_out(caplog):
 
 
 def test_rounding_of_unlikely_tokens_in_bfloat16_is_no_fault_of_packing():
-    """As of the special tokens that the two rows are of in many models, with log-probs of -20: real ones of 30 layers are
-    apart by half a nat there."""
+    """As of the special tokens that the two rows are of in many models: at log-probs of -20 two kernels of 30 layers are
+    apart by half a nat."""
+    rows = torch.full((2, 8), -20.0)
+
+    def apart(with_padding, behind):
+        """Rows that are so far apart, with padding from those without, and in the second place from the first."""
+        return lambda ids, lens, packed: rows + (torch.tensor([[0.0], [behind]]) if packed else -with_padding)
+
+    for with_padding, behind, rounding, fault in (
+        (0.5, 0.0, 0.0, "with padding, where 0.05"), (0.5, 0.0, 0.166, ""), (3.2, 0.0, 0.166, ""),
+        (5.0, 0.0, 0.166, "with padding, where 4.2"), (0.0, 0.015, 0.0, ""), (0.0, 0.03, 0.0, "another one, where 0.02"),
+        (0.5, 0.3, 0.166, ""), (0.0, 0.4, 0.166, "behind another one, where 0.33"), (math.nan, 0.0, 1.0, "with padding"),
+    ):  # fmt: skip
+        found = packing_fault(apart(with_padding, behind), rounding)
+        assert (fault in found) if fault else not found, (with_padding, behind, rounding, found)
     model = make_model(0)
     with torch.no_grad():
-        model.lm_head.weight.mul_(100)
-
-    def forward(ids, lens, packed):
-        return completion_logps(model, ids, lens, pad_token_id=0, padding_free=packed)[0]
-
-    assert packing_fault(forward, rounding_of(model)) == ""
+        model.lm_head.weight.mul_(6)
+    assert rounding_of(model) < 1e-5
     with torch.autocast("cpu", torch.bfloat16):
-        assert "differ by" in packing_fault(forward)
-        assert packing_fault(forward, rounding_of(model)) == ""
-        assert "differ by" in packing_fault(lambda ids, lens, packed: forward(ids, lens, packed) * (1 + packed), 0.1)
+        found = packing_fault(
+            lambda ids, lens, packed: completion_logps(model, ids, lens, pad_token_id=0, padding_free=packed)[0],
+            rounding_of(model),
+        )
+    assert not found
 
 
 def test_sizes_that_are_not_known_cost_nothing_and_keep_the_padding(monkeypatch):

@@ -40,7 +40,7 @@ def test_evidence_in_words(monkeypatch):
         "four": evidence.Evidence("", 0.1, 0.75, 0.1, ("preservation",)),
     })  # fmt: skip
     assert evidence.worth("Counteraction") == (
-        "one: -0.50 with recovery; one: -0.25 with recovery with the domain kept"
+        "one: -0.50 with recovery; one: -0.25 with recovery while the domain is kept"
     )
     assert evidence.worth("Imbalance") == "nothing" and evidence.worth("Time and padding") == "not tried"
     text = evidence.in_short({"Counteraction", "Imbalance", "Time and padding"})

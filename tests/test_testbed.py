@@ -492,7 +492,7 @@ def test_camopd_sweep_trains_the_same_weights(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "EVERY", 2)
     trained, swept, short = [], sweep.swept, sweep.run
     monkeypatch.setattr(sweep, "run", lambda *args: short(*args, steps=4))
-    monkeypatch.setattr(sweep, "swept", lambda *args: trained.append(swept(*args)) or trained[0])
+    monkeypatch.setattr(sweep, "swept", lambda *args: trained.append(swept(*args)) or trained[-1])
     rates = dict.fromkeys(arms.RATES, 0.0) | {3e-4: 1.0}
     means = {"full_without_selection": rates, "camopd": {**rates, 7e-4: math.nan}}  # whose tuning is not done
     monkeypatch.setattr(tables, "rate_means", lambda runs: means)

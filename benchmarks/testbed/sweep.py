@@ -71,7 +71,8 @@ def swept(folder: Path, bench: Bench, arm: str, rate: float, seed: int, steps: i
     """What `camopd sweep` has trained, in an empty folder; `None` where its run has stopped, of which it says why."""
     write_files(folder, bench, arm, rate, seed, steps)
     words = [sys.executable, "-m", "camopd.cli", "sweep", str(folder / "sweep.yaml")]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number adds up in another order
+    # Another number adds up in another order.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))
     ended = subprocess.run([*words, "--only", f"{arm}/seed-{seed}"], check=False, env={**os.environ, **threads})
     return None if ended.returncode else LlamaForCausalLM.from_pretrained(folder / "runs" / arm / f"seed-{seed}")
 

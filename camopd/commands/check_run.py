@@ -150,7 +150,7 @@ def _memory(args: Any, shape: Shape, static: float, size: float) -> Finding:
         f"some {_gib(static + moving)} for a step, by its sizes: {_gib(static)} for weights, gradients and optimizer, "
         f"{_gib(moving)} for micro-batches of {tokens:,} tokens"
     )
-    # The latter is its name from transformers 5.23 on.
+    # From transformers 5.23 on its name is activation_checkpointing.
     if not (args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)):
         text += " and more without gradient_checkpointing"
     if free is None:

@@ -47,7 +47,7 @@ EVIDENCE: dict[str, Evidence] = {
     "gradient norm": Evidence("", -0.48, -0.44, -0.61),
 }
 WORDS = {
-    "recovery": "recovery", "preservation": "what was kept of the domain", "kept": "recovery with the domain kept",
+    "recovery": "recovery", "preservation": "what was kept of the domain", "kept": "recovery while the domain is kept",
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class SelecTKD(TokenRule):
 
 
 def proposals(top_ids_TK: Tensor, top_logps_TK: Tensor) -> Tensor:
-    """SelecTKD: the student's likeliest token at each position, (T,); of equals, which bfloat16 gives, the lowest id."""
+    """SelecTKD: the student's likeliest token at each position, (T,); of equals the lowest id."""
     largest_TK = top_logps_TK == top_logps_TK.amax(dim=-1, keepdim=True)
     return top_ids_TK.masked_fill(~largest_TK, torch.iinfo(top_ids_TK.dtype).max).amin(dim=-1)
 
