@@ -13,9 +13,9 @@ sizes lie together, in folders that are named by a hash of these: on another pro
 The methods are the paper's, its parts, and the two that the testbed's first protocol puts first beside them
 (docs/testbed.md); then CaMOPD with the other estimators of the gradient, and `full` without selection, of which the
 gaps alone are measured. Sizes are those of `ON_CPU`, which two cores manage in a night, or of `ON_GPU`. A model this small
-leaves a GPU idle for most of a step, and `--at-once` runs of a sweep share it. All runs are trained before the first is evaluated:
-scores need vLLM and evalscope (`make .venv-vllm/installed .venv-eval/installed`), and without them `--stop-after train` has
-all the rest.
+leaves a GPU idle for most of a step, and `--at-once` runs of a sweep share it. All runs are trained before the first is
+evaluated: scores need vLLM and evalscope (`make .venv-vllm/installed .venv-eval/installed`), and without them
+`--stop-after train` has all the rest.
 """
 
 from __future__ import annotations
