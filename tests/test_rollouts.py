@@ -73,8 +73,8 @@ def test_engine_of_transformers_gives_the_log_probs_it_drew_with(tmp_path, token
     of_engine, forwards = run("engine")
     of_trainer, more_forwards = run("trainer")
     losses = sum(line["train/micro_batches"] for line in of_engine)
-    # None but for the loss, and to probe the student: once with padding, three times to compare with none.
-    assert more_forwards > forwards == 4 + losses
+    # None but for the loss, and to probe the student: once with padding, four times to compare with none.
+    assert more_forwards > forwards == 5 + losses
     for line, other in zip(of_engine, of_trainer, strict=True):
         assert line["importance/log_ratio"] < LOGP  # float32 with a cache and without
         assert line["gap/general/mean"] == pytest.approx(other["gap/general/mean"], abs=LOGP)
