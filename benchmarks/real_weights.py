@@ -39,6 +39,7 @@ from measuring import RESULTS, versions, write_report
 from testbed.signs import said, t_interval
 
 from camopd import atomic
+from camopd.commands.sweep import MARK
 from camopd.eval.stats import Interval
 from camopd.measured import HELD_OUT, lines_of
 
@@ -215,6 +216,8 @@ def go_through(data: Path | None, domain: str, size: dict[str, Any], kept: Path,
     def train(job: tuple[str, int]) -> None:
         method, seed = job
         name = f"{method}/seed-{seed}"
+        if files[job].is_file() and (folder / "sweep" / name / MARK).is_file():
+            return  # it lacks scores alone
         run_program(sys.executable, "-m", "camopd.cli", "sweep", str(folder / "sweep.yaml"), "--only", name)
         files[job].parent.mkdir(parents=True, exist_ok=True)
         found = {"method": method, "seed": seed, "of": of, "versions": versions(), **held_out(folder / "sweep" / name)}

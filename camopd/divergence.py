@@ -9,7 +9,6 @@ Shape suffixes:  M completion tokens of all rows   H hidden   K likeliest tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .logprobs import (
     TOP_K_TOKENS,
     completion_hidden_states,
+    gathered,
     head_logits,
     head_weights,
     logit_transform,
@@ -58,7 +57,7 @@ def outputs_of(
     hidden_MH, _, _, causal_lm = completion_hidden_states(model, token_ids, prompt_lens, pad_token_id, padding_free)
     weight, bias = head_weights(causal_lm)
     if hasattr(weight, "ds_status"):  # of the student itself under ZeRO-3, whose shards are together in here alone
-        with maybe_gather_lm_head_ctx(weight, bias):
+        with gathered(weight, bias):
             weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
     # Of its data: a teacher that rests on the CPU takes its parameters away before the backward reads them.
     return Outputs(
@@ -89,8 +88,7 @@ def logps_and_kl(
     weight, bias = head_weights(causal_lm)
     student = Outputs(hidden_MH.to(weight.device), weight, bias, *logit_transform(causal_lm.config.get_text_config()))
     rows_M = torch.arange(len(token_ids))[:, None].expand_as(mask_BT)[mask_BT].to(weight.device)
-    gather = maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
-    with gather:
+    with gathered(weight, bias):
         logps_M, _ = sampled_logps(*student, targets_M)
         kl_M = logps_M * 0  # of rows without a teacher, with a backward like the others
         for rows, teacher in teachers:

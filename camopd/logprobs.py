@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,9 +61,7 @@ def completion_logps(
         model, token_ids, prompt_lens, pad_token_id, padding_free
     )
     weight, bias = head_weights(causal_lm)
-    # DeepSpeed ZeRO-3 likewise, for the student; an in-process teacher is whole on every rank.
-    gather = maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
-    with gather:
+    with gathered(weight, bias):
         logps_M, entropy_M = sampled_logps(
             hidden_MH.to(weight.device), weight, bias, *logit_transform(causal_lm.config.get_text_config()), targets_M,
             with_entropy,
@@ -84,6 +82,11 @@ def head_weights(causal_lm: Any) -> tuple[Tensor, Tensor | None]:
         weight = weight.full_tensor()
         bias = bias.full_tensor() if bias is not None else None
     return weight, bias
+
+
+def gathered(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any]:
+    """In which a student's head is whole where DeepSpeed ZeRO-3 has it in shards; a teacher in the process always is."""
+    return maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
 
 
 def sampled_logps(
@@ -110,7 +113,7 @@ def head_logits(hidden_MH: Tensor, weight: Tensor, bias: Tensor | None, scale: f
 
     What a matrix product of bfloat16 gives is rounded to three digits, a logit of 20 by up to a sixteenth of a nat: more
     than a student and its teacher may differ by. As in TRL's chunked divergence the factors are of the dtype computed in,
-    and their product is float32.
+    and their product is float32; gradients of several calls are added up in the weights' own dtype.
     """
     logits = _Linear.apply(hidden_MH, weight, bias) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -155,8 +158,7 @@ def completion_top_k(
         weight, bias = head_weights(causal_lm)
         transform = logit_transform(causal_lm.config.get_text_config())
         ids_MK, logps_MK = [], []
-        gather = maybe_gather_lm_head_ctx(weight, bias) if hasattr(weight, "ds_status") else nullcontext()
-        with gather:
+        with gathered(weight, bias):
             for hidden in hidden_MH.to(weight.device).split(TOP_K_TOKENS):
                 top = head_logits(hidden, weight, bias, *transform).log_softmax(dim=-1).topk(k, dim=-1)
                 ids_MK.append(top.indices)

@@ -320,6 +320,7 @@ def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, mon
                  for step in (0, 8) for branch in kl]  # fmt: skip
         (run / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (run / "model").write_text(f"{len(done)}")
+        (run / "sweep.json").write_text("{}")
         (run / "checkpoint-8").mkdir()
         done.append((method, int(seed)))
 
@@ -365,9 +366,13 @@ def test_runs_of_real_weights_are_done_once_and_stand_in_the_table(tmp_path, mon
     with pytest.raises(SystemExit):
         go()
     assert done == every[:5] and not asked
+    (first,) = kept.glob(f"medical/*/{every[0][0]}-0.json")
+    before = {**json.loads(first.read_text(encoding="utf-8")), "versions": "of another day"}
+    first.write_text(json.dumps(before), encoding="utf-8")
     lost.clear()
     assert go() == every[5:] and asked == ["start", *["result"] * 3 * len(real_weights.METHODS)]
     assert go() == [] and not asked and not list(folder.rglob("checkpoint-*"))
+    assert json.loads(first.read_text(encoding="utf-8"))["versions"] == "of another day"  # it was not made anew
     half = 0.1 * 4.302653 / math.sqrt(3)  # Student's t of two degrees of freedom
     assert (
         f"| camopd | 3 | 0.000 | 0.200 [{0.2 - half:.3f}, {0.2 + half:.3f}] |  | 0.000 | 0.500" in table("camopd")[0]
